@@ -1,0 +1,458 @@
+"""Seeded long-context tasks over ordinary prose: needles in a haystack, chains, quotations.
+
+Every sample is a pure function of (task, tokens, rng_seed, depth, tokenizer, haystack), in this
+process and in any other. The wording of the needle and variable tasks follows RULER (Hsieh et al.,
+2024), so that scores can be compared in kind; the haystack is the language reference that ships
+inside CPython (`pydoc_data.topics`) or a text file.
+
+    sample = make_sample("niah_single", tokens=4096, tokenizer=tokenizer, rng_seed=0)
+    prompt_text(sample), sample.answer, sample.score("... 7301942")
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ADJECTIVES = _words(
+    "amber ancient bitter brave bright broken calm careful clever cold copper crooked curious "
+    "dark dusty eager early empty faint fancy gentle giant golden grey happy hidden hollow honest "
+    "humble icy idle jolly keen late lively lone lucky mellow mighty misty narrow noble odd pale "
+    "patient plain polite proud quick quiet rapid rough rusty shy silent silver simple sleepy "
+    "slow smooth solemn steady stormy strange sturdy sunny swift tame tender thirsty tidy tiny "
+    "velvet warm wild wise witty young"
+)
+NOUNS = _words(
+    "acorn anchor apron arrow badger barley basket beacon beetle bell blanket bottle bridge "
+    "bucket button cabin candle canoe carrot castle cellar chapel cherry clock cloud comet cradle "
+    "cricket curtain dagger donkey drum eagle engine falcon feather ferry fiddle forest fountain "
+    "garden ginger glacier goblet hammer harbor hazel helmet island jacket kettle ladder lantern "
+    "lemon lizard magnet maple meadow mirror mitten needle orchard otter paddle pebble pepper "
+    "pigeon pillow planet quilt rabbit ribbon river rocket saddle sparrow spoon stable teapot "
+    "thimble ticket tunnel turnip violin wagon walnut whistle willow window"
+)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+N_KEYS = 4  # keys of multikey and multiquery, values of multivalue (RULER's default)
+N_VARIABLES = 5  # variables of one chain: four hops (RULER's default)
+SENTENCE_CHARS = (24, 220)  # shorter is mostly debris, longer makes the prompt length coarse
+MIN_SENTENCES = 8
+
+
+@dataclass(frozen=True)
+class SyntheticSample:
+    """One question about one long text.
+
+    Attributes:
+        task: a name in `TASKS`.
+        context: the text, needles included, with the line that introduces it.
+        question: the question, to be put after the context (see `prompt_text`).
+        answer: what a model should say; contains every string of `expected`.
+        expected: the strings that a right answer holds.
+        depth: where the first string asked for stands, 0 = start and 1 = end of the haystack; None
+            for a task without such a place (each task here has one).
+    """
+
+    task: str
+    context: str
+    question: str
+    answer: str
+    expected: tuple[str, ...]
+    depth: float | None
+
+    def score(self, generated: str) -> float:
+        """Fraction of `expected` found in a generated answer, 0 to 1."""
+        return score(generated, self.expected)
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Sentences of prose, each one different from the others, in reading order."""
+
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Quiz:
+    """A task before it is laid into the haystack.
+
+    `needles` are (text, depth) in the order in which they must stand. The filler runs on from
+    sentence `anchor`; with a `gap`, that many sentences from there on are the needle itself, and
+    the filler surrounds them.
+    """
+
+    intro: str
+    needles: tuple[tuple[str, float], ...]
+    question: str
+    answer: str
+    expected: tuple[str, ...]
+    depth: float
+    anchor: int
+    gap: int = 0
+
+
+def prompt_text(sample: SyntheticSample) -> str:
+    """The whole user prompt: context, blank line, question."""
+    return f"{sample.context}\n\n{sample.question}"
+
+
+def score(generated: str, expected: Sequence[str]) -> float:
+    """Fraction of the expected strings that a generated text contains, 0 to 1.
+
+    Case and white space do not matter. A string counts only as a whole word, and a number only as a
+    whole number: "123" is found neither in "1234" nor in "5,123" nor in "123.4".
+
+    Raises:
+        ValueError: if nothing is expected.
+    """
+    if not expected:
+        raise ValueError("expected is empty: a score needs at least one string to look for")
+    text = " ".join(generated.split()).casefold()
+    return sum(_contains(text, " ".join(e.split()).casefold()) for e in expected) / len(expected)
+
+
+def _contains(text: str, wanted: str) -> bool:
+    before = (
+        r"(?<!\w)(?<!\d[.,])"
+        if wanted[:1].isdigit()
+        else r"(?<!\w)"
+        if wanted[:1].isalpha()
+        else ""
+    )
+    after = (
+        r"(?!\w)(?![.,]\d)" if wanted[-1:].isdigit() else r"(?!\w)" if wanted[-1:].isalpha() else ""
+    )
+    return re.search(before + re.escape(wanted) + after, text) is not None
+
+
+# ---- haystack ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def load_haystack(path: str | Path | None = None) -> Haystack:
+    """Read a haystack: a UTF-8 text file, or CPython's language reference when no path is given.
+
+    The language reference differs between Python versions, so samples over it are reproducible
+    within one version.
+
+    Raises:
+        ValueError: if the file is missing or holds too few sentences.
+    """
+    if path is None:
+        return Haystack(_sentences(_topics_paragraphs()))
+    if not Path(path).is_file():
+        raise ValueError(
+            f"haystack {str(path)!r} is not a file; give the path of a text file, or none for the "
+            "language reference that ships with CPython"
+        )
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    found = _sentences([" ".join(p.split()) for p in re.split(r"\n\s*\n", text)])
+    if len(found) < MIN_SENTENCES:
+        raise ValueError(
+            f"haystack {str(path)!r} holds {len(found)} different sentences of "
+            f"{SENTENCE_CHARS[0]} to {SENTENCE_CHARS[1]} characters, expected "
+            f"at least {MIN_SENTENCES}; give a longer text"
+        )
+    return Haystack(found)
+
+
+def _topics_paragraphs() -> list[str]:
+    """Prose of the language reference, without headings, grammar, code and footnotes."""
+    from pydoc_data.topics import topics  # 460 KB: loaded only by those who use it
+
+    blocks = (b for name in sorted(topics) for b in re.split(r"\n\s*\n", topics[name]))
+    return [_strip_markup(b) for b in blocks if _is_prose(b)]
+
+
+def _is_prose(block: str) -> bool:
+    text = block.strip()
+    if re.search(r"::|>>>|^\s*\.\.|[*=\-~^]{4,}|^\[\d+\]| \| |\n {8,}\S", text):
+        return False
+    letters = sum(c.isalpha() or c.isspace() for c in text)
+    return text[-1:] in ".:" and letters >= 0.85 * len(text)
+
+
+def _strip_markup(block: str) -> str:
+    text = " ".join(block.split()).removeprefix("* ")
+    text = re.sub(r"\*{1,2}(\w[^*\"]*)\*{1,2}", r"\1", text)
+    text = re.sub(r"\s*\[\d+\]", "", text)
+    return text.translate(str.maketrans("“”‘’", "\"\"''", "`"))
+
+
+def _sentences(paragraphs: Sequence[str]) -> tuple[str, ...]:
+    """Split into sentences; of equal ones the first stays, so that each has one place."""
+    # A full stop after "e.g", "i.e", "etc", "vs" or an initial ends no sentence.
+    not_end = r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bvs\.)(?<!\b[A-Z]\.)"
+    end = not_end + r"(?<=[.!?])\s+(?=[\"'(]?[A-Z])"
+    low, high = SENTENCE_CHARS
+    pieces = (s.strip() for p in paragraphs for s in re.split(end, p))
+    return tuple(dict.fromkeys(s for s in pieces if low <= len(s) <= high and s[-1] in ".!?\"'"))
+
+
+# ---- tasks ---------------------------------------------------------------------------------------
+
+NIAH_INTRO = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
+    "I will quiz you about the numbers afterwards."
+)
+NIAH_NEEDLE = "One of the special magic numbers for {key} is: {value}."
+NIAH_ONE = (
+    "What is the special magic number for {keys} mentioned in the provided text?",
+    "The special magic number for {keys} mentioned in the provided text is {values}.",
+)
+NIAH_MANY = (
+    "What are all the special magic numbers for {keys} mentioned in the provided text?",
+    "The special magic numbers for {keys} mentioned in the provided text are {values}.",
+)
+
+
+def _number(rng: Random, digits: int) -> str:
+    return str(rng.randrange(10 ** (digits - 1), 10**digits))
+
+
+def _distinct(draw: Callable[[], str], n: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < n:
+        found[draw()] = None
+    return list(found)
+
+
+def _keys(rng: Random, n: int) -> list[str]:
+    return _distinct(lambda: f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}", n)
+
+
+def _listing(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"
+
+
+def _depths(rng: Random, n: int, depth: float | None) -> list[float]:
+    """n depths in reading order; a given depth is the first, the others follow it."""
+    drawn = sorted(rng.random() for _ in range(n))
+    return drawn if depth is None else [depth, *(depth + (1 - depth) * d for d in drawn[1:])]
+
+
+def _passkey(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
+    key, (place,) = _number(rng, 5), _depths(rng, 1, depth)
+    return _Quiz(
+        intro="There is an important info hidden inside a lot of irrelevant text. Find it and "
+        "memorize it. I will quiz you about the important information there.",
+        needles=((f"The pass key is {key}. Remember it. {key} is the pass key.", place),),
+        question="What is the pass key?",
+        answer=f"The pass key is {key}.",
+        expected=(key,),
+        depth=place,
+        anchor=rng.randrange(len(hay.sentences)),
+    )
+
+
+def _niah(
+    rng: Random, hay: Haystack, depth: float | None, keys: int, values: int, queries: int
+) -> _Quiz:
+    """`keys` keys with `values` numbers each; the question asks for the first `queries` keys."""
+    names = _keys(rng, keys)
+    numbers = _distinct(lambda: _number(rng, 7), keys * values)
+    n_asked = queries * values
+    places = _depths(rng, n_asked, depth) + [rng.random() for _ in numbers[n_asked:]]
+    needles = [
+        (NIAH_NEEDLE.format(key=names[i // values], value=number), places[i])
+        for i, number in enumerate(numbers)
+    ]
+    asked, expected = _listing(names[:queries]), numbers[:n_asked]
+    question, answer = NIAH_ONE if n_asked == 1 else NIAH_MANY
+    return _Quiz(
+        intro=NIAH_INTRO,
+        needles=tuple(sorted(needles, key=lambda needle: needle[1])),
+        question=question.format(keys=asked),
+        answer=answer.format(keys=asked, values=_listing(expected)),
+        expected=tuple(expected),
+        depth=places[0],
+        anchor=rng.randrange(len(hay.sentences)),
+    )
+
+
+def _niah_single(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
+    return _niah(rng, hay, depth, keys=1, values=1, queries=1)
+
+
+def _niah_multikey(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
+    return _niah(rng, hay, depth, keys=N_KEYS, values=1, queries=1)
+
+
+def _niah_multivalue(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
+    return _niah(rng, hay, depth, keys=1, values=N_KEYS, queries=1)
+
+
+def _niah_multiquery(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
+    return _niah(rng, hay, depth, keys=N_KEYS, values=1, queries=N_KEYS)
+
+
+def _variable_tracking(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
+    value, places = _number(rng, 5), _depths(rng, N_VARIABLES, depth)
+    names = _distinct(lambda: "".join(rng.choices(LETTERS, k=5)), N_VARIABLES)
+    sources = [value, *(f"VAR {name}" for name in names)]
+    needles = [(f"VAR {n} = {s}.", d) for n, s, d in zip(names, sources, places, strict=False)]
+    return _Quiz(
+        intro="Memorize and track the chain(s) of variable assignment hidden in this text.",
+        needles=tuple(needles),
+        question=f"Find all variables that are assigned the value {value} in the text above.",
+        answer=f"According to the chain(s) of variable assignment in the text above, {N_VARIABLES} "
+        f"variables are assigned the value {value}, they are: {_listing(names)}.",
+        expected=tuple(names),
+        depth=places[0],
+        anchor=rng.randrange(len(hay.sentences)),
+    )
+
+
+def _next_sentence(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
+    """The quoted sentence and its successor keep their place: the haystack is laid around them."""
+    anchor, (place,) = rng.randrange(len(hay.sentences) - 1), _depths(rng, 1, depth)
+    quoted, following = hay.sentences[anchor : anchor + 2]
+    return _Quiz(
+        intro="Read the following text carefully. I will quote one of its sentences afterwards.",
+        needles=((f"{quoted} {following}", place),),
+        question=f"Which sentence comes directly after this sentence in the text above?\n{quoted}",
+        answer=following,
+        expected=(following,),
+        depth=place,
+        anchor=anchor,
+        gap=2,
+    )
+
+
+TASKS: dict[str, Callable[[Random, Haystack, float | None], _Quiz]] = {
+    "passkey": _passkey,
+    "niah_single": _niah_single,
+    "niah_multikey": _niah_multikey,
+    "niah_multivalue": _niah_multivalue,
+    "niah_multiquery": _niah_multiquery,
+    "variable_tracking": _variable_tracking,
+    "next_sentence": _next_sentence,
+}
+
+# ---- laying out ----------------------------------------------------------------------------------
+
+
+def make_sample(
+    task: str,
+    tokens: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    rng_seed: int,
+    depth: float | None = None,
+    haystack: str | Path | None = None,
+) -> SyntheticSample:
+    """Make one sample whose `prompt_text` is close to, and never above, a number of tokens.
+
+    Args:
+        task: a name in `TASKS`.
+        tokens: bound on the tokens of `prompt_text(sample)`, counted without special tokens. The
+            prompt falls short of it by less than about one sentence. A chat template comes on top.
+        tokenizer: counts the tokens; its first use costs a pass over the haystack.
+        rng_seed: decides keys, values, places and where in the haystack the text starts. They do
+            not depend on `tokens`, so one seed can be compared at several lengths.
+        depth: where the string asked for stands, 0 to 1 of the haystack's sentences; with several
+            strings the first one, the others follow at random. None draws it.
+        haystack: path of a text file; None is CPython's language reference.
+
+    Raises:
+        ValueError: for an unknown task, a depth outside 0 to 1, an unusable haystack, or too few
+            tokens to hold the needles and the question (the message gives the least number).
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth is {depth}, expected a number from 0 (start) to 1 (end)")
+    hay = load_haystack(haystack)
+    # A string seeds by its SHA-512, the same in every process; hash() of a string is not.
+    # Without the number of tokens: one seed asks the same at every length, in more or less text.
+    quiz = TASKS[task](Random(f"locret {task} {rng_seed}"), hay, depth)
+    return _sample(task, quiz, hay, _fit(quiz, hay, tokens, tokenizer))
+
+
+def _sample(task: str, quiz: _Quiz, hay: Haystack, n: int) -> SyntheticSample:
+    """The sample with n sentences of filler."""
+    filler = [hay.sentences[i] for i in _filler(quiz, len(hay.sentences), n)]
+    # From the last to the first: an insertion moves only what stands behind it.
+    for text, place in reversed(quiz.needles):
+        filler.insert(round(place * n), text)
+    context = f"{quiz.intro}\n\n{' '.join(filler)}"
+    return SyntheticSample(task, context, quiz.question, quiz.answer, quiz.expected, quiz.depth)
+
+
+def _filler(quiz: _Quiz, length: int, n: int) -> list[int]:
+    """Indices of n consecutive sentences around the anchor, which wrap at the end of the text."""
+    before = round(quiz.depth * n) if quiz.gap else 0
+    return [
+        (quiz.anchor + i + (quiz.gap if i >= 0 else 0)) % length for i in range(-before, n - before)
+    ]
+
+
+def _fit(quiz: _Quiz, hay: Haystack, tokens: int, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The number of filler sentences that brings the prompt closest to `tokens` from below.
+
+    Counts of single sentences add up only nearly, so the estimate is measured and corrected until
+    it settles.
+    """
+
+    def measure(n: int) -> int:
+        return _count(tokenizer, prompt_text(_sample("", quiz, hay, n)))
+
+    least = measure(0)
+    if least > tokens:
+        raise ValueError(f"tokens is {tokens}, too few for this sample; it needs at least {least}")
+    counts = _sentence_counts(tokenizer, hay)
+    budget, best, tried = tokens - least, 0, {0}
+    while (n := _most(quiz, counts, budget)) not in tried:
+        tried.add(n)
+        spare = tokens - measure(n)
+        best = max(best, n) if spare >= 0 else best
+        budget = sum(counts[i] for i in _filler(quiz, len(counts), n)) + spare
+    return best
+
+
+def _most(quiz: _Quiz, counts: Sequence[int], budget: int) -> int:
+    """The most filler sentences whose counts add up to no more than the budget."""
+    if budget <= 0:
+        return 0
+    if not quiz.gap:  # the filler starts at the anchor: one pass
+        rest = budget % sum(counts)
+        rotated = list(accumulate([*counts[quiz.anchor :], *counts[: quiz.anchor]]))
+        return budget // sum(counts) * len(counts) + bisect_right(rotated, rest)
+
+    def total(n: int) -> int:
+        return sum(counts[i] for i in _filler(quiz, len(counts), n))
+
+    # A longer filler holds the shorter one, so the totals are in order.
+    return bisect_right(range(1, budget // min(counts) + 1), budget, key=total)
+
+
+_COUNTS: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[Haystack, list[int]]]" = (
+    WeakKeyDictionary()
+)
+
+
+def _sentence_counts(tokenizer: "PreTrainedTokenizerBase", hay: Haystack) -> list[int]:
+    """Tokens of each sentence and the space before it, at least 1."""
+    by_haystack = _COUNTS.setdefault(tokenizer, {})
+    if hay not in by_haystack:
+        rows = tokenizer([f" {s}" for s in hay.sentences], add_special_tokens=False)["input_ids"]
+        by_haystack[hay] = [max(1, len(row)) for row in rows]
+    return by_haystack[hay]
+
+
+def _count(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
+    # verbose=False: a text above model_max_length is meant, and no reason for a warning.
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,0 +1,28 @@
+"""StreamingLLM (arXiv 2309.17453): the first tokens (attention sinks) and the most recent ones."""
+
+import torch
+from torch import Tensor
+
+from locret.policies.base import LayerChunk, Policy
+
+
+class StreamingLLMPolicy(Policy):
+    """Keeps `sinks` first tokens and as many recent ones as the budget holds. Cost: none.
+
+    Args:
+        sinks: how many of the first tokens are always kept.
+    """
+
+    name = "streaming_llm"
+
+    def __init__(self, sinks: int = 4) -> None:
+        if sinks < 0:
+            raise ValueError(f"sinks is {sinks}; expected zero or more")
+        self.sinks = sinks
+
+    def score(self, chunk: LayerChunk) -> Tensor:
+        batch, heads, new, _ = chunk.key.shape
+        positions = torch.arange(chunk.start, chunk.start + new, device=chunk.key.device)
+        # float32 counts exactly up to 16.7 million tokens; finite, so that stabilizers rank higher
+        scores = positions.float().masked_fill(positions < self.sinks, torch.finfo().max)
+        return scores.expand(batch, heads, new)

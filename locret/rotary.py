@@ -1,0 +1,91 @@
+"""Rotate queries and keys at chosen slots with the backbone's own rotary embedding.
+
+The rotary module and `apply_rotary_pos_emb` are the architecture's; this file only decides *where*
+a unit is rotated and, for LongRoPE, with which factors.
+
+LongRoPE rules (`LongRopeRule`):
+  long       the long factors at every length, as the released Locret does for Phi-3.
+  by_length  the short factors up to the original window and the long ones beyond it, as stock
+             transformers does; decided once per request, by the length of its prompt.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+LongRopeRule = Literal["long", "by_length"]
+ApplyRotary = Callable[..., tuple[Tensor, Tensor]]
+
+_TABLES_KEPT = 4  # a chunk needs two ranges (all keys, new queries), the same in every layer
+
+
+class Rotary:
+    """Rotation at contiguous slots, with the backbone's own frequencies and layout.
+
+    Args:
+        module: the backbone's rotary module, `(x, position_ids [1, S]) -> (cos, sin)`. It is
+            copied: modules that update their frequencies in place never see our positions.
+        apply: the architecture's `apply_rotary_pos_emb(q, k, cos, sin)`.
+        longrope: which LongRoPE rule to follow; without effect for other RoPE types.
+    """
+
+    def __init__(self, module: Any, apply: ApplyRotary, longrope: LongRopeRule = "long") -> None:
+        if longrope not in get_args(LongRopeRule):
+            raise ValueError(f"longrope is {longrope!r}; expected 'long' or 'by_length'")
+        self._apply = apply
+        self._longrope = longrope
+        self._switch = longrope_switch(module)
+        self._short = _pinned(module, position=0)
+        self._long = self._short if self._switch is None else _pinned(module, self._switch)
+        self._tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def rotate(self, x: Tensor, start: int, prompt_length: int) -> Tensor:
+        """Rotate `x` [B, heads, S, D] at the slots start .. start + S - 1.
+
+        `prompt_length` is the request's; only LongRoPE's `by_length` rule reads it.
+        """
+        cos, sin = self._cos_sin(start, start + x.shape[2], prompt_length, x)
+        rotary_size = cos.shape[-1]
+        turned, rest = x[..., :rotary_size], x[..., rotary_size:]
+        # The architecture's function takes a pair; we turn one tensor, so the other is empty.
+        turned, _ = self._apply(turned, turned[:, :0], cos, sin)
+        return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
+
+    def _cos_sin(
+        self, start: int, stop: int, prompt_length: int, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        long = self._switch is not None and (
+            self._longrope == "long" or prompt_length > self._switch
+        )
+        key = (start, stop, long, like.device, like.dtype)
+        if key not in self._tables:
+            module = self._long if long else self._short
+            positions = torch.arange(start, stop, device=like.device)[None]
+            self._tables[key] = type(module).forward(module, like, positions)
+            if len(self._tables) > _TABLES_KEPT:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(key)
+        return self._tables[key]
+
+
+def longrope_switch(module: Any) -> int | None:
+    """The length above which a LongRoPE module uses its long factors; None for other types."""
+    parameters = getattr(module.config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "longrope":
+        return None
+    return int(parameters["original_max_position_embeddings"])
+
+
+def _pinned(module: Any, position: int) -> Any:
+    """A copy of a rotary module, with the frequencies that it uses when it sees `position`."""
+    # The config is large and shared; the copy needs only frequency buffers of its own.
+    pinned = copy.deepcopy(module, {id(module.config): module.config})
+    probe = torch.tensor([[position]], device=pinned.inv_freq.device)
+    # The class's forward: hooks and wrappers on the instance are the backbone's business.
+    type(pinned).forward(pinned, probe.float(), probe)
+    pinned.rope_type = "default"  # from here on the frequencies stay as they are
+    return pinned

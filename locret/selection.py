@@ -1,0 +1,31 @@
+"""Which units a full cache keeps. Pure functions of scores.
+
+Paper section 3.3: after a chunk every KV head keeps its highest scores; the last units, the
+stabilizers, are kept whatever they scored; kept units stay in order.
+"""
+
+import torch
+from torch import Tensor
+
+
+def keep_highest(scores: Tensor, budget: int, protected_tail: int = 0) -> Tensor:
+    """Indices of the units to keep, ascending in each head.
+
+    Args:
+        scores: [B, H, S]; higher = keep. Which of equal scores stay is `torch.topk`'s choice, as
+            in the released code: equal tokens score alike in the first layer, so it matters.
+        budget: units a head keeps, at least `protected_tail`.
+        protected_tail: how many of the last units are kept whatever they scored; they count
+            towards the budget.
+
+    Returns:
+        Long [B, H, min(budget, S)].
+    """
+    assert 0 <= protected_tail <= budget, (protected_tail, budget)
+    size = scores.shape[-1]
+    if size <= budget:
+        return torch.arange(size, device=scores.device).expand(scores.shape)
+    if protected_tail:
+        scores = scores.clone()
+        scores[..., size - protected_tail :] = torch.inf
+    return scores.topk(budget, dim=-1, sorted=False).indices.sort(dim=-1).values

@@ -1,0 +1,183 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from datamodules.sources import HubSource, JsonlSource, Source, SyntheticSource, parse_row
+
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+QA = {
+    "id": "doc-0",
+    "source": "docs",
+    "context": "Some text.",
+    "qa": [{"question": "Who?", "answers": ["Me", "I"]}, {"question": "", "answers": ["Yes"]}],
+}
+CHAT = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+SHARE = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+ALPACA = {"instruction": "Read this.", "output": "Done.", "input": "", "file": "book.txt"}
+
+
+def write(path: Path, *rows: object) -> str:
+    lines = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text(lines, encoding="utf-8")
+    return str(path)
+
+
+def texts(conversation) -> list[tuple[str, str]]:
+    return [(m["role"], m["content"]) for m in conversation.messages]
+
+
+def test_qa_rows_give_a_conversation_for_each_question():
+    first, second = parse_row(QA)
+    assert texts(first) == [("user", "Some text.\n\nWho?"), ("assistant", "Me")]
+    assert texts(second) == [("user", "Some text."), ("assistant", "Yes")]
+    assert (first.source, first.id, second.id) == ("docs", "doc-0#0", "doc-0#1")
+
+
+@pytest.mark.parametrize("row", [CHAT, SHARE])
+def test_chat_rows(row):
+    (found,) = parse_row(row)
+    assert texts(found) == [("user", "Q"), ("assistant", "A")]
+
+
+def test_chat_rows_end_at_the_last_answer():
+    row = {"messages": [*CHAT["messages"], {"role": "user", "content": "And?"}]}
+    assert texts(parse_row(row)[0]) == [("user", "Q"), ("assistant", "A")]
+
+
+def test_instruction_rows():
+    assert texts(parse_row(ALPACA)[0]) == [("user", "Read this."), ("assistant", "Done.")]
+    (found,) = parse_row({**ALPACA, "input": "More."})
+    assert texts(found)[0] == ("user", "Read this.\n\nMore.")
+
+
+def test_a_question_without_answers_is_left_to_the_encoder():
+    (found,) = parse_row({"context": "C", "qa": [{"question": "Q", "answers": []}]})
+    assert texts(found)[-1] == ("assistant", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([1], "not an object"),
+        ({"text": "x"}, "unknown schema"),
+        ({"qa": [{"question": "Q"}]}, "context is not text"),
+        ({"context": "C", "qa": []}, "qa is not a list of questions"),
+        ({"context": "C", "qa": [{"question": "Q", "answers": "A"}]}, "answers is not a list"),
+        ({"messages": [{"role": "user", "content": "Q"}]}, "no message of the assistant"),
+        ({"messages": [{"role": "user", "content": ["Q"]}]}, "content is not text"),
+        ({"messages": "hello"}, "messages is not a list of turns"),
+        ({"instruction": "I"}, "output is not text"),
+    ],
+)
+def test_wrong_rows_say_why(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_row(row)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_jsonl_reads_mixed_schemas_and_counts_broken_rows(name, tmp_path, tokenizer):
+    path = write(tmp_path / name, QA, "{oops", "", {"a": 1}, "null", CHAT, "[", ALPACA)
+    source = JsonlSource(path)
+    found = source.load(tokenizer)
+    assert [texts(c)[-1][1] for c in found] == ["Me", "Yes", "A", "Done."]
+    assert source.report == {
+        "conversations": 4,
+        "not JSON": 2,
+        "unknown schema": 1,
+        "not an object": 1,
+    }
+    assert source.first_broken["not JSON"] == f"{path}:2"
+    assert source.first_broken["unknown schema"] == f"{path}:4"
+    assert [c.source for c in found] == ["docs", "docs", "rows", "rows"]
+    assert len({c.id for c in found}) == 4 and all(c.id for c in found)
+
+
+def test_jsonl_limit_and_repeated_loading(tmp_path, tokenizer):
+    source = JsonlSource(write(tmp_path / "rows.jsonl", "x", QA, CHAT), limit=2)
+    assert len(source.load(tokenizer)) == len(source.load(tokenizer)) == 2
+    assert source.report == {"conversations": 2, "not JSON": 1}
+
+
+def test_jsonl_refuses_a_missing_and_an_unusable_file(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="nowhere.jsonl' is not a file"):
+        JsonlSource(str(tmp_path / "nowhere.jsonl")).load(tokenizer)
+    path = write(tmp_path / "bad.jsonl", "x", "y", {"a": 1})
+    with pytest.raises(ValueError, match=r"2 x not JSON \(first .*bad.jsonl:1\).*expected rows"):
+        JsonlSource(path).load(tokenizer)
+    with pytest.raises(ValueError, match="it is empty"):
+        JsonlSource(write(tmp_path / "empty.jsonl")).load(tokenizer)
+    with pytest.raises(ValueError, match="limit is 0"):
+        JsonlSource(path, limit=0)
+
+
+def test_hub_rows_are_parsed_alike(monkeypatch, tokenizer):
+    import datasets
+
+    rows = datasets.Dataset.from_list([ALPACA, {**ALPACA, "output": None}, ALPACA])
+    asked = {}
+
+    def load_dataset(name, **options):
+        asked.update(options, name=name)
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = HubSource("owner/name", split="test", revision="abc")
+    found = source.load(tokenizer)
+    assert asked == {"name": "owner/name", "split": "test", "revision": "abc"}
+    assert len(found) == 2 and texts(found[1])[-1] == ("assistant", "Done.")
+    assert found[1].id == "owner/name:2"
+    assert source.report == {"conversations": 2, "output is not text": 1}
+
+
+def test_synthetic_samples_follow_from_the_index(tokenizer):
+    source = SyntheticSource(["passkey", "niah_single"], tokens=(600, 900), size=6, seed=1)
+    first, second = source.load(tokenizer), source.load(tokenizer)
+    assert [first[i] for i in (5, 0)] == [second[i] for i in (5, 0)]
+    assert len(first) == 6 and len(list(first)) == 6
+    assert [c.source for c in first] == ["synthetic/passkey", "synthetic/niah_single"] * 3
+    lengths = [len(tokenizer(c.messages[0]["content"])["input_ids"]) for c in first]
+    assert min(lengths) > 450 and max(lengths) <= 900 and len(set(lengths)) > 3
+    other = SyntheticSource(["passkey"], tokens=700, size=1, seed=2).load(tokenizer)
+    assert other[0] != first[0]
+
+
+def test_synthetic_refuses_wrong_arguments():
+    with pytest.raises(ValueError, match="expected some of passkey"):
+        SyntheticSource(["nothing"], 100, 1)
+    with pytest.raises(ValueError, match="0 < least <= most"):
+        SyntheticSource(["passkey"], (200, 100), 1)
+
+
+def test_yaml_fills_the_constructors():
+    parser = ArgumentParser()
+    parser.add_argument("--train", type=list[Source])
+    config = [
+        {"class_path": "datamodules.sources.JsonlSource", "init_args": {"path": "a.jsonl"}},
+        {"class_path": "datamodules.sources.HubSource", "init_args": {"name": "owner/name"}},
+        {
+            "class_path": "datamodules.sources.SyntheticSource",
+            "init_args": {"tasks": ["passkey"], "tokens": [512, 1024], "size": 3},
+        },
+    ]
+    # The method has another name in older versions.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    made = instantiate(parser.parse_object({"train": config})).train
+    assert [type(s) for s in made] == [JsonlSource, HubSource, SyntheticSource]
+    assert made[2].tokens == (512, 1024)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the shared data is not at {DATA}")
+def test_real_files_are_read_whole(tokenizer):
+    paths = sorted(p for folder in ("train", "eval") for p in (DATA / folder).glob("*.jsonl.gz"))
+    assert paths
+    for path in paths:
+        source = JsonlSource(str(path), limit=200)
+        found = source.load(tokenizer)
+        assert not source.first_broken, source.report
+        assert all(m["content"].strip() for m in found[-1].messages)
