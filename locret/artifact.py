@@ -8,10 +8,12 @@ Loading never executes code. Saving writes aside and renames: a failed save chan
 """
 
 import contextlib
+import functools
 import json
 import os
 import pickle
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -93,6 +95,8 @@ def save_folder(
         save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / RECORD).write_text(text, encoding="utf-8")
         (aside / CARD).write_text(model_card(record), encoding="utf-8")
+        # safetensors writes files that only their owner may read
+        (aside / WEIGHTS).chmod((aside / RECORD).stat().st_mode)
     return folder
 
 
@@ -132,13 +136,30 @@ def written_aside(folder: Path) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
             yield Path(aside)
-            for file in Path(aside).iterdir():
-                os.replace(file, folder / file.name)
+            _move_in(Path(aside), folder)
     except BaseException:
         if not existed:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def _move_in(aside: Path, folder: Path) -> None:
+    """Move all files of `aside` into `folder`, or, if one fails, put back what was there."""
+    files = sorted(aside.iterdir())
+    before = aside / "before"
+    before.mkdir()
+    with contextlib.ExitStack() as undo:
+        for file in files:
+            target = folder / file.name
+            if target.exists():
+                shutil.copy2(target, before / file.name)
+                put_back = functools.partial(os.replace, before / file.name, target)
+            else:
+                put_back = functools.partial(target.unlink, missing_ok=True)
+            os.replace(file, target)
+            undo.callback(put_back)
+        undo.pop_all()
 
 
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:

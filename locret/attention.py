@@ -106,6 +106,11 @@ class RetainedAttention:
 
     def __call__(self, call: LayerCall) -> Tensor:
         cache = call.cache
+        if cache is None:
+            raise ValueError(
+                "the attached model runs without a cache; leave out use_cache=False, and turn "
+                "gradient checkpointing off or call model.eval()"
+            )
         layer: RetainedLayer = cache.layers[call.layer_idx]
         new = call.key.shape[2]
         start = layer.seen if cache.positions == "original" else layer.held

@@ -120,7 +120,7 @@ def _hand_over(
     elif cache is not None:
         raise ValueError(
             f"the attached model was given a {type(cache).__name__}; expected a RetainedCache "
-            "(engine.prefill makes one), or use_cache=False"
+            "(engine.prefill makes one)"
         )
 
     def compute(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -150,6 +150,8 @@ class RetainedCache(Cache):
         eviction: what layers do after attending now; None = nothing is evicted.
         prompt_length: tokens of the first prompt (it decides LongRoPE's `by_length` rule).
         token_ids: [B, seen] long, on the CPU: the tokens read so far, evicted ones included.
+        unread_ids: [B, 0 or 1] long, on the CPU: the last token of the answer, which ends a call
+            without being read; the next turn reads it first.
     """
 
     layers: list[RetainedLayer]  # type: ignore[assignment]
@@ -167,6 +169,7 @@ class RetainedCache(Cache):
         self.eviction: Eviction | None = None
         self.prompt_length = 0
         self.token_ids: Tensor | None = None
+        self.unread_ids = torch.empty(0, 0, dtype=torch.long)
 
     def __bool__(self) -> bool:
         """False, so that stock Phi-3 keeps the cache; ask `cache is None` or `cache.seen` instead.
@@ -192,6 +195,7 @@ class RetainedCache(Cache):
         self.eviction = None
         self.prompt_length = 0
         self.token_ids = None
+        self.unread_ids = self.unread_ids[:, :0]
 
     def report(self) -> dict[str, Any]:
         """What is held, in units and real bytes, against what a full cache would take.

@@ -107,6 +107,7 @@ class _SampleLoss:
         self.of = distillation
         self.prompt_length = prompt_length
         self.length = length
+        self.backend = distillation.backbone.backend  # asked before attaching, which hides it
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.regression: list[Tensor] = []
         self.smoothness: list[Tensor] = []
@@ -115,7 +116,7 @@ class _SampleLoss:
 
     def layer(self, call: LayerCall) -> Tensor:
         """The layer function: a layer's loss on the way, and its plain causal attention."""
-        prompt, backend = self.prompt_length, self.of.backbone.backend
+        prompt, backend = self.prompt_length, self.backend
         query = call.rotate(call.query, 0, self.length)
         key = call.rotate(call.key, 0, self.length)
         seen_by_answer = key

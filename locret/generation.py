@@ -9,7 +9,7 @@ eviction.
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ PAPER = {"budget": 16384, "chunk_size": 3072, "stabilizers": 2500, "local_tokens
 """The engine settings of the paper, where neither the user nor the heads say otherwise."""
 
 DEFAULT_NEW_TOKENS = 64
+
+MANY_ROWS = ("num_beams", "num_return_sequences")
+"""Arguments that let stock `generate` run several sequences for one prompt."""
 
 REFUSED_ARGUMENTS = (
     "assistant_model",
@@ -101,6 +104,8 @@ class Engine:
         self._depth = 0
 
     def _check_settings(self) -> None:
+        if self.positions not in get_args(Positions):
+            raise ValueError(f"positions is {self.positions!r}; expected 'compact' or 'original'")
         if self.budget is not None and self.budget < 1:
             raise ValueError(f"budget is {self.budget}; expected at least 1, or None for no limit")
         if self.chunk_size is not None and self.chunk_size < 1:
@@ -129,7 +134,7 @@ class Engine:
 
     def __exit__(self, *exception: Any) -> None:
         self._depth -= 1
-        if self._depth == 0:
+        if self._depth <= 0:  # below zero after a close() within the block
             self.close()
 
     def close(self) -> None:
@@ -153,7 +158,8 @@ class Engine:
         Raises:
             ValueError: an empty prompt, or padding.
         """
-        _check_input(input_ids, attention_mask, input_ids.shape[-1])
+        _check_ids(input_ids)
+        _check_mask(attention_mask, input_ids, context_length=0)
         with self:
             return self._prefill(input_ids, prompt_length=input_ids.shape[1])
 
@@ -184,16 +190,19 @@ class Engine:
             ValueError: an empty prompt, padding, or a decoding method that needs to roll back the
                 cache.
         """
-        seen = cache.seen if cache is not None else 0
-        _check_input(input_ids, attention_mask, input_ids.shape[-1] + seen)
-        _check_decoding(kwargs, with_cache=cache is not None)
-        if max_new_tokens is not None or not kwargs.keys() & {"max_length", "generation_config"}:
-            kwargs["max_new_tokens"] = max_new_tokens or DEFAULT_NEW_TOKENS
+        _check_ids(input_ids)
+        context = input_ids[:, :0] if cache is None else self._context_ids(cache, input_ids)
+        _check_mask(attention_mask, input_ids, context.shape[1])
+        _check_decoding(self.model, kwargs, with_cache=cache is not None)
+        if max_new_tokens is None and not any(map(kwargs.get, ("max_length", "generation_config"))):
+            max_new_tokens = DEFAULT_NEW_TOKENS
+        if max_new_tokens is not None:
+            kwargs["max_new_tokens"] = max_new_tokens
         with self:
             if cache is None:
-                return self._generate(input_ids, self._read_prompt(input_ids), 0, kwargs)
-            context = _context_ids(cache, input_ids)
-            return self._generate(torch.cat([context, input_ids], dim=1), cache, seen, kwargs)
+                cache = self._read_prompt(input_ids)
+            sequence = torch.cat([context, input_ids], dim=1)
+            return self._generate(sequence, cache, context.shape[1], kwargs)
 
     def _read_prompt(self, input_ids: Tensor) -> RetainedCache:
         """The cache after all of the prompt but its local tokens."""
@@ -214,15 +223,41 @@ class Engine:
                 self.progress(end, total)
         cache.eviction = None
         cache.token_ids = input_ids.cpu()
+        cache.unread_ids = cache.token_ids[:, :0]
         return cache
+
+    def _context_ids(self, cache: RetainedCache, input_ids: Tensor) -> Tensor:
+        """Tokens that the cache has seen or was answered, for stock generate's bookkeeping."""
+        layers = self.backbone.geometry.num_layers
+        if not isinstance(cache, RetainedCache) or len(cache.layers) != layers:
+            raise ValueError(
+                f"cache is a {type(cache).__name__} of {len(cache.layers)} layers; expected one of "
+                f"engine.prefill for this model, of {layers}"
+            )
+        ids = cache.token_ids
+        if ids is None or ids.shape[1] != cache.seen:
+            known = 0 if ids is None else ids.shape[1]
+            raise ValueError(
+                f"the cache has seen {cache.seen} tokens but knows the ids of {known}: it was "
+                "advanced outside the engine, or by beams; make a fresh one with engine.prefill"
+            )
+        if ids.shape[0] != input_ids.shape[0]:
+            raise ValueError(
+                f"the cache has {ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they must "
+                "match"
+            )
+        return torch.cat([ids, cache.unread_ids], dim=1).to(input_ids.device)
 
     def _generate(
         self, sequence: Tensor, cache: RetainedCache, context: int, kwargs: dict[str, Any]
     ) -> Any:
         """Stock generate over a sequence whose first tokens `cache` has seen."""
-        rows = _rows_per_prompt(self.model, kwargs)
-        if rows > 1:
-            cache.batch_repeat_interleave(rows)
+        beams, returned = (_setting(self.model, kwargs, name) or 1 for name in MANY_ROWS)
+        if max(beams, returned) > 1:
+            cache.token_ids = None  # of no use to another call, should this one fail
+            cache.batch_repeat_interleave(max(beams, returned))
+        if _setting(self.model, kwargs, "use_cache") is False:
+            kwargs = kwargs | {"use_cache": True}
         output = self.model.generate(  # type: ignore[operator]
             sequence,
             attention_mask=torch.ones_like(sequence),
@@ -231,7 +266,9 @@ class Engine:
         )
         plain = isinstance(output, Tensor)
         sequences = output if plain else output.sequences
-        cache.token_ids = sequences[:, : cache.seen].cpu()
+        if beams == 1:  # else the cache's rows are the last beams, not the sequences returned
+            cache.token_ids = sequences[:, : cache.seen].cpu()
+            cache.unread_ids = sequences[:, cache.seen :].cpu()
         if plain:
             return sequences[:, context:]
         output.sequences = sequences[:, context:]
@@ -263,9 +300,8 @@ def _fitting(heads: RetainingHeads | None, backbone: Backbone) -> RetainingHeads
             f"these heads are for another backbone ({heads.config.backbone or 'not recorded'}): "
             + "; ".join(differences)
         )
-    here = next(heads.parameters())
     model: Any = backbone.model
-    if (here.device, here.dtype) != (model.device, model.dtype):
+    if {(p.device, p.dtype) for p in heads.parameters()} != {(model.device, model.dtype)}:
         heads = copy.deepcopy(heads).to(model.device, model.dtype)  # the caller's stay as they are
     return heads
 
@@ -282,15 +318,19 @@ def _budget_and_stabilizers(
     return budget, stabilizers
 
 
-def _check_input(input_ids: Tensor, attention_mask: Tensor | None, mask_length: int) -> None:
+def _check_ids(input_ids: Tensor) -> None:
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}; expected [batch, tokens] with at least "
             "one token"
         )
+
+
+def _check_mask(attention_mask: Tensor | None, input_ids: Tensor, context_length: int) -> None:
     if attention_mask is None:
         return
-    if attention_mask.shape not in (input_ids.shape, (input_ids.shape[0], mask_length)):
+    rows, new = input_ids.shape
+    if attention_mask.shape not in ((rows, new), (rows, context_length + new)):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected that of input_ids, "
             f"{tuple(input_ids.shape)}"
@@ -302,7 +342,7 @@ def _check_input(input_ids: Tensor, attention_mask: Tensor | None, mask_length: 
         )
 
 
-def _check_decoding(kwargs: dict[str, Any], with_cache: bool) -> None:
+def _check_decoding(model: Any, kwargs: dict[str, Any], with_cache: bool) -> None:
     for name in REFUSED_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} does not work with a compressed cache; leave it out")
@@ -310,28 +350,11 @@ def _check_decoding(kwargs: dict[str, Any], with_cache: bool) -> None:
         raise ValueError("use_cache=False leaves nothing to compress; leave it out")
     if "past_key_values" in kwargs:
         raise ValueError("pass the cache as cache=..., not past_key_values=...")
-    if with_cache and (kwargs.get("num_beams") or 1) > 1:
+    if with_cache and (_setting(model, kwargs, "num_beams") or 1) > 1:
         raise ValueError("beam search would mix up the cache given; pass the whole prompt instead")
 
 
-def _rows_per_prompt(model: nn.Module, kwargs: dict[str, Any]) -> int:
-    """How many sequences stock generate runs for one prompt (beams, return sequences)."""
+def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """What stock generate goes by: its argument, else its configuration's."""
     config = kwargs.get("generation_config") or model.generation_config
-    names = ("num_beams", "num_return_sequences")
-    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
-
-
-def _context_ids(cache: RetainedCache, input_ids: Tensor) -> Tensor:
-    """Tokens that the cache has seen, for stock generate's bookkeeping."""
-    ids = cache.token_ids
-    if ids is None or ids.shape[1] != cache.seen:
-        known = 0 if ids is None else ids.shape[1]
-        raise ValueError(
-            f"the cache has seen {cache.seen} tokens but knows the ids of {known}: it was advanced "
-            "outside the engine; make a fresh one with engine.prefill"
-        )
-    if ids.shape[0] != input_ids.shape[0]:
-        raise ValueError(
-            f"the cache has {ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they must match"
-        )
-    return ids.to(input_ids.device)
+    return kwargs.get(name) or getattr(config, name, None)

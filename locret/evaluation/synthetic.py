@@ -49,6 +49,15 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 N_KEYS = 4  # keys of multikey and multiquery, values of multivalue (RULER's default)
 N_VARIABLES = 5  # variables of one chain: four hops (RULER's default)
+NOISE = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
+"""The haystack `noise`: the passkey test's own filler (RULER's niah_single_1 uses it too)."""
+
 SENTENCE_CHARS = (24, 220)  # shorter is mostly debris, longer makes the prompt length coarse
 MIN_SENTENCES = 8
 
@@ -73,6 +82,12 @@ class SyntheticSample:
     answer: str
     expected: tuple[str, ...]
     depth: float | None
+
+    @property
+    def answer_prefix(self) -> str:
+        """The answer up to the first expected string: given to a model, it need only retrieve."""
+        first = min(self.answer.index(wanted) for wanted in self.expected)
+        return self.answer[:first].rstrip()
 
     def score(self, generated: str) -> float:
         """Fraction of `expected` found in a generated answer, 0 to 1."""
@@ -144,7 +159,7 @@ def _contains(text: str, wanted: str) -> bool:
 
 @lru_cache(maxsize=8)
 def load_haystack(path: str | Path | None = None) -> Haystack:
-    """Read a haystack: a UTF-8 text file, or CPython's language reference when no path is given.
+    """Read a haystack: "noise", a UTF-8 text file, or CPython's language reference when None.
 
     The language reference differs between Python versions, so samples over it are reproducible
     within one version.
@@ -154,10 +169,12 @@ def load_haystack(path: str | Path | None = None) -> Haystack:
     """
     if path is None:
         return Haystack(_sentences(_topics_paragraphs()))
+    if path == "noise":
+        return Haystack(NOISE)
     if not Path(path).is_file():
         raise ValueError(
-            f"haystack {str(path)!r} is not a file; give the path of a text file, or none for the "
-            "language reference that ships with CPython"
+            f"haystack {str(path)!r} is not a file; give the path of a text file, 'noise', or none "
+            "for the language reference that ships with CPython"
         )
     text = Path(path).read_text(encoding="utf-8", errors="replace")
     found = _sentences([" ".join(p.split()) for p in re.split(r"\n\s*\n", text)])
@@ -365,7 +382,7 @@ def make_sample(
             not depend on `tokens`, so one seed can be compared at several lengths.
         depth: where the string asked for stands, 0 to 1 of the haystack's sentences; with several
             strings the first one, the others follow at random. None draws it.
-        haystack: path of a text file; None is CPython's language reference.
+        haystack: path of a text file, or "noise"; None is CPython's language reference.
 
     Raises:
         ValueError: for an unknown task, a depth outside 0 to 1, an unusable haystack, or too few

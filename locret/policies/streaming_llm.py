@@ -24,5 +24,6 @@ class StreamingLLMPolicy(Policy):
         batch, heads, new, _ = chunk.key.shape
         positions = torch.arange(chunk.start, chunk.start + new, device=chunk.key.device)
         # float32 counts exactly up to 16.7 million tokens; finite, so that stabilizers rank higher
-        scores = positions.float().masked_fill(positions < self.sinks, torch.finfo().max)
+        highest = torch.finfo(torch.float32).max
+        scores = positions.float().masked_fill(positions < self.sinks, highest)
         return scores.expand(batch, heads, new)

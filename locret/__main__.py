@@ -1,0 +1,7 @@
+"""`python -m locret ...`."""
+
+import sys
+
+from locret.cli import main
+
+sys.exit(main())

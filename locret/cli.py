@@ -1,0 +1,235 @@
+"""Command line: `python -m locret COMMAND --help`.
+
+generate   answer a prompt of any length within a budget
+needle     needle in a haystack under several policies at the same budget
+convert    between the artifact folder and the released .bin format
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from locret.heads import RetainingHeads
+from locret.policies import POLICIES
+
+BYTES_PER_MIB = 2**20
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status. Errors of the user print one line to stderr."""
+    given = _parser().parse_args(args)
+    try:
+        given.run(given)
+    except (ValueError, OSError) as error:
+        print(f"locret {given.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="locret", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_generate(commands)
+    _add_needle(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    command = commands.add_parser("generate", help="answer a prompt within a budget")
+    _add_model(command)
+    command.add_argument("--prompt-file", required=True, help="a text file; - for standard input")
+    command.add_argument("--policy", default=None, choices=sorted(POLICIES))
+    auto = {"type": _setting, "default": "auto", "metavar": "N"}
+    command.add_argument("--budget", **auto, help="units a KV head keeps, or none")
+    command.add_argument("--chunk-size", **auto, help="tokens read at a time, or none")
+    command.add_argument("--stabilizers", **auto, help="last units that survive evictions")
+    command.add_argument("--local-tokens", **auto, help="last tokens, read after the evictions")
+    command.add_argument("--max-new-tokens", type=int, default=128)
+    command.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    command.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    command.set_defaults(run=_generate)
+
+
+def _add_needle(commands: Any) -> None:
+    command = commands.add_parser("needle", help="needles under several policies")
+    _add_model(command)
+    command.add_argument("--policies", nargs="+", default=["full", "streaming_llm", "locret"])
+    command.add_argument("--task", default="niah_single")
+    command.add_argument("--tokens", type=int, default=3000, help="length of the prompts")
+    command.add_argument("--count", type=int, default=10, help="needles, at depths spread evenly")
+    command.add_argument("--ratio", type=int, default=8, help="prompt tokens a budget unit")
+    command.add_argument("--seed", type=int, default=1_000_000)
+    command.add_argument("--haystack", default="noise", help="noise, reference, or a text file")
+    command.add_argument("--json-out", type=Path, help="write every answer to this file")
+    command.set_defaults(run=_needle)
+
+
+def _add_convert(commands: Any) -> None:
+    command = commands.add_parser("convert", help="artifact folder <-> released .bin")
+    command.add_argument("source", help="a folder, a .bin file, or a Hub id")
+    command.add_argument("target", type=Path, help="a .bin file to write, or else a folder")
+    command.set_defaults(run=_convert)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="Hub id, folder, or embedded:smollm2")
+    command.add_argument("--heads", help="artifact folder, .bin file, or Hub id")
+    command.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    command.add_argument("--device", default=None)
+
+
+def _setting(text: str) -> int | None | str:
+    """An engine setting: a number, none, or auto (what the heads record, else the paper's)."""
+    words: dict[str, str | None] = {"none": None, "auto": "auto"}
+    return words[text.lower()] if text.lower() in words else int(text)
+
+
+def _load_heads(given: argparse.Namespace) -> RetainingHeads | None:
+    return RetainingHeads.from_pretrained(given.heads) if given.heads else None
+
+
+def _generate(given: argparse.Namespace) -> None:
+    from transformers import TextStreamer
+
+    from locret.generation import Engine
+    from locret.models import load_model
+
+    # What is cheap to get wrong is checked before a model is loaded.
+    text = sys.stdin.read() if given.prompt_file == "-" else _read_text(given.prompt_file)
+    heads = _load_heads(given)
+    loaded = load_model(given.model, dtype=given.dtype, device=given.device)
+    engine = Engine(
+        loaded.model,
+        given.policy or ("locret" if heads else "full"),
+        heads=heads,
+        budget=given.budget,
+        chunk_size=given.chunk_size,
+        stabilizers=given.stabilizers,
+        local_tokens=given.local_tokens,
+        progress=_Bar("reading"),
+    )
+    ids = _prompt_ids(loaded.tokenizer, text, raw=given.raw).to(loaded.model.device)
+    started = time.perf_counter()
+    output = engine.generate(
+        ids,
+        max_new_tokens=given.max_new_tokens,
+        streamer=None if given.json else TextStreamer(loaded.tokenizer, skip_prompt=True),
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    answer = output.sequences[0, ids.shape[1] :]
+    result = {
+        "answer": loaded.tokenizer.decode(answer, skip_special_tokens=True),
+        "policy": engine.policy.name,
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": len(answer),
+        "seconds": round(time.perf_counter() - started, 3),
+        "cache": output.past_key_values.report(),
+    }
+    print(json.dumps(result) if given.json else _generate_summary(result))
+
+
+def _generate_summary(result: dict[str, Any]) -> str:
+    report = result["cache"]
+    return (
+        f"\n[{result['policy']}: {result['prompt_tokens']} prompt tokens, {result['new_tokens']} "
+        f"new ones, {result['seconds']:.1f} s; cache {report['total_bytes'] / BYTES_PER_MIB:.1f} "
+        f"MiB, a full one {report['full_cache_bytes'] / BYTES_PER_MIB:.1f} MiB]"
+    )
+
+
+def _needle(given: argparse.Namespace) -> None:
+    from locret.evaluation import needle
+    from locret.models import load_model
+
+    unknown = sorted(set(given.policies) - set(POLICIES))
+    if unknown:
+        raise ValueError(f"policies {unknown} are unknown; expected some of {sorted(POLICIES)}")
+    heads = _load_heads(given)
+    if heads is None and "locret" in given.policies:
+        raise ValueError("policy locret needs --heads; train some with python -m trainers.fit")
+    settings = needle.NeedleSettings(
+        task=given.task,
+        tokens=given.tokens,
+        count=given.count,
+        ratio=given.ratio,
+        seed=given.seed,
+        haystack=None if given.haystack == "reference" else given.haystack,
+    )
+    loaded = load_model(given.model, dtype=given.dtype, device=given.device)
+    bar, results = _Bar("asking"), []
+    for result in needle.run_needles(loaded, given.policies, settings, heads):
+        results.append(result)
+        bar(len(results), settings.count * len(given.policies))
+    print(
+        f"{settings.count} needles in prompts of {results[0].prompt_tokens} tokens, budget "
+        f"{settings.tokens // settings.ratio} units a head ({given.model})\n"
+    )
+    print(needle.as_table(needle.summarize(results)))
+    if given.heads:
+        print(f"\nheads    {Path(given.heads).resolve()}")
+    if given.json_out:
+        given.json_out.parent.mkdir(parents=True, exist_ok=True)
+        given.json_out.write_text(json.dumps(needle.as_json(settings, results), indent=1))
+        print(f"answers  {given.json_out.resolve()}")
+
+
+def _convert(given: argparse.Namespace) -> None:
+    heads = RetainingHeads.from_pretrained(given.source)
+    save = heads.save_released if given.target.suffix == ".bin" else heads.save_pretrained
+    written = save(given.target)
+    print(f"wrote {written}: {heads.config.num_layers} layers, width {heads.config.width}")
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _prompt_ids(tokenizer: Any, text: str, raw: bool) -> Any:
+    import torch
+
+    if not raw and tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(text)["input_ids"]
+    return torch.tensor([ids], dtype=torch.long)
+
+
+class _Bar:
+    """A progress bar on stderr; silent where stderr is no terminal."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(total=total, desc=self.label, disable=None, leave=False)
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self.bar.close()
+            self.bar = None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

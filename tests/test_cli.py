@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+
+import locret
+from locret.cli import main
+from tests.tiny_models import tiny_heads, tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+
+
+TOO_SMALL = ["--budget", "4", "--stabilizers", "9"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny backbone, heads for it and for another one, and a prompt."""
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("qwen3", vocab_size=len(tokenizer), max_position_embeddings=8192)
+    model.save_pretrained(folder / "backbone")
+    tokenizer.save_pretrained(folder / "backbone")
+    defaults = {"budget": 48, "chunk_size": 32, "stabilizers": 8, "local_tokens": 20}
+    tiny_heads(model, defaults=defaults).save_pretrained(folder / "heads")
+    other = tiny_model("llama", num_attention_heads=4)
+    tiny_heads(other).save_pretrained(folder / "other")
+    (folder / "prompt.txt").write_text("One quiet otter. " * 40, encoding="utf-8")
+    return folder
+
+
+def run(folder, *args):
+    given = ["--model", str(folder / "backbone"), "--device", "cpu"]
+    return main([args[0], *given, *args[1:]])
+
+
+def test_generate_streams_and_says_what_the_cache_took(folder, capsys):
+    prompt, heads = str(folder / "prompt.txt"), str(folder / "heads")
+    assert run(folder, "generate", "--heads", heads, "--prompt-file", prompt) == 0
+    out = capsys.readouterr().out
+    assert "[locret:" in out
+    assert "MiB" in out
+
+
+def test_generate_json_obeys_the_recorded_settings(folder, capsys):
+    args = ["--heads", str(folder / "heads"), "--prompt-file", str(folder / "prompt.txt")]
+    assert run(folder, "generate", *args, "--json", "--max-new-tokens", "5") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["policy"] == "locret"
+    assert result["new_tokens"] == 5
+    assert result["cache"]["budget"] == 48
+    assert result["cache"]["units"] == [48 + 20 + 4] * 2
+    assert result["cache"]["seen_tokens"] == result["prompt_tokens"] + 4
+
+
+def test_generate_without_heads_or_budget_is_stock(folder, capsys):
+    from locret.models import load_model
+
+    args = ["--prompt-file", str(folder / "prompt.txt"), "--json", "--max-new-tokens", "8", "--raw"]
+    assert run(folder, "generate", *args, "--budget", "none") == 0
+    answer = json.loads(capsys.readouterr().out)["answer"]
+    loaded = load_model(str(folder / "backbone"), device="cpu")
+    text = (folder / "prompt.txt").read_text()
+    ids = torch.tensor([loaded.tokenizer(text)["input_ids"]])
+    stock = loaded.model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert answer == loaded.tokenizer.decode(stock[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_needle_prints_a_row_a_policy_and_keeps_the_answers(folder, tmp_path, capsys):
+    out = tmp_path / "new" / "needle.json"
+    args = ["--heads", str(folder / "heads"), "--tokens", "600", "--count", "2"]
+    assert run(folder, "needle", *args, "--json-out", str(out)) == 0
+    printed = capsys.readouterr().out
+    assert [word for word in ("full", "streaming_llm", "locret") if word not in printed] == []
+    assert str(folder / "heads") in printed
+    found = json.loads(out.read_text())
+    assert len(found["results"]) == 6
+    budget = 600 // 8
+    for row in found["summary"]:
+        full = row["policy"] == "full"
+        assert (row["units"] > 600) == full
+        assert full or row["units"] <= budget + 100 + 16
+
+
+def test_convert_there_and_back_is_bit_identical(folder, tmp_path, capsys):
+    released, back = tmp_path / "heads.bin", tmp_path / "back"
+    assert main(["convert", str(folder / "heads"), str(released)]) == 0
+    assert main(["convert", str(released), str(back)]) == 0
+    assert f"wrote {back}" in capsys.readouterr().out
+    before = locret.RetainingHeads.from_pretrained(folder / "heads").state_dict()
+    after = locret.RetainingHeads.from_pretrained(back).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["generate", "--prompt-file", "nosuch.txt"], "nosuch.txt"),
+        (["generate", "--prompt-file", "{prompt}", "--policy", "locret"], "heads"),
+        (["generate", "--prompt-file", "{prompt}", "--heads", "{other}"], "num_query_heads"),
+        (["generate", "--prompt-file", "{prompt}", "--policy", "random", *TOO_SMALL], "lower"),
+        (["needle", "--policies", "best"], "best"),
+        (["needle", "--policies", "locret"], "--heads"),
+        (["needle", "--policies", "full", "--task", "nosuch"], "nosuch"),
+    ],
+)
+def test_a_mistake_gives_one_line_on_stderr(args, says, folder, capsys):
+    names = {"prompt": folder / "prompt.txt", "other": folder / "other"}
+    assert run(folder, *(arg.format(**names) for arg in args)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"locret {args[0]}: ")
+    assert says in error
+
+
+def test_a_setting_that_is_no_number_is_refused(folder, capsys):
+    with pytest.raises(SystemExit):
+        run(folder, "generate", "--prompt-file", str(folder / "prompt.txt"), "--budget", "abc")
+    assert "abc" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""Every command and every piece of code that the README shows is run here, on tiny models."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import locret
+from locret import cli
+from locret.models import load_model
+from tests.tiny_models import tiny_heads, tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+from tests.trainers.test_fit import FAMILY_OF_CONFIG, tiny_run
+from trainers import fit
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder where a tiny backbone and its heads stand for those that the README names."""
+    folder = tmp_path_factory.mktemp("readme")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=8192)
+    model.save_pretrained(folder / "backbone")
+    tokenizer.save_pretrained(folder / "backbone")
+    heads = tiny_heads(model)
+    for name in ("runs/smollm2/heads", "runs/phi3/heads"):
+        heads.save_pretrained(folder / name)
+    (folder / "book.txt").write_text("It was a dark and stormy night. " * 90)
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_shown_command_runs(command, workplace, tmp_path, monkeypatch, capsys):
+    words = shlex.split(command)
+    if words[0] == "make":
+        if shutil.which("make") is None:
+            pytest.skip("make is not installed")
+        subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+        return
+    monkeypatch.chdir(workplace)
+    assert words[:2] == ["python", "-m"], f"no test knows how to run {command}"
+    module, args = words[2], words[3:]
+    if module == "trainers.fit":
+        run_training(args, tmp_path)
+        return
+    assert module == "locret", f"no test knows how to run {command}"
+    # "backbone" is a folder of the workplace
+    assert cli.main([word.replace("embedded:smollm2", "backbone") for word in args]) == 0
+    assert capsys.readouterr().out
+
+
+def run_training(args, tmp_path):
+    config = args[args.index("--config") + 1]
+    backbone = tmp_path / "backbone"
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(backbone)
+    tiny_model(FAMILY_OF_CONFIG[config], vocab_size=len(tokenizer)).save_pretrained(backbone)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "What is it, in the end?", "output": "It is."}\n' * 4)
+    small = tiny_run(backbone, rows, tmp_path, config=config)
+    # The README's own arguments stand last and win, but for the length of the run.
+    shown = [*args, "--trainer.max_steps=2", f"--output={tmp_path / 'out'}"]
+    heads = fit.main([*small[1:2], *shown[:2], *small[1:], *shown[2:]])
+    locret.RetainingHeads.from_pretrained(heads)
+
+
+def test_the_shown_code_runs(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    model = load_model("backbone", device="cpu").model
+    names = {
+        "locret": locret,
+        "model": model,
+        "input_ids": torch.randint(0, model.config.vocab_size, (1, 300)),
+        "question_ids": torch.randint(0, model.config.vocab_size, (1, 9)),
+    }
+    for block in blocks("python"):
+        exec(block, names)  # noqa: S102 - the README is ours
+    assert names["ids"].shape[1] > 300
+    assert names["answer"].shape[1] > 9
+    assert names["cache"].layers[0].source_positions.dtype == torch.long
+
+
+def test_the_supported_families_are_those_of_the_code():
+    from locret.backbone import SUPPORTED
+
+    shown = README.split("**Supported**")[1].split("---")[0].lower().replace("-", "")
+    assert [name for name in SUPPORTED if name.replace("_", "") not in shown] == []

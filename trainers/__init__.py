@@ -1,0 +1,1 @@
+"""Training of retaining heads with Lightning."""
