@@ -8,7 +8,6 @@ from locret.cli import main
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
-
 TOO_SMALL = ["--budget", "4", "--stabilizers", "9"]
 
 
