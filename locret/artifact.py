@@ -11,7 +11,6 @@ import contextlib
 import functools
 import json
 import os
-import pickle
 import re
 import shutil
 import tempfile
@@ -30,6 +29,7 @@ WEIGHTS = "heads.safetensors"
 RECORD = "config.json"
 CARD = "README.md"
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OURS = re.compile(r"layers\.(\d+)\.(fc[12])\.weight")
 _RELEASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.(fc[12])\.weight")
 
@@ -76,7 +76,9 @@ def check_tensors(
             continue
         if tuple(tensor.shape) != expected[name]:
             problems.append(f"{name} is {tuple(tensor.shape)}, expected {expected[name]}")
-        elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        elif tensor.dtype not in _DTYPES:
+            problems.append(f"{name} is {tensor.dtype}, expected one of {_DTYPES}")
+        elif not torch.isfinite(tensor).all():
             problems.append(f"{name} holds values that are not finite numbers")
     if problems:
         raise ValueError(f"heads from {source} do not fit their config: {'; '.join(problems)}")
@@ -204,7 +206,7 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
 def _load_released(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise ValueError(
             f"{path} is not a torch file of plain tensors (truncated, or it holds code, "
             f"which is never run): {error}"

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from locret import artifact
 
 SCHEMA_VERSION = 1
+TAP = "qkv_before_rope"
 RELEASED_ACTIVATION = "silu"  # of every backbone that heads were released for
 
 
@@ -72,7 +73,7 @@ class HeadsConfig:
     backbone: str | None = None
     backbone_revision: str | None = None
     model_type: str | None = None
-    tap: str = "qkv_before_rope"
+    tap: str = TAP
     label: str = "max_logit"
     positions: str = "compact"
     longrope: str = "long"
@@ -96,7 +97,8 @@ class HeadsConfig:
         """Read a record back.
 
         Raises:
-            ValueError: a newer schema, or fields missing or unknown; they are named.
+            ValueError: a newer schema, or fields missing, unknown or with values that cannot be;
+                they are named.
         """
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
@@ -115,6 +117,9 @@ class HeadsConfig:
         )
         if unknown or missing:
             raise ValueError(f"heads config: missing fields {missing}, unknown fields {unknown}")
+        wrong = _wrong_values(values)
+        if wrong:
+            raise ValueError(f"heads config: {'; '.join(wrong)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,6 +202,11 @@ class RetainingHeads(nn.Module):
         Raises:
             ValueError: tensors missing, extra, misshapen or not finite; named.
         """
+        if config.num_layers > len(tensors):  # building as many modules could take forever
+            raise ValueError(
+                f"heads from {source} do not fit their config: {len(tensors)} tensors for "
+                f"{config.num_layers} layers"
+            )
         with torch.device("meta"):
             heads = cls(config)
         expected = {name: tuple(p.shape) for name, p in heads.named_parameters()}
@@ -215,6 +225,31 @@ class RetainingHeads(nn.Module):
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the artifact to the Hub, making the repository if need be. Returns its address."""
         return artifact.push(repo_id, self.save_pretrained, private=private, token=token)
+
+
+def _wrong_values(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of a record whose fields are right."""
+    wrong = []
+    for name, kind in get_type_hints(HeadsConfig).items():
+        value = values.get(name)
+        if name in values and not _is_a(value, kind):
+            wrong.append(f"{name} is {value!r}, expected {kind}")
+        elif isinstance(value, int) and value < 1:
+            wrong.append(f"{name} is {value}, expected at least 1")
+    if not wrong:
+        if values.get("activation", RELEASED_ACTIVATION) not in ACT2FN:
+            wrong.append(f"activation {values['activation']!r} is unknown to transformers")
+        if values.get("tap", TAP) != TAP:
+            wrong.append(f"tap is {values['tap']!r}, this locret knows {TAP!r}")
+    return wrong
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is dict:
+        _, of = get_args(kind)
+        numbers = (int, float) if of is float else of
+        return isinstance(value, dict) and all(isinstance(v, numbers) for v in value.values())
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _released_config(tensors: Mapping[str, Tensor]) -> HeadsConfig:

