@@ -88,8 +88,16 @@ def attention_forward(
     return retained(query, key, value, scaling), None
 
 
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """Nothing is materialised: the attention function is causal by itself."""
+def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+    """Nothing is materialised: the attention function is causal by itself.
+
+    Raises:
+        ValueError: `attention_mask` [B, seen + T] holds zeros.
+    """
+    if attention_mask is None or torch.compiler.is_compiling():
+        return
+    if not attention_mask.all():
+        raise ValueError("attention_mask holds zeros: padding is not supported by locret")
 
 
 class RetainedAttention:

@@ -55,7 +55,7 @@ class Backbone:
     def __init__(self, model: Any, longrope: LongRopeRule = "long") -> None:
         stock: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = getattr(stock, "config", None)
-        if config is None or not hasattr(stock, "get_decoder"):
+        if config is None or not (hasattr(stock, "get_decoder") and hasattr(stock, "generate")):
             raise ValueError(f"expected a transformers causal language model, got {type(model)}")
         check_supported(config)
         self.model: Any = stock

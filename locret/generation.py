@@ -91,7 +91,7 @@ class Engine:
         self.model = model
         self.backbone = Backbone(model, longrope)  # type: ignore[arg-type]
         self.policy = _make_policy(policy, _fitting(heads, self.backbone))
-        recorded = PAPER | (record.defaults if record else {})
+        recorded = _recorded(record.defaults if record else {})
         self.budget, self.stabilizers = _budget_and_stabilizers(budget, stabilizers, recorded)
         if not self.policy.evicts:
             self.budget = None
@@ -304,6 +304,14 @@ def _fitting(heads: RetainingHeads | None, backbone: Backbone) -> RetainingHeads
     if {(p.device, p.dtype) for p in heads.parameters()} != {(model.device, model.dtype)}:
         heads = copy.deepcopy(heads).to(model.device, model.dtype)  # the caller's stay as they are
     return heads
+
+
+def _recorded(defaults: dict[str, int]) -> dict[str, int]:
+    """The heads' settings, the paper's for those not recorded; its stabilizers in proportion."""
+    settings = PAPER | defaults
+    if "stabilizers" not in defaults and settings["budget"] < PAPER["budget"]:
+        settings["stabilizers"] = PAPER["stabilizers"] * settings["budget"] // PAPER["budget"]
+    return settings
 
 
 def _budget_and_stabilizers(

@@ -100,9 +100,12 @@ def test_settings_given_win_over_the_record(model):
 
 
 def test_record_of_some_settings_leaves_the_papers_for_the_others(model):
-    heads = recorded_heads(model, defaults={"budget": 4000})
-    engine = locret.Engine(model, heads=heads)
-    assert (engine.budget, engine.chunk_size) == (4000, PAPER["chunk_size"])
+    engine = locret.Engine(model, heads=recorded_heads(model, defaults={"budget": 4096}))
+    assert (engine.budget, engine.chunk_size) == (4096, PAPER["chunk_size"])
+    assert engine.stabilizers == PAPER["stabilizers"] // 4  # in proportion to the budget
+    engine = locret.Engine(model, heads=recorded_heads(model, defaults={"chunk_size": 9}))
+    assert engine.chunk_size == 9
+    assert (engine.budget, engine.stabilizers) == (PAPER["budget"], PAPER["stabilizers"])
 
 
 @pytest.mark.parametrize(("budget", "stabilizers"), [(30, 6), (5, 1), (4, 0), (60, 12)])
@@ -425,6 +428,20 @@ def test_stock_caches_within_the_block_are_refused(model):
             model(prompt(10), use_cache=False)
         with pytest.raises(ValueError, match="4D attention mask"):
             model(prompt(2), attention_mask=torch.zeros(1, 1, 2, 2), past_key_values=new_cache())
+
+
+def test_padding_within_the_block_is_refused(model):
+    engine, ids = small_engine(model), prompt(30)
+    padded = torch.ones_like(ids)
+    padded[0, :4] = 0
+    with engine:
+        cache = engine.prefill(ids[:, :20])
+        with pytest.raises(ValueError, match="padding is not supported"):
+            model.generate(ids, attention_mask=padded, past_key_values=cache, **GREEDY)
+        answer = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **GREEDY
+        )
+    assert answer.shape == (1, 38)
 
 
 def new_cache():

@@ -139,6 +139,14 @@ def test_sampling_several_sequences_at_a_seed():
     assert len(set(map(tuple, answer.tolist()))) == 6
 
 
+@pytest.mark.parametrize("length", [1, 4, 6])
+def test_several_sequences_after_a_prompt_of_a_few_tokens(length):
+    assert_same_as_stock(
+        length=length, seed=7, do_sample=True, num_return_sequences=3, max_new_tokens=5
+    )
+    assert_same_as_stock(length=length, num_beams=3, max_new_tokens=5)
+
+
 def test_beam_sampling():
     assert_same_as_stock(seed=3, do_sample=True, num_beams=2, max_new_tokens=10)
 

@@ -1,0 +1,66 @@
+"""Causal attention of new tokens over slots: both backends against one query at a time."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from locret.attention import attend
+
+
+def naive(query, key, value, scaling):
+    batch, query_heads, new, size = query.shape
+    group, slots = query_heads // key.shape[1], key.shape[2]
+    output = torch.empty(batch, new, query_heads, size)
+    for b in range(batch):
+        for h in range(query_heads):
+            for t in range(new):
+                seen = slots - new + t + 1
+                keys, values = (x[b, h // group, :seen].float() for x in (key, value))
+                weights = (keys @ query[b, h, t].float() * scaling).softmax(dim=0)
+                output[b, t, h] = weights @ values
+    return output
+
+
+def random_inputs(batch, heads, group, new, slots, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(new * 100 + slots)
+    shapes = [(batch, heads * group, new, 8), *[(batch, heads, slots, 8)] * 2]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    new=st.integers(1, 9),
+    held=st.integers(0, 20),
+    scaling=st.sampled_from([8**-0.5, 1.0, 0.02]),
+)
+def test_new_tokens_see_what_is_held_and_themselves(
+    backend, batch, heads, group, new, held, scaling
+):
+    inputs = random_inputs(batch, heads, group, new, held + new)
+    output = attend(*inputs, scaling, backend)
+    assert output.shape == (batch, new, heads * group, 8)
+    assert output.is_contiguous()
+    assert (output - naive(*inputs, scaling)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize(("new", "slots"), [(1, 1), (1, 63), (63, 63), (7, 63)])
+def test_half_precision(backend, new, slots):
+    inputs = random_inputs(1, 2, 2, new, slots, torch.bfloat16)
+    output = attend(*inputs, 0.35, backend)
+    assert output.dtype == torch.bfloat16
+    assert (output.float() - naive(*inputs, 0.35)).abs().max() < 3e-2
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_token_never_sees_the_next(backend):
+    query, key, value = random_inputs(1, 2, 2, 4, 10)
+    before = attend(query, key, value, 0.35, backend)
+    key[:, :, -1], value[:, :, -1] = 9.0, torch.nan
+    after = attend(query[:, :, :3], key[:, :, :9], value[:, :, :9], 0.35, backend)
+    assert torch.allclose(after, before[:, :3], atol=1e-6)

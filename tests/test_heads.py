@@ -1,0 +1,134 @@
+"""Retaining heads and their record."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from locret.backbone import Backbone
+from locret.heads import SCHEMA_VERSION, Geometry, HeadsConfig, RetainingHead, RetainingHeads
+from tests.tiny_models import FAMILIES, tiny_heads, tiny_model
+
+GEOMETRY = Geometry(num_layers=3, num_query_heads=4, num_kv_heads=2, head_size=8, activation="silu")
+
+
+def config(**record):
+    return HeadsConfig.for_geometry(GEOMETRY, 6, **record)
+
+
+def test_input_is_q_k_and_v_of_all_heads():
+    assert GEOMETRY.input_width == (4 + 2 + 2) * 8
+    assert config().input_width == GEOMETRY.input_width
+
+
+@pytest.mark.parametrize(
+    ("activation", "function"),
+    [("silu", torch.nn.functional.silu), ("gelu_pytorch_tanh", torch.nn.GELU("tanh"))],
+)
+def test_head_is_two_matrices_and_the_backbones_activation(activation, function):
+    head = RetainingHead(10, 6, 2, activation)
+    assert [name for name, _ in head.named_parameters()] == ["fc1.weight", "fc2.weight"]
+    qkv = torch.randn(2, 5, 10)
+    scores = head(qkv)
+    assert scores.shape == (2, 2, 5)
+    for row in range(2):
+        for token in range(5):
+            expected = head.fc2.weight @ function(head.fc1.weight @ qkv[row, token])
+            assert torch.allclose(scores[row, :, token], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_come_in_the_heads_dtype(dtype):
+    head = RetainingHead(10, 6, 2, "silu").to(dtype)
+    for given in (torch.float32, torch.bfloat16, torch.float16):
+        assert head(torch.randn(1, 3, 10).to(given)).dtype == dtype
+
+
+def test_heads_are_reached_by_layer():
+    heads = RetainingHeads(config())
+    assert len(heads.layers) == 3
+    assert heads[2] is heads.layers[2]
+    assert sorted(heads.state_dict()) == [
+        f"layers.{i}.fc{j}.weight" for i in range(3) for j in (1, 2)
+    ]
+
+
+def test_record_goes_to_a_dict_and_back():
+    full = config(
+        backbone="a/b",
+        backbone_revision="main",
+        model_type="llama",
+        positions="original",
+        longrope="by_length",
+        trained_tokens=1000,
+        defaults={"budget": 5},
+        metrics={"recall": 1, "loss": 0.5},
+    )
+    assert HeadsConfig.from_dict(full.to_dict()) == full
+    assert full.to_dict()["schema_version"] == SCHEMA_VERSION
+
+
+def test_record_reads_back_without_its_optional_fields():
+    required = {"num_layers": 2, "num_kv_heads": 2, "input_width": 8, "width": 3}
+    given = HeadsConfig.from_dict(required | {"schema_version": SCHEMA_VERSION})
+    assert given == HeadsConfig(**required)
+
+
+def test_record_without_a_schema_version_is_refused():
+    values = config().to_dict()
+    del values["schema_version"]
+    with pytest.raises(ValueError, match="schema_version None"):
+        HeadsConfig.from_dict(values)
+
+
+def test_record_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().width = 7
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_layers", 4),
+        ("num_query_heads", 8),
+        ("num_kv_heads", 4),
+        ("head_size", 16),
+        ("activation", "gelu"),
+    ],
+)
+def test_every_difference_from_a_backbone_is_named(field, value):
+    other = dataclasses.replace(GEOMETRY, **{field: value})
+    differences = config().differences(other)
+    ours = getattr(GEOMETRY, field)
+    assert f"{field}: heads {ours!r}, backbone {value!r}" in differences
+    assert config().differences(GEOMETRY) == []
+
+
+def test_what_a_released_file_does_not_tell_is_not_held_against_it():
+    silent = dataclasses.replace(config(), num_query_heads=None, head_size=None)
+    assert silent.differences(GEOMETRY) == []
+    wider = dataclasses.replace(GEOMETRY, head_size=16)
+    assert silent.differences(wider) == ["input_width: heads 64, backbone 128"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_fit_every_supported_backbone(family):
+    model = tiny_model(family)
+    heads = tiny_heads(model)
+    assert heads.config.differences(Backbone(model).geometry) == []
+    assert heads.config.activation == model.config.hidden_act
+
+
+def test_tensors_given_are_used_and_frozen():
+    heads = RetainingHeads(config())
+    copy = RetainingHeads.from_tensors(config(), heads.state_dict())
+    assert not any(p.requires_grad for p in copy.parameters())
+    for a, b in zip(heads.parameters(), copy.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_tensors_that_do_not_fit_are_named_with_their_source():
+    tensors = RetainingHeads(config()).state_dict()
+    tensors["layers.0.fc1.weight"] = torch.ones(1, 2)
+    with pytest.raises(ValueError, match=r"from here do not fit.*layers.0.fc1.weight is \(1, 2\)"):
+        RetainingHeads.from_tensors(config(), tensors, source="here")
