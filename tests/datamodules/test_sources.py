@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
-from datamodules.sources import HubSource, JsonlSource, Source, SyntheticSource, parse_row
+from datamodules.conversations import SkippedRow
+from datamodules.rows import FIELDS, parse_row
+from datamodules.sources import HubSource, JsonlSource, ParquetSource, Source, SyntheticSource
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 QA = {
@@ -87,6 +89,7 @@ def test_jsonl_reads_mixed_schemas_and_counts_broken_rows(name, tmp_path, tokeni
     found = source.load(tokenizer)
     assert [texts(c)[-1][1] for c in found] == ["Me", "Yes", "A", "Done."]
     assert source.report == {
+        "rows": 7,
         "conversations": 4,
         "not JSON": 2,
         "unknown schema": 1,
@@ -101,7 +104,7 @@ def test_jsonl_reads_mixed_schemas_and_counts_broken_rows(name, tmp_path, tokeni
 def test_jsonl_limit_and_repeated_loading(tmp_path, tokenizer):
     source = JsonlSource(write(tmp_path / "rows.jsonl", "x", QA, CHAT), limit=2)
     assert len(source.load(tokenizer)) == len(source.load(tokenizer)) == 2
-    assert source.report == {"conversations": 2, "not JSON": 1}
+    assert source.report == {"rows": 2, "conversations": 2, "not JSON": 1}
 
 
 def test_jsonl_refuses_a_missing_and_an_unusable_file(tmp_path, tokenizer):
@@ -132,7 +135,7 @@ def test_hub_rows_are_parsed_alike(monkeypatch, tokenizer):
     assert asked == {"name": "owner/name", "split": "test", "revision": "abc"}
     assert len(found) == 2 and texts(found[1])[-1] == ("assistant", "Done.")
     assert found[1].id == "owner/name:2"
-    assert source.report == {"conversations": 2, "output is not text": 1}
+    assert source.report == {"rows": 3, "conversations": 2, "output is not text": 1}
 
 
 def test_synthetic_samples_follow_from_the_index(tokenizer):
@@ -159,6 +162,7 @@ def test_yaml_fills_the_constructors():
     parser.add_argument("--train", type=list[Source])
     config = [
         {"class_path": "datamodules.sources.JsonlSource", "init_args": {"path": "a.jsonl"}},
+        {"class_path": "datamodules.sources.ParquetSource", "init_args": {"path": "a.parquet"}},
         {"class_path": "datamodules.sources.HubSource", "init_args": {"name": "owner/name"}},
         {
             "class_path": "datamodules.sources.SyntheticSource",
@@ -168,8 +172,8 @@ def test_yaml_fills_the_constructors():
     # The method has another name in older versions.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     made = instantiate(parser.parse_object({"train": config})).train
-    assert [type(s) for s in made] == [JsonlSource, HubSource, SyntheticSource]
-    assert made[2].tokens == (512, 1024)
+    assert [type(s) for s in made] == [JsonlSource, ParquetSource, HubSource, SyntheticSource]
+    assert made[3].tokens == (512, 1024)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the shared data is not at {DATA}")
@@ -181,3 +185,104 @@ def test_real_files_are_read_whole(tokenizer):
         found = source.load(tokenizer)
         assert not source.first_broken, source.report
         assert all(m["content"].strip() for m in found[-1].messages)
+
+
+def names(conversations) -> list[str]:
+    return [c.messages[-1]["content"] for c in conversations]
+
+
+def share(answer: str) -> dict:
+    return {"instruction": "I", "output": answer}
+
+
+def test_places_are_of_the_file(tmp_path, tokenizer):
+    path = write(tmp_path / "rows.jsonl", "x", QA, "", CHAT)
+    places = [c.place for c in JsonlSource(path).load(tokenizer)]
+    assert places == [f"{path}:2#0", f"{path}:2#1", f"{path}:4"]
+
+
+def test_folders_and_patterns_take_files_in_order(tmp_path, tokenizer):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "b.jsonl", share("2"), share("3"))
+    write(tmp_path / "a.jsonl.gz", share("1"))
+    write(tmp_path / "deep" / "c.jsonl", share("4"))
+    (tmp_path / "notes.txt").write_text("not data")
+    source = JsonlSource(str(tmp_path))
+    found = source.load(tokenizer)
+    assert names(found) == ["1", "2", "3", "4"] and found[-1] == found[3]
+    assert source.report == {"rows": 4, "conversations": 4}
+    assert names(JsonlSource(str(tmp_path), limit=2).load(tokenizer)) == ["1", "2"]
+    assert names(JsonlSource(str(tmp_path / "*.jsonl")).load(tokenizer)) == ["2", "3"]
+    assert names(JsonlSource(str(tmp_path / "**/c*")).load(tokenizer)) == ["4"]
+    with pytest.raises(ValueError, match="nor a folder or a pattern"):
+        JsonlSource(str(tmp_path / "*.json")).load(tokenizer)
+    write(tmp_path / "c.jsonl", "x")
+    with pytest.raises(ValueError, match=r"1 x not JSON \(first .*c.jsonl:1\)"):
+        JsonlSource(str(tmp_path)).load(tokenizer)
+
+
+def test_streamed_lines_are_the_same(tmp_path, tokenizer):
+    rows = [QA, "{oops", "", CHAT, " ", ALPACA, share("caf\u00e9"), {**ALPACA, "output": "\u20ac"}]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    held, streamed = JsonlSource(path), JsonlSource(path, streaming=True)
+    assert list(streamed.load(tokenizer)) == list(held.load(tokenizer))
+    assert streamed.report == held.report and streamed.first_broken == held.first_broken
+    packed = write(tmp_path / "rows.jsonl.gz", QA)
+    with pytest.raises(ValueError, match="unpack it, or leave streaming off"):
+        JsonlSource(packed, streaming=True).load(tokenizer)
+
+
+def test_a_streamed_file_that_changed_gives_skips(tmp_path, tokenizer):
+    path = write(tmp_path / "rows.jsonl", share("1"), share("2"))
+    found = JsonlSource(path, streaming=True).load(tokenizer)
+    write(tmp_path / "rows.jsonl", share("1"))
+    assert names([found[0]]) == ["1"]
+    with pytest.raises(SkippedRow, match="changed while in use"):
+        found[1]
+
+
+def test_parquet_rows_are_parsed_alike(tmp_path, tokenizer):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [QA, CHAT, SHARE, ALPACA, {**ALPACA, "output": None}, {"id": "empty"}]
+    table = pyarrow.Table.from_pylist([{**dict.fromkeys(FIELDS), **row, "n": 1} for row in rows])
+    path = str(tmp_path / "rows.parquet")
+    pyarrow.parquet.write_table(table, path)
+    source = ParquetSource(path)
+    found = source.load(tokenizer)
+    assert [texts(c) for c in found] == [texts(c) for row in rows[:4] for c in parse_row(row)]
+    assert (found[0].id, found[2].id, found[2].place) == ("doc-0#0", "rows:1", f"{path}:1")
+    assert source.report["rows"] == 6
+    assert source.first_broken == {
+        "output is not text": f"{path}:4",
+        "unknown schema": f"{path}:5",
+    }
+    pyarrow.parquet.write_table(table.slice(3, 1), tmp_path / "more.parquet")
+    assert len(ParquetSource(str(tmp_path)).load(tokenizer)) == 6
+    assert len(ParquetSource(str(tmp_path), limit=3).load(tokenizer)) == 3
+    unknown = str(tmp_path / "other.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), unknown)
+    with pytest.raises(ValueError, match="2 x unknown schema"):
+        ParquetSource(unknown).load(tokenizer)
+
+
+def test_a_streamed_data_set_is_read_up_to_its_limit(monkeypatch, tokenizer):
+    import datasets
+
+    read = []
+
+    def rows():
+        for i in range(100):
+            read.append(i)
+            yield {**ALPACA, "output": str(i) if i else None}
+
+    def load_dataset(name, streaming, **options):
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = HubSource("owner/name", limit=3, streaming=True).load(tokenizer)
+    assert names(found) == ["1", "2", "3"] and names(found) == ["1", "2", "3"]
+    assert found[0].place == "owner/name:1" and max(read) < 10
+    with pytest.raises(ValueError, match="streaming owner/name needs a limit"):
+        HubSource("owner/name", streaming=True)

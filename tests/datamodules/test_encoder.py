@@ -3,14 +3,16 @@ import pickle
 import pytest
 import torch
 
-from datamodules.conversations import (
-    Conversation,
-    ConversationEncoder,
-    SkippedRow,
-    cut_tokens,
-    end_of_turn_id,
-)
+from datamodules.chat_format import end_of_turn_id
+from datamodules.conversations import Conversation, SkippedRow
+from datamodules.cutting import cut_window
+from datamodules.encoder import ConversationEncoder
 from tests.tiny_tokenizer import tiny_tokenizer
+
+
+def cut_tokens(ids, limit, cut):
+    start, end = cut_window(len(ids), limit, cut)
+    return ids[:start] + ids[end:]
 
 
 def conversation(prompt: str = "What?", answer: str = "That.") -> Conversation:
@@ -24,7 +26,7 @@ def test_prompt_is_the_template_and_answer_ends_the_turn(tokenizer):
     assert text == "<|user|>What?<|end|><|assistant|>That.<|end|>"
     assert tokenizer.decode(sample.input_ids[sample.prompt_length :]) == "That.<|end|>"
     assert sample.input_ids.dtype == torch.int64 and sample.input_ids.ndim == 1
-    assert (sample.cut, sample.answer_cut, sample.source, sample.id) == (0, 0, "test", "row-1")
+    assert (sample.cut, sample.answers_cut, sample.source, sample.id) == (0, 0, "test", "row-1")
 
 
 def test_earlier_turns_belong_to_the_prompt(tokenizer):
@@ -65,7 +67,7 @@ def test_end_of_turn_comes_from_the_template_else_eos(tokenizer):
         ("left", 11, list(range(10))),
     ],
 )
-def test_cut_tokens(cut, limit, kept):
+def test_cut_window(cut, limit, kept):
     assert cut_tokens(list(range(10)), limit, cut) == kept
 
 
@@ -86,7 +88,7 @@ def test_a_long_answer_loses_its_end(tokenizer):
     sample = ConversationEncoder(tokenizer, max_answer_tokens=7)(conversation(answer="xyz" * 10))
     n = sample.prompt_length
     assert len(sample.input_ids) == n + 7
-    assert sample.answer_cut == len(whole.input_ids) - n - 7
+    assert sample.answers_cut == len(whole.input_ids) - n - 7
     assert torch.equal(sample.input_ids, whole.input_ids[: n + 7])
 
 

@@ -1,0 +1,138 @@
+"""Conversations to tokens: one sample each, cut to a bound where it must be.
+
+encoder = ConversationEncoder(tokenizer, max_prompt_tokens=10240, max_answer_tokens=512)
+sample = encoder(conversation)
+start, end = sample.answers[0]
+sample.input_ids[:start]      # what the cache holds when the first answer begins
+sample.input_ids[start:end]   # the answer, whose attention labels the tokens before it
+"""
+
+from typing import get_args
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.chat_format import ChatFormat
+from datamodules.conversations import Conversation, Message, Sample, SkippedRow
+from datamodules.cutting import Cut, Span, cut_spans, cut_window
+
+
+class ConversationEncoder:
+    """Turns conversations into samples. `chat_format.py` says which tokens, `cutting.py` which go.
+
+    Every answer of the assistant labels the tokens before it. Prompt and last answer have a bound
+    each, and the prompt is cut before the answer is appended; earlier answers belong to the prompt.
+
+    Args:
+        tokenizer: of the backbone.
+        max_prompt_tokens: bound on what stands before the last answer, template included.
+        max_answer_tokens: bound on each answer, end-of-turn token included.
+        cut: which part of a long prompt goes. "middle" keeps the first and the last half, and so
+            the template's frame, the opening and the question; "left" removes the start, with it
+            the oldest turns; "right" the end.
+
+    Raises:
+        ValueError: for a bound below 1 or an unknown `cut`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int = 10240,
+        max_answer_tokens: int = 512,
+        cut: Cut = "middle",
+    ) -> None:
+        if max_prompt_tokens < 1 or max_answer_tokens < 1:
+            raise ValueError(
+                f"max_prompt_tokens is {max_prompt_tokens} and max_answer_tokens is "
+                f"{max_answer_tokens}; both must be at least 1"
+            )
+        if cut not in get_args(Cut):
+            raise ValueError(f"cut is {cut!r}, expected one of {', '.join(get_args(Cut))}")
+        self.tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_answer_tokens = max_answer_tokens
+        self.cut = cut
+        self.format = ChatFormat(tokenizer)
+
+    def __call__(self, conversation: Conversation) -> Sample:
+        """Encode one conversation.
+
+        Raises:
+            SkippedRow: if the last answer or the prompt is blank, the chat template refuses the
+                roles, or a text cannot be written as UTF-8.
+        """
+        try:
+            return self._encode(conversation)
+        except SkippedRow as error:
+            where = conversation.place or conversation.id
+            raise SkippedRow(error.reason, where) from error.__cause__
+
+    def _encode(self, conversation: Conversation) -> Sample:
+        messages = conversation.messages
+        _check(messages)
+        prompt = self.format.prompt_ids(messages[:-1])
+        answer = self.format.answer_ids(messages[-1]["content"])
+        if not prompt or not answer:
+            raise SkippedRow("no token")
+        earlier, unmatched = self._earlier_answers(messages, prompt)
+        window = cut_window(len(prompt), self.max_prompt_tokens, self.cut, earlier)
+        kept = prompt[: window[0]] + prompt[window[1] :]
+        if not kept:
+            raise SkippedRow("nothing of the prompt left after cutting")
+        spans = (*cut_spans(earlier, window), (len(kept), len(kept) + len(answer)))
+        bound = self.max_answer_tokens
+        ids = torch.tensor(kept + answer[:bound], dtype=torch.long)
+        return Sample(
+            input_ids=ids,  # type: ignore[arg-type]
+            answers=tuple((a, min(b, a + bound)) for a, b in spans),
+            cut=len(prompt) - len(kept),
+            answers_cut=sum(max(0, b - a - bound) for a, b in spans),
+            source=conversation.source,
+            id=conversation.id,
+            answers_unmatched=unmatched,
+            answers_removed=len(earlier) + 1 - len(spans),
+        )
+
+    def _earlier_answers(
+        self, messages: tuple[Message, ...], prompt: list[int]
+    ) -> tuple[tuple[Span, ...], int]:
+        """Spans of the answers before the last one, and how many were not found again."""
+        found: list[Span] = []
+        unmatched = 0
+        for i, message in enumerate(messages[:-1]):
+            if message["role"] != "assistant" or not _asked(messages[:i]):
+                continue  # a greeting answers nothing
+            if not message["content"].strip():
+                continue
+            span = self.format.find_answer(messages, i, prompt)
+            if span is not None and (not found or span[0] >= found[-1][1]):
+                found.append(span)
+            else:
+                unmatched += 1
+        return tuple(found), unmatched
+
+
+def _asked(messages: tuple[Message, ...]) -> bool:
+    return any(m["role"] != "assistant" and m["content"].strip() for m in messages)
+
+
+def _check(messages: tuple[Message, ...]) -> None:
+    if not messages[-1]["content"].strip():
+        raise SkippedRow("no answer")
+    if not _asked(messages[:-1]):
+        raise SkippedRow("empty prompt")
+    # JSON can escape half a surrogate pair, which no tokenizer takes.
+    if not all(is_unicode(text) for m in messages for text in (m["role"], m["content"])):
+        raise SkippedRow("not valid Unicode")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogates, and so can be written as UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

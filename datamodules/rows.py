@@ -1,0 +1,118 @@
+"""Rows of the known schemas, and the conversations that they hold."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from datamodules.conversations import Conversation, Message
+
+SCHEMAS = (
+    '{"context", "qa": [{"question", "answers": [..]}]}, {"messages": [{"role", "content"}]}, '
+    '{"conversations": [{"from", "value"}]} or {"instruction", "output"[, "input"]}'
+)
+FIELDS = (
+    *("id", "source", "context", "qa", "messages", "conversations"),
+    *("instruction", "input", "output"),
+)
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+
+# A hundred times any context window: tokenising such a text takes seconds and gigabytes, once each
+# time that it is drawn.
+MAX_CHARACTERS = 16 * 2**20
+
+
+def parse_row(row: Mapping[str, Any]) -> list[Conversation]:
+    """The conversations of one row, of any schema in `SCHEMAS`; for "qa" rows one a question.
+
+    A row's own "source" and "id" are taken over. A question without an answer gives a conversation
+    whose answer is empty, which the encoder then skips and counts.
+
+    Raises:
+        ValueError: if the row has no schema that is known, a field of the wrong kind, or a text
+            above `MAX_CHARACTERS`. The message is one of a few fixed texts.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError("not an object")
+    for key, parse in _PARSERS.items():
+        if row.get(key) is not None:
+            return parse(row)
+    raise ValueError("unknown schema")
+
+
+def messages_to_conversation(
+    row: Mapping[str, Any], messages: Iterable[Message], part: str = ""
+) -> Conversation:
+    """A conversation with the row's "source" and "id"; `part` is appended to the latter."""
+    source, name = (_name(row.get(key)) for key in ("source", "id"))
+    return Conversation(tuple(messages), source, name + part)
+
+
+def exchange(prompt: str, answer: str) -> tuple[Message, Message]:
+    """One question of the user and the answer to it."""
+    return {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
+
+
+def _name(value: Any) -> str:
+    # Names are printed and stored, so half a surrogate pair must not stay in them.
+    return "" if value is None else str(value)[:200].encode(errors="replace").decode()
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{field} is not text")
+    if len(value) > MAX_CHARACTERS:
+        raise ValueError(f"{field} is over {MAX_CHARACTERS} characters")
+    return value
+
+
+def _parse_qa(row: Mapping[str, Any]) -> list[Conversation]:
+    context, qa = _text(row.get("context"), "context"), row["qa"]
+    if not context.strip():
+        raise ValueError("empty context")
+    if not isinstance(qa, list) or not qa or not all(isinstance(item, Mapping) for item in qa):
+        raise ValueError("qa is not a list of questions")
+    return [_parse_question(row, context, item, f"#{i}") for i, item in enumerate(qa)]
+
+
+def _parse_question(
+    row: Mapping[str, Any], context: str, item: Mapping[str, Any], part: str
+) -> Conversation:
+    question, answers = _text(item.get("question") or "", "question"), item.get("answers") or [""]
+    if not isinstance(answers, list):
+        raise ValueError("answers is not a list")
+    # Without a question the context is the whole prompt, and holds it already.
+    prompt = f"{context}\n\n{question}" if question.strip() else context
+    return messages_to_conversation(row, exchange(prompt, _text(answers[0], "answer")), part)
+
+
+def _parse_chat(row: Mapping[str, Any]) -> list[Conversation]:
+    turns = row["messages"] if row.get("messages") is not None else row["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise ValueError("messages is not a list of turns")
+    messages = [_parse_turn(turn) for turn in turns]
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()  # a last question that nobody answered
+    if not messages:
+        raise ValueError("no message of the assistant")
+    return [messages_to_conversation(row, messages)]
+
+
+def _parse_turn(turn: Mapping[str, Any]) -> Message:
+    role = _text(turn.get("role") or turn.get("from"), "role").lower()
+    # Parquet knows no missing fields: those of the other schema are null.
+    content = turn["content"] if turn.get("content") is not None else turn.get("value")
+    return {"role": ROLES.get(role, role), "content": _text(content, "content")}
+
+
+def _parse_instruction(row: Mapping[str, Any]) -> list[Conversation]:
+    extra = _text(row.get("input") or "", "input")
+    instruction = _text(row["instruction"], "instruction")
+    prompt = instruction + (f"\n\n{extra}" if extra.strip() else "")
+    return [messages_to_conversation(row, exchange(prompt, _text(row.get("output"), "output")))]
+
+
+_PARSERS: dict[str, Callable[[Mapping[str, Any]], list[Conversation]]] = {
+    "qa": _parse_qa,
+    "messages": _parse_chat,
+    "conversations": _parse_chat,
+    "instruction": _parse_instruction,
+}
