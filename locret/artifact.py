@@ -1,8 +1,10 @@
 """Files of a heads artifact: our folder, the released `.bin`, and the Hub. Tensors in, tensors out.
 
 Ours is a folder with `heads.safetensors` (`layers.{i}.fc1.weight`, `layers.{i}.fc2.weight`),
-`config.json` (`locret.heads.HeadsConfig`) and a model card. The released format is a torch file
-with `model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`, alone or in a whole-model dict.
+`config.json` (`locret.heads.HeadsConfig`) and a model card; beside them may lie `training.yaml`,
+`training.png` and small files with figures, which are published too. The released format is a
+torch file with `model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`, alone or in a whole-model
+dict.
 
 Loading never executes code. Saving writes aside and renames: a failed save changes nothing.
 """
@@ -14,24 +16,31 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from locret.card import model_card
+from locret import hub
+from locret.card import Facts, is_generated, model_card
 
 WEIGHTS = "heads.safetensors"
 RECORD = "config.json"
 CARD = "README.md"
+TRAINING = "training.yaml"
+PLOT = "training.png"
+FIGURES = (".png", ".json", ".csv")
+MAX_FIGURE_BYTES = 4 * 2**20
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OURS = re.compile(r"layers\.(\d+)\.(fc[12])\.weight")
 _RELEASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.(fc[12])\.weight")
+_COMMAND = re.compile(r"^# command: (.+)$", re.MULTILINE)
 
 
 def load(
@@ -45,20 +54,27 @@ def load(
     Raises:
         ValueError: nothing usable there; says what was looked for.
     """
-    path = Path(source)
-    if not path.exists():
-        path = _download(str(source), revision, token)
+    path = locate(source, revision=revision, token=token)
     if path.is_file():
         return None, _load_released(path)
     if (path / WEIGHTS).is_file():
         return _load_record(path / RECORD), _load_weights(path / WEIGHTS)
-    released = sorted(path.glob("*.bin"))
+    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    released = [name for name in names if name.endswith(".bin")]
     if len(released) == 1:
-        return None, _load_released(released[0])
+        return None, _load_released(path / released[0])
     raise ValueError(
-        f"{source}: neither {WEIGHTS} nor a single .bin file in this folder; "
-        f"found {sorted(p.name for p in path.iterdir())}"
+        f"{source}: neither {WEIGHTS} nor a single .bin file in this folder; found {names}"
     )
+
+
+def locate(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The file or folder of an artifact on this machine, downloaded if `source` is a Hub id."""
+    path = Path(source)
+    if path.exists():
+        return path
+    patterns = [WEIGHTS, RECORD, "*.bin"]
+    return hub.download(str(source), patterns=patterns, revision=revision, token=token)
 
 
 def check_tensors(
@@ -87,16 +103,23 @@ def check_tensors(
 def save_folder(
     folder: str | Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Path:
-    """Write the artifact folder. Other files in it are left alone; a failure changes nothing."""
+    """Write the artifact folder. A failure changes nothing.
+
+    Other files in it are left alone, and so is a card that somebody wrote or edited.
+    """
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; expected a folder to write the heads to")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(record, indent=2, sort_keys=True) + "\n"
     with written_aside(folder) as aside:
-        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # also what a full disk gives
+            raise OSError(f"could not write {folder / WEIGHTS}: {error}") from error
         (aside / RECORD).write_text(text, encoding="utf-8")
-        (aside / CARD).write_text(model_card(record), encoding="utf-8")
+        if not has_own_card(folder):
+            (aside / CARD).write_text(model_card(record), encoding="utf-8")
         # safetensors writes files that only their owner may read
         (aside / WEIGHTS).chmod((aside / RECORD).stat().st_mode)
     return folder
@@ -112,22 +135,103 @@ def save_released(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
         key = f"model.layers.{match[1]}.self_attn.{match[2]}.weight"
         named[key] = tensor.detach().cpu().contiguous()
     with written_aside(path.parent) as aside:
-        torch.save(named, aside / path.name)
+        try:
+            torch.save(named, aside / path.name)
+        except RuntimeError as error:  # also what a full disk gives
+            reason = str(error).partition("\n")[0]
+            raise OSError(f"could not write {path}: {reason}") from error
     return path
 
 
-def push(
-    repo_id: str, save: Callable[[Path], Any], *, private: bool = False, token: str | None = None
-) -> str:
-    """Save an artifact aside with `save(folder)`, upload it in one commit, return its address."""
-    from huggingface_hub import HfApi
+def has_own_card(folder: Path) -> bool:
+    """Whether a folder's card was written or edited by somebody, and is theirs to change."""
+    card = folder / CARD
+    return card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace"))
 
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder))
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload heads")
-    return str(url)
+
+def write_card(folder: str | Path, repo_id: str | None = None) -> None:
+    """Write the card anew with what lies beside the heads by now, unless it is somebody's own."""
+    folder = Path(folder)
+    if not has_own_card(folder):
+        with written_aside(folder) as aside:
+            (aside / CARD).write_text(_card(folder, repo_id), encoding="utf-8")
+
+
+def publishable(folder: str | Path, repo_id: str) -> tuple[list[hub.Upload], dict[str, str]]:
+    """What of an artifact folder goes to the Hub, and what does not.
+
+    Returns:
+        The files to upload, the card with the address that they will have; and by name the reason
+        why another file of the folder stays.
+
+    Raises:
+        ValueError: no artifact folder.
+    """
+    folder = Path(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(
+            f"{folder} is no artifact folder: it has no {WEIGHTS}. Heads from elsewhere become one "
+            f"with python -m locret convert {folder} FOLDER"
+        )
+    files, left_out = [], {}
+    for path in sorted(folder.iterdir()):
+        reason = _reason_to_stay(path)
+        if reason:
+            left_out[path.name] = reason
+        elif path.name != CARD:
+            files.append(hub.Upload(path.name, path))
+    own = has_own_card(folder)
+    card = (folder / CARD).read_bytes() if own else _card(folder, repo_id).encode("utf-8")
+    return [hub.Upload(CARD, card), *files], left_out
+
+
+def push(
+    repo_id: str,
+    folder: str | Path,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Upload an artifact folder in one commit; returns its address. Arguments: `hub.upload`.
+
+    The folder itself stays as it is. Whether its heads are sound is the caller's to check.
+
+    Raises:
+        ValueError: no artifact folder, or the Hub did not take it; says why.
+    """
+    files, _ = publishable(folder, repo_id)
+    return hub.upload(
+        repo_id, files, message="Upload heads", private=private, token=token, revision=revision
+    )
+
+
+def inventory(source: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Figures of heads and of the files that they were read from.
+
+    Args:
+        source: the file or folder.
+        tensors: `layers.{i}.fc{1,2}.weight`.
+
+    Returns:
+        `parameters`, `bytes`, `dtypes`, `files` (bytes by name), and `layers`: for each the
+        Frobenius norms of `fc1` and `fc2`.
+    """
+    path = Path(source)
+    found = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    layers: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        match = _OURS.fullmatch(name)
+        assert match, name
+        layer = layers.setdefault(int(match[1]), {"layer": int(match[1])})
+        layer[match[2]] = tensor.double().norm().item()
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+        "files": {file.name: file.stat().st_size for file in found},
+        "layers": [layers[i] for i in sorted(layers)],
+    }
 
 
 @contextlib.contextmanager
@@ -164,24 +268,54 @@ def _move_in(aside: Path, folder: Path) -> None:
         undo.pop_all()
 
 
-def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _reason_to_stay(path: Path) -> str | None:
+    """Why a file of an artifact folder is not published; None if it is."""
+    if not path.is_file():
+        return "not a file"
+    if path.name in (WEIGHTS, RECORD, CARD, TRAINING):
+        return None
+    if path.name.startswith(".") or path.suffix not in FIGURES:
+        return "not part of an artifact"
+    if path.stat().st_size > MAX_FIGURE_BYTES:
+        return f"over {MAX_FIGURE_BYTES // 2**20} MiB"
+    return None
 
+
+def _card(folder: Path, repo_id: str | None) -> str:
+    """The card of the artifact in a folder, with what lies beside it."""
+    return model_card(_load_record(folder / RECORD), _facts(folder, repo_id))
+
+
+def _facts(folder: Path, repo_id: str | None) -> Facts:
+    training, command = _load_training(folder / TRAINING)
+    figures = (
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.name not in (RECORD, PLOT) and _reason_to_stay(path) is None
+    )
+    return Facts(
+        repo_id=repo_id,
+        training=training,
+        command=command,
+        plot=PLOT if (folder / PLOT).is_file() else None,
+        files=tuple(name for name in figures if Path(name).suffix in FIGURES),
+    )
+
+
+def _load_training(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """The resolved config of the training run and the command that started it, where known.
+
+    The command is a line `# command: ...` of the file.
+    """
     try:
-        return Path(
-            snapshot_download(
-                repo_id, revision=revision, token=token, allow_patterns=[WEIGHTS, RECORD, "*.bin"]
-            )
-        )
-    except HFValidationError as error:
-        raise ValueError(
-            f"{repo_id!r} is neither an existing path nor a Hub repository id: {error}"
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{repo_id!r} is no path here, and the Hub did not give it: {error}"
-        ) from error
+        text = path.read_text(encoding="utf-8")
+        training = yaml.safe_load(text)
+    except FileNotFoundError:
+        return None, None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    command = _COMMAND.search(text)
+    return (training if isinstance(training, dict) else None), (command[1] if command else None)
 
 
 def _load_record(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ H KV heads, G query heads a KV head, D head size, W = (H*G + 2H) * D, R width of
 """
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from locret import artifact
+from locret.card import DEFAULT_LICENSE
 
 SCHEMA_VERSION = 1
 TAP = "qkv_before_rope"
@@ -60,6 +62,7 @@ class HeadsConfig:
         defaults: engine settings to use when the user gives none: `budget`, `chunk_size`,
             `stabilizers`, `local_tokens`.
         metrics: figures of the training run, by name.
+        license: of the heads, as the Hub names it.
         schema_version: of this record.
     """
 
@@ -80,6 +83,7 @@ class HeadsConfig:
     trained_tokens: int | None = None
     defaults: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    license: str = DEFAULT_LICENSE
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -222,9 +226,25 @@ class RetainingHeads(nn.Module):
         """Write the released `.bin` format (weights only, the record is lost)."""
         return artifact.save_released(path, self.state_dict())
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the artifact to the Hub, making the repository if need be. Returns its address."""
-        return artifact.push(repo_id, self.save_pretrained, private=private, token=token)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Upload the artifact to the Hub in one commit; arguments are `locret.hub.upload`'s.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            ValueError: these heads would not load again, or the Hub did not take them; says why.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.from_pretrained(self.save_pretrained(folder))
+            return artifact.push(repo_id, folder, private=private, token=token, revision=revision)
 
 
 def _wrong_values(values: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"units", "selection", "segments", "targets", "losses", "rotary", "card", "artifact", "heads"},
+    {
+        "units",
+        "selection",
+        "segments",
+        "targets",
+        "losses",
+        "rotary",
+        "card",
+        "hub",
+        "artifact",
+        "heads",
+    },
     {"policies", "cache"},
     {"attention", "backbone"},
     {"generation", "distillation"},
