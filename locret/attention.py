@@ -7,7 +7,7 @@ B batch, H KV heads, G query heads a KV head, T new tokens, S slots, D head size
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,18 +35,33 @@ class LayerCall:
     Attributes:
         layer_idx: the layer.
         query: [B, H*G, T, D]; key, value: [B, H, T, D]; all before RoPE.
+        hidden: [B, T, hidden size], the layer's input.
         scaling: softmax scale.
         rotary: the backbone's rotation; None for a layer without RoPE.
         cache: what the backbone was given as `past_key_values`.
+        output: the layer's output projection, if it has one by the usual name.
     """
 
     layer_idx: int
     query: Tensor
     key: Tensor
     value: Tensor
+    hidden: Tensor
     scaling: float
     rotary: Rotary | None
     cache: Any
+    output: Any
+
+    @property
+    def output_weight(self) -> Tensor | None:
+        """[hidden size, H*G * D]; None where it is stored in fewer bits."""
+        weight = getattr(self.output, "weight", None)
+        return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
+
+    def part(self, start: int, end: int) -> "LayerCall":
+        """The same call, for some of its tokens."""
+        heads = {name: getattr(self, name)[:, :, start:end] for name in ("query", "key", "value")}
+        return replace(self, **heads, hidden=self.hidden[:, start:end])
 
     def rotate(self, x: Tensor, start: int, prompt_length: int) -> Tensor:
         """`x` [B, heads, S, D] at the slots from `start` on; unchanged in a layer without RoPE."""
@@ -133,7 +148,8 @@ class RetainedAttention:
         layer.seen += new
         if cache.eviction is not None and layer.held > cache.eviction.budget:
             plan = cache.eviction
-            layer.units.select(keep_highest(layer.scores, plan.budget, plan.stabilizers))
+            kept = keep_highest(layer.scores, plan.budget, plan.stabilizers, plan.query)
+            layer.units.select(kept)
         return output
 
     def _append(
@@ -141,15 +157,24 @@ class RetainedAttention:
     ) -> None:
         scores, room = unscored(call.key), DECODE_ROOM
         if cache.eviction is not None:
-            chunk = LayerChunk(
-                call.layer_idx, call.query, call.key, call.value, layer.seen, call.scaling
-            )
-            scores, room = self.policy.score(chunk), 0
+            scores, room = self.policy.score(_chunk(call, layer.seen)), 0
         key = call.key
         if layer.rotated:
             key = call.rotate(key, start, cache.prompt_length)
         positions = torch.arange(layer.seen, layer.seen + key.shape[2], device=key.device)
         layer.units.append(key, call.value, scores, positions, room)
+
+
+def _chunk(call: LayerCall, start: int) -> LayerChunk:
+    return LayerChunk(
+        layer_idx=call.layer_idx,
+        query=call.query,
+        key=call.key,
+        value=call.value,
+        hidden=call.hidden,
+        start=start,
+        scaling=call.scaling,
+    )
 
 
 def _freeze(layer: RetainedLayer, call: LayerCall, cache: RetainedCache) -> None:

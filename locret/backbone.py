@@ -73,6 +73,7 @@ class Backbone:
             num_query_heads=self.config.num_attention_heads,
             num_kv_heads=self.config.num_key_value_heads,
             head_size=int(first.head_dim),
+            hidden_size=self.config.hidden_size,
             activation=self.config.hidden_act,
         )
 
@@ -123,8 +124,22 @@ def _hand_over(
             "(engine.prefill makes one)"
         )
 
+    hidden = args[0] if args else kwargs["hidden_states"]
+
     def compute(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        return run(LayerCall(layer_idx, query, key, value, scaling, rotary, cache))
+        return run(
+            LayerCall(
+                layer_idx,
+                query,
+                key,
+                value,
+                hidden,
+                scaling,
+                rotary,
+                cache,
+                getattr(module, "o_proj", None),
+            )
+        )
 
     cos, sin = kwargs["position_embeddings"]
     identity = (torch.ones_like(cos), torch.zeros_like(sin))

@@ -26,10 +26,14 @@ DECODE_ROOM = 256  # units of spare storage a growing layer takes, so that decod
 
 @dataclass(frozen=True)
 class Eviction:
-    """What a layer does after attending: keep `budget` units, the last `stabilizers` among them."""
+    """What a layer does after attending: keep `budget` units.
+
+    The last `stabilizers` units and the first `query` ones are among them whatever they scored.
+    """
 
     budget: int
     stabilizers: int
+    query: int = 0
 
 
 class RetainedLayer(CacheLayerMixin):

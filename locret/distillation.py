@@ -1,12 +1,17 @@
 """Train retaining heads in one forward of the frozen backbone (paper section 3.2).
 
 The backbone reads prompt + answer once. In every layer the answer's queries and the prompt's keys
-give the labels, [Q, K, V] of the prompt gives the predictions, and the layer's loss and its
-gradients are taken on the spot: nothing of a layer is kept after its loss.
+give the labels, the prompt's features give the predictions, and the layer's loss and its gradients
+are taken on the spot: nothing of a layer is kept after its loss.
+
+Several conversations may stand in one row (`locret.segments`): projections and MLPs run over the
+whole row, attention and labels segment by segment, so that no mask is needed and no token sees a
+stranger.
 
 B batch (1), H KV heads, P prompt tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -16,22 +21,24 @@ from torch import Tensor, nn
 from locret import losses
 from locret.attention import LayerCall, attend
 from locret.backbone import Backbone
+from locret.features import FEATURES
 from locret.heads import RetainingHead, RetainingHeads
-from locret.policies.base import flatten_qkv
-from locret.targets import LABELS
+from locret.segments import Segment
+from locret.targets import LABELS, AnswerView
 
 PromptKeys = Literal["rotated", "unrotated"]
 
 
 @dataclass
 class Distilled:
-    """What one sample gave.
+    """What one row of samples gave.
 
     Attributes:
-        loss: scalar; its backward gives the heads their gradients.
-        regression: scalar, mean over layers, heads and tokens.
+        loss: scalar, mean over samples; its backward gives the heads their gradients.
+        regression: scalar, the main loss, mean over layers.
         smoothness: scalar, summed over layers, before weighting.
-        predictions, targets: a [B, H, P] tensor for each layer, detached, if asked for.
+        predictions, targets: a [B, H, P] tensor for each layer and answer, detached, if asked for;
+            those of a layer stand together.
     """
 
     loss: Tensor
@@ -46,68 +53,73 @@ class Distillation:
 
     Args:
         backbone: frozen; its parameters get no gradients and keep their mode.
-        heads: what is trained.
-        label: a name of `locret.targets.LABELS`.
+        heads: what is trained; their config says what they read and which label they learn.
         alpha: weight of the smoothness loss (paper: 0.0025).
+        loss: a name of `locret.losses.LOSSES`.
         keep_scores: also return predictions and targets of every layer.
         prompt_keys: "rotated" as they should be; "unrotated" is how the released Phi-3 recipe lets
             the answer meet the prompt's keys when it takes its labels. It reproduces those labels,
             and is of no other use.
+
+    Raises:
+        ValueError: heads that do not fit the backbone, or an unknown label or loss.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         heads: RetainingHeads,
-        label: str = "max_logit",
+        *,
         alpha: float = 0.0025,
+        loss: str = "smooth_l1",
         keep_scores: bool = False,
         prompt_keys: PromptKeys = "rotated",
     ) -> None:
         if prompt_keys not in get_args(PromptKeys):
             raise ValueError(f"prompt_keys is {prompt_keys!r}; expected 'rotated' or 'unrotated'")
-        if label not in LABELS:
-            raise ValueError(f"label {label!r} is unknown; expected one of {sorted(LABELS)}")
         differences = heads.config.differences(backbone.geometry)
         if differences:
             raise ValueError(f"heads do not fit the backbone: {'; '.join(differences)}")
         self.backbone = backbone
         self.heads = heads
-        self.label = LABELS[label]
+        self.features = FEATURES[heads.config.tap]
+        self.label = _by_name(LABELS, heads.config.label, "label")
+        self.loss = _by_name(losses.LOSSES, loss, "loss")
         self.alpha = alpha
         self.keep_scores = keep_scores
         self.prompt_keys = prompt_keys
 
-    def __call__(self, input_ids: Tensor, prompt_length: int) -> Distilled:
-        """One sample.
+    def __call__(self, input_ids: Tensor, segments: Sequence[Segment]) -> Distilled:
+        """One row of samples.
 
         Args:
-            input_ids: [B, n] long, prompt then answer.
-            prompt_length: P; 0 < P < n.
+            input_ids: [1, N] long; for one segment also [B, N].
+            segments: the samples in the row, in order, without gaps.
 
         Raises:
-            ValueError: no prompt or no answer.
+            ValueError: segments that do not fill the row.
         """
-        length = input_ids.shape[1]
-        if not 0 < prompt_length < length:
+        ends = [0, *(segment.end for segment in segments)]
+        if ends[:-1] != [segment.start for segment in segments] or ends[-1] != input_ids.shape[1]:
             raise ValueError(
-                f"prompt_length is {prompt_length} of {length} tokens; both a prompt and an answer "
-                "are needed"
+                f"segments {list(segments)} do not fill the row of {input_ids.shape[1]} tokens"
             )
-        sample = _SampleLoss(self, prompt_length, length)
-        with torch.no_grad(), self.backbone.attached(sample.layer):
-            self.backbone.decoder(input_ids=input_ids, use_cache=False)
-        return sample.result()
+        row = _RowLoss(self, segments)
+        with torch.no_grad(), self.backbone.attached(row.layer):
+            self.backbone.decoder(
+                input_ids=input_ids,
+                position_ids=torch.arange(input_ids.shape[1], device=input_ids.device)[None],
+                use_cache=False,
+            )
+        return row.result()
 
 
-class _SampleLoss:
-    """Collects the losses and gradients of one sample, layer by layer."""
+class _RowLoss:
+    """Collects the losses and gradients of one row, layer by layer."""
 
-    def __init__(self, distillation: Distillation, prompt_length: int, length: int) -> None:
+    def __init__(self, distillation: Distillation, segments: Sequence[Segment]) -> None:
         self.of = distillation
-        self.prompt_length = prompt_length
-        self.length = length
-        self.backend = distillation.backbone.backend  # asked before attaching, which hides it
+        self.segments = segments
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.regression: list[Tensor] = []
         self.smoothness: list[Tensor] = []
@@ -116,36 +128,74 @@ class _SampleLoss:
 
     def layer(self, call: LayerCall) -> Tensor:
         """The layer function: a layer's loss on the way, and its plain causal attention."""
-        prompt, backend = self.prompt_length, self.backend
-        query = call.rotate(call.query, 0, self.length)
-        key = call.rotate(call.key, 0, self.length)
-        seen_by_answer = key
-        if self.of.prompt_keys == "unrotated":
-            seen_by_answer = torch.cat([call.key[:, :, :prompt], key[:, :, prompt:]], dim=2)
-        answer = query[:, :, prompt:]
-        targets = self.of.label(answer, seen_by_answer[:, :, :prompt], call.scaling)
-        features = flatten_qkv(*(x[:, :, :prompt] for x in (call.query, call.key, call.value)))
-        self._learn(self.of.heads[call.layer_idx], features, targets)
-        if seen_by_answer is key:
-            return attend(query, key, call.value, call.scaling, backend)
-        read_query, read_key, read_value = (x[:, :, :prompt] for x in (query, key, call.value))
-        read = attend(read_query, read_key, read_value, call.scaling, backend)
-        said = attend(answer, seen_by_answer, call.value, call.scaling, backend)
-        return torch.cat([read, said], dim=1)
+        outputs, targets = [], []
+        for segment in self.segments:
+            output, labels = self._read(call.part(segment.start, segment.end), segment)
+            outputs.append(output)
+            targets.append(labels)
+        self._learn(self.of.heads[call.layer_idx], self.of.features(call), targets)
+        return torch.cat(outputs, dim=1)
 
-    def _learn(self, head: RetainingHead, features: Tensor, targets: Tensor) -> None:
-        layers = len(self.of.heads.layers)
+    def _read(self, call: LayerCall, segment: Segment) -> tuple[Tensor, list[Tensor]]:
+        """Attention output of one segment, and the labels of each of its answers."""
+        length = segment.end - segment.start
+        query, key = call.rotate(call.query, 0, length), call.rotate(call.key, 0, length)
+        spans = [(start - segment.start, end - segment.start) for start, end in segment.answers]
+        if self.of.prompt_keys == "unrotated":
+            return self._read_as_released(call, query, key, spans[0][0])
+        labels = [
+            self.of.label(
+                AnswerView(
+                    query[:, :, start:end],
+                    key[:, :, :end],
+                    call.value[:, :, :end],
+                    call.scaling,
+                    call.output_weight,
+                )
+            )
+            for start, end in spans
+        ]
+        backend = self.of.backbone.backend
+        return attend(query, key, call.value, call.scaling, backend), labels
+
+    def _read_as_released(
+        self, call: LayerCall, query: Tensor, key: Tensor, prompt: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The released Phi-3 label pass: the answer meets the prompt's keys before RoPE."""
+        backend, value = self.of.backbone.backend, call.value
+        mixed = torch.cat([call.key[:, :, :prompt], key[:, :, prompt:]], dim=2)
+        answer = query[:, :, prompt:]
+        labels = self.of.label(AnswerView(answer, mixed, value, call.scaling, call.output_weight))
+        read = attend(
+            query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], call.scaling, backend
+        )
+        said = attend(answer, mixed, value, call.scaling, backend)
+        return torch.cat([read, said], dim=1), [labels]
+
+    def _learn(
+        self, head: RetainingHead, features: Tensor, targets: Sequence[Sequence[Tensor]]
+    ) -> None:
+        layers, samples = len(self.of.heads.layers), len(self.segments)
+        main, smooth = [], []
         with torch.set_grad_enabled(self.of.heads.training):
-            predictions = head(features).float()
-            regression = losses.regression(predictions, targets)
-            smoothness = losses.smoothness(predictions)
+            for segment, labels in zip(self.segments, targets, strict=True):
+                read = features[:, segment.start : segment.last_prompt_end]
+                predictions = head(read).float()
+                for label in labels:
+                    predicted = predictions[..., : label.shape[-1]]
+                    main.append(self.of.loss(predicted, label) / (samples * len(labels)))
+                    self._keep(predicted, label)
+                smooth.append(losses.smoothness(predictions) / samples)
+            regression, smoothness = torch.stack(main).sum(), torch.stack(smooth).sum()
             loss = regression / layers + self.of.alpha * smoothness
-        parameters = [p for p in head.parameters() if p.requires_grad]
         if loss.requires_grad:
+            parameters = [p for p in head.parameters() if p.requires_grad]
             taken = torch.autograd.grad(loss, parameters)
             self.gradients.update(zip(parameters, taken, strict=True))
         self.regression.append(regression.detach())
         self.smoothness.append(smoothness.detach())
+
+    def _keep(self, predictions: Tensor, targets: Tensor) -> None:
         if self.of.keep_scores:
             self.predictions.append(predictions.detach())
             self.targets.append(targets)
@@ -158,6 +208,12 @@ class _SampleLoss:
             parameters = list(self.gradients)
             loss = _WithGradients.apply(loss, *parameters, *self.gradients.values())
         return Distilled(loss, regression, smoothness, self.predictions, self.targets)
+
+
+def _by_name(table: dict[str, Any], name: str, what: str) -> Any:
+    if name not in table:
+        raise ValueError(f"{what} {name!r} is unknown; expected one of {sorted(table)}")
+    return table[name]
 
 
 def _stacked(values: list[Tensor]) -> Tensor:

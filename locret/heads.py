@@ -6,7 +6,7 @@ H KV heads, G query heads a KV head, D head size, W = (H*G + 2H) * D, R width of
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -17,10 +17,21 @@ from transformers.activations import ACT2FN
 
 from locret import artifact
 from locret.card import DEFAULT_LICENSE
+from locret.features import FEATURES
+from locret.rotary import LongRopeRule
+from locret.targets import LABELS
 
 SCHEMA_VERSION = 1
-TAP = "qkv_before_rope"
 RELEASED_ACTIVATION = "silu"  # of every backbone that heads were released for
+
+CHOICES: dict[str, Collection[str]] = {
+    "activation": ACT2FN,
+    "label": LABELS,
+    "longrope": get_args(LongRopeRule),
+    "positions": ("compact", "original"),
+    "tap": FEATURES,
+}
+"""What the record's words may be."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class Geometry:
 
     Attributes:
         num_layers, num_query_heads, num_kv_heads, head_size: the attention layers'.
+        hidden_size: of the layers' input.
         activation: the backbone's `hidden_act`, which the heads use too.
     """
 
@@ -36,11 +48,13 @@ class Geometry:
     num_query_heads: int
     num_kv_heads: int
     head_size: int
+    hidden_size: int
     activation: str
 
-    @property
-    def input_width(self) -> int:
-        """W, the length of [Q, K, V] of all heads side by side."""
+    def feature_width(self, tap: str) -> int:
+        """Length of what a head reads of a token (`locret.features`); W for `qkv`."""
+        if tap == "hidden":
+            return self.hidden_size
         return (self.num_query_heads + 2 * self.num_kv_heads) * self.head_size
 
 
@@ -51,10 +65,14 @@ class HeadsConfig:
     Attributes:
         num_layers, num_query_heads, num_kv_heads, head_size, activation: see `Geometry`. The
             released format does not tell query heads from head size: both are then None.
-        input_width: W.
+        hidden_size: see `Geometry`; None in the released format.
+        input_width: length of what a head reads of a token.
         width: R, the hidden width of a head.
         backbone, backbone_revision, model_type: what the heads were trained on.
-        tap: where the input is taken; `qkv_before_rope` is the paper's.
+        adapter: the PEFT adapter that the backbone carried, if any.
+        tap: what a head reads (`locret.features.FEATURES`).
+        query_tokens: Locret-Q: how many of the prompt's last tokens, the question, were repeated in
+            front of it, so that the heads know what is asked; 0 = query-agnostic.
         label: the label definition (`locret.targets.LABELS`).
         positions: the cache positions that the heads were validated with.
         longrope: the LongRoPE rule that the heads were trained with.
@@ -73,10 +91,13 @@ class HeadsConfig:
     activation: str = RELEASED_ACTIVATION
     num_query_heads: int | None = None
     head_size: int | None = None
+    hidden_size: int | None = None
     backbone: str | None = None
     backbone_revision: str | None = None
     model_type: str | None = None
-    tap: str = TAP
+    adapter: str | None = None
+    tap: str = "qkv"
+    query_tokens: int = 0
     label: str = "max_logit"
     positions: str = "compact"
     longrope: str = "long"
@@ -87,14 +108,22 @@ class HeadsConfig:
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
-    def for_geometry(cls, geometry: Geometry, width: int, **record: Any) -> "HeadsConfig":
+    def for_geometry(
+        cls, geometry: Geometry, width: int, tap: str = "qkv", **record: Any
+    ) -> "HeadsConfig":
         """The config of heads of hidden width `width` for a backbone of this geometry."""
         return cls(
             **dataclasses.asdict(geometry),
-            input_width=geometry.input_width,
+            input_width=geometry.feature_width(tap),
             width=width,
+            tap=tap,
             **record,
         )
+
+    def __post_init__(self) -> None:
+        wrong = _wrong_values(dataclasses.asdict(self))
+        if wrong:
+            raise ValueError(f"heads config: {'; '.join(wrong)}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HeadsConfig":
@@ -121,9 +150,6 @@ class HeadsConfig:
         )
         if unknown or missing:
             raise ValueError(f"heads config: missing fields {missing}, unknown fields {unknown}")
-        wrong = _wrong_values(values)
-        if wrong:
-            raise ValueError(f"heads config: {'; '.join(wrong)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,7 +159,8 @@ class HeadsConfig:
         """What keeps these heads from fitting a backbone; empty if they fit."""
         ours = {f.name: getattr(self, f.name) for f in dataclasses.fields(Geometry)}
         theirs = dataclasses.asdict(geometry)
-        ours["input_width"], theirs["input_width"] = self.input_width, geometry.input_width
+        ours["input_width"] = self.input_width
+        theirs["input_width"] = geometry.feature_width(self.tap)
         return [
             f"{name}: heads {ours[name]!r}, backbone {theirs[name]!r}"
             for name in theirs
@@ -154,10 +181,10 @@ class RetainingHead(nn.Module):
         self.fc2 = nn.Linear(width, num_kv_heads, bias=False)
         self.act = ACT2FN[activation]
 
-    def forward(self, qkv: Tensor) -> Tensor:
-        """[B, T, W] of any float dtype -> scores [B, H, T] in the head's."""
-        qkv = qkv.to(self.fc1.weight.dtype)
-        return self.fc2(self.act(self.fc1(qkv))).transpose(1, 2)
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, T, input width] of any float dtype -> scores [B, H, T] in the head's."""
+        features = features.to(self.fc1.weight.dtype)
+        return self.fc2(self.act(self.fc1(features))).transpose(1, 2)
 
 
 class RetainingHeads(nn.Module):
@@ -248,19 +275,17 @@ class RetainingHeads(nn.Module):
 
 
 def _wrong_values(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the values of a record whose fields are right."""
+    """What is wrong with the values of a record, field by field."""
     wrong = []
+    at_least = {"query_tokens": 0}
     for name, kind in get_type_hints(HeadsConfig).items():
-        value = values.get(name)
-        if name in values and not _is_a(value, kind):
+        value = values[name]
+        if not _is_a(value, kind):
             wrong.append(f"{name} is {value!r}, expected {kind}")
-        elif isinstance(value, int) and value < 1:
-            wrong.append(f"{name} is {value}, expected at least 1")
-    if not wrong:
-        if values.get("activation", RELEASED_ACTIVATION) not in ACT2FN:
-            wrong.append(f"activation {values['activation']!r} is unknown to transformers")
-        if values.get("tap", TAP) != TAP:
-            wrong.append(f"tap is {values['tap']!r}, this locret knows {TAP!r}")
+        elif isinstance(value, int) and value < at_least.get(name, 1):
+            wrong.append(f"{name} is {value}, expected at least {at_least.get(name, 1)}")
+        elif name in CHOICES and value not in CHOICES[name]:
+            wrong.append(f"{name} {value!r} is unknown; expected one of {sorted(CHOICES[name])}")
     return wrong
 
 

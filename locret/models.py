@@ -37,12 +37,14 @@ class LoadedModel:
         tokenizer: its tokenizer.
         name: as asked for.
         revision: the Hub commit or package version, if known.
+        adapter: the PEFT adapter that was merged into the weights, if any.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str | None
+    adapter: str | None = None
 
 
 def load_model(
@@ -51,6 +53,7 @@ def load_model(
     dtype: Dtype = "auto",
     device: str | torch.device | None = None,
     revision: str | None = None,
+    adapter: str | None = None,
     **kwargs: Any,
 ) -> LoadedModel:
     """Load a backbone in eval mode.
@@ -61,6 +64,7 @@ def load_model(
             else float32.
         device: default CUDA if there is one, else the CPU.
         revision: of a Hub repository.
+        adapter: folder or Hub id of a PEFT adapter to merge into the weights.
         **kwargs: of `AutoModelForCausalLM.from_pretrained`, such as `attn_implementation`.
 
     Raises:
@@ -68,13 +72,14 @@ def load_model(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name.startswith("embedded:"):
-        return _load_embedded(name, dtype, device, kwargs)
+        return _load_embedded(name, dtype, device, adapter, kwargs)
     tokenizer = load_tokenizer(name, revision=revision)
     model: Any = AutoModelForCausalLM.from_pretrained(
         name, revision=revision, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **kwargs
     )
     found = getattr(model.config, "_commit_hash", None) or revision
-    return LoadedModel(model.to(device).eval(), tokenizer, name, found)
+    model = _merged(model, adapter)
+    return LoadedModel(model.to(device).eval(), tokenizer, name, found, adapter)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -86,7 +91,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
 
 
 def _load_embedded(
-    name: str, dtype: Dtype, device: torch.device, kwargs: dict[str, Any]
+    name: str, dtype: Dtype, device: torch.device, adapter: str | None, kwargs: dict[str, Any]
 ) -> LoadedModel:
     folder, file = _embedded_file(name)
     # GGUF weights are dequantized while loading, and only a later cast is allowed.
@@ -96,8 +101,19 @@ def _load_embedded(
     package = EMBEDDED[name.removeprefix("embedded:")].package
     version = f"{package} {importlib.metadata.version(package)}"
     wanted = _fast_dtype(device) if dtype == "auto" else getattr(torch, dtype)
-    model = model.to(device=device, dtype=wanted).eval()
-    return LoadedModel(model, load_tokenizer(name), name, version)
+    model = _merged(model, adapter).to(device=device, dtype=wanted).eval()
+    return LoadedModel(model, load_tokenizer(name), name, version, adapter)
+
+
+def _merged(model: Any, adapter: str | None) -> Any:
+    """The model with the adapter in its weights; in the weights' own precision, so before a cast."""
+    if adapter is None:
+        return model
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"adapter {adapter} needs the package peft: pip install 'locret[demo]'")
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def _embedded_file(name: str) -> tuple[Path, str]:

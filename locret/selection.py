@@ -8,24 +8,28 @@ import torch
 from torch import Tensor
 
 
-def keep_highest(scores: Tensor, budget: int, protected_tail: int = 0) -> Tensor:
+def keep_highest(
+    scores: Tensor, budget: int, protected_tail: int = 0, protected_head: int = 0
+) -> Tensor:
     """Indices of the units to keep, ascending in each head.
 
     Args:
         scores: [B, H, S]; higher = keep. Which of equal scores stay is `torch.topk`'s choice, as
             in the released code: equal tokens score alike in the first layer, so it matters.
-        budget: units a head keeps, at least `protected_tail`.
+        budget: units a head keeps, at least as many as are protected.
         protected_tail: how many of the last units are kept whatever they scored; they count
             towards the budget.
+        protected_head: likewise, of the first units.
 
     Returns:
         Long [B, H, min(budget, S)].
     """
-    assert 0 <= protected_tail <= budget, (protected_tail, budget)
+    assert 0 <= protected_head + protected_tail <= budget, (protected_head, protected_tail, budget)
     size = scores.shape[-1]
     if size <= budget:
         return torch.arange(size, device=scores.device).expand(scores.shape)
-    if protected_tail:
+    if protected_head or protected_tail:
         scores = scores.clone()
         scores[..., size - protected_tail :] = torch.inf
+        scores[..., :protected_head] = torch.inf
     return scores.topk(budget, dim=-1, sorted=False).indices.sort(dim=-1).values

@@ -1,12 +1,11 @@
 """What a policy is: a rule that scores new cache units. One method makes a policy.
 
-B batch, H KV heads, G query heads a KV head, T new tokens, D head size, W = (H*G + 2H) * D.
+B batch, H KV heads, G query heads a KV head, T new tokens, D head size.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 
@@ -18,6 +17,7 @@ class LayerChunk:
         layer_idx: the layer.
         query: [B, H*G, T, D], before RoPE.
         key, value: [B, H, T, D], the new units', before RoPE.
+        hidden: [B, T, hidden size], the attention layer's input.
         start: source position of the first new token; the others follow.
         scaling: the layer's softmax scale.
     """
@@ -26,13 +26,9 @@ class LayerChunk:
     query: Tensor
     key: Tensor
     value: Tensor
+    hidden: Tensor
     start: int
     scaling: float
-
-    @property
-    def qkv(self) -> Tensor:
-        """[Q, K, V] of all heads side by side, in this order: [B, T, W]; the heads' input."""
-        return flatten_qkv(self.query, self.key, self.value)
 
 
 class Policy:
@@ -48,8 +44,3 @@ class Policy:
     def score(self, chunk: LayerChunk) -> Tensor:
         """Finite scores [B, H, T] of the chunk's units; higher = keep."""
         raise NotImplementedError(f"{type(self).__name__} must implement score()")
-
-
-def flatten_qkv(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[B, heads, T, D] each -> [B, T, W] together."""
-    return torch.cat([x.transpose(1, 2).flatten(2) for x in (query, key, value)], dim=-1)

@@ -1,7 +1,8 @@
-"""Locret (arXiv 2410.01805): trained retaining heads score every unit from its Q, K and V."""
+"""Locret (arXiv 2410.01805): trained retaining heads score every unit as it is made."""
 
 from torch import Tensor
 
+from locret.features import FEATURES
 from locret.heads import RetainingHeads
 from locret.policies.base import LayerChunk, Policy
 
@@ -19,4 +20,5 @@ class LocretPolicy(Policy):
         self.heads = heads
 
     def score(self, chunk: LayerChunk) -> Tensor:
-        return self.heads[chunk.layer_idx](chunk.qkv)
+        features = FEATURES[self.heads.config.tap]
+        return self.heads[chunk.layer_idx](features(chunk))

@@ -1,0 +1,20 @@
+"""Teach a small backbone long contexts by LoRA: `python -m trainers.adapt --config NAME`.
+
+A small model loses needles beyond one or two thousand tokens; no eviction policy can give back what
+the full cache does not find. See `trainers.cli` for the options every training shares.
+"""
+
+from pathlib import Path
+
+from trainers import cli
+from trainers.adapter import AdapterModule
+from trainers.callbacks import ExportAdapter
+
+
+def main(args: list[str] | None = None) -> Path:
+    """Run a training; returns the folder of the adapter."""
+    return cli.run(cli.build(AdapterModule, ExportAdapter, args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""LightningModule of the adapter stage: LoRA (arXiv 2106.09685) on answers in long contexts."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+
+from locret.backbone import Backbone
+from locret.models import Dtype, load_model, load_tokenizer
+from locret.packing import PackedAttention
+
+
+class AdapterModule(LightningModule):
+    """Trains a LoRA adapter with cross entropy on the answers' tokens.
+
+    Args:
+        model: the backbone: a Hub id, a folder, or `embedded:smollm2`.
+        rank: of the adapter's matrices.
+        alpha: LoRA scale; the update is multiplied by alpha / rank.
+        dropout: of the adapter's input.
+        target_modules: names of the linear layers that get an adapter.
+        lr: peak learning rate of AdamW.
+        betas, weight_decay: of AdamW.
+        warmup_steps: steps of linear warm-up; the rate then falls to zero as a cosine.
+        dtype: of the backbone; the adapter trains in float32.
+        revision: of the backbone on the Hub.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        rank: int = 24,
+        alpha: int = 48,
+        dropout: float = 0.0,
+        target_modules: tuple[str, ...] = (
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ),
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        warmup_steps: int = 100,
+        dtype: Dtype = "auto",
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self._adapted: Any = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.hparams["model"], revision=self.hparams["revision"])
+
+    def configure_model(self) -> None:
+        """Load the backbone and put a fresh adapter on it, once."""
+        if self._adapted is not None:
+            return
+        given = self.hparams
+        loaded = load_model(
+            given["model"], dtype=given["dtype"], device="cpu", revision=given["revision"]
+        )
+        config = LoraConfig(
+            r=given["rank"],
+            lora_alpha=given["alpha"],
+            lora_dropout=given["dropout"],
+            target_modules=list(given["target_modules"]),
+            task_type="CAUSAL_LM",
+        )
+        adapted = get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
+        # Past nn.Module's bookkeeping: checkpoints hold the adapter, never the backbone.
+        object.__setattr__(self, "_adapted", adapted)
+        self.lora = torch.nn.ParameterDict(
+            {_key(name): p for name, p in adapted.named_parameters() if p.requires_grad}
+        )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss, correct = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
+        self.log("train/token_accuracy", correct, prog_bar=True, batch_size=1)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        loss, correct = self._loss(batch)
+        self.log("val/loss", loss, prog_bar=True, batch_size=1)
+        self.log("val/token_accuracy", correct, prog_bar=True, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        given = self.hparams
+        optimizer = torch.optim.AdamW(
+            self.lora.parameters(),
+            lr=given["lr"],
+            betas=tuple(given["betas"]),
+            weight_decay=given["weight_decay"],
+        )
+        schedule = get_cosine_schedule_with_warmup(
+            optimizer, given["warmup_steps"], int(self.trainer.estimated_stepping_batches)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        # The adapter's parameters are ours and moved with us; the backbone's are not.
+        self._adapted.to(self.device)
+
+    @property
+    def adapted(self) -> Any:
+        """The PEFT model that is trained."""
+        return self._adapted
+
+    def _loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy of the answers' tokens, and the share of them predicted exactly."""
+        ids, segments = batch["input_ids"], batch["segments"]
+        answers = [span for segment in segments for span in segment.answers]
+        at = torch.cat([torch.arange(start, end) for start, end in answers]).to(ids.device)
+        backbone = Backbone(self._adapted)
+        with backbone.attached(PackedAttention(segments, backbone.backend)):
+            hidden = backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        # Only the answers' rows meet the vocabulary.
+        logits = backbone.model.get_output_embeddings()(hidden[0, at - 1]).float()
+        loss = cross_entropy(logits, ids[0, at])
+        return loss, (logits.argmax(-1) == ids[0, at]).float().mean()
+
+
+def _key(name: str) -> str:
+    """A parameter's name without dots, which ParameterDict does not take."""
+    return name.replace(".", "/")

@@ -1,0 +1,93 @@
+"""The command line that every training shares: LightningCLI, config names, output, resume.
+
+A bare config name is looked up in configs/. Any value can be overridden on the command line
+(`--model.lr 1e-3`, `--trainer.max_steps 100`); `--help` lists them all, `--print_config` shows what
+would run. Ctrl-C is safe: `--ckpt_path last` goes on from the last checkpoint.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+
+from datamodules.datamodule import ConversationDataModule
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with an output folder and a checkpoint to resume from."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output", type=str, help="folder for what is trained")
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="checkpoint to resume: path or last"
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        given = sys.argv[1:] if args is None else args
+        assert isinstance(given, list)
+        self.config = parser.parse_args(_with_config_paths(given))
+
+
+def build(
+    module: type[LightningModule], export: type[SaveConfigCallback], args: list[str] | None
+) -> TrainingCLI:
+    """Parse the command line (`args`, or the process's own) and make trainer, module and data."""
+    # A run without validation data is no mistake.
+    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+    return TrainingCLI(
+        module,
+        ConversationDataModule,
+        run=False,
+        args=args,
+        save_config_callback=export,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+    )
+
+
+def run(cli: TrainingCLI) -> Path:
+    """Train, say what was made, and return its folder."""
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    output = Path(cli.config.output)
+    if cli.trainer.is_global_zero:
+        figures = {name: round(float(v), 4) for name, v in cli.trainer.callback_metrics.items()}
+        print(f"\ndata      {cli.datamodule.report()}")
+        print(f"figures   {figures}")
+        print(f"made      {output.resolve()}")
+    return output
+
+
+def _with_config_paths(args: list[str]) -> list[str]:
+    """Replace a bare config name by its path in configs/."""
+    found = list(args)
+    for i, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if flag not in ("--config", "-c"):
+            continue
+        if equals:
+            found[i] = f"{flag}={config_path(value)}"
+        elif i + 1 < len(args):
+            found[i + 1] = str(config_path(args[i + 1]))
+    return found
+
+
+def config_path(name: str) -> Path:
+    """The config file of this name: a path as it is, or a name in configs/, with or without .yaml.
+
+    Raises:
+        ValueError: no such file; lists the configs there are.
+    """
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+    raise ValueError(f"config {name!r} is no file, here or in {CONFIGS}; there are: {known}")
