@@ -158,6 +158,12 @@ class RetainedAttention:
         scores, room = unscored(call.key), DECODE_ROOM
         if cache.eviction is not None:
             scores, room = self.policy.score(_chunk(call, layer.seen)), 0
+            if scores.shape != call.key.shape[:3]:
+                raise ValueError(
+                    f"policy {type(self.policy).__name__} returned scores of shape "
+                    f"{tuple(scores.shape)}; expected [batch, KV heads, new tokens], "
+                    f"{tuple(call.key.shape[:3])}"
+                )
         key = call.key
         if layer.rotated:
             key = call.rotate(key, start, cache.prompt_length)

@@ -153,6 +153,7 @@ class RetainedCache(Cache):
     Attributes:
         eviction: what layers do after attending now; None = nothing is evicted.
         prompt_length: tokens of the first prompt (it decides LongRoPE's `by_length` rule).
+        query_length: tokens of the question that were read in front of the prompt (Locret-Q).
         token_ids: [B, seen] long, on the CPU: the tokens read so far, evicted ones included.
         unread_ids: [B, 0 or 1] long, on the CPU: the last token of the answer, which ends a call
             without being read; the next turn reads it first.
@@ -172,6 +173,7 @@ class RetainedCache(Cache):
         self.positions = positions
         self.eviction: Eviction | None = None
         self.prompt_length = 0
+        self.query_length = 0
         self.token_ids: Tensor | None = None
         self.unread_ids = torch.empty(0, 0, dtype=torch.long)
 
@@ -198,6 +200,7 @@ class RetainedCache(Cache):
         super().reset()
         self.eviction = None
         self.prompt_length = 0
+        self.query_length = 0
         self.token_ids = None
         self.unread_ids = self.unread_ids[:, :0]
 

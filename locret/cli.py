@@ -18,6 +18,7 @@ from typing import Any
 
 from locret import artifact, hub
 from locret.heads import RetainingHeads
+from locret.models import LoadedModel, load_model
 from locret.policies import POLICIES
 
 BYTES_PER_MIB = 2**20
@@ -72,12 +73,15 @@ def _add_needle(commands: Any) -> None:
     command = commands.add_parser("needle", help="needles under several policies")
     _add_model(command)
     command.add_argument("--policies", nargs="+", default=["full", "streaming_llm", "locret"])
-    command.add_argument("--task", default="niah_single")
+    command.add_argument("--tasks", nargs="+", default=["niah_single"])
     command.add_argument("--tokens", type=int, default=3000, help="length of the prompts")
-    command.add_argument("--count", type=int, default=10, help="needles, at depths spread evenly")
-    command.add_argument("--ratio", type=int, default=8, help="prompt tokens a budget unit")
+    command.add_argument("--count", type=int, default=10, help="samples a task, spread over depths")
+    command.add_argument("--ratios", nargs="+", type=int, default=[8], help="tokens a budget unit")
     command.add_argument("--seed", type=int, default=1_000_000)
     command.add_argument("--haystack", default="noise", help="noise, reference, or a text file")
+    command.add_argument(
+        "--no-answer-prefix", action="store_true", help="do not give the answer's first words"
+    )
     command.add_argument("--json-out", type=Path, help="write every answer to this file")
     command.set_defaults(run=_needle)
 
@@ -112,6 +116,7 @@ def _add_push(commands: Any) -> None:
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="Hub id, folder, or embedded:smollm2")
     command.add_argument("--heads", help="artifact folder, .bin file, or Hub id")
+    command.add_argument("--adapter", help="PEFT adapter of the model: folder or Hub id")
     command.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
     )
@@ -128,16 +133,19 @@ def _load_heads(given: argparse.Namespace) -> RetainingHeads | None:
     return RetainingHeads.from_pretrained(given.heads) if given.heads else None
 
 
+def _load_model(given: argparse.Namespace) -> LoadedModel:
+    return load_model(given.model, dtype=given.dtype, device=given.device, adapter=given.adapter)
+
+
 def _generate(given: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from locret.generation import Engine
-    from locret.models import load_model
 
     # What is cheap to get wrong is checked before a model is loaded.
     text = sys.stdin.read() if given.prompt_file == "-" else _read_text(given.prompt_file)
     heads = _load_heads(given)
-    loaded = load_model(given.model, dtype=given.dtype, device=given.device)
+    loaded = _load_model(given)
     engine = Engine(
         loaded.model,
         given.policy or ("locret" if heads else "full"),
@@ -180,7 +188,6 @@ def _generate_summary(result: dict[str, Any]) -> str:
 
 def _needle(given: argparse.Namespace) -> None:
     from locret.evaluation import needle
-    from locret.models import load_model
 
     unknown = sorted(set(given.policies) - set(POLICIES))
     if unknown:
@@ -189,21 +196,23 @@ def _needle(given: argparse.Namespace) -> None:
     if heads is None and "locret" in given.policies:
         raise ValueError("policy locret needs --heads; train some with python -m trainers.fit")
     settings = needle.NeedleSettings(
-        task=given.task,
+        tasks=tuple(given.tasks),
         tokens=given.tokens,
         count=given.count,
-        ratio=given.ratio,
+        ratios=tuple(given.ratios),
         seed=given.seed,
         haystack=None if given.haystack == "reference" else given.haystack,
+        answer_prefix=not given.no_answer_prefix,
     )
-    loaded = load_model(given.model, dtype=given.dtype, device=given.device)
+    loaded = _load_model(given)
+    total = len(needle.runs(given.policies, settings.ratios)) * settings.count * len(settings.tasks)
     bar, results = _Bar("asking"), []
     for result in needle.run_needles(loaded, given.policies, settings, heads):
         results.append(result)
-        bar(len(results), settings.count * len(given.policies))
+        bar(len(results), total)
     print(
-        f"{settings.count} needles in prompts of {results[0].prompt_tokens} tokens, budget "
-        f"{settings.tokens // settings.ratio} units a head ({given.model})\n"
+        f"{settings.count} samples of {', '.join(settings.tasks)} in prompts of "
+        f"{results[0].prompt_tokens} tokens ({given.model})\n"
     )
     print(needle.as_table(needle.summarize(results)))
     if given.heads:

@@ -36,6 +36,7 @@ MANY_ROWS = ("num_beams", "num_return_sequences")
 REFUSED_ARGUMENTS = (
     "assistant_model",
     "cache_implementation",
+    "guidance_scale",
     "inputs_embeds",
     "prompt_lookup_num_tokens",
 )
@@ -49,7 +50,7 @@ class Engine:
     `model.generate(..., past_key_values=cache)` works too). One engine serves any number of
     requests in turn: all state of a request lives in its cache.
 
-    "auto" takes what the heads record, else the paper's value. With a budget of your own,
+    "auto" takes what the heads record, else the paper's value. With a smaller budget than recorded,
     `stabilizers="auto"` keeps the recorded proportion of stabilizers to budget.
 
     Args:
@@ -90,13 +91,14 @@ class Engine:
             positions = record.positions if record else "compact"  # type: ignore[assignment]
         self.model = model
         self.backbone = Backbone(model, longrope)  # type: ignore[arg-type]
-        self.policy = _make_policy(policy, _fitting(heads, self.backbone))
+        self.policy = _make_policy(policy, heads, self.backbone)
         recorded = _recorded(record.defaults if record else {})
         self.budget, self.stabilizers = _budget_and_stabilizers(budget, stabilizers, recorded)
         if not self.policy.evicts:
             self.budget = None
         self.chunk_size = recorded["chunk_size"] if chunk_size == "auto" else chunk_size
         self.local_tokens = recorded["local_tokens"] if local_tokens == "auto" else local_tokens
+        self.query_tokens = record.query_tokens if record and policy == LocretPolicy.name else 0
         self.positions: Positions = positions  # type: ignore[assignment]
         self.progress = progress
         self._check_settings()
@@ -117,9 +119,12 @@ class Engine:
             )
         if self.stabilizers < 0:
             raise ValueError(f"stabilizers is {self.stabilizers}; expected zero or more")
-        if self.budget is not None and self.stabilizers > self.budget:
+        if self.budget is not None and self.stabilizers + self.query_tokens > self.budget:
+            query = f" and the heads keep {self.query_tokens} query tokens" * bool(
+                self.query_tokens
+            )
             raise ValueError(
-                f"stabilizers is {self.stabilizers} but the budget is {self.budget}: stabilizers "
+                f"stabilizers is {self.stabilizers}{query} but the budget is {self.budget}: they "
                 "are kept within the budget; lower stabilizers or raise the budget"
             )
 
@@ -145,23 +150,32 @@ class Engine:
             stack.close()
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> RetainedCache:
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        query_ids: Tensor | None = None,
+    ) -> RetainedCache:
         """Read a whole context in chunks and compress it to the budget.
 
         Args:
             input_ids: [B, n] long, rows of equal length.
             attention_mask: [B, n], all ones, or None.
+            query_ids: [B, q] long: what will be asked. Query-aware heads (Locret-Q) need it: it is
+                read in front of the context, once more, and never evicted.
 
         Returns:
             The cache, to go on from with `generate(question_ids, cache=cache)`.
 
         Raises:
-            ValueError: an empty prompt, or padding.
+            ValueError: an empty prompt, padding, or a query missing or given to no use.
         """
         _check_ids(input_ids)
         _check_mask(attention_mask, input_ids, context_length=0)
+        query_ids = _checked_query(query_ids, input_ids, self.query_tokens)
         with self:
-            return self._prefill(input_ids, prompt_length=input_ids.shape[1])
+            return self._prefill(input_ids, input_ids.shape[1], query_ids)
 
     @torch.no_grad()
     def generate(
@@ -201,23 +215,36 @@ class Engine:
         with self:
             if cache is None:
                 cache = self._read_prompt(input_ids)
+                # What was read in front of the prompt, for stock generate's bookkeeping.
+                context = input_ids[:, input_ids.shape[1] - cache.query_length :]
             sequence = torch.cat([context, input_ids], dim=1)
             return self._generate(sequence, cache, context.shape[1], kwargs)
 
     def _read_prompt(self, input_ids: Tensor) -> RetainedCache:
         """The cache after all of the prompt but its local tokens."""
         length = input_ids.shape[1]
-        return self._prefill(input_ids[:, : max(length - self.local_tokens, 0)], length)
+        context = input_ids[:, : max(length - self.local_tokens, 0)]
+        query_ids = None
+        if self.query_tokens and context.shape[1]:
+            query_ids = input_ids[:, -self.query_tokens :]
+        return self._prefill(context, length, query_ids)
 
-    def _prefill(self, input_ids: Tensor, prompt_length: int) -> RetainedCache:
+    def _prefill(
+        self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None
+    ) -> RetainedCache:
         cache = RetainedCache(self.backbone.geometry.num_layers, self.budget, self.positions)
         cache.prompt_length = prompt_length
+        query = 0
+        if query_ids is not None:
+            query = cache.query_length = query_ids.shape[1]
+            input_ids = torch.cat([query_ids, input_ids], dim=1)
         total = input_ids.shape[1]
         for start in range(0, total, self.chunk_size or max(total, 1)):
             chunk = input_ids[:, start : start + (self.chunk_size or total)]
             end = start + chunk.shape[1]
             if self.budget is not None:
-                cache.eviction = Eviction(self.budget, self.stabilizers if end < total else 0)
+                stabilizers = self.stabilizers if end < total else 0
+                cache.eviction = Eviction(self.budget, stabilizers, query)
             self.backbone.decoder(input_ids=chunk, past_key_values=cache, use_cache=True)
             if self.progress is not None:
                 self.progress(end, total)
@@ -275,7 +302,9 @@ class Engine:
         return output
 
 
-def _make_policy(policy: str | Policy, heads: RetainingHeads | None) -> Policy:
+def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:
+    if isinstance(policy, LocretPolicy):
+        _check_fit(policy.heads, backbone)
     if isinstance(policy, Policy):
         return policy
     if policy not in POLICIES:
@@ -287,19 +316,21 @@ def _make_policy(policy: str | Policy, heads: RetainingHeads | None) -> Policy:
             "policy 'locret' needs trained heads: pass "
             "heads=locret.RetainingHeads.from_pretrained(...), or choose another policy"
         )
-    return LocretPolicy(heads)
+    return LocretPolicy(_fitting(heads, backbone))
 
 
-def _fitting(heads: RetainingHeads | None, backbone: Backbone) -> RetainingHeads | None:
-    """The heads, checked against the backbone, on its device and in its dtype."""
-    if heads is None:
-        return None
+def _check_fit(heads: RetainingHeads, backbone: Backbone) -> None:
     differences = heads.config.differences(backbone.geometry)
     if differences:
         raise ValueError(
             f"these heads are for another backbone ({heads.config.backbone or 'not recorded'}): "
             + "; ".join(differences)
         )
+
+
+def _fitting(heads: RetainingHeads, backbone: Backbone) -> RetainingHeads:
+    """The heads, checked against the backbone, on its device and in its dtype."""
+    _check_fit(heads, backbone)
     model: Any = backbone.model
     if {(p.device, p.dtype) for p in heads.parameters()} != {(model.device, model.dtype)}:
         heads = copy.deepcopy(heads).to(model.device, model.dtype)  # the caller's stay as they are
@@ -324,6 +355,20 @@ def _budget_and_stabilizers(
     if budget == "auto":
         budget = recorded["budget"]
     return budget, stabilizers
+
+
+def _checked_query(query_ids: Tensor | None, input_ids: Tensor, query_tokens: int) -> Tensor | None:
+    if query_ids is None:
+        if query_tokens:
+            raise ValueError(
+                f"these heads are query-aware (they learned with {query_tokens} tokens of the "
+                "question in front): pass query_ids, or use heads with query_tokens 0"
+            )
+        return None
+    _check_ids(query_ids)
+    if not query_tokens:
+        raise ValueError("query_ids given, but the policy's heads are not query-aware")
+    return query_ids[:, -query_tokens:].to(input_ids.device)
 
 
 def _check_ids(input_ids: Tensor) -> None:

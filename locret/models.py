@@ -106,7 +106,7 @@ def _load_embedded(
 
 
 def _merged(model: Any, adapter: str | None) -> Any:
-    """The model with the adapter in its weights; in the weights' own precision, so before a cast."""
+    """The model with the adapter in its weights, in their own precision: so before any cast."""
     if adapter is None:
         return model
     if importlib.util.find_spec("peft") is None:

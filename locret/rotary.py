@@ -10,7 +10,6 @@ LongRoPE rules (`LongRopeRule`):
 """
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -41,7 +40,7 @@ class Rotary:
         self._switch = longrope_switch(module)
         self._short = _pinned(module, position=0)
         self._long = self._short if self._switch is None else _pinned(module, self._switch)
-        self._tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def rotate(self, x: Tensor, start: int, prompt_length: int) -> Tensor:
         """Rotate `x` [B, heads, S, D] at the slots start .. start + S - 1.
@@ -62,14 +61,14 @@ class Rotary:
             self._longrope == "long" or prompt_length > self._switch
         )
         key = (start, stop, long, like.device, like.dtype)
-        if key not in self._tables:
+        found = self._tables.get(key)
+        if found is None:
             module = self._long if long else self._short
             positions = torch.arange(start, stop, device=like.device)[None]
-            self._tables[key] = type(module).forward(module, like, positions)
-            if len(self._tables) > _TABLES_KEPT:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(key)
-        return self._tables[key]
+            found = type(module).forward(module, like, positions)
+            # A new dict instead of a changed one: threads may share an engine.
+            self._tables = dict([*self._tables.items()][1 - _TABLES_KEPT :]) | {key: found}
+        return found
 
 
 def longrope_switch(module: Any) -> int | None:

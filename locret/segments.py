@@ -4,7 +4,11 @@ Several conversations stand in one row, one after the other; each attends to its
 labels every token of its own segment that stands before it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class Segment(NamedTuple):
@@ -38,3 +42,28 @@ class Segment(NamedTuple):
     def last_prompt_end(self) -> int:
         """Offset of the last answer's start: tokens before it are labelled at least once."""
         return self.answers[-1][0]
+
+
+def with_query_in_front(
+    input_ids: Tensor, segments: Sequence[Segment], query_tokens: int
+) -> tuple[Tensor, list[Segment]]:
+    """Repeat the end of each segment's last prompt, the question, at its start (Locret-Q).
+
+    Args:
+        input_ids: [1, N] long, a packed row.
+        segments: what stands in it.
+        query_tokens: how many tokens to repeat at most.
+
+    Returns:
+        The longer row and its segments.
+    """
+    rows, longer, at = [], [], 0
+    for segment in segments:
+        ask = max(segment.start, segment.last_prompt_end - query_tokens)
+        query = input_ids[:, ask : segment.last_prompt_end]
+        shift = at + query.shape[1] - segment.start
+        rows += [query, input_ids[:, segment.start : segment.end]]
+        answers = tuple((start + shift, end + shift) for start, end in segment.answers)
+        longer.append(Segment(at, segment.end + shift, answers))
+        at = segment.end + shift
+    return torch.cat(rows, dim=1), longer

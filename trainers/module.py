@@ -6,11 +6,12 @@ registered: Lightning neither flips its mode nor moves, optimizes or saves it.
 
 import dataclasses
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from locret.backbone import Backbone
@@ -19,7 +20,12 @@ from locret.distillation import Distillation, Distilled
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.models import Dtype, load_model, load_tokenizer
 from locret.rotary import LongRopeRule
-from trainers.metrics import TopOverlap
+from locret.segments import with_query_in_front
+from trainers.metrics import RankCorrelation, TopOverlap
+
+SaveDtype = Literal["float32", "bfloat16", "float16"]
+ENGINE_SETTINGS = ("budget", "chunk_size", "stabilizers", "local_tokens")
+RECALL_AT = (0.05, 0.1, 0.25)  # budgets in validation, as fractions of the prompt
 
 
 class HeadsModule(LightningModule):
@@ -27,9 +33,13 @@ class HeadsModule(LightningModule):
 
     Args:
         model: the backbone: a Hub id, a folder, or `embedded:smollm2`.
+        adapter: a PEFT adapter that the backbone carries, merged into its weights.
         width: hidden width of a head (the paper's d_R).
+        tap: what a head reads (`locret.features.FEATURES`).
         label: label definition (`locret.targets.LABELS`).
+        loss: main loss (`locret.losses.LOSSES`).
         alpha: weight of the smoothness loss.
+        query_tokens: Locret-Q: repeat so many of the question's tokens in front of the prompt.
         lr: peak learning rate of AdamW.
         betas: of AdamW.
         weight_decay: of AdamW.
@@ -37,6 +47,7 @@ class HeadsModule(LightningModule):
         positions: cache positions that the artifact recommends.
         longrope: LongRoPE rule in training and, recorded, in inference.
         dtype: of the backbone; the heads train in float32.
+        save_dtype: of the exported heads.
         attn_implementation: of the backbone: "sdpa" or "eager".
         revision: of the backbone on the Hub.
         budget, chunk_size, stabilizers, local_tokens: engine settings that the artifact recommends.
@@ -45,9 +56,13 @@ class HeadsModule(LightningModule):
     def __init__(
         self,
         model: str,
+        adapter: str | None = None,
         width: int = 1024,
+        tap: str = "qkv",
         label: str = "max_logit",
+        loss: str = "smooth_l1",
         alpha: float = 0.0025,
+        query_tokens: int = 0,
         lr: float = 5e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.01,
@@ -55,6 +70,7 @@ class HeadsModule(LightningModule):
         positions: Positions = "compact",
         longrope: LongRopeRule = "long",
         dtype: Dtype = "auto",
+        save_dtype: SaveDtype = "float32",
         attn_implementation: str = "sdpa",
         revision: str | None = None,
         budget: int = 16384,
@@ -66,6 +82,11 @@ class HeadsModule(LightningModule):
         self.save_hyperparameters()
         self.heads: RetainingHeads | None = None
         self.overlap = TopOverlap()
+        self.val_scores = MetricCollection(
+            {f"recall@{fraction:g}": TopOverlap(fraction) for fraction in RECALL_AT}
+            | {"rank_correlation": RankCorrelation()},
+            prefix="val/",
+        )
         self.register_buffer("longest_prompt", torch.zeros((), dtype=torch.long))
         self._distillation: Distillation | None = None
         # Past nn.Module's bookkeeping, so that the backbone is no submodule.
@@ -84,35 +105,41 @@ class HeadsModule(LightningModule):
         loaded = load_model(
             given["model"],
             dtype=given["dtype"],
-            device="cpu",
+            device="cpu" if self.device.type == "meta" else self.device,
             revision=given["revision"],
+            adapter=given["adapter"],
             attn_implementation=given["attn_implementation"],
         )
         model = loaded.model.requires_grad_(False)
         object.__setattr__(self, "backbone_model", model)
+        names = ("adapter", "tap", "label", "query_tokens", "positions", "longrope")
         config = HeadsConfig.for_geometry(
             Backbone(model).geometry,
             given["width"],
             backbone=loaded.name,
             backbone_revision=loaded.revision,
             model_type=model.config.model_type,
-            label=given["label"],
-            positions=given["positions"],
-            longrope=given["longrope"],
-            defaults={
-                name: given[name]
-                for name in ("budget", "chunk_size", "stabilizers", "local_tokens")
-            },
+            defaults={name: given[name] for name in ENGINE_SETTINGS},
+            **{name: given[name] for name in names},
         )
         self.heads = RetainingHeads(config)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         result = self._step(batch)
-        self._log(result, "train")
+        self._log_losses(result, "train")
+        self.overlap.reset()
+        self._compare(result, self.overlap)
+        self.log("train/top10_overlap", self.overlap.compute(), prog_bar=True, batch_size=1)
         return result.loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._log(self._step(batch), "val")
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        result = self._step(batch)
+        self._log_losses(result, "val")
+        self._compare(result, self.val_scores)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.val_scores.compute(), prog_bar=True)
+        self.val_scores.reset()
 
     def configure_optimizers(self) -> Any:
         given = self.hparams
@@ -132,21 +159,26 @@ class HeadsModule(LightningModule):
         }
 
     def trained_heads(self) -> RetainingHeads:
-        """The heads with what this run adds to their record: figures and the longest prompt."""
+        """The heads in `save_dtype`, with the run's figures and longest prompt in their record."""
         assert self.heads is not None
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        self.heads.config = dataclasses.replace(
+        config = dataclasses.replace(
             self.heads.config,
             trained_tokens=int(self.longest_prompt),  # type: ignore[arg-type]
             metrics=metrics,
         )
-        return self.heads
+        dtype = getattr(torch, self.hparams["save_dtype"])
+        tensors = {name: t.to("cpu", dtype) for name, t in self.heads.state_dict().items()}
+        return RetainingHeads.from_tensors(config, tensors)
 
-    def _step(self, batch: dict[str, Tensor]) -> Distilled:
-        prompt_length = int(batch["prompt_length"][0])
+    def _step(self, batch: dict[str, Any]) -> Distilled:
+        ids, segments = batch["input_ids"], batch["segments"]
         if self.training:
-            self.longest_prompt.clamp_(min=prompt_length)  # type: ignore[operator]
-        return self._distill()(batch["input_ids"], prompt_length)
+            longest = max(s.last_prompt_end - s.start for s in segments)
+            self.longest_prompt.clamp_(min=longest)  # type: ignore[operator]
+        if self.hparams["query_tokens"]:
+            ids, segments = with_query_in_front(ids, segments, self.hparams["query_tokens"])
+        return self._distill()(ids, segments)
 
     def _distill(self) -> Distillation:
         """Made at the first step, when the strategy has settled on which device we are."""
@@ -155,19 +187,22 @@ class HeadsModule(LightningModule):
             backbone = Backbone(model, self.hparams["longrope"])
             assert self.heads is not None
             self._distillation = Distillation(
-                backbone, self.heads, self.hparams["label"], self.hparams["alpha"], keep_scores=True
+                backbone,
+                self.heads,
+                alpha=self.hparams["alpha"],
+                loss=self.hparams["loss"],
+                keep_scores=True,
             )
         return self._distillation
 
-    def _log(self, result: Distilled, stage: str) -> None:
-        metric = TopOverlap().to(self.device) if stage == "train" else self.overlap
-        for predictions, targets in zip(result.predictions, result.targets, strict=True):
-            metric.update(predictions.to(self.device), targets.to(self.device))
+    def _log_losses(self, result: Distilled, stage: str) -> None:
         parts = {
             f"{stage}/loss": result.loss.detach(),
             f"{stage}/regression": result.regression,
             f"{stage}/smoothness": result.smoothness,
         }
         self.log_dict(parts, prog_bar=True, batch_size=1)
-        overlap = metric.compute() if stage == "train" else metric
-        self.log(f"{stage}/top10_overlap", overlap, prog_bar=True, batch_size=1)
+
+    def _compare(self, result: Distilled, metric: Any) -> None:
+        for predictions, targets in zip(result.predictions, result.targets, strict=True):
+            metric.update(predictions.to(self.device), targets.to(self.device))

@@ -1,7 +1,7 @@
-"""Needle in a haystack, under several policies at the same budget.
+"""Needles in haystacks and their kin, under several policies at the same budgets.
 
-The question comes after the context was compressed (query-agnostic): the prompt's last tokens, the
-question and the start of the answer, are local. As in RULER, the answer's first words are given, so
+The question comes after the context was compressed (query-agnostic): the prompt's last tokens, with
+the question, are local. With `answer_prefix` the answer's first words are given, as in RULER, so
 that what is measured is retrieval and not manners.
 """
 
@@ -17,8 +17,7 @@ from locret.evaluation.synthetic import SyntheticSample, make_sample, prompt_tex
 from locret.generation import Engine
 from locret.heads import RetainingHeads
 from locret.models import LoadedModel
-
-MAX_NEW_TOKENS = 16
+from locret.policies import POLICIES
 
 
 @dataclass(frozen=True)
@@ -26,32 +25,42 @@ class NeedleSettings:
     """What is asked.
 
     Attributes:
-        task: a task of `locret.evaluation.synthetic.TASKS`.
+        tasks: of `locret.evaluation.synthetic.TASKS`.
         tokens: length of the prompt's text.
-        count: how many needles; their depths are spread evenly.
-        ratio: prompt tokens for every unit of the budget.
+        count: how many samples a task; their depths are spread evenly.
+        ratios: prompt tokens for every unit of the budget; each ratio is one run.
         seed: of the first sample; the others follow.
         haystack: "noise", a text file, or None for CPython's language reference.
+        answer_prefix: give the answer's first words.
         chunk_size: tokens read at a time.
         local_tokens: tokens of the prompt read after the compression.
+        max_new_tokens: of an answer.
     """
 
-    task: str = "niah_single"
+    tasks: tuple[str, ...] = ("niah_single",)
     tokens: int = 3000
     count: int = 10
-    ratio: int = 8
+    ratios: tuple[int, ...] = (8,)
     seed: int = 1_000_000
     haystack: str | None = "noise"
+    answer_prefix: bool = True
     chunk_size: int = 512
     local_tokens: int = 100
+    max_new_tokens: int = 64
 
 
 @dataclass(frozen=True)
 class NeedleResult:
-    """One needle under one policy: `units` in each KV head and real `bytes` after the answer."""
+    """One sample under one policy: `units` in each KV head and real `bytes` after the answer.
+
+    `found`: every expected string is in the answer. `ratio` is 1 for a policy that keeps all.
+    """
 
     policy: str
-    depth: float
+    ratio: int
+    task: str
+    seed: int
+    depth: float | None
     found: bool
     answer: str
     expected: tuple[str, ...]
@@ -63,23 +72,62 @@ class NeedleResult:
 
 @dataclass(frozen=True)
 class PolicySummary:
-    """A policy over all needles. `of_full`: found among those that the full cache finds."""
+    """A policy at a ratio, over all samples.
+
+    `of_full`: found among those that the full cache finds. `by_task`: share found.
+    """
 
     policy: str
+    ratio: int
     found: int
     of_full: int
     count: int
     units: int
     bytes: int
     seconds: float
+    by_task: dict[str, float]
 
 
-def needle_prompt(sample: SyntheticSample, tokenizer: Any) -> Tensor:
-    """[1, n] long: the chat prompt of a sample, up to the first words of its answer."""
+def needle_prompt(sample: SyntheticSample, tokenizer: Any, answer_prefix: bool) -> Tensor:
+    """[1, n] long: the chat prompt of a sample, with the answer's first words if asked for."""
     messages = [{"role": "user", "content": prompt_text(sample)}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text + sample.answer_prefix, add_special_tokens=False)["input_ids"]
+    if answer_prefix:
+        text += sample.answer_prefix
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return torch.tensor([ids], dtype=torch.long)
+
+
+def make_samples(settings: NeedleSettings, tokenizer: Any) -> list[tuple[int, SyntheticSample]]:
+    """The samples with their seeds, task after task.
+
+    Raises:
+        ValueError: an unknown task or haystack.
+    """
+    return [
+        (
+            settings.seed + i,
+            make_sample(
+                task,
+                settings.tokens,
+                tokenizer,
+                settings.seed + i,
+                depth=(i + 0.5) / settings.count,
+                haystack=settings.haystack,
+            ),
+        )
+        for task in settings.tasks
+        for i in range(settings.count)
+    ]
+
+
+def runs(policies: Sequence[str], ratios: Sequence[int]) -> list[tuple[str, int]]:
+    """Policies and ratios to run; a policy that keeps all runs once, at ratio 1."""
+    return [
+        (policy, ratio)
+        for policy in policies
+        for ratio in (ratios if POLICIES[policy].evicts else (1,))
+    ]
 
 
 def run_needles(
@@ -88,51 +136,50 @@ def run_needles(
     settings: NeedleSettings,
     heads: RetainingHeads | None = None,
 ) -> Iterator[NeedleResult]:
-    """Ask every needle under every policy, one result at a time.
+    """Ask every sample under every policy and ratio, one result at a time.
 
     Raises:
         ValueError: an unknown policy or task, or the policy "locret" without heads.
     """
-    samples = [
-        make_sample(
-            settings.task,
-            settings.tokens,
-            loaded.tokenizer,
-            settings.seed + i,
-            depth=(i + 0.5) / settings.count,
-            haystack=settings.haystack,
-        )
-        for i in range(settings.count)
-    ]
-    engines = {
-        policy: Engine(
+    samples = make_samples(settings, loaded.tokenizer)
+    for policy, ratio in runs(policies, settings.ratios):
+        engine = Engine(
             loaded.model,
             policy,
             heads=heads,
-            budget=settings.tokens // settings.ratio,
+            budget=settings.tokens // ratio,
             chunk_size=settings.chunk_size,
             local_tokens=settings.local_tokens,
         )
-        for policy in policies
-    }
-    for policy, engine in engines.items():
-        for sample in samples:
-            yield _ask(loaded, policy, engine, sample)
+        for seed, sample in samples:
+            yield _ask(loaded, (policy, ratio), engine, seed, sample, settings)
 
 
-def _ask(loaded: LoadedModel, policy: str, engine: Engine, sample: SyntheticSample) -> NeedleResult:
-    ids = needle_prompt(sample, loaded.tokenizer).to(loaded.model.device)
+def _ask(
+    loaded: LoadedModel,
+    run: tuple[str, int],
+    engine: Engine,
+    seed: int,
+    sample: SyntheticSample,
+    settings: NeedleSettings,
+) -> NeedleResult:
+    tokenizer: Any = loaded.tokenizer
+    ids = needle_prompt(sample, tokenizer, settings.answer_prefix).to(loaded.model.device)
     started = time.perf_counter()
     output = engine.generate(
-        ids, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_dict_in_generate=True
+        ids,
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
     )
     seconds = time.perf_counter() - started
-    tokenizer: Any = loaded.tokenizer
     answer = tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
     held = output.past_key_values.report()
-    assert sample.depth is not None
     return NeedleResult(
-        policy=policy,
+        policy=run[0],
+        ratio=run[1],
+        task=sample.task,
+        seed=seed,
         depth=sample.depth,
         found=sample.score(answer) == 1.0,
         answer=answer,
@@ -145,34 +192,44 @@ def _ask(loaded: LoadedModel, policy: str, engine: Engine, sample: SyntheticSamp
 
 
 def summarize(results: Iterable[NeedleResult]) -> list[PolicySummary]:
-    """One row a policy, in the order in which they ran."""
-    by_policy: dict[str, list[NeedleResult]] = {}
+    """One row a policy and ratio, in the order in which they ran."""
+    by_run: dict[tuple[str, int], list[NeedleResult]] = {}
     for result in results:
-        by_policy.setdefault(result.policy, []).append(result)
-    full = {r.depth for r in by_policy.get("full", []) if r.found}
+        by_run.setdefault((result.policy, result.ratio), []).append(result)
+    full = {(r.task, r.seed) for r in by_run.get(("full", 1), []) if r.found}
     return [
         PolicySummary(
             policy=policy,
+            ratio=ratio,
             found=sum(r.found for r in rows),
-            of_full=sum(r.found and r.depth in full for r in rows),
+            of_full=sum(r.found and (r.task, r.seed) in full for r in rows),
             count=len(rows),
             units=max(r.units for r in rows),
             bytes=max(r.bytes for r in rows),
             seconds=sum(r.seconds for r in rows),
+            by_task=_by_task(rows),
         )
-        for policy, rows in by_policy.items()
+        for (policy, ratio), rows in by_run.items()
     ]
+
+
+def _by_task(rows: Sequence[NeedleResult]) -> dict[str, float]:
+    tasks = dict.fromkeys(row.task for row in rows)
+    of_task = {task: [row.found for row in rows if row.task == task] for task in tasks}
+    return {task: sum(found) / len(found) for task, found in of_task.items()}
 
 
 def as_table(summaries: Sequence[PolicySummary]) -> str:
     """A plain-text table of the rows."""
     full = next((row.found for row in summaries if row.policy == "full"), None)
-    lines = [f"{'policy':<15}{'found':>8}{'of full':>9}{'units':>8}{'MiB':>8}{'seconds':>9}"]
+    lines = [
+        f"{'policy':<15}{'ratio':>6}{'found':>9}{'of full':>9}{'units':>8}{'MiB':>8}{'seconds':>9}"
+    ]
     for row in summaries:
         of_full = "-" if full is None else f"{row.of_full}/{full}"
         lines.append(
-            f"{row.policy:<15}{f'{row.found}/{row.count}':>8}{of_full:>9}{row.units:>8}"
-            f"{row.bytes / 2**20:>8.1f}{row.seconds:>9.1f}"
+            f"{row.policy:<15}{f'{row.ratio}x':>6}{f'{row.found}/{row.count}':>9}{of_full:>9}"
+            f"{row.units:>8}{row.bytes / 2**20:>8.1f}{row.seconds:>9.1f}"
         )
     return "\n".join(lines)
 
