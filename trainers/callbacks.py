@@ -1,5 +1,6 @@
-"""What a training run leaves behind: its result, with the resolved config beside it."""
+"""What a training run leaves behind: its result, the resolved config and a picture of the run."""
 
+import importlib.util
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,27 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from locret.artifact import written_aside
+from trainers.plot import draw
 
 TRAINING_CONFIG = "training.yaml"
+TRAINING_PLOT = "training.png"
 
 
 class Export(SaveConfigCallback):
     """Writes what was trained to the config's `output` when training ends.
 
     LightningCLI hands it the parser and the resolved config, which it also saves in the log folder
-    when training starts.
+    when training starts. It remembers the metrics of every step for the picture, over resumes too.
     """
+
+    plotted: tuple[str, ...] = ("train/loss",)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.history: dict[str, list[float]] = {name: [] for name in ("step", *self.plotted)}
 
     @property
     def folder(self) -> Path:
@@ -29,16 +38,41 @@ class Export(SaveConfigCallback):
     def export(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
         """Write the result into `folder`."""
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        trainer.datamodule.count(batch)  # type: ignore[attr-defined]
+        self.history["step"].append(trainer.global_step)
+        for name in self.plotted:
+            self.history[name].append(float(trainer.callback_metrics[name]))
+
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.export(trainer, pl_module, self.folder)
         text = self.parser.dump(self.config, skip_none=False)
         with written_aside(self.folder) as aside:
             (aside / TRAINING_CONFIG).write_text(text, encoding="utf-8")
+            if importlib.util.find_spec("matplotlib") is None:
+                rank_zero_warn("no picture of the run: pip install matplotlib")
+            else:
+                draw(aside / TRAINING_PLOT, self.history, getattr(pl_module, "layer_overlap", ()))
 
 
 class ExportHeads(Export):
     """Writes the heads artifact."""
+
+    plotted = ("train/loss", "train/top10_overlap")
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        longest = trainer.strategy.reduce(pl_module.longest_prompt, reduce_op="max")
+        pl_module.longest_prompt.copy_(longest)
+        super().on_train_end(trainer, pl_module)
 
     def export(self, trainer: Trainer, pl_module: Any, folder: Path) -> None:
         pl_module.trained_heads().save_pretrained(folder)
@@ -46,6 +80,8 @@ class ExportHeads(Export):
 
 class ExportAdapter(Export):
     """Writes the adapter in PEFT's format, in bfloat16."""
+
+    plotted = ("train/loss", "train/token_accuracy")
 
     def export(self, trainer: Trainer, pl_module: Any, folder: Path) -> None:
         adapted = pl_module.adapted

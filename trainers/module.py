@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
@@ -22,6 +23,7 @@ from locret.models import Dtype, load_model, load_tokenizer
 from locret.rotary import LongRopeRule
 from locret.segments import with_query_in_front
 from trainers.metrics import RankCorrelation, TopOverlap
+from trainers.sharding import average_gradients, shard_backbone
 
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 ENGINE_SETTINGS = ("budget", "chunk_size", "stabilizers", "local_tokens")
@@ -81,7 +83,7 @@ class HeadsModule(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.heads: RetainingHeads | None = None
-        self.overlap = TopOverlap()
+        self.layer_overlap: list[float] = []
         self.val_scores = MetricCollection(
             {f"recall@{fraction:g}": TopOverlap(fraction) for fraction in RECALL_AT}
             | {"rank_correlation": RankCorrelation()},
@@ -97,6 +99,11 @@ class HeadsModule(LightningModule):
         """The backbone's; the data module asks for it before the backbone is loaded."""
         return load_tokenizer(self.hparams["model"], revision=self.hparams["revision"])
 
+    @property
+    def shards(self) -> DeviceMesh | None:
+        """The ranks over which the backbone is sharded, under ModelParallelStrategy."""
+        return None if self.device_mesh is None else self.device_mesh["data_parallel"]
+
     def configure_model(self) -> None:
         """Load the backbone and make the heads, once."""
         if self.heads is not None:
@@ -105,12 +112,14 @@ class HeadsModule(LightningModule):
         loaded = load_model(
             given["model"],
             dtype=given["dtype"],
-            device="cpu" if self.device.type == "meta" else self.device,
+            device="cpu",
             revision=given["revision"],
             adapter=given["adapter"],
             attn_implementation=given["attn_implementation"],
         )
         model = loaded.model.requires_grad_(False)
+        if self.shards is not None:
+            shard_backbone(model.get_decoder(), self.shards)
         object.__setattr__(self, "backbone_model", model)
         names = ("adapter", "tap", "label", "query_tokens", "positions", "longrope")
         config = HeadsConfig.for_geometry(
@@ -127,15 +136,16 @@ class HeadsModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         result = self._step(batch)
         self._log_losses(result, "train")
-        self.overlap.reset()
-        self._compare(result, self.overlap)
-        self.log("train/top10_overlap", self.overlap.compute(), prog_bar=True, batch_size=1)
+        self.layer_overlap = self._overlap_by_layer(result)
+        overlap = sum(self.layer_overlap) / len(self.layer_overlap)
+        self.log("train/top10_overlap", overlap, prog_bar=True, batch_size=1, sync_dist=True)
         return result.loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         result = self._step(batch)
         self._log_losses(result, "val")
-        self._compare(result, self.val_scores)
+        for predictions, targets in zip(result.predictions, result.targets, strict=True):
+            self.val_scores.update(predictions.to(self.device), targets.to(self.device))
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.val_scores.compute(), prog_bar=True)
@@ -157,6 +167,11 @@ class HeadsModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.shards is not None:  # DDP does this by itself, ModelParallelStrategy does not
+            assert self.heads is not None
+            average_gradients(self.heads.parameters(), self.shards)
 
     def trained_heads(self) -> RetainingHeads:
         """The heads in `save_dtype`, with the run's figures and longest prompt in their record."""
@@ -183,8 +198,9 @@ class HeadsModule(LightningModule):
     def _distill(self) -> Distillation:
         """Made at the first step, when the strategy has settled on which device we are."""
         if self._distillation is None:
-            model = self.backbone_model.to(self.device)
-            backbone = Backbone(model, self.hparams["longrope"])
+            if self.shards is None:
+                self.backbone_model.to(self.device)
+            backbone = Backbone(self.backbone_model, self.hparams["longrope"])
             assert self.heads is not None
             self._distillation = Distillation(
                 backbone,
@@ -201,8 +217,15 @@ class HeadsModule(LightningModule):
             f"{stage}/regression": result.regression,
             f"{stage}/smoothness": result.smoothness,
         }
-        self.log_dict(parts, prog_bar=True, batch_size=1)
+        self.log_dict(parts, prog_bar=True, batch_size=1, sync_dist=True)
 
-    def _compare(self, result: Distilled, metric: Any) -> None:
-        for predictions, targets in zip(result.predictions, result.targets, strict=True):
-            metric.update(predictions.to(self.device), targets.to(self.device))
+    def _overlap_by_layer(self, result: Distilled) -> list[float]:
+        """Top-10% overlap of each layer, over the row's answers."""
+        assert self.heads is not None
+        metrics = [TopOverlap().to(self.device) for _ in self.heads.layers]
+        answers = len(result.predictions) // len(metrics)
+        for i, (predictions, targets) in enumerate(
+            zip(result.predictions, result.targets, strict=True)
+        ):
+            metrics[i // answers].update(predictions.to(self.device), targets.to(self.device))
+        return torch.stack([metric.compute() for metric in metrics]).tolist()
