@@ -85,7 +85,7 @@ class HeadsModule(LightningModule):
         self.heads: RetainingHeads | None = None
         self.layer_overlap: list[float] = []
         self.val_scores = MetricCollection(
-            {f"recall@{fraction:g}": TopOverlap(fraction) for fraction in RECALL_AT}
+            {f"recall_at_{fraction:.0%}": TopOverlap(fraction) for fraction in RECALL_AT}
             | {"rank_correlation": RankCorrelation()},
             prefix="val/",
         )

@@ -1,7 +1,7 @@
 """FSDP2 for a frozen backbone with replicated heads (Lightning's ModelParallelStrategy).
 
-The backbone's parameters are sharded over the ranks and gathered layer by layer; the heads are small,
-stand whole on every rank, and their gradients are averaged before each optimizer step.
+The backbone's parameters are sharded over the ranks and gathered layer by layer; the heads are
+small, stand whole on every rank, and their gradients are averaged before each optimizer step.
 """
 
 from collections.abc import Iterable

@@ -1,0 +1,66 @@
+"""Arguments that turn a shipped config into a run of seconds, and what is read off a run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def source(rows):
+    given = {"class_path": "datamodules.sources.JsonlSource", "init_args": {"path": str(rows)}}
+    return f"--data.train={json.dumps([given])}"
+
+
+def callbacks(folder, *more):
+    checkpoint = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": str(folder / "ckpt"), "every_n_train_steps": 2, "save_last": True},
+    }
+    return f"--trainer.callbacks={json.dumps([checkpoint, *more])}"
+
+
+def tiny_run(backbone, rows, folder, steps=2, config="smollm2.yaml", width=16):
+    """For both trainings: heads, and with an adapter config the adapter."""
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(folder), "name": "logs"},
+    }
+    adapter = "adapter" in config
+    return [
+        f"--config={config}",
+        f"--model.model={backbone}",
+        "--model.rank=2" if adapter else f"--model.width={width}",
+        "--model.dtype=float32",
+        "--model.warmup_steps=1",
+        source(rows),
+        "--data.num_workers=0",
+        "--data.batch_size=1",
+        f"--trainer.max_steps={steps}",
+        "--trainer.max_epochs=-1",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={folder}",
+        callbacks(folder),
+        f"--trainer.logger={json.dumps(logger)}",
+        f"--output={folder / 'heads'}",
+    ]
+
+
+def run_in_process(args, module="trainers.fit", **kwargs):
+    command = [sys.executable, "-m", module, *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+def logged(folder, name):
+    """One column of a run's CSV log, without the steps that have no such value."""
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    at = lines[0].split(",").index(name)
+    return [float(cell) for line in lines[1:] if (cell := line.split(",")[at])]
+
+
+def weights(folder):
+    return (Path(folder) / "heads.safetensors").read_bytes()
