@@ -14,7 +14,8 @@ from locret import cli
 from locret.models import load_model
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
-from tests.trainers.test_fit import FAMILY_OF_CONFIG, tiny_run
+from tests.trainers.runs import tiny_run
+from tests.trainers.test_fit import FAMILY_OF_CONFIG
 from trainers import fit
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -85,14 +85,14 @@ class AdapterModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss, correct = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=1)
-        self.log("train/token_accuracy", correct, prog_bar=True, batch_size=1)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["segments"]))
+        self.log("train/token_accuracy", correct, prog_bar=True, batch_size=len(batch["segments"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         loss, correct = self._loss(batch)
-        self.log("val/loss", loss, prog_bar=True, batch_size=1)
-        self.log("val/token_accuracy", correct, prog_bar=True, batch_size=1)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["segments"]))
+        self.log("val/token_accuracy", correct, prog_bar=True, batch_size=len(batch["segments"]))
 
     def configure_optimizers(self) -> Any:
         given = self.hparams

@@ -1,6 +1,8 @@
 """What a training run leaves behind: its result, the resolved config and a picture of the run."""
 
 import importlib.util
+import shlex
+import sys
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from locret.artifact import written_aside
+from locret.artifact import write_card, written_aside
 from trainers.plot import draw
 
 TRAINING_CONFIG = "training.yaml"
@@ -55,13 +57,18 @@ class Export(SaveConfigCallback):
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.export(trainer, pl_module, self.folder)
-        text = self.parser.dump(self.config, skip_none=False)
+        command = f"# command: {shlex.join(['python', *sys.orig_argv[1:]])}\n"
+        text = command + self.parser.dump(self.config, skip_none=False)
         with written_aside(self.folder) as aside:
             (aside / TRAINING_CONFIG).write_text(text, encoding="utf-8")
             if importlib.util.find_spec("matplotlib") is None:
                 rank_zero_warn("no picture of the run: pip install matplotlib")
             else:
                 draw(aside / TRAINING_PLOT, self.history, getattr(pl_module, "layer_overlap", ()))
+        self.finish(self.folder)
+
+    def finish(self, folder: Path) -> None:
+        """What is left to do when everything lies in the folder."""
 
 
 class ExportHeads(Export):
@@ -76,6 +83,9 @@ class ExportHeads(Export):
 
     def export(self, trainer: Trainer, pl_module: Any, folder: Path) -> None:
         pl_module.trained_heads().save_pretrained(folder)
+
+    def finish(self, folder: Path) -> None:
+        write_card(folder)  # once more, now that it can tell of the training
 
 
 class ExportAdapter(Export):

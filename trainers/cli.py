@@ -8,6 +8,7 @@ would run. Ctrl-C is safe: `--ckpt_path last` goes on from the last checkpoint.
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import (
@@ -58,12 +59,27 @@ def run(cli: TrainingCLI) -> Path:
     """Train, say what was made, and return its folder."""
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
     output = Path(cli.config.output)
+    cli.datamodule.gather_counts()
     if cli.trainer.is_global_zero:
         figures = {name: round(float(v), 4) for name, v in cli.trainer.callback_metrics.items()}
-        print(f"\ndata      {cli.datamodule.report()}")
+        print(_data_table(cli.datamodule.report()))
         print(f"figures   {figures}")
         print(f"made      {output.resolve()}")
     return output
+
+
+def _data_table(report: dict[str, Any]) -> str:
+    """One line a source: what was used, cut and skipped, and why."""
+    lines = []
+    for stage, sources in report.items():
+        if not isinstance(sources, dict):
+            continue
+        for name, found in sources.items():
+            counts = {key: n for key, n in found.items() if n and key != "skipped"}
+            skipped = {why: which for why, which in found.get("skipped", {}).items() if which}
+            lines.append(f"\ndata      {stage}: {name}\n          {counts}")
+            lines += [f"          skipped, {why}: {which}" for why, which in skipped.items()]
+    return "\n".join(lines)
 
 
 def _with_config_paths(args: list[str]) -> list[str]:

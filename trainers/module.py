@@ -135,15 +135,16 @@ class HeadsModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         result = self._step(batch)
-        self._log_losses(result, "train")
+        self._log_losses(result, "train", len(batch["segments"]))
         self.layer_overlap = self._overlap_by_layer(result)
         overlap = sum(self.layer_overlap) / len(self.layer_overlap)
-        self.log("train/top10_overlap", overlap, prog_bar=True, batch_size=1, sync_dist=True)
+        samples = len(batch["segments"])
+        self.log("train/top10_overlap", overlap, prog_bar=True, batch_size=samples, sync_dist=True)
         return result.loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         result = self._step(batch)
-        self._log_losses(result, "val")
+        self._log_losses(result, "val", len(batch["segments"]))
         for predictions, targets in zip(result.predictions, result.targets, strict=True):
             self.val_scores.update(predictions.to(self.device), targets.to(self.device))
 
@@ -211,13 +212,13 @@ class HeadsModule(LightningModule):
             )
         return self._distillation
 
-    def _log_losses(self, result: Distilled, stage: str) -> None:
+    def _log_losses(self, result: Distilled, stage: str, samples: int) -> None:
         parts = {
             f"{stage}/loss": result.loss.detach(),
             f"{stage}/regression": result.regression,
             f"{stage}/smoothness": result.smoothness,
         }
-        self.log_dict(parts, prog_bar=True, batch_size=1, sync_dist=True)
+        self.log_dict(parts, prog_bar=True, batch_size=samples, sync_dist=True)
 
     def _overlap_by_layer(self, result: Distilled) -> list[float]:
         """Top-10% overlap of each layer, over the row's answers."""

@@ -1,7 +1,4 @@
-import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +7,13 @@ import yaml
 
 import locret
 from locret.models import load_model
-from trainers.fit import CONFIGS, _config_path, main
+from tests.trainers.runs import callbacks, logged, run_in_process, tiny_run, weights
+from trainers.callbacks import ExportHeads
+from trainers.cli import CONFIGS, build, config_path
+from trainers.fit import main
+from trainers.module import HeadsModule
 
-ROOT = Path(__file__).resolve().parents[2]
-FAMILY_OF_CONFIG = {
+FAMILY_OF_CONFIG = {  # configs of heads
     "llama31.yaml": "llama",
     "phi3.yaml": "phi3",
     "qwen3.yaml": "qwen3",
@@ -21,46 +21,9 @@ FAMILY_OF_CONFIG = {
 }
 
 
-def source(rows):
-    given = {"class_path": "datamodules.sources.JsonlSource", "init_args": {"path": str(rows)}}
-    return f"--data.train={json.dumps([given])}"
-
-
-def tiny_run(backbone, rows, folder, steps=2, config="smollm2.yaml"):
-    """Arguments that turn a shipped config into a run of seconds."""
-    checkpoint = {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"dirpath": str(folder / "ckpt"), "every_n_train_steps": 2, "save_last": True},
-    }
-    logger = {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": str(folder), "name": "logs"},
-    }
-    return [
-        f"--config={config}",
-        f"--model.model={backbone}",
-        "--model.width=16",
-        "--model.dtype=float32",
-        "--model.warmup_steps=1",
-        source(rows),
-        f"--trainer.max_steps={steps}",
-        "--trainer.max_epochs=-1",
-        "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-        f"--trainer.default_root_dir={folder}",
-        f"--trainer.callbacks={json.dumps([checkpoint])}",
-        f"--trainer.logger={json.dumps(logger)}",
-        f"--output={folder / 'heads'}",
-    ]
-
-
-def run_in_process(args, **kwargs):
-    command = [sys.executable, "-m", "trainers.fit", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
-
-
 def test_every_config_has_a_family_here():
-    assert {path.name for path in CONFIGS.glob("*.yaml")} == set(FAMILY_OF_CONFIG)
+    shipped = {path.name for path in CONFIGS.glob("*.yaml")}
+    assert shipped == {*FAMILY_OF_CONFIG, "smollm2_adapter.yaml"}  # see test_adapt for the last
 
 
 @pytest.mark.parametrize("config", FAMILY_OF_CONFIG)
@@ -85,19 +48,7 @@ def test_the_resolved_config_lies_beside_the_heads_and_repeats_the_run(backbones
 
 
 def test_training_changes_heads_and_nothing_else(backbones, rows, tmp_path):
-    from datamodules.datamodule import ConversationDataModule
-    from trainers.callbacks import ExportHeads
-    from trainers.fit import FitCLI
-    from trainers.module import HeadsModule
-
-    cli = FitCLI(
-        HeadsModule,
-        ConversationDataModule,
-        run=False,
-        args=tiny_run(backbones("qwen3"), rows, tmp_path, steps=4),
-        save_config_callback=ExportHeads,
-        save_config_kwargs={"overwrite": True},
-    )
+    cli = build(HeadsModule, ExportHeads, tiny_run(backbones("qwen3"), rows, tmp_path, steps=4))
     cli.model.configure_model()
     backbone = cli.model.backbone_model
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
@@ -112,7 +63,7 @@ def test_training_changes_heads_and_nothing_else(backbones, rows, tmp_path):
 
 
 def test_checkpoints_hold_heads_and_optimizer_only(backbones, rows, tmp_path):
-    folder = main([*tiny_run(backbones("llama"), rows, tmp_path), "--model.width=1024"])
+    folder = main(tiny_run(backbones("llama"), rows, tmp_path, width=1024))
     state = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=False)["state_dict"]
     assert {name.split(".")[0] for name in state} == {"heads", "longest_prompt"}
     heads = (folder / "heads.safetensors").stat().st_size
@@ -126,42 +77,29 @@ def test_a_killed_run_resumes_bit_for_bit(workers, backbones, rows, tmp_path):
         return [*given, f"--data.num_workers={workers}"]
 
     whole = main(arguments("whole"))
-    args = arguments("killed")
-    at = next(i for i, arg in enumerate(args) if arg.startswith("--trainer.callbacks="))
-    callbacks = json.loads(args[at].split("=", 1)[1])
     killer = {"class_path": "tests.trainers.killer.KillAtStep", "init_args": {"step": 5}}
-    args[at] = f"--trainer.callbacks={json.dumps([*callbacks, killer])}"
+    args = [*arguments("killed"), callbacks(tmp_path / "killed", killer)]
     assert run_in_process(args).returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "heads").exists()
     resumed = main([*arguments("killed"), "--ckpt_path=last"])
     assert weights(whole) == weights(resumed)
-    assert steps_logged(tmp_path / "killed" / "logs" / "version_1") == [4, 5, 6, 7, 8]
+    assert logged(tmp_path / "killed" / "logs" / "version_1", "step")[0] == 4
 
 
 def test_the_command_says_what_it_made(backbones, rows, tmp_path):
     done = run_in_process(tiny_run(backbones("llama"), rows, tmp_path))
     assert done.returncode == 0, done.stderr
-    assert f"heads     {tmp_path / 'heads'}" in done.stdout
+    assert f"made      {tmp_path / 'heads'}" in done.stdout
     assert "python -m locret generate" in done.stdout
 
 
 def test_an_unknown_config_names_those_there_are():
     with pytest.raises(ValueError, match=r"nosuch.*phi3\.yaml"):
-        _config_path("nosuch.yaml")
+        config_path("nosuch.yaml")
 
 
 def test_a_config_of_the_users_own_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("phi3.yaml").write_text("model: {}\n")
-    assert _config_path("phi3.yaml") == Path("phi3.yaml")
-    assert _config_path("qwen3") == CONFIGS / "qwen3.yaml"
-
-
-def steps_logged(folder):
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    at = lines[0].split(",").index("step")
-    return [int(line.split(",")[at]) for line in lines[1:]]
-
-
-def weights(folder):
-    return (Path(folder) / "heads.safetensors").read_bytes()
+    assert config_path("phi3.yaml") == Path("phi3.yaml")
+    assert config_path("qwen3") == CONFIGS / "qwen3.yaml"
