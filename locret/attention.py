@@ -54,7 +54,9 @@ class LayerCall:
 
     @property
     def output_weight(self) -> Tensor | None:
-        """[hidden size, H*G * D]; None where it is stored in fewer bits."""
+        """[hidden size, H*G * D]; None where it is stored in fewer bits, or in parts."""
+        if hasattr(self.output, "base_layer"):  # an adapter adds to the weight that it wraps
+            return None
         weight = getattr(self.output, "weight", None)
         return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
 

@@ -78,6 +78,7 @@ def _add_needle(commands: Any) -> None:
     command.add_argument("--count", type=int, default=10, help="samples a task, spread over depths")
     command.add_argument("--ratios", nargs="+", type=int, default=[8], help="tokens a budget unit")
     command.add_argument("--seed", type=int, default=1_000_000)
+    command.add_argument("--max-new-tokens", type=int, default=32)
     command.add_argument("--haystack", default="noise", help="noise, reference, or a text file")
     command.add_argument(
         "--no-answer-prefix", action="store_true", help="do not give the answer's first words"
@@ -203,6 +204,7 @@ def _needle(given: argparse.Namespace) -> None:
         seed=given.seed,
         haystack=None if given.haystack == "reference" else given.haystack,
         answer_prefix=not given.no_answer_prefix,
+        max_new_tokens=given.max_new_tokens,
     )
     loaded = _load_model(given)
     total = len(needle.runs(given.policies, settings.ratios)) * settings.count * len(settings.tasks)

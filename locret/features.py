@@ -2,6 +2,8 @@
 
 qkv     [Q, K, V] of all heads before RoPE, in this order (the paper's; released heads need it).
 hidden  the attention layer's input, after its norm; smaller, and known before the projections.
+
+To add one, write the function and give it a name in `FEATURES`.
 """
 
 from collections.abc import Callable

@@ -98,7 +98,9 @@ class Engine:
             self.budget = None
         self.chunk_size = recorded["chunk_size"] if chunk_size == "auto" else chunk_size
         self.local_tokens = recorded["local_tokens"] if local_tokens == "auto" else local_tokens
-        self.query_tokens = record.query_tokens if record and policy == LocretPolicy.name else 0
+        self.query_tokens = 0
+        if isinstance(self.policy, LocretPolicy):
+            self.query_tokens = self.policy.heads.config.query_tokens
         self.positions: Positions = positions  # type: ignore[assignment]
         self.progress = progress
         self._check_settings()
@@ -163,7 +165,8 @@ class Engine:
             input_ids: [B, n] long, rows of equal length.
             attention_mask: [B, n], all ones, or None.
             query_ids: [B, q] long: what will be asked. Query-aware heads (Locret-Q) need it: it is
-                read in front of the context, once more, and never evicted.
+                read in front of the context, once more, and never evicted. Without a budget nothing
+                is scored, and it is not read.
 
         Returns:
             The cache, to go on from with `generate(question_ids, cache=cache)`.
@@ -173,7 +176,7 @@ class Engine:
         """
         _check_ids(input_ids)
         _check_mask(attention_mask, input_ids, context_length=0)
-        query_ids = _checked_query(query_ids, input_ids, self.query_tokens)
+        query_ids = self._checked_query(query_ids, input_ids)
         with self:
             return self._prefill(input_ids, input_ids.shape[1], query_ids)
 
@@ -217,6 +220,11 @@ class Engine:
                 cache = self._read_prompt(input_ids)
                 # What was read in front of the prompt, for stock generate's bookkeeping.
                 context = input_ids[:, input_ids.shape[1] - cache.query_length :]
+                limit = kwargs.get("max_length") or getattr(
+                    kwargs.get("generation_config"), "max_length", None
+                )
+                if limit and cache.query_length:
+                    kwargs["max_length"] = limit + cache.query_length
             sequence = torch.cat([context, input_ids], dim=1)
             return self._generate(sequence, cache, context.shape[1], kwargs)
 
@@ -225,7 +233,7 @@ class Engine:
         length = input_ids.shape[1]
         context = input_ids[:, : max(length - self.local_tokens, 0)]
         query_ids = None
-        if self.query_tokens and context.shape[1]:
+        if self.query_tokens and self.budget is not None and context.shape[1]:
             query_ids = input_ids[:, -self.query_tokens :]
         return self._prefill(context, length, query_ids)
 
@@ -252,6 +260,27 @@ class Engine:
         cache.token_ids = input_ids.cpu()
         cache.unread_ids = cache.token_ids[:, :0]
         return cache
+
+    def _checked_query(self, query_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
+        """The query to read in front of a context, if any."""
+        if query_ids is None:
+            if self.query_tokens and self.budget is not None:
+                raise ValueError(
+                    f"these heads are query-aware (they learned with {self.query_tokens} tokens of "
+                    "the question in front): pass query_ids, or use heads with query_tokens 0"
+                )
+            return None
+        _check_ids(query_ids)
+        if not self.query_tokens:
+            raise ValueError("query_ids given, but the policy's heads are not query-aware")
+        if query_ids.shape[0] != input_ids.shape[0]:
+            raise ValueError(
+                f"query_ids has {query_ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they "
+                "must match"
+            )
+        if self.budget is None:
+            return None
+        return query_ids[:, -self.query_tokens :].to(input_ids.device)
 
     def _context_ids(self, cache: RetainedCache, input_ids: Tensor) -> Tensor:
         """Tokens that the cache has seen or was answered, for stock generate's bookkeeping."""
@@ -303,6 +332,8 @@ class Engine:
 
 
 def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:
+    if heads is not None:
+        _check_fit(heads, backbone)
     if isinstance(policy, LocretPolicy):
         _check_fit(policy.heads, backbone)
     if isinstance(policy, Policy):
@@ -329,8 +360,7 @@ def _check_fit(heads: RetainingHeads, backbone: Backbone) -> None:
 
 
 def _fitting(heads: RetainingHeads, backbone: Backbone) -> RetainingHeads:
-    """The heads, checked against the backbone, on its device and in its dtype."""
-    _check_fit(heads, backbone)
+    """The heads, on the backbone's device and in its dtype."""
     model: Any = backbone.model
     if {(p.device, p.dtype) for p in heads.parameters()} != {(model.device, model.dtype)}:
         heads = copy.deepcopy(heads).to(model.device, model.dtype)  # the caller's stay as they are
@@ -355,20 +385,6 @@ def _budget_and_stabilizers(
     if budget == "auto":
         budget = recorded["budget"]
     return budget, stabilizers
-
-
-def _checked_query(query_ids: Tensor | None, input_ids: Tensor, query_tokens: int) -> Tensor | None:
-    if query_ids is None:
-        if query_tokens:
-            raise ValueError(
-                f"these heads are query-aware (they learned with {query_tokens} tokens of the "
-                "question in front): pass query_ids, or use heads with query_tokens 0"
-            )
-        return None
-    _check_ids(query_ids)
-    if not query_tokens:
-        raise ValueError("query_ids given, but the policy's heads are not query-aware")
-    return query_ids[:, -query_tokens:].to(input_ids.device)
 
 
 def _check_ids(input_ids: Tensor) -> None:

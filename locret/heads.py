@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -52,10 +53,20 @@ class Geometry:
     activation: str
 
     def feature_width(self, tap: str) -> int:
-        """Length of what a head reads of a token (`locret.features`); W for `qkv`."""
-        if tap == "hidden":
-            return self.hidden_size
-        return (self.num_query_heads + 2 * self.num_kv_heads) * self.head_size
+        """Length of what a head reads of a token (`locret.features`); W for `qkv`.
+
+        Raises:
+            ValueError: an unknown tap.
+        """
+        if tap not in FEATURES:
+            raise ValueError(f"tap {tap!r} is unknown; expected one of {sorted(FEATURES)}")
+        with torch.device("meta"):  # the table's function itself says how long: no second table
+            query = torch.empty(1, self.num_query_heads, 1, self.head_size)
+            key = torch.empty(1, self.num_kv_heads, 1, self.head_size)
+            token: Any = SimpleNamespace(
+                query=query, key=key, value=key, hidden=torch.empty(1, 1, self.hidden_size)
+            )
+            return FEATURES[tap](token).shape[-1]
 
 
 @dataclass(frozen=True)

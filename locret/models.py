@@ -110,7 +110,7 @@ def _merged(model: Any, adapter: str | None) -> Any:
     if adapter is None:
         return model
     if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"adapter {adapter} needs the package peft: pip install 'locret[demo]'")
+        raise ValueError(f"adapter {adapter} needs the package peft: pip install peft")
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -76,7 +76,10 @@ def value_weighted(view: AnswerView) -> Tensor:
         ValueError: the output projection is not known.
     """
     if view.output_weight is None:
-        raise ValueError("label 'value_weighted' needs the attention layers' output projection")
+        raise ValueError(
+            "label 'value_weighted' needs the attention layers' output projection as one matrix: "
+            "it is quantized, wrapped by an adapter (merge it), or not named o_proj"
+        )
     prompt = view.value[:, :, : view.prompt_length]
     return _max_over_answer(view, weight=_output_norms(prompt, view.output_weight))
 
@@ -85,7 +88,7 @@ def _max_over_answer(view: AnswerView, weight: Tensor | None) -> Tensor:
     """Largest probability, times `weight` [B, H, G, P], over answer tokens and query heads."""
     batch, heads, _, _ = view.key.shape
     prompt = view.prompt_length
-    labels = torch.zeros(batch, heads, prompt, device=view.key.device)
+    labels = torch.zeros(batch, heads, prompt, dtype=torch.float32, device=view.key.device)
     for rows in view.blocks():
         logits = torch.matmul(view.grouped(rows), view.key.transpose(2, 3)).float() * view.scaling
         logits = logits.unflatten(2, (-1, rows.stop - rows.start))  # [B, H, G, rows, S]

@@ -121,7 +121,8 @@ def test_geometry_is_that_of_the_projections(family):
         width = attention.qkv_proj.out_features
     else:
         width = sum(getattr(attention, f"{name}_proj").out_features for name in "qkv")
-    assert geometry.input_width == width
+    assert geometry.feature_width("qkv") == width
+    assert geometry.feature_width("hidden") == model.config.hidden_size
     assert geometry.num_layers == len(model.model.layers)
 
 

@@ -5,6 +5,7 @@ import torch
 
 import locret
 from locret.cli import main
+from locret.evaluation.needle import NeedleSettings
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -73,11 +74,12 @@ def test_needle_prints_a_row_a_policy_and_keeps_the_answers(folder, tmp_path, ca
     assert str(folder / "heads") in printed
     found = json.loads(out.read_text())
     assert len(found["results"]) == 6
-    budget = 600 // 8
+    budget, needle = 600 // 8, NeedleSettings()
     for row in found["summary"]:
         full = row["policy"] == "full"
         assert (row["units"] > 600) == full
-        assert full or row["units"] <= budget + 100 + 16
+        assert full or row["units"] <= budget + needle.local_tokens + needle.max_new_tokens
+        assert row["ratio"] == (1 if full else 8)
 
 
 def test_convert_there_and_back_is_bit_identical(folder, tmp_path, capsys):

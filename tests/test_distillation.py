@@ -8,6 +8,7 @@ from torch.nn.functional import smooth_l1_loss
 
 from locret.backbone import Backbone
 from locret.distillation import Distillation
+from locret.segments import Segment
 from tests.stock_logits import stock_prompt_labels
 from tests.tiny_models import FAMILIES, prompt, tiny_heads, tiny_model
 
@@ -22,7 +23,8 @@ def trainable(model, seed=0):
 def distill(model, heads, ids=None, prompt_length=PROMPT, **settings):
     settings = {"alpha": ALPHA, "keep_scores": True} | settings
     ids = prompt(LENGTH) if ids is None else ids
-    return Distillation(Backbone(model, "by_length"), heads, **settings)(ids, prompt_length)
+    row = [Segment.single(prompt_length, ids.shape[1])]
+    return Distillation(Backbone(model, "by_length"), heads, **settings)(ids, row)
 
 
 def features(model, ids, prompt_length):
@@ -219,7 +221,7 @@ def test_prompt_or_answer_missing_is_refused(prompt_length):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"label": "mean"}, r"label 'mean' is unknown; expected one of \['max_logit'\]"),
+        ({"loss": "mean"}, r"loss 'mean' is unknown; expected one of \['listwise', 'smooth_l1'\]"),
         ({"prompt_keys": "raw"}, "expected 'rotated' or 'unrotated'"),
     ],
 )

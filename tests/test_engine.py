@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import locret
 from locret.backbone import Backbone
+from locret.features import FEATURES
 from locret.generation import DEFAULT_NEW_TOKENS, PAPER
 from locret.policies import POLICIES, LocretPolicy, Policy
 from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
@@ -134,6 +135,14 @@ def test_heads_of_another_backbone_are_refused_with_the_difference(model):
     gelu = tiny_heads(tiny_model("llama", hidden_act="gelu"))
     with pytest.raises(ValueError, match="activation: heads 'gelu', backbone 'silu'"):
         small_engine(model, "locret", heads=gelu)
+
+
+def test_heads_of_another_backbone_inside_a_policy_are_refused_too(model):
+    wide = tiny_heads(tiny_model("llama", num_key_value_heads=4), backbone="some/other")
+    with pytest.raises(ValueError, match="some/other.*num_kv_heads: heads 4, backbone 2"):
+        small_engine(model, LocretPolicy(wide))
+    with pytest.raises(ValueError, match="num_kv_heads: heads 4, backbone 2"):
+        small_engine(model, LocretPolicy(tiny_heads(model)), heads=wide)
 
 
 def test_policy_object_is_used_as_it_is(model, heads):
@@ -321,6 +330,7 @@ def test_mask_of_ones_is_welcome(model):
         {"assistant_model": object()},
         {"cache_implementation": "static"},
         {"inputs_embeds": torch.zeros(1, 4, 64)},
+        {"guidance_scale": 1.5},
         {"use_cache": False},
         {"past_key_values": DynamicCache()},
         {"generation_config": GenerationConfig(prompt_lookup_num_tokens=3, pad_token_id=0)},
@@ -645,9 +655,35 @@ def test_policy_of_ones_own_in_a_few_lines(model):
     chunk = seen[-1]
     assert chunk.query.shape == (2, 8, 2, 8)
     assert chunk.key.shape == chunk.value.shape == (2, 2, 2, 8)
-    assert chunk.qkv.shape == (2, 2, Backbone(model).geometry.input_width)
+    assert chunk.hidden.shape == (2, 2, 64)
+    for tap, features in FEATURES.items():
+        assert features(chunk).shape == (2, 2, Backbone(model).geometry.feature_width(tap))
     assert chunk.scaling == pytest.approx(8**-0.5)
     assert cache.seen == 16
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [
+        lambda scores: scores[..., :-1],
+        lambda scores: scores[:, :1],
+        lambda scores: scores[:1],
+        lambda scores: scores[0],
+        lambda scores: scores[..., None],
+        lambda scores: scores.transpose(1, 2),
+    ],
+)
+def test_scores_of_another_shape_are_refused(model, reshape):
+    class Misshapen(Policy):
+        name = "misshapen"
+
+        def score(self, chunk):
+            return reshape(chunk.key.norm(dim=-1))
+
+    engine = small_engine(model, Misshapen())
+    with pytest.raises(ValueError, match=r"Misshapen returned scores of shape .*\(2, 2, 7\)"):
+        engine.prefill(prompt(40, batch=2))
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_scores_of_a_policy_in_half_precision_are_taken(model):

@@ -12,6 +12,7 @@ import locret
 from locret.backbone import Backbone
 from locret.distillation import Distillation
 from locret.policies import LocretPolicy
+from locret.segments import Segment
 from tests.stock_logits import stock_prompt_labels
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -66,6 +67,10 @@ def close(ours, theirs, tolerance=1e-4):
     return (ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1)
 
 
+def whole_row(trace):
+    return [Segment.single(trace["targets"].shape[-1], trace["input_ids"].shape[1])]
+
+
 def test_prompt_keeps_the_same_units_with_the_same_scores(name, attn):
     model, heads, params, trace = load(name, attn)
     policy = RecordingPolicy(heads)
@@ -98,7 +103,7 @@ def test_labels_and_losses_are_the_same(name, attn):
     distillation = Distillation(
         Backbone(model), heads, keep_scores=True, prompt_keys=RELEASED_PROMPT_KEYS[name]
     )
-    given = distillation(trace["input_ids"], trace["targets"].shape[-1])
+    given = distillation(trace["input_ids"], whole_row(trace))
     assert close(torch.cat(given.targets), trace["targets"])
     for ours, released in (
         (given.regression, trace["loss_regression"]),
@@ -110,10 +115,9 @@ def test_labels_and_losses_are_the_same(name, attn):
 def test_rotated_labels_are_those_of_stock_attention(name, attn):
     """The labels that training uses agree with the logits of the unmodified model."""
     model, heads, _, trace = load(name, attn)
-    prompt_length = trace["targets"].shape[-1]
     distillation = Distillation(Backbone(model, "by_length"), heads, keep_scores=True)
-    ours = torch.cat(distillation(trace["input_ids"], prompt_length).targets)
-    stock = stock_prompt_labels(model, trace["input_ids"], prompt_length)
+    ours = torch.cat(distillation(trace["input_ids"], whole_row(trace)).targets)
+    stock = stock_prompt_labels(model, trace["input_ids"], trace["targets"].shape[-1])
     assert close(ours, stock)
     released_agrees = close(trace["targets"], stock)
     assert released_agrees == (RELEASED_PROMPT_KEYS[name] == "rotated")

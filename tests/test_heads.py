@@ -9,7 +9,14 @@ from locret.backbone import Backbone
 from locret.heads import SCHEMA_VERSION, Geometry, HeadsConfig, RetainingHead, RetainingHeads
 from tests.tiny_models import FAMILIES, tiny_heads, tiny_model
 
-GEOMETRY = Geometry(num_layers=3, num_query_heads=4, num_kv_heads=2, head_size=8, activation="silu")
+GEOMETRY = Geometry(
+    num_layers=3,
+    num_query_heads=4,
+    num_kv_heads=2,
+    head_size=8,
+    hidden_size=40,
+    activation="silu",
+)
 
 
 def config(**record):
@@ -17,8 +24,23 @@ def config(**record):
 
 
 def test_input_is_q_k_and_v_of_all_heads():
-    assert GEOMETRY.input_width == (4 + 2 + 2) * 8
-    assert config().input_width == GEOMETRY.input_width
+    assert GEOMETRY.feature_width("qkv") == (4 + 2 + 2) * 8
+    assert config().input_width == GEOMETRY.feature_width("qkv")
+    assert config().tap == "qkv"
+
+
+def test_input_of_the_other_tap_is_the_layers_input():
+    assert GEOMETRY.feature_width("hidden") == 40
+    given = config(tap="hidden")
+    assert (given.input_width, given.tap) == (40, "hidden")
+    assert RetainingHeads(given)[0].fc1.weight.shape == (6, 40)
+    assert given.differences(GEOMETRY) == []
+    assert config().differences(dataclasses.replace(GEOMETRY, hidden_size=56)) == [
+        "hidden_size: heads 40, backbone 56"
+    ]
+    for make in (config, GEOMETRY.feature_width):
+        with pytest.raises(ValueError, match=r"tap 'q' is unknown; expected one of \['hidden'"):
+            make(tap="q")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +80,10 @@ def test_record_goes_to_a_dict_and_back():
         backbone="a/b",
         backbone_revision="main",
         model_type="llama",
+        adapter="c/d",
+        tap="hidden",
+        query_tokens=7,
+        label="value_weighted",
         positions="original",
         longrope="by_length",
         trained_tokens=1000,
@@ -81,6 +107,56 @@ def test_record_without_a_schema_version_is_refused():
         HeadsConfig.from_dict(values)
 
 
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"tap": "qkv_before_rope"}, r"tap 'qkv_before_rope' is unknown.*\['hidden', 'qkv'\]"),
+        ({"label": "mean"}, r"label 'mean' is unknown.*\['max_logit', 'max_prob', 'value_wei"),
+        ({"activation": "sigh"}, "activation 'sigh' is unknown; expected one of .*'silu'"),
+        ({"positions": "packed"}, r"positions 'packed' is unknown.*\['compact', 'original'\]"),
+        ({"longrope": "short"}, r"longrope 'short' is unknown.*\['by_length', 'long'\]"),
+        ({"query_tokens": -1}, "query_tokens is -1, expected at least 0"),
+        ({"query_tokens": True}, "query_tokens is True, expected"),
+        ({"query_tokens": 1.5}, "query_tokens is 1.5, expected"),
+        ({"width": 0}, "width is 0, expected at least 1"),
+        ({"trained_tokens": 0}, "trained_tokens is 0, expected at least 1"),
+        ({"label": None}, "label is None, expected"),
+        ({"tap": ["qkv"]}, r"tap is \['qkv'\], expected"),
+        ({"defaults": {"budget": "5"}}, "defaults is {'budget': '5'}, expected"),
+    ],
+    ids=str,
+)
+def test_a_record_of_what_cannot_be_is_refused_however_it_is_made(record, says):
+    good = config()
+    with pytest.raises(ValueError, match=f"heads config: {says}"):
+        dataclasses.replace(good, **record)
+    with pytest.raises(ValueError, match=f"heads config: {says}"):
+        HeadsConfig.from_dict(good.to_dict() | record)
+
+
+def test_a_record_names_everything_that_is_wrong_with_it():
+    with pytest.raises(ValueError, match="width is 0.*query_tokens is -1.*label 'mean'"):
+        dataclasses.replace(config(), width=0, query_tokens=-1, label="mean")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"query_tokens": 0},
+        {"query_tokens": 64},
+        {"label": "max_prob"},
+        {"label": "value_weighted"},
+        {"activation": "gelu_pytorch_tanh"},
+        {"positions": "original"},
+        {"longrope": "by_length"},
+    ],
+    ids=str,
+)
+def test_words_of_the_tables_are_taken(record):
+    given = dataclasses.replace(config(), **record)
+    assert HeadsConfig.from_dict(given.to_dict()) == given
+
+
 def test_record_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config().width = 7
@@ -93,6 +169,7 @@ def test_record_cannot_be_changed():
         ("num_query_heads", 8),
         ("num_kv_heads", 4),
         ("head_size", 16),
+        ("hidden_size", 48),
         ("activation", "gelu"),
     ],
 )
@@ -105,7 +182,7 @@ def test_every_difference_from_a_backbone_is_named(field, value):
 
 
 def test_what_a_released_file_does_not_tell_is_not_held_against_it():
-    silent = dataclasses.replace(config(), num_query_heads=None, head_size=None)
+    silent = dataclasses.replace(config(), num_query_heads=None, head_size=None, hidden_size=None)
     assert silent.differences(GEOMETRY) == []
     wider = dataclasses.replace(GEOMETRY, head_size=16)
     assert silent.differences(wider) == ["input_width: heads 64, backbone 128"]

@@ -67,6 +67,27 @@ def test_protected_units_stay_whatever_the_others_scored(extreme):
     assert keep_highest(scores, 4, 2)[0, 0, -2:].tolist() == [7, 8]
 
 
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), size=st.integers(1, 40), budget=st.integers(0, 45))
+def test_protected_ends_stay_and_the_highest_between_them(data, size, budget):
+    head = data.draw(st.integers(0, budget))
+    tail = data.draw(st.integers(0, budget - head))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    scores = torch.randperm(size, generator=generator).float()
+    kept = keep_highest(scores[None, None], budget, tail, head)[0, 0].tolist()
+    if size <= budget:
+        assert kept == list(range(size))
+        return
+    between = sorted(range(head, size - tail), key=lambda i: -scores[i])[: budget - head - tail]
+    assert kept == [*range(head), *sorted(between), *range(size - tail, size)]
+
+
+@pytest.mark.parametrize("protected", [(2, 2), (-1, 2), (2, -3)])
+def test_protected_ends_beyond_the_budget_are_a_mistake_of_ours(protected):
+    with pytest.raises(AssertionError):
+        keep_highest(torch.zeros(1, 1, 5), 3, *protected)
+
+
 @pytest.mark.parametrize(("budget", "protected"), [(3, 4), (3, -1)])
 def test_more_protected_units_than_budget_is_a_mistake_of_ours(budget, protected):
     with pytest.raises(AssertionError):

@@ -46,7 +46,7 @@ class NeedleSettings:
     answer_prefix: bool = True
     chunk_size: int = 512
     local_tokens: int = 100
-    max_new_tokens: int = 64
+    max_new_tokens: int = 32
 
 
 @dataclass(frozen=True)
