@@ -120,6 +120,7 @@ class _RowLoss:
     def __init__(self, distillation: Distillation, segments: Sequence[Segment]) -> None:
         self.of = distillation
         self.segments = segments
+        self.backend = distillation.backbone.backend  # while attached, the model would not tell
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.regression: list[Tensor] = []
         self.smoothness: list[Tensor] = []
@@ -155,14 +156,13 @@ class _RowLoss:
             )
             for start, end in spans
         ]
-        backend = self.of.backbone.backend
-        return attend(query, key, call.value, call.scaling, backend), labels
+        return attend(query, key, call.value, call.scaling, self.backend), labels
 
     def _read_as_released(
         self, call: LayerCall, query: Tensor, key: Tensor, prompt: int
     ) -> tuple[Tensor, list[Tensor]]:
         """The released Phi-3 label pass: the answer meets the prompt's keys before RoPE."""
-        backend, value = self.of.backbone.backend, call.value
+        backend, value = self.backend, call.value
         mixed = torch.cat([call.key[:, :, :prompt], key[:, :, prompt:]], dim=2)
         answer = query[:, :, prompt:]
         labels = self.of.label(AnswerView(answer, mixed, value, call.scaling, call.output_weight))

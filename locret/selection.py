@@ -24,7 +24,8 @@ def keep_highest(
     Returns:
         Long [B, H, min(budget, S)].
     """
-    assert 0 <= protected_head + protected_tail <= budget, (protected_head, protected_tail, budget)
+    assert min(protected_head, protected_tail) >= 0, (protected_head, protected_tail)
+    assert protected_head + protected_tail <= budget, (protected_head, protected_tail, budget)
     size = scores.shape[-1]
     if size <= budget:
         return torch.arange(size, device=scores.device).expand(scores.shape)

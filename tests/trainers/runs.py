@@ -31,11 +31,12 @@ def tiny_run(backbone, rows, folder, steps=2, config="smollm2.yaml", width=16):
     return [
         f"--config={config}",
         f"--model.model={backbone}",
-        "--model.rank=2" if adapter else f"--model.width={width}",
+        *(["--model.rank=2"] if adapter else [f"--model.width={width}", "--model.adapter=null"]),
         "--model.dtype=float32",
         "--model.warmup_steps=1",
         source(rows),
         "--data.num_workers=0",
+        "--data.weights=null",
         "--data.batch_size=1",
         f"--trainer.max_steps={steps}",
         "--trainer.max_epochs=-1",
