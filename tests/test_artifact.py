@@ -323,7 +323,7 @@ def test_record_with_unknown_and_missing_fields(folder):
         ({"head_size": "8"}, "head_size is '8'"),
         ({"activation": "sigh"}, "activation 'sigh' is unknown"),
         ({"activation": ["silu"]}, "activation is ['silu']"),
-        ({"tap": "qkv_after_rope"}, "tap is 'qkv_after_rope'"),
+        ({"tap": "qkv_after_rope"}, "tap 'qkv_after_rope' is unknown"),
         ({"defaults": None}, "defaults is None"),
         ({"defaults": {"budget": "many"}}, "defaults is"),
         ({"metrics": [1]}, "metrics is [1]"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import locret
+from locret.attention import attend
 from locret.backbone import Backbone
 from locret.distillation import Distillation
 from locret.features import FEATURES
@@ -56,11 +57,6 @@ def test_hidden_is_the_attention_layers_input(family):
 
     def run(call):
         calls.append(call)
-        return real_attention(call)
-
-    from locret.attention import attend
-
-    def real_attention(call):
         query, key = call.rotate(call.query, 0, 30), call.rotate(call.key, 0, 30)
         return attend(query, key, call.value, call.scaling, "sdpa")
 

@@ -10,22 +10,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {
-        "units",
-        "selection",
-        "segments",
-        "targets",
-        "losses",
-        "rotary",
-        "card",
-        "hub",
-        "artifact",
-        "heads",
-    },
+    {"units", "selection", "segments", "features", "targets", "losses", "rotary", "card", "models"},
+    {"hub"},
+    {"artifact"},
+    {"heads"},
     {"policies", "cache"},
     {"attention", "backbone"},
-    {"generation", "distillation"},
-    {"models", "evaluation", "cli", "__main__", "__init__"},
+    {"generation", "distillation", "packing"},
+    {"evaluation"},
+    {"cli", "__main__", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -69,6 +62,27 @@ def test_locret_imports_downwards(path):
             assert part == inside or RANK[part] <= RANK[inside], f"{inside} imports {name}"
 
 
+LOWEST = ["units", "selection", "segments", "features", "targets", "losses", "rotary"]
+
+
+@pytest.mark.parametrize("name", LOWEST)
+def test_the_lowest_files_import_nothing_of_locret(name):
+    imported = set(imports_of(ROOT / "locret" / f"{name}.py"))
+    assert not {i for i in imported if i.split(".")[0] == "locret"}
+
+
+@pytest.mark.parametrize(
+    ("inside", "allowed"),
+    [
+        ("heads", {"artifact", "card", "features", "rotary", "targets"}),
+        ("packing", {"attention", "segments"}),
+    ],
+)
+def test_files_import_what_they_need_and_no_more(inside, allowed):
+    imported = map(parts_of_locret, imports_of(ROOT / "locret" / f"{inside}.py"))
+    assert set(imported) - {None} <= allowed
+
+
 def test_no_two_files_of_locret_import_each_other():
     files = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules_of("locret")
@@ -100,7 +114,7 @@ def test_only_backbone_knows_architectures():
 
     for path in modules_of("locret"):
         inside = path.relative_to(ROOT / "locret").parts[0].removesuffix(".py")
-        if RANK.get(inside) == len(LAYERS) - 1 or inside == "backbone":
+        if inside == "backbone":
             continue
         strings = {
             node.value

@@ -72,7 +72,7 @@ def naive_listwise(predictions, targets):
 @given(rows=st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=4))
 def test_listwise_is_the_mean_cross_entropy_of_the_orders(rows):
     length = min(len(row) for pair in rows for row in pair)
-    predictions, targets = ([list(row[:length]) for row in side] for side in zip(*rows, strict=True))
+    predictions, targets = ([pair[side][:length] for pair in rows] for side in (0, 1))
     expected = naive_listwise(predictions, targets)
     for shape in ((1, len(rows), length), (len(rows), 1, length)):
         ours = losses.listwise(*(torch.tensor(x).reshape(shape) for x in (predictions, targets)))
@@ -122,4 +122,5 @@ def test_listwise_has_its_least_at_the_targets_themselves():
 
 
 def test_losses_by_name():
-    assert losses.LOSSES == {"smooth_l1": losses.regression, "listwise": losses.listwise}
+    expected = {"smooth_l1": losses.regression, "listwise": losses.listwise}
+    assert expected == losses.LOSSES

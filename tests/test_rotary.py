@@ -1,12 +1,14 @@
 """Rotation at slots, against what each architecture does itself."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from locret.backbone import Backbone
-from locret.rotary import Rotary, longrope_switch
+from locret.rotary import _TABLES_KEPT, Rotary, longrope_switch
 from tests.tiny_models import FAMILIES, HEAD_SIZE, PHI3_WINDOW, tiny_model
 
 
@@ -96,6 +98,41 @@ def test_nothing_of_the_rotary_module_is_changed():
     assert after.keys() == before.keys() | {"config"}
     assert torch.equal(module.inv_freq, before["_buffers"]["inv_freq"])
     assert module.rope_type == "longrope"
+
+
+def test_more_ranges_than_tables_are_kept_give_the_same_every_time():
+    rotary, x = Backbone(tiny_model("llama")).rotary, random_heads(12)
+    ranges = [(start, 3 + start % 5) for start in range(9)] * 2
+    expected = stock_ranges(x, ranges)
+    for (start, length), stock in zip(ranges, expected, strict=True):
+        assert torch.equal(rotary.rotate(x[:, :, :length], start, 12), stock)
+        assert len(rotary._tables) <= _TABLES_KEPT
+
+
+def stock_ranges(x, ranges):
+    model = tiny_model("llama")
+    return [stock_rotation(model, x[:, :, :length], start) for start, length in ranges]
+
+
+def test_threads_may_share_an_engine():
+    """Tables are looked up and thrown out by many at once; none is lost in between."""
+    rotary, x = Backbone(tiny_model("llama")).rotary, random_heads(12)
+    ranges = [(start, 3 + start % 5) for start in range(9)]
+    expected = stock_ranges(x, ranges)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def rotate_all(first):
+        for i in range(first, first + 120):
+            start, length = ranges[i % 9]
+            assert torch.equal(rotary.rotate(x[:, :, :length], start, 12), expected[i % 9])
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(rotate_all, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(rotary._tables) <= _TABLES_KEPT
 
 
 # --- LongRoPE ---

@@ -154,6 +154,5 @@ def test_value_weighted_needs_the_output_projection():
 
 
 def test_definitions_by_name():
-    assert LABELS == {
-        "max_logit": max_logit, "max_prob": max_prob, "value_weighted": value_weighted
-    }  # fmt: skip
+    functions = (max_logit, max_prob, value_weighted)
+    assert {function.__name__: function for function in functions} == LABELS
