@@ -6,7 +6,7 @@ is compressed before the next one runs, so the peak is layers x budget + one chu
 B batch, H KV heads, G query heads a KV head, T new tokens, S slots, D head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -51,6 +51,10 @@ class LayerCall:
     rotary: Rotary | None
     cache: Any
     output: Any
+
+    def rotate_packed(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """`x` with sequences of these lengths one after the other, each rotated from slot 0 on."""
+        return x if self.rotary is None else self.rotary.rotate_packed(x, lengths)
 
     @property
     def output_weight(self) -> Tensor | None:

@@ -130,17 +130,21 @@ class _RowLoss:
     def layer(self, call: LayerCall) -> Tensor:
         """The layer function: a layer's loss on the way, and its plain causal attention."""
         outputs, targets = [], []
-        for segment in self.segments:
-            output, labels = self._read(call.part(segment.start, segment.end), segment)
+        lengths = [segment.end - segment.start for segment in self.segments]
+        query = call.rotate_packed(call.query, lengths).split(lengths, dim=2)
+        key = call.rotate_packed(call.key, lengths).split(lengths, dim=2)
+        for i, segment in enumerate(self.segments):
+            part = call.part(segment.start, segment.end)
+            output, labels = self._read(part, query[i], key[i], segment)
             outputs.append(output)
             targets.append(labels)
         self._learn(self.of.heads[call.layer_idx], self.of.features(call), targets)
         return torch.cat(outputs, dim=1)
 
-    def _read(self, call: LayerCall, segment: Segment) -> tuple[Tensor, list[Tensor]]:
-        """Attention output of one segment, and the labels of each of its answers."""
-        length = segment.end - segment.start
-        query, key = call.rotate(call.query, 0, length), call.rotate(call.key, 0, length)
+    def _read(
+        self, call: LayerCall, query: Tensor, key: Tensor, segment: Segment
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Attention output of one segment, rotated already, and the labels of each answer."""
         spans = [(start - segment.start, end - segment.start) for start, end in segment.answers]
         if self.of.prompt_keys == "unrotated":
             return self._read_as_released(call, query, key, spans[0][0])

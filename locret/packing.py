@@ -22,11 +22,14 @@ class PackedAttention:
         self.backend = backend
 
     def __call__(self, call: LayerCall) -> Tensor:
-        return torch.cat([self._attend(call, segment) for segment in self.segments], dim=1)
-
-    def _attend(self, call: LayerCall, segment: Segment) -> Tensor:
-        part = call.part(segment.start, segment.end)
-        length = segment.end - segment.start
-        query = part.rotate(part.query, 0, length)
-        key = part.rotate(part.key, 0, length)
-        return attend(query, key, part.value, part.scaling, self.backend)
+        lengths = [segment.end - segment.start for segment in self.segments]
+        query = call.rotate_packed(call.query, lengths).split(lengths, dim=2)
+        key = call.rotate_packed(call.key, lengths).split(lengths, dim=2)
+        value = call.value.split(lengths, dim=2)
+        return torch.cat(
+            [
+                attend(*qkv, call.scaling, self.backend)
+                for qkv in zip(query, key, value, strict=True)
+            ],
+            dim=1,
+        )

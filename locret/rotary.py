@@ -10,7 +10,7 @@ LongRoPE rules (`LongRopeRule`):
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -47,7 +47,16 @@ class Rotary:
 
         `prompt_length` is the request's; only LongRoPE's `by_length` rule reads it.
         """
-        cos, sin = self._cos_sin(start, start + x.shape[2], prompt_length, x)
+        cos, sin = self._cos_sin(((start, start + x.shape[2], prompt_length),), x)
+        return self._turn(x, cos, sin)
+
+    def rotate_packed(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Rotate `x` [B, heads, S, D], in which sequences of these lengths stand one after the
+        other, each from slot 0 on."""
+        cos, sin = self._cos_sin(tuple((0, length, length) for length in lengths), x)
+        return self._turn(x, cos, sin)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rotary_size = cos.shape[-1]
         turned, rest = x[..., :rotary_size], x[..., rotary_size:]
         # The architecture's function takes a pair; we turn one tensor, so the other is empty.
@@ -55,20 +64,28 @@ class Rotary:
         return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
 
     def _cos_sin(
-        self, start: int, stop: int, prompt_length: int, like: Tensor
+        self, ranges: tuple[tuple[int, int, int], ...], like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        long = self._switch is not None and (
-            self._longrope == "long" or prompt_length > self._switch
-        )
-        key = (start, stop, long, like.device, like.dtype)
+        """For slots start .. stop - 1 of requests of some length, one range after the other."""
+        choices = tuple((start, stop, self._is_long(length)) for start, stop, length in ranges)
+        key = (choices, like.device, like.dtype)
         found = self._tables.get(key)
         if found is None:
-            module = self._long if long else self._short
-            positions = torch.arange(start, stop, device=like.device)[None]
-            found = type(module).forward(module, like, positions)
+            parts = [self._compute(*choice, like) for choice in choices]
+            found = torch.cat([c for c, _ in parts], dim=1), torch.cat([s for _, s in parts], dim=1)
             # A new dict instead of a changed one: threads may share an engine.
             self._tables = dict([*self._tables.items()][1 - _TABLES_KEPT :]) | {key: found}
         return found
+
+    def _compute(self, start: int, stop: int, long: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+        module = self._long if long else self._short
+        positions = torch.arange(start, stop, device=like.device)[None]
+        return type(module).forward(module, like, positions)
+
+    def _is_long(self, prompt_length: int) -> bool:
+        if self._switch is None:
+            return False
+        return self._longrope == "long" or prompt_length > self._switch
 
 
 def longrope_switch(module: Any) -> int | None:

@@ -34,18 +34,10 @@ class AdapterModule(LightningModule):
     def __init__(
         self,
         model: str,
-        rank: int = 24,
-        alpha: int = 48,
+        rank: int = 48,
+        alpha: int = 96,
         dropout: float = 0.0,
-        target_modules: tuple[str, ...] = (
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        ),
+        target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
@@ -113,6 +105,7 @@ class AdapterModule(LightningModule):
     def on_fit_start(self) -> None:
         # The adapter's parameters are ours and moved with us; the backbone's are not.
         self._adapted.to(self.device)
+        object.__setattr__(self, "backbone", Backbone(self._adapted))
 
     @property
     def adapted(self) -> Any:
@@ -124,7 +117,7 @@ class AdapterModule(LightningModule):
         ids, segments = batch["input_ids"], batch["segments"]
         answers = [span for segment in segments for span in segment.answers]
         at = torch.cat([torch.arange(start, end) for start, end in answers]).to(ids.device)
-        backbone = Backbone(self._adapted)
+        backbone = self.backbone
         with backbone.attached(PackedAttention(segments, backbone.backend)):
             hidden = backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state
         # Only the answers' rows meet the vocabulary.

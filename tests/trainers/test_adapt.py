@@ -15,7 +15,7 @@ def adapter(backbones, rows, tmp_path_factory):
     """A folder with an adapter trained for a few steps."""
     folder = tmp_path_factory.mktemp("adapter")
     args = tiny_run(backbones("llama"), rows, folder, steps=6, config="smollm2_adapter.yaml")
-    return adapt.main([*args, "--model.lr=0.05", f"--output={folder / 'adapter'}"])
+    return adapt.main([*args, "--model.lr=0.02", f"--output={folder / 'adapter'}"])
 
 
 def logits(model):
