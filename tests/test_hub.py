@@ -1,5 +1,6 @@
-"""Heads to the Hub and back, against a server on loopback that speaks its protocol (bar 6)."""
+"""Heads to the Hub and back, against a server on loopback that speaks its protocol."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -362,23 +363,28 @@ def test_heads_that_were_read_before_are_read_without_the_hub(server, token, hea
 # ---- a full disk ----
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """A limit on the size of files stands for it: writes of more than 2 KB fail half-way."""
+    """A limit on the size of files stands for it: writes of more than 2 KB fail half-way.
+
+    It holds for the whole process, so nothing but what is tested may write meanwhile.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("target", ["heads", "heads.bin"])
-def test_a_disk_that_is_full_while_saving(heads, tmp_path, capfd, request, target):
+def test_a_disk_that_is_full_while_saving(heads, tmp_path, capfd, target):
     source = tiny_heads(tiny_model("llama"), seed=4).save_pretrained(tmp_path / "source")
     (heads.save_released if target.endswith(".bin") else heads.save_pretrained)(tmp_path / target)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    request.getfixturevalue("full_disk")
-    assert main(["convert", str(source), str(tmp_path / target)]) == 2
-    assert main(["convert", str(source), str(tmp_path / f"new-{target}")]) == 2
+    with full_disk():
+        assert main(["convert", str(source), str(tmp_path / target)]) == 2
+        assert main(["convert", str(source), str(tmp_path / f"new-{target}")]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("locret convert: could not write ") for line in lines)
@@ -386,8 +392,8 @@ def test_a_disk_that_is_full_while_saving(heads, tmp_path, capfd, request, targe
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["source", target])
 
 
-def test_a_disk_that_is_full_before_a_push(server, token, heads, full_disk):
-    with pytest.raises(OSError, match="could not write"):
+def test_a_disk_that_is_full_before_a_push(server, token, heads):
+    with full_disk(), pytest.raises(OSError, match="could not write"):
         heads.push_to_hub("me/heads")
     assert server.requests.total() == 0
 
