@@ -1,5 +1,7 @@
 """Every command and every piece of code that the README shows is run here, on tiny models."""
 
+import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -11,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import locret
+from benchmarks import longcontext
 from locret import cli
 from locret.models import load_model
 from tests.tiny_models import tiny_heads, tiny_model
@@ -68,10 +71,22 @@ def test_a_shown_command_runs(command, workplace, tmp_path, monkeypatch, capsys)
     if module in TRAININGS:
         run_training(TRAININGS[module], args, tmp_path)
         return
+    if module == "benchmarks.longcontext":
+        run_benchmark(args, tmp_path)
+        return
     assert module == "locret", f"no test knows how to run {command}"
     # folders of the workplace stand for what the README names
     assert cli.main([STAND_INS.get(word, word) for word in args]) == 0
     assert capsys.readouterr().out
+
+
+def run_benchmark(args, tmp_path):
+    if importlib.util.find_spec("kvpress") is None:
+        pytest.skip("kvpress is not installed")
+    small = "--shape=tiny --length=200 --budget=64 --chunk-size=32 --new-tokens=3 --repeats=1"
+    longcontext.main([*args, *small.split(), "--heads-width=8", f"--out={tmp_path / 'r.json'}"])
+    rows = json.loads((tmp_path / "r.json").read_text())["figures"]["results"]
+    assert {row["status"] for row in rows} == {"ok"}
 
 
 def run_training(training, args, tmp_path):
