@@ -51,11 +51,16 @@ def main(args: Sequence[str] | None = None) -> None:
         "results": results,
     }
     print(table.heading(), flush=True)
+    shown = []
     for length, batch, name in _cases(given):
         results.append(bench.run(name, length, batch))
         table.add_ratios(results)
-        print(table.line(results[-1]), flush=True)
+        shown.append(table.line(results[-1]))
+        print(shown[-1], flush=True)
         record.write(given.out, vars(given), figures, announce=False)
+    lines = [table.line(row) for row in results]
+    if lines != shown:  # `full` came late: only now are there ratios to it
+        print("", table.heading(), *lines, sep="\n")
     print(*table.remarks(results), sep="\n")
     record.write(given.out, vars(given), figures)
     if given.plot:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "transformers", "triton", "lightning", "kvpress", "flash-attn")
+PATHS = ("out", "plot")
 
 
 def write(
@@ -21,10 +22,10 @@ def write(
     """Write one run's JSON and say where.
 
     The file is replaced in one move, so that a long run can write after every step and be killed
-    at any time.
+    at any time. Where files went is left out of the settings.
     """
     record = {
-        "settings": dict(settings),
+        "settings": {name: value for name, value in settings.items() if name not in PATHS},
         "figures": dict(figures),
         "commit": _commit(),
         "hardware": hardware(),

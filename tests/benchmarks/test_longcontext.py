@@ -60,6 +60,15 @@ def test_every_figure_of_a_system_is_there_and_consistent(bench):
     assert full["prefill_speed_up"] == full["decode_speed_up"] == 1
 
 
+def test_a_full_that_comes_last_still_gives_the_others_their_ratios(bench, capsys):
+    ours, _ = bench(systems="locret,full")
+    assert ours["prefill_speed_up"] > 0
+    first, again = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("locret")
+    ]
+    assert first.count(" - ") > again.count(" - ")
+
+
 def test_lists_of_lengths_and_rows_are_compared_and_drawn(bench, tmp_path, capsys):
     picture = tmp_path / "plots" / "r.png"
     rows = bench(length="64,96", batch="1,2", systems="locret", policy="random", plot=picture)
