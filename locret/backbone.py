@@ -10,13 +10,14 @@ No method is reassigned and nothing is left behind after detaching.
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from locret.attention import IMPLEMENTATION, Backend, LayerCall, LayerFunction, register
+from locret.attention import IMPLEMENTATION, LayerCall, LayerFunction, register
+from locret.backends import Backend
 from locret.cache import RetainedCache
 from locret.heads import Geometry
 from locret.rotary import LongRopeRule, Rotary
@@ -39,6 +40,11 @@ SUPPORTED = (
     "starcoder2",
 )
 """`config.model_type` of the architectures that the parity tests cover."""
+
+
+Rotation = Callable[[int, Tensor, Any, Rotary | None], tuple[Tensor, Tensor] | None]
+"""Given layer index, hidden states, cache and rotary: the tables with which the layer may rotate by
+itself, or None if it must hand over queries and keys unrotated."""
 
 
 class Backbone:
@@ -83,8 +89,12 @@ class Backbone:
         return "eager" if self.config._attn_implementation == "eager" else "sdpa"
 
     @contextlib.contextmanager
-    def attached(self, run: LayerFunction) -> Iterator[None]:
+    def attached(self, run: LayerFunction, rotation: Rotation | None = None) -> Iterator[None]:
         """Let `run` compute every attention layer, until the block ends, however it ends.
+
+        Args:
+            run: the layer function.
+            rotation: when layers may rotate by themselves; None = never.
 
         Raises:
             ValueError: something is attached to this model already.
@@ -100,21 +110,37 @@ class Backbone:
             self.model.set_attn_implementation(IMPLEMENTATION)
             for layer_idx, attention in enumerate(self.attentions):
                 rotary = self.rotary if getattr(attention, "use_rope", True) else None
-                hook = functools.partial(_hand_over, run, layer_idx, rotary)
+                hook = functools.partial(_hand_over, run, rotation, layer_idx, rotary)
                 handle = attention.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
             yield
 
+    @contextlib.contextmanager
+    def fixed_frequencies(self) -> Iterator[None]:
+        """Keep the stock rotary module from choosing its factors by length until the block ends:
+        that would wait for the device, which nothing may do while a graph is recorded."""
+        module = self.decoder.rotary_emb
+        before = getattr(module, "rope_type", None)
+        if before != "longrope":
+            yield
+            return
+        module.rope_type = "default"
+        try:
+            yield
+        finally:
+            module.rope_type = before
+
 
 def _hand_over(
     run: LayerFunction,
+    rotation: Rotation | None,
     layer_idx: int,
     rotary: Rotary | None,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of an attention layer: identity rotation in, our layer function in."""
+    """Forward pre-hook of an attention layer: our rotation in, our layer function in."""
     cache = kwargs.get("past_key_values")
     if isinstance(cache, RetainedCache):
         cache.layers[layer_idx].expect_hand_over()
@@ -125,6 +151,8 @@ def _hand_over(
         )
 
     hidden = args[0] if args else kwargs["hidden_states"]
+    tables = rotation(layer_idx, hidden, cache, rotary) if rotation is not None else None
+    rotated = tables is not None
 
     def compute(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         return run(
@@ -138,12 +166,14 @@ def _hand_over(
                 rotary,
                 cache,
                 getattr(module, "o_proj", None),
+                rotated,
             )
         )
 
-    cos, sin = kwargs["position_embeddings"]
-    identity = (torch.ones_like(cos), torch.zeros_like(sin))
-    return args, {**kwargs, "position_embeddings": identity, "retained": compute}
+    if tables is None:
+        cos, sin = kwargs["position_embeddings"]
+        tables = torch.ones_like(cos), torch.zeros_like(sin)
+    return args, {**kwargs, "position_embeddings": tables, "retained": compute}
 
 
 def check_supported(config: Any) -> None:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from locret import losses
-from locret.attention import LayerCall, attend
+from locret.attention import LayerCall
 from locret.backbone import Backbone
+from locret.backends import attend
 from locret.features import FEATURES
 from locret.heads import RetainingHead, RetainingHeads
 from locret.segments import Segment

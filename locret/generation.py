@@ -8,25 +8,27 @@ eviction.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from locret.attention import RetainedAttention
 from locret.backbone import Backbone
-from locret.cache import Eviction, Positions, RetainedCache
+from locret.backends import Backend, available, fastest
+from locret.cache import DECODE_ROOM, Eviction, Positions, RetainedCache
 from locret.heads import RetainingHeads
+from locret.kernels import use_triton
 from locret.policies import POLICIES, LocretPolicy, Policy
+from locret.retention import RetainedAttention
 from locret.rotary import LongRopeRule
+from locret.saved import describe
+from locret.settings import Auto, Budget, Settings
+from locret.steps import GraphedSteps, seen_through, why_not_graphed
 
-Auto = Literal["auto"]
 Progress = Callable[[int, int], None]
 """Called after every chunk with the tokens read so far and the tokens to read in all."""
-
-PAPER = {"budget": 16384, "chunk_size": 3072, "stabilizers": 2500, "local_tokens": 100}
-"""The engine settings of the paper, where neither the user nor the heads say otherwise."""
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -57,12 +59,18 @@ class Engine:
         model: a stock transformers causal language model.
         policy: a name of `locret.policies.POLICIES`, or a `Policy`.
         heads: retaining heads; the policy "locret" needs them.
-        budget: units every KV head keeps; None = nothing is ever evicted.
+        budget: units every KV head keeps: a whole number; a share of the context (0.25); one number
+            for each layer; None = nothing is ever evicted.
         chunk_size: tokens of the prompt read at a time; None = all at once.
         stabilizers: last units that survive every eviction but the final one.
         local_tokens: last tokens of the prompt that are read after the final eviction.
         positions: "compact" or "original" (`locret.cache`).
         longrope: "long" or "by_length" (`locret.rotary`).
+        decode_interval: also evict while answering, back to the budget every so many tokens, so
+            that answers of any length stay bounded; None = answers are kept whole. Rows of a batch
+            evict at the same steps.
+        backend: "auto" or a name of `locret.backends`: how attention is computed.
+        graphs: run the steps of an answer from a CUDA graph; "auto" = where that works.
         progress: called after every chunk.
 
     Raises:
@@ -76,12 +84,15 @@ class Engine:
         policy: str | Policy = "locret",
         *,
         heads: RetainingHeads | None = None,
-        budget: int | None | Auto = "auto",
+        budget: Budget | Auto = "auto",
         chunk_size: int | None | Auto = "auto",
         stabilizers: int | Auto = "auto",
         local_tokens: int | Auto = "auto",
         positions: Positions | Auto = "auto",
         longrope: LongRopeRule | Auto = "auto",
+        decode_interval: int | None = None,
+        backend: Backend | Auto = "auto",
+        graphs: bool | Auto = "auto",
         progress: Progress | None = None,
     ) -> None:
         record = heads.config if heads is not None else None
@@ -92,49 +103,61 @@ class Engine:
         self.model = model
         self.backbone = Backbone(model, longrope)  # type: ignore[arg-type]
         self.policy = _make_policy(policy, heads, self.backbone)
-        recorded = _recorded(record.defaults if record else {})
-        self.budget, self.stabilizers = _budget_and_stabilizers(budget, stabilizers, recorded)
         if not self.policy.evicts:
-            self.budget = None
-        self.chunk_size = recorded["chunk_size"] if chunk_size == "auto" else chunk_size
-        self.local_tokens = recorded["local_tokens"] if local_tokens == "auto" else local_tokens
+            budget = decode_interval = None
+        self.settings = Settings.resolve(
+            record.defaults if record else {},
+            budget,
+            chunk_size,
+            stabilizers,
+            local_tokens,
+            positions,  # type: ignore[arg-type]
+            decode_interval,
+        )
         self.query_tokens = 0
         if isinstance(self.policy, LocretPolicy):
             self.query_tokens = self.policy.heads.config.query_tokens
-        self.positions: Positions = positions  # type: ignore[assignment]
+        self.settings.check(self.query_tokens, self.backbone.geometry.num_layers)
+        self.backend: Backend = _backend(backend, self.backbone)
+        self.graphs = _graphs(graphs, self.backbone)
         self.progress = progress
-        self._check_settings()
         self._attached: contextlib.ExitStack | None = None
         self._depth = 0
 
-    def _check_settings(self) -> None:
-        if self.positions not in get_args(Positions):
-            raise ValueError(f"positions is {self.positions!r}; expected 'compact' or 'original'")
-        if self.budget is not None and self.budget < 1:
-            raise ValueError(f"budget is {self.budget}; expected at least 1, or None for no limit")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size is {self.chunk_size}; expected at least 1, or None")
-        if self.local_tokens < 1:
-            raise ValueError(
-                f"local_tokens is {self.local_tokens}; expected at least 1: the answer starts from "
-                "the last token of the prompt, which is read after the final eviction"
-            )
-        if self.stabilizers < 0:
-            raise ValueError(f"stabilizers is {self.stabilizers}; expected zero or more")
-        if self.budget is not None and self.stabilizers + self.query_tokens > self.budget:
-            query = f" and the heads keep {self.query_tokens} query tokens" * bool(
-                self.query_tokens
-            )
-            raise ValueError(
-                f"stabilizers is {self.stabilizers}{query} but the budget is {self.budget}: they "
-                "are kept within the budget; lower stabilizers or raise the budget"
-            )
+    @functools.cached_property
+    def _description(self) -> dict[str, Any]:
+        return describe(self.backbone.model)
+
+    @property
+    def budget(self) -> Budget:
+        """Units every KV head keeps; see the class."""
+        return self.settings.budget
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Tokens of the prompt read at a time; None = all at once."""
+        return self.settings.chunk_size
+
+    @property
+    def stabilizers(self) -> int | Auto:
+        """Last units that survive every eviction but the final one; "auto" beside a share."""
+        return self.settings.stabilizers
+
+    @property
+    def local_tokens(self) -> int:
+        """Last tokens of the prompt that are read after the final eviction."""
+        return self.settings.local_tokens
+
+    @property
+    def positions(self) -> Positions:
+        """ "compact" or "original"."""
+        return self.settings.positions
 
     def __enter__(self) -> "Engine":
         if self._depth == 0:
             stack = contextlib.ExitStack()
-            run = RetainedAttention(self.policy, self.backbone.backend)
-            stack.enter_context(self.backbone.attached(run))
+            run = RetainedAttention(self.policy, self.backend)
+            stack.enter_context(self.backbone.attached(run, run.rotation))
             self._attached = stack
         self._depth += 1
         return self
@@ -162,8 +185,8 @@ class Engine:
         """Read a whole context in chunks and compress it to the budget.
 
         Args:
-            input_ids: [B, n] long, rows of equal length.
-            attention_mask: [B, n], all ones, or None.
+            input_ids: [B, n] long; rows of different lengths are padded on the left.
+            attention_mask: [B, n], zeros where a row is padded; None = no padding.
             query_ids: [B, q] long: what will be asked. Query-aware heads (Locret-Q) need it: it is
                 read in front of the context, once more, and never evicted. Without a budget nothing
                 is scored, and it is not read.
@@ -172,13 +195,19 @@ class Engine:
             The cache, to go on from with `generate(question_ids, cache=cache)`.
 
         Raises:
-            ValueError: an empty prompt, padding, or a query missing or given to no use.
+            ValueError: an empty prompt, padding elsewhere than on the left, or a query missing or
+                given to no use.
         """
         _check_ids(input_ids)
-        _check_mask(attention_mask, input_ids, context_length=0)
+        padding = _left_padding(attention_mask, input_ids)
         query_ids = self._checked_query(query_ids, input_ids)
+        rows = _rows(input_ids, padding)
+        lengths = [row.shape[1] for row in rows]
         with self:
-            return self._prefill(input_ids, input_ids.shape[1], query_ids)
+            if len(set(lengths)) == 1:
+                return self._prefill(torch.cat(rows), lengths[0], query_ids)
+            queries = [None] * len(rows) if query_ids is None else query_ids.split(1)
+            return self._prefill_rows(rows, lengths, queries, input_ids.shape[1])
 
     @torch.no_grad()
     def generate(
@@ -193,8 +222,9 @@ class Engine:
         """Generate after a prompt, or after a question about a context read before.
 
         Args:
-            input_ids: [B, n] long: the prompt, or with `cache` only what follows its context.
-            attention_mask: all ones, or None.
+            input_ids: [B, n] long: the prompt, or with `cache` only what follows its context. Rows
+                of different lengths are padded on the left; what follows a context is not.
+            attention_mask: [B, n], zeros where a row is padded; None = no padding.
             cache: a cache of `prefill` or of an earlier `generate`. It goes on from where it is,
                 and holds question and answer afterwards.
             max_new_tokens: default 64, unless `max_length` or a `generation_config` is given.
@@ -204,12 +234,17 @@ class Engine:
             What stock `generate` returns: `input_ids` followed by the answer.
 
         Raises:
-            ValueError: an empty prompt, padding, or a decoding method that needs to roll back the
-                cache.
+            ValueError: an empty prompt, padding elsewhere than on the left, or a decoding method
+                that needs to roll back the cache.
         """
         _check_ids(input_ids)
         context = input_ids[:, :0] if cache is None else self._context_ids(cache, input_ids)
-        _check_mask(attention_mask, input_ids, context.shape[1])
+        padding = _left_padding(attention_mask, input_ids, context.shape[1])
+        if cache is not None and any(padding):
+            raise ValueError(
+                "attention_mask holds zeros: questions about a context take no padding; ask rows "
+                "of equal length, or one row at a time"
+            )
         _check_decoding(self.model, kwargs, with_cache=cache is not None)
         if max_new_tokens is None and not any(map(kwargs.get, ("max_length", "generation_config"))):
             max_new_tokens = DEFAULT_NEW_TOKENS
@@ -217,42 +252,83 @@ class Engine:
             kwargs["max_new_tokens"] = max_new_tokens
         with self:
             if cache is None:
-                cache = self._read_prompt(input_ids)
+                cache = self._read_prompt(input_ids, padding)
                 # What was read in front of the prompt, for stock generate's bookkeeping.
-                context = input_ids[:, input_ids.shape[1] - cache.query_length :]
+                unread = min(self.local_tokens, input_ids.shape[1])
+                front = cache.seen - (input_ids.shape[1] - unread)
+                context = input_ids[:, input_ids.shape[1] - front :]
                 limit = kwargs.get("max_length") or getattr(
                     kwargs.get("generation_config"), "max_length", None
                 )
-                if limit and cache.query_length:
-                    kwargs["max_length"] = limit + cache.query_length
+                if limit and front:
+                    kwargs["max_length"] = limit + front
             sequence = torch.cat([context, input_ids], dim=1)
             return self._generate(sequence, cache, context.shape[1], kwargs)
 
-    def _read_prompt(self, input_ids: Tensor) -> RetainedCache:
+    def _read_prompt(self, input_ids: Tensor, padding: list[int]) -> RetainedCache:
         """The cache after all of the prompt but its local tokens."""
-        length = input_ids.shape[1]
-        context = input_ids[:, : max(length - self.local_tokens, 0)]
-        query_ids = None
+        width = input_ids.shape[1]
+        unread = min(self.local_tokens, width)
+        if not any(padding):
+            context = input_ids[:, : width - unread]
+            return self._prefill(context, width, self._query_of(input_ids, context))
+        rows = _rows(input_ids, padding)
+        contexts = [row[:, : max(row.shape[1] - unread, 0)] for row in rows]
+        queries = [self._query_of(row, c) for row, c in zip(rows, contexts, strict=True)]
+        lengths = [row.shape[1] for row in rows]
+        cache = self._prefill_rows(contexts, lengths, queries, width - unread)
+        heads, device = self.backbone.geometry.num_kv_heads, input_ids.device
+        for layer in cache.layers:  # rows shorter than the local tokens are padded within these
+            layer.add_empty([max(unread - length, 0) for length in lengths], heads, device)
+        return cache
+
+    def _query_of(self, prompt: Tensor, context: Tensor) -> Tensor | None:
+        """What query-aware heads read in front of a prompt's context, if there is any."""
         if self.query_tokens and self.budget is not None and context.shape[1]:
-            query_ids = input_ids[:, -self.query_tokens :]
-        return self._prefill(context, length, query_ids)
+            return prompt[:, -self.query_tokens :]
+        return None
+
+    def _prefill_rows(
+        self,
+        contexts: list[Tensor],
+        prompt_lengths: list[int],
+        queries: Any,
+        width: int,
+    ) -> RetainedCache:
+        """Contexts of different lengths, read one by one (a chunk fills the device by itself) and
+        answered together. Each is read exactly as it would be alone."""
+        rows = [
+            self._prefill(context, length, query)
+            for context, length, query in zip(contexts, prompt_lengths, queries, strict=True)
+        ]
+        padded_to = max(width, *(row.seen for row in rows))
+        heads, device = self.backbone.geometry.num_kv_heads, contexts[0].device
+        ids = [row.token_ids for row in rows]
+        cache = RetainedCache.stack(rows, padded_to, heads, device)
+        cache.token_ids = torch.cat(
+            [nn.functional.pad(i, (padded_to - i.shape[1], 0)) for i in ids if i is not None]
+        )
+        cache.unread_ids = cache.token_ids[:, :0]
+        return cache
 
     def _prefill(
         self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None
     ) -> RetainedCache:
-        cache = RetainedCache(self.backbone.geometry.num_layers, self.budget, self.positions)
-        cache.prompt_length = prompt_length
-        query = 0
+        layers = self.backbone.geometry.num_layers
+        budgets = self.settings.budgets(self.policy, layers, input_ids.shape[1])
+        cache = RetainedCache(layers, _one_if_equal(budgets), self.positions)
+        cache.model = self._description
+        cache.prompt_lengths = (prompt_length,)
         if query_ids is not None:
-            query = cache.query_length = query_ids.shape[1]
+            cache.query_length = query_ids.shape[1]
             input_ids = torch.cat([query_ids, input_ids], dim=1)
         total = input_ids.shape[1]
         for start in range(0, total, self.chunk_size or max(total, 1)):
             chunk = input_ids[:, start : start + (self.chunk_size or total)]
             end = start + chunk.shape[1]
-            if self.budget is not None:
-                stabilizers = self.stabilizers if end < total else 0
-                cache.eviction = Eviction(self.budget, stabilizers, query)
+            if budgets is not None:
+                stabilizers = self.settings.stabilizers_for(budgets) if end < total else 0
+                cache.eviction = Eviction(budgets, stabilizers, cache.query_length)
             self.backbone.decoder(input_ids=chunk, past_key_values=cache, use_cache=True)
             if self.progress is not None:
                 self.progress(end, total)
@@ -309,12 +385,19 @@ class Engine:
     ) -> Any:
         """Stock generate over a sequence whose first tokens `cache` has seen."""
         beams, returned = (_setting(self.model, kwargs, name) or 1 for name in MANY_ROWS)
+        self._bound_answer(cache)
         if max(beams, returned) > 1:
             cache.token_ids = None  # of no use to another call, should this one fail
             cache.batch_repeat_interleave(max(beams, returned))
         if _setting(self.model, kwargs, "use_cache") is False:
             kwargs = kwargs | {"use_cache": True}
-        output = self.model.generate(  # type: ignore[operator]
+        cache.room = max(_longest(self.model, kwargs, sequence) - cache.seen, DECODE_ROOM)
+        model: Any = self.model
+        if beams == 1 and cache.eviction is None and self.fast_steps:
+            model = seen_through(
+                self.backbone.model, GraphedSteps(self.backbone, cache, self.graphs)
+            )
+        output = model.generate(
             sequence,
             attention_mask=torch.ones_like(sequence),
             past_key_values=cache,
@@ -329,6 +412,26 @@ class Engine:
             return sequences[:, context:]
         output.sequences = sequences[:, context:]
         return output
+
+    @property
+    def fast_steps(self) -> bool:
+        """Whether one-token steps run with counters on the device (`locret.steps`)."""
+        return self.backend != "eager" and use_triton(self.backbone.model.device)
+
+    def _bound_answer(self, cache: RetainedCache) -> None:
+        """Let the layers evict while the answer comes, if that was asked for."""
+        interval = self.settings.decode_interval
+        if interval is None or cache.budget is None:
+            return
+        if self.positions == "compact" and any(layer.rotated for layer in cache.layers):
+            raise ValueError(
+                "decode_interval: this cache answered without eviction before, so that its slots "
+                "are fixed; go on with the engine it came from, or read its context again"
+            )
+        layers = len(cache.layers)
+        budgets = cache.budget if isinstance(cache.budget, tuple) else (cache.budget,) * layers
+        stabilizers = self.settings.stabilizers_for(budgets)
+        cache.eviction = Eviction(budgets, stabilizers, cache.query_length, interval - 1)
 
 
 def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:
@@ -367,24 +470,40 @@ def _fitting(heads: RetainingHeads, backbone: Backbone) -> RetainingHeads:
     return heads
 
 
-def _recorded(defaults: dict[str, int]) -> dict[str, int]:
-    """The heads' settings, the paper's for those not recorded; its stabilizers in proportion."""
-    settings = PAPER | defaults
-    if "stabilizers" not in defaults and settings["budget"] < PAPER["budget"]:
-        settings["stabilizers"] = PAPER["stabilizers"] * settings["budget"] // PAPER["budget"]
-    return settings
+def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:
+    model, size = backbone.model, backbone.geometry.head_size
+    if backend == "auto":
+        if backbone.backend == "eager":
+            return "eager"
+        return fastest(model.device, model.dtype, size)
+    reason = available(backend, model.device, model.dtype, size)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} does not work here: {reason}; leave it 'auto'")
+    return backend
 
 
-def _budget_and_stabilizers(
-    budget: int | None | Auto, stabilizers: int | Auto, recorded: dict[str, int]
-) -> tuple[int | None, int]:
-    if stabilizers == "auto":
-        stabilizers = recorded["stabilizers"]
-        if isinstance(budget, int) and budget < recorded["budget"]:
-            stabilizers = stabilizers * budget // recorded["budget"]
-    if budget == "auto":
-        budget = recorded["budget"]
-    return budget, stabilizers
+def _graphs(graphs: bool | Auto, backbone: Backbone) -> bool:
+    reason = why_not_graphed(backbone)
+    if graphs is True and reason is not None:
+        raise ValueError(f"graphs=True does not work here: {reason}; leave it 'auto'")
+    return reason is None and graphs is not False
+
+
+def _one_if_equal(budgets: tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+    return budgets[0] if budgets and len(set(budgets)) == 1 else budgets
+
+
+def _rows(input_ids: Tensor, padding: list[int]) -> list[Tensor]:
+    """Each row [1, n] without its padding."""
+    return [input_ids[row : row + 1, skip:] for row, skip in enumerate(padding)]
+
+
+def _longest(model: Any, kwargs: dict[str, Any], sequence: Tensor) -> int:
+    """Tokens of the longest sequence that stock generate may make."""
+    new = _setting(model, kwargs, "max_new_tokens")
+    if new is not None:
+        return int(sequence.shape[1] + new)
+    return int(_setting(model, kwargs, "max_length") or sequence.shape[1] + DECODE_ROOM)
 
 
 def _check_ids(input_ids: Tensor) -> None:
@@ -395,20 +514,29 @@ def _check_ids(input_ids: Tensor) -> None:
         )
 
 
-def _check_mask(attention_mask: Tensor | None, input_ids: Tensor, context_length: int) -> None:
-    if attention_mask is None:
-        return
+def _left_padding(
+    attention_mask: Tensor | None, input_ids: Tensor, context_length: int = 0
+) -> list[int]:
+    """How many leading tokens of each row are padding.
+
+    Raises:
+        ValueError: a mask of another shape, zeros elsewhere than on the left, or a row of nothing.
+    """
     rows, new = input_ids.shape
+    if attention_mask is None:
+        return [0] * rows
     if attention_mask.shape not in ((rows, new), (rows, context_length + new)):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected that of input_ids, "
             f"{tuple(input_ids.shape)}"
         )
-    if not attention_mask.bool().all():
+    mask = attention_mask[:, -new:].bool()
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
         raise ValueError(
-            "attention_mask holds zeros: padding is not supported; batch rows of equal length, or "
-            "generate one prompt at a time"
+            "attention_mask holds zeros after ones: pad prompts on the left "
+            "(tokenizer.padding_side = 'left')"
         )
+    return (~mask).sum(dim=1).tolist()
 
 
 def _check_decoding(model: Any, kwargs: dict[str, Any], with_cache: bool) -> None:

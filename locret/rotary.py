@@ -42,18 +42,30 @@ class Rotary:
         self._long = self._short if self._switch is None else _pinned(module, self._switch)
         self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def rotate(self, x: Tensor, start: int, prompt_length: int) -> Tensor:
+    def rotate(self, x: Tensor, starts: Sequence[int], prompt_lengths: Sequence[int]) -> Tensor:
         """Rotate `x` [B, heads, S, D] at the slots start .. start + S - 1.
 
-        `prompt_length` is the request's; only LongRoPE's `by_length` rule reads it.
+        `starts` and `prompt_lengths` are the rows', or one for all; only LongRoPE's `by_length`
+        rule reads the latter.
         """
-        cos, sin = self._cos_sin(((start, start + x.shape[2], prompt_length),), x)
-        return self._turn(x, cos, sin)
+        return self._turn(x, *self.cos_sin(starts, x.shape[2], prompt_lengths, x))
+
+    def cos_sin(
+        self, starts: Sequence[int], count: int, prompt_lengths: Sequence[int], like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The tables [1 or B, count, rotary size] for the slots from each start on, as the
+        backbone's own rotary module makes them, in the dtype and on the device of `like`."""
+        rows = max(len(starts), len(prompt_lengths))
+        starts, lengths = ([*x] * (rows // len(x)) for x in (starts, prompt_lengths))
+        ranges = tuple((s, s + count, n) for s, n in zip(starts, lengths, strict=True))
+        if len({(start, self._is_long(length)) for start, _, length in ranges}) == 1:
+            ranges = ranges[:1]
+        return self._cos_sin(ranges, like, dim=0)
 
     def rotate_packed(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """Rotate `x` [B, heads, S, D], in which sequences of these lengths stand one after the
         other, each from slot 0 on."""
-        cos, sin = self._cos_sin(tuple((0, length, length) for length in lengths), x)
+        cos, sin = self._cos_sin(tuple((0, length, length) for length in lengths), x, dim=1)
         return self._turn(x, cos, sin)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -64,15 +76,16 @@ class Rotary:
         return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
 
     def _cos_sin(
-        self, ranges: tuple[tuple[int, int, int], ...], like: Tensor
+        self, ranges: tuple[tuple[int, int, int], ...], like: Tensor, dim: int
     ) -> tuple[Tensor, Tensor]:
-        """For slots start .. stop - 1 of requests of some length, one range after the other."""
+        """For slots start .. stop - 1 of requests of some length: one range a row (`dim` 0), or one
+        range after the other (`dim` 1)."""
         choices = tuple((start, stop, self._is_long(length)) for start, stop, length in ranges)
-        key = (choices, like.device, like.dtype)
+        key = (choices, like.device, like.dtype, dim)
         found = self._tables.get(key)
         if found is None:
             parts = [self._compute(*choice, like) for choice in choices]
-            found = torch.cat([c for c, _ in parts], dim=1), torch.cat([s for _, s in parts], dim=1)
+            found = torch.cat([c for c, _ in parts], dim), torch.cat([s for _, s in parts], dim)
             # A new dict instead of a changed one: threads may share an engine.
             self._tables = dict([*self._tables.items()][1 - _TABLES_KEPT :]) | {key: found}
         return found

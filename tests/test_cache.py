@@ -202,8 +202,8 @@ def test_reset_makes_it_new():
     assert [layer.rotated for layer in cache.layers] == [False, False]
     with engine, torch.no_grad():
         for given in (cache, RetainedCache(2, budget=20)):
-            given.eviction = Eviction(20, 3)
-            given.prompt_length = 30
+            given.eviction = Eviction((20, 20), 3)
+            given.prompt_lengths = (30,)
             engine.backbone.decoder(input_ids=prompt(30), past_key_values=given, use_cache=True)
             assert given.report()["units"] == [20, 20]
 
@@ -364,7 +364,7 @@ def test_units_behave_like_lists(steps, batch, heads):
             model.select_batch(chosen)
             rows = len(chosen)
         elif step == "replace_keys":
-            units.replace_keys(torch.full_like(units.keys, arguments[0]))
+            units.rebuild(torch.full_like(units.keys, arguments[0]), room=arguments[0] % 3)
             model.rows = [
                 [[(float(arguments[0]), *unit[1:]) for unit in head] for head in row]
                 for row in model.rows

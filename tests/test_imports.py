@@ -10,12 +10,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"units", "selection", "segments", "features", "targets", "losses", "rotary", "card", "models"},
+    {
+        "units",
+        "selection",
+        "segments",
+        "features",
+        "targets",
+        "losses",
+        "rotary",
+        "card",
+        "models",
+        "saved",
+    },
+    {"kernels"},
     {"hub"},
     {"artifact"},
     {"heads"},
-    {"policies", "cache"},
+    {"policies", "cache", "backends"},
     {"attention", "backbone"},
+    {"retention", "steps", "settings"},
     {"generation", "distillation", "packing"},
     {"evaluation"},
     {"cli", "__main__", "__init__"},
@@ -75,7 +88,7 @@ def test_the_lowest_files_import_nothing_of_locret(name):
     ("inside", "allowed"),
     [
         ("heads", {"artifact", "card", "features", "rotary", "targets"}),
-        ("packing", {"attention", "segments"}),
+        ("packing", {"attention", "backends", "segments"}),
     ],
 )
 def test_files_import_what_they_need_and_no_more(inside, allowed):

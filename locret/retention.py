@@ -1,0 +1,160 @@
+"""The layer function of inference: attend over a bounded cache, then evict.
+
+While a prompt is read: rotate at the slots, attend to the units held and to the new ones, rank
+them, keep the best. A layer is compressed before the next one runs, so the peak is layers x budget
++ one chunk of one layer. After that slots do not move any more: keys are rotated once and new units
+are appended in place.
+"""
+
+import torch
+from torch import Tensor
+
+from locret.attention import LayerCall
+from locret.backends import Backend, attend, attend_past
+from locret.cache import DECODE_ROOM, Eviction, RetainedCache, RetainedLayer
+from locret.policies.base import HeldUnits, LayerChunk, Policy
+from locret.rotary import Rotary
+from locret.selection import keep_highest
+from locret.units import NewUnits, unscored
+
+
+class RetainedAttention:
+    """The layer function of inference, on a `RetainedCache`.
+
+    Args:
+        policy: ranks units.
+        backend: see `locret.backends`.
+    """
+
+    def __init__(self, policy: Policy, backend: Backend) -> None:
+        self.policy = policy
+        self.backend = backend
+
+    def __call__(self, call: LayerCall) -> Tensor:
+        cache = call.cache
+        if cache is None:
+            raise ValueError(
+                "the attached model runs without a cache; leave out use_cache=False, and turn "
+                "gradient checkpointing off or call model.eval()"
+            )
+        layer: RetainedLayer = cache.layers[call.layer_idx]
+        if cache.steps is not None:
+            output = cache.steps.attend(call, layer)
+        elif cache.eviction is None:
+            output = self._answer(call, layer, cache)
+        else:
+            output = self._read(call, layer, cache, cache.eviction)
+        layer.seen += call.key.shape[2]
+        return output
+
+    def rotation(
+        self, layer_idx: int, hidden: Tensor, cache: RetainedCache | None, rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Tables with which the layer may rotate by itself: slots do not move any more, and nobody
+        asks for queries and keys before RoPE. None: it must hand them over unrotated."""
+        if cache is None or cache.eviction is not None or rotary is None:
+            return None
+        layer = cache.layers[layer_idx]
+        if cache.steps is not None:
+            return cache.steps.rotation(layer_idx)
+        starts = _first_slots(layer, cache)
+        return rotary.cos_sin(starts, hidden.shape[1], cache.prompt_lengths, hidden)
+
+    def _answer(self, call: LayerCall, layer: RetainedLayer, cache: RetainedCache) -> Tensor:
+        """Nothing is evicted any more."""
+        lengths, starts = cache.prompt_lengths, _first_slots(layer, cache)
+        layer.freeze(lambda keys: call.rotate(keys, layer.own_slots(0), lengths), cache.room)
+        query, key = call.query, call.key
+        if not call.rotated:
+            query, key = call.rotate(query, starts, lengths), call.rotate(key, starts, lengths)
+        positions = torch.arange(layer.seen, layer.seen + key.shape[2], device=key.device)
+        layer.units.append(key, call.value, unscored(key), positions, cache.room)
+        return attend(query, layer.keys, layer.values, call.scaling, self.backend, layer.empty)
+
+    def _read(
+        self, call: LayerCall, layer: RetainedLayer, cache: RetainedCache, eviction: Eviction
+    ) -> Tensor:
+        """Attend, rank, and keep no more than the budget."""
+        lengths, starts = cache.prompt_lengths, _first_slots(layer, cache)
+        query, key = (call.rotate(x, starts, lengths) for x in (call.query, call.key))
+        held = None
+        if layer.held:
+            keys = (
+                layer.keys
+                if layer.rotated
+                else call.rotate(layer.keys, layer.own_slots(0), lengths)
+            )
+            held = HeldUnits(keys, layer.values, layer.scores, layer.source_positions)
+        past = (held.keys, held.values) if held else (key[:, :, :0], key[:, :, :0])
+        new = (key, call.value)
+        output = attend_past(query, past, new, call.scaling, self.backend, layer.empty)
+        scores = self._rank(call, layer, query, key, held)
+        self._store(layer, call, key, scores, eviction, cache)
+        return output
+
+    def _rank(
+        self,
+        call: LayerCall,
+        layer: RetainedLayer,
+        query: Tensor,
+        key: Tensor,
+        held: HeldUnits | None,
+    ) -> Tensor:
+        chunk = LayerChunk(
+            layer_idx=call.layer_idx,
+            query=call.query,
+            key=call.key,
+            value=call.value,
+            hidden=call.hidden,
+            start=layer.seen,
+            scaling=call.scaling,
+            rotated_query=query,
+            rotated_key=key,
+            held=held,
+            state=layer.state,
+        )
+        scores = self.policy.rank(chunk)
+        expected = (*call.key.shape[:2], layer.held + call.key.shape[2])
+        if tuple(scores.shape) != expected:
+            raise ValueError(
+                f"policy {type(self.policy).__name__} ranked {tuple(scores.shape)} units; expected "
+                f"[batch, KV heads, held and new units], {expected}"
+            )
+        return scores.float()
+
+    def _store(
+        self,
+        layer: RetainedLayer,
+        call: LayerCall,
+        rotated_key: Tensor,
+        scores: Tensor,
+        eviction: Eviction,
+        cache: RetainedCache,
+    ) -> None:
+        held, tokens = layer.held, call.key.shape[2]
+        budget = eviction.budgets[call.layer_idx]
+        new = NewUnits(
+            rotated_key if layer.rotated else call.key,
+            call.value,
+            scores[:, :, held:],
+            torch.arange(layer.seen, layer.seen + tokens, device=scores.device),
+        )
+        if held:
+            layer.units.replace_scores(scores[:, :, :held])
+        if held + tokens <= budget + eviction.slack:
+            room = budget + eviction.slack - held - tokens if eviction.slack else 0
+            layer.units.append(*new, room=min(room, DECODE_ROOM))
+            return
+        if layer.empty is not None:
+            slot = torch.arange(held + tokens, device=scores.device)
+            scores = scores.masked_fill(slot < layer.empty[..., None], -torch.inf)
+        index = keep_highest(scores, budget, *eviction.protected(call.layer_idx))
+        layer.units.append_selected(new, index)
+        layer.note_evicted(held + tokens - index.shape[2])
+
+
+def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:
+    """Where the first new token goes, in each row or in all of them."""
+    if cache.positions == "original":
+        return cache.shifted(layer.seen)
+    return layer.own_slots(layer.held)
