@@ -19,7 +19,7 @@ from locret.backbone import Backbone
 from locret.backends import Backend, available, fastest
 from locret.cache import DECODE_ROOM, Eviction, Positions, RetainedCache
 from locret.heads import RetainingHeads
-from locret.kernels import use_triton
+from locret.kernels.dispatch import AVAILABLE
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.retention import RetainedAttention
 from locret.rotary import LongRopeRule
@@ -416,7 +416,7 @@ class Engine:
     @property
     def fast_steps(self) -> bool:
         """Whether one-token steps run with counters on the device (`locret.steps`)."""
-        return self.backend != "eager" and use_triton(self.backbone.model.device)
+        return self.backend != "eager" and self.backbone.model.device.type == "cuda" and AVAILABLE
 
     def _bound_answer(self, cache: RetainedCache) -> None:
         """Let the layers evict while the answer comes, if that was asked for."""

@@ -11,15 +11,76 @@ LongRoPE rules (`LongRopeRule`):
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from locret.kernels import rotate_at_slots
+from locret.kernels.rotate import Pairing
 
 LongRopeRule = Literal["long", "by_length"]
 ApplyRotary = Callable[..., tuple[Tensor, Tensor]]
 
 _TABLES_KEPT = 4  # a chunk needs two ranges (all keys, new queries), the same in every layer
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How an architecture's `apply_rotary_pos_emb` turns pairs of channels.
+
+    Channel d becomes x[d] * cos[cos_index[d]] + x[partner of d] * sign[d] * sin[sin_index[d]].
+    """
+
+    pairing: Pairing
+    cos_index: Tensor
+    sin_index: Tensor
+    sign: Tensor
+
+    def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotary module's tables [B, S, R] as `rotate_at_slots` takes them: one column for each
+        channel, signs in the sines."""
+        index = self.cos_index.to(cos.device)
+        if not torch.equal(self.cos_index, torch.arange(cos.shape[-1])):
+            cos = cos.index_select(-1, index)
+            sin = sin.index_select(-1, self.sin_index.to(sin.device))
+        return cos, sin * self.sign.to(sin.device, sin.dtype)
+
+
+def find_pattern(apply: ApplyRotary, module: Any) -> Pattern | None:
+    """The pattern of an architecture's rotation, found by asking its function; None if it is none
+    of those that the fused kernel knows."""
+    device = module.inv_freq.device
+    like, positions = torch.zeros(1, device=device), torch.zeros(1, 1, device=device).long()
+    size = type(module).forward(module, like, positions)[0].shape[-1]
+    count, zero, one = torch.arange(1.0, size + 1), torch.zeros(size), torch.ones(size)
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.view(1, 1, 1, size)
+        return apply(x, x[:, :0], cos.view(1, 1, size), sin.view(1, 1, size))[0].flatten()
+
+    cos_index = turned(one, count, zero).long() - 1
+    sines, partners = turned(one, zero, count), turned(count, zero, one)
+    sin_index, partner = sines.abs().long() - 1, partners.abs().long() - 1
+    channel = torch.arange(size)
+    pairings: dict[Pairing, Tensor] = {
+        "half": (channel + size // 2) % size,
+        "interleaved": channel ^ 1,
+    }
+    for pairing, expected in pairings.items():
+        if torch.equal(partner, expected):
+            return Pattern(pairing, cos_index, sin_index, sines.sign())
+    return None
+
+
+class Tables(NamedTuple):
+    """cos and sin [1 or B, S, R] as the backbone's module makes them, and as the fused kernel takes
+    them, where it is used."""
+
+    cos: Tensor
+    sin: Tensor
+    fused: tuple[Tensor, Tensor] | None
 
 
 class Rotary:
@@ -40,7 +101,8 @@ class Rotary:
         self._switch = longrope_switch(module)
         self._short = _pinned(module, position=0)
         self._long = self._short if self._switch is None else _pinned(module, self._switch)
-        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple, Tables] = {}
+        self._pattern = find_pattern(apply, self._short)
 
     def rotate(self, x: Tensor, starts: Sequence[int], prompt_lengths: Sequence[int]) -> Tensor:
         """Rotate `x` [B, heads, S, D] at the slots start .. start + S - 1.
@@ -48,36 +110,45 @@ class Rotary:
         `starts` and `prompt_lengths` are the rows', or one for all; only LongRoPE's `by_length`
         rule reads the latter.
         """
-        return self._turn(x, *self.cos_sin(starts, x.shape[2], prompt_lengths, x))
+        return self._turn(x, self._for_rows(starts, x.shape[2], prompt_lengths, x))
 
     def cos_sin(
         self, starts: Sequence[int], count: int, prompt_lengths: Sequence[int], like: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The tables [1 or B, count, rotary size] for the slots from each start on, as the
         backbone's own rotary module makes them, in the dtype and on the device of `like`."""
+        tables = self._for_rows(starts, count, prompt_lengths, like)
+        return tables.cos, tables.sin
+
+    def _for_rows(
+        self, starts: Sequence[int], count: int, prompt_lengths: Sequence[int], like: Tensor
+    ) -> "Tables":
         rows = max(len(starts), len(prompt_lengths))
         starts, lengths = ([*x] * (rows // len(x)) for x in (starts, prompt_lengths))
         ranges = tuple((s, s + count, n) for s, n in zip(starts, lengths, strict=True))
         if len({(start, self._is_long(length)) for start, _, length in ranges}) == 1:
             ranges = ranges[:1]
-        return self._cos_sin(ranges, like, dim=0)
+        return self._tables_of(ranges, like, dim=0)
 
     def rotate_packed(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """Rotate `x` [B, heads, S, D], in which sequences of these lengths stand one after the
         other, each from slot 0 on."""
-        cos, sin = self._cos_sin(tuple((0, length, length) for length in lengths), x, dim=1)
-        return self._turn(x, cos, sin)
+        ranges = tuple((0, length, length) for length in lengths)
+        return self._turn(x, self._tables_of(ranges, x, dim=1))
 
-    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _turn(self, x: Tensor, tables: "Tables") -> Tensor:
+        if tables.fused is not None and self._pattern is not None:
+            return rotate_at_slots(x, *tables.fused, self._pattern.pairing)
+        cos, sin = tables.cos, tables.sin
         rotary_size = cos.shape[-1]
         turned, rest = x[..., :rotary_size], x[..., rotary_size:]
         # The architecture's function takes a pair; we turn one tensor, so the other is empty.
         turned, _ = self._apply(turned, turned[:, :0], cos, sin)
         return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
 
-    def _cos_sin(
+    def _tables_of(
         self, ranges: tuple[tuple[int, int, int], ...], like: Tensor, dim: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> "Tables":
         """For slots start .. stop - 1 of requests of some length: one range a row (`dim` 0), or one
         range after the other (`dim` 1)."""
         choices = tuple((start, stop, self._is_long(length)) for start, stop, length in ranges)
@@ -85,7 +156,9 @@ class Rotary:
         found = self._tables.get(key)
         if found is None:
             parts = [self._compute(*choice, like) for choice in choices]
-            found = torch.cat([c for c, _ in parts], dim), torch.cat([s for _, s in parts], dim)
+            cos, sin = (torch.cat(each, dim) for each in zip(*parts, strict=True))
+            fused = self._pattern.tables(cos, sin) if self._pattern and like.is_cuda else None
+            found = Tables(cos, sin, fused)
             # A new dict instead of a changed one: threads may share an engine.
             self._tables = dict([*self._tables.items()][1 - _TABLES_KEPT :]) | {key: found}
         return found

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from locret.kernels import gather_units
+
 
 class NewUnits(NamedTuple):
     """Units to be added: keys and values [B, H, T, D], scores [B, H, T], positions [T] or
@@ -105,7 +107,7 @@ class Units:
             self.select(index)
             return
         held = [self._view(which) for which in range(4)]
-        self._storage, self.held = _gather(held, fresh, index), index.shape[2]
+        self._storage, self.held = gather_units(held, fresh, index), index.shape[2]
 
     def select(self, index: Tensor) -> None:
         """Hold only the units at `index` [B, H, K] (long, ascending); drop spare room."""
@@ -201,12 +203,6 @@ def stack(rows: Sequence[Units]) -> tuple[Units, list[int]]:
 def unscored(keys: Tensor) -> Tensor:
     """Scores [B, H, T] for units that no policy has scored and that are not to be evicted."""
     return torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
-
-
-def _gather(held: Sequence[Tensor], new: Sequence[Tensor], index: Tensor) -> tuple[Tensor, ...]:
-    return tuple(
-        _at(torch.cat([old, fresh], dim=2), index) for old, fresh in zip(held, new, strict=True)
-    )
 
 
 def _at(tensor: Tensor, index: Tensor) -> Tensor:
