@@ -13,13 +13,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from locret.attention import IMPLEMENTATION, LayerCall, LayerFunction, register
 from locret.backends import Backend
 from locret.cache import RetainedCache
 from locret.heads import Geometry
+from locret.identity import identity_tables
 from locret.rotary import LongRopeRule, Rotary
 
 SUPPORTED = (
@@ -171,8 +171,7 @@ def _hand_over(
         )
 
     if tables is None:
-        cos, sin = kwargs["position_embeddings"]
-        tables = torch.ones_like(cos), torch.zeros_like(sin)
+        tables = identity_tables(*kwargs["position_embeddings"])
     return args, {**kwargs, "position_embeddings": tables, "retained": compute}
 
 

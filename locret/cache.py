@@ -277,6 +277,7 @@ class RetainedCache(Cache):
         unread_ids: [B, 0 or 1] long, on the CPU: the last token of the answer, which ends a call
             without being read; the next turn reads it first.
         padding: how many leading tokens of each row are padding; None = none.
+        takes_in: a chunk of a context is read, and its output is not wanted.
         steps: computes the layers of a one-token step just now (`locret.steps`); else None.
         model: what the cache belongs to (`locret.saved.describe`), for `save`.
     """
@@ -297,6 +298,7 @@ class RetainedCache(Cache):
         self.budget = budget
         self.positions = positions
         self.model: dict[str, Any] = {}
+        self.takes_in = False
         self.steps: Any = None
         self._start_anew()
 

@@ -21,7 +21,7 @@ from locret.cache import DECODE_ROOM, Eviction, Positions, RetainedCache
 from locret.heads import RetainingHeads
 from locret.kernels.dispatch import AVAILABLE
 from locret.policies import POLICIES, LocretPolicy, Policy
-from locret.retention import RetainedAttention
+from locret.retention import RetainedAttention, TakenIn
 from locret.rotary import LongRopeRule
 from locret.saved import describe
 from locret.settings import Auto, Budget, Settings
@@ -329,13 +329,23 @@ class Engine:
             if budgets is not None:
                 stabilizers = self.settings.stabilizers_for(budgets) if end < total else 0
                 cache.eviction = Eviction(budgets, stabilizers, cache.query_length)
-            self.backbone.decoder(input_ids=chunk, past_key_values=cache, use_cache=True)
+            self._take_in(chunk, cache)
             if self.progress is not None:
                 self.progress(end, total)
         cache.eviction = None
         cache.token_ids = input_ids.cpu()
         cache.unread_ids = cache.token_ids[:, :0]
         return cache
+
+    def _take_in(self, chunk: Tensor, cache: RetainedCache) -> None:
+        """Run a chunk of a context through the layers, for what they store of it."""
+        # Devices that share a model put layers back after use; they must be let finish.
+        cache.takes_in = not getattr(self.backbone.model, "hf_device_map", None)
+        try:
+            with contextlib.suppress(TakenIn):
+                self.backbone.decoder(input_ids=chunk, past_key_values=cache, use_cache=True)
+        finally:
+            cache.takes_in = False
 
     def _checked_query(self, query_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
         """The query to read in front of a context, if any."""

@@ -18,8 +18,15 @@ from locret.selection import keep_highest
 from locret.units import NewUnits, unscored
 
 
+class TakenIn(Exception):
+    """Raised by the last layer when it has stored a chunk of a context: what would follow is the
+    chunk's output, which nobody asks for."""
+
+
 class RetainedAttention:
     """The layer function of inference, on a `RetainedCache`.
+
+    While `cache.takes_in` is set, the last layer raises `TakenIn`.
 
     Args:
         policy: ranks units.
@@ -38,13 +45,17 @@ class RetainedAttention:
                 "gradient checkpointing off or call model.eval()"
             )
         layer: RetainedLayer = cache.layers[call.layer_idx]
+        leave = cache.takes_in and call.layer_idx == len(cache.layers) - 1
+        output = None
         if cache.steps is not None:
             output = cache.steps.attend(call, layer)
         elif cache.eviction is None:
-            output = self._answer(call, layer, cache)
+            output = self._answer(call, layer, cache, leave)
         else:
-            output = self._read(call, layer, cache, cache.eviction)
+            output = self._read(call, layer, cache, cache.eviction, leave)
         layer.seen += call.key.shape[2]
+        if output is None:
+            raise TakenIn
         return output
 
     def rotation(
@@ -60,7 +71,9 @@ class RetainedAttention:
         starts = _first_slots(layer, cache)
         return rotary.cos_sin(starts, hidden.shape[1], cache.prompt_lengths, hidden)
 
-    def _answer(self, call: LayerCall, layer: RetainedLayer, cache: RetainedCache) -> Tensor:
+    def _answer(
+        self, call: LayerCall, layer: RetainedLayer, cache: RetainedCache, leave: bool
+    ) -> Tensor | None:
         """Nothing is evicted any more."""
         lengths, starts = cache.prompt_lengths, _first_slots(layer, cache)
         layer.freeze(lambda keys: call.rotate(keys, layer.own_slots(0), lengths), cache.room)
@@ -69,11 +82,18 @@ class RetainedAttention:
             query, key = call.rotate(query, starts, lengths), call.rotate(key, starts, lengths)
         positions = torch.arange(layer.seen, layer.seen + key.shape[2], device=key.device)
         layer.units.append(key, call.value, unscored(key), positions, cache.room)
+        if leave:
+            return None
         return attend(query, layer.keys, layer.values, call.scaling, self.backend, layer.empty)
 
     def _read(
-        self, call: LayerCall, layer: RetainedLayer, cache: RetainedCache, eviction: Eviction
-    ) -> Tensor:
+        self,
+        call: LayerCall,
+        layer: RetainedLayer,
+        cache: RetainedCache,
+        eviction: Eviction,
+        leave: bool,
+    ) -> Tensor | None:
         """Attend, rank, and keep no more than the budget."""
         lengths, starts = cache.prompt_lengths, _first_slots(layer, cache)
         query, key = (call.rotate(x, starts, lengths) for x in (call.query, call.key))
@@ -86,8 +106,9 @@ class RetainedAttention:
             )
             held = HeldUnits(keys, layer.values, layer.scores, layer.source_positions)
         past = (held.keys, held.values) if held else (key[:, :, :0], key[:, :, :0])
-        new = (key, call.value)
-        output = attend_past(query, past, new, call.scaling, self.backend, layer.empty)
+        new, output = (key, call.value), None
+        if not leave:
+            output = attend_past(query, past, new, call.scaling, self.backend, layer.empty)
         scores = self._rank(call, layer, query, key, held)
         self._store(layer, call, key, scores, eviction, cache)
         return output

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"kernels", "segments", "features", "targets", "losses", "card", "models", "saved"},
+    {"identity", "kernels", "segments", "features", "targets", "losses", "card", "models", "saved"},
     {"units", "selection", "rotary"},
     {"hub"},
     {"artifact"},
