@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
+    {"kernels"},
     {"units", "selection", "segments", "features", "targets", "losses", "rotary", "card", "models"},
     {"hub"},
     {"artifact"},
