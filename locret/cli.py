@@ -5,6 +5,7 @@ needle     needle in a haystack under several policies at the same budget
 convert    between the artifact folder and the released .bin format
 inspect    what an artifact records, and whether its weights look sound
 push       an artifact to the Hugging Face Hub
+plan       what fits into a given memory, from a model's config alone
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 
 from locret import artifact, hub
 from locret.heads import RetainingHeads
-from locret.models import LoadedModel, load_model
+from locret.models import LoadedModel, load_config, load_model
 from locret.policies import POLICIES
 
 BYTES_PER_MIB = 2**20
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_inspect(commands)
     _add_push(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -112,6 +114,20 @@ def _add_push(commands: Any) -> None:
     command.add_argument("--token", help="default: HF_TOKEN, or what `hf auth login` stored")
     command.add_argument("--revision", "--branch", help="commit to this branch, made if need be")
     command.set_defaults(run=_push)
+
+
+def _add_plan(commands: Any) -> None:
+    command = commands.add_parser("plan", help="what fits into a given memory")
+    command.add_argument("--model", required=True, help="Hub id, folder, or embedded:smollm2")
+    command.add_argument("--revision", help="of the Hub repository")
+    command.add_argument("--memory", required=True, help="such as 24GiB")
+    command.add_argument("--context", required=True, help="tokens, such as 128K")
+    command.add_argument("--chunk-size", type=int, help="tokens read at a time")
+    command.add_argument("--new-tokens", type=int, help="answer tokens to leave room for")
+    command.add_argument("--head-width", type=int, help="of the retaining heads; 0 = none")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    command.add_argument("--json", action="store_true", help="print one JSON object instead")
+    command.set_defaults(run=_plan)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -293,6 +309,22 @@ def _push(given: argparse.Namespace) -> None:
             revision=given.revision,
         )
         print(f"pushed {len(files)} files to {address}")
+
+
+def _plan(given: argparse.Namespace) -> None:
+    import torch
+
+    from locret import plan
+    from locret.quantities import parse_bytes, parse_tokens
+
+    asked = {"memory": parse_bytes(given.memory), "context": parse_tokens(given.context)}
+    for name in ("chunk_size", "new_tokens", "head_width"):
+        if getattr(given, name) is not None:
+            asked[name] = getattr(given, name)
+    config = load_config(given.model, revision=given.revision)
+    dtype = getattr(torch, given.dtype) if given.dtype else None
+    made = plan.make_plan(config, dtype=dtype, **asked)
+    print(json.dumps(made.to_dict()) if given.json else plan.as_text(made, given.model))
 
 
 def _upload_plan(

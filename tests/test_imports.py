@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"units", "selection", "segments", "features", "targets", "losses", "rotary", "card", "models"},
+    {"units", "selection", "segments", "features", "targets", "losses", "rotary", "card", "models"}
+    | {"quantities"},
     {"hub"},
     {"artifact"},
     {"heads"},
     {"policies", "cache"},
     {"attention", "backbone"},
     {"generation", "distillation", "packing"},
-    {"evaluation"},
+    {"evaluation", "integrations", "plan"},
     {"cli", "__main__", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
