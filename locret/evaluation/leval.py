@@ -55,12 +55,14 @@ class LEvalQuestion:
 
     Attributes:
         id: unique within the task.
+        group: of the document; empty where none is given.
         context: instruction and document; empty for a question that is to be answered without.
         question: what follows it, to the end of the user's turn.
         references: right answers, as in the data.
     """
 
     id: str
+    group: str
     context: str
     question: str
     references: tuple[str, ...]
@@ -235,7 +237,7 @@ def load_questions(task: str, data: str | Path) -> tuple[list[LEvalQuestion], in
     Raises:
         ValueError: an unknown task, no such data, or rows that are not as described.
     """
-    kind = check_task(task)
+    check_task(task)
     questions: list[LEvalQuestion] = []
     left_out = 0
     for number, (place, row) in enumerate(read_rows(find_data(task, data))):
@@ -245,7 +247,8 @@ def load_questions(task: str, data: str | Path) -> tuple[list[LEvalQuestion], in
             continue
         document = row["context"] if "context" in row else row["input"]
         for i, (question, references) in enumerate(asked):
-            questions += _questions(task, kind, f"{number}-{i}", document, question, references)
+            asked_of = (str(number), f"{number}-{i}")
+            questions += _questions(task, asked_of, document, question, references)
     if not questions:
         raise ValueError(f"{data} holds no questions for L-Eval {task}")
     return questions, left_out
@@ -306,19 +309,22 @@ def _asked(row: dict[str, Any], place: str) -> Iterator[tuple[str, tuple[str, ..
 
 
 def _questions(
-    task: str, kind: Kind, name: str, document: str, question: str, references: tuple[str, ...]
+    task: str, names: tuple[str, str], document: str, question: str, references: tuple[str, ...]
 ) -> Iterator[LEvalQuestion]:
+    """One question of the data: one to ask, or two in science fiction. `names`: group and id."""
+    kind, (group, name) = TASKS[task], names
     context = f"{kind.instruction}\n\n{document.strip()}\n\n"
     if kind is not JUDGEMENT:
         words = len(references[0].split())
         text = _with_ending(question, kind.ending.format(words=words))
-        yield LEvalQuestion(name, context, text, references)
+        yield LEvalQuestion(name, group, context, text, references)
         return
     # Two answers stand in each reference: by the text, and (without it) by what is so.
     by_text, facts = zip(*(_judgements(wanted, task, name) for wanted in references), strict=True)
-    yield LEvalQuestion(f"{name}-text", context, _with_ending(question, kind.ending), by_text)
-    of_world = question.replace(STORY_WORLD, REAL_WORLD)
-    yield LEvalQuestion(f"{name}-fact", "", _with_ending(of_world, kind.ending), facts)
+    text = _with_ending(question, kind.ending)
+    yield LEvalQuestion(f"{name}-text", group, context, text, by_text)
+    of_world = _with_ending(question.replace(STORY_WORLD, REAL_WORLD), kind.ending)
+    yield LEvalQuestion(f"{name}-fact", "", "", of_world, facts)
 
 
 STORY_WORLD = "based on the world described in the document"

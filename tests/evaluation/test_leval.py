@@ -84,6 +84,7 @@ def test_both_forms_of_rows_ask_the_same(tmp_path):
     assert left_out == 0
     assert [q.references for q in questions] == [("A fox",), ("At dawn",)]
     assert len({q.id for q in questions}) == 2
+    assert len({q.group for q in questions}) == 1
 
 
 def test_the_question_stands_after_the_context(tmp_path):
