@@ -52,7 +52,7 @@ def _panel(axis: Any, record: dict[str, Any], run: tuple[str, int]) -> Any:
     found = grid.shares(record["results"], *run)
     values = [[_value(found.get((length, row))) for length in lengths] for row in range(depths)]
     axis.set_facecolor("lightgrey")
-    image = axis.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     policy, ratio = run
     axis.set_title(policy if ratio == 1 else f"{policy}, {ratio}x fewer units", fontsize=10)
     axis.set_xticks(range(len(lengths)), [_thousands(n) for n in lengths], fontsize=8)
