@@ -91,7 +91,7 @@ class LocretPress(ScorerPress):
         assert isinstance(self.heads, RetainingHeads)
         features = FEATURES[self.heads.config.tap]
         read = features(_Layer(module, hidden_states, values))
-        return self.heads[module.layer_idx](read)  # type: ignore[arg-type]
+        return self.heads[module.layer_idx](read)  # type: ignore[index]
 
     def forward_hook(
         self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: list[Any]
