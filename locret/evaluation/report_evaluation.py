@@ -3,7 +3,7 @@
 Scores are 0 to 1 in the JSON and per cent here, with the intervals that the JSON holds.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from locret.evaluation.figures import plotting
@@ -135,22 +135,24 @@ def _notes(result: Result) -> str:
     return " ".join(notes)
 
 
-Line = tuple[str, list[Mapping[str, Any]]]
+Line = tuple[str, str, list[Mapping[str, Any]]]
+"""Who (policy and protocol), how stored (empty where that is not told apart), and its rows."""
+
+STYLES = ("-", "--", ":", "-.")
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], by_bytes: bool) -> list[Line]:
-    """Rows of one line of a figure, by its name, from the smallest to the largest."""
-    lines: dict[str, list[Mapping[str, Any]]] = {}
+    """Rows of one line of a figure, from the smallest to the largest."""
+    lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        parts = [row["name"]]
+        who = row["name"]
         if row["protocol"] == "query_aware":
-            parts.append(PROTOCOLS["query_aware"])
-        if by_bytes:
-            parts.append(scheme(row["quantization"]))
-        lines.setdefault(", ".join(parts), []).append(row)
+            who += f", {PROTOCOLS['query_aware']}"
+        stored = scheme(row["quantization"]) if by_bytes else ""
+        lines.setdefault((who, stored), []).append(row)
     key = "bytes" if by_bytes else "units"
     return [
-        (name, sorted(those, key=lambda row: row[key]["mean"])) for name, those in lines.items()
+        (*names, sorted(those, key=lambda row: row[key]["mean"])) for names, those in lines.items()
     ]
 
 
@@ -172,14 +174,23 @@ def _against_bytes(result: Result) -> Any:
     return _finished(figure, axis)
 
 
-def _draw(axis: Any, lines: Sequence[Line], across: Any) -> None:
-    for name, rows in lines:
+def _draw(axis: Any, lines: Sequence[Line], across: Callable[[Mapping[str, Any]], float]) -> None:
+    """A colour for each policy, a style for each way to store the cache."""
+    colours = list(dict.fromkeys(who for who, _, _ in lines))
+    styles = list(dict.fromkeys(stored for _, stored, _ in lines))
+    for who, stored, rows in lines:
         scores = [100 * row["score"] for row in rows]
-        below = [100 * (row["score"] - row["interval"][0]) for row in rows]
-        above = [100 * (row["interval"][1] - row["score"]) for row in rows]
-        spread = [[max(0.0, gap) for gap in gaps] for gaps in (below, above)]
+        below = [max(0.0, 100 * (row["score"] - row["interval"][0])) for row in rows]
+        above = [max(0.0, 100 * (row["interval"][1] - row["score"])) for row in rows]
         axis.errorbar(
-            [across(row) for row in rows], scores, yerr=spread, marker="o", capsize=3, label=name
+            [across(row) for row in rows],
+            scores,
+            yerr=[below, above],
+            color=f"C{colours.index(who)}",
+            linestyle=STYLES[styles.index(stored) % len(STYLES)],
+            marker="o",
+            capsize=3,
+            label=f"{who}, {stored}" if stored else who,
         )
 
 
