@@ -5,7 +5,8 @@
 Counted are the weights, the retaining heads, the cache with its scores and source positions, what
 one chunk needs while a layer computes, and a reserve for everything else. Weights and cache are
 exact; the chunk is an estimate of the largest tensors that live at once, with attention that
-materialises no T x S matrix. B is 1.
+materialises no T x S matrix: on Llama-3.1-8B's shapes (one H200, budgets 16K and 48K) prefill took
+at most what is said here and 95 % of it at least. B is 1.
 """
 
 from dataclasses import asdict, dataclass
