@@ -39,12 +39,13 @@ def _origin(manifest: Mapping[str, Any]) -> str:
     config = manifest["config"]
     parts = [f"Model {config['model']}"]
     parts += [f"{name} {config[name]}" for name in ("adapter", "heads") if config.get(name)]
-    machines = [
-        f"{facts.get('hardware', {}).get('accelerator') or 'CPU'}, commit {facts.get('commit')}"
-        for facts in manifest.get("computed", [])
-        if isinstance(facts, Mapping)
-    ]
+    machines = [_machine(facts) for facts in manifest.get("computed", [])]
     return "; ".join([", ".join(parts), *dict.fromkeys(machines)]) + "."
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
+    name = facts.get("hardware", {}).get("accelerator") or "CPU"
+    return f"{name}, commit {facts['commit']}" if facts.get("commit") else name
 
 
 def _full(result: Result) -> Mapping[str, Any] | None:

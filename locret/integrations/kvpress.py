@@ -29,7 +29,10 @@ from locret.heads import RetainingHeads
 from locret.policies import LocretPolicy
 
 if importlib.util.find_spec("kvpress") is None:
-    raise ImportError("LocretPress needs the package kvpress: pip install kvpress")
+    raise ImportError(
+        "LocretPress needs the package kvpress: pip install --no-deps kvpress, and pip install "
+        "cachetools datasets fire (kvpress itself asks for an older transformers than locret)"
+    )
 
 from kvpress import ScorerPress
 from kvpress.presses.base_press import SUPPORTED_MODELS
