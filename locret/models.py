@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -88,6 +88,14 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         folder, file = _embedded_file(name)
         return AutoTokenizer.from_pretrained(folder, gguf_file=file)
     return AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def load_config(name: str, *, revision: str | None = None) -> Any:
+    """The config of a backbone, without its weights; names and errors as for `load_model`."""
+    if name.startswith("embedded:"):
+        folder, file = _embedded_file(name)
+        return AutoConfig.from_pretrained(folder, gguf_file=file)
+    return AutoConfig.from_pretrained(name, revision=revision)
 
 
 def _load_embedded(

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"identity", "kernels", "segments", "features", "targets", "losses", "card", "models", "saved"},
-    {"units", "selection", "rotary"},
+    {"quantities", "units", "selection", "rotary"},
     {"hub"},
     {"artifact"},
     {"heads"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"attention", "backbone"},
     {"retention", "steps", "settings"},
     {"generation", "distillation", "packing"},
-    {"evaluation"},
+    {"evaluation", "integrations", "plan"},
     {"cli", "__main__", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
