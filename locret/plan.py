@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from locret.backbone import Backbone
-from locret.generation import PAPER
+from locret.settings import PAPER
 from locret.heads import Geometry
 from locret.quantities import format_bytes
 
