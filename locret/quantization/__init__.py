@@ -1,0 +1,1 @@
+"""Quantized storage of keys and values."""
