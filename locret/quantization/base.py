@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from locret.quantization.packing import check_bits
+from locret.quantization.packing import BITS
 
 Parts = tuple[Tensor, ...]
 """Tensors that together hold codes or table rows, in an order that the scheme knows."""
@@ -36,16 +36,32 @@ class Scheme:
     outliers: ClassVar[float | None] = None
     """Magnitude above which a value is stored as it is, beside the codes; None = never."""
 
+    widths: ClassVar[tuple[int, ...]] = BITS
+    """Bits that there are to choose from."""
+
     bits: int = 4
     group: int = 64
-    residual: int = 32
+    residual: int = 16
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
+        if self.bits not in self.widths:
+            raise ValueError(
+                f"bits is {self.bits!r}; {self.name} takes {', '.join(map(str, self.widths))}"
+            )
         if self.group < 1:
             raise ValueError(f"group is {self.group}; expected a positive number of units")
         if self.residual < 0:
             raise ValueError(f"residual is {self.residual}; expected 0 or more units")
+
+    def for_layer(self, layer: int) -> "Scheme":
+        """The scheme of one layer."""
+        return self
+
+    def budgets(
+        self, budget: int, num_layers: int, head_size: int, element_size: int = 2
+    ) -> list[int]:
+        """Units that each layer may keep when `budget` is what one keeps at `bits`."""
+        return [budget] * num_layers
 
     def encode_keys(self, x: Tensor, usable: Tensor | None) -> tuple[Parts, Parts]:
         """Encode runs of keys.
