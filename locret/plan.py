@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from locret.backbone import Backbone
-from locret.settings import PAPER
 from locret.heads import Geometry
 from locret.quantities import format_bytes
+from locret.settings import PAPER
 
 GROUP = 64
 SCALE_BITS = 32  # a 16-bit scale and a 16-bit minimum a group
