@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"identity", "kernels", "segments", "features", "targets", "losses", "card", "models", "saved"},
-    {"quantities", "units", "selection", "rotary"},
+    {"quantities", "quantization", "units", "selection", "rotary"},
     {"hub"},
     {"artifact"},
     {"heads"},
