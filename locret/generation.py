@@ -156,8 +156,9 @@ class Engine:
     def __enter__(self) -> "Engine":
         if self._depth == 0:
             stack = contextlib.ExitStack()
-            run = RetainedAttention(self.policy, self.backend)
-            stack.enter_context(self.backbone.attached(run, run.rotation))
+            run = RetainedAttention(self.policy, self.backend, self.backbone.surprise)
+            finish = run.finish if self.policy.waits else None
+            stack.enter_context(self.backbone.attached(run, run.rotation, finish))
             self._attached = stack
         self._depth += 1
         return self
@@ -278,8 +279,12 @@ class Engine:
         lengths = [row.shape[1] for row in rows]
         cache = self._prefill_rows(contexts, lengths, queries, width - unread)
         heads, device = self.backbone.geometry.num_kv_heads, input_ids.device
-        for layer in cache.layers:  # rows shorter than the local tokens are padded within these
-            layer.add_empty([max(unread - length, 0) for length in lengths], heads, device)
+        # Rows shorter than the local tokens are padded within these.
+        within = [max(unread - length, 0) for length in lengths]
+        if cache.padding is not None:
+            cache.padding = tuple(map(sum, zip(cache.padding, within, strict=True)))
+        for layer in cache.layers:
+            layer.add_empty(within, heads, device)
         return cache
 
     def _query_of(self, prompt: Tensor, context: Tensor) -> Tensor | None:
