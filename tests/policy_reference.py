@@ -106,7 +106,7 @@ class H2O(Rule):
 class SnapKV(Rule):
     def __init__(self, window=32, kernel=5, pooling="avg"):
         self.window, self.kernel, self.pooling = window, kernel, pooling
-        self.recent = lambda budget: min(window, budget)
+        self.recent = lambda budget: window
 
     def scores(self, layer, head):
         units = layer.units[head]

@@ -14,7 +14,7 @@ from locret.policies.streaming_llm import StreamingLLMPolicy
 from tests import policy_reference
 from tests.policy_reference import RULES
 from tests.test_batches import assert_each_row_as_alone
-from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_model
+from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
 
 VOCAB = 512  # distinct tokens: equal ones would score alike in the first layer
 TRAINING_FREE = sorted(set(POLICIES) - {"locret", "full"})
@@ -222,3 +222,93 @@ def test_a_policy_takes_few_lines(model):
         prompt(40, vocab=VOCAB)
     )
     assert cache.report()["units"] == [9, 9]
+
+
+# --- the question in sight ---
+
+
+@pytest.mark.parametrize("chunk_size", [7, 10, None])
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"pyramidkv"}))
+def test_the_last_chunk_ends_with_the_question(model, name, chunk_size):
+    """But for the prompt's last token, which is read after the final eviction."""
+    ids, seen = distinct_prompt(48, VOCAB), []
+    engine = locret.Engine(
+        model,
+        name,
+        budget=17,
+        chunk_size=chunk_size,
+        stabilizers=3,
+        local_tokens=6,
+        query_aware=True,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    with engine:
+        cache = engine._read_prompt(ids, [0])
+    expected, _ = policy_reference.read(
+        model, RULES[name](), ids[0, :-1].tolist(), 17, chunk_size, 3, together=5
+    )
+    assert kept(cache) == expected
+    assert seen[-1] == (47, 47)
+    assert len(seen) == 1 or seen[-2][0] <= 42
+    answer = engine.generate(ids, max_new_tokens=5, do_sample=False)
+    assert answer.shape == (1, 53)
+
+
+@pytest.mark.parametrize("chunk_size", [7, None])
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"pyramidkv"}))
+def test_a_question_is_seen_behind_the_context_and_given_up(model, name, chunk_size):
+    ids = distinct_prompt(47, VOCAB)
+    context, question = ids[:, :40], ids[:, 40:]
+    engine = locret.Engine(
+        model,
+        name,
+        budget=17,
+        chunk_size=chunk_size,
+        stabilizers=3,
+        local_tokens=6,
+        query_aware=True,
+        decode_interval=2,
+    )
+    cache = engine.prefill(context, query_ids=question)
+    expected, _ = policy_reference.read(
+        model, RULES[name](), ids[0].tolist(), 17, chunk_size, 3, together=7, drop=7
+    )
+    assert kept(cache) == expected
+    assert cache.seen == 40
+    assert cache.report()["units"] == [17, 17]
+    assert torch.equal(cache.token_ids, context)
+    answer = engine.generate(question, cache=cache, max_new_tokens=9, do_sample=False)
+    assert answer.shape == (1, 16)
+
+
+@pytest.mark.parametrize("name", TRAINING_FREE)
+def test_without_eviction_a_question_seen_leaves_no_trace(model, name):
+    ids = prompt(40, vocab=VOCAB)
+    stock = model.generate(ids, max_new_tokens=9, do_sample=False)
+    engine = locret.Engine(model, name, budget=400, chunk_size=9, query_aware=True)
+    assert torch.equal(engine.generate(ids, max_new_tokens=9, do_sample=False), stock)
+    cache = engine.prefill(ids[:, :30], query_ids=ids[:, 30:])
+    assert cache.report()["units"] == [30, 30]
+    asked = engine.generate(ids[:, 30:], cache=cache, max_new_tokens=9, do_sample=False)
+    assert torch.equal(asked, stock[:, 30:])
+
+
+@pytest.mark.parametrize("name", sorted(set(TRAINING_FREE) - {"random"}))
+def test_padded_rows_see_their_questions(name):
+    model = tiny_model("llama", vocab_size=8192)
+    engine = locret.Engine(
+        model, name, budget=20, chunk_size=7, stabilizers=3, local_tokens=5, query_aware=True
+    )
+    assert_each_row_as_alone(engine, (60, 33, 5, 1), vocab=8192, max_new_tokens=5)
+
+
+def test_query_aware_engines_ask_for_the_question(model):
+    engine = locret.Engine(model, "tova", budget=20, stabilizers=3, query_aware=True)
+    with pytest.raises(ValueError, match="pass query_ids, or leave query_aware out"):
+        engine.prefill(prompt(40))
+
+
+def test_heads_that_read_the_question_in_front_need_no_switch(model):
+    heads = tiny_heads(model, query_tokens=3)
+    with pytest.raises(ValueError, match="already; leave it out"):
+        locret.Engine(model, heads=heads, budget=20, stabilizers=3, query_aware=True)

@@ -45,7 +45,8 @@ class SnapKVPolicy(Policy):
         keys, last = chunk.all_keys(), query.shape[2]
         before = keys.shape[2] - last
         weights = attention_weights(query, keys, before, chunk.scaling, chunk.filled())
-        received = weights[..., :before].sum(dim=3)
+        known = query.any(dim=-1).view(weights.shape[:4])  # zeros: not seen by this policy
+        received = (weights[..., :before] * known[..., None]).sum(dim=3)
         scores = self._pooled(received).mean(dim=2)
         # The window is kept as `recent` units; a finite score above all others for those that a
         # small budget does not protect.
