@@ -4,6 +4,9 @@ While a prompt is read: rotate at the slots, attend to the units held and to the
 them, keep the best. A layer is compressed before the next one runs, so the peak is layers x budget
 + one chunk of one layer. After that slots do not move any more: keys are rotated once and new units
 are appended in place.
+
+Layers with a sliding window bound their cache by themselves: they hold the last units of a window,
+whatever is read or answered, and no policy is asked.
 """
 
 import torch
@@ -45,9 +48,12 @@ class RetainedAttention:
                 "gradient checkpointing off or call model.eval()"
             )
         layer: RetainedLayer = cache.layers[call.layer_idx]
+        layer.place(call.key.device)
         leave = cache.takes_in and call.layer_idx == len(cache.layers) - 1
         output = None
-        if cache.steps is not None:
+        if layer.window is not None:
+            output = self._slide(call, layer, layer.window, cache, leave)
+        elif cache.steps is not None:
             output = cache.steps.attend(call, layer)
         elif cache.eviction is None:
             output = self._answer(call, layer, cache, leave)
@@ -66,6 +72,8 @@ class RetainedAttention:
         if cache is None or cache.eviction is not None or rotary is None:
             return None
         layer = cache.layers[layer_idx]
+        if layer.window is not None:
+            return None
         if cache.steps is not None:
             return cache.steps.rotation(layer_idx)
         starts = _first_slots(layer, cache)
@@ -84,7 +92,34 @@ class RetainedAttention:
         layer.units.append(key, call.value, unscored(key), positions, cache.room)
         if leave:
             return None
-        return attend(query, layer.keys, layer.values, call.scaling, self.backend, layer.empty)
+        keys, values, empty = layer.keys, layer.values, layer.empty
+        return attend(query, keys, values, call.scaling, self.backend, empty, call.weighting)
+
+    def _slide(
+        self, call: LayerCall, layer: RetainedLayer, window: int, cache: RetainedCache, leave: bool
+    ) -> Tensor | None:
+        """Attend within the window, and hold no more than the next token sees of it."""
+        lengths, held, tokens = cache.prompt_lengths, layer.held, call.key.shape[2]
+        output, keep = None, max(window - 1, 1)
+        if not leave:
+            keys, values = call.key, call.value
+            if held:
+                keys = torch.cat([layer.keys, keys], dim=2)
+                values = torch.cat([layer.values, values], dim=2)
+            keys = call.rotate(keys, layer.own_slots(0), lengths)
+            query = call.rotate(call.query, layer.own_slots(held), lengths)
+            scaling, empty = call.scaling, layer.empty
+            output = attend(query, keys, values, scaling, self.backend, empty, call.weighting)
+        positions = torch.arange(layer.seen, layer.seen + tokens, device=call.key.device)
+        new = NewUnits(call.key, call.value, unscored(call.key), positions)
+        gone = max(held + tokens - keep, 0)
+        if not gone:
+            layer.units.append(*new)
+            return output
+        index = torch.arange(gone, held + tokens, device=call.key.device)
+        layer.units.append_selected(new, index.expand(*call.key.shape[:2], -1))
+        layer.note_evicted(gone)
+        return output
 
     def _read(
         self,
@@ -108,7 +143,8 @@ class RetainedAttention:
         past = (held.keys, held.values) if held else (key[:, :, :0], key[:, :, :0])
         new, output = (key, call.value), None
         if not leave:
-            output = attend_past(query, past, new, call.scaling, self.backend, layer.empty)
+            scaling, empty = call.scaling, layer.empty
+            output = attend_past(query, past, new, scaling, self.backend, empty, call.weighting)
         scores = self._rank(call, layer, query, key, held)
         self._store(layer, call, key, scores, eviction, cache)
         return output
@@ -121,8 +157,9 @@ class RetainedAttention:
         key: Tensor,
         held: HeldUnits | None,
     ) -> Tensor:
+        assert call.retained_idx is not None
         chunk = LayerChunk(
-            layer_idx=call.layer_idx,
+            layer_idx=call.retained_idx,
             query=call.query,
             key=call.key,
             value=call.value,
@@ -153,7 +190,8 @@ class RetainedAttention:
         cache: RetainedCache,
     ) -> None:
         held, tokens = layer.held, call.key.shape[2]
-        budget = eviction.budgets[call.layer_idx]
+        assert call.retained_idx is not None
+        budget = eviction.budgets[call.retained_idx]
         new = NewUnits(
             rotated_key if layer.rotated else call.key,
             call.value,
@@ -169,7 +207,7 @@ class RetainedAttention:
         if layer.empty is not None:
             slot = torch.arange(held + tokens, device=scores.device)
             scores = scores.masked_fill(slot < layer.empty[..., None], -torch.inf)
-        index = keep_highest(scores, budget, *eviction.protected(call.layer_idx))
+        index = keep_highest(scores, budget, *eviction.protected(call.retained_idx))
         layer.units.append_selected(new, index)
         layer.note_evicted(held + tokens - index.shape[2])
 

@@ -33,7 +33,8 @@ class LayerChunk:
     """What a policy sees of one chunk in one layer.
 
     Attributes:
-        layer_idx: the layer.
+        layer_idx: the layer, counted among those that a budget holds for: layers with a sliding
+            window bound their cache by themselves.
         query: [B, H*G, T, D], before RoPE.
         key, value: [B, H, T, D], the new units', before RoPE.
         hidden: [B, T, hidden size], the attention layer's input.
@@ -107,5 +108,5 @@ class Policy:
         return torch.cat([chunk.held.scores, new.float()], dim=2)
 
     def budgets(self, budget: int, num_layers: int) -> Sequence[int]:
-        """How many units each layer keeps, `budget` on average."""
+        """How many units each layer that is not bounded by a window keeps, `budget` on average."""
         return [budget] * num_layers
