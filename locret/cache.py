@@ -83,16 +83,21 @@ class RetainedLayer(CacheLayerMixin):
     nothing, where rows of different lengths stand together; None = all slots are taken. `shift` is
     the same of each row, known to Python: a row's own slot 0 is the first that holds something.
     `state` is what a policy remembers of this layer and request, by name.
+
+    A layer with a `window` attends to so many tokens, the newest included: it holds the last
+    window - 1 units, unrotated, whatever the budget and the positions are.
     """
 
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, rotated: bool) -> None:
+    def __init__(self, rotated: bool, window: int | None = None) -> None:
         # The base class would make keys and values plain attributes; here they are views.
         self.units = Units()
         self.seen = 0
+        rotated = rotated and window is None
         self.rotated = rotated
+        self.window = window
         self.empty: Tensor | None = None
         self.shift: tuple[int, ...] = (0,)
         self.state: dict[str, Tensor] = {}
@@ -171,6 +176,14 @@ class RetainedLayer(CacheLayerMixin):
     def own_slots(self, slot: int) -> tuple[int, ...]:
         """What slot `slot` is in each row's own count, or one number if they agree."""
         return tuple(slot - empty for empty in self.shift)
+
+    def place(self, device: torch.device) -> None:
+        """Be on the layer's device, wherever the tensors came from."""
+        if self.held and self.keys.device != device:
+            self.units.move(device)
+        if self.empty is not None and self.empty.device != device:
+            self.empty = self.empty.to(device)
+        self.state = {name: value.to(device) for name, value in self.state.items()}
 
     def view(self) -> LayerView:
         return LayerView(
@@ -268,6 +281,8 @@ class RetainedCache(Cache):
         num_layers: layers of the backbone.
         budget: units a KV head keeps while the prompt is read, or those of every layer; None = all.
         positions: see the file's head.
+        windows: the sliding window of each layer (`RetainedLayer`), None for those without; empty =
+            no layer has one.
 
     Attributes:
         eviction: what layers do after attending now; None = nothing is evicted.
@@ -292,11 +307,15 @@ class RetainedCache(Cache):
         num_layers: int,
         budget: int | tuple[int, ...] | None = None,
         positions: Positions = "compact",
+        windows: Sequence[int | None] = (),
     ) -> None:
         if positions not in get_args(Positions):
             raise ValueError(f"positions is {positions!r}; expected 'compact' or 'original'")
         super().__init__(
-            layers=[RetainedLayer(rotated=positions == "original") for _ in range(num_layers)]
+            layers=[
+                RetainedLayer(rotated=positions == "original", window=window)
+                for window in (windows or [None] * num_layers)
+            ]
         )
         self.budget = budget
         self.positions = positions
@@ -339,6 +358,16 @@ class RetainedCache(Cache):
         """Bytes of all storage: keys, values, scores, positions and spare room."""
         return sum(layer.units.nbytes for layer in self.layers)
 
+    @property
+    def retained_layers(self) -> list[RetainedLayer]:
+        """The layers that a budget bounds, not a sliding window."""
+        return [layer for layer in self.layers if layer.window is None]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer; None for those without."""
+        return tuple(layer.window for layer in self.layers)
+
     def reset(self) -> None:
         super().reset()
         self._start_anew()
@@ -380,6 +409,7 @@ class RetainedCache(Cache):
         record |= {
             "seen": [layer.seen for layer in self.layers],
             "rotated": [layer.rotated for layer in self.layers],
+            "windows": list(self.windows),
         }
         saved.write(path, record, tensors)
 
@@ -392,7 +422,9 @@ class RetainedCache(Cache):
         """
         stock = model.get_base_model() if hasattr(model, "get_base_model") else model
         record, tensors = saved.read(path, stock)
-        cache = cls(len(record["seen"]), positions=record["positions"])
+        cache = cls(
+            len(record["seen"]), positions=record["positions"], windows=record.get("windows", ())
+        )
         for name in _RECORDED:
             value = record[name]
             setattr(cache, name, tuple(value) if isinstance(value, list) else value)
@@ -422,7 +454,7 @@ class RetainedCache(Cache):
             device: where the new tensors go.
         """
         first = rows[0]
-        batch = cls(len(first.layers), first.budget, first.positions)
+        batch = cls(len(first.layers), first.budget, first.positions, first.windows)
         batch.model, batch.query_length = first.model, first.query_length
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
         batch.padding = tuple(padded_to - row.seen for row in rows)
@@ -440,15 +472,17 @@ class RetainedCache(Cache):
         """What is held, in units and real bytes, against what a full cache would take.
 
         Returns:
-            `seen_tokens`, `budget`, `positions`, per layer `units` (held in each head) and `bytes`
-            (storage of keys, values, scores, positions, spare room), their sum `total_bytes`,
-            `full_cache_bytes` (keys and values of every token seen) and `ratio` = total / full.
+            `seen_tokens`, `budget`, `positions`, per layer `windows` (None where the budget holds),
+            `units` (held in each head) and `bytes` (storage of keys, values, scores, positions,
+            spare room), their sum `total_bytes`, `full_cache_bytes` (keys and values of every token
+            seen, or of a window) and `ratio` = total / full.
         """
         full = sum(_full_bytes(layer) for layer in self.layers)
         return {
             "seen_tokens": self.seen,
             "budget": self.budget,
             "positions": self.positions,
+            "windows": list(self.windows),
             "units": [layer.held for layer in self.layers],
             "bytes": [layer.units.nbytes for layer in self.layers],
             "total_bytes": self.nbytes,
@@ -472,7 +506,7 @@ def _full_bytes(layer: RetainedLayer) -> int:
     if not layer.held:
         return 0
     a_token = (layer.keys[:, :, :1].nbytes) + (layer.values[:, :, :1].nbytes)
-    return a_token * layer.seen
+    return a_token * min(layer.seen, layer.window or layer.seen)
 
 
 _RECORDED = ("model", "budget", "positions", "prompt_lengths", "query_length", "padding")

@@ -139,7 +139,8 @@ class _RowLoss:
             output, labels = self._read(part, query[i], key[i], segment)
             outputs.append(output)
             targets.append(labels)
-        self._learn(self.of.heads[call.layer_idx], self.of.features(call), targets)
+        if call.retained_idx is not None:
+            self._learn(self.of.heads[call.retained_idx], self.of.features(call), targets)
         return torch.cat(outputs, dim=1)
 
     def _read(
@@ -147,6 +148,8 @@ class _RowLoss:
     ) -> tuple[Tensor, list[Tensor]]:
         """Attention output of one segment, rotated already, and the labels of each answer."""
         spans = [(start - segment.start, end - segment.start) for start, end in segment.answers]
+        if call.retained_idx is None:
+            return self._attend(call, query, key, call.value), []
         if self.of.prompt_keys == "unrotated":
             return self._read_as_released(call, query, key, spans[0][0])
         labels = [
@@ -157,24 +160,27 @@ class _RowLoss:
                     call.value[:, :, :end],
                     call.scaling,
                     call.output_weight,
+                    call.weighting.softcap,
+                    call.weighting.sinks,
                 )
             )
             for start, end in spans
         ]
-        return attend(query, key, call.value, call.scaling, self.backend), labels
+        return self._attend(call, query, key, call.value), labels
+
+    def _attend(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, call.scaling, self.backend, weighting=call.weighting)
 
     def _read_as_released(
         self, call: LayerCall, query: Tensor, key: Tensor, prompt: int
     ) -> tuple[Tensor, list[Tensor]]:
         """The released Phi-3 label pass: the answer meets the prompt's keys before RoPE."""
-        backend, value = self.backend, call.value
+        value = call.value
         mixed = torch.cat([call.key[:, :, :prompt], key[:, :, prompt:]], dim=2)
         answer = query[:, :, prompt:]
         labels = self.of.label(AnswerView(answer, mixed, value, call.scaling, call.output_weight))
-        read = attend(
-            query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], call.scaling, backend
-        )
-        said = attend(answer, mixed, value, call.scaling, backend)
+        read = self._attend(call, *(x[:, :, :prompt] for x in (query, key, value)))
+        said = self._attend(call, answer, mixed, value)
         return torch.cat([read, said], dim=1), [labels]
 
     def _learn(

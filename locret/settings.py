@@ -112,7 +112,7 @@ class Settings:
     def budgets(self, policy: Policy, num_layers: int, context: int) -> tuple[int, ...] | None:
         """Units that every layer keeps of a context of that many tokens; None = all."""
         budget: Any = self.budget
-        if budget is None:
+        if budget is None or not num_layers:
             return None
         if isinstance(budget, float):
             budget = max(1, round(budget * context))

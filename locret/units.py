@@ -158,6 +158,10 @@ class Units:
         """Hold again what was held when `view` was taken."""
         self._storage, self.held = view
 
+    def move(self, device: torch.device) -> None:
+        """Be on `device`."""
+        self._storage = tuple(tensor.to(device) for tensor in self._storage)
+
     def select_batch(self, rows: Tensor) -> None:
         """Hold only the batch rows `rows` [B'] (long); rows may repeat."""
         self._storage = tuple(tensor.index_select(0, rows) for tensor in self._storage)
