@@ -2,6 +2,7 @@
 
 generate   answer a prompt of any length within a budget
 needle     needle in a haystack under several policies, at one length or over a grid
+evaluate   benchmarks under several policies and budgets, with a manifest
 convert    between the artifact folder and the released .bin format
 inspect    what an artifact records, and whether its weights look sound
 push       an artifact to the Hugging Face Hub
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands)
     _add_needle(commands)
+    _add_evaluate(commands)
     _add_convert(commands)
     _add_inspect(commands)
     _add_push(commands)
@@ -94,6 +96,14 @@ def _add_needle(commands: Any) -> None:
     grid.add_argument("--depths", type=int, default=10)
     grid.add_argument("--plot", type=Path, help="write the heat maps to this file")
     command.set_defaults(run=_needle)
+
+
+def _add_evaluate(commands: Any) -> None:
+    from locret.evaluation import command
+
+    added = commands.add_parser("evaluate", help="benchmarks under several policies and budgets")
+    command.add_arguments(added)
+    added.set_defaults(run=lambda given: command.run(given, _Bar))
 
 
 def _add_convert(commands: Any) -> None:
