@@ -5,24 +5,19 @@ Decoding is greedy. Every question meets a cache of its own or an untouched copy
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from locret.cache import RetainedCache
+from locret.evaluation.engines import Engines
 from locret.evaluation.questions import Question
 from locret.evaluation.records import Record
-from locret.evaluation.rows import Row
 from locret.evaluation.stopping import StopStrings, before_stop
 from locret.generation import Engine
-from locret.heads import RetainingHeads
 from locret.models import LoadedModel
-from locret.policies import POLICIES, LocretPolicy, Policy
-
-PADDED = hasattr(RetainedCache, "stack")
-"""Whether the engine takes contexts of different lengths in one batch."""
 
 
 class Asker:
@@ -30,54 +25,21 @@ class Asker:
 
     Args:
         loaded: the model.
-        heads: by the name that a row or the run gives them.
-        default_heads: the run's own.
-        engine: settings of the engine for all rows.
+        engines: of the model.
         in_turn: questions of a batch are about one context, and are asked one after the other.
-
-    Attributes:
-        settings: of the first engine of every row that was asked, by the row's label.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        heads: Mapping[str, RetainingHeads],
-        default_heads: str | None,
-        engine: Mapping[str, Any],
-        in_turn: bool = True,
-    ) -> None:
-        model = loaded.model
+    def __init__(self, loaded: LoadedModel, engines: Engines, in_turn: bool = True) -> None:
         self.loaded = loaded
-        self.model: Any = model
+        self.model: Any = loaded.model
         self.tokenizer: Any = loaded.tokenizer
-        self._heads = {n: h.to(model.device, model.dtype) for n, h in heads.items()}
-        self._default_heads = default_heads
-        self._settings = engine
+        self.engines = engines
         self._in_turn = in_turn
-        self._engine: tuple[Any, Engine] | None = None
-        self.settings: dict[str, dict[str, Any]] = {}
-
-    def engine(self, row: Row, budget: int | None) -> Engine:
-        """The engine of a row, attached to nothing until it is used."""
-        key = (row.label, budget)
-        if self._engine is None or self._engine[0] != key:
-            made = self._made(row, budget)
-            self._engine = key, made
-            self.settings.setdefault(row.label, _settings(made))
-        return self._engine[1]
-
-    def _made(self, row: Row, budget: int | None) -> Engine:
-        heads = self._heads.get(row.heads or self._default_heads or "")
-        settings: dict[str, Any] = {**self._settings, **row.engine, "budget": budget}
-        if row.quantization is not None:
-            settings["quantization"] = row.quantization
-        return Engine(self.model, _policy(row), heads=heads, **settings)
 
     @torch.no_grad()
     def ask(self, batch: Sequence[Question]) -> Iterator[list[Record]]:
         """Answer a batch (`locret.evaluation.questions.batches`), a list of records at a time."""
-        engine = self.engine(batch[0].row, batch[0].budget)
+        engine = self.engines.get(batch[0].row, batch[0].budget)
         started = time.perf_counter()
         with engine:
             if not self._in_turn:
@@ -167,19 +129,6 @@ class Asker:
             budget=question.budget,
             **held,
         )
-
-
-def _settings(engine: Engine) -> dict[str, Any]:
-    """What the engine's settings came to be."""
-    found = vars(engine) | vars(getattr(engine, "settings", object))
-    names = ("chunk_size", "stabilizers", "local_tokens", "positions", "budget")
-    return {name: found[name] for name in names if name in found}
-
-
-def _policy(row: Row) -> str | Policy:
-    if not row.policy_args or row.policy == LocretPolicy.name:
-        return row.policy
-    return POLICIES[row.policy](**row.policy_args)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

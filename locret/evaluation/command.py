@@ -73,11 +73,12 @@ def run(given: argparse.Namespace, bar: Bar) -> None:
     from locret.evaluation import evaluate
     from locret.evaluation.preparing import prepare
     from locret.evaluation.processes import run_processes
+    from locret.evaluation.ranks import Ranks
 
     if given.list_tasks:
         print(_tasks())
         return
-    config, ranks = config_of(given), evaluate.Ranks.of_environment()
+    config, ranks = config_of(given), Ranks.of_environment()
     prepared = prepare(config)
     if given.dry_run:
         print(_plan(prepared))

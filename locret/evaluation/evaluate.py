@@ -14,21 +14,19 @@ or `--processes` share the questions; whichever ends last writes the results:
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from locret.evaluation import results
-from locret.evaluation.asking import PADDED, Asker
+from locret.evaluation.asking import Asker
 from locret.evaluation.config import EvalConfig
+from locret.evaluation.engines import PADDED, Engines
 from locret.evaluation.files import write_whole
 from locret.evaluation.manifest import manifest
 from locret.evaluation.preparing import Prepared, prepare
 from locret.evaluation.questions import Question, batches, share
+from locret.evaluation.ranks import Ranks
 from locret.evaluation.records import Records
 from locret.evaluation.sessions import Session
 from locret.models import load_model
@@ -38,19 +36,6 @@ TABLE = "result.md"
 
 Progress = Callable[[int, int], None]
 """Called with the answers there are and those there will be."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Which of several processes this is."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def of_environment(cls) -> "Ranks":
-        """As torchrun and accelerate say it."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def run(
@@ -113,19 +98,12 @@ def _load(prepared: Prepared, ranks: Ranks) -> Asker:
     loaded = load_model(
         config.model,
         dtype=config.dtype,  # type: ignore[arg-type]
-        device=config.device or _device(ranks),
+        device=config.device or ranks.device(),
         adapter=config.adapter,
         **chosen,
     )
-    in_turn = config.batch_size == 1
-    return Asker(loaded, prepared.heads, config.heads, config.engine, in_turn)
-
-
-def _device(ranks: Ranks) -> str | None:
-    """Processes take the accelerators in turn."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    local = int(os.environ.get("LOCAL_RANK", ranks.rank))
-    return f"cuda:{local % count}" if count else None
+    engines = Engines(loaded, prepared.heads, config.heads, config.engine)
+    return Asker(loaded, engines, in_turn=config.batch_size == 1)
 
 
 def finish(prepared: Prepared, command: str = "") -> Path | None:

@@ -30,7 +30,7 @@ class Session:
 
     def beat(self) -> None:
         """Still at work."""
-        now = {"ended": time.time(), "engines": self._asker.settings}
+        now = {"ended": time.time(), "engines": self._asker.engines.used}
         write_whole(self._path, json.dumps(self._facts | now, indent=1, default=str))
 
 

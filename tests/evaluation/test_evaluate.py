@@ -15,9 +15,9 @@ import yaml
 from locret import cli
 from locret.evaluation import evaluate
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.evaluate import Ranks
 from locret.evaluation.preparing import prepare
 from locret.evaluation.questions import batches, share
+from locret.evaluation.ranks import Ranks
 from locret.evaluation.records import Records
 from locret.evaluation.tasks.ruler.needles import NeedleTask
 from tests.evaluation.eval_data import DATA, write_artifacts, write_data
