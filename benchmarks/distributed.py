@@ -1,0 +1,221 @@
+"""Several devices of one host against one: the same losses, how much faster, the same files.
+
+    python -m benchmarks.distributed --shape llama-3.2-1b --prompt 8192 --out r.json
+    python -m benchmarks.distributed --shape tiny --prompt 200 --answer 20 --device cpu --out r.json
+
+Heads of a model with random weights are trained through the command line that users have:
+  one      one device that accumulates as many batches as there are devices elsewhere
+  ddp      a batch on each device
+  sharded  the same with the backbone sharded by FSDP2 (`trainers.sharding`)
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import record
+from benchmarks.shapes import SHAPES, random_model
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "llama31.yaml"
+SHARDED = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"tensor_parallel_size": 1, "save_distributed_checkpoint": False},
+}
+WORDS = ("river", "stone", "seven", "lantern", "northern", "account", "paper", "engine")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training left behind; batches are those of its first process."""
+
+    losses: list[float]
+    samples_per_second: float
+    peak_gib: list[float | None]
+    heads: dict[str, torch.Tensor]
+
+
+def main() -> None:
+    """Train in every way, compare, write the JSON; exits with 1 if the ways disagree."""
+    given = _parser().parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        work = Path(folder)
+        _make_backbone(work / "model", given)
+        _write_rows(work / "rows.jsonl", given)
+        runs = {name: _train(name, work, given) for name in given.ways}
+    figures = _compared(runs, given)
+    for name, value in figures.items():
+        if not isinstance(value, dict):
+            print(f"{name:<36} {round(value, 5) if isinstance(value, float) else value}")
+    record.write(given.out, vars(given), figures | {"losses": _curves(runs, given.devices)})
+    if not all(value for name, value in figures.items() if name.endswith("_ok")):
+        sys.exit(1)
+
+
+def _make_backbone(folder: Path, given: argparse.Namespace) -> None:
+    """A checkpoint with random weights whose tokenizer makes one token of each byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(["<eos>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    dtype = torch.float32 if given.device == "cpu" else torch.bfloat16
+    names = {"vocab_size": len(vocabulary), "bos_token_id": None, "eos_token_id": 0}
+    model = random_model(given.shape, torch.device(given.device), dtype, **names)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    del model
+    if given.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _write_rows(path: Path, given: argparse.Namespace) -> None:
+    """As many conversations as are trained on, all of the same number of tokens."""
+    draw = random.Random(0)
+
+    def text(length: int) -> str:
+        words = " ".join(draw.choices(WORDS, k=length))  # no word has fewer than one byte
+        return words[:length].strip().ljust(length, ".")
+
+    rows = (
+        {"instruction": text(given.prompt), "output": text(given.answer)}
+        for _ in range(given.steps * given.devices)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _train(way: str, work: Path, given: argparse.Namespace) -> Run:
+    command = [sys.executable, "-m", "trainers.fit", *_arguments(way, work, given)]
+    print(f"{way}: {shlex.join(command)}", flush=True)
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "0"})
+    ranks = [json.loads(p.read_text()) for p in sorted((work / way / "clock").glob("*.json"))]
+    first = ranks[0]
+    warm = next(i for i, step in enumerate(first["step"]) if step == given.warmup)
+    batches = len(first["step"]) - 1 - warm
+    seconds = first["seconds"][-1] - first["seconds"][warm]
+    return Run(
+        losses=first["loss"],
+        samples_per_second=batches * len(ranks) / seconds,
+        peak_gib=[rank["peak_gib"] for rank in ranks],
+        heads=load_file(work / way / "heads" / "heads.safetensors"),
+    )
+
+
+def _arguments(way: str, work: Path, given: argparse.Namespace) -> list[str]:
+    source = {
+        "class_path": "datamodules.sources.JsonlSource",
+        "init_args": {"path": str(work / "rows.jsonl")},
+    }
+    clock = {
+        "class_path": "benchmarks.clock.StepClock",
+        "init_args": {"folder": str(work / way / "clock")},
+    }
+    sharded = SHARDED["init_args"] | {"data_parallel_size": given.devices}
+    ways = {
+        "one": ["--trainer.devices=1", f"--trainer.accumulate_grad_batches={given.devices}"],
+        "ddp": [f"--trainer.devices={given.devices}", "--trainer.strategy=ddp"],
+        "sharded": [
+            f"--trainer.devices={given.devices}",
+            f"--trainer.strategy={json.dumps(SHARDED | {'init_args': sharded})}",
+        ],
+    }
+    on_cpu = given.device == "cpu"
+    return [
+        f"--config={CONFIG}",
+        f"--model.model={work / 'model'}",
+        f"--model.width={given.width}",
+        f"--model.dtype={'float32' if on_cpu else 'bfloat16'}",
+        f"--model.warmup_steps={max(1, given.steps // 4)}",
+        f"--data.train={json.dumps([source])}",
+        f"--data.max_prompt_tokens={given.prompt}",
+        f"--data.max_answer_tokens={given.answer}",
+        f"--data.num_workers={given.workers}",
+        f"--trainer.accelerator={'cpu' if on_cpu else 'gpu'}",
+        f"--trainer.precision={'32-true' if on_cpu else 'bf16-mixed'}",
+        f"--trainer.max_steps={given.steps}",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_checkpointing=false",
+        f"--trainer.default_root_dir={work / way}",
+        f"--trainer.callbacks={json.dumps([clock])}",
+        "--trainer.logger=false",
+        f"--output={work / way / 'heads'}",
+        *ways[way],
+    ]
+
+
+def _curves(runs: dict[str, Run], devices: int) -> dict[str, list[float]]:
+    """Loss of every optimizer step: means over the batches that one device accumulates."""
+    return {
+        name: run.losses
+        if name != "one"
+        else torch.tensor(run.losses).view(-1, devices).mean(dim=1).tolist()
+        for name, run in runs.items()
+    }
+
+
+def _compared(runs: dict[str, Run], given: argparse.Namespace) -> dict[str, Any]:
+    curves = {name: torch.tensor(curve) for name, curve in _curves(runs, given.devices).items()}
+    one, figures = runs["one"], {}
+    for name, run in runs.items():
+        figures[f"{name}_samples_per_second"] = run.samples_per_second
+        figures[f"{name}_peak_gib"] = max((p for p in run.peak_gib if p is not None), default=None)
+        if name == "one":
+            continue
+        figures[f"{name}_speed_up"] = run.samples_per_second / one.samples_per_second
+        difference = ((curves[name] - curves["one"]).abs() / curves["one"].abs()).max().item()
+        figures[f"{name}_loss_difference"] = difference
+        figures[f"{name}_loss_ok"] = difference <= given.tolerance
+        figures[f"{name}_same_tensors_ok"] = _described(run.heads) == _described(one.heads)
+        figures[f"{name}_weights_difference"] = max(
+            (run.heads[key].float() - tensor.float()).abs().max().item()
+            for key, tensor in one.heads.items()
+        )
+    if "ddp" in runs and given.device != "cpu":
+        figures["ddp_speed_ok"] = figures["ddp_speed_up"] >= 0.9 * given.devices
+    return figures | {"tensors": {k: str(v) for k, v in _described(one.heads).items()}}
+
+
+def _described(heads: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in heads.items()}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="llama-3.2-1b", choices=sorted(SHAPES))
+    parser.add_argument("--prompt", type=int, default=8192, help="tokens")
+    parser.add_argument("--answer", type=int, default=256, help="tokens")
+    parser.add_argument("--width", type=int, default=1024, help="hidden width of a head")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each training")
+    parser.add_argument("--warmup", type=int, default=10, help="steps before the clock starts")
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="data processes of each training")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="of losses, relative")
+    parser.add_argument(
+        "--ways", nargs="+", default=["one", "ddp", "sharded"], choices=["one", "ddp", "sharded"]
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--folder", type=Path, default=None, help="for scratch files")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
