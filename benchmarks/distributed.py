@@ -29,10 +29,6 @@ from benchmarks.shapes import SHAPES, random_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "llama31.yaml"
-SHARDED = {
-    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-    "init_args": {"tensor_parallel_size": 1, "save_distributed_checkpoint": False},
-}
 WORDS = ("river", "stone", "seven", "lantern", "northern", "account", "paper", "engine")
 
 
@@ -125,14 +121,10 @@ def _arguments(way: str, work: Path, given: argparse.Namespace) -> list[str]:
         "class_path": "benchmarks.clock.StepClock",
         "init_args": {"folder": str(work / way / "clock")},
     }
-    sharded = SHARDED["init_args"] | {"data_parallel_size": given.devices}
     ways = {
         "one": ["--trainer.devices=1", f"--trainer.accumulate_grad_batches={given.devices}"],
         "ddp": [f"--trainer.devices={given.devices}", "--trainer.strategy=ddp"],
-        "sharded": [
-            f"--trainer.devices={given.devices}",
-            f"--trainer.strategy={json.dumps(SHARDED | {'init_args': sharded})}",
-        ],
+        "sharded": [f"--trainer.devices={given.devices}", "--trainer.strategy=sharded"],
     }
     on_cpu = given.device == "cpu"
     return [

@@ -54,9 +54,15 @@ class AdapterModule(LightningModule):
         return load_tokenizer(self.hparams["model"], revision=self.hparams["revision"])
 
     def configure_model(self) -> None:
-        """Load the backbone and put a fresh adapter on it, once."""
+        """Load the backbone and put a fresh adapter on it, once.
+
+        Raises:
+            ValueError: the strategy shards models, which this stage does not do.
+        """
         if self._adapted is not None:
             return
+        if self.device_mesh is not None:
+            raise ValueError("an adapter is trained on whole backbones: use --trainer.strategy ddp")
         given = self.hparams
         loaded = load_model(
             given["model"], dtype=given["dtype"], device="cpu", revision=given["revision"]

@@ -23,7 +23,7 @@ from locret.models import Dtype, load_model, load_tokenizer
 from locret.rotary import LongRopeRule
 from locret.segments import with_query_in_front
 from trainers.metrics import RankCorrelation, TopOverlap
-from trainers.sharding import average_gradients, shard_backbone
+from trainers.sharding import average_gradients, shard_backbone, shards_of
 
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 ENGINE_SETTINGS = ("budget", "chunk_size", "stabilizers", "local_tokens")
@@ -90,6 +90,8 @@ class HeadsModule(LightningModule):
             prefix="val/",
         )
         self.register_buffer("longest_prompt", torch.zeros((), dtype=torch.long))
+        # DDP would write the first process's value over the others'; the largest counts.
+        self._ddp_params_and_buffers_to_ignore = ["longest_prompt"]
         self._distillation: Distillation | None = None
         # Past nn.Module's bookkeeping, so that the backbone is no submodule.
         object.__setattr__(self, "backbone_model", None)
@@ -101,8 +103,8 @@ class HeadsModule(LightningModule):
 
     @property
     def shards(self) -> DeviceMesh | None:
-        """The ranks over which the backbone is sharded, under ModelParallelStrategy."""
-        return None if self.device_mesh is None else self.device_mesh["data_parallel"]
+        """The processes over which the backbone is sharded; None if each has all of it."""
+        return None if self.device_mesh is None else shards_of(self.device_mesh)
 
     def configure_model(self) -> None:
         """Load the backbone and make the heads, once."""
