@@ -34,12 +34,23 @@ WORDS = ("river", "stone", "seven", "lantern", "northern", "account", "paper", "
 
 @dataclass(frozen=True)
 class Run:
-    """What one training left behind; batches are those of its first process."""
+    """What one training left behind: what each process's `StepClock` saw, and the heads."""
 
-    losses: list[float]
-    samples_per_second: float
-    peak_gib: list[float | None]
+    ranks: list[dict[str, Any]]
     heads: dict[str, torch.Tensor]
+
+    @property
+    def samples_per_second(self) -> float:
+        return sum(rank["batches"] for rank in self.ranks) / self.ranks[0]["seconds"]
+
+    @property
+    def peak_gib(self) -> float | None:
+        return max(rank["peak_gib"] or 0 for rank in self.ranks) or None
+
+    def curve(self, devices: int) -> torch.Tensor:
+        """Loss of every optimizer step: the mean over its batches."""
+        of_ranks = torch.tensor([rank["losses"] for rank in self.ranks])  # [ranks, batches]
+        return of_ranks.T.reshape(-1, devices).mean(dim=1)
 
 
 def main() -> None:
@@ -52,9 +63,9 @@ def main() -> None:
         runs = {name: _train(name, work, given) for name in given.ways}
     figures = _compared(runs, given)
     for name, value in figures.items():
-        if not isinstance(value, dict):
+        if name not in ("losses", "tensors"):
             print(f"{name:<36} {round(value, 5) if isinstance(value, float) else value}")
-    record.write(given.out, vars(given), figures | {"losses": _curves(runs, given.devices)})
+    record.write(given.out, vars(given), figures)
     if not all(value for name, value in figures.items() if name.endswith("_ok")):
         sys.exit(1)
 
@@ -100,16 +111,7 @@ def _train(way: str, work: Path, given: argparse.Namespace) -> Run:
     print(f"{way}: {shlex.join(command)}", flush=True)
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "0"})
     ranks = [json.loads(p.read_text()) for p in sorted((work / way / "clock").glob("*.json"))]
-    first = ranks[0]
-    warm = next(i for i, step in enumerate(first["step"]) if step == given.warmup)
-    batches = len(first["step"]) - 1 - warm
-    seconds = first["seconds"][-1] - first["seconds"][warm]
-    return Run(
-        losses=first["loss"],
-        samples_per_second=batches * len(ranks) / seconds,
-        peak_gib=[rank["peak_gib"] for rank in ranks],
-        heads=load_file(work / way / "heads" / "heads.safetensors"),
-    )
+    return Run(ranks, load_file(work / way / "heads" / "heads.safetensors"))
 
 
 def _arguments(way: str, work: Path, given: argparse.Namespace) -> list[str]:
@@ -119,7 +121,7 @@ def _arguments(way: str, work: Path, given: argparse.Namespace) -> list[str]:
     }
     clock = {
         "class_path": "benchmarks.clock.StepClock",
-        "init_args": {"folder": str(work / way / "clock")},
+        "init_args": {"folder": str(work / way / "clock"), "warmup": given.warmup},
     }
     ways = {
         "one": ["--trainer.devices=1", f"--trainer.accumulate_grad_batches={given.devices}"],
@@ -140,7 +142,7 @@ def _arguments(way: str, work: Path, given: argparse.Namespace) -> list[str]:
         f"--trainer.accelerator={'cpu' if on_cpu else 'gpu'}",
         f"--trainer.precision={'32-true' if on_cpu else 'bf16-mixed'}",
         f"--trainer.max_steps={given.steps}",
-        "--trainer.log_every_n_steps=1",
+        "--trainer.log_every_n_steps=10",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_checkpointing=false",
         f"--trainer.default_root_dir={work / way}",
@@ -151,23 +153,14 @@ def _arguments(way: str, work: Path, given: argparse.Namespace) -> list[str]:
     ]
 
 
-def _curves(runs: dict[str, Run], devices: int) -> dict[str, list[float]]:
-    """Loss of every optimizer step: means over the batches that one device accumulates."""
-    return {
-        name: run.losses
-        if name != "one"
-        else torch.tensor(run.losses).view(-1, devices).mean(dim=1).tolist()
-        for name, run in runs.items()
-    }
-
-
 def _compared(runs: dict[str, Run], given: argparse.Namespace) -> dict[str, Any]:
-    curves = {name: torch.tensor(curve) for name, curve in _curves(runs, given.devices).items()}
-    one, figures = runs["one"], {}
+    curves = {name: run.curve(given.devices) for name, run in runs.items()}
+    one, figures = runs.get("one"), {}
     for name, run in runs.items():
         figures[f"{name}_samples_per_second"] = run.samples_per_second
-        figures[f"{name}_peak_gib"] = max((p for p in run.peak_gib if p is not None), default=None)
-        if name == "one":
+        figures[f"{name}_peak_gib"] = run.peak_gib
+        figures[f"{name}_average_gib_per_second"] = run.ranks[0]["average_gib_per_second"]
+        if name == "one" or one is None:
             continue
         figures[f"{name}_speed_up"] = run.samples_per_second / one.samples_per_second
         difference = ((curves[name] - curves["one"]).abs() / curves["one"].abs()).max().item()
@@ -178,9 +171,13 @@ def _compared(runs: dict[str, Run], given: argparse.Namespace) -> dict[str, Any]
             (run.heads[key].float() - tensor.float()).abs().max().item()
             for key, tensor in one.heads.items()
         )
-    if "ddp" in runs and given.device != "cpu":
-        figures["ddp_speed_ok"] = figures["ddp_speed_up"] >= 0.9 * given.devices
-    return figures | {"tensors": {k: str(v) for k, v in _described(one.heads).items()}}
+        if name == "ddp" and given.device != "cpu":
+            figures["ddp_speed_ok"] = figures["ddp_speed_up"] >= 0.9 * given.devices
+    figures["phases_ms"] = {name: run.ranks[0]["phases"] for name, run in runs.items()}
+    figures["losses"] = {name: curve.tolist() for name, curve in curves.items()}
+    heads = next(iter(runs.values())).heads
+    figures["tensors"] = {name: str(found) for name, found in _described(heads).items()}
+    return figures
 
 
 def _described(heads: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -16,7 +16,9 @@ LAYERS = [
     {"heads"},
     {"policies", "cache"},
     {"attention", "backbone"},
-    {"generation", "distillation", "packing"},
+    {"row_loss", "packing"},
+    {"chunked_reading"},
+    {"generation", "distillation"},
     {"evaluation"},
     {"cli", "__main__", "__init__"},
 ]

@@ -17,13 +17,17 @@ from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmu
 
 from locret.backbone import Backbone
 from locret.cache import Positions
-from locret.distillation import Distillation, Distilled
+from locret.distillation import Distillation
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.models import Dtype, load_model, load_tokenizer
 from locret.rotary import LongRopeRule
+from locret.row_loss import Distilled, Share
 from locret.segments import with_query_in_front
-from trainers.metrics import RankCorrelation, TopOverlap
-from trainers.sharding import average_gradients, shard_backbone, shards_of
+from trainers.averaging import average, make_equal, start_average, takes_over
+from trainers.figures import looked_at
+from trainers.metrics import RankCorrelation, TopOverlap, top_overlap
+from trainers.optimizer import adamw
+from trainers.sharding import shard_backbone, shards_of
 
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 ENGINE_SETTINGS = ("budget", "chunk_size", "stabilizers", "local_tokens")
@@ -83,7 +87,8 @@ class HeadsModule(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.heads: RetainingHeads | None = None
-        self.layer_overlap: list[float] = []
+        self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at
+        self.layer_overlap: Tensor | None = None  # of each layer, when last looked at
         self.val_scores = MetricCollection(
             {f"recall_at_{fraction:.0%}": TopOverlap(fraction) for fraction in RECALL_AT}
             | {"rank_correlation": RankCorrelation()},
@@ -93,6 +98,7 @@ class HeadsModule(LightningModule):
         # DDP would write the first process's value over the others'; the largest counts.
         self._ddp_params_and_buffers_to_ignore = ["longest_prompt"]
         self._distillation: Distillation | None = None
+        self._averages_gradients = False
         # Past nn.Module's bookkeeping, so that the backbone is no submodule.
         object.__setattr__(self, "backbone_model", None)
 
@@ -120,8 +126,6 @@ class HeadsModule(LightningModule):
             attn_implementation=given["attn_implementation"],
         )
         model = loaded.model.requires_grad_(False)
-        if self.shards is not None:
-            shard_backbone(model.get_decoder(), self.shards)
         object.__setattr__(self, "backbone_model", model)
         names = ("adapter", "tap", "label", "query_tokens", "positions", "longrope")
         config = HeadsConfig.for_geometry(
@@ -134,19 +138,28 @@ class HeadsModule(LightningModule):
             **{name: given[name] for name in names},
         )
         self.heads = RetainingHeads(config)
+        if self.shards is not None:  # last: whatever sharding does to the random state
+            shard_backbone(model.get_decoder(), self.shards)
+
+    def on_fit_start(self) -> None:
+        assert self.heads is not None
+        self._averages_gradients = takes_over(self.trainer.strategy)
+        if self._averages_gradients:
+            make_equal(self.heads.parameters())
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        result = self._step(batch)
-        self._log_losses(result, "train", len(batch["segments"]))
-        self.layer_overlap = self._overlap_by_layer(result)
-        overlap = sum(self.layer_overlap) / len(self.layer_overlap)
-        samples = len(batch["segments"])
-        self.log("train/top10_overlap", overlap, prog_bar=True, batch_size=samples, sync_dist=True)
+        # Where batches are accumulated, their sum is averaged over processes, not each of them.
+        at_once = self._averages_gradients and self.trainer.accumulate_grad_batches == 1
+        result = self._step(batch, start_average if at_once else None)
+        self.figures = self._figures(result) if looked_at(self.trainer) else {}
+        self.log_dict(self.figures, prog_bar=True, batch_size=len(batch["segments"]))
         return result.loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         result = self._step(batch)
-        self._log_losses(result, "val", len(batch["segments"]))
+        losses = {f"val/{name}": value for name, value in _losses(result).items()}
+        samples = len(batch["segments"])
+        self.log_dict(losses, prog_bar=True, batch_size=samples, sync_dist=True)
         for predictions, targets in zip(result.predictions, result.targets, strict=True):
             self.val_scores.update(predictions.to(self.device), targets.to(self.device))
 
@@ -155,26 +168,13 @@ class HeadsModule(LightningModule):
         self.val_scores.reset()
 
     def configure_optimizers(self) -> Any:
-        given = self.hparams
         assert self.heads is not None
-        optimizer = torch.optim.AdamW(
-            self.heads.parameters(),
-            lr=given["lr"],
-            betas=tuple(given["betas"]),
-            weight_decay=given["weight_decay"],
-        )
-        schedule = get_linear_schedule_with_warmup(
-            optimizer, given["warmup_steps"], int(self.trainer.estimated_stepping_batches)
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return adamw(self, self.heads.parameters(), get_linear_schedule_with_warmup)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.shards is not None:  # DDP does this by itself, ModelParallelStrategy does not
+        if self._averages_gradients and self.trainer.accumulate_grad_batches > 1:
             assert self.heads is not None
-            average_gradients(self.heads.parameters(), self.shards)
+            average([p.grad for p in self.heads.parameters() if p.grad is not None])
 
     def trained_heads(self) -> RetainingHeads:
         """The heads in `save_dtype`, with the run's figures and longest prompt in their record."""
@@ -189,14 +189,14 @@ class HeadsModule(LightningModule):
         tensors = {name: t.to("cpu", dtype) for name, t in self.heads.state_dict().items()}
         return RetainingHeads.from_tensors(config, tensors)
 
-    def _step(self, batch: dict[str, Any]) -> Distilled:
+    def _step(self, batch: dict[str, Any], share: Share | None = None) -> Distilled:
         ids, segments = batch["input_ids"], batch["segments"]
         if self.training:
             longest = max(s.last_prompt_end - s.start for s in segments)
             self.longest_prompt.clamp_(min=longest)  # type: ignore[operator]
         if self.hparams["query_tokens"]:
             ids, segments = with_query_in_front(ids, segments, self.hparams["query_tokens"])
-        return self._distill()(ids, segments)
+        return self._distill()(ids, segments, share)
 
     def _distill(self) -> Distillation:
         """Made at the first step, when the strategy has settled on which device we are."""
@@ -214,21 +214,28 @@ class HeadsModule(LightningModule):
             )
         return self._distillation
 
-    def _log_losses(self, result: Distilled, stage: str, samples: int) -> None:
-        parts = {
-            f"{stage}/loss": result.loss.detach(),
-            f"{stage}/regression": result.regression,
-            f"{stage}/smoothness": result.smoothness,
-        }
-        self.log_dict(parts, prog_bar=True, batch_size=samples, sync_dist=True)
+    def _figures(self, result: Distilled) -> dict[str, Tensor]:
+        """What is logged of a training step: means over processes."""
+        self.layer_overlap = self._overlap_by_layer(result)
+        figures = {**_losses(result), "top10_overlap": self.layer_overlap.mean()}
+        values = torch.stack([value.float() for value in figures.values()])
+        if self.trainer.world_size > 1:
+            average([values])  # one collective, and no barrier, for all of them
+        return {f"train/{name}": value for name, value in zip(figures, values, strict=True)}
 
-    def _overlap_by_layer(self, result: Distilled) -> list[float]:
-        """Top-10% overlap of each layer, over the row's answers."""
+    def _overlap_by_layer(self, result: Distilled) -> Tensor:
+        """Top-10% overlap of each layer [layers], over the row's answers; on our device."""
         assert self.heads is not None
-        metrics = [TopOverlap().to(self.device) for _ in self.heads.layers]
-        answers = len(result.predictions) // len(metrics)
-        for i, (predictions, targets) in enumerate(
-            zip(result.predictions, result.targets, strict=True)
-        ):
-            metrics[i // answers].update(predictions.to(self.device), targets.to(self.device))
-        return torch.stack([metric.compute() for metric in metrics]).tolist()
+        overlaps = [
+            top_overlap(predictions, targets, 0.1).mean().to(self.device)
+            for predictions, targets in zip(result.predictions, result.targets, strict=True)
+        ]
+        return torch.stack(overlaps).view(len(self.heads.layers), -1).mean(dim=1)
+
+
+def _losses(result: Distilled) -> dict[str, Tensor]:
+    return {
+        "loss": result.loss.detach(),
+        "regression": result.regression,
+        "smoothness": result.smoothness,
+    }

@@ -1,0 +1,34 @@
+"""AdamW with linear warm-up, as every training here uses it."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+Schedule = Callable[[torch.optim.Optimizer, int, int], LRScheduler]
+
+
+def adamw(
+    module: LightningModule, parameters: Iterable[nn.Parameter], schedule: Schedule
+) -> dict[str, Any]:
+    """What `configure_optimizers` returns.
+
+    Args:
+        module: its hyperparameters `lr`, `betas`, `weight_decay` and `warmup_steps` are used.
+        parameters: what is trained.
+        schedule: (optimizer, warm-up steps, all steps) -> learning rates, one an optimizer step.
+    """
+    given, trained = module.hparams, list(parameters)
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=given["lr"],
+        betas=tuple(given["betas"]),
+        weight_decay=given["weight_decay"],
+        fused=all(p.is_cuda for p in trained) or None,
+    )
+    steps = int(module.trainer.estimated_stepping_batches)
+    scheduler = schedule(optimizer, given["warmup_steps"], steps)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
