@@ -125,11 +125,12 @@ class _LayerOfRow:
 def in_chunks(layers: nn.ModuleList, chunk_size: int) -> Iterator[None]:
     """Let each of a stock decoder's layers read its input in chunks, until the block ends.
 
-    A layer's output overwrites its input, so gradients must be off.
+    A layer's output overwrites its input, so gradients must be off. What comes after the last layer
+    is not needed and sees one token only.
     """
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            reading = _LayerInChunks(chunk_size)
+            reading = _LayerInChunks(chunk_size, is_last=layer is layers[-1])
             before = layer.register_forward_pre_hook(reading.before, with_kwargs=True)
             stack.callback(before.remove)
             stack.callback(layer.register_forward_hook(reading.after).remove)
@@ -139,8 +140,9 @@ def in_chunks(layers: nn.ModuleList, chunk_size: int) -> Iterator[None]:
 class _LayerInChunks:
     """Hooks of one layer: all chunks but the last are read before its forward, which gets that."""
 
-    def __init__(self, chunk_size: int) -> None:
+    def __init__(self, chunk_size: int, is_last: bool) -> None:
         self.chunk_size = chunk_size
+        self.is_last = is_last
         self.hidden: Any = None
 
     def before(
@@ -160,6 +162,8 @@ class _LayerInChunks:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         hidden, self.hidden = self.hidden, None
+        if self.is_last:
+            return output[:, -1:]
         hidden[:, self.last :] = output
         return hidden
 

@@ -52,6 +52,8 @@ class HeadsModule(LightningModule):
         warmup_steps: steps of linear warm-up; the rate then falls linearly to zero.
         positions: cache positions that the artifact recommends.
         longrope: LongRoPE rule in training and, recorded, in inference.
+        train_chunk_size: tokens that a layer reads at a time in training, for rows that do not fit
+            in memory; None reads a row at once.
         dtype: of the backbone; the heads train in float32.
         save_dtype: of the exported heads.
         attn_implementation: of the backbone: "sdpa" or "eager".
@@ -75,6 +77,7 @@ class HeadsModule(LightningModule):
         warmup_steps: int = 2000,
         positions: Positions = "compact",
         longrope: LongRopeRule = "long",
+        train_chunk_size: int | None = None,
         dtype: Dtype = "auto",
         save_dtype: SaveDtype = "float32",
         attn_implementation: str = "sdpa",
@@ -211,6 +214,7 @@ class HeadsModule(LightningModule):
                 alpha=self.hparams["alpha"],
                 loss=self.hparams["loss"],
                 keep_scores=True,
+                chunk_size=self.hparams["train_chunk_size"],
             )
         return self._distillation
 
