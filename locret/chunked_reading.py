@@ -81,8 +81,8 @@ class ChunkedRowLoss(RowLoss):
         """
         segment, part = self.segments[which], call.part(start - read.seen, end - read.seen)
         slot, length = start - segment.start, segment.end - segment.start
-        query = part.rotate(part.query, slot, length)
-        read.key[:, :, start:end] = part.rotate(part.key, slot, length)
+        query, key = (part.rotate(x, slot, length) for x in (part.query, part.key))
+        read.key[:, :, start:end] = key
         read.value[:, :, start:end] = part.value
         for first, last in segment.answers:
             here = slice(max(first, start) - start, min(last, end) - start)

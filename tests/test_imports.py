@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"units", "selection", "segments", "features", "targets", "losses", "rotary", "card", "models"},
+    {"units", "selection", "segments", "features", "targets", "losses", "rotary", "card"},
+    {"weight_quantization"},
+    {"models"},
     {"hub"},
     {"artifact"},
     {"heads"},

@@ -23,6 +23,7 @@ from locret.models import Dtype, load_model, load_tokenizer
 from locret.rotary import LongRopeRule
 from locret.row_loss import Distilled, Share
 from locret.segments import with_query_in_front
+from locret.weight_quantization import Quantization
 from trainers.averaging import average, make_equal, start_average, takes_over
 from trainers.figures import looked_at
 from trainers.metrics import RankCorrelation, TopOverlap, top_overlap
@@ -39,7 +40,8 @@ class HeadsModule(LightningModule):
 
     Args:
         model: the backbone: a Hub id, a folder, or `embedded:smollm2`.
-        adapter: a PEFT adapter that the backbone carries, merged into its weights.
+        adapter: a PEFT adapter of the backbone, merged into its weights unless they are quantized.
+        quantization: of the backbone's weights: "int8", "nf4" (`locret.weight_quantization`).
         width: hidden width of a head (the paper's d_R).
         tap: what a head reads (`locret.features.FEATURES`).
         label: label definition (`locret.targets.LABELS`).
@@ -65,6 +67,7 @@ class HeadsModule(LightningModule):
         self,
         model: str,
         adapter: str | None = None,
+        quantization: Quantization | None = None,
         width: int = 1024,
         tap: str = "qkv",
         label: str = "max_logit",
@@ -116,16 +119,26 @@ class HeadsModule(LightningModule):
         return None if self.device_mesh is None else shards_of(self.device_mesh)
 
     def configure_model(self) -> None:
-        """Load the backbone and make the heads, once."""
+        """Load the backbone and make the heads, once.
+
+        Raises:
+            ValueError: a quantized backbone is to be sharded.
+        """
         if self.heads is not None:
             return
         given = self.hparams
+        if given["quantization"] and self.shards is not None:
+            raise ValueError(
+                f"a backbone in {given['quantization']} cannot be sharded: use --trainer.strategy "
+                "ddp, or leave model.quantization out"
+            )
         loaded = load_model(
             given["model"],
             dtype=given["dtype"],
-            device="cpu",
+            device=self.trainer.strategy.root_device if given["quantization"] else "cpu",
             revision=given["revision"],
             adapter=given["adapter"],
+            quantization=given["quantization"],
             attn_implementation=given["attn_implementation"],
         )
         model = loaded.model.requires_grad_(False)
@@ -204,7 +217,7 @@ class HeadsModule(LightningModule):
     def _distill(self) -> Distillation:
         """Made at the first step, when the strategy has settled on which device we are."""
         if self._distillation is None:
-            if self.shards is None:
+            if self.shards is None and not self.hparams["quantization"]:
                 self.backbone_model.to(self.device)
             backbone = Backbone(self.backbone_model, self.hparams["longrope"])
             assert self.heads is not None
