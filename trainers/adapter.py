@@ -14,7 +14,7 @@ from locret.backbone import Backbone
 from locret.models import Dtype, load_model, load_tokenizer
 from locret.packing import PackedAttention
 from trainers.figures import looked_at
-from trainers.optimizer import adamw
+from trainers.optimizer import adamw, restart_schedule
 
 
 class AdapterModule(LightningModule):
@@ -100,6 +100,7 @@ class AdapterModule(LightningModule):
         return adamw(self, self.lora.parameters(), get_cosine_schedule_with_warmup)
 
     def on_fit_start(self) -> None:
+        restart_schedule(self)
         # The adapter's parameters are ours and moved with us; the backbone's are not.
         self._adapted.to(self.device)
         object.__setattr__(self, "backbone", Backbone(self._adapted))

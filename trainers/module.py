@@ -27,7 +27,7 @@ from locret.weight_quantization import Quantization
 from trainers.averaging import average, make_equal, start_average, takes_over
 from trainers.figures import looked_at
 from trainers.metrics import RankCorrelation, TopOverlap, top_overlap
-from trainers.optimizer import adamw
+from trainers.optimizer import adamw, restart_schedule
 from trainers.sharding import shard_backbone, shards_of
 
 SaveDtype = Literal["float32", "bfloat16", "float16"]
@@ -157,10 +157,17 @@ class HeadsModule(LightningModule):
         if self.shards is not None:  # last: whatever sharding does to the random state
             shard_backbone(model.get_decoder(), self.shards)
 
+    def setup(self, stage: str) -> None:
+        self._averages_gradients = False
+
     def on_fit_start(self) -> None:
+        restart_schedule(self)
+
+    def on_train_start(self) -> None:
         assert self.heads is not None
-        self._averages_gradients = takes_over(self.trainer.strategy)
-        if self._averages_gradients:
+        # The search for a learning rate is a training of its own: this may be the second.
+        if not self._averages_gradients and takes_over(self.trainer.strategy):
+            self._averages_gradients = True
             make_equal(self.heads.parameters())
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
-Schedule = Callable[[torch.optim.Optimizer, int, int], LRScheduler]
+Schedule = Callable[[torch.optim.Optimizer, int, int], LambdaLR]
 
 
 def adamw(
@@ -32,3 +33,17 @@ def adamw(
     steps = int(module.trainer.estimated_stepping_batches)
     scheduler = schedule(optimizer, given["warmup_steps"], steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def restart_schedule(module: LightningModule) -> None:
+    """Start the schedule from the module's `lr`, if a LearningRateFinder has changed it since the
+    optimizer was made: the finder tells the optimizer, and a schedule would take it back."""
+    trainer = module.trainer
+    if not any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):
+        return
+    for config in trainer.lr_scheduler_configs:
+        schedule, groups = config.scheduler, config.scheduler.optimizer.param_groups
+        schedule.base_lrs = [module.hparams["lr"]] * len(groups)
+        for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+            group["initial_lr"] = module.hparams["lr"]
+            group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)

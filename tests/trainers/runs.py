@@ -1,16 +1,19 @@
 """Arguments that turn a shipped config into a run of seconds, and what is read off a run."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def source(rows):
+def source(rows, stage="train"):
     given = {"class_path": "datamodules.sources.JsonlSource", "init_args": {"path": str(rows)}}
-    return f"--data.train={json.dumps([given])}"
+    return f"--data.{stage}={json.dumps([given])}"
 
 
 def callbacks(folder, *more):
@@ -54,6 +57,19 @@ def tiny_run(backbone, rows, folder, steps=2, config="smollm2.yaml", width=16):
 def run_in_process(args, module="trainers.fit", **kwargs):
     command = [sys.executable, "-m", module, *args]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+def run_forked(main, args):
+    """The exit code of `main(args)` in a process of its own that need not import anything."""
+    process = multiprocessing.get_context("fork").Process(target=_on_one_thread, args=(main, args))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _on_one_thread(main, args):
+    torch.set_num_threads(1)  # the parent's threads are not there after a fork
+    main(args)
 
 
 def logged(folder, name):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.trainers.runs import callbacks, run_in_process, tiny_run
+from tests.trainers.killer import kill_at
+from tests.trainers.runs import callbacks, run_forked, run_in_process, tiny_run
+from trainers.fit import main
 
 STEPS = 4
-KILLER = {"class_path": "tests.trainers.killer.KillAtStep", "init_args": {"step": 2}}
 MODEL_PARALLEL = {
     "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
     "init_args": {
@@ -30,7 +31,8 @@ def train(backbones, rows, folder, *more):
 @pytest.fixture(scope="module")
 def alone(backbones, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    train(backbones, rows, folder, "--trainer.accumulate_grad_batches=2")
+    args = tiny_run(backbones("llama"), rows, folder, steps=STEPS)
+    assert run_forked(main, [*args, "--trainer.accumulate_grad_batches=2"]) == 0
     return folder
 
 
@@ -64,9 +66,9 @@ def test_ddp_equals_accumulation(alone, backbones, rows, tmp_path):
 def test_a_sharded_backbone_equals_accumulation_killed_and_resumed(
     alone, backbones, rows, tmp_path
 ):
-    sharded = ["--trainer.devices=2", "--trainer.strategy=sharded"]
+    sharded = ["--trainer.devices=2", "--trainer.strategy=sharded", "--model.train_chunk_size=64"]
     args = [*tiny_run(backbones("llama"), rows, tmp_path, steps=STEPS), *sharded]
-    killed = run_in_process([*args, callbacks(tmp_path, KILLER)])
+    killed = run_in_process([*args, callbacks(tmp_path, kill_at(2))])
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     train(backbones, rows, tmp_path, *sharded, "--ckpt_path=last")
     assert_the_same(tmp_path, alone, rtol=1e-3, atol=1e-5)
