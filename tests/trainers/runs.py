@@ -2,11 +2,13 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,15 +61,24 @@ def run_in_process(args, module="trainers.fit", **kwargs):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
 
 
-def run_forked(main, args):
-    """The exit code of `main(args)` in a process of its own that need not import anything."""
-    process = multiprocessing.get_context("fork").Process(target=_on_one_thread, args=(main, args))
-    process.start()
-    process.join()
-    return process.exitcode
+def run_forked(main, args, processes=1):
+    """The exit codes of `main(args)` in processes of their own that need not import anything; as
+    one, if they are equal."""
+    forked = multiprocessing.get_context("fork")
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
+    started = []
+    for rank in range(processes):
+        environment = {**where, "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        started.append(forked.Process(target=_on_one_thread, args=(main, args, environment)))
+        started[-1].start()
+    for process in started:
+        process.join()
+    codes = {process.exitcode for process in started}
+    return codes.pop() if len(codes) == 1 else codes
 
 
-def _on_one_thread(main, args):
+def _on_one_thread(main, args, environment):
+    os.environ.update(environment)
     torch.set_num_threads(1)  # the parent's threads are not there after a fork
     main(args)
 

@@ -22,17 +22,15 @@ MODEL_PARALLEL = {
 }
 
 
-def train(backbones, rows, folder, *more):
+def train(backbones, rows, folder, *more, processes=1, expected=0):
     args = [*tiny_run(backbones("llama"), rows, folder, steps=STEPS), *more]
-    done = run_in_process(args)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert run_forked(main, args, processes) == expected
 
 
 @pytest.fixture(scope="module")
 def alone(backbones, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    args = tiny_run(backbones("llama"), rows, folder, steps=STEPS)
-    assert run_forked(main, [*args, "--trainer.accumulate_grad_batches=2"]) == 0
+    train(backbones, rows, folder, "--trainer.accumulate_grad_batches=2")
     return folder
 
 
@@ -59,18 +57,27 @@ def assert_the_same(folder, alone, **tolerance):
 
 
 def test_ddp_equals_accumulation(alone, backbones, rows, tmp_path):
-    train(backbones, rows, tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp")
+    ddp = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    train(backbones, rows, tmp_path, *ddp, processes=2)
     assert_the_same(tmp_path, alone, rtol=1e-3, atol=1e-5)
+
+
+def test_processes_that_accumulate(alone, backbones, rows, tmp_path):
+    """Their sums are averaged, once."""
+    train(backbones, rows, tmp_path / "one", "--trainer.accumulate_grad_batches=4")
+    both = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accumulate_grad_batches=2"]
+    train(backbones, rows, tmp_path / "two", *both, processes=2)
+    assert_the_same(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=1e-5)
 
 
 def test_a_sharded_backbone_equals_accumulation_killed_and_resumed(
     alone, backbones, rows, tmp_path
 ):
     sharded = ["--trainer.devices=2", "--trainer.strategy=sharded", "--model.train_chunk_size=64"]
-    args = [*tiny_run(backbones("llama"), rows, tmp_path, steps=STEPS), *sharded]
-    killed = run_in_process([*args, callbacks(tmp_path, kill_at(2))])
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    train(backbones, rows, tmp_path, *sharded, "--ckpt_path=last")
+    killer = callbacks(tmp_path, kill_at(2))
+    killed = {"processes": 2, "expected": -signal.SIGKILL}
+    train(backbones, rows, tmp_path, *sharded, killer, **killed)
+    train(backbones, rows, tmp_path, *sharded, "--ckpt_path=last", processes=2)
     assert_the_same(tmp_path, alone, rtol=1e-3, atol=1e-5)
 
 
@@ -79,8 +86,12 @@ def test_a_sharded_backbone_equals_accumulation_killed_and_resumed(
 def test_two_gpus_equal_accumulation(strategy, backbones, rows, tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    on_gpu = "--trainer.accelerator=gpu"
-    train(backbones, rows, tmp_path / "one", on_gpu, "--trainer.accumulate_grad_batches=2")
-    both = [on_gpu, "--trainer.devices=2", f"--trainer.strategy={strategy}"]
-    train(backbones, rows, tmp_path / "two", *both)
+
+    def on_gpus(folder, *more):
+        args = [*tiny_run(backbones("llama"), rows, folder, steps=STEPS), *more]
+        done = run_in_process([*args, "--trainer.accelerator=gpu"])
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    on_gpus(tmp_path / "one", "--trainer.accumulate_grad_batches=2")
+    on_gpus(tmp_path / "two", "--trainer.devices=2", f"--trainer.strategy={strategy}")
     assert_the_same(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=1e-4)
