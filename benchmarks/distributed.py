@@ -140,7 +140,7 @@ def _arguments(way: str, work: Path, given: argparse.Namespace) -> list[str]:
         f"--data.max_answer_tokens={given.answer}",
         f"--data.num_workers={given.workers}",
         f"--trainer.accelerator={'cpu' if on_cpu else 'gpu'}",
-        f"--trainer.precision={'32-true' if on_cpu else 'bf16-mixed'}",
+        "--trainer.precision=bf16-mixed",
         f"--trainer.max_steps={given.steps}",
         "--trainer.log_every_n_steps=10",
         "--trainer.enable_progress_bar=false",

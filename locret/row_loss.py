@@ -135,7 +135,7 @@ class RowLoss:
             loss = regression / layers + self.recipe.alpha * smoothness
         if loss.requires_grad:
             parameters = [p for p in head.parameters() if p.requires_grad]
-            taken = torch.autograd.grad(loss, parameters)
+            taken = [g.contiguous() for g in torch.autograd.grad(loss, parameters)]
             self.gradients.update(zip(parameters, taken, strict=True))
             if self.share is not None:
                 self.shared.append(self.share(taken))

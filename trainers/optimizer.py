@@ -22,13 +22,12 @@ def adamw(
         parameters: what is trained.
         schedule: (optimizer, warm-up steps, all steps) -> learning rates, one an optimizer step.
     """
-    given, trained = module.hparams, list(parameters)
-    optimizer = torch.optim.AdamW(
-        trained,
+    given = module.hparams
+    optimizer = torch.optim.AdamW(  # not fused: Lightning clips none of those in mixed precision
+        parameters,
         lr=given["lr"],
         betas=tuple(given["betas"]),
         weight_decay=given["weight_decay"],
-        fused=all(p.is_cuda for p in trained) or None,
     )
     steps = int(module.trainer.estimated_stepping_batches)
     scheduler = schedule(optimizer, given["warmup_steps"], steps)

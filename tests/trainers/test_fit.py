@@ -57,6 +57,14 @@ def test_the_resolved_config_lies_beside_the_heads_and_repeats_the_run(backbones
     assert weights(first) == weights(again)
 
 
+def test_mixed_precision_as_shipped_with_clipping(backbones, rows, tmp_path):
+    """Lightning refuses some optimizers here, at their first step."""
+    args = tiny_run(backbones("llama"), rows, tmp_path, config="llama31.yaml")
+    shipped = yaml.safe_load((CONFIGS / "llama31.yaml").read_text())["trainer"]
+    assert shipped["precision"] == "bf16-mixed" and shipped["gradient_clip_val"] == 0.5
+    main([*args, "--trainer.precision=bf16-mixed", "--model.dtype=bfloat16"])
+
+
 def test_training_changes_heads_and_nothing_else(backbones, rows, tmp_path):
     cli = build(HeadsModule, ExportHeads, tiny_run(backbones("qwen3"), rows, tmp_path, steps=4))
     cli.model.configure_model()
