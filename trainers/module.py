@@ -122,12 +122,12 @@ class HeadsModule(LightningModule):
         """Load the backbone and make the heads, once.
 
         Raises:
-            ValueError: a quantized backbone is to be sharded.
+            ValueError: a quantized backbone is to be sharded, or a backbone split.
         """
         if self.heads is not None:
             return
-        given = self.hparams
-        if given["quantization"] and self.shards is not None:
+        given, shards = self.hparams, self.shards
+        if given["quantization"] and shards is not None:
             raise ValueError(
                 f"a backbone in {given['quantization']} cannot be sharded: use --trainer.strategy "
                 "ddp, or leave model.quantization out"
@@ -154,8 +154,8 @@ class HeadsModule(LightningModule):
             **{name: given[name] for name in names},
         )
         self.heads = RetainingHeads(config)
-        if self.shards is not None:  # last: whatever sharding does to the random state
-            shard_backbone(model.get_decoder(), self.shards)
+        if shards is not None:  # last: whatever sharding does to the random state
+            shard_backbone(model.get_decoder(), shards)
 
     def setup(self, stage: str) -> None:
         self._averages_gradients = False
