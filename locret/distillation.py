@@ -187,12 +187,12 @@ class _RowLoss:
         self, head: RetainingHead, features: Tensor, targets: Sequence[Sequence[Tensor]]
     ) -> None:
         layers, samples = len(self.of.heads.layers), len(self.segments)
-        main, smooth = [], []
+        main, smooth, device = [], [], head.fc1.weight.device  # not always that of the layer
         with torch.set_grad_enabled(self.of.heads.training):
             for segment, labels in zip(self.segments, targets, strict=True):
-                read = features[:, segment.start : segment.last_prompt_end]
+                read = features[:, segment.start : segment.last_prompt_end].to(device)
                 predictions = head(read).float()
-                for label in labels:
+                for label in (each.to(device) for each in labels):
                     predicted = predictions[..., : label.shape[-1]]
                     main.append(self.of.loss(predicted, label) / (samples * len(labels)))
                     self._keep(predicted, label)
