@@ -144,3 +144,10 @@ def test_softcaps_and_sinks_matter_in_these_models(family):
     with torch.no_grad():
         difference = model(prompt(30)).logits - plain(prompt(30)).logits
     assert difference.abs().max() > 1e-2
+
+
+def test_one_token_steps_are_for_plain_layers_only(mixed):
+    model, _ = mixed
+    backbone = Backbone(model)
+    assert not backbone.plain
+    assert Backbone(tiny_model("llama")).plain
