@@ -90,13 +90,17 @@ def attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float,
+    dropout: float = 0.0,
+    scaling: float = 1.0,
     retained: Callable[..., Tensor] | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function that stock attention layers call; `retained` is what the attachment handed in.
+
+    The arguments stand in the order of transformers' own attention functions, because kvpress,
+    which wraps them all, passes the first six by position.
 
     Raises:
         ValueError: the layer is not one that an engine is attached to, or a mask was made.

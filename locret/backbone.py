@@ -55,6 +55,9 @@ Rotation = Callable[[int, Tensor, Any, Rotary | None], tuple[Tensor, Tensor] | N
 """Given layer index, hidden states, cache and rotary: the tables with which the layer may rotate by
 itself, or None if it must hand over queries and keys unrotated."""
 
+Finish = Callable[[Any, Tensor, Tensor], None]
+"""Given the cache, input_ids [B, T] and the decoder's output [B, T, hidden size]."""
+
 
 @dataclass(frozen=True)
 class AttentionLayer:
@@ -153,12 +156,18 @@ class Backbone:
         return "eager" if eager else "sdpa"
 
     @contextlib.contextmanager
-    def attached(self, run: LayerFunction, rotation: Rotation | None = None) -> Iterator[None]:
+    def attached(
+        self,
+        run: LayerFunction,
+        rotation: Rotation | None = None,
+        finish: Finish | None = None,
+    ) -> Iterator[None]:
         """Let `run` compute every attention layer, until the block ends, however it ends.
 
         Args:
             run: the layer function.
             rotation: when layers may rotate by themselves; None = never.
+            finish: called after the last layer; None = nothing is.
 
         Raises:
             ValueError: something is attached to this model already.
@@ -176,7 +185,24 @@ class Backbone:
                 hook = functools.partial(_hand_over, run, rotation, layer)
                 handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
+            if finish is not None:
+                after = functools.partial(_finish, finish)
+                handle = self.decoder.register_forward_hook(after, with_kwargs=True)
+                stack.callback(handle.remove)
             yield
+
+    def surprise(self, hidden: Tensor, next_ids: Tensor) -> Tensor:
+        """-log p of the tokens that came next, [B, T] float32.
+
+        Args:
+            hidden: the decoder's output, [B, T, hidden size].
+            next_ids: [B, T] long.
+        """
+        logits = self.model.get_output_embeddings()(hidden).float()
+        logits = logits * getattr(self.model, "logit_scale", 1)  # Cohere
+        logits = logits / getattr(self.config, "logits_scaling", 1)  # Granite
+        chosen = logits.gather(-1, next_ids[..., None].to(logits.device))[..., 0]
+        return logits.logsumexp(dim=-1) - chosen
 
     @contextlib.contextmanager
     def fixed_frequencies(self) -> Iterator[None]:
@@ -246,6 +272,15 @@ def _hand_over(
     if tables is None:
         tables = identity_tables(*kwargs["position_embeddings"])
     return args, {**kwargs, "position_embeddings": tables, "retained": compute}
+
+
+def _finish(
+    finish: Finish, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Forward hook of the decoder."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    assert ids is not None, "an attached decoder reads tokens, not embeddings"
+    finish(kwargs.get("past_key_values"), ids, output.last_hidden_state)
 
 
 def check_supported(config: Any) -> None:

@@ -33,18 +33,21 @@ class Eviction:
     """What layers do after attending: keep `budgets[layer]` units.
 
     The last `stabilizers` units and the first `query` ones are among them whatever they scored.
-    A layer evicts when it holds more than `slack` units above its budget.
+    A layer evicts when it holds more than `slack` units above its budget. The last `drop` tokens
+    of the chunk are read for the policy to see and not kept: a question that will be asked later.
     """
 
     budgets: tuple[int, ...]
     stabilizers: int
     query: int = 0
     slack: int = 0
+    drop: int = 0
 
-    def protected(self, layer_idx: int) -> tuple[int, int]:
-        """Protected units at the (tail, head) of a layer: a small budget protects fewer."""
+    def protected(self, layer_idx: int, recent: int = 0) -> tuple[int, int]:
+        """Protected units at the (tail, head) of a layer, the policy's `recent` ones included: a
+        small budget protects fewer."""
         head = min(self.query, self.budgets[layer_idx])
-        return min(self.stabilizers, self.budgets[layer_idx] - head), head
+        return min(max(self.stabilizers, recent), self.budgets[layer_idx] - head), head
 
 
 @dataclass(frozen=True)
@@ -356,6 +359,11 @@ class RetainedCache(Cache):
         return sum(layer.units.nbytes for layer in self.layers)
 
     @property
+    def retained_layers(self) -> list[RetainedLayer]:
+        """The layers that a budget bounds, not a sliding window."""
+        return [layer for layer in self.layers if layer.window is None]
+
+    @property
     def windows(self) -> tuple[int | None, ...]:
         """The sliding window of each layer; None for those without."""
         return tuple(layer.window for layer in self.layers)
@@ -457,6 +465,7 @@ class RetainedCache(Cache):
             layer.units, layer.seen = units, padded_to
             layer.rotated = of_rows[0].rotated
             layer.add_empty(empty, num_heads, device)
+            layer.state = _stack_states([each.state for each in of_rows])
             for each in of_rows:
                 each.units.clear()  # one layer at a time is held twice, not the whole batch
         return batch
@@ -482,6 +491,17 @@ class RetainedCache(Cache):
             "full_cache_bytes": full,
             "ratio": self.nbytes / full if full else 0.0,
         }
+
+
+def _stack_states(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What policies remember of rows, as one batch; zeros for rows that remember nothing."""
+    some: dict[str, Tensor] = {}
+    for row in rows:
+        some = row | some
+    return {
+        name: torch.cat([row.get(name, torch.zeros_like(like)) for row in rows])
+        for name, like in some.items()
+    }
 
 
 def _full_bytes(layer: RetainedLayer) -> int:

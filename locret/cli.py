@@ -1,10 +1,14 @@
 """Command line: `python -m locret COMMAND --help`.
 
 generate   answer a prompt of any length within a budget
-needle     needle in a haystack under several policies at the same budget
+needle     needle in a haystack under several policies, at one length or over a grid
+evaluate   benchmarks under several policies and budgets, with a manifest
+lm_eval    lm-evaluation-harness with `--model locret` and our task files
 convert    between the artifact folder and the released .bin format
 inspect    what an artifact records, and whether its weights look sound
 push       an artifact to the Hugging Face Hub
+report     tables and figures of many results, as Markdown and HTML
+plan       what fits into a given memory, from a model's config alone
 """
 
 import argparse
@@ -18,9 +22,10 @@ from typing import Any
 
 from locret import artifact, hub
 from locret.heads import RetainingHeads
-from locret.models import LoadedModel, load_model
+from locret.models import LoadedModel, load_config, load_model
 from locret.policies import POLICIES
 
+HARNESS = "lm_eval"
 BYTES_PER_MIB = 2**20
 CARD_LINES = 16  # of the card, shown before a push
 ODD_RATIO = 10  # norms further than this from the layers' median are remarked on
@@ -28,7 +33,7 @@ ODD_RATIO = 10  # norms further than this from the layers' median are remarked o
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors of the user print one line to stderr."""
-    given = _parser().parse_args(args)
+    given = _parsed(sys.argv[1:] if args is None else args)
     try:
         given.run(given)
     except (ValueError, OSError) as error:
@@ -40,6 +45,12 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parsed(args: Sequence[str]) -> argparse.Namespace:
+    if args[:1] == [HARNESS]:  # its arguments are the harness's own
+        return argparse.Namespace(command=HARNESS, run=lambda _: _lm_eval(args[1:]))
+    return _parser().parse_args(args)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="locret", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -47,9 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands)
     _add_needle(commands)
+    _add_evaluate(commands)
     _add_convert(commands)
     _add_inspect(commands)
     _add_push(commands)
+    _add_report(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -72,10 +86,12 @@ def _add_generate(commands: Any) -> None:
 def _add_needle(commands: Any) -> None:
     command = commands.add_parser("needle", help="needles under several policies")
     _add_model(command)
-    command.add_argument("--policies", nargs="+", default=["full", "streaming_llm", "locret"])
+    command.add_argument(
+        "--policies", nargs="+", type=_names, default=[["full", "streaming_llm", "locret"]]
+    )
     command.add_argument("--tasks", nargs="+", default=["niah_single"])
     command.add_argument("--tokens", type=int, default=3000, help="length of the prompts")
-    command.add_argument("--count", type=int, default=10, help="samples a task, spread over depths")
+    command.add_argument("--count", type=int, help="samples a task, spread over depths")
     command.add_argument("--ratios", nargs="+", type=int, default=[8], help="tokens a budget unit")
     command.add_argument("--seed", type=int, default=1_000_000)
     command.add_argument("--max-new-tokens", type=int, default=32)
@@ -84,7 +100,27 @@ def _add_needle(commands: Any) -> None:
         "--no-answer-prefix", action="store_true", help="do not give the answer's first words"
     )
     command.add_argument("--json-out", type=Path, help="write every answer to this file")
+    grid = command.add_argument_group("grid of lengths and depths (--json-out is needed)")
+    grid.add_argument("--grid", action="store_true", help="ask at --lengths x --depths")
+    grid.add_argument("--lengths", default="1K,2K,4K", help="of the prompts, such as 1024,2K")
+    grid.add_argument("--depths", type=int, default=10)
+    grid.add_argument("--plot", type=Path, help="write the heat maps to this file")
     command.set_defaults(run=_needle)
+
+
+def _add_evaluate(commands: Any) -> None:
+    from locret.evaluation import command
+
+    added = commands.add_parser("evaluate", help="benchmarks under several policies and budgets")
+    command.add_arguments(added)
+    added.set_defaults(run=lambda given: command.run(given, _Bar))
+    commands.add_parser(HARNESS, help="lm-evaluation-harness with --model locret")
+
+
+def _lm_eval(args: Sequence[str]) -> None:
+    from locret.evaluation import harness_command
+
+    harness_command.run(args)
 
 
 def _add_convert(commands: Any) -> None:
@@ -114,6 +150,28 @@ def _add_push(commands: Any) -> None:
     command.set_defaults(run=_push)
 
 
+def _add_report(commands: Any) -> None:
+    command = commands.add_parser("report", help="tables and figures of many results")
+    command.add_argument("results", nargs="+", help="JSON files of results")
+    command.add_argument("--out", type=Path, required=True, help="folder to write to")
+    command.add_argument("--title", default="Results")
+    command.set_defaults(run=_report)
+
+
+def _add_plan(commands: Any) -> None:
+    command = commands.add_parser("plan", help="what fits into a given memory")
+    command.add_argument("--model", required=True, help="Hub id, folder, or embedded:smollm2")
+    command.add_argument("--revision", help="of the Hub repository")
+    command.add_argument("--memory", required=True, help="such as 24GiB")
+    command.add_argument("--context", required=True, help="tokens, such as 128K")
+    command.add_argument("--chunk-size", type=int, help="tokens read at a time")
+    command.add_argument("--new-tokens", type=int, help="answer tokens to leave room for")
+    command.add_argument("--head-width", type=int, help="of the retaining heads; 0 = none")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    command.add_argument("--json", action="store_true", help="print one JSON object instead")
+    command.set_defaults(run=_plan)
+
+
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="Hub id, folder, or embedded:smollm2")
     command.add_argument("--heads", help="artifact folder, .bin file, or Hub id")
@@ -122,6 +180,10 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
     )
     command.add_argument("--device", default=None)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _setting(text: str) -> int | None | str:
@@ -190,26 +252,30 @@ def _generate_summary(result: dict[str, Any]) -> str:
 def _needle(given: argparse.Namespace) -> None:
     from locret.evaluation import needle
 
-    unknown = sorted(set(given.policies) - set(POLICIES))
+    policies = [name for names in given.policies for name in names]
+    unknown = sorted(set(policies) - set(POLICIES))
     if unknown:
         raise ValueError(f"policies {unknown} are unknown; expected some of {sorted(POLICIES)}")
-    heads = _load_heads(given)
-    if heads is None and "locret" in given.policies:
+    if not given.heads and "locret" in policies:
         raise ValueError("policy locret needs --heads; train some with python -m trainers.fit")
     settings = needle.NeedleSettings(
         tasks=tuple(given.tasks),
         tokens=given.tokens,
-        count=given.count,
+        count=given.count or needle.NeedleSettings.count,
         ratios=tuple(given.ratios),
         seed=given.seed,
         haystack=None if given.haystack == "reference" else given.haystack,
         answer_prefix=not given.no_answer_prefix,
         max_new_tokens=given.max_new_tokens,
     )
+    heads = _load_heads(given)
+    if given.grid:
+        _needle_grid(given, policies, settings, heads)
+        return
     loaded = _load_model(given)
-    total = len(needle.runs(given.policies, settings.ratios)) * settings.count * len(settings.tasks)
+    total = len(needle.runs(policies, settings.ratios)) * settings.count * len(settings.tasks)
     bar, results = _Bar("asking"), []
-    for result in needle.run_needles(loaded, given.policies, settings, heads):
+    for result in needle.run_needles(loaded, policies, settings, heads):
         results.append(result)
         bar(len(results), total)
     print(
@@ -223,6 +289,38 @@ def _needle(given: argparse.Namespace) -> None:
         given.json_out.parent.mkdir(parents=True, exist_ok=True)
         given.json_out.write_text(json.dumps(needle.as_json(settings, results), indent=1))
         print(f"answers  {given.json_out.resolve()}")
+
+
+def _needle_grid(
+    given: argparse.Namespace, policies: list[str], settings: Any, heads: RetainingHeads | None
+) -> None:
+    from locret.evaluation import figures, grid, heatmap
+    from locret.quantities import parse_tokens
+
+    if given.json_out is None:
+        raise ValueError("a grid needs --json-out FILE: answers are kept there as they come")
+    if given.plot:
+        figures.plotting()  # missing: better now than after hours
+    asked = grid.GridSettings(
+        lengths=tuple(parse_tokens(length) for length in given.lengths.split(",")),
+        depths=given.depths,
+        samples_per_cell=given.count or 1,
+        needle=settings,
+    )
+    loaded = _load_model(given)
+    record = grid.run_grid(
+        loaded,
+        policies,
+        asked,
+        given.json_out,
+        heads,
+        manifest=grid.manifest_of(loaded, given.heads),
+        progress=_Bar("asking"),
+    )
+    print(grid.as_table(record))
+    print(f"\nanswers  {given.json_out.resolve()}")
+    if given.plot:
+        print(f"figure   {heatmap.draw(record, given.plot).resolve()}")
 
 
 def _convert(given: argparse.Namespace) -> None:
@@ -293,6 +391,30 @@ def _push(given: argparse.Namespace) -> None:
             revision=given.revision,
         )
         print(f"pushed {len(files)} files to {address}")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from locret.evaluation.report import MARKDOWN, make_report
+
+    page = make_report(given.results, given.out, given.title)
+    print(f"report   {page.with_name(MARKDOWN).resolve()}")
+    print(f"page     {page.resolve()}")
+
+
+def _plan(given: argparse.Namespace) -> None:
+    import torch
+
+    from locret import plan
+    from locret.quantities import parse_bytes, parse_tokens
+
+    asked = {"memory": parse_bytes(given.memory), "context": parse_tokens(given.context)}
+    for name in ("chunk_size", "new_tokens", "head_width"):
+        if getattr(given, name) is not None:
+            asked[name] = getattr(given, name)
+    config = load_config(given.model, revision=given.revision)
+    dtype = getattr(torch, given.dtype) if given.dtype else None
+    made = plan.make_plan(config, dtype=dtype, **asked)
+    print(json.dumps(made.to_dict()) if given.json else plan.as_text(made, given.model))
 
 
 def _upload_plan(

@@ -66,6 +66,13 @@ class Engine:
         local_tokens: last tokens of the prompt that are read after the final eviction.
         positions: "compact" or "original" (`locret.cache`).
         longrope: "long" or "by_length" (`locret.rotary`).
+        query_aware: let the policy see the question before the final eviction. `generate`: the last
+            `local_tokens` tokens of the prompt belong to its last chunk, which is ranked and
+            evicted as a whole; only the very last token, from which the answer starts, is read
+            afterwards. With `chunk_size=None` that is the published one-shot form of the policies
+            that look from the prompt's end. `prefill` needs `query_ids`: they are read behind the
+            context, in its last chunk, and given up again, to be asked with `generate` later.
+            Earlier chunks are evicted without the question. Query-aware heads need no switch.
         decode_interval: also evict while answering, back to the budget every so many tokens, so
             that answers of any length stay bounded; None = answers are kept whole. Rows of a batch
             evict at the same steps.
@@ -90,6 +97,7 @@ class Engine:
         local_tokens: int | Auto = "auto",
         positions: Positions | Auto = "auto",
         longrope: LongRopeRule | Auto = "auto",
+        query_aware: bool = False,
         decode_interval: int | None = None,
         backend: Backend | Auto = "auto",
         graphs: bool | Auto = "auto",
@@ -118,6 +126,12 @@ class Engine:
         if isinstance(self.policy, LocretPolicy):
             self.query_tokens = self.policy.heads.config.query_tokens
         self.settings.check(self.query_tokens, self.backbone.geometry.num_layers)
+        self.query_aware = query_aware
+        if query_aware and self.query_tokens:
+            raise ValueError(
+                "query_aware=True, but these heads read the question in front of the prompt "
+                "already; leave it out"
+            )
         self.backend: Backend = _backend(backend, self.backbone)
         self.graphs = _graphs(graphs, self.backbone)
         self.progress = progress
@@ -156,8 +170,9 @@ class Engine:
     def __enter__(self) -> "Engine":
         if self._depth == 0:
             stack = contextlib.ExitStack()
-            run = RetainedAttention(self.policy, self.backend)
-            stack.enter_context(self.backbone.attached(run, run.rotation))
+            run = RetainedAttention(self.policy, self.backend, self.backbone.surprise)
+            finish = run.finish if self.policy.waits else None
+            stack.enter_context(self.backbone.attached(run, run.rotation, finish))
             self._attached = stack
         self._depth += 1
         return self
@@ -188,8 +203,9 @@ class Engine:
             input_ids: [B, n] long; rows of different lengths are padded on the left.
             attention_mask: [B, n], zeros where a row is padded; None = no padding.
             query_ids: [B, q] long: what will be asked. Query-aware heads (Locret-Q) need it: it is
-                read in front of the context, once more, and never evicted. Without a budget nothing
-                is scored, and it is not read.
+                read in front of the context, once more, and never evicted; and so does an engine
+                with `query_aware`, which reads it behind the context and does not keep it. Without
+                a budget nothing is scored, and it is not read.
 
         Returns:
             The cache, to go on from with `generate(question_ids, cache=cache)`.
@@ -254,7 +270,7 @@ class Engine:
             if cache is None:
                 cache = self._read_prompt(input_ids, padding)
                 # What was read in front of the prompt, for stock generate's bookkeeping.
-                unread = min(self.local_tokens, input_ids.shape[1])
+                unread = min(self._unread, input_ids.shape[1])
                 front = cache.seen - (input_ids.shape[1] - unread)
                 context = input_ids[:, input_ids.shape[1] - front :]
                 limit = kwargs.get("max_length") or getattr(
@@ -265,10 +281,15 @@ class Engine:
             sequence = torch.cat([context, input_ids], dim=1)
             return self._generate(sequence, cache, context.shape[1], kwargs)
 
+    @property
+    def _unread(self) -> int:
+        """Last tokens of a prompt that are read after the final eviction."""
+        return 1 if self.query_aware else self.local_tokens
+
     def _read_prompt(self, input_ids: Tensor, padding: list[int]) -> RetainedCache:
-        """The cache after all of the prompt but its local tokens."""
+        """The cache after all of the prompt but its local tokens, or the last one of them."""
         width = input_ids.shape[1]
-        unread = min(self.local_tokens, width)
+        unread = min(self._unread, width)
         if not any(padding):
             context = input_ids[:, : width - unread]
             return self._prefill(context, width, self._query_of(input_ids, context))
@@ -278,8 +299,12 @@ class Engine:
         lengths = [row.shape[1] for row in rows]
         cache = self._prefill_rows(contexts, lengths, queries, width - unread)
         heads, device = self.backbone.geometry.num_kv_heads, input_ids.device
-        for layer in cache.layers:  # rows shorter than the local tokens are padded within these
-            layer.add_empty([max(unread - length, 0) for length in lengths], heads, device)
+        # Rows shorter than the local tokens are padded within these.
+        within = [max(unread - length, 0) for length in lengths]
+        if cache.padding is not None:
+            cache.padding = tuple(map(sum, zip(cache.padding, within, strict=True)))
+        for layer in cache.layers:
+            layer.add_empty(within, heads, device)
         return cache
 
     def _query_of(self, prompt: Tensor, context: Tensor) -> Tensor | None:
@@ -319,28 +344,37 @@ class Engine:
         cache = RetainedCache(len(windows), _one_if_equal(budgets), self.positions, windows)
         cache.model = self._description
         cache.prompt_lengths = (prompt_length,)
-        if query_ids is not None:
+        together, drop = self.local_tokens - 1 if self.query_aware else 0, 0
+        if query_ids is not None and self.query_aware:
+            together = drop = query_ids.shape[1]
+            input_ids = torch.cat([input_ids, query_ids], dim=1)
+        elif query_ids is not None:
             cache.query_length = query_ids.shape[1]
             input_ids = torch.cat([query_ids, input_ids], dim=1)
         total = input_ids.shape[1]
-        for start in range(0, total, self.chunk_size or max(total, 1)):
-            chunk = input_ids[:, start : start + (self.chunk_size or total)]
-            end = start + chunk.shape[1]
+        for start, end in _chunks(total, self.chunk_size, together):
+            final = end == total
             if budgets is not None:
-                stabilizers = self.settings.stabilizers_for(budgets) if end < total else 0
-                cache.eviction = Eviction(budgets, stabilizers, cache.query_length)
-            self._take_in(chunk, cache)
+                stabilizers = 0 if final else self.settings.stabilizers_for(budgets)
+                cache.eviction = Eviction(
+                    budgets, stabilizers, cache.query_length, drop=drop if final else 0
+                )
+            self._take_in(input_ids[:, start:end], cache)
             if self.progress is not None:
                 self.progress(end, total)
         cache.eviction = None
-        cache.token_ids = input_ids.cpu()
+        if drop:
+            for layer in cache.layers:
+                layer.state = {}  # of a question that was given up
+        cache.token_ids = input_ids[:, : total - drop].cpu()
         cache.unread_ids = cache.token_ids[:, :0]
         return cache
 
     def _take_in(self, chunk: Tensor, cache: RetainedCache) -> None:
         """Run a chunk of a context through the layers, for what they store of it."""
         # Devices that share a model put layers back after use; they must be let finish.
-        cache.takes_in = not getattr(self.backbone.model, "hf_device_map", None)
+        spread = getattr(self.backbone.model, "hf_device_map", None)
+        cache.takes_in = not spread and not self.policy.waits
         try:
             with contextlib.suppress(TakenIn):
                 self.backbone.decoder(input_ids=chunk, past_key_values=cache, use_cache=True)
@@ -348,8 +382,13 @@ class Engine:
             cache.takes_in = False
 
     def _checked_query(self, query_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
-        """The query to read in front of a context, if any."""
+        """The query to read in front of a context, or behind it, if any."""
         if query_ids is None:
+            if self.query_aware and self.budget is not None:
+                raise ValueError(
+                    "the engine is query_aware, so that a context is compressed for a question: "
+                    "pass query_ids, or leave query_aware out"
+                )
             if self.query_tokens and self.budget is not None:
                 raise ValueError(
                     f"these heads are query-aware (they learned with {self.query_tokens} tokens of "
@@ -357,8 +396,11 @@ class Engine:
                 )
             return None
         _check_ids(query_ids)
-        if not self.query_tokens:
-            raise ValueError("query_ids given, but the policy's heads are not query-aware")
+        if not self.query_tokens and not self.query_aware:
+            raise ValueError(
+                "query_ids given, but the policy's heads are not query-aware, nor was the engine "
+                "made with query_aware=True"
+            )
         if query_ids.shape[0] != input_ids.shape[0]:
             raise ValueError(
                 f"query_ids has {query_ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they "
@@ -366,6 +408,7 @@ class Engine:
             )
         if self.budget is None:
             return None
+        # All of it behind the context, as much as the heads learned with in front.
         return query_ids[:, -self.query_tokens :].to(input_ids.device)
 
     def _context_ids(self, cache: RetainedCache, input_ids: Tensor) -> Tensor:
@@ -506,6 +549,12 @@ def _graphs(graphs: bool | Auto, backbone: Backbone) -> bool:
     if graphs is True and reason is not None:
         raise ValueError(f"graphs=True does not work here: {reason}; leave it 'auto'")
     return reason is None and graphs is not False
+
+
+def _chunks(total: int, size: int | None, together: int) -> list[tuple[int, int]]:
+    """Start and end of every chunk; the last `together` tokens are all in the last one."""
+    starts = [*range(0, max(total - together, 1), size or max(total, 1))] if total else []
+    return [*zip(starts, [*starts[1:], total], strict=False)]
 
 
 def _one_if_equal(budgets: tuple[int, ...] | None) -> int | tuple[int, ...] | None:

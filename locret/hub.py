@@ -32,7 +32,12 @@ class Upload:
 
 
 def download(
-    repo_id: str, *, patterns: Sequence[str], revision: str | None, token: str | None
+    repo_id: str,
+    *,
+    patterns: Sequence[str],
+    revision: str | None,
+    token: str | None,
+    repo_type: str = "model",
 ) -> Path:
     """The local copy of the files of a repository that match; the folder may not exist if none do.
 
@@ -45,7 +50,11 @@ def download(
     try:
         return Path(
             snapshot_download(
-                repo_id, revision=revision, token=token, allow_patterns=list(patterns)
+                repo_id,
+                repo_type=repo_type,
+                revision=revision,
+                token=token,
+                allow_patterns=list(patterns),
             )
         )
     except HFValidationError as error:

@@ -9,6 +9,10 @@ Layers with a sliding window bound their cache by themselves: they hold the last
 whatever is read or answered, and no policy is asked.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +23,11 @@ from locret.policies.base import HeldUnits, LayerChunk, Policy
 from locret.rotary import Rotary
 from locret.selection import keep_highest
 from locret.units import NewUnits, unscored
+
+Surprise = Callable[[Tensor, Tensor], Tensor]
+"""Given hidden states [B, T, hidden size] and the tokens [B, T] that came next: -log p, [B, T]."""
+
+BLOCK = 256  # tokens whose logits over the whole vocabulary are in memory at a time
 
 
 class TakenIn(Exception):
@@ -34,11 +43,13 @@ class RetainedAttention:
     Args:
         policy: ranks units.
         backend: see `locret.backends`.
+        surprise: the backbone's, for policies that wait.
     """
 
-    def __init__(self, policy: Policy, backend: Backend) -> None:
+    def __init__(self, policy: Policy, backend: Backend, surprise: Surprise) -> None:
         self.policy = policy
         self.backend = backend
+        self.surprise = surprise
 
     def __call__(self, call: LayerCall) -> Tensor:
         cache = call.cache
@@ -59,7 +70,7 @@ class RetainedAttention:
             output = self._answer(call, layer, cache, leave)
         else:
             output = self._read(call, layer, cache, cache.eviction, leave)
-        layer.seen += call.key.shape[2]
+        layer.seen += call.key.shape[2] - (cache.eviction.drop if cache.eviction else 0)
         if output is None:
             raise TakenIn
         return output
@@ -83,6 +94,7 @@ class RetainedAttention:
         self, call: LayerCall, layer: RetainedLayer, cache: RetainedCache, leave: bool
     ) -> Tensor | None:
         """Nothing is evicted any more."""
+        layer.state = {}  # the policy does not see these tokens, so what it remembers goes stale
         lengths, starts = cache.prompt_lengths, _first_slots(layer, cache)
         layer.freeze(lambda keys: call.rotate(keys, layer.own_slots(0), lengths), cache.room)
         query, key = call.query, call.key
@@ -99,7 +111,7 @@ class RetainedAttention:
         self, call: LayerCall, layer: RetainedLayer, window: int, cache: RetainedCache, leave: bool
     ) -> Tensor | None:
         """Attend within the window, and hold no more than the next token sees of it."""
-        lengths, held, tokens = cache.prompt_lengths, layer.held, call.key.shape[2]
+        lengths, held = cache.prompt_lengths, layer.held
         output, keep = None, max(window - 1, 1)
         if not leave:
             keys, values = call.key, call.value
@@ -110,8 +122,9 @@ class RetainedAttention:
             query = call.rotate(call.query, layer.own_slots(held), lengths)
             scaling, empty = call.scaling, layer.empty
             output = attend(query, keys, values, scaling, self.backend, empty, call.weighting)
-        positions = torch.arange(layer.seen, layer.seen + tokens, device=call.key.device)
-        new = NewUnits(call.key, call.value, unscored(call.key), positions)
+        tokens = call.key.shape[2] - (cache.eviction.drop if cache.eviction else 0)
+        positions = torch.arange(layer.seen, layer.seen + call.key.shape[2], device=call.key.device)
+        new = NewUnits(call.key, call.value, unscored(call.key), positions).first(tokens)
         gone = max(held + tokens - keep, 0)
         if not gone:
             layer.units.append(*new)
@@ -145,8 +158,8 @@ class RetainedAttention:
         if not leave:
             scaling, empty = call.scaling, layer.empty
             output = attend_past(query, past, new, scaling, self.backend, empty, call.weighting)
-        scores = self._rank(call, layer, query, key, held)
-        self._store(layer, call, key, scores, eviction, cache)
+        scores = self._rank(call, layer, query, key, held, cache)
+        self._store(layer, call, key, scores, eviction)
         return output
 
     def _rank(
@@ -156,8 +169,14 @@ class RetainedAttention:
         query: Tensor,
         key: Tensor,
         held: HeldUnits | None,
+        cache: RetainedCache,
     ) -> Tensor:
         assert call.retained_idx is not None
+        starts, lengths = _first_slots(layer, cache), cache.prompt_lengths
+
+        def rotate(x: Tensor, offset: int) -> Tensor:
+            return call.rotate(x, tuple(start + offset for start in starts), lengths)
+
         chunk = LayerChunk(
             layer_idx=call.retained_idx,
             query=call.query,
@@ -170,6 +189,9 @@ class RetainedAttention:
             rotated_key=key,
             held=held,
             state=layer.state,
+            empty=layer.empty,
+            padding=torch.tensor(cache.padding, device=key.device) if cache.padding else None,
+            rotate=rotate,
         )
         scores = self.policy.rank(chunk)
         expected = (*call.key.shape[:2], layer.held + call.key.shape[2])
@@ -187,11 +209,9 @@ class RetainedAttention:
         rotated_key: Tensor,
         scores: Tensor,
         eviction: Eviction,
-        cache: RetainedCache,
     ) -> None:
         held, tokens = layer.held, call.key.shape[2]
         assert call.retained_idx is not None
-        budget = eviction.budgets[call.retained_idx]
         new = NewUnits(
             rotated_key if layer.rotated else call.key,
             call.value,
@@ -200,16 +220,81 @@ class RetainedAttention:
         )
         if held:
             layer.units.replace_scores(scores[:, :, :held])
-        if held + tokens <= budget + eviction.slack:
-            room = budget + eviction.slack - held - tokens if eviction.slack else 0
+        if self.policy.waits:
+            layer.units.append(*new)
+            return
+        if eviction.drop:
+            tokens -= eviction.drop
+            new = new.first(tokens)
+            scores = scores[:, :, : held + tokens]
+        most = eviction.budgets[call.retained_idx] + eviction.slack
+        if held + tokens <= most:
+            room = most - held - tokens if eviction.slack else 0
             layer.units.append(*new, room=min(room, DECODE_ROOM))
             return
-        if layer.empty is not None:
-            slot = torch.arange(held + tokens, device=scores.device)
-            scores = scores.masked_fill(slot < layer.empty[..., None], -torch.inf)
-        index = keep_highest(scores, budget, *eviction.protected(call.retained_idx))
+        index = self._choose(scores, layer, call.retained_idx, eviction)
         layer.units.append_selected(new, index)
         layer.note_evicted(held + tokens - index.shape[2])
+
+    def _choose(
+        self, scores: Tensor, layer: RetainedLayer, retained_idx: int, eviction: Eviction
+    ) -> Tensor:
+        """Indices of the units to keep, [B, H, budget] long, ascending."""
+        budget = eviction.budgets[retained_idx]
+        if layer.empty is not None:
+            slot = torch.arange(scores.shape[2], device=scores.device)
+            scores = scores.masked_fill(slot < layer.empty[..., None], -torch.inf)
+        recent = self.policy.recent(budget) - eviction.drop
+        return keep_highest(scores, budget, *eviction.protected(retained_idx, recent))
+
+    def finish(self, cache: Any, input_ids: Tensor, hidden: Tensor) -> None:
+        """After a chunk went through all layers: let a policy that waits evict.
+
+        Args:
+            cache: what the backbone was given.
+            input_ids: [B, T]; hidden: [B, T, hidden size], the decoder's output.
+        """
+        if not self.policy.waits or not isinstance(cache, RetainedCache) or not cache.eviction:
+            return
+        eviction, layers = cache.eviction, cache.retained_layers
+        surprisal = functools.partial(self._surprisal, cache, input_ids, hidden)
+        ranked = self.policy.reconsider([layer.scores for layer in layers], surprisal)
+        layers[0].state["last_hidden"] = hidden[:, -1].clone()
+        for i, (layer, scores) in enumerate(zip(layers, ranked, strict=True)):
+            layer.units.replace_scores(scores.float())
+            size = layer.held - eviction.drop
+            if size <= eviction.budgets[i] + eviction.slack:
+                if eviction.drop:
+                    kept = torch.arange(size, device=scores.device)
+                    layer.units.select(kept.expand(*scores.shape[:2], size))
+                continue
+            index = self._choose(scores.float()[:, :, :size], layer, i, eviction)
+            layer.units.select(index)
+            layer.note_evicted(size - index.shape[2])
+
+    def _surprisal(self, cache: RetainedCache, input_ids: Tensor, hidden: Tensor) -> Tensor:
+        """-log p of every token given those before it, [B, T] float32; +inf where not known."""
+        layer = cache.retained_layers[0]
+        before = layer.state.get("last_hidden")
+        first = hidden[:, :1] * 0 if before is None else before[:, None]
+        predicting = torch.cat([first, hidden[:, :-1]], dim=1)
+        surprisal = torch.cat(
+            [
+                self.surprise(part, ids)
+                for part, ids in zip(
+                    predicting.split(BLOCK, dim=1), input_ids.split(BLOCK, dim=1), strict=True
+                )
+            ],
+            dim=1,
+        )
+        if before is None:
+            surprisal[:, 0] = torch.inf
+        elif cache.padding is not None:
+            tokens = input_ids.shape[1]
+            column = torch.arange(layer.seen - tokens, layer.seen, device=hidden.device)
+            own = column - torch.tensor(cache.padding, device=hidden.device)[:, None]
+            surprisal = surprisal.masked_fill(own <= 0, torch.inf)
+        return surprisal
 
 
 def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:

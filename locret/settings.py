@@ -117,7 +117,7 @@ class Settings:
         if isinstance(budget, float):
             budget = max(1, round(budget * context))
         if isinstance(budget, int):
-            return tuple(policy.budgets(budget, num_layers))
+            return tuple(policy.budgets(budget, num_layers, context))
         return tuple(budget)
 
     def stabilizers_for(self, budgets: Sequence[int]) -> int:

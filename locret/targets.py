@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _BLOCK_ELEMENTS = 2**26  # of the logits that are in memory at a time
 
@@ -89,8 +89,10 @@ def value_weighted(view: AnswerView) -> Tensor:
             "label 'value_weighted' needs the attention layers' output projection as one matrix: "
             "it is quantized, offloaded, wrapped by an adapter (merge it), or not named o_proj"
         )
-    prompt = view.value[:, :, : view.prompt_length]
-    return _max_over_answer(view, weight=_output_norms(prompt, view.output_weight))
+    prompt, output = view.value[:, :, : view.prompt_length], view.output_weight
+    if type(output) not in (Tensor, nn.Parameter):  # looks like a matrix, is stored in fewer bits
+        output = output.dequantize()
+    return _max_over_answer(view, weight=_output_norms(prompt, output))
 
 
 def _max_over_answer(view: AnswerView, weight: Tensor | None) -> Tensor:

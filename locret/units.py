@@ -32,6 +32,11 @@ class NewUnits(NamedTuple):
         positions = self.positions.expand(self.keys.shape[:3])
         return self.keys, self.values, self.scores.float(), positions
 
+    def first(self, count: int) -> "NewUnits":
+        """The first `count` of them."""
+        keys, values, scores = (x[:, :, :count] for x in self[:3])
+        return NewUnits(keys, values, scores, self.positions[..., :count])
+
 
 class UnitsView(NamedTuple):
     """What a layer held at some moment: its storage and how many units of it were in use."""

@@ -82,6 +82,21 @@ def test_needle_prints_a_row_a_policy_and_keeps_the_answers(folder, tmp_path, ca
         assert row["ratio"] == (1 if full else 8)
 
 
+def test_needle_grid_is_kept_drawn_and_gone_on_with(folder, tmp_path, capsys):
+    out, plot = tmp_path / "new" / "grid.json", tmp_path / "maps" / "grid.png"
+    args = ["--heads", str(folder / "heads"), "--grid", "--lengths", "300,0.5K", "--depths", "2"]
+    args += ["--policies", "full,locret", "--max-new-tokens", "2", "--json-out", str(out)]
+    assert run(folder, "needle", *args, "--plot", str(plot)) == 0
+    printed = capsys.readouterr().out
+    assert "512" in printed and str(plot) in printed
+    found = json.loads(out.read_text())
+    assert len(found["results"]) == 2 * 2 * 2
+    assert found["manifest"]["heads"] == str(folder / "heads")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert run(folder, "needle", *args) == 0
+    assert json.loads(out.read_text())["results"] == found["results"]
+
+
 def test_convert_there_and_back_is_bit_identical(folder, tmp_path, capsys):
     released, back = tmp_path / "heads.bin", tmp_path / "back"
     assert main(["convert", str(folder / "heads"), str(released)]) == 0
@@ -102,6 +117,10 @@ def test_convert_there_and_back_is_bit_identical(folder, tmp_path, capsys):
         (["needle", "--policies", "best"], "best"),
         (["needle", "--policies", "locret"], "--heads"),
         (["needle", "--policies", "full", "--task", "nosuch"], "nosuch"),
+        (["needle", "--policies", "full,best"], "best"),
+        (["needle", "--policies", "full", "--grid"], "--json-out"),
+        (["needle", "--policies", "full", "--grid", "--json-out", "o", "--lengths", "a"], "128K"),
+        (["needle", "--policies", "full", "--grid", "--json-out", "o", "--lengths", "9,8"], "asc"),
     ],
 )
 def test_a_mistake_gives_one_line_on_stderr(args, says, folder, capsys):

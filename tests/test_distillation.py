@@ -162,7 +162,7 @@ def test_other_places_of_the_model_still_see_plain_causal_attention(family):
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_runs_on_the_backend_of_the_model(backend, monkeypatch):
-    from locret import distillation
+    from locret import row_loss
 
     used = []
 
@@ -170,8 +170,8 @@ def test_attention_runs_on_the_backend_of_the_model(backend, monkeypatch):
         used.append(args[-1])
         return real(*args, **kwargs)
 
-    real = distillation.attend
-    monkeypatch.setattr(distillation, "attend", spying)
+    real = row_loss.attend
+    monkeypatch.setattr(row_loss, "attend", spying)
     model = tiny_model("llama", attn_implementation=backend)
     distill(model, trainable(model))
     assert used == [backend] * 2

@@ -92,7 +92,7 @@ def test_backends_agree(new, held, group, size):
         parts = attend_past(query, past, fresh, size**-0.5, backend)
         for output in (whole, parts):
             assert output.is_contiguous()
-            assert (output.float() - exact).abs().max() < 2e-2, backend
+            assert (output.float() - exact).abs().max() < 4e-2, backend
 
 
 def test_memory_comes_back():

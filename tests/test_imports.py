@@ -10,16 +10,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"identity", "kernels", "segments", "features", "targets", "losses", "card", "models", "saved"},
-    {"units", "selection", "rotary"},
+    {"identity", "kernels", "segments", "features", "targets", "losses", "card", "saved"},
+    {"quantities", "quantization", "units", "selection", "rotary"},
+    {"weight_quantization"},
+    {"models"},
     {"hub"},
     {"artifact"},
     {"heads"},
     {"policies", "cache", "backends"},
     {"attention", "backbone"},
+    {"row_loss", "packing"},
+    {"chunked_reading"},
     {"retention", "steps", "settings"},
-    {"generation", "distillation", "packing"},
-    {"evaluation"},
+    {"generation", "distillation"},
+    {"evaluation", "integrations", "plan"},
     {"cli", "__main__", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -142,20 +142,31 @@ def run_needles(
         ValueError: an unknown policy or task, or the policy "locret" without heads.
     """
     samples = make_samples(settings, loaded.tokenizer)
-    for policy, ratio in runs(policies, settings.ratios):
-        engine = Engine(
-            loaded.model,
-            policy,
-            heads=heads,
-            budget=settings.tokens // ratio,
-            chunk_size=settings.chunk_size,
-            local_tokens=settings.local_tokens,
-        )
+    for run in runs(policies, settings.ratios):
+        engine = make_engine(loaded, run, settings, heads)
         for seed, sample in samples:
-            yield _ask(loaded, (policy, ratio), engine, seed, sample, settings)
+            yield ask(loaded, run, engine, seed, sample, settings)
 
 
-def _ask(
+def make_engine(
+    loaded: LoadedModel,
+    run: tuple[str, int],
+    settings: NeedleSettings,
+    heads: RetainingHeads | None = None,
+) -> Engine:
+    """The engine of one run: a policy and its ratio."""
+    policy, ratio = run
+    return Engine(
+        loaded.model,
+        policy,
+        heads=heads,
+        budget=settings.tokens // ratio,
+        chunk_size=settings.chunk_size,
+        local_tokens=settings.local_tokens,
+    )
+
+
+def ask(
     loaded: LoadedModel,
     run: tuple[str, int],
     engine: Engine,
@@ -163,6 +174,7 @@ def _ask(
     sample: SyntheticSample,
     settings: NeedleSettings,
 ) -> NeedleResult:
+    """Ask one sample under one run."""
     tokenizer: Any = loaded.tokenizer
     ids = needle_prompt(sample, tokenizer, settings.answer_prefix).to(loaded.model.device)
     started = time.perf_counter()

@@ -91,14 +91,15 @@ def _launch(
     batch, heads, kept = index.shape
     sizes = tuple(units.shape[3] if units.dim() == 4 else 1 for units in held)
     widest = padded(max(sizes))
+    held, new = tuple(map(_rows, held)), tuple(map(_rows, new))
     rows = max(16, min(padded(kept, least=16), 8192 // widest))
     with on_device(index):
         _gather[(triton.cdiv(kept, rows), heads, batch)](
             *(held, new, storage, index, kept, held[0].shape[2]),
             *index.stride(),
-            tuple(_strides(units) for units in held),
-            tuple(_strides(units) for units in new),
-            tuple(_strides(units)[:3] for units in storage),
+            tuple(units.stride()[:3] for units in held),
+            tuple(units.stride()[:3] for units in new),
+            tuple(units.stride()[:3] for units in storage),
             SIZES=sizes,
             BLOCKS=tuple(padded(size) for size in sizes),
             ROWS=rows,
@@ -106,12 +107,13 @@ def _launch(
         )
 
 
-def _strides(units: Tensor) -> tuple[int, ...]:
-    return units.stride() if units.dim() == 4 else (*units.stride(), 1)
+def _rows(units: Tensor) -> Tensor:
+    """`units` with the elements of a unit side by side."""
+    return units if units.dim() == 3 or units.stride(3) == 1 else units.contiguous()
 
 
 @triton.jit
-def _gather(
+def _gather(  # type: ignore[no-untyped-def]
     held,
     new,
     storage,
@@ -133,18 +135,15 @@ def _gather(
     to = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = to < kept
     unit = tl.load(index + b * index_b + h * index_h + to * index_k, mask=there, other=0)
-    is_held = there & (unit < border)
-    is_new = there & (unit >= border)
+    is_held = unit < border
     for i in tl.static_range(len(held)):
         d = tl.arange(0, BLOCKS[i])
-        inside = (d < SIZES[i])[None, :]
+        mask = there[:, None] & (d < SIZES[i])[None, :]
         strides = held_strides[i]
-        row = held[i] + b * strides[0] + h * strides[1] + unit * strides[2]
-        old = tl.load(row[:, None] + (d * strides[3])[None, :], mask=is_held[:, None] & inside)
+        old = held[i] + b * strides[0] + h * strides[1] + unit * strides[2]
         strides = new_strides[i]
-        row = new[i] + b * strides[0] + h * strides[1] + (unit - border) * strides[2]
-        fresh = tl.load(row[:, None] + (d * strides[3])[None, :], mask=is_new[:, None] & inside)
+        fresh = new[i] + b * strides[0] + h * strides[1] + (unit - border) * strides[2]
+        units = tl.load(tl.where(is_held, old, fresh)[:, None] + d[None, :], mask=mask)
         strides = storage_strides[i]
         row = storage[i] + b * strides[0] + h * strides[1] + to * strides[2]
-        units = tl.where(is_held[:, None], old, fresh)
-        tl.store(row[:, None] + d[None, :], units, mask=there[:, None] & inside)
+        tl.store(row[:, None] + d[None, :], units, mask=mask)

@@ -12,7 +12,15 @@ import math
 import torch
 from torch import Tensor
 
-from locret.kernels.dispatch import multiprocessors, on_device, padded, takes_triton, tl, triton
+from locret.kernels.dispatch import (
+    INTERPRETED,
+    multiprocessors,
+    on_device,
+    padded,
+    takes_triton,
+    tl,
+    triton,
+)
 
 _LEAST_PART = 128  # units of the capacity that are worth a program of their own
 _PROGRAMS = 2  # programs that share a multiprocessor
@@ -141,8 +149,8 @@ def _launch(
             SIZE_BLOCK=wide,
             UNITS=min(128, max(16, 16384 // (wide * query.element_size()))),
             # The interpreter multiplies bfloat16 blocks as integers.
-            UPCAST=not query.is_cuda or query.dtype == torch.float32,
-            num_warps=4,
+            UPCAST=INTERPRETED or query.dtype == torch.float32,
+            num_warps=8 if query.dtype == torch.float32 else 4,
             num_stages=3,
         )
         _merge[(rows, heads, batch)](
@@ -170,7 +178,7 @@ def number_of_parts(heads: int, capacity: int, multiprocessors: int) -> int:
 
 
 @triton.jit
-def _attend(
+def _attend(  # type: ignore[no-untyped-def]
     query,
     keys,
     values,
@@ -274,7 +282,7 @@ def _attend(
 
 
 @triton.jit
-def _merge(
+def _merge(  # type: ignore[no-untyped-def]
     partial,
     weight,
     out,

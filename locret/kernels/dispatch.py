@@ -23,14 +23,16 @@ class _Missing:
         return function
 
 
-triton: Any
-tl: Any
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no wheels for this platform
-    triton = tl = _Missing()
+def _modules() -> tuple[Any, Any]:
+    try:
+        import triton
+        import triton.language
+    except ImportError:  # no wheels for this platform
+        return _Missing(), _Missing()
+    return triton, triton.language
 
+
+triton, tl = _modules()
 AVAILABLE = not isinstance(triton, _Missing)
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -57,7 +57,7 @@ def _launch(
 
 
 @triton.jit
-def _merge(
+def _merge(  # type: ignore[no-untyped-def]
     first,
     first_lse,
     second,

@@ -97,7 +97,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, half: bool, out: Tensor) -> Non
 
 
 @triton.jit
-def _rotate(
+def _rotate(  # type: ignore[no-untyped-def]
     x,
     cos,
     sin,
@@ -167,6 +167,6 @@ def _rotate(
 
 
 @triton.jit
-def _pairs(block):
+def _pairs(block):  # type: ignore[no-untyped-def]
     """[ROWS, 2 N] -> the even and the odd columns, [ROWS, N] each."""
     return tl.split(tl.reshape(block, (block.shape[0], block.shape[1] // 2, 2)))

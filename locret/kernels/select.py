@@ -46,14 +46,17 @@ def threshold_select_reference(
     scores: Tensor, budget: int, protected_tail: int = 0, protected_head: int = 0
 ) -> Tensor:
     """The twin of `threshold_select` for budget < S, in plain PyTorch."""
-    # Two sorts keys are needed: a NaN is below -inf and a protected unit above inf.
     scores = scores.float()
     unit = torch.arange(scores.shape[-1], device=scores.device)
     last = scores.shape[-1] - protected_tail
-    rank = (~scores.isnan()).long().masked_fill((unit < protected_head) | (unit >= last), 2)
-    by_score = scores.nan_to_num(0.0, torch.inf, -torch.inf).sort(-1, descending=True, stable=True)
-    by_rank = rank.gather(-1, by_score.indices).sort(-1, descending=True, stable=True)
-    return by_score.indices.gather(-1, by_rank.indices)[..., :budget].sort(-1).values
+    protected = (unit < protected_head) | (unit >= last)
+    # Sorted twice, because NaN is below -inf and a protected unit above inf.
+    rank = (~scores.isnan()).long().masked_fill(protected, 2)
+    order = scores.nan_to_num(0.0, torch.inf, -torch.inf).argsort(
+        dim=-1, descending=True, stable=True
+    )
+    by_rank = rank.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
+    return order.gather(-1, by_rank[..., :budget]).sort(-1).values
 
 
 def _launch(scores: Tensor, protected_tail: int, protected_head: int, kept: Tensor) -> None:
@@ -72,7 +75,7 @@ def _launch(scores: Tensor, protected_tail: int, protected_head: int, kept: Tens
 
 
 @triton.jit
-def _select(
+def _select(  # type: ignore[no-untyped-def]
     scores,
     kept,
     size,
@@ -109,10 +112,10 @@ def _select(
             n_3 = tl.full((), 0, tl.int32)
             for start in range(0, size, BLOCK):
                 unit = start + tl.arange(0, BLOCK)
-                order = _order(scores, unit, size, head_end, tail_start, scores_s)
-                n_1 += _reaching(order, threshold + step)
-                n_2 += _reaching(order, threshold + step + step)
-                n_3 += _reaching(order, threshold + step + step + step)
+                block = _order(scores, unit, size, head_end, tail_start, scores_s)
+                n_1 += _reaching(block, threshold + step)
+                n_2 += _reaching(block, threshold + step + step)
+                n_3 += _reaching(block, threshold + step + step + step)
         if n_3 >= budget:
             threshold += step + step + step
         elif n_2 >= budget:
@@ -130,23 +133,24 @@ def _select(
     above_before = tl.full((), 0, tl.int32)
     ties_before = tl.full((), 0, tl.int32)
     for start in range(0, size, TILE):
-        unit = start + tl.arange(0, TILE)
-        order = _order(scores, unit, size, head_end, tail_start, scores_s)
-        is_above = order > threshold
-        is_tie = (order == threshold) & (unit < size)
+        at = start + tl.arange(0, TILE)
+        tile = _order(scores, at, size, head_end, tail_start, scores_s)
+        is_above = tile > threshold
+        is_tie = (tile == threshold) & (at < size)
         # Both counts in one scan: a tile is smaller than 2 ** 15.
-        counts = tl.cumsum((is_above.to(tl.int32) << 16) | is_tie.to(tl.int32), 0)
-        total = tl.sum((is_above.to(tl.int32) << 16) | is_tie.to(tl.int32), 0)
+        both = (is_above.to(tl.int32) << 16) | is_tie.to(tl.int32)
+        counts = tl.cumsum(both, 0)
+        total = tl.sum(both, 0)
         tie_rank = ties_before + (counts & 0xFFFF)
         place = above_before + (counts >> 16) + tl.minimum(tie_rank, ties) - 1
         stays = is_above | (is_tie & (tie_rank <= ties))
-        tl.store(kept + place, unit.to(tl.int64), mask=stays)
+        tl.store(kept + place, at.to(tl.int64), mask=stays)
         above_before += total >> 16
         ties_before += total & 0xFFFF
 
 
 @triton.jit
-def _order(scores, unit, size, head_end, tail_start, stride):
+def _order(scores, unit, size, head_end, tail_start, stride):  # type: ignore[no-untyped-def]
     """Int32 that is ordered as the scores are: NaN lowest, protected units highest."""
     there = unit < size
     score = tl.load(scores + unit.to(tl.int64) * stride, mask=there, other=0.0).to(tl.float32)
@@ -158,5 +162,5 @@ def _order(scores, unit, size, head_end, tail_start, stride):
 
 
 @triton.jit
-def _reaching(order, least):
+def _reaching(order, least):  # type: ignore[no-untyped-def]
     return tl.sum((order >= least).to(tl.int32), 0)

@@ -18,7 +18,7 @@ def store_units(
         storage_keys, storage_values: [B, H, C, D], any strides.
         key, value: [B, H, T, D], of the storage's dtypes; T is small, 1 while decoding.
         slot: [1] int32 or int64, on the same device. All slots must lie in the storage: this
-            cannot be checked without waiting for the device. On a GPU, what lies outside is dropped.
+            cannot be checked without waiting for the device. A GPU drops what lies outside.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -69,7 +69,7 @@ def _launch(
 
 
 @triton.jit
-def _store(
+def _store(  # type: ignore[no-untyped-def]
     storage_keys,
     storage_values,
     key,
@@ -100,7 +100,7 @@ def _store(
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BLOCK)
-    at = tl.load(slot).to(tl.int64) + t
+    at = tl.load(slot).to(tl.int64) + t + 0 * d
     inside = (at >= 0) & (at < capacity)
     a_key = tl.load(key + b * k_b + h * k_h + t * k_t + d * k_d, mask=d < key_size)
     a_value = tl.load(value + b * v_b + h * v_h + t * v_t + d * v_d, mask=d < value_size)

@@ -3,7 +3,7 @@
 B batch, H KV heads, G query heads a KV head, S units held, T new tokens, D head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -28,6 +28,10 @@ class HeldUnits:
     positions: Tensor
 
 
+def _cannot_rotate(x: Tensor, offset: int) -> Tensor:
+    raise ValueError("this chunk came without a rotation; the engine gives one")
+
+
 @dataclass(frozen=True)
 class LayerChunk:
     """What a policy sees of one chunk in one layer.
@@ -42,8 +46,15 @@ class LayerChunk:
         scaling: the layer's softmax scale.
         rotated_query, rotated_key: `query` and `key` rotated at their slots.
         held: the units held before; None = none.
-        state: what the policy remembers of this layer and request, by name; [B, ...] tensors. The
-            only place for it: a policy object serves many requests.
+        state: what the policy remembers of this layer and request, by name; [B, ...] tensors whose
+            shape does not depend on the tokens read, zeros = nothing. The only place for it: a
+            policy object serves many requests.
+        empty: [B, H] long: leading slots of a row and head that hold nothing; None = all hold
+            something. They are never kept while there is something to keep; only policies that
+            relate units to each other need to look.
+        padding: [B] long: how many tokens before a row's own first one are padding; None = none.
+        rotate: `rotate(x, offset)` is x [B, any heads, n, D] rotated at the n slots that begin
+            `offset` slots after the first new unit's.
     """
 
     layer_idx: int
@@ -57,6 +68,20 @@ class LayerChunk:
     rotated_key: Tensor
     held: HeldUnits | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+    empty: Tensor | None = None
+    padding: Tensor | None = None
+    rotate: Callable[[Tensor, int], Tensor] = _cannot_rotate
+
+    @property
+    def num_held(self) -> int:
+        """S, units held before."""
+        return 0 if self.held is None else self.held.keys.shape[2]
+
+    @property
+    def own_positions(self) -> Tensor:
+        """Positions of the new tokens counted from each row's own first token, [1 or B, T] long."""
+        padding = 0 if self.padding is None else self.padding[:, None]
+        return self.positions[None] - padding
 
     @property
     def positions(self) -> Tensor:
@@ -78,13 +103,26 @@ class LayerChunk:
         new = self.positions.expand(self.key.shape[:3])
         return new if self.held is None else torch.cat([self.held.positions, new], dim=2)
 
+    def filled(self) -> Tensor | None:
+        """Which slots hold a unit, bool [B, H, S + T]; None = all."""
+        if self.empty is None:
+            return None
+        slot = torch.arange(self.num_held + self.key.shape[2], device=self.key.device)
+        return slot >= self.empty[..., None]
+
 
 class Policy:
-    """Ranks units. Subclasses implement `score` (most need nothing else) or `rank`."""
+    """Ranks units. Subclasses implement `score` (most need nothing else) or `rank`.
+
+    A policy that must know more than one layer sets `waits` and implements `reconsider`.
+    """
 
     name: ClassVar[str]
     evicts: ClassVar[bool] = True
     """False: the policy keeps every unit, and a budget has no effect."""
+    waits: ClassVar[bool] = False
+    """True: layers evict only when the chunk has gone through all of them, by the scores that
+    `reconsider` returns. Then every layer holds its budget and the whole chunk for a moment."""
 
     def score(self, chunk: LayerChunk) -> Tensor:
         """Finite scores [B, H, T] of the chunk's units, given once; higher = keep."""
@@ -107,6 +145,26 @@ class Policy:
             return new.float()
         return torch.cat([chunk.held.scores, new.float()], dim=2)
 
-    def budgets(self, budget: int, num_layers: int) -> Sequence[int]:
-        """How many units each layer that is not bounded by a window keeps, `budget` on average."""
+    def reconsider(self, scores: list[Tensor], surprisal: Callable[[], Tensor]) -> list[Tensor]:
+        """Scores after a chunk has gone through all layers, for policies that wait.
+
+        Args:
+            scores: of every layer, [B, H, S + T] float32, as `rank` returned them.
+            surprisal: computes how surprised the model was at each of the T new tokens,
+                -log p(token | what it held), [B, T] float32; +inf for a request's first token.
+                Costs the language-model head on T tokens, in blocks.
+
+        Returns:
+            Finite scores of the same shapes; they become `chunk.held.scores` of the next chunk.
+        """
+        raise NotImplementedError(f"{type(self).__name__} waits and must implement reconsider()")
+
+    def recent(self, budget: int) -> int:
+        """How many of the last units a layer with this budget keeps whatever they scored, also at
+        the final eviction. They count towards the budget."""
+        return 0
+
+    def budgets(self, budget: int, num_layers: int, context: int) -> Sequence[int]:
+        """How many units of `context` tokens each layer that is not bounded by a window keeps,
+        `budget` on average."""
         return [budget] * num_layers

@@ -1,0 +1,226 @@
+"""Needles in haystacks over a grid of lengths and depths, under several policies.
+
+    python -m locret needle --grid --lengths 1K,2K,4K --depths 10 --policies full,locret ...
+
+The budget of each length is that length divided by the ratio. Every answer is stored as it comes,
+so that a run that was killed goes on where it was. One seed asks the same at every length.
+"""
+
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from locret.evaluation import needle
+from locret.evaluation.needle import NeedleSettings
+from locret.evaluation.synthetic import SyntheticSample
+from locret.heads import RetainingHeads
+from locret.models import LoadedModel
+
+KIND = "needle_grid"
+"""What the JSON calls itself."""
+
+PROTOCOL = "query-agnostic"
+"""The question is read after the context was compressed."""
+
+Cell = dict[str, Any]
+"""A `needle.NeedleResult` as a dict, with `length` (tokens asked for), `row` (0 = shallowest) and
+`error`: None, or why there is no answer (`found` is then None too)."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """What is asked.
+
+    Attributes:
+        lengths: tokens of the prompts' text, ascending.
+        depths: rows of the grid; a needle of row r stands in the r-th part of the haystack.
+        samples_per_cell: of each task; they are spread over the row's part of the haystack.
+        needle: all other settings; its `tokens` and `count` are not used.
+    """
+
+    lengths: tuple[int, ...]
+    depths: int = 10
+    samples_per_cell: int = 1
+    needle: NeedleSettings = NeedleSettings()
+
+    def __post_init__(self) -> None:
+        if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError(f"lengths are {self.lengths}; expected different ones, ascending")
+        for name in ("depths", "samples_per_cell"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+    def of_length(self, length: int) -> NeedleSettings:
+        """The settings of one column."""
+        count = self.depths * self.samples_per_cell
+        return replace(self.needle, tokens=length, count=count)
+
+
+def run_grid(
+    loaded: LoadedModel,
+    policies: Sequence[str],
+    settings: GridSettings,
+    out: Path,
+    heads: RetainingHeads | None = None,
+    manifest: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Ask what `out` does not hold yet; it is written anew after every answer.
+
+    Args:
+        out: a JSON file; one that exists must be of the same settings and manifest. Policies may be
+            added to it.
+        manifest: what else the answers depend on (`manifest_of`).
+        progress: called after every answer with the answers there are and those there will be.
+
+    Returns:
+        What `out` holds: `kind`, `settings`, `manifest`, `environment` (of the latest run),
+        `results` (a list of `Cell`).
+
+    Raises:
+        ValueError: an unknown policy or task, heads are missing, or `out` holds something else.
+    """
+    record = {
+        "kind": KIND,
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "manifest": manifest or {},
+        "environment": _environment(),
+        "results": [],
+    }
+    results: list[Cell] = _earlier_results(out, record) if out.exists() else []
+    record["results"] = results
+    done = {_key(cell) for cell in results}
+    total = len(needle.runs(policies, settings.needle.ratios)) * _samples_a_run(settings)
+    for count, cell in enumerate(_ask_all(loaded, policies, settings, heads, done), len(done) + 1):
+        results.append(cell)
+        _write(out, record)
+        if progress is not None:
+            progress(min(count, total), total)
+    return record
+
+
+def manifest_of(loaded: LoadedModel, heads: str | None) -> dict[str, Any]:
+    """What the answers depend on beside the settings: model, adapter and heads, by name."""
+    return {
+        "model": loaded.name,
+        "revision": loaded.revision,
+        "adapter": loaded.adapter,
+        "heads": heads,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "attention": loaded.model.config._attn_implementation,
+        "protocol": PROTOCOL,
+    }
+
+
+def _environment() -> dict[str, str]:
+    cuda = torch.cuda.is_available()
+    return {
+        "hardware": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _samples_a_run(settings: GridSettings) -> int:
+    tasks = len(settings.needle.tasks)
+    return len(settings.lengths) * settings.depths * settings.samples_per_cell * tasks
+
+
+def _ask_all(
+    loaded: LoadedModel,
+    policies: Sequence[str],
+    settings: GridSettings,
+    heads: RetainingHeads | None,
+    done: set[tuple[Any, ...]],
+) -> Iterator[Cell]:
+    for length in settings.lengths:
+        column = settings.of_length(length)
+        samples = needle.make_samples(column, loaded.tokenizer)
+        for run in needle.runs(policies, column.ratios):
+            engine = needle.make_engine(loaded, run, column, heads)
+            for place, (seed, sample) in enumerate(samples):
+                key = (*run, length, sample.task, seed)
+                if key not in done:
+                    row = place % column.count // settings.samples_per_cell
+                    yield _ask(loaded, key, engine, sample, column) | {"row": row}
+
+
+def _ask(
+    loaded: LoadedModel,
+    key: tuple[Any, ...],
+    engine: Any,
+    sample: SyntheticSample,
+    settings: NeedleSettings,
+) -> Cell:
+    policy, ratio, length, task, seed = key
+    try:
+        result = needle.ask(loaded, (policy, ratio), engine, seed, sample, settings)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        nothing = {"policy": policy, "ratio": ratio, "task": task, "seed": seed, "found": None}
+        return nothing | {"depth": sample.depth, "length": length, "error": "out of memory"}
+    return asdict(result) | {"length": length, "error": None}
+
+
+def _key(cell: Cell) -> tuple[Any, ...]:
+    return tuple(cell[name] for name in ("policy", "ratio", "length", "task", "seed"))
+
+
+def _earlier_results(out: Path, record: dict[str, Any]) -> list[Cell]:
+    try:
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+        different = [n for n in ("kind", "settings", "manifest") if earlier.get(n) != record[n]]
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{out} is there but holds no needle grid: {error}") from error
+    if different:
+        raise ValueError(
+            f"{out} holds answers of other {' and '.join(different)}; go on with those it was "
+            "begun with, or write to another file"
+        )
+    return earlier["results"]
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    """Replace the file in one move, so that a kill leaves the old one or the new one."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(out.name + ".part")
+    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    aside.replace(out)
+
+
+def shares(results: Sequence[Cell], policy: str, ratio: int) -> dict[tuple[int, int], float | None]:
+    """Share found by (length, row) under one run; None where no sample got an answer."""
+    cells: dict[tuple[int, int], list[bool]] = {}
+    for cell in results:
+        if (cell["policy"], cell["ratio"]) == (policy, ratio):
+            found = cells.setdefault((cell["length"], cell["row"]), [])
+            if cell["found"] is not None:
+                found.append(cell["found"])
+    return {place: sum(found) / len(found) if found else None for place, found in cells.items()}
+
+
+def runs_of(results: Sequence[Cell]) -> list[tuple[str, int]]:
+    """Policies and ratios in the results, in order."""
+    return list(dict.fromkeys((cell["policy"], cell["ratio"]) for cell in results))
+
+
+def as_table(record: dict[str, Any]) -> str:
+    """A line a run: the share found at each length, over all depths; - where nothing ran."""
+    lengths, results = record["settings"]["lengths"], record["results"]
+    lines = [f"{'policy':<20}{'ratio':>6}" + "".join(f"{length:>9,}" for length in lengths)]
+    for policy, ratio in runs_of(results):
+        found = shares(results, policy, ratio)
+        lines.append(f"{policy:<20}{f'{ratio}x':>6}")
+        for length in lengths:
+            column = [v for (of, _), v in found.items() if of == length and v is not None]
+            lines[-1] += f"{sum(column) / len(column):>9.2f}" if column else f"{'-':>9}"
+    return "\n".join(lines)

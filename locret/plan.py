@@ -1,0 +1,265 @@
+"""What fits into a given memory, from a model's config alone: no weight is loaded.
+
+    python -m locret plan --model meta-llama/Llama-3.1-8B-Instruct --memory 24GiB --context 128K
+
+Counted are the weights, the retaining heads, the cache with its scores and source positions, what
+one chunk needs while a layer computes, and a reserve for everything else. Weights and cache are
+exact; the chunk is an estimate of the largest tensors that live at once, with attention that
+materialises no T x S matrix: on Llama-3.1-8B's shapes (one H200, budgets 16K and 48K) prefill took
+at most what is said here and 95 % of it at least. B is 1.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from locret.backbone import Backbone
+from locret.heads import Geometry
+from locret.quantities import format_bytes
+from locret.settings import PAPER
+
+GROUP = 64
+SCALE_BITS = 32  # a 16-bit scale and a 16-bit minimum a group
+QUANTIZED_BITS = (8, 4, 2)
+BOOKKEEPING_BYTES = 12  # of a unit in a KV head: its score (float32) and source position (int64)
+RESERVE = 0.05  # of the memory: the device's own context, fragmentation, logits
+HEAD_WIDTH = 1024  # the paper's
+DEFAULT_NEW_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class SchemePlan:
+    """What fits with one way to store keys and values.
+
+    Attributes:
+        bits: of an element's code.
+        bits_per_element: with its share of the group's scale and minimum.
+        bytes_per_token: of keys and values, all layers and KV heads.
+        context_bytes: the cache if nothing of the context is evicted, bookkeeping included.
+        budget: units a KV head can keep, at most the context; 0 = nothing fits.
+        compression: tokens of the context for every unit of the budget; None if nothing fits.
+    """
+
+    bits: int
+    bits_per_element: float
+    bytes_per_token: float
+    context_bytes: int
+    budget: int
+    compression: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the memory goes. All sizes in bytes; `left_bytes` is for the cache (below 0: too big).
+
+    Attributes:
+        memory, context, chunk_size, new_tokens, dtype: as asked for.
+        window: the model's `max_position_embeddings`.
+        geometry: of the attention layers.
+        parameters, weights_bytes: of the backbone, tied ones once.
+        heads_bytes: of retaining heads, 0 without.
+        chunk_bytes: what reading one chunk needs beside the cache.
+        reserve_bytes: see `RESERVE`.
+        schemes: one a number of bits, widest first.
+    """
+
+    memory: int
+    context: int
+    chunk_size: int
+    new_tokens: int
+    dtype: str
+    window: int
+    geometry: Geometry
+    parameters: int
+    weights_bytes: int
+    heads_bytes: int
+    chunk_bytes: int
+    reserve_bytes: int
+    left_bytes: int
+    schemes: tuple[SchemePlan, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(
+    config: Any,
+    *,
+    memory: int,
+    context: int,
+    dtype: torch.dtype | None = None,
+    chunk_size: int = PAPER["chunk_size"],
+    new_tokens: int = DEFAULT_NEW_TOKENS,
+    head_width: int = HEAD_WIDTH,
+) -> Plan:
+    """Say what fits.
+
+    Args:
+        config: of a transformers causal language model.
+        memory: bytes that the process may use on the device.
+        context: tokens to be read.
+        dtype: of weights and unquantized cache; default the config's, else bfloat16.
+        chunk_size: tokens read at a time.
+        new_tokens: answer tokens to leave room for, beside the paper's local tokens.
+        head_width: hidden width of the retaining heads, with tap `qkv`; 0 = no heads.
+
+    Raises:
+        ValueError: the architecture is not supported, or a number is out of range.
+    """
+    for name, value, least in (
+        ("memory", memory, 1),
+        ("context", context, 1),
+        ("chunk_size", chunk_size, 1),
+        ("new_tokens", new_tokens, 0),
+        ("head_width", head_width, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}")
+    dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    geometry = Backbone(model).geometry
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    heads = _heads_parameters(geometry, head_width) * dtype.itemsize
+    chunk = _chunk_bytes(geometry, config, min(chunk_size, context), dtype, head_width)
+    reserve = round(memory * RESERVE)
+    left = memory - weights - heads - chunk - reserve
+    after = PAPER["local_tokens"] + new_tokens
+    return Plan(
+        memory=memory,
+        context=context,
+        chunk_size=chunk_size,
+        new_tokens=new_tokens,
+        dtype=str(dtype).removeprefix("torch."),
+        window=config.max_position_embeddings,
+        geometry=geometry,
+        parameters=model.num_parameters(),
+        weights_bytes=weights,
+        heads_bytes=heads,
+        chunk_bytes=chunk,
+        reserve_bytes=reserve,
+        left_bytes=left,
+        schemes=tuple(
+            _scheme(geometry, bits, dtype, left, context, after)
+            for bits in (dtype.itemsize * 8, *QUANTIZED_BITS)
+        ),
+    )
+
+
+def bits_per_element(bits: int) -> float:
+    """Bits that an element of the cache takes, with its share of the group's scale and minimum."""
+    return bits + SCALE_BITS / GROUP if bits in QUANTIZED_BITS else float(bits)
+
+
+def cache_bytes(geometry: Geometry, units: int, bits: int) -> int:
+    """Bytes of a cache of `units` in every KV head: keys, values, scores, source positions."""
+    return round(units * (_kv_bytes(geometry, bits) + _bookkeeping(geometry)))
+
+
+def _kv_bytes(geometry: Geometry, bits: int) -> float:
+    """Bytes of a token's keys and values in all layers."""
+    return geometry.num_layers * _layer_elements(geometry) * bits_per_element(bits) / 8
+
+
+def _layer_elements(geometry: Geometry) -> int:
+    return 2 * geometry.num_kv_heads * geometry.head_size
+
+
+def _bookkeeping(geometry: Geometry) -> int:
+    return geometry.num_layers * geometry.num_kv_heads * BOOKKEEPING_BYTES
+
+
+def _scheme(
+    geometry: Geometry, bits: int, dtype: torch.dtype, left: int, context: int, after: int
+) -> SchemePlan:
+    # A slot costs its units in all layers, and its share of the one layer that is at work.
+    slot = _kv_bytes(geometry, bits) + _bookkeeping(geometry) + _working_slot(geometry, dtype)
+    budget = max(0, min(context, int(left // slot) - after))
+    return SchemePlan(
+        bits=bits,
+        bits_per_element=bits_per_element(bits),
+        bytes_per_token=_kv_bytes(geometry, bits),
+        context_bytes=cache_bytes(geometry, context, bits),
+        budget=budget,
+        compression=context / budget if budget else None,
+    )
+
+
+def _working_slot(geometry: Geometry, dtype: torch.dtype) -> int:
+    """Bytes a slot takes in the layer at work: grown storage, rotated keys, what is gathered."""
+    return _layer_elements(geometry) * dtype.itemsize * 5 // 2
+
+
+def _heads_parameters(geometry: Geometry, width: int) -> int:
+    a_layer = width * (geometry.feature_width("qkv") + geometry.num_kv_heads)
+    return geometry.num_layers * a_layer
+
+
+def _chunk_bytes(
+    geometry: Geometry, config: Any, tokens: int, dtype: torch.dtype, head_width: int
+) -> int:
+    """The larger of what attention and MLP hold of a chunk, and the layer's slots of its units."""
+    queries = geometry.num_query_heads * geometry.head_size
+    # queries before and after rotation, the output, the heads' features and hidden layer twice
+    features = geometry.feature_width("qkv") if head_width else 0
+    attention = _layer_elements(geometry) + 3 * queries + features + 2 * head_width
+    mlp = 3 * _mlp_width(config)  # gate, up and their product
+    residuals = 2 * geometry.hidden_size  # the residual stream and its normed copy
+    activations = (residuals + max(attention, mlp)) * dtype.itemsize
+    return tokens * (activations + _working_slot(geometry, dtype))
+
+
+def _mlp_width(config: Any) -> int:
+    """Width of the MLP that a token goes through: of all its experts together."""
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    expert = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return max(config.intermediate_size, experts * expert)
+
+
+def as_text(plan: Plan, name: str) -> str:
+    """The plan for people."""
+    shape = plan.geometry
+    lines = [
+        f"{name}: {plan.parameters / 1e9:.2f}B parameters, {shape.num_layers} layers, "
+        f"{shape.num_kv_heads} KV heads of {shape.head_size}, {plan.dtype}",
+        f"{format_bytes(plan.memory)} of memory, a context of {plan.context:,} tokens\n",
+    ]
+    for part, size, note in (
+        ("weights", plan.weights_bytes, ""),
+        ("heads", plan.heads_bytes, ""),
+        ("chunk", plan.chunk_bytes, f"{plan.chunk_size:,} tokens read at a time; an estimate"),
+        ("reserve", plan.reserve_bytes, f"{RESERVE:.0%} for all else"),
+        ("left", plan.left_bytes, "for the cache"),
+    ):
+        lines.append(f"{part:<10}{format_bytes(size):>12}  {note}".rstrip())
+    lines.append(
+        f"\n{'cache':<10}{'bytes/token':>12}{'whole context':>15}{'budget':>10}{'ratio':>8}"
+    )
+    lines += [_scheme_line(scheme, plan) for scheme in plan.schemes]
+    lines += [f"\n{note}" for note in _notes(plan)]
+    return "\n".join(lines)
+
+
+def _scheme_line(scheme: SchemePlan, plan: Plan) -> str:
+    whole = scheme.budget == plan.context
+    return (
+        f"{f'{scheme.bits} bit':<10}{scheme.bytes_per_token:>12,.0f}"
+        f"{format_bytes(scheme.context_bytes):>15}"
+        f"{'all' if whole else f'{scheme.budget:,}' if scheme.budget else '-':>10}"
+        f"{f'{scheme.compression:.1f}x' if scheme.compression else '-':>8}"
+    )
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = []
+    best = max(scheme.budget for scheme in plan.schemes)
+    if not best:
+        notes.append("Nothing fits: more memory, a smaller model or a smaller chunk is needed.")
+    if min(best + plan.chunk_size, plan.context) > plan.window:
+        notes.append(
+            f"The model's window is {plan.window:,} positions: budget and chunk together must stay "
+            "within it."
+        )
+    return notes

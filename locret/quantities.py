@@ -1,0 +1,54 @@
+"""Amounts as people write them: 24GiB of memory, 128K tokens."""
+
+import re
+
+KIBI = 1024
+BYTES = {
+    "": 1,
+    "B": 1,
+    **{f"{unit}iB": KIBI**power for power, unit in enumerate("KMGT", start=1)},
+    **{f"{unit}B": 1000**power for power, unit in enumerate("KMGT", start=1)},
+}
+"""Bytes by unit."""
+
+TOKENS = {"": 1, "K": KIBI, "M": KIBI**2}
+"""Tokens by unit; lengths of contexts are counted in powers of two."""
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB`, `24 GB` or a plain number -> bytes.
+
+    Raises:
+        ValueError: not an amount of memory.
+    """
+    return _parse(text, BYTES, "an amount of memory such as 24GiB, 24GB or a number of bytes")
+
+
+def parse_tokens(text: str) -> int:
+    """`128K` (131,072), `1M` or a plain number -> tokens.
+
+    Raises:
+        ValueError: not a number of tokens.
+    """
+    return _parse(text, TOKENS, "a number of tokens such as 4096, 128K (131072) or 1M")
+
+
+def format_bytes(size: float) -> str:
+    """Bytes in the largest binary unit that leaves at least 1: `6.4 GiB`."""
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < BYTES[larger]:
+            break
+        unit = larger
+    return f"{size / BYTES[unit]:,.0f} B" if unit == "B" else f"{size / BYTES[unit]:,.1f} {unit}"
+
+
+def _parse(text: str, units: dict[str, int], expected: str) -> int:
+    by_name = {name.lower(): factor for name, factor in units.items()}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].lower() not in by_name:
+        raise ValueError(f"{text!r} is not {expected}")
+    amount = float(found[1]) * by_name[found[2].lower()]
+    if amount < 1:
+        raise ValueError(f"{text!r} is less than 1; expected {expected}")
+    return int(amount)

@@ -1,0 +1,120 @@
+"""Scores computed by hand."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from locret.evaluation import metrics
+
+TEXTS = st.text(alphabet="ab the.AB 1\n", max_size=30)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "value"),
+    [
+        ("The cat sat.", ["cat sat"], 1.0),
+        # cat, on, mat against cat, sat, on, mat: 2 * 3 / (3 + 4)
+        ("cat on the mat", ["the cat sat on a mat"], 6 / 7),
+        # repetitions count once for each one in the reference: 2 * 1 / (3 + 1)
+        ("no no no", ["no"], 0.5),
+        ("left", ["right", "left or right"], 0.5),
+        ("nothing", ["all"], 0.0),
+        ("", ["all"], 0.0),
+        ("the", ["a"], 0.0),
+    ],
+)
+def test_token_f1(prediction, references, value):
+    assert metrics.token_f1(prediction, references) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "value"),
+    [("The  Answer!", ["answer"], 1.0), ("answers", ["answer"], 0.0), ("b", ["a b", "c"], 1.0)],
+)
+def test_exact_match(prediction, references, value):
+    assert metrics.exact_match(prediction, references) == value
+
+
+def test_rouge_of_a_sentence():
+    # the cat sat on the mat / the cat is on the mat: 5 of 6 words, 3 of 5 pairs, 5 in order
+    found = metrics.rouge("The cat sat on the mat.", ["the cat is on the mat"])
+    assert found == pytest.approx({"rouge1": 5 / 6, "rouge2": 3 / 5, "rougeL": 5 / 6})
+    assert list(found)[0] == "rougeL"
+
+
+def test_rouge_takes_the_best_reference_for_each_score():
+    found = metrics.rouge("a b c", ["c b a", "a b x y z"])
+    # words: 3/3 of the first; pairs: none of the first, 1 of 2 and 4 in the second; order: a b
+    assert found == pytest.approx({"rouge1": 1.0, "rouge2": 2 / 6, "rougeL": 4 / 8})
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter", "letters"),
+    [
+        ("B", "B", "B"),
+        ("(C) because", "C", "C"),
+        ("the right one is D.", "D", "D"),
+        ("BD", "B", "BD"),
+        ("DBB", "D", "BD"),
+        ("A and C.", "A", "AC"),
+        ("A, C) and D, Question 2: B.", "A", "AC"),
+        ("none", "", ""),
+        ("", "", ""),
+    ],
+)
+def test_options_of_an_answer(answer, letter, letters):
+    assert metrics.option_letter(answer) == letter
+    assert metrics.option_letters(answer) == letters
+
+
+@pytest.mark.parametrize(
+    ("given_", "wanted", "value"),
+    [("A", "A", 1), ("A", "ABC", 0.25), ("AB", "BA", 1), ("AD", "AB", 0), ("ABC", "AB", 0),
+     ("", "A", 0), ("", "", 0)],
+)  # fmt: skip
+def test_some_of_the_right_options_are_a_quarter(given_, wanted, value):
+    assert metrics.options_score(given_, wanted) == value
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("She has 3 and 4, so 7.\nThe answer is 7", "7"),
+        ("The answer is $1,234.50 a day", "1234"),
+        ("it is 12 apples\n\nQuestion: 99", "12"),
+        ("about 3.75", "3"),
+        ("many", ""),
+        ("", ""),
+    ],
+)
+def test_the_number_an_answer_comes_to(answer, number):
+    assert metrics.final_number(answer) == number
+
+
+def test_numbers_and_texts_are_compared():
+    assert metrics.numbers_equal("007", "7") == 1
+    assert metrics.numbers_equal("", "") == 0
+    assert metrics.contains("it is The Role Of Art\nor the sea", ["the role of art"]) == 1
+    assert metrics.contains("\n-\nthe sea\nthe role of art", ["The role of art"]) == 0
+
+
+@given(prediction=TEXTS, references=st.lists(TEXTS, min_size=1, max_size=3))
+def test_scores_are_shares_and_never_fall_with_another_reference(prediction, references):
+    for score in (metrics.token_f1, metrics.exact_match, metrics.contains):
+        value = score(prediction, references)
+        assert 0 <= score(prediction, references[:1]) <= value <= 1
+    assert all(0 <= value <= 1 for value in metrics.rouge(prediction, references).values())
+
+
+@given(text=TEXTS)
+def test_a_text_matches_itself(text):
+    assert metrics.exact_match(text, [text]) == 1
+    if metrics.normalize(text):
+        assert metrics.token_f1(text, [text]) == 1
+
+
+@pytest.mark.parametrize("references", [[], "a text"])
+def test_references_must_be_a_list(references):
+    for score in (metrics.token_f1, metrics.exact_match, metrics.contains, metrics.rouge):
+        with pytest.raises(ValueError, match="expected a list"):
+            score("a", references)
