@@ -415,13 +415,15 @@ class RetainedCache(Cache):
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> "RetainedCache":
-        """The context saved at `path`, on the device of `model`, which it was read with.
+        """The context saved at `path`, to be used with `model`, which it was read with.
 
         Raises:
             ValueError: no context there, a damaged one, or one of another model; says which.
         """
         stock = model.get_base_model() if hasattr(model, "get_base_model") else model
         record, tensors = saved.read(path, stock)
+        # Layers that are elsewhere take their units there when they run.
+        device = "cpu" if stock.device.type == "meta" else stock.device
         cache = cls(
             len(record["seen"]), positions=record["positions"], windows=record.get("windows", ())
         )
@@ -434,7 +436,7 @@ class RetainedCache(Cache):
             start = f"{i}."
             layer.take_tensors(
                 {
-                    name.removeprefix(start): tensor.to(stock.device)
+                    name.removeprefix(start): tensor.to(device)
                     for name, tensor in tensors.items()
                     if name.startswith(start)
                 }

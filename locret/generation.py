@@ -470,7 +470,7 @@ class Engine:
     def fast_steps(self) -> bool:
         """Whether one-token steps run with counters on the device (`locret.steps`)."""
         backbone, fused = self.backbone, self.backend != "eager" and AVAILABLE
-        return fused and backbone.plain and backbone.model.device.type == "cuda"
+        return fused and backbone.plain and [d.type for d in backbone.devices] == ["cuda"]
 
     def _bound_answer(self, cache: RetainedCache) -> None:
         """Let the layers evict while the answer comes, if that was asked for."""
@@ -533,11 +533,12 @@ def _fitting(heads: RetainingHeads, backbone: Backbone) -> RetainingHeads:
 
 def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:
     model, size = backbone.model, backbone.geometry.head_size
+    device = backbone.layers[0].device
     if backend == "auto":
         if backbone.backend == "eager":
             return "eager"
-        return fastest(model.device, model.dtype, size)
-    reason = available(backend, model.device, model.dtype, size)
+        return fastest(device, model.dtype, size)
+    reason = available(backend, device, model.dtype, size)
     if reason is not None:
         raise ValueError(f"backend {backend!r} does not work here: {reason}; leave it 'auto'")
     return backend
