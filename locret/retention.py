@@ -223,7 +223,7 @@ class RetainedAttention:
         eviction, layers = cache.eviction, cache.layers
         surprisal = functools.partial(self._surprisal, cache, input_ids, hidden)
         ranked = self.policy.reconsider([layer.scores for layer in layers], surprisal)
-        layers[0].state["last_hidden"] = hidden[:, -1].clone()
+        layers[0].state["last_hidden"] = hidden[:, -1].to(layers[0].keys.device, copy=True)
         for layer, scores in zip(layers, ranked, strict=True):
             layer.units.replace_scores(scores.float())
             if eviction.drop:
@@ -251,7 +251,7 @@ class RetainedAttention:
         """-log p of every token given those before it, [B, T] float32; +inf where not known."""
         layer = cache.layers[0]
         before = layer.state.get("last_hidden")
-        first = hidden[:, :1] * 0 if before is None else before[:, None]
+        first = hidden[:, :1] if before is None else before[:, None].to(hidden.device)
         predicting = torch.cat([first, hidden[:, :-1]], dim=1)
         surprisal = torch.cat(
             [

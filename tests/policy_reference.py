@@ -144,9 +144,14 @@ class PyramidKV(SnapKV):
 
 
 class SirLLM(Rule):
-    def __init__(self, sinks=4, recent=512):
-        self.sinks = sinks
+    def __init__(self, sinks=4, recent=512, decay=1.0):
+        self.sinks, self.decay = sinks, decay
         self.recent = lambda budget: min(recent, budget // 3)
+
+    def after_chunk(self, layer):
+        for units in layer.units if layer.new > 1 else []:
+            for unit in units[: -layer.new]:
+                unit.surprisal *= self.decay
 
     def scores(self, layer, head):
         return [INFINITE if u.position < self.sinks else u.surprisal for u in layer.units[head]]
@@ -155,12 +160,18 @@ class SirLLM(Rule):
 class ExpectedAttention(Rule):
     def __init__(self, future=512, sinks=4):
         self.future, self.sinks = future, sinks
+        self.turns = {}  # by the first slot: where each basis vector goes on average
+
+    def turn(self, model, first, size):
+        if first not in self.turns:
+            slots = range(first, first + self.future)
+            turns = [torch.stack([rotate(model, e, s) for s in slots]) for e in torch.eye(size)]
+            self.turns[first] = torch.stack([turned.mean(dim=0) for turned in turns])
+        return self.turns[first]
 
     def scores(self, layer, head):
         units, size = layer.units[head], layer.units[head][0].key.shape[0]
-        slots = range(len(units), len(units) + self.future)
-        turns = [torch.stack([rotate(layer.model, e, s) for s in slots]) for e in torch.eye(size)]
-        turn = torch.stack([turned.mean(dim=0) for turned in turns])  # row i: where e_i goes
+        turn = self.turn(layer.model, len(units), size)
         free = [unit for unit in units if unit.position >= self.sinks]
         total = torch.zeros(len(free))
         for query_head in range(head * layer.group, (head + 1) * layer.group):

@@ -138,11 +138,13 @@ class SharedLayers(Composed):
             _raised(_normalized(layer), (share * self.floor).long())
             for layer, share in zip(scores, shares, strict=True)
         ]
-        flat = torch.cat([layer.flatten(1) for layer in raised], dim=1)
-        total = torch.stack([share.sum(dim=1) for share in shares]).sum(dim=0)
+        device = scores[0].device  # layers may be on several
+        flat = torch.cat([layer.flatten(1).to(device) for layer in raised], dim=1)
+        total = torch.stack([share.sum(dim=1).to(device) for share in shares]).sum(dim=0)
         chosen = _highest(flat, total).split([layer[0].numel() for layer in raised], dim=1)
         return [
             (mine.sum(dim=1, keepdim=True) // layer.shape[1])
+            .to(layer.device)
             .expand(layer.shape[:2])
             .maximum((layer == torch.inf).sum(dim=-1))
             for layer, mine in zip(scores, chosen, strict=True)
