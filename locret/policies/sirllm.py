@@ -21,7 +21,8 @@ class SirLLMPolicy(Policy):
     Args:
         sinks: first tokens kept; published 4.
         recent: last tokens kept, but no more than a third of the budget; published 512 of 1516.
-        decay: old scores are multiplied by it with every chunk of several tokens; published 1 to 0.7 by task.
+        decay: old scores are multiplied by it with every chunk of several tokens; published 1 to
+            0.7, by task.
     """
 
     name = "sirllm"
