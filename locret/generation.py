@@ -123,8 +123,9 @@ class Engine:
             decode_interval,
         )
         self.query_tokens = 0
-        if isinstance(self.policy, LocretPolicy):
-            self.query_tokens = self.policy.heads.config.query_tokens
+        core = self.policy.core
+        if isinstance(core, LocretPolicy):
+            self.query_tokens = core.heads.config.query_tokens
         self.settings.check(self.query_tokens, self.backbone.geometry.num_layers)
         self.query_aware = query_aware
         if query_aware and self.query_tokens:
@@ -491,9 +492,9 @@ class Engine:
 def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:
     if heads is not None:
         _check_fit(heads, backbone)
-    if isinstance(policy, LocretPolicy):
-        _check_fit(policy.heads, backbone)
     if isinstance(policy, Policy):
+        if isinstance(policy.core, LocretPolicy):
+            _check_fit(policy.core.heads, backbone)
         return policy
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is unknown; expected one of {sorted(POLICIES)}")
