@@ -15,7 +15,7 @@ LAYERS = [
     {"hub"},
     {"artifact"},
     {"heads"},
-    {"policies", "cache"},
+    {"policies", "quantization", "cache"},
     {"attention", "backbone"},
     {"generation", "distillation", "packing"},
     {"evaluation"},
