@@ -10,14 +10,18 @@ Positions (`Positions`):
   original  keys are rotated once, at their source position; bounded by the backbone's window.
 """
 
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from locret.units import Units
+from locret import saved
+from locret.units import Units, UnitsView, stack
 
 Positions = Literal["compact", "original"]
 
@@ -26,14 +30,47 @@ DECODE_ROOM = 256  # units of spare storage a growing layer takes, so that decod
 
 @dataclass(frozen=True)
 class Eviction:
-    """What a layer does after attending: keep `budget` units.
+    """What layers do after attending: keep `budgets[layer]` units.
 
     The last `stabilizers` units and the first `query` ones are among them whatever they scored.
+    A layer evicts when it holds more than `slack` units above its budget. The last `drop` tokens
+    of the chunk are read for the policy to see and not kept: a question that will be asked later.
     """
 
-    budget: int
+    budgets: tuple[int, ...]
     stabilizers: int
     query: int = 0
+    slack: int = 0
+    drop: int = 0
+
+    def protected(self, layer_idx: int, recent: int = 0) -> tuple[int, int]:
+        """Protected units at the (tail, head) of a layer, the policy's `recent` ones included: a
+        small budget protects fewer."""
+        head = min(self.query, self.budgets[layer_idx])
+        return min(max(self.stabilizers, recent), self.budgets[layer_idx] - head), head
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a layer was at some moment."""
+
+    units: UnitsView
+    seen: int
+    rotated: bool
+    empty: Tensor | None
+    shift: tuple[int, ...]
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a cache was at some moment (`RetainedCache.snapshot`). It holds no copy of the units."""
+
+    layers: tuple[LayerView, ...]
+    fields: dict[str, Any]
+
+
+_UNIT_TENSORS = ("keys", "values", "scores", "source_positions")
 
 
 class RetainedLayer(CacheLayerMixin):
@@ -41,16 +78,29 @@ class RetainedLayer(CacheLayerMixin):
 
     `keys`, `values` [B, H, S, D], `scores` [B, H, S] and `source_positions` [B, H, S] are views of
     what is held. `rotated` says whether the keys already carry their rotation.
+
+    `empty` [B, H] (long, on the keys' device) is how many leading slots of a row and head hold
+    nothing, where rows of different lengths stand together; None = all slots are taken. `shift` is
+    the same of each row, known to Python: a row's own slot 0 is the first that holds something.
+    `state` is what a policy remembers of this layer and request, by name.
+
+    A layer with a `window` attends to so many tokens, the newest included: it holds the last
+    window - 1 units, unrotated, whatever the budget and the positions are.
     """
 
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, rotated: bool) -> None:
+    def __init__(self, rotated: bool, window: int | None = None) -> None:
         # The base class would make keys and values plain attributes; here they are views.
         self.units = Units()
         self.seen = 0
+        rotated = rotated and window is None
         self.rotated = rotated
+        self.window = window
+        self.empty: Tensor | None = None
+        self.shift: tuple[int, ...] = (0,)
+        self.state: dict[str, Tensor] = {}
         self._rotated_at_first = rotated
         self._handed_over = False
 
@@ -92,6 +142,81 @@ class RetainedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Storage is made by the first append; there is nothing to do before."""
 
+    def freeze(self, rotate: Callable[[Tensor], Tensor], room: int) -> None:
+        """From here on slots do not move: rotate the keys once, where they stand.
+
+        Args:
+            rotate: the rotation of keys [B, H, S, D] at their slots.
+            room: units that are expected to come.
+        """
+        if self.rotated:
+            return
+        if self.held:
+            self.units.rebuild(rotate(self.keys), room)
+        self.rotated = True
+
+    def evict(self, index: Tensor) -> None:
+        """Hold only the units at `index` [B, H, K] (long, ascending)."""
+        before = self.held
+        self.units.select(index)
+        self.note_evicted(before - self.held)
+
+    def note_evicted(self, count: int) -> None:
+        """`count` slots were given up in every head; those that held nothing went first."""
+        if self.empty is not None:
+            self.empty = (self.empty - count).clamp(min=0)
+            self.shift = tuple(max(empty - count, 0) for empty in self.shift)
+
+    def add_empty(self, rows: Sequence[int], num_heads: int, device: torch.device) -> None:
+        """So many more leading slots of each row hold nothing."""
+        before = self.shift if len(self.shift) == len(rows) else self.shift * len(rows)
+        self.shift = tuple(old + more for old, more in zip(before, rows, strict=True))
+        self.empty = torch.tensor(self.shift, device=device)[:, None].repeat(1, num_heads)
+
+    def own_slots(self, slot: int) -> tuple[int, ...]:
+        """What slot `slot` is in each row's own count, or one number if they agree."""
+        return tuple(slot - empty for empty in self.shift)
+
+    def place(self, device: torch.device) -> None:
+        """Be on the layer's device, wherever the tensors came from."""
+        if self.held and self.keys.device != device:
+            self.units.move(device)
+        if self.empty is not None and self.empty.device != device:
+            self.empty = self.empty.to(device)
+        self.state = {name: value.to(device) for name, value in self.state.items()}
+
+    def view(self) -> LayerView:
+        return LayerView(
+            self.units.view(), self.seen, self.rotated, self.empty, self.shift, dict(self.state)
+        )
+
+    def restore(self, view: LayerView) -> None:
+        self.units.restore(view.units)
+        self.seen, self.rotated = view.seen, view.rotated
+        self.empty, self.shift = view.empty, view.shift
+        self.state = dict(view.state)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All that the layer holds, without spare room."""
+        named = {name: getattr(self, name) for name in _UNIT_TENSORS} if self.held else {}
+        if self.empty is not None:
+            named["empty"] = self.empty
+        return named | {f"state.{name}": value for name, value in self.state.items()}
+
+    def take_tensors(self, named: dict[str, Tensor]) -> None:
+        """Hold what `named_tensors` gave; the layer is new."""
+        if "keys" in named:
+            keys, values, scores, positions = (named[name] for name in _UNIT_TENSORS)
+            self.units.append(keys, values, scores, positions)
+        self.empty = named.get("empty")
+        if self.empty is not None:
+            self.shift = tuple(self.empty[:, 0].tolist())
+        self.state = {
+            name.removeprefix("state."): value
+            for name, value in named.items()
+            if name.startswith("state.")
+        }
+
     def expect_hand_over(self) -> None:
         """Let the next `update` pass: its caller's keys and values go to our attention function."""
         self._handed_over = True
@@ -115,6 +240,8 @@ class RetainedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.units.clear()
         self.seen = 0
+        self.empty, self.shift = None, (0,)
+        self.state = {}
         self.rotated = self._rotated_at_first
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -133,13 +260,18 @@ class RetainedLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.seen:
-            self.units.select_batch(indices.to(self.keys.device))
+        if self.held:
+            rows = indices.to(self.keys.device)
+            self.units.select_batch(rows)
+            if self.empty is not None:
+                self.empty = self.empty[rows]
+                self.shift = tuple(self.shift[row] for row in indices.tolist())
+            self.state = {name: value[rows] for name, value in self.state.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.seen:
+        if self.held:
             rows = torch.arange(self.keys.shape[0], device=self.keys.device)
-            self.units.select_batch(rows.repeat_interleave(repeats))
+            self.batch_select_indices(rows.repeat_interleave(repeats))
 
 
 class RetainedCache(Cache):
@@ -147,35 +279,65 @@ class RetainedCache(Cache):
 
     Args:
         num_layers: layers of the backbone.
-        budget: units a KV head keeps while the prompt is read; None = all.
+        budget: units a KV head keeps while the prompt is read, or those of every layer; None = all.
         positions: see the file's head.
+        windows: the sliding window of each layer (`RetainedLayer`), None for those without; empty =
+            no layer has one.
 
     Attributes:
         eviction: what layers do after attending now; None = nothing is evicted.
-        prompt_length: tokens of the first prompt (it decides LongRoPE's `by_length` rule).
+        room: units expected to come after the prompt was read, for which storage is made at once.
+        prompt_lengths: tokens of each row's first prompt (they decide LongRoPE's `by_length`
+            rule); one for all rows if they agree.
         query_length: tokens of the question that were read in front of the prompt (Locret-Q).
-        token_ids: [B, seen] long, on the CPU: the tokens read so far, evicted ones included.
+        token_ids: [B, seen] long, on the CPU: the tokens read so far, evicted ones included; rows
+            of a batch are padded on the left.
         unread_ids: [B, 0 or 1] long, on the CPU: the last token of the answer, which ends a call
             without being read; the next turn reads it first.
+        padding: how many leading tokens of each row are padding; None = none.
+        takes_in: a chunk of a context is read, and its output is not wanted.
+        steps: computes the layers of a one-token step just now (`locret.steps`); else None.
+        model: what the cache belongs to (`locret.saved.describe`), for `save`.
     """
 
     layers: list[RetainedLayer]  # type: ignore[assignment]
 
     def __init__(
-        self, num_layers: int, budget: int | None = None, positions: Positions = "compact"
+        self,
+        num_layers: int,
+        budget: int | tuple[int, ...] | None = None,
+        positions: Positions = "compact",
+        windows: Sequence[int | None] = (),
     ) -> None:
         if positions not in get_args(Positions):
             raise ValueError(f"positions is {positions!r}; expected 'compact' or 'original'")
         super().__init__(
-            layers=[RetainedLayer(rotated=positions == "original") for _ in range(num_layers)]
+            layers=[
+                RetainedLayer(rotated=positions == "original", window=window)
+                for window in (windows or [None] * num_layers)
+            ]
         )
         self.budget = budget
         self.positions = positions
+        self.model: dict[str, Any] = {}
+        self.takes_in = False
+        self.steps: Any = None
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self.eviction: Eviction | None = None
-        self.prompt_length = 0
+        self.room = DECODE_ROOM
+        self.prompt_lengths: tuple[int, ...] = (0,)
         self.query_length = 0
         self.token_ids: Tensor | None = None
         self.unread_ids = torch.empty(0, 0, dtype=torch.long)
+        self.padding: tuple[int, ...] | None = None
+
+    def shifted(self, column: int) -> tuple[int, ...]:
+        """The position of token `column` in each row, or one for all rows if they agree."""
+        if self.padding is None:
+            return (column,)
+        return tuple(column - padding for padding in self.padding)
 
     def __bool__(self) -> bool:
         """False, so that stock Phi-3 keeps the cache; ask `cache is None` or `cache.seen` instead.
@@ -196,27 +358,131 @@ class RetainedCache(Cache):
         """Bytes of all storage: keys, values, scores, positions and spare room."""
         return sum(layer.units.nbytes for layer in self.layers)
 
+    @property
+    def retained_layers(self) -> list[RetainedLayer]:
+        """The layers that a budget bounds, not a sliding window."""
+        return [layer for layer in self.layers if layer.window is None]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer; None for those without."""
+        return tuple(layer.window for layer in self.layers)
+
     def reset(self) -> None:
         super().reset()
-        self.eviction = None
-        self.prompt_length = 0
-        self.query_length = 0
-        self.token_ids = None
-        self.unread_ids = self.unread_ids[:, :0]
+        self._start_anew()
+
+    def snapshot(self) -> Snapshot:
+        """What the cache is now, to come back to with `restore`: ask a question, restore, ask the
+        next one. Nothing is copied; the storage lives as long as the snapshot or the cache."""
+        fields = {name: copy.copy(getattr(self, name)) for name in _FIELDS}
+        return Snapshot(tuple(layer.view() for layer in self.layers), fields)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Be again what the cache was when `snapshot` was taken of it.
+
+        Raises:
+            ValueError: a snapshot of a cache with another number of layers.
+        """
+        if len(snapshot.layers) != len(self.layers):
+            raise ValueError(
+                f"the snapshot is of a cache of {len(snapshot.layers)} layers; this one has "
+                f"{len(self.layers)}. Restore it where it was taken"
+            )
+        for layer, view in zip(self.layers, snapshot.layers, strict=True):
+            layer.restore(view)
+        for name, value in snapshot.fields.items():
+            setattr(self, name, copy.copy(value))
+
+    def save(self, path: str | Path) -> None:
+        """Write the context to the folder `path`: safetensors and JSON (`locret.saved`).
+
+        Raises:
+            ValueError: nothing was read yet, or the path is taken by something else.
+        """
+        if not self.seen or self.token_ids is None:
+            raise ValueError("the cache holds no context to save, or one that beams have mixed up")
+        tensors = {"token_ids": self.token_ids, "unread_ids": self.unread_ids}
+        for i, layer in enumerate(self.layers):
+            tensors |= {f"{i}.{name}": tensor for name, tensor in layer.named_tensors().items()}
+        record = {name: getattr(self, name) for name in _RECORDED}
+        record |= {
+            "seen": [layer.seen for layer in self.layers],
+            "rotated": [layer.rotated for layer in self.layers],
+            "windows": list(self.windows),
+        }
+        saved.write(path, record, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any) -> "RetainedCache":
+        """The context saved at `path`, on the device of `model`, which it was read with.
+
+        Raises:
+            ValueError: no context there, a damaged one, or one of another model; says which.
+        """
+        stock = model.get_base_model() if hasattr(model, "get_base_model") else model
+        record, tensors = saved.read(path, stock)
+        cache = cls(
+            len(record["seen"]), positions=record["positions"], windows=record.get("windows", ())
+        )
+        for name in _RECORDED:
+            value = record[name]
+            setattr(cache, name, tuple(value) if isinstance(value, list) else value)
+        cache.token_ids, cache.unread_ids = tensors.pop("token_ids"), tensors.pop("unread_ids")
+        for i, layer in enumerate(cache.layers):
+            layer.seen, layer.rotated = record["seen"][i], record["rotated"][i]
+            start = f"{i}."
+            layer.take_tensors(
+                {
+                    name.removeprefix(start): tensor.to(stock.device)
+                    for name, tensor in tensors.items()
+                    if name.startswith(start)
+                }
+            )
+        return cache
+
+    @classmethod
+    def stack(
+        cls, rows: "Sequence[RetainedCache]", padded_to: int, num_heads: int, device: torch.device
+    ) -> "RetainedCache":
+        """Caches of one row each as one batch, aligned at their last unit. Empties `rows`.
+
+        Args:
+            rows: caches of contexts read one by one, with the same settings.
+            padded_to: tokens of the longest context; shorter ones count as padded on the left.
+            num_heads: KV heads of the backbone.
+            device: where the new tensors go.
+        """
+        first = rows[0]
+        batch = cls(len(first.layers), first.budget, first.positions, first.windows)
+        batch.model, batch.query_length = first.model, first.query_length
+        batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
+        batch.padding = tuple(padded_to - row.seen for row in rows)
+        for layer, *of_rows in zip(batch.layers, *(row.layers for row in rows), strict=True):
+            units, empty = stack([each.units for each in of_rows])
+            layer.units, layer.seen = units, padded_to
+            layer.rotated = of_rows[0].rotated
+            layer.add_empty(empty, num_heads, device)
+            layer.state = _stack_states([each.state for each in of_rows])
+            for each in of_rows:
+                each.units.clear()  # one layer at a time is held twice, not the whole batch
+        return batch
 
     def report(self) -> dict[str, Any]:
         """What is held, in units and real bytes, against what a full cache would take.
 
         Returns:
-            `seen_tokens`, `budget`, `positions`, per layer `units` (held in each head) and `bytes`
-            (storage of keys, values, scores, positions, spare room), their sum `total_bytes`,
-            `full_cache_bytes` (keys and values of every token seen) and `ratio` = total / full.
+            `seen_tokens`, `budget`, `positions`, per layer `windows` (None where the budget holds),
+            `units` (held in each head) and `bytes` (storage of keys, values, scores, positions,
+            spare room), their sum `total_bytes`, `full_cache_bytes` (keys and values of every token
+            seen, or of a window) and `ratio` = total / full.
         """
         full = sum(_full_bytes(layer) for layer in self.layers)
         return {
             "seen_tokens": self.seen,
             "budget": self.budget,
             "positions": self.positions,
+            "windows": list(self.windows),
             "units": [layer.held for layer in self.layers],
             "bytes": [layer.units.nbytes for layer in self.layers],
             "total_bytes": self.nbytes,
@@ -225,8 +491,33 @@ class RetainedCache(Cache):
         }
 
 
+def _stack_states(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What policies remember of rows, as one batch; zeros for rows that remember nothing."""
+    some: dict[str, Tensor] = {}
+    for row in rows:
+        some = row | some
+    return {
+        name: torch.cat([row.get(name, torch.zeros_like(like)) for row in rows])
+        for name, like in some.items()
+    }
+
+
 def _full_bytes(layer: RetainedLayer) -> int:
     if not layer.held:
         return 0
     a_token = (layer.keys[:, :, :1].nbytes) + (layer.values[:, :, :1].nbytes)
-    return a_token * layer.seen
+    return a_token * min(layer.seen, layer.window or layer.seen)
+
+
+_RECORDED = ("model", "budget", "positions", "prompt_lengths", "query_length", "padding")
+
+_FIELDS = (
+    "budget",
+    "eviction",
+    "room",
+    "prompt_lengths",
+    "query_length",
+    "token_ids",
+    "unread_ids",
+    "padding",
+)

@@ -8,6 +8,7 @@ lm_eval    lm-evaluation-harness with `--model locret` and our task files
 convert    between the artifact folder and the released .bin format
 inspect    what an artifact records, and whether its weights look sound
 push       an artifact to the Hugging Face Hub
+report     tables and figures of many results, as Markdown and HTML
 plan       what fits into a given memory, from a model's config alone
 """
 
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_inspect(commands)
     _add_push(commands)
+    _add_report(commands)
     _add_plan(commands)
     return parser
 
@@ -150,6 +152,14 @@ def _add_push(commands: Any) -> None:
     command.add_argument("--token", help="default: HF_TOKEN, or what `hf auth login` stored")
     command.add_argument("--revision", "--branch", help="commit to this branch, made if need be")
     command.set_defaults(run=_push)
+
+
+def _add_report(commands: Any) -> None:
+    command = commands.add_parser("report", help="tables and figures of many results")
+    command.add_argument("results", nargs="+", help="JSON files of results")
+    command.add_argument("--out", type=Path, required=True, help="folder to write to")
+    command.add_argument("--title", default="Results")
+    command.set_defaults(run=_report)
 
 
 def _add_plan(commands: Any) -> None:
@@ -385,6 +395,14 @@ def _push(given: argparse.Namespace) -> None:
             revision=given.revision,
         )
         print(f"pushed {len(files)} files to {address}")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from locret.evaluation.report import MARKDOWN, make_report
+
+    page = make_report(given.results, given.out, given.title)
+    print(f"report   {page.with_name(MARKDOWN).resolve()}")
+    print(f"page     {page.resolve()}")
 
 
 def _plan(given: argparse.Namespace) -> None:

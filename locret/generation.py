@@ -8,25 +8,27 @@ eviction.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from locret.attention import RetainedAttention
 from locret.backbone import Backbone
-from locret.cache import Eviction, Positions, RetainedCache
+from locret.backends import Backend, available, fastest
+from locret.cache import DECODE_ROOM, Eviction, Positions, RetainedCache
 from locret.heads import RetainingHeads
+from locret.kernels.dispatch import AVAILABLE
 from locret.policies import POLICIES, LocretPolicy, Policy
+from locret.retention import RetainedAttention, TakenIn
 from locret.rotary import LongRopeRule
+from locret.saved import describe
+from locret.settings import Auto, Budget, Settings
+from locret.steps import GraphedSteps, seen_through, why_not_graphed
 
-Auto = Literal["auto"]
 Progress = Callable[[int, int], None]
 """Called after every chunk with the tokens read so far and the tokens to read in all."""
-
-PAPER = {"budget": 16384, "chunk_size": 3072, "stabilizers": 2500, "local_tokens": 100}
-"""The engine settings of the paper, where neither the user nor the heads say otherwise."""
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -57,12 +59,25 @@ class Engine:
         model: a stock transformers causal language model.
         policy: a name of `locret.policies.POLICIES`, or a `Policy`.
         heads: retaining heads; the policy "locret" needs them.
-        budget: units every KV head keeps; None = nothing is ever evicted.
+        budget: units every KV head keeps: a whole number; a share of the context (0.25); one number
+            for each layer; None = nothing is ever evicted.
         chunk_size: tokens of the prompt read at a time; None = all at once.
         stabilizers: last units that survive every eviction but the final one.
         local_tokens: last tokens of the prompt that are read after the final eviction.
         positions: "compact" or "original" (`locret.cache`).
         longrope: "long" or "by_length" (`locret.rotary`).
+        query_aware: let the policy see the question before the final eviction. `generate`: the last
+            `local_tokens` tokens of the prompt belong to its last chunk, which is ranked and
+            evicted as a whole; only the very last token, from which the answer starts, is read
+            afterwards. With `chunk_size=None` that is the published one-shot form of the policies
+            that look from the prompt's end. `prefill` needs `query_ids`: they are read behind the
+            context, in its last chunk, and given up again, to be asked with `generate` later.
+            Earlier chunks are evicted without the question. Query-aware heads need no switch.
+        decode_interval: also evict while answering, back to the budget every so many tokens, so
+            that answers of any length stay bounded; None = answers are kept whole. Rows of a batch
+            evict at the same steps.
+        backend: "auto" or a name of `locret.backends`: how attention is computed.
+        graphs: run the steps of an answer from a CUDA graph; "auto" = where that works.
         progress: called after every chunk.
 
     Raises:
@@ -76,12 +91,16 @@ class Engine:
         policy: str | Policy = "locret",
         *,
         heads: RetainingHeads | None = None,
-        budget: int | None | Auto = "auto",
+        budget: Budget | Auto = "auto",
         chunk_size: int | None | Auto = "auto",
         stabilizers: int | Auto = "auto",
         local_tokens: int | Auto = "auto",
         positions: Positions | Auto = "auto",
         longrope: LongRopeRule | Auto = "auto",
+        query_aware: bool = False,
+        decode_interval: int | None = None,
+        backend: Backend | Auto = "auto",
+        graphs: bool | Auto = "auto",
         progress: Progress | None = None,
     ) -> None:
         record = heads.config if heads is not None else None
@@ -92,49 +111,68 @@ class Engine:
         self.model = model
         self.backbone = Backbone(model, longrope)  # type: ignore[arg-type]
         self.policy = _make_policy(policy, heads, self.backbone)
-        recorded = _recorded(record.defaults if record else {})
-        self.budget, self.stabilizers = _budget_and_stabilizers(budget, stabilizers, recorded)
         if not self.policy.evicts:
-            self.budget = None
-        self.chunk_size = recorded["chunk_size"] if chunk_size == "auto" else chunk_size
-        self.local_tokens = recorded["local_tokens"] if local_tokens == "auto" else local_tokens
+            budget = decode_interval = None
+        self.settings = Settings.resolve(
+            record.defaults if record else {},
+            budget,
+            chunk_size,
+            stabilizers,
+            local_tokens,
+            positions,  # type: ignore[arg-type]
+            decode_interval,
+        )
         self.query_tokens = 0
         if isinstance(self.policy, LocretPolicy):
             self.query_tokens = self.policy.heads.config.query_tokens
-        self.positions: Positions = positions  # type: ignore[assignment]
+        self.settings.check(self.query_tokens, self.backbone.geometry.num_layers)
+        self.query_aware = query_aware
+        if query_aware and self.query_tokens:
+            raise ValueError(
+                "query_aware=True, but these heads read the question in front of the prompt "
+                "already; leave it out"
+            )
+        self.backend: Backend = _backend(backend, self.backbone)
+        self.graphs = _graphs(graphs, self.backbone)
         self.progress = progress
-        self._check_settings()
         self._attached: contextlib.ExitStack | None = None
         self._depth = 0
 
-    def _check_settings(self) -> None:
-        if self.positions not in get_args(Positions):
-            raise ValueError(f"positions is {self.positions!r}; expected 'compact' or 'original'")
-        if self.budget is not None and self.budget < 1:
-            raise ValueError(f"budget is {self.budget}; expected at least 1, or None for no limit")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size is {self.chunk_size}; expected at least 1, or None")
-        if self.local_tokens < 1:
-            raise ValueError(
-                f"local_tokens is {self.local_tokens}; expected at least 1: the answer starts from "
-                "the last token of the prompt, which is read after the final eviction"
-            )
-        if self.stabilizers < 0:
-            raise ValueError(f"stabilizers is {self.stabilizers}; expected zero or more")
-        if self.budget is not None and self.stabilizers + self.query_tokens > self.budget:
-            query = f" and the heads keep {self.query_tokens} query tokens" * bool(
-                self.query_tokens
-            )
-            raise ValueError(
-                f"stabilizers is {self.stabilizers}{query} but the budget is {self.budget}: they "
-                "are kept within the budget; lower stabilizers or raise the budget"
-            )
+    @functools.cached_property
+    def _description(self) -> dict[str, Any]:
+        return describe(self.backbone.model)
+
+    @property
+    def budget(self) -> Budget:
+        """Units every KV head keeps; see the class."""
+        return self.settings.budget
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Tokens of the prompt read at a time; None = all at once."""
+        return self.settings.chunk_size
+
+    @property
+    def stabilizers(self) -> int | Auto:
+        """Last units that survive every eviction but the final one; "auto" beside a share."""
+        return self.settings.stabilizers
+
+    @property
+    def local_tokens(self) -> int:
+        """Last tokens of the prompt that are read after the final eviction."""
+        return self.settings.local_tokens
+
+    @property
+    def positions(self) -> Positions:
+        """ "compact" or "original"."""
+        return self.settings.positions
 
     def __enter__(self) -> "Engine":
         if self._depth == 0:
             stack = contextlib.ExitStack()
-            run = RetainedAttention(self.policy, self.backbone.backend)
-            stack.enter_context(self.backbone.attached(run))
+            run = RetainedAttention(self.policy, self.backend, self.backbone.surprise)
+            finish = run.finish if self.policy.waits else None
+            stack.enter_context(self.backbone.attached(run, run.rotation, finish))
             self._attached = stack
         self._depth += 1
         return self
@@ -162,23 +200,30 @@ class Engine:
         """Read a whole context in chunks and compress it to the budget.
 
         Args:
-            input_ids: [B, n] long, rows of equal length.
-            attention_mask: [B, n], all ones, or None.
+            input_ids: [B, n] long; rows of different lengths are padded on the left.
+            attention_mask: [B, n], zeros where a row is padded; None = no padding.
             query_ids: [B, q] long: what will be asked. Query-aware heads (Locret-Q) need it: it is
-                read in front of the context, once more, and never evicted. Without a budget nothing
-                is scored, and it is not read.
+                read in front of the context, once more, and never evicted; and so does an engine
+                with `query_aware`, which reads it behind the context and does not keep it. Without
+                a budget nothing is scored, and it is not read.
 
         Returns:
             The cache, to go on from with `generate(question_ids, cache=cache)`.
 
         Raises:
-            ValueError: an empty prompt, padding, or a query missing or given to no use.
+            ValueError: an empty prompt, padding elsewhere than on the left, or a query missing or
+                given to no use.
         """
         _check_ids(input_ids)
-        _check_mask(attention_mask, input_ids, context_length=0)
+        padding = _left_padding(attention_mask, input_ids)
         query_ids = self._checked_query(query_ids, input_ids)
+        rows = _rows(input_ids, padding)
+        lengths = [row.shape[1] for row in rows]
         with self:
-            return self._prefill(input_ids, input_ids.shape[1], query_ids)
+            if len(set(lengths)) == 1:
+                return self._prefill(torch.cat(rows), lengths[0], query_ids)
+            queries = [None] * len(rows) if query_ids is None else query_ids.split(1)
+            return self._prefill_rows(rows, lengths, queries, input_ids.shape[1])
 
     @torch.no_grad()
     def generate(
@@ -193,8 +238,9 @@ class Engine:
         """Generate after a prompt, or after a question about a context read before.
 
         Args:
-            input_ids: [B, n] long: the prompt, or with `cache` only what follows its context.
-            attention_mask: all ones, or None.
+            input_ids: [B, n] long: the prompt, or with `cache` only what follows its context. Rows
+                of different lengths are padded on the left; what follows a context is not.
+            attention_mask: [B, n], zeros where a row is padded; None = no padding.
             cache: a cache of `prefill` or of an earlier `generate`. It goes on from where it is,
                 and holds question and answer afterwards.
             max_new_tokens: default 64, unless `max_length` or a `generation_config` is given.
@@ -204,12 +250,17 @@ class Engine:
             What stock `generate` returns: `input_ids` followed by the answer.
 
         Raises:
-            ValueError: an empty prompt, padding, or a decoding method that needs to roll back the
-                cache.
+            ValueError: an empty prompt, padding elsewhere than on the left, or a decoding method
+                that needs to roll back the cache.
         """
         _check_ids(input_ids)
         context = input_ids[:, :0] if cache is None else self._context_ids(cache, input_ids)
-        _check_mask(attention_mask, input_ids, context.shape[1])
+        padding = _left_padding(attention_mask, input_ids, context.shape[1])
+        if cache is not None and any(padding):
+            raise ValueError(
+                "attention_mask holds zeros: questions about a context take no padding; ask rows "
+                "of equal length, or one row at a time"
+            )
         _check_decoding(self.model, kwargs, with_cache=cache is not None)
         if max_new_tokens is None and not any(map(kwargs.get, ("max_length", "generation_config"))):
             max_new_tokens = DEFAULT_NEW_TOKENS
@@ -217,53 +268,127 @@ class Engine:
             kwargs["max_new_tokens"] = max_new_tokens
         with self:
             if cache is None:
-                cache = self._read_prompt(input_ids)
+                cache = self._read_prompt(input_ids, padding)
                 # What was read in front of the prompt, for stock generate's bookkeeping.
-                context = input_ids[:, input_ids.shape[1] - cache.query_length :]
+                unread = min(self._unread, input_ids.shape[1])
+                front = cache.seen - (input_ids.shape[1] - unread)
+                context = input_ids[:, input_ids.shape[1] - front :]
                 limit = kwargs.get("max_length") or getattr(
                     kwargs.get("generation_config"), "max_length", None
                 )
-                if limit and cache.query_length:
-                    kwargs["max_length"] = limit + cache.query_length
+                if limit and front:
+                    kwargs["max_length"] = limit + front
             sequence = torch.cat([context, input_ids], dim=1)
             return self._generate(sequence, cache, context.shape[1], kwargs)
 
-    def _read_prompt(self, input_ids: Tensor) -> RetainedCache:
-        """The cache after all of the prompt but its local tokens."""
-        length = input_ids.shape[1]
-        context = input_ids[:, : max(length - self.local_tokens, 0)]
-        query_ids = None
+    @property
+    def _unread(self) -> int:
+        """Last tokens of a prompt that are read after the final eviction."""
+        return 1 if self.query_aware else self.local_tokens
+
+    def _read_prompt(self, input_ids: Tensor, padding: list[int]) -> RetainedCache:
+        """The cache after all of the prompt but its local tokens, or the last one of them."""
+        width = input_ids.shape[1]
+        unread = min(self._unread, width)
+        if not any(padding):
+            context = input_ids[:, : width - unread]
+            return self._prefill(context, width, self._query_of(input_ids, context))
+        rows = _rows(input_ids, padding)
+        contexts = [row[:, : max(row.shape[1] - unread, 0)] for row in rows]
+        queries = [self._query_of(row, c) for row, c in zip(rows, contexts, strict=True)]
+        lengths = [row.shape[1] for row in rows]
+        cache = self._prefill_rows(contexts, lengths, queries, width - unread)
+        heads, device = self.backbone.geometry.num_kv_heads, input_ids.device
+        # Rows shorter than the local tokens are padded within these.
+        within = [max(unread - length, 0) for length in lengths]
+        if cache.padding is not None:
+            cache.padding = tuple(map(sum, zip(cache.padding, within, strict=True)))
+        for layer in cache.layers:
+            layer.add_empty(within, heads, device)
+        return cache
+
+    def _query_of(self, prompt: Tensor, context: Tensor) -> Tensor | None:
+        """What query-aware heads read in front of a prompt's context, if there is any."""
         if self.query_tokens and self.budget is not None and context.shape[1]:
-            query_ids = input_ids[:, -self.query_tokens :]
-        return self._prefill(context, length, query_ids)
+            return prompt[:, -self.query_tokens :]
+        return None
+
+    def _prefill_rows(
+        self,
+        contexts: list[Tensor],
+        prompt_lengths: list[int],
+        queries: Any,
+        width: int,
+    ) -> RetainedCache:
+        """Contexts of different lengths, read one by one (a chunk fills the device by itself) and
+        answered together. Each is read exactly as it would be alone."""
+        rows = [
+            self._prefill(context, length, query)
+            for context, length, query in zip(contexts, prompt_lengths, queries, strict=True)
+        ]
+        padded_to = max(width, *(row.seen for row in rows))
+        heads, device = self.backbone.geometry.num_kv_heads, contexts[0].device
+        ids = [row.token_ids for row in rows]
+        cache = RetainedCache.stack(rows, padded_to, heads, device)
+        cache.token_ids = torch.cat(
+            [nn.functional.pad(i, (padded_to - i.shape[1], 0)) for i in ids if i is not None]
+        )
+        cache.unread_ids = cache.token_ids[:, :0]
+        return cache
 
     def _prefill(
         self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None
     ) -> RetainedCache:
-        cache = RetainedCache(self.backbone.geometry.num_layers, self.budget, self.positions)
-        cache.prompt_length = prompt_length
-        query = 0
-        if query_ids is not None:
-            query = cache.query_length = query_ids.shape[1]
+        layers, windows = self.backbone.geometry.num_layers, self.backbone.windows
+        budgets = self.settings.budgets(self.policy, layers, input_ids.shape[1])
+        cache = RetainedCache(len(windows), _one_if_equal(budgets), self.positions, windows)
+        cache.model = self._description
+        cache.prompt_lengths = (prompt_length,)
+        together, drop = self.local_tokens - 1 if self.query_aware else 0, 0
+        if query_ids is not None and self.query_aware:
+            together = drop = query_ids.shape[1]
+            input_ids = torch.cat([input_ids, query_ids], dim=1)
+        elif query_ids is not None:
+            cache.query_length = query_ids.shape[1]
             input_ids = torch.cat([query_ids, input_ids], dim=1)
         total = input_ids.shape[1]
-        for start in range(0, total, self.chunk_size or max(total, 1)):
-            chunk = input_ids[:, start : start + (self.chunk_size or total)]
-            end = start + chunk.shape[1]
-            if self.budget is not None:
-                stabilizers = self.stabilizers if end < total else 0
-                cache.eviction = Eviction(self.budget, stabilizers, query)
-            self.backbone.decoder(input_ids=chunk, past_key_values=cache, use_cache=True)
+        for start, end in _chunks(total, self.chunk_size, together):
+            final = end == total
+            if budgets is not None:
+                stabilizers = 0 if final else self.settings.stabilizers_for(budgets)
+                cache.eviction = Eviction(
+                    budgets, stabilizers, cache.query_length, drop=drop if final else 0
+                )
+            self._take_in(input_ids[:, start:end], cache)
             if self.progress is not None:
                 self.progress(end, total)
         cache.eviction = None
-        cache.token_ids = input_ids.cpu()
+        if drop:
+            for layer in cache.layers:
+                layer.state = {}  # of a question that was given up
+        cache.token_ids = input_ids[:, : total - drop].cpu()
         cache.unread_ids = cache.token_ids[:, :0]
         return cache
 
+    def _take_in(self, chunk: Tensor, cache: RetainedCache) -> None:
+        """Run a chunk of a context through the layers, for what they store of it."""
+        # Devices that share a model put layers back after use; they must be let finish.
+        spread = getattr(self.backbone.model, "hf_device_map", None)
+        cache.takes_in = not spread and not self.policy.waits
+        try:
+            with contextlib.suppress(TakenIn):
+                self.backbone.decoder(input_ids=chunk, past_key_values=cache, use_cache=True)
+        finally:
+            cache.takes_in = False
+
     def _checked_query(self, query_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
-        """The query to read in front of a context, if any."""
+        """The query to read in front of a context, or behind it, if any."""
         if query_ids is None:
+            if self.query_aware and self.budget is not None:
+                raise ValueError(
+                    "the engine is query_aware, so that a context is compressed for a question: "
+                    "pass query_ids, or leave query_aware out"
+                )
             if self.query_tokens and self.budget is not None:
                 raise ValueError(
                     f"these heads are query-aware (they learned with {self.query_tokens} tokens of "
@@ -271,8 +396,11 @@ class Engine:
                 )
             return None
         _check_ids(query_ids)
-        if not self.query_tokens:
-            raise ValueError("query_ids given, but the policy's heads are not query-aware")
+        if not self.query_tokens and not self.query_aware:
+            raise ValueError(
+                "query_ids given, but the policy's heads are not query-aware, nor was the engine "
+                "made with query_aware=True"
+            )
         if query_ids.shape[0] != input_ids.shape[0]:
             raise ValueError(
                 f"query_ids has {query_ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they "
@@ -280,11 +408,12 @@ class Engine:
             )
         if self.budget is None:
             return None
+        # All of it behind the context, as much as the heads learned with in front.
         return query_ids[:, -self.query_tokens :].to(input_ids.device)
 
     def _context_ids(self, cache: RetainedCache, input_ids: Tensor) -> Tensor:
         """Tokens that the cache has seen or was answered, for stock generate's bookkeeping."""
-        layers = self.backbone.geometry.num_layers
+        layers = len(self.backbone.layers)
         if not isinstance(cache, RetainedCache) or len(cache.layers) != layers:
             raise ValueError(
                 f"cache is a {type(cache).__name__} of {len(cache.layers)} layers; expected one of "
@@ -309,12 +438,19 @@ class Engine:
     ) -> Any:
         """Stock generate over a sequence whose first tokens `cache` has seen."""
         beams, returned = (_setting(self.model, kwargs, name) or 1 for name in MANY_ROWS)
+        self._bound_answer(cache)
         if max(beams, returned) > 1:
             cache.token_ids = None  # of no use to another call, should this one fail
             cache.batch_repeat_interleave(max(beams, returned))
         if _setting(self.model, kwargs, "use_cache") is False:
             kwargs = kwargs | {"use_cache": True}
-        output = self.model.generate(  # type: ignore[operator]
+        cache.room = max(_longest(self.model, kwargs, sequence) - cache.seen, DECODE_ROOM)
+        model: Any = self.model
+        if beams == 1 and cache.eviction is None and self.fast_steps:
+            model = seen_through(
+                self.backbone.model, GraphedSteps(self.backbone, cache, self.graphs)
+            )
+        output = model.generate(
             sequence,
             attention_mask=torch.ones_like(sequence),
             past_key_values=cache,
@@ -329,6 +465,27 @@ class Engine:
             return sequences[:, context:]
         output.sequences = sequences[:, context:]
         return output
+
+    @property
+    def fast_steps(self) -> bool:
+        """Whether one-token steps run with counters on the device (`locret.steps`)."""
+        backbone, fused = self.backbone, self.backend != "eager" and AVAILABLE
+        return fused and backbone.plain and backbone.model.device.type == "cuda"
+
+    def _bound_answer(self, cache: RetainedCache) -> None:
+        """Let the layers evict while the answer comes, if that was asked for."""
+        interval = self.settings.decode_interval
+        if interval is None or cache.budget is None:
+            return
+        if self.positions == "compact" and any(layer.rotated for layer in cache.layers):
+            raise ValueError(
+                "decode_interval: this cache answered without eviction before, so that its slots "
+                "are fixed; go on with the engine it came from, or read its context again"
+            )
+        layers = self.backbone.geometry.num_layers
+        budgets = cache.budget if isinstance(cache.budget, tuple) else (cache.budget,) * layers
+        stabilizers = self.settings.stabilizers_for(budgets)
+        cache.eviction = Eviction(budgets, stabilizers, cache.query_length, interval - 1)
 
 
 def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:
@@ -360,31 +517,60 @@ def _check_fit(heads: RetainingHeads, backbone: Backbone) -> None:
 
 
 def _fitting(heads: RetainingHeads, backbone: Backbone) -> RetainingHeads:
-    """The heads, on the backbone's device and in its dtype."""
-    model: Any = backbone.model
-    if {(p.device, p.dtype) for p in heads.parameters()} != {(model.device, model.dtype)}:
-        heads = copy.deepcopy(heads).to(model.device, model.dtype)  # the caller's stay as they are
+    """The heads, each on its layer's device, in the backbone's dtype."""
+    dtype: Any = backbone.model.dtype
+    places = [(layer.device, dtype) for layer in backbone.retained]
+    if any(
+        (p.device, p.dtype) != place
+        for head, place in zip(heads.layers, places, strict=True)
+        for p in head.parameters()
+    ):
+        heads = copy.deepcopy(heads)  # the caller's stay as they are
+        for head, place in zip(heads.layers, places, strict=True):
+            head.to(*place)
     return heads
 
 
-def _recorded(defaults: dict[str, int]) -> dict[str, int]:
-    """The heads' settings, the paper's for those not recorded; its stabilizers in proportion."""
-    settings = PAPER | defaults
-    if "stabilizers" not in defaults and settings["budget"] < PAPER["budget"]:
-        settings["stabilizers"] = PAPER["stabilizers"] * settings["budget"] // PAPER["budget"]
-    return settings
+def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:
+    model, size = backbone.model, backbone.geometry.head_size
+    if backend == "auto":
+        if backbone.backend == "eager":
+            return "eager"
+        return fastest(model.device, model.dtype, size)
+    reason = available(backend, model.device, model.dtype, size)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} does not work here: {reason}; leave it 'auto'")
+    return backend
 
 
-def _budget_and_stabilizers(
-    budget: int | None | Auto, stabilizers: int | Auto, recorded: dict[str, int]
-) -> tuple[int | None, int]:
-    if stabilizers == "auto":
-        stabilizers = recorded["stabilizers"]
-        if isinstance(budget, int) and budget < recorded["budget"]:
-            stabilizers = stabilizers * budget // recorded["budget"]
-    if budget == "auto":
-        budget = recorded["budget"]
-    return budget, stabilizers
+def _graphs(graphs: bool | Auto, backbone: Backbone) -> bool:
+    reason = why_not_graphed(backbone)
+    if graphs is True and reason is not None:
+        raise ValueError(f"graphs=True does not work here: {reason}; leave it 'auto'")
+    return reason is None and graphs is not False
+
+
+def _chunks(total: int, size: int | None, together: int) -> list[tuple[int, int]]:
+    """Start and end of every chunk; the last `together` tokens are all in the last one."""
+    starts = [*range(0, max(total - together, 1), size or max(total, 1))] if total else []
+    return [*zip(starts, [*starts[1:], total], strict=False)]
+
+
+def _one_if_equal(budgets: tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+    return budgets[0] if budgets and len(set(budgets)) == 1 else budgets
+
+
+def _rows(input_ids: Tensor, padding: list[int]) -> list[Tensor]:
+    """Each row [1, n] without its padding."""
+    return [input_ids[row : row + 1, skip:] for row, skip in enumerate(padding)]
+
+
+def _longest(model: Any, kwargs: dict[str, Any], sequence: Tensor) -> int:
+    """Tokens of the longest sequence that stock generate may make."""
+    new = _setting(model, kwargs, "max_new_tokens")
+    if new is not None:
+        return int(sequence.shape[1] + new)
+    return int(_setting(model, kwargs, "max_length") or sequence.shape[1] + DECODE_ROOM)
 
 
 def _check_ids(input_ids: Tensor) -> None:
@@ -395,20 +581,29 @@ def _check_ids(input_ids: Tensor) -> None:
         )
 
 
-def _check_mask(attention_mask: Tensor | None, input_ids: Tensor, context_length: int) -> None:
-    if attention_mask is None:
-        return
+def _left_padding(
+    attention_mask: Tensor | None, input_ids: Tensor, context_length: int = 0
+) -> list[int]:
+    """How many leading tokens of each row are padding.
+
+    Raises:
+        ValueError: a mask of another shape, zeros elsewhere than on the left, or a row of nothing.
+    """
     rows, new = input_ids.shape
+    if attention_mask is None:
+        return [0] * rows
     if attention_mask.shape not in ((rows, new), (rows, context_length + new)):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected that of input_ids, "
             f"{tuple(input_ids.shape)}"
         )
-    if not attention_mask.bool().all():
+    mask = attention_mask[:, -new:].bool()
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
         raise ValueError(
-            "attention_mask holds zeros: padding is not supported; batch rows of equal length, or "
-            "generate one prompt at a time"
+            "attention_mask holds zeros after ones: pad prompts on the left "
+            "(tokenizer.padding_side = 'left')"
         )
+    return (~mask).sum(dim=1).tolist()
 
 
 def _check_decoding(model: Any, kwargs: dict[str, Any], with_cache: bool) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from locret.attention import Backend, LayerCall, attend
+from locret.attention import LayerCall
+from locret.backends import Backend, attend
 from locret.segments import Segment
 
 

@@ -5,7 +5,8 @@
 Counted are the weights, the retaining heads, the cache with its scores and source positions, what
 one chunk needs while a layer computes, and a reserve for everything else. Weights and cache are
 exact; the chunk is an estimate of the largest tensors that live at once, with attention that
-materialises no T x S matrix. B is 1.
+materialises no T x S matrix: on Llama-3.1-8B's shapes (one H200, budgets 16K and 48K) prefill took
+at most what is said here and 95 % of it at least. B is 1.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from locret.backbone import Backbone
-from locret.generation import PAPER
 from locret.heads import Geometry
 from locret.quantities import format_bytes
+from locret.settings import PAPER
 
 GROUP = 64
 SCALE_BITS = 32  # a 16-bit scale and a 16-bit minimum a group

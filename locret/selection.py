@@ -7,6 +7,8 @@ stabilizers, are kept whatever they scored; kept units stay in order.
 import torch
 from torch import Tensor
 
+from locret.kernels import threshold_select
+
 
 def keep_highest(
     scores: Tensor, budget: int, protected_tail: int = 0, protected_head: int = 0
@@ -14,8 +16,9 @@ def keep_highest(
     """Indices of the units to keep, ascending in each head.
 
     Args:
-        scores: [B, H, S]; higher = keep. Which of equal scores stay is `torch.topk`'s choice, as
-            in the released code: equal tokens score alike in the first layer, so it matters.
+        scores: [B, H, S]; higher = keep. Of equal scores, and equal tokens score alike in the first
+            layer, those stay that `torch.topk` chooses, as in the released code; on a GPU, where
+            its choice changes from call to call, the earliest.
         budget: units a head keeps, at least as many as are protected.
         protected_tail: how many of the last units are kept whatever they scored; they count
             towards the budget.
@@ -29,6 +32,8 @@ def keep_highest(
     size = scores.shape[-1]
     if size <= budget:
         return torch.arange(size, device=scores.device).expand(scores.shape)
+    if scores.is_cuda:
+        return threshold_select(scores, budget, protected_tail, protected_head)
     if protected_head or protected_tail:
         scores = scores.clone()
         scores[..., size - protected_tail :] = torch.inf

@@ -23,6 +23,7 @@ class Settings:
     chunk_size: int
     stabilizers: int
     local_tokens: int
+    decode_interval: int | None = None
 
 
 @torch.no_grad()
@@ -41,7 +42,28 @@ def run(model, heads, input_ids, settings):
     return kept, logits
 
 
-def read(model, heads, tokens, start, cache, budget, protected):
+@torch.no_grad()
+def answer(model, heads, input_ids, settings, new_tokens):
+    """Greedy answer of a prompt, evicting while answering if the settings say so."""
+    layers = model.model.layers
+    cache = [[[] for _ in range(model.config.num_key_value_heads)] for _ in layers]
+    tokens = input_ids[0].tolist()
+    split = max(len(tokens) - settings.local_tokens, 0)
+    for start in range(0, split, settings.chunk_size):
+        end = min(start + settings.chunk_size, split)
+        protected = 0 if end == split else settings.stabilizers
+        read(model, heads, tokens[start:end], start, cache, settings.budget, protected)
+    bound = (None, 0, 0)
+    if settings.decode_interval is not None:
+        bound = (settings.budget, settings.stabilizers, settings.decode_interval - 1)
+    logits = read(model, heads, tokens[split:], split, cache, *bound)
+    for _ in range(new_tokens - 1):
+        tokens.append(int(logits.argmax()))
+        logits = read(model, heads, tokens[-1:], len(tokens) - 1, cache, *bound)
+    return [*tokens, int(logits.argmax())], max(len(u) for layer in cache for u in layer)
+
+
+def read(model, heads, tokens, start, cache, budget, protected, slack=0):
     hidden = model.model.embed_tokens(torch.tensor([tokens]))
     for layer_idx, layer in enumerate(model.model.layers):
         residual = hidden
@@ -53,7 +75,10 @@ def read(model, heads, tokens, start, cache, budget, protected):
         hidden = residual + layer.self_attn.o_proj(look(model, layer, query, cache[layer_idx]))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         if budget is not None:
-            cache[layer_idx] = [evict(units, budget, protected) for units in cache[layer_idx]]
+            cache[layer_idx] = [
+                evict(units, budget, protected) if len(units) > budget + slack else units
+                for units in cache[layer_idx]
+            ]
     return model.lm_head(model.model.norm(hidden))[0, -1]
 
 

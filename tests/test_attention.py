@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.attention import attend
+from locret.backends import attend
 
 
 def naive(query, key, value, scaling):

@@ -32,6 +32,7 @@ def test_report_of_an_empty_cache():
         "seen_tokens": 0,
         "budget": 10,
         "positions": "compact",
+        "windows": [None, None, None],
         "units": [0, 0, 0],
         "bytes": [0, 0, 0],
         "total_bytes": 0,
@@ -131,10 +132,10 @@ def test_source_positions_ascend_and_never_repeat(family, positions):
     model = tiny_model(family)
     cache = small_engine(model, positions=positions).prefill(prompt(90, batch=2))
     for layer in cache.layers:
-        held = layer.source_positions
+        held, units = layer.source_positions, 20 if layer.window is None else layer.window - 1
         assert held.dtype == torch.long
-        assert held.shape == layer.scores.shape == (2, 2, 20)
-        assert layer.keys.shape == layer.values.shape == (2, 2, 20, 8)
+        assert held.shape == layer.scores.shape == (2, 2, units)
+        assert layer.keys.shape == layer.values.shape == (2, 2, units, 8)
         assert (held.diff(dim=-1) > 0).all()
         assert held.min() >= 0
         assert held.max() < 90
@@ -202,8 +203,8 @@ def test_reset_makes_it_new():
     assert [layer.rotated for layer in cache.layers] == [False, False]
     with engine, torch.no_grad():
         for given in (cache, RetainedCache(2, budget=20)):
-            given.eviction = Eviction(20, 3)
-            given.prompt_length = 30
+            given.eviction = Eviction((20, 20), 3)
+            given.prompt_lengths = (30,)
             engine.backbone.decoder(input_ids=prompt(30), past_key_values=given, use_cache=True)
             assert given.report()["units"] == [20, 20]
 
@@ -364,7 +365,7 @@ def test_units_behave_like_lists(steps, batch, heads):
             model.select_batch(chosen)
             rows = len(chosen)
         elif step == "replace_keys":
-            units.replace_keys(torch.full_like(units.keys, arguments[0]))
+            units.rebuild(torch.full_like(units.keys, arguments[0]), room=arguments[0] % 3)
             model.rows = [
                 [[(float(arguments[0]), *unit[1:]) for unit in head] for head in row]
                 for row in model.rows

@@ -11,8 +11,9 @@ from transformers.generation.streamers import BaseStreamer
 import locret
 from locret.backbone import Backbone
 from locret.features import FEATURES
-from locret.generation import DEFAULT_NEW_TOKENS, PAPER
+from locret.generation import DEFAULT_NEW_TOKENS
 from locret.policies import POLICIES, LocretPolicy, Policy
+from locret.settings import PAPER
 from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -301,8 +302,8 @@ def test_use_cache_false_in_a_configuration_does_not_bypass_the_cache(where):
     [
         (torch.ones(1, 0, dtype=torch.long), None, "at least one token"),
         (torch.ones(5, dtype=torch.long), None, r"shape \(5,\); expected \[batch, tokens\]"),
-        (prompt(4), torch.tensor([[0, 1, 1, 1]]), "padding is not supported"),
-        (prompt(4, 2), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]), "padding is not supported"),
+        (prompt(4), torch.tensor([[0, 1, 0, 1]]), "pad prompts on the left"),
+        (prompt(4, 2), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]), "pad prompts on the left"),
         (prompt(4), torch.ones(1, 5), r"shape \(1, 5\); expected that of input_ids"),
         (prompt(4), torch.ones(2, 4), "expected that of input_ids"),
     ],
@@ -446,7 +447,7 @@ def test_padding_within_the_block_is_refused(model):
     padded[0, :4] = 0
     with engine:
         cache = engine.prefill(ids[:, :20])
-        with pytest.raises(ValueError, match="padding is not supported"):
+        with pytest.raises(ValueError, match="padding; engine.generate does"):
             model.generate(ids, attention_mask=padded, past_key_values=cache, **GREEDY)
         answer = model.generate(
             ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **GREEDY

@@ -50,6 +50,7 @@ def workplace(tmp_path_factory):
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
         folder / "adapter"
     )
+    shutil.copytree(ROOT / "docs" / "results", folder / "docs" / "results")
     (folder / "book.txt").write_text("It was a dark and stormy night. " * 90)
     return folder
 

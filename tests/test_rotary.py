@@ -12,15 +12,16 @@ from locret.rotary import _TABLES_KEPT, Rotary, longrope_switch
 from tests.tiny_models import FAMILIES, HEAD_SIZE, PHI3_WINDOW, tiny_model
 
 
-def stock_rotation(model, x, start):
+def stock_rotation(model, x, start, layer_idx=0):
     """`x` rotated as the architecture's attention layers do, by their own code."""
     module = __import__(type(model.model.layers[0].self_attn).__module__, fromlist=["x"])
     positions = torch.arange(start, start + x.shape[2])[None]
-    cos, sin = model.model.rotary_emb(x, positions)
-    rotated, _ = module.apply_rotary_pos_emb(
-        x[..., : cos.shape[-1]], x[..., : cos.shape[-1]], cos, sin
-    )
-    return torch.cat([rotated, x[..., cos.shape[-1] :]], dim=-1)
+    by_type = isinstance(model.model.rotary_emb.rope_type, dict)
+    which = [model.config.layer_types[layer_idx]] if by_type else []
+    cos, sin = model.model.rotary_emb(x, positions, *which)
+    size = cos.shape[-1] * (2 if model.config.model_type == "gpt_oss" else 1)
+    rotated, _ = module.apply_rotary_pos_emb(x[..., :size], x[..., :size], cos, sin)
+    return torch.cat([rotated, x[..., size:]], dim=-1)
 
 
 def random_heads(length, heads=3, size=HEAD_SIZE):
@@ -30,19 +31,22 @@ def random_heads(length, heads=3, size=HEAD_SIZE):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rotation_is_the_architectures(family):
     model = tiny_model(family)
-    rotary = Backbone(model, "by_length").rotary
-    for start, length in ((0, 1), (0, 9), (5, 7), (90, 3)):
-        x = random_heads(length)
-        expected = stock_rotation(model, x, start)
-        assert torch.equal(rotary.rotate(x, start, prompt_length=50), expected)
-        assert start == 0 and length == 1 or not torch.equal(expected, x)
+    backbone = Backbone(model, "by_length")
+    for layer in backbone.layers:
+        for start, length in ((0, 1), (0, 9), (5, 7), (90, 3)):
+            if layer.rotary is None:
+                continue
+            x = random_heads(length)
+            expected = stock_rotation(model, x, start, layer.layer_idx)
+            assert torch.equal(layer.rotary.rotate(x, (start,), (50,)), expected)
+            assert start == 0 and length == 1 or not torch.equal(expected, x)
 
 
 @pytest.mark.parametrize("partial", [0.25, 0.5, 1.0])
 def test_partial_rotation_leaves_the_rest_of_a_head_alone(partial):
     model = tiny_model("glm", head_dim=16, partial_rotary_factor=partial)
     x = random_heads(6, size=16)
-    turned = Backbone(model).rotary.rotate(x, 3, prompt_length=9)
+    turned = Backbone(model).rotary.rotate(x, (3,), (9,))
     size = int(16 * partial)
     assert torch.equal(turned[..., size:], x[..., size:])
     assert not torch.equal(turned[..., :size], x[..., :size])
@@ -59,7 +63,7 @@ def test_partial_rotation_of_phi3(partial):
         partial_rotary_factor=partial,
     )  # fmt: skip
     x = random_heads(6)
-    turned = Backbone(model).rotary.rotate(x, 3, prompt_length=9)
+    turned = Backbone(model).rotary.rotate(x, (3,), (9,))
     assert torch.equal(turned, stock_rotation(model, x, 3))
     assert torch.equal(turned[..., 4:], x[..., 4:]) == (partial == 0.5)
 
@@ -68,7 +72,8 @@ def test_only_relative_slots_matter():
     rotary = Backbone(tiny_model("llama")).rotary
     query, key = random_heads(1), random_heads(5)
     logits = [
-        rotary.rotate(query, start + 5, 9) @ rotary.rotate(key, start, 9).transpose(2, 3)
+        rotary.rotate(query, (start + 5,), (9,))
+        @ rotary.rotate(key, (start,), (9,)).transpose(2, 3)
         for start in (0, 17)
     ]
     assert (logits[0] - logits[1]).abs().max() < 1e-4
@@ -76,16 +81,16 @@ def test_only_relative_slots_matter():
 
 def test_a_range_in_parts_is_the_range():
     rotary, x = Backbone(tiny_model("llama")).rotary, random_heads(20)
-    parts = [rotary.rotate(x[:, :, i : i + 1], i, 20) for i in range(20)]
-    assert torch.equal(torch.cat(parts, dim=2), rotary.rotate(x, 0, 20))
+    parts = [rotary.rotate(x[:, :, i : i + 1], (i,), (20,)) for i in range(20)]
+    assert torch.equal(torch.cat(parts, dim=2), rotary.rotate(x, (0,), (20,)))
 
 
 def test_dtype_is_kept_and_tables_do_not_mix_dtypes():
     rotary, x = Backbone(tiny_model("llama")).rotary, random_heads(4)
-    first = rotary.rotate(x, 0, 4)
+    first = rotary.rotate(x, (0,), (4,))
     for dtype in (torch.bfloat16, torch.float16):
-        assert rotary.rotate(x.to(dtype), 0, 4).dtype == dtype
-    assert torch.equal(rotary.rotate(x, 0, 4), first)
+        assert rotary.rotate(x.to(dtype), (0,), (4,)).dtype == dtype
+    assert torch.equal(rotary.rotate(x, (0,), (4,)), first)
 
 
 def test_nothing_of_the_rotary_module_is_changed():
@@ -93,7 +98,7 @@ def test_nothing_of_the_rotary_module_is_changed():
     module = model.model.rotary_emb
     before = {name: copy.deepcopy(v) for name, v in vars(module).items() if name != "config"}
     rotary = Backbone(model, "long").rotary
-    rotary.rotate(random_heads(300), 0, 300)
+    rotary.rotate(random_heads(300), (0,), (300,))
     after = vars(module)
     assert after.keys() == before.keys() | {"config"}
     assert torch.equal(module.inv_freq, before["_buffers"]["inv_freq"])
@@ -105,7 +110,7 @@ def test_more_ranges_than_tables_are_kept_give_the_same_every_time():
     ranges = [(start, 3 + start % 5) for start in range(9)] * 2
     expected = stock_ranges(x, ranges)
     for (start, length), stock in zip(ranges, expected, strict=True):
-        assert torch.equal(rotary.rotate(x[:, :, :length], start, 12), stock)
+        assert torch.equal(rotary.rotate(x[:, :, :length], (start,), (12,)), stock)
         assert len(rotary._tables) <= _TABLES_KEPT
 
 
@@ -125,7 +130,7 @@ def test_threads_may_share_an_engine():
     def rotate_all(first):
         for i in range(first, first + 120):
             start, length = ranges[i % 9]
-            assert torch.equal(rotary.rotate(x[:, :, :length], start, 12), expected[i % 9])
+            assert torch.equal(rotary.rotate(x[:, :, :length], (start,), (12,)), expected[i % 9])
 
     try:
         with ThreadPoolExecutor(8) as pool:
@@ -141,7 +146,7 @@ def test_threads_may_share_an_engine():
 def frequencies_used(rotary, start, prompt_length):
     """Which factors a rotation used: compare with a naive rotation by either."""
     x = random_heads(3)
-    turned = rotary.rotate(x, start, prompt_length)
+    turned = rotary.rotate(x, (start,), (prompt_length,))
     for which, factors in (("short", [1.0, 1.05, 1.1, 1.15]), ("long", [1.0, 1.9, 2.8, 3.7])):
         inverse = 1 / (torch.tensor(factors) * 10000 ** (torch.arange(0, 8, 2) / 8))
         angles = torch.arange(start, start + 3)[:, None] * inverse
@@ -153,7 +158,7 @@ def frequencies_used(rotary, start, prompt_length):
             ],
             dim=-1,
         )
-        scale = rotary._short.attention_scaling
+        scale = rotary._short._module.attention_scaling
         if torch.allclose(turned, naive * scale, atol=1e-5):
             return which
     return "neither"

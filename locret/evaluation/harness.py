@@ -112,7 +112,7 @@ class LocretLM(HFLM):
                 device=self._ranks.device() or device,
                 revision=revision,
                 adapter=adapter,
-                **chosen,
+                **chosen,  # type: ignore[arg-type]
             )
         bounded = not self.row.keeps_all and positions != "original"
         super().__init__(

@@ -42,6 +42,8 @@ def figure(record: dict[str, Any]) -> Any:
             image = _panel(axis, record, runs[place])
         else:
             axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("depth of the needle", fontsize=8)
     made.colorbar(image, ax=axes, label="share found", shrink=0.8)
     return made
 
@@ -52,13 +54,12 @@ def _panel(axis: Any, record: dict[str, Any], run: tuple[str, int]) -> Any:
     found = grid.shares(record["results"], *run)
     values = [[_value(found.get((length, row))) for length in lengths] for row in range(depths)]
     axis.set_facecolor("lightgrey")
-    image = axis.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     policy, ratio = run
     axis.set_title(policy if ratio == 1 else f"{policy}, {ratio}x fewer units", fontsize=10)
     axis.set_xticks(range(len(lengths)), [_thousands(n) for n in lengths], fontsize=8)
     axis.set_yticks(range(depths), _depth_labels(depths), fontsize=8)
     axis.set_xlabel("tokens", fontsize=8)
-    axis.set_ylabel("depth of the needle", fontsize=8)
     return image
 
 

@@ -21,9 +21,8 @@ class StreamingLLMPolicy(Policy):
         self.sinks = sinks
 
     def score(self, chunk: LayerChunk) -> Tensor:
-        batch, heads, new, _ = chunk.key.shape
-        positions = torch.arange(chunk.start, chunk.start + new, device=chunk.key.device)
+        positions = chunk.own_positions
         # float32 counts exactly up to 16.7 million tokens; finite, so that stabilizers rank higher
         highest = torch.finfo(torch.float32).max
         scores = positions.float().masked_fill(positions < self.sinks, highest)
-        return scores.expand(batch, heads, new)
+        return scores[:, None].expand(chunk.key.shape[:3])

@@ -1,0 +1,95 @@
+"""The part of a report about benchmarks: speed and memory, from the JSON of `benchmarks/`.
+
+Such a JSON holds `settings`, `figures`, `hardware` and `versions`. Where `figures` has `results`,
+they are rows of systems at lengths (`benchmarks.longcontext`); else figures are single numbers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from locret.evaluation.figures import plotting
+from locret.evaluation.report_blocks import Block, Paragraph, Table
+
+OK = "ok"
+FULL = "full"
+COLUMNS = (
+    ("first token, s", "first_token_seconds", ".3g"),
+    ("prefill, tokens/s", "prefill_tokens_per_second", ",.0f"),
+    ("x full", "prefill_speed_up", ".2f"),
+    ("decode, tokens/s", "decode_tokens_per_second", ",.1f"),
+    ("x full", "decode_speed_up", ".2f"),
+    ("peak, GiB", "peak_gib", ".2f"),
+    ("units", "units", ",.0f"),
+)
+"""Heading, the figure's name and its format."""
+PANELS = {
+    "seconds to the first token": "first_token_seconds",
+    "decode tokens/s": "decode_tokens_per_second",
+    "peak memory, GiB": "peak_gib",
+}
+
+
+def blocks(record: Mapping[str, Any]) -> Iterator[Block]:
+    """Where the figures come from, and their table."""
+    settings, figures = record["settings"], record["figures"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    yield Paragraph(f"{record['hardware']}; {versions}.")
+    shown = {name: value for name, value in settings.items() if _is_short(value)}
+    yield Paragraph(", ".join(f"{name} {value}" for name, value in shown.items()) + ".")
+    results = figures.get("results")
+    if results is not None:
+        yield _systems(results)
+        return
+    numbers = [(name, value) for name, value in figures.items() if isinstance(value, int | float)]
+    yield Table(["figure", "value"], [[name, f"{value:,.4g}"] for name, value in numbers])
+
+
+def figures(record: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Speed and memory over the lengths, a line a system; none for single figures."""
+    done = [row for row in record["figures"].get("results", []) if row["status"] == OK]
+    if done:
+        yield "speed", "Speed and memory against the length of the prompt", _over_lengths(done)
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, str | int | float | list) and len(str(value)) < 60
+
+
+def _systems(results: Sequence[Mapping[str, Any]]) -> Table:
+    rows = sorted(results, key=lambda row: (row["length"], row["batch"], row["system"] != FULL))
+    if not any(row["system"] == FULL for row in rows):
+        rows.insert(0, {"system": FULL, "length": 0, "batch": 0, "status": "not in this run"})
+    header = ["system", "tokens", "rows", *(heading for heading, _, _ in COLUMNS)]
+    return Table(header, [_system(row) for row in rows])
+
+
+def _system(row: Mapping[str, Any]) -> list[str]:
+    head = [row["system"], f"{row['length']:,}", str(row["batch"])]
+    if row["status"] != OK:
+        return [*head, row["status"], *["-"] * (len(COLUMNS) - 1)]
+    return head + [
+        "-" if row.get(name) is None else format(row[name], form) for _, name, form in COLUMNS
+    ]
+
+
+def _over_lengths(rows: Sequence[Mapping[str, Any]]) -> Any:
+    figure, axes = plotting().subplots(
+        1, len(PANELS), figsize=(4.2 * len(PANELS), 3.6), layout="constrained"
+    )
+    lines = list(dict.fromkeys((row["system"], row["batch"]) for row in rows))
+    for axis, (title, name) in zip(axes, PANELS.items(), strict=True):
+        for system, batch in lines:
+            points = sorted(
+                (row["length"], row[name])
+                for row in rows
+                if (row["system"], row["batch"]) == (system, batch) and row.get(name) is not None
+            )
+            label = f"{system}, {batch} rows" if batch > 1 else system
+            axis.plot(*zip(*points, strict=True) if points else ([], []), marker="o", label=label)
+        axis.set(title=title, xlabel="tokens of the prompt")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:,.4g}K")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return figure

@@ -1,0 +1,1 @@
+"""Our heads inside other packages. Each file needs the package that it is named after."""

@@ -1,0 +1,24 @@
+"""Fused kernels in Triton, each beside a plain PyTorch twin.
+
+A public function runs the Triton kernel where it can and its twin elsewhere (`dispatch`); both
+agree. All of them may be captured in a CUDA graph: nothing waits for the device and no shape
+depends on a value there. This is the lowest layer: it imports torch and, if there, triton.
+
+Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
+"""
+
+from locret.kernels.compact import gather_units
+from locret.kernels.decode import decode_attention
+from locret.kernels.merge import merge_parts
+from locret.kernels.rotate import rotate_at_slots
+from locret.kernels.select import threshold_select
+from locret.kernels.store import store_units
+
+__all__ = [
+    "decode_attention",
+    "gather_units",
+    "merge_parts",
+    "rotate_at_slots",
+    "store_units",
+    "threshold_select",
+]

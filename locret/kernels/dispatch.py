@@ -1,0 +1,64 @@
+"""Which path a kernel takes: Triton on a GPU, the plain PyTorch twin elsewhere.
+
+`TRITON_INTERPRET=1`, set before this package is imported, runs the Triton code on the CPU, slowly:
+for tests.
+"""
+
+import contextlib
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Missing:
+    """Stands in for triton where it is not installed: kernels can be defined, not launched."""
+
+    constexpr = Any
+
+    @staticmethod
+    def jit(function: Any) -> Any:
+        return function
+
+
+def _modules() -> tuple[Any, Any]:
+    try:
+        import triton
+        import triton.language
+    except ImportError:  # no wheels for this platform
+        return _Missing(), _Missing()
+    return triton, triton.language
+
+
+triton, tl = _modules()
+AVAILABLE = not isinstance(triton, _Missing)
+INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def takes_triton(*tensors: Tensor) -> bool:
+    """Whether tensors, all on one device, go to the Triton kernel and not to the twin."""
+    device = tensors[0].device
+    assert all(tensor.device == device for tensor in tensors), [t.device for t in tensors]
+    return AVAILABLE and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Launches inside go to the GPU that holds `tensor`, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 4 when interpreted on the CPU."""
+    return _multiprocessors(device.index or 0) if device.type == "cuda" else 4
+
+
+def padded(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `size` and `least`: blocks have such sizes."""
+    return max(least, 1 << max(0, size - 1).bit_length())
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -1,0 +1,172 @@
+"""Rotate queries or keys at their slots in one pass: one read and one write of x.
+
+Any rotary embedding whose rotation turns pairs of dimensions fits: the caller gives the tables of
+its slots. cos and sin are read once for several heads.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton
+
+Pairing = Literal["half", "interleaved"]
+
+
+def rotate_at_slots(
+    x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing = "half", out: Tensor | None = None
+) -> Tensor:
+    """out[d] = x[d] cos[d] + x[partner(d)] sin[d] for d < R; the other dimensions are copied.
+
+    Computed in float32 and rounded once.
+
+    Args:
+        x: [B, H, S, D], any float dtype, any strides.
+        cos: [B or 1, S, R], R even and at most D.
+        sin: likewise; it carries the sign, that is, sin[d] is negative where x[partner(d)] is to
+            be subtracted.
+        pairing: the partner of d is `half`: d + R/2 or d - R/2, as in Llama; `interleaved`: the
+            other of (0, 1), (2, 3), ..., as in GPT-J and GLM.
+        out: where to write, [B, H, S, D] of x's dtype; may be x itself. None = a new tensor.
+
+    Returns:
+        [B, H, S, D] in x's dtype.
+
+    Raises:
+        ValueError: shapes or the pairing do not fit.
+    """
+    _check(x, cos, sin, pairing)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not takes_triton(x, cos, sin, out):
+        return out.copy_(rotate_at_slots_reference(x, cos, sin, pairing))
+    if x.numel():
+        _launch(x, cos, sin, pairing == "half", out)
+    return out
+
+
+def rotate_at_slots_reference(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing) -> Tensor:
+    """The twin of `rotate_at_slots`, in plain PyTorch."""
+    size = cos.shape[-1]
+    turned, rest = x[..., :size].float(), x[..., size:]
+    if pairing == "half":
+        partner = turned.roll(size // 2, dims=-1)
+    else:
+        partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    turned = turned * cos.float()[:, None] + partner * sin.float()[:, None]
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> None:
+    if pairing not in get_args(Pairing):
+        raise ValueError(f"pairing is {pairing!r}; expected one of {get_args(Pairing)}")
+    batch, _, slots, size = x.shape
+    fits = cos.dim() == 3 and cos.shape[0] in (1, batch) and cos.shape[1] == slots
+    if not fits or cos.shape[2] > size or cos.shape[2] % 2 or sin.shape != cos.shape:
+        raise ValueError(
+            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit x {tuple(x.shape)}: "
+            f"expected [{batch} or 1, {slots}, an even number up to {size}]"
+        )
+
+
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, half: bool, out: Tensor) -> None:
+    batch, heads, slots, size = x.shape
+    rotary = cos.shape[2]
+    pairs = padded(rotary // 2)
+    rows = max(1, min(padded(slots), 1024 // pairs))
+    together = next(count for count in (8, 4, 3, 2, 1) if heads % count == 0)
+    grid = (triton.cdiv(slots, rows), heads // together, batch)
+    shared = cos.shape[0] == 1
+    with on_device(x):
+        _rotate[grid](
+            *(x, cos, sin, out, slots),
+            *x.stride(),
+            *(0 if shared else cos.stride(0), cos.stride(1), cos.stride(2)),
+            *(0 if shared else sin.stride(0), sin.stride(1), sin.stride(2)),
+            *out.stride(),
+            ROTARY=rotary,
+            REST=size - rotary,
+            PAIRS=pairs,
+            REST_BLOCK=padded(size - rotary),
+            ROWS=rows,
+            HEADS=together,
+            HALF=half,
+            num_warps=4,
+        )
+
+
+@triton.jit
+def _rotate(  # type: ignore[no-untyped-def]
+    x,
+    cos,
+    sin,
+    out,
+    slots,
+    x_b,
+    x_h,
+    x_s,
+    x_d,
+    cos_b,
+    cos_s,
+    cos_d,
+    sin_b,
+    sin_s,
+    sin_d,
+    out_b,
+    out_h,
+    out_s,
+    out_d,
+    ROTARY: tl.constexpr,
+    REST: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64) * HEADS
+    slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    x += batch * x_b + head * x_h + slot * x_s
+    out += batch * out_b + head * out_h + slot * out_s
+    cos += batch * cos_b + slot * cos_s
+    sin += batch * sin_b + slot * sin_s
+    there = slot < slots
+    if ROTARY > 0:
+        if HALF:
+            d = tl.arange(0, PAIRS)[None, :]
+            mask = there & (d < ROTARY // 2)
+            other = d + ROTARY // 2
+            cos_1 = tl.load(cos + d * cos_d, mask=mask).to(tl.float32)
+            cos_2 = tl.load(cos + other * cos_d, mask=mask).to(tl.float32)
+            sin_1 = tl.load(sin + d * sin_d, mask=mask).to(tl.float32)
+            sin_2 = tl.load(sin + other * sin_d, mask=mask).to(tl.float32)
+            for h in tl.static_range(HEADS):
+                x_1 = tl.load(x + h * x_h + d * x_d, mask=mask).to(tl.float32)
+                x_2 = tl.load(x + h * x_h + other * x_d, mask=mask).to(tl.float32)
+                turned_1 = (x_1 * cos_1 + x_2 * sin_1).to(out.dtype.element_ty)
+                turned_2 = (x_2 * cos_2 + x_1 * sin_2).to(out.dtype.element_ty)
+                tl.store(out + h * out_h + d * out_d, turned_1, mask=mask)
+                tl.store(out + h * out_h + other * out_d, turned_2, mask=mask)
+        else:
+            d = tl.arange(0, 2 * PAIRS)[None, :]
+            mask = there & (d < ROTARY)
+            cos_1, cos_2 = _pairs(tl.load(cos + d * cos_d, mask=mask).to(tl.float32))
+            sin_1, sin_2 = _pairs(tl.load(sin + d * sin_d, mask=mask).to(tl.float32))
+            for h in tl.static_range(HEADS):
+                x_1, x_2 = _pairs(tl.load(x + h * x_h + d * x_d, mask=mask).to(tl.float32))
+                turned = tl.interleave(x_1 * cos_1 + x_2 * sin_1, x_2 * cos_2 + x_1 * sin_2)
+                tl.store(out + h * out_h + d * out_d, turned.to(out.dtype.element_ty), mask=mask)
+    if REST > 0:
+        d = tl.arange(0, REST_BLOCK)[None, :]
+        mask = there & (d < REST)
+        for h in tl.static_range(HEADS):
+            rest = tl.load(x + h * x_h + (ROTARY + d) * x_d, mask=mask)
+            tl.store(out + h * out_h + (ROTARY + d) * out_d, rest, mask=mask)
+
+
+@triton.jit
+def _pairs(block):  # type: ignore[no-untyped-def]
+    """[ROWS, 2 N] -> the even and the odd columns, [ROWS, N] each."""
+    return tl.split(tl.reshape(block, (block.shape[0], block.shape[1] // 2, 2)))

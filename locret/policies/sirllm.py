@@ -1,0 +1,54 @@
+"""SirLLM (arXiv 2405.12528): tokens that surprised the model, the first and the recent ones."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from locret.policies.base import LayerChunk, Policy
+from locret.units import unscored
+
+HIGHEST = torch.finfo(torch.float32).max  # finite, so that stabilizers rank higher
+
+
+class SirLLMPolicy(Policy):
+    """score(token) = -log p(token | what was held), the "token entropy" of section 3.2; the same in
+    every layer and head. The first `sinks` tokens are always kept, and the last `recent` ones.
+
+    Cost: the language-model head on every token, in blocks; and layers can only evict after the
+    chunk has gone through all of them, so that the peak is layers x (budget + chunk).
+
+    Args:
+        sinks: first tokens kept; published 4.
+        recent: last tokens kept, but no more than a third of the budget; published 512 of 1516.
+        decay: old scores are multiplied by it with every chunk; published 1 to 0.7 by task.
+    """
+
+    name = "sirllm"
+    waits = True
+
+    def __init__(self, sinks: int = 4, recent: int = 512, decay: float = 1.0) -> None:
+        if sinks < 0 or recent < 0:
+            raise ValueError(f"sinks is {sinks} and recent {recent}; expected zero or more")
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay is {decay}; expected above 0 and at most 1")
+        self.sinks = sinks
+        self.recent_units = recent
+        self.decay = decay
+
+    def score(self, chunk: LayerChunk) -> Tensor:
+        first = (chunk.own_positions < self.sinks)[:, None].expand(chunk.key.shape[:3])
+        return unscored(chunk.key).masked_fill(first, HIGHEST)
+
+    def reconsider(self, scores: list[Tensor], surprisal: Callable[[], Tensor]) -> list[Tensor]:
+        given = surprisal().clamp(max=HIGHEST)[:, None]
+        new = given.shape[2]
+        return [
+            torch.cat(
+                [layer[..., :-new] * self.decay, torch.maximum(layer[..., -new:], given)], dim=2
+            )
+            for layer in scores
+        ]
+
+    def recent(self, budget: int) -> int:
+        return min(self.recent_units, budget // 3)

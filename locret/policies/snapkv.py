@@ -1,0 +1,85 @@
+"""SnapKV (arXiv 2404.14469): what the last queries look at, pooled over neighbours."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d, pad
+
+from locret.policies.attention import attention_weights
+from locret.policies.base import LayerChunk, Policy
+
+Pooling = Literal["avg", "max"]
+
+
+class SnapKVPolicy(Policy):
+    """score(k) = attention that k receives from the last `window` queries, summed over them, pooled
+    over `kernel` neighbouring units, averaged over the query heads of a group (sections 3 and 4).
+    The window itself is kept, within the budget.
+
+    After every chunk all units are ranked anew, by the window that is then the last; queries of
+    earlier chunks belong to it where a chunk is shorter. Cost: the attention logits of `window`
+    queries, and as many queries a layer to remember.
+
+    Args:
+        window: how many of the last queries look, and units stay; published 32, also 8, 16, 64.
+        kernel: units pooled together, odd; published 5 or 7.
+        pooling: "avg" (the released code's default) or "max".
+    """
+
+    name = "snapkv"
+
+    def __init__(self, window: int = 32, kernel: int = 5, pooling: Pooling = "avg") -> None:
+        if window < 1:
+            raise ValueError(f"window is {window}; expected at least 1")
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"kernel is {kernel}; expected an odd number")
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling is {pooling!r}; expected 'avg' or 'max'")
+        self.window = window
+        self.kernel = kernel
+        self.pooling = pooling
+
+    def rank(self, chunk: LayerChunk) -> Tensor:
+        query = self._last_queries(chunk)
+        keys, last = chunk.all_keys(), query.shape[2]
+        before = keys.shape[2] - last
+        weights = attention_weights(query, keys, before, chunk.scaling, chunk.filled())
+        known = query.any(dim=-1).view(weights.shape[:4])  # zeros: not seen by this policy
+        received = (weights[..., :before] * known[..., None]).sum(dim=3)
+        scores = self._pooled(received).mean(dim=2)
+        # The window is kept as `recent` units; a finite score above all others for those that a
+        # small budget does not protect.
+        return pad(scores, (0, last), value=last + 1.0)
+
+    def recent(self, budget: int) -> int:
+        return self.window
+
+    def _last_queries(self, chunk: LayerChunk) -> Tensor:
+        """[B, H*G, up to `window`, D], rotated at the last slots. Remembers them for later."""
+        new = chunk.query[:, :, -self.window :]
+        before = chunk.state.get("window_queries")
+        earlier = min(self.window - new.shape[2], 0 if before is None else chunk.num_held)
+        chunk.state["window_queries"] = self._remembered(before, new)
+        if earlier <= 0 or before is None:
+            return chunk.rotated_query[:, :, -self.window :]
+        # What is held last are the very units of these queries: they were recent.
+        rotated = chunk.rotate(before[:, :, -earlier:], -earlier)
+        return torch.cat([rotated, chunk.rotated_query[:, :, -self.window :]], dim=2)
+
+    def _remembered(self, before: Tensor | None, new: Tensor) -> Tensor:
+        """The last `window` queries before RoPE, zeros in front where there were fewer."""
+        missing = self.window - new.shape[2]
+        if missing == 0:
+            return new.clone()
+        if before is None:
+            return pad(new, (0, 0, missing, 0))
+        return torch.cat([before[:, :, -missing:], new], dim=2)
+
+    def _pooled(self, received: Tensor) -> Tensor:
+        """[B, H, G, S] in, [B, H, G, S] out."""
+        if not received.shape[-1]:
+            return received
+        flat, padding = received.flatten(1, 2), self.kernel // 2
+        pool = avg_pool1d if self.pooling == "avg" else max_pool1d
+        return pool(flat, self.kernel, stride=1, padding=padding).view_as(received)

@@ -1,0 +1,91 @@
+"""What a quantization scheme is: how runs of keys and a token's value become small codes, and back.
+
+A scheme knows nothing of caches. Keys are encoded a *run* at a time (up to `group` units that
+follow each other, one table row for all of them), values a token at a time.
+
+g units of a run, D head size. "..." is any shape.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from locret.quantization.packing import BITS
+
+Parts = tuple[Tensor, ...]
+"""Tensors that together hold codes or table rows, in an order that the scheme knows."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How keys and values are stored. Subclasses implement the four methods.
+
+    Attributes:
+        bits: of a code: 8, 4 or 2.
+        group: units of a key run, and channels of a value group.
+        residual: how many of the last units stay in full precision.
+    """
+
+    name: ClassVar[str]
+    packs: ClassVar[bool] = True
+    """False: nothing is ever encoded, and the methods are not called."""
+    keys_are: ClassVar[Literal["rotated", "unrotated"]] = "rotated"
+    """Whether a cache that decodes holds keys after RoPE, or before it and rotates when it reads.
+    (While a prompt is read at compact positions, keys are always unrotated.)"""
+    outliers: ClassVar[float | None] = None
+    """Magnitude above which a value is stored as it is, beside the codes; None = never."""
+
+    widths: ClassVar[tuple[int, ...]] = BITS
+    """Bits that there are to choose from."""
+
+    bits: int = 4
+    group: int = 64
+    residual: int = 16
+
+    def __post_init__(self) -> None:
+        if self.bits not in self.widths:
+            raise ValueError(
+                f"bits is {self.bits!r}; {self.name} takes {', '.join(map(str, self.widths))}"
+            )
+        if self.group < 1:
+            raise ValueError(f"group is {self.group}; expected a positive number of units")
+        if self.residual < 0:
+            raise ValueError(f"residual is {self.residual}; expected 0 or more units")
+
+    def for_layer(self, layer: int) -> "Scheme":
+        """The scheme of one layer."""
+        return self
+
+    def budgets(
+        self, budget: int, num_layers: int, head_size: int, element_size: int = 2
+    ) -> list[int]:
+        """Units that each layer may keep when `budget` is what one keeps at `bits`."""
+        return [budget] * num_layers
+
+    def encode_keys(self, x: Tensor, usable: Tensor | None) -> tuple[Parts, Parts]:
+        """Encode runs of keys.
+
+        Args:
+            x: [..., g, D] floating, g units a run.
+            usable: bool [..., g, D]; False where an outlier is stored elsewhere. None = all.
+
+        Returns:
+            What each unit needs, tensors [..., g, *], and each run's table row, tensors [..., *].
+
+        Raises:
+            ValueError: a value cannot be stored (see `affine.refuse_unstorable`).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement encode_keys()")
+
+    def decode_keys(self, units: Parts, rows: Parts, head_size: int) -> Tensor:
+        """float32 [..., D] from what each unit needs and its run's row, both [..., *]."""
+        raise NotImplementedError(f"{type(self).__name__} must implement decode_keys()")
+
+    def encode_values(self, x: Tensor, usable: Tensor | None) -> Parts:
+        """Encode values [..., D], each unit for itself: tensors [..., *]. Raises as for keys."""
+        raise NotImplementedError(f"{type(self).__name__} must implement encode_values()")
+
+    def decode_values(self, units: Parts, head_size: int) -> Tensor:
+        """float32 [..., D] from what `encode_values` returned."""
+        raise NotImplementedError(f"{type(self).__name__} must implement decode_values()")

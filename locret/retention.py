@@ -1,0 +1,304 @@
+"""The layer function of inference: attend over a bounded cache, then evict.
+
+While a prompt is read: rotate at the slots, attend to the units held and to the new ones, rank
+them, keep the best. A layer is compressed before the next one runs, so the peak is layers x budget
++ one chunk of one layer. After that slots do not move any more: keys are rotated once and new units
+are appended in place.
+
+Layers with a sliding window bound their cache by themselves: they hold the last units of a window,
+whatever is read or answered, and no policy is asked.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locret.attention import LayerCall
+from locret.backends import Backend, attend, attend_past
+from locret.cache import DECODE_ROOM, Eviction, RetainedCache, RetainedLayer
+from locret.policies.base import HeldUnits, LayerChunk, Policy
+from locret.rotary import Rotary
+from locret.selection import keep_highest
+from locret.units import NewUnits, unscored
+
+Surprise = Callable[[Tensor, Tensor], Tensor]
+"""Given hidden states [B, T, hidden size] and the tokens [B, T] that came next: -log p, [B, T]."""
+
+BLOCK = 256  # tokens whose logits over the whole vocabulary are in memory at a time
+
+
+class TakenIn(Exception):
+    """Raised by the last layer when it has stored a chunk of a context: what would follow is the
+    chunk's output, which nobody asks for."""
+
+
+class RetainedAttention:
+    """The layer function of inference, on a `RetainedCache`.
+
+    While `cache.takes_in` is set, the last layer raises `TakenIn`.
+
+    Args:
+        policy: ranks units.
+        backend: see `locret.backends`.
+        surprise: the backbone's, for policies that wait.
+    """
+
+    def __init__(self, policy: Policy, backend: Backend, surprise: Surprise) -> None:
+        self.policy = policy
+        self.backend = backend
+        self.surprise = surprise
+
+    def __call__(self, call: LayerCall) -> Tensor:
+        cache = call.cache
+        if cache is None:
+            raise ValueError(
+                "the attached model runs without a cache; leave out use_cache=False, and turn "
+                "gradient checkpointing off or call model.eval()"
+            )
+        layer: RetainedLayer = cache.layers[call.layer_idx]
+        layer.place(call.key.device)
+        leave = cache.takes_in and call.layer_idx == len(cache.layers) - 1
+        output = None
+        if layer.window is not None:
+            output = self._slide(call, layer, layer.window, cache, leave)
+        elif cache.steps is not None:
+            output = cache.steps.attend(call, layer)
+        elif cache.eviction is None:
+            output = self._answer(call, layer, cache, leave)
+        else:
+            output = self._read(call, layer, cache, cache.eviction, leave)
+        layer.seen += call.key.shape[2] - (cache.eviction.drop if cache.eviction else 0)
+        if output is None:
+            raise TakenIn
+        return output
+
+    def rotation(
+        self, layer_idx: int, hidden: Tensor, cache: RetainedCache | None, rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Tables with which the layer may rotate by itself: slots do not move any more, and nobody
+        asks for queries and keys before RoPE. None: it must hand them over unrotated."""
+        if cache is None or cache.eviction is not None or rotary is None:
+            return None
+        layer = cache.layers[layer_idx]
+        if layer.window is not None:
+            return None
+        if cache.steps is not None:
+            return cache.steps.rotation(layer_idx)
+        starts = _first_slots(layer, cache)
+        return rotary.cos_sin(starts, hidden.shape[1], cache.prompt_lengths, hidden)
+
+    def _answer(
+        self, call: LayerCall, layer: RetainedLayer, cache: RetainedCache, leave: bool
+    ) -> Tensor | None:
+        """Nothing is evicted any more."""
+        layer.state = {}  # the policy does not see these tokens, so what it remembers goes stale
+        lengths, starts = cache.prompt_lengths, _first_slots(layer, cache)
+        layer.freeze(lambda keys: call.rotate(keys, layer.own_slots(0), lengths), cache.room)
+        query, key = call.query, call.key
+        if not call.rotated:
+            query, key = call.rotate(query, starts, lengths), call.rotate(key, starts, lengths)
+        positions = torch.arange(layer.seen, layer.seen + key.shape[2], device=key.device)
+        layer.units.append(key, call.value, unscored(key), positions, cache.room)
+        if leave:
+            return None
+        keys, values, empty = layer.keys, layer.values, layer.empty
+        return attend(query, keys, values, call.scaling, self.backend, empty, call.weighting)
+
+    def _slide(
+        self, call: LayerCall, layer: RetainedLayer, window: int, cache: RetainedCache, leave: bool
+    ) -> Tensor | None:
+        """Attend within the window, and hold no more than the next token sees of it."""
+        lengths, held = cache.prompt_lengths, layer.held
+        output, keep = None, max(window - 1, 1)
+        if not leave:
+            keys, values = call.key, call.value
+            if held:
+                keys = torch.cat([layer.keys, keys], dim=2)
+                values = torch.cat([layer.values, values], dim=2)
+            keys = call.rotate(keys, layer.own_slots(0), lengths)
+            query = call.rotate(call.query, layer.own_slots(held), lengths)
+            scaling, empty = call.scaling, layer.empty
+            output = attend(query, keys, values, scaling, self.backend, empty, call.weighting)
+        tokens = call.key.shape[2] - (cache.eviction.drop if cache.eviction else 0)
+        positions = torch.arange(layer.seen, layer.seen + call.key.shape[2], device=call.key.device)
+        new = NewUnits(call.key, call.value, unscored(call.key), positions).first(tokens)
+        gone = max(held + tokens - keep, 0)
+        if not gone:
+            layer.units.append(*new)
+            return output
+        index = torch.arange(gone, held + tokens, device=call.key.device)
+        layer.units.append_selected(new, index.expand(*call.key.shape[:2], -1))
+        layer.note_evicted(gone)
+        return output
+
+    def _read(
+        self,
+        call: LayerCall,
+        layer: RetainedLayer,
+        cache: RetainedCache,
+        eviction: Eviction,
+        leave: bool,
+    ) -> Tensor | None:
+        """Attend, rank, and keep no more than the budget."""
+        lengths, starts = cache.prompt_lengths, _first_slots(layer, cache)
+        query, key = (call.rotate(x, starts, lengths) for x in (call.query, call.key))
+        held = None
+        if layer.held:
+            keys = (
+                layer.keys
+                if layer.rotated
+                else call.rotate(layer.keys, layer.own_slots(0), lengths)
+            )
+            held = HeldUnits(keys, layer.values, layer.scores, layer.source_positions)
+        past = (held.keys, held.values) if held else (key[:, :, :0], key[:, :, :0])
+        new, output = (key, call.value), None
+        if not leave:
+            scaling, empty = call.scaling, layer.empty
+            output = attend_past(query, past, new, scaling, self.backend, empty, call.weighting)
+        scores = self._rank(call, layer, query, key, held, cache)
+        self._store(layer, call, key, scores, eviction)
+        return output
+
+    def _rank(
+        self,
+        call: LayerCall,
+        layer: RetainedLayer,
+        query: Tensor,
+        key: Tensor,
+        held: HeldUnits | None,
+        cache: RetainedCache,
+    ) -> Tensor:
+        assert call.retained_idx is not None
+        starts, lengths = _first_slots(layer, cache), cache.prompt_lengths
+
+        def rotate(x: Tensor, offset: int) -> Tensor:
+            return call.rotate(x, tuple(start + offset for start in starts), lengths)
+
+        chunk = LayerChunk(
+            layer_idx=call.retained_idx,
+            query=call.query,
+            key=call.key,
+            value=call.value,
+            hidden=call.hidden,
+            start=layer.seen,
+            scaling=call.scaling,
+            rotated_query=query,
+            rotated_key=key,
+            held=held,
+            state=layer.state,
+            empty=layer.empty,
+            padding=torch.tensor(cache.padding, device=key.device) if cache.padding else None,
+            rotate=rotate,
+        )
+        scores = self.policy.rank(chunk)
+        expected = (*call.key.shape[:2], layer.held + call.key.shape[2])
+        if tuple(scores.shape) != expected:
+            raise ValueError(
+                f"policy {type(self.policy).__name__} ranked {tuple(scores.shape)} units; expected "
+                f"[batch, KV heads, held and new units], {expected}"
+            )
+        return scores.float()
+
+    def _store(
+        self,
+        layer: RetainedLayer,
+        call: LayerCall,
+        rotated_key: Tensor,
+        scores: Tensor,
+        eviction: Eviction,
+    ) -> None:
+        held, tokens = layer.held, call.key.shape[2]
+        assert call.retained_idx is not None
+        new = NewUnits(
+            rotated_key if layer.rotated else call.key,
+            call.value,
+            scores[:, :, held:],
+            torch.arange(layer.seen, layer.seen + tokens, device=scores.device),
+        )
+        if held:
+            layer.units.replace_scores(scores[:, :, :held])
+        if self.policy.waits:
+            layer.units.append(*new)
+            return
+        if eviction.drop:
+            tokens -= eviction.drop
+            new = new.first(tokens)
+            scores = scores[:, :, : held + tokens]
+        most = eviction.budgets[call.retained_idx] + eviction.slack
+        if held + tokens <= most:
+            room = most - held - tokens if eviction.slack else 0
+            layer.units.append(*new, room=min(room, DECODE_ROOM))
+            return
+        index = self._choose(scores, layer, call.retained_idx, eviction)
+        layer.units.append_selected(new, index)
+        layer.note_evicted(held + tokens - index.shape[2])
+
+    def _choose(
+        self, scores: Tensor, layer: RetainedLayer, retained_idx: int, eviction: Eviction
+    ) -> Tensor:
+        """Indices of the units to keep, [B, H, budget] long, ascending."""
+        budget = eviction.budgets[retained_idx]
+        if layer.empty is not None:
+            slot = torch.arange(scores.shape[2], device=scores.device)
+            scores = scores.masked_fill(slot < layer.empty[..., None], -torch.inf)
+        recent = self.policy.recent(budget) - eviction.drop
+        return keep_highest(scores, budget, *eviction.protected(retained_idx, recent))
+
+    def finish(self, cache: Any, input_ids: Tensor, hidden: Tensor) -> None:
+        """After a chunk went through all layers: let a policy that waits evict.
+
+        Args:
+            cache: what the backbone was given.
+            input_ids: [B, T]; hidden: [B, T, hidden size], the decoder's output.
+        """
+        if not self.policy.waits or not isinstance(cache, RetainedCache) or not cache.eviction:
+            return
+        eviction, layers = cache.eviction, cache.retained_layers
+        surprisal = functools.partial(self._surprisal, cache, input_ids, hidden)
+        ranked = self.policy.reconsider([layer.scores for layer in layers], surprisal)
+        layers[0].state["last_hidden"] = hidden[:, -1].clone()
+        for i, (layer, scores) in enumerate(zip(layers, ranked, strict=True)):
+            layer.units.replace_scores(scores.float())
+            size = layer.held - eviction.drop
+            if size <= eviction.budgets[i] + eviction.slack:
+                if eviction.drop:
+                    kept = torch.arange(size, device=scores.device)
+                    layer.units.select(kept.expand(*scores.shape[:2], size))
+                continue
+            index = self._choose(scores.float()[:, :, :size], layer, i, eviction)
+            layer.units.select(index)
+            layer.note_evicted(size - index.shape[2])
+
+    def _surprisal(self, cache: RetainedCache, input_ids: Tensor, hidden: Tensor) -> Tensor:
+        """-log p of every token given those before it, [B, T] float32; +inf where not known."""
+        layer = cache.retained_layers[0]
+        before = layer.state.get("last_hidden")
+        first = hidden[:, :1] * 0 if before is None else before[:, None]
+        predicting = torch.cat([first, hidden[:, :-1]], dim=1)
+        surprisal = torch.cat(
+            [
+                self.surprise(part, ids)
+                for part, ids in zip(
+                    predicting.split(BLOCK, dim=1), input_ids.split(BLOCK, dim=1), strict=True
+                )
+            ],
+            dim=1,
+        )
+        if before is None:
+            surprisal[:, 0] = torch.inf
+        elif cache.padding is not None:
+            tokens = input_ids.shape[1]
+            column = torch.arange(layer.seen - tokens, layer.seen, device=hidden.device)
+            own = column - torch.tensor(cache.padding, device=hidden.device)[:, None]
+            surprisal = surprisal.masked_fill(own <= 0, torch.inf)
+        return surprisal
+
+
+def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:
+    """Where the first new token goes, in each row or in all of them."""
+    if cache.positions == "original":
+        return cache.shifted(layer.seen)
+    return layer.own_slots(layer.held)

@@ -1,0 +1,116 @@
+"""Contexts on disk: read once, asked in another process.
+
+A folder with `units.safetensors` (keys, values, scores, source positions of every layer) and
+`context.json` (everything else, and the model it belongs to).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SCHEMA = 1
+UNITS, CONTEXT = "units.safetensors", "context.json"
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """What tells a model from others: its architecture, shapes, name, and a print of its weights.
+
+    The print is a hash of the first values of some weights: enough to tell an instruct model from
+    its base, at no cost.
+    """
+    config = model.config
+    return {
+        "model_type": config.model_type,
+        "name": config.name_or_path or None,
+        "layers": config.num_hidden_layers,
+        "kv_heads": config.num_key_value_heads,
+        "weights": _weights_print(model),
+    }
+
+
+def _weights_print(model: Any) -> str:
+    digest = hashlib.sha256()
+    parameters = [p for p in model.parameters() if p.is_floating_point() and p.numel()]
+    for parameter in (parameters[0], parameters[len(parameters) // 2], parameters[-1]):
+        digest.update(parameter.detach().flatten()[:32].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write(path: str | Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a context to the folder `path`, aside first: there is the whole of it or nothing.
+
+    Raises:
+        ValueError: the path is taken by something else.
+    """
+    path = Path(path)
+    if path.exists() and not (path / CONTEXT).is_file():
+        raise ValueError(f"{path} exists and is not a saved context; choose another path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, aside / UNITS)
+        text = json.dumps({"schema": SCHEMA} | record, indent=1)
+        (aside / CONTEXT).write_text(text, encoding="utf-8")
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(aside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(aside)
+
+
+def read(path: str | Path, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Record and tensors of the context saved at `path`; the tensors on the CPU.
+
+    Raises:
+        ValueError: no context there, a damaged one, or one of another model; says which.
+    """
+    path = Path(path)
+    record = _read_record(path)
+    _check_model(path, record.get("model", {}), describe(model))
+    return record, _read_tensors(path)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    file = path / CONTEXT
+    if not file.is_file():
+        raise ValueError(f"{path} is not a saved context: it has no {CONTEXT}")
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        schema = record["schema"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); save the context again") from None
+    if schema != SCHEMA:
+        raise ValueError(f"{file} has schema {schema}; this version reads {SCHEMA}")
+    return record
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    file = path / UNITS
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or cut ({error}); save the context again") from None
+
+
+def _check_model(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    differences = [
+        f"{what} {saved.get(what)!r} there, {given[what]!r} here"
+        for what in given
+        if what != "name" and saved.get(what) != given[what]
+    ]
+    if differences:
+        raise ValueError(
+            f"{path} is a context of another model ({saved.get('name') or 'not named'}; this one "
+            f"is {given['name'] or 'not named'}): {'; '.join(differences)}"
+        )

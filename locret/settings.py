@@ -1,0 +1,143 @@
+"""The engine's settings: what "auto" stands for, and what cannot work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from locret.cache import Positions
+from locret.policies.base import Policy
+
+Auto = Literal["auto"]
+Budget = int | float | Sequence[int] | None
+"""Units every KV head keeps: a number; a share of the context, below 1; one number for each layer;
+None = all."""
+
+PAPER = {"budget": 16384, "chunk_size": 3072, "stabilizers": 2500, "local_tokens": 100}
+"""The engine settings of the paper, where neither the user nor the heads say otherwise."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a prompt is read; see `locret.Engine` for what each field means."""
+
+    budget: Budget
+    chunk_size: int | None
+    stabilizers: int | Auto
+    local_tokens: int
+    positions: Positions
+    decode_interval: int | None
+    recorded: dict[str, int]
+
+    @classmethod
+    def resolve(
+        cls,
+        defaults: dict[str, int],
+        budget: Budget | Auto,
+        chunk_size: int | None | Auto,
+        stabilizers: int | Auto,
+        local_tokens: int | Auto,
+        positions: Positions,
+        decode_interval: int | None,
+    ) -> "Settings":
+        """Settings with "auto" replaced by what heads record (`defaults`), else by the paper's."""
+        recorded = _recorded(defaults)
+        share = isinstance(budget, float) and 0 < budget < 1
+        if stabilizers == "auto" and not share:
+            stabilizers = recorded["stabilizers"]
+            smallest = _smallest(budget)
+            if smallest is not None and smallest < recorded["budget"]:
+                stabilizers = stabilizers * smallest // recorded["budget"]
+        return cls(
+            budget=recorded["budget"] if budget == "auto" else budget,
+            chunk_size=recorded["chunk_size"] if chunk_size == "auto" else chunk_size,
+            stabilizers=stabilizers,
+            local_tokens=recorded["local_tokens"] if local_tokens == "auto" else local_tokens,
+            positions=positions,
+            decode_interval=decode_interval,
+            recorded=recorded,
+        )
+
+    def check(self, query_tokens: int, num_layers: int) -> None:
+        """Refuse settings that cannot work.
+
+        Raises:
+            ValueError: says which, and what to change.
+        """
+        if self.positions not in get_args(Positions):
+            raise ValueError(f"positions is {self.positions!r}; expected 'compact' or 'original'")
+        self._check_budget(num_layers)
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size is {self.chunk_size}; expected at least 1, or None")
+        if self.local_tokens < 1:
+            raise ValueError(
+                f"local_tokens is {self.local_tokens}; expected at least 1: the answer starts from "
+                "the last token of the prompt, which is read after the final eviction"
+            )
+        if self.decode_interval is not None and self.decode_interval < 1:
+            raise ValueError(
+                f"decode_interval is {self.decode_interval}; expected at least 1, or None for no "
+                "eviction while answering"
+            )
+        if self.stabilizers == "auto":
+            return
+        if self.stabilizers < 0:
+            raise ValueError(f"stabilizers is {self.stabilizers}; expected zero or more")
+        smallest = _smallest(self.budget)
+        if smallest is not None and self.stabilizers + query_tokens > smallest:
+            query = f" and the heads keep {query_tokens} query tokens" * bool(query_tokens)
+            raise ValueError(
+                f"stabilizers is {self.stabilizers}{query} but the budget is {smallest}: they "
+                "are kept within the budget; lower stabilizers or raise the budget"
+            )
+
+    def _check_budget(self, num_layers: int) -> None:
+        budget: Any = self.budget
+        if budget is None:
+            return
+        if isinstance(budget, float):
+            if not 0 < budget < 1:
+                raise ValueError(
+                    f"budget is {budget}; a share of the context is between 0 and 1, and a number "
+                    "of units is a whole one"
+                )
+        elif isinstance(budget, int):
+            if budget < 1:
+                raise ValueError(f"budget is {budget}; expected at least 1, or None for no limit")
+        elif len(budget) != num_layers or min(budget) < 1:
+            raise ValueError(
+                f"budget is {list(budget)}; expected one whole number of at least 1 for each of "
+                f"the {num_layers} layers"
+            )
+
+    def budgets(self, policy: Policy, num_layers: int, context: int) -> tuple[int, ...] | None:
+        """Units that every layer keeps of a context of that many tokens; None = all."""
+        budget: Any = self.budget
+        if budget is None or not num_layers:
+            return None
+        if isinstance(budget, float):
+            budget = max(1, round(budget * context))
+        if isinstance(budget, int):
+            return tuple(policy.budgets(budget, num_layers, context))
+        return tuple(budget)
+
+    def stabilizers_for(self, budgets: Sequence[int]) -> int:
+        """Stabilizers where layers keep `budgets`: in the recorded proportion, if "auto"."""
+        if self.stabilizers != "auto":
+            return self.stabilizers
+        smallest = min(min(budgets), self.recorded["budget"])
+        return self.recorded["stabilizers"] * smallest // self.recorded["budget"]
+
+
+def _recorded(defaults: dict[str, int]) -> dict[str, int]:
+    """The heads' settings, the paper's for those not recorded; its stabilizers in proportion."""
+    settings = PAPER | defaults
+    if "stabilizers" not in defaults and settings["budget"] < PAPER["budget"]:
+        settings["stabilizers"] = PAPER["stabilizers"] * settings["budget"] // PAPER["budget"]
+    return settings
+
+
+def _smallest(budget: Any) -> int | None:
+    """The smallest budget of any layer; None where it is not known, or there is none."""
+    if isinstance(budget, int):
+        return budget
+    return None if budget is None or isinstance(budget, (str, float)) else min(budget)

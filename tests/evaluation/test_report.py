@@ -1,0 +1,254 @@
+"""Reports: every kind of result becomes tables and figures; anything else is refused by name."""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from locret.cli import main
+from locret.evaluation.report import make_report
+from locret.evaluation.report_blocks import Table, as_html, as_markdown
+from locret.evaluation.report_needle import wilson
+
+ROOT = Path(__file__).resolve().parents[2]
+PNG = b"\x89PNG"
+
+
+def held(mean):
+    return {"mean": mean, "max": mean}
+
+
+def row(name, score, units, budget="8x", protocol="query_agnostic", quantization=None, size=None):
+    """A row over two tasks, as `locret evaluate` writes it."""
+    label = name if name == "full" else f"{name} {budget} {protocol} {quantization}"
+    found = {
+        "row": label, "policy": name, "name": name, "quantization": quantization,
+        "budget": None if name == "full" else budget,
+        "protocol": "any" if name == "full" else protocol,
+        "score": score, "interval": [score - 0.1, score + 0.05],
+        "units": held(units), "bytes": held(size or units * 1024), "tasks": 2, "count": 20,
+        "full_cache_bytes": held(4096 * 1024), "cut": 0, "answer_cut": 0, "seconds": 1.0,
+    }  # fmt: skip
+    if name != "full":
+        found |= {"difference": score - 0.8, "difference_interval": [-0.3, 0.02]}
+    return found
+
+
+def evaluation(*rows, cut=0):
+    """A result of `locret evaluate`."""
+    keys = ("row", "score", "interval")
+    cells = [
+        {"task": task, "metric": "f1", "count": 10, "cut": cut, "answer_cut": cut // 2}
+        | {key: of[key] for key in keys}
+        for of in rows
+        for task in ("qa", "summary")
+    ]
+    facts = [{"hardware": {"device": "cuda", "accelerator": "NVIDIA H200"}, "commit": "abc"}]
+    config = {"model": "embedded:smollm2", "adapter": "an/adapter", "heads": None}
+    return {
+        "kind": "evaluation", "format": 1, "name": "long questions",
+        "manifest": {"config": config, "computed": facts}, "rows": list(rows), "cells": cells,
+    }  # fmt: skip
+
+
+FULL = row("full", 0.8, 4096)
+
+
+def grid_record():
+    cells = [
+        {"policy": policy, "ratio": ratio, "length": length, "row": depth, "task": "niah_single",
+         "seed": depth, "found": found, "error": None if found is not None else "out of memory"}
+        for policy, ratio, found in (("full", 1, True), ("locret", 8, True), ("random", 8, False))
+        for length in (1024, 2048)
+        for depth in (0, 1)
+    ]  # fmt: skip
+    for cell in cells:
+        if cell["policy"] == "full" and cell["length"] == 2048:
+            cell |= {"found": None, "error": "out of memory"}
+    return {
+        "kind": "needle_grid",
+        "settings": {"lengths": [1024, 2048], "depths": 2, "samples_per_cell": 1},
+        "manifest": {"model": "tiny", "adapter": None, "heads": "runs/heads"},
+        "results": cells,
+    }
+
+
+def benchmark(*systems):
+    results = [
+        {"system": name, "length": length, "batch": 1, "status": status, "units": 16384,
+         "first_token_seconds": 2.0, "prefill_tokens_per_second": 65536.0, "peak_gib": 22.5,
+         "decode_tokens_per_second": 40.0, "prefill_speed_up": 1.5}
+        for name, status in systems
+        for length in (65536, 131072)
+    ]  # fmt: skip
+    return {
+        "settings": {"shape": "llama-3.1-8b", "repeats": 2}, "figures": {"results": results},
+        "hardware": "1 x NVIDIA H200", "versions": {"torch": "2.11"}, "commit": None, "date": "",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def report(tmp_path):
+    """Make a report of the given results; returns its Markdown."""
+
+    def make(*results):
+        paths = []
+        for number, result in enumerate(results):
+            paths.append(tmp_path / f"result{number}.json")
+            paths[-1].write_text(json.dumps(result))
+        make_report(paths, tmp_path / "out")
+        return (tmp_path / "out" / "report.md").read_text()
+
+    return make
+
+
+def table_rows(text):
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def figures(folder):
+    return sorted(path.name for path in (folder / "out" / "figures").glob("*.png"))
+
+
+def test_an_evaluation_has_the_full_cache_first_protocols_and_intervals(report, tmp_path):
+    aware = row("locret", 0.75, 512, protocol="query_aware")
+    text = report(evaluation(row("locret", 0.7, 512), aware, FULL))
+    assert "### long questions" in text
+    assert "embedded:smollm2" in text and "NVIDIA H200" in text and "an/adapter" in text
+    rows = table_rows(text)
+    assert [r[0] for r in rows[1:4]] == ["full", "locret", "locret"]
+    assert rows[1][2:5] == ["all", "any", "80.0 (70.0-85.0)"]
+    assert rows[2][2:] == [
+        "8x", "query-agnostic", "70.0 (60.0-75.0)", "-10.0 (-30.0 to +2.0)", "512", "0.5", "0.125"
+    ]  # fmt: skip
+    assert rows[3][3] == "query-aware"
+    assert rows[4][:4] == ["task", "metric", "n", "full"]
+    assert rows[5][:4] == ["qa", "f1", "10", "80.0 (70.0-85.0)"]
+    assert "No prompt was cut." in text
+    assert figures(tmp_path) == ["00-result0-budget.png"]
+
+
+def test_quantized_rows_are_drawn_against_bytes(report, tmp_path):
+    quantized = row("locret", 0.7, 2048, quantization="kivi-4", size=512 * 1024)
+    text = report(evaluation(FULL, row("locret", 0.6, 512), quantized))
+    assert [r[1] for r in table_rows(text)[1:4]] == ["not quantized", "not quantized", "kivi-4"]
+    assert figures(tmp_path) == ["00-result0-budget.png", "00-result0-bytes.png"]
+
+
+def test_what_is_missing_or_cut_is_said(report):
+    text = report(evaluation(row("locret", 0.7, 512), cut=4))
+    assert table_rows(text)[1][:5] == ["full", "not quantized", "all", "any", "not in this run"]
+    assert "nothing to compare with" in text
+    assert "8 prompts were cut to fit; in 4 of them" in text
+
+
+def test_a_needle_grid_is_one_figure_and_says_what_does_not_fit(report, tmp_path):
+    rows = table_rows(report(grid_record()))
+    assert rows[0] == ["policy", "ratio", "1,024", "2,048"]
+    assert rows[1][:2] == ["full", "1x"] and rows[1][3] == "does not fit"
+    assert rows[2][2] == "100.0 (34.2-100.0)"
+    assert figures(tmp_path) == ["00-result0-map.png"]
+
+
+def test_systems_are_compared_and_failures_told(report, tmp_path):
+    record = benchmark(("locret", "ok"), ("full", "out of memory"))
+    rows = table_rows(report(record))
+    assert rows[1][:4] == ["full", "65,536", "1", "out of memory"]
+    assert rows[2][:7] == ["locret", "65,536", "1", "2", "65,536", "1.50", "40.0"]
+    assert figures(tmp_path) == ["00-result0-speed.png"]
+    assert table_rows(report(benchmark(("locret", "ok"))))[1][3] == "not in this run"
+
+
+def test_the_committed_results_make_a_report(tmp_path, capsys):
+    committed = sorted(str(path) for path in (ROOT / "docs" / "results").glob("*.json"))
+    out = tmp_path / "new" / "report"
+    assert main(["report", *committed, "--out", str(out), "--title", "All of it"]) == 0
+    assert str(out / "report.md") in capsys.readouterr().out
+    text = (out / "report.md").read_text()
+    assert text.startswith("# All of it\n")
+    for path in committed:
+        assert Path(path).name in text
+    assert "95.5 (91.7-97.6)" in text  # 191 of 200
+
+
+def test_the_page_needs_no_other_file(report, tmp_path):
+    record = grid_record()
+    record["manifest"]["model"] = "a <b> & c"
+    report(record, evaluation(FULL, row("locret", 0.7, 512)))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "a &lt;b&gt; &amp; c" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == 2
+    assert all(base64.b64decode(image).startswith(PNG) for image in images)
+    text = (tmp_path / "out" / "report.md").read_text()
+    for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (tmp_path / "out" / link).read_bytes().startswith(PNG)
+
+
+def broken(result, *path):
+    """The result without what stands at the path."""
+    result = json.loads(json.dumps(result))
+    inner = result
+    for step in path[:-1]:
+        inner = inner[step]
+    del inner[path[-1]]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "cannot be read as JSON"),
+        (b"\xff\xfe\x00", "cannot be read as JSON"),
+        ("[1, 2]", "no result that is known here"),
+        ('{"kind": "other"}', "no result that is known here"),
+        (broken(evaluation(FULL), "rows", 0, "interval"), "not whole (KeyError: 'interval')"),
+        (broken(evaluation(FULL), "manifest"), "not whole (KeyError: 'manifest')"),
+        (broken(grid_record(), "settings", "depths"), "not whole (KeyError: 'depths')"),
+        (benchmark(("full", "ok")) | {"settings": None}, "not whole"),
+    ],
+)
+def test_what_is_no_result_is_named_and_nothing_is_written(content, says, tmp_path):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(evaluation(FULL)))
+    bad.write_bytes(
+        content
+        if isinstance(content, bytes)
+        else (content if isinstance(content, str) else json.dumps(content)).encode()
+    )
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        make_report([good, bad], tmp_path / "out")
+    assert "bad.json" in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "good.json"]
+
+
+def test_a_missing_file_is_one_line_on_stderr(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "none.json"), "--out", str(tmp_path / "out")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no files"):
+        make_report([], tmp_path / "out")
+
+
+def test_a_report_is_replaced_and_other_files_stay(report, tmp_path):
+    report(evaluation(FULL))
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert "locret" in report(evaluation(FULL, row("locret", 0.7, 512)))
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_cells_are_escaped(tmp_path):
+    table = Table(["a", "b"], [["x|y", "<i>"]])
+    assert "| x\\|y | <i> |" in as_markdown([table])
+    assert "<td>x|y</td><td>&lt;i&gt;</td>" in as_html([table], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("found", "count", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634)],
+)
+def test_wilson_intervals(found, count, low, high):
+    assert wilson(found, count) == pytest.approx((low, high), abs=1e-4)

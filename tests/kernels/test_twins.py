@@ -1,0 +1,124 @@
+"""The plain PyTorch twins against formulas written out, and what the public functions refuse."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as apply_interleaved
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as apply_half
+
+from locret.kernels import (
+    decode_attention,
+    gather_units,
+    rotate_at_slots,
+    store_units,
+    threshold_select,
+)
+from locret.kernels.decode import decode_attention_reference
+from locret.kernels.select import threshold_select_reference
+
+
+def angles(slots, size):
+    return torch.arange(slots)[:, None] / 100 ** (torch.arange(size // 2) / size)
+
+
+def test_half_is_what_llama_does():
+    x, angle = torch.randn(1, 2, 9, 16), angles(9, 16)
+    cos, sin = angle.cos().repeat(1, 2)[None], angle.sin().repeat(1, 2)[None]
+    signed = torch.cat([-sin[..., :8], sin[..., 8:]], -1)
+    expected, _ = apply_half(x, x, cos, sin)
+    torch.testing.assert_close(rotate_at_slots(x, cos, signed, "half"), expected)
+
+
+def test_interleaved_is_what_glm_does():
+    x, angle = torch.randn(1, 2, 9, 16), angles(9, 8)
+    cos, sin = angle.cos().repeat(1, 2)[None], angle.sin().repeat(1, 2)[None]
+    expected, _ = apply_interleaved(x, x, cos, sin)
+    cos, sin = cos[..., :4].repeat_interleave(2, -1), sin[..., :4].repeat_interleave(2, -1)
+    signed = sin * torch.tensor([-1.0, 1.0]).repeat(4)
+    torch.testing.assert_close(rotate_at_slots(x, cos, signed, "interleaved"), expected)
+
+
+@given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 3), st.data())
+def test_gather_takes_held_then_new(held, new, room, data):
+    pick = st.integers(0, max(0, held + new - 1))
+    index = data.draw(st.lists(pick, max_size=8 if held + new else 0))
+    both = torch.arange(float(held + new))
+    index = torch.tensor(index, dtype=torch.long)[None, None]
+    (storage,) = gather_units((both[None, None, :held],), (both[None, None, held:],), index, room)
+    assert storage.shape[2] == index.shape[2] + room
+    assert torch.equal(storage[..., : index.shape[2]].long(), index)
+
+
+def test_decode_is_attention_over_what_is_filled():
+    query, (keys, values) = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 3, 20, 8).unbind()
+    length, first = torch.tensor([13], dtype=torch.int32), torch.tensor([[0, 2, 12]] * 2).int()
+    out = decode_attention(query, keys, values, length, 0.3, first)
+    for row in range(2):
+        for head in range(6):
+            held = slice(int(first[row, head // 2]), 13)
+            k, v = keys[row, head // 2, held], values[row, head // 2, held]
+            expected = (0.3 * query[row, head] @ k.T).softmax(-1) @ v
+            torch.testing.assert_close(out[row, head], expected)
+
+
+def test_several_tokens_decode_as_one_after_the_other():
+    query, (keys, values) = torch.randn(1, 4, 3, 8), torch.randn(2, 1, 2, 20, 8).unbind()
+    out = decode_attention(query, keys, values, torch.tensor([15]).int(), 0.3)
+    for t in range(3):
+        length = torch.tensor([13 + t]).int()
+        one = decode_attention_reference(query[:, :, t : t + 1], keys, values, length, 0.3)
+        torch.testing.assert_close(out[:, :, t : t + 1], one)
+
+
+def test_store_writes_in_place():
+    keys, values = torch.zeros(2, 1, 2, 5, 4).unbind()
+    key, value = torch.randn(2, 1, 2, 1, 4).unbind()
+    store_units(keys, values, key, value, torch.tensor([3]))
+    assert torch.equal(keys[:, :, 3:4], key) and torch.equal(values[:, :, 3:4], value)
+    assert keys.count_nonzero() == 8
+
+
+SCORES = st.lists(st.sampled_from([0.0, 1.0, 2.0, math.inf, -math.inf, math.nan]), min_size=2)
+
+
+@given(SCORES, st.data())
+def test_select_keeps_the_highest_and_of_equals_the_earliest(scores, data):
+    budget = data.draw(st.integers(1, len(scores) - 1))
+    tail = data.draw(st.integers(0, budget))
+    last = len(scores) - tail
+
+    def rank(unit):
+        score = scores[unit]
+        return (unit < last, math.isnan(score), 0 if math.isnan(score) else -score, unit)
+
+    expected = sorted(sorted(range(len(scores)), key=rank)[:budget])
+    assert threshold_select(torch.tensor([[scores]]), budget, tail)[0, 0].tolist() == expected
+    reference = threshold_select_reference(torch.tensor([[scores]]), budget, tail)
+    assert reference[0, 0].tolist() == expected
+
+
+ONE = torch.ones(1, dtype=torch.int32)
+UNITS = torch.zeros(1, 2, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: rotate_at_slots(UNITS, UNITS[0], UNITS[0]), "do not fit"),
+        (lambda: rotate_at_slots(UNITS, UNITS[:, 0], UNITS[:, 0], "pairs"), "pairing is 'pairs'"),
+        (lambda: gather_units((UNITS,), (UNITS.half(),), UNITS[..., 0].long()), "do not fit"),
+        (lambda: gather_units((UNITS,), (UNITS,), UNITS[..., 0]), "torch.long"),
+        (lambda: gather_units((), (), UNITS[..., 0].long()), "as many of both"),
+        (lambda: decode_attention(UNITS, UNITS, UNITS, ONE.long(), 1.0), "int32"),
+        (lambda: decode_attention(UNITS, UNITS, UNITS.half(), ONE, 1.0), "equal shapes"),
+        (lambda: decode_attention(UNITS[:, :1], UNITS, UNITS, ONE, 1.0), "a multiple of 2"),
+        (lambda: store_units(UNITS, UNITS, UNITS.half(), UNITS, ONE), "do not fit storage"),
+        (lambda: store_units(UNITS, UNITS, UNITS, UNITS, ONE[0]), "slot is"),
+    ],
+)
+def test_misfits_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

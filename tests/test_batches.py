@@ -1,0 +1,141 @@
+"""Rows of different lengths, padded on the left: each is answered as it would be alone."""
+
+import pytest
+import torch
+
+import locret
+from tests.tiny_models import FAMILIES, VOCAB, prompt, tiny_heads, tiny_model
+
+SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+def padded(lengths, pad=0, vocab=VOCAB):
+    width = max(lengths)
+    ids = torch.full((len(lengths), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = prompt(length, seed=row, vocab=vocab)[0]
+        mask[row, width - length :] = 1
+    return ids, mask
+
+
+def assert_each_row_as_alone(engine, lengths, vocab=VOCAB, **kwargs):
+    ids, mask = padded(lengths, vocab=vocab)
+    together = engine.generate(ids, attention_mask=mask, **GREEDY | kwargs)
+    assert torch.equal(together[:, : ids.shape[1]], ids)
+    for row, length in enumerate(lengths):
+        alone = engine.generate(prompt(length, seed=row, vocab=vocab), **GREEDY | kwargs)
+        assert torch.equal(together[row, ids.shape[1] :], alone[0, length:]), length
+
+
+LENGTHS = [(60, 33), (41, 60, 47, 5, 1, 6), (4, 3, 1), (30, 2), (12, 13)]
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_rows_within_a_budget(lengths, positions, attn):
+    model = tiny_model("llama", attn_implementation=attn)
+    engine = locret.Engine(model, heads=tiny_heads(model), positions=positions, **SMALL)
+    assert_each_row_as_alone(engine, lengths)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_every_architecture(family):
+    model = tiny_model(family)
+    engine = locret.Engine(model, heads=tiny_heads(model), **SMALL)
+    assert_each_row_as_alone(engine, (40, 23, 4))
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_longrope_by_length_rows_on_both_sides_of_the_window(positions):
+    model = tiny_model("phi3")
+    engine = locret.Engine(
+        model, "random", longrope="by_length", positions=positions, **SMALL | {"budget": 90}
+    )
+    assert_each_row_as_alone(engine, (130, 60, 99))
+
+
+def test_rows_while_evicting_the_answer():
+    # So many words that no token comes twice: equal ones would score alike in the first layer.
+    model = tiny_model("llama", vocab_size=8192)
+    engine = locret.Engine(model, heads=tiny_heads(model), decode_interval=4, **SMALL)
+    assert_each_row_as_alone(engine, (60, 33, 27), vocab=8192, max_new_tokens=30)
+
+
+def test_rows_with_multi_head_attention():
+    model = tiny_model("llama", num_key_value_heads=8)
+    engine = locret.Engine(model, heads=tiny_heads(model), **SMALL)
+    assert_each_row_as_alone(engine, (40, 23))
+
+
+def test_query_aware_rows():
+    model = tiny_model("llama")
+    heads = tiny_heads(model, query_tokens=3)
+    engine = locret.Engine(model, heads=heads, **SMALL)
+    assert_each_row_as_alone(engine, (40, 23, 4, 7))
+
+
+def test_stock_left_padding_agrees_without_a_budget():
+    model = tiny_model("llama")
+    ids, mask = padded((40, 17, 3))
+    stock = model.generate(ids, attention_mask=mask, **GREEDY)
+    ours = locret.Engine(model, "full", chunk_size=7, local_tokens=5).generate(
+        ids, attention_mask=mask, **GREEDY
+    )
+    assert torch.equal(ours, stock)
+
+
+def test_padded_in_common():
+    model = tiny_model("llama")
+    engine = locret.Engine(model, heads=tiny_heads(model), **SMALL)
+    ids = torch.cat([torch.zeros(2, 6, dtype=torch.long), prompt(40, batch=2)], dim=1)
+    mask = (torch.arange(46) >= 6).long().expand(2, 46)
+    ours = engine.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(ours[:, 46:], engine.generate(prompt(40, batch=2), **GREEDY)[:, 40:])
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_contexts_of_different_lengths_are_asked_together(positions):
+    model = tiny_model("llama")
+    engine = locret.Engine(model, heads=tiny_heads(model), positions=positions, **SMALL)
+    lengths = (60, 33, 14)
+    ids, mask = padded(lengths)
+    cache = engine.prefill(ids, attention_mask=mask)
+    assert cache.report()["units"] == [20, 20]
+    question = prompt(6, batch=3, seed=9)
+    together = engine.generate(question, cache=cache, **GREEDY)
+    again = engine.generate(question[:, :2], cache=cache, **GREEDY)
+    for row, length in enumerate(lengths):
+        alone = engine.prefill(prompt(length, seed=row))
+        first = engine.generate(question[row : row + 1], cache=alone, **GREEDY)
+        assert torch.equal(together[row], first[0])
+        second = engine.generate(question[row : row + 1, :2], cache=alone, **GREEDY)
+        assert torch.equal(again[row], second[0])
+
+
+def test_padding_takes_no_slot_that_content_needs():
+    model = tiny_model("llama")
+    engine = locret.Engine(model, heads=tiny_heads(model), **SMALL)
+    ids, mask = padded((60, 33))
+    cache = engine.prefill(ids, attention_mask=mask)
+    alone = engine.prefill(prompt(33, seed=1))
+    for layer, single in zip(cache.layers, alone.layers, strict=True):
+        assert torch.equal(layer.source_positions[1], single.source_positions[0])
+        assert (layer.empty == 0).all()
+
+
+def test_questions_with_padding_are_refused():
+    model = tiny_model("llama")
+    engine = locret.Engine(model, "random", **SMALL)
+    cache = engine.prefill(prompt(40, batch=2))
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with pytest.raises(ValueError, match="questions about a context take no padding"):
+        engine.generate(prompt(3, batch=2), attention_mask=mask, cache=cache)
+
+
+def test_beams_of_padded_rows():
+    model = tiny_model("llama")
+    engine = locret.Engine(model, heads=tiny_heads(model), **SMALL)
+    assert_each_row_as_alone(engine, (40, 23), num_beams=3)

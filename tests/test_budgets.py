@@ -1,0 +1,100 @@
+"""Budgets as a share of the context, and one for each layer; eviction while answering."""
+
+import pytest
+import torch
+
+import locret
+from tests.reference import Settings, answer
+from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
+
+SMALL = {"chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize(("share", "length", "kept"), [(0.5, 60, 30), (0.1, 60, 6), (0.01, 20, 1)])
+def test_share_of_the_context(model, share, length, kept):
+    engine = locret.Engine(model, "random", budget=share, **SMALL)
+    assert engine.prefill(prompt(length)).report()["units"] == [kept, kept]
+
+
+def test_share_takes_stabilizers_in_proportion(model):
+    engine = locret.Engine(model, "random", budget=0.5, chunk_size=7)
+    assert engine.stabilizers == "auto"
+    engine.prefill(prompt(60))
+    assert engine.settings.stabilizers_for([30]) == 2500 * 30 // 16384
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 1.5, -0.1])
+def test_share_outside_of_0_and_1_is_refused(model, share):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        locret.Engine(model, "random", budget=share)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_one_budget_for_each_layer(model, positions):
+    engine = locret.Engine(model, "random", budget=[9, 30], positions=positions, **SMALL)
+    cache = engine.prefill(prompt(60))
+    assert cache.report()["units"] == [9, 30]
+    assert cache.report()["budget"] == (9, 30)
+    text = engine.generate(prompt(60), max_new_tokens=9, do_sample=False)
+    assert text.shape == (1, 69)
+
+
+@pytest.mark.parametrize("budget", [[9], [9, 0], [9, 9, 9]])
+def test_budgets_that_do_not_fit_the_layers_are_refused(model, budget):
+    with pytest.raises(ValueError, match="for each of the 2 layers"):
+        locret.Engine(model, "random", budget=budget)
+
+
+def test_layers_with_room_for_everything_lose_nothing(model):
+    engine = locret.Engine(model, "random", budget=[100, 100], **SMALL)
+    ours = engine.generate(prompt(60), max_new_tokens=9, do_sample=False)
+    assert torch.equal(ours, model.generate(prompt(60), max_new_tokens=9, do_sample=False))
+
+
+@pytest.mark.parametrize("interval", [1, 4, 50])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_eviction_while_answering_is_the_naive_one(interval, kv_heads):
+    model = tiny_model("llama", num_key_value_heads=kv_heads, vocab_size=4096)
+    heads = tiny_heads(model)
+    settings = Settings(11, 7, 3, 5, interval)
+    ids = distinct_prompt(33, 4096)  # equal tokens would score alike in the first layer
+    expected, longest = answer(model, heads, ids, settings, 25)
+    engine = locret.Engine(model, heads=heads, budget=11, decode_interval=interval, **SMALL)
+    given = engine.generate(ids, max_new_tokens=25, do_sample=False)
+    assert given[0].tolist() == expected
+    assert longest <= 11 + max(interval, 5) - 1
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_answers_of_any_length_stay_bounded(model, positions):
+    engine = locret.Engine(
+        model, "random", budget=20, decode_interval=6, positions=positions, **SMALL
+    )
+    cache = engine.prefill(prompt(60))
+    sizes = []
+    for _ in range(4):
+        engine.generate(prompt(3), cache=cache, max_new_tokens=40, do_sample=False)
+        sizes.append(cache.nbytes)
+        assert max(cache.report()["units"]) <= 25
+    assert cache.seen == 60 + 4 * 43 - 1
+    assert max(sizes) <= 26 * 2 * 2 * (2 * 8 * 4 + 12)
+
+
+def test_eviction_while_answering_needs_slots_that_may_move(model):
+    plain = locret.Engine(model, "random", budget=20, **SMALL)
+    bounded = locret.Engine(model, "random", budget=20, decode_interval=6, **SMALL)
+    cache = plain.prefill(prompt(60))
+    plain.generate(prompt(3), cache=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="slots are fixed"):
+        bounded.generate(prompt(3), cache=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("interval", [0, -3])
+def test_interval_is_checked(model, interval):
+    with pytest.raises(ValueError, match="decode_interval is"):
+        locret.Engine(model, "random", budget=20, decode_interval=interval, **SMALL)

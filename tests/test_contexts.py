@@ -1,0 +1,160 @@
+"""Contexts as things: asked many times, saved, loaded in another process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import locret
+from tests.tiny_models import prompt, tiny_heads, tiny_model
+
+SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def engine(model):
+    return locret.Engine(model, heads=tiny_heads(model), **SMALL)
+
+
+@pytest.mark.parametrize("settings", [{}, {"positions": "original"}, {"decode_interval": 4}])
+def test_every_question_sees_the_untouched_context(model, settings):
+    engine = locret.Engine(model, heads=tiny_heads(model), **SMALL | settings)
+    cache = engine.prefill(prompt(60))
+    context, bytes_before = cache.snapshot(), cache.nbytes
+    for seed in (1, 2, 1, 3):
+        question = prompt(4, seed=seed)
+        given = engine.generate(question, cache=cache, **GREEDY)
+        fresh = engine.generate(question, cache=engine.prefill(prompt(60)), **GREEDY)
+        assert torch.equal(given, fresh)
+        cache.restore(context)
+        assert cache.seen == 60
+        assert cache.nbytes == bytes_before
+        assert cache.report()["units"] == [20, 20]
+
+
+def test_snapshot_in_the_middle_of_a_chat(engine):
+    cache = engine.prefill(prompt(60))
+    engine.generate(prompt(4, seed=1), cache=cache, **GREEDY)
+    here = cache.snapshot()
+    first = engine.generate(prompt(4, seed=2), cache=cache, **GREEDY)
+    cache.restore(here)
+    assert torch.equal(engine.generate(prompt(4, seed=2), cache=cache, **GREEDY), first)
+    cache.restore(here)
+    engine.generate(prompt(4, seed=3), cache=cache, **GREEDY | {"max_new_tokens": 300})
+    cache.restore(here)
+    assert torch.equal(engine.generate(prompt(4, seed=2), cache=cache, **GREEDY), first)
+
+
+def test_snapshot_of_another_cache_is_refused(engine):
+    snapshot = engine.prefill(prompt(30)).snapshot()
+    with pytest.raises(ValueError, match="cache of 2 layers; this one has 3"):
+        locret.RetainedCache(3).restore(snapshot)
+
+
+def asked(engine, cache):
+    return engine.generate(prompt(4, seed=5), cache=cache, **GREEDY)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("turns", [0, 1])
+def test_saved_and_loaded(model, tmp_path, positions, turns):
+    engine = locret.Engine(model, heads=tiny_heads(model), positions=positions, **SMALL)
+    cache = engine.prefill(prompt(60))
+    for _ in range(turns):
+        engine.generate(prompt(3), cache=cache, **GREEDY)
+    cache.save(tmp_path / "context")
+    loaded = locret.RetainedCache.load(tmp_path / "context", model)
+    assert loaded.report()["units"] == cache.report()["units"]
+    assert torch.equal(asked(engine, loaded), asked(engine, cache))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["context"]
+
+
+def test_saved_batch_of_different_lengths(engine, model, tmp_path):
+    ids = torch.cat([torch.zeros(1, 20, dtype=torch.long), prompt(13)], dim=1)
+    ids = torch.cat([ids, prompt(33, seed=1)])
+    cache = engine.prefill(ids, attention_mask=(ids > 0).long())
+    cache.save(tmp_path / "context")
+    loaded = locret.RetainedCache.load(tmp_path / "context", model)
+    question = prompt(4, batch=2)
+    expected = engine.generate(question, cache=cache, **GREEDY)
+    assert torch.equal(engine.generate(question, cache=loaded, **GREEDY), expected)
+
+
+IN_ANOTHER_PROCESS = """
+import sys, torch, locret
+from tests.tiny_models import prompt, tiny_heads, tiny_model
+model = tiny_model("llama")
+engine = locret.Engine(model, heads=tiny_heads(model), budget=20)
+cache = locret.RetainedCache.load(sys.argv[1], model)
+given = engine.generate(prompt(4, seed=5), cache=cache, max_new_tokens=8, do_sample=False)
+print(given.tolist())
+"""
+
+
+def test_loaded_in_another_process(engine, tmp_path):
+    cache = engine.prefill(prompt(60))
+    cache.save(tmp_path / "context")
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS, str(tmp_path / "context")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == asked(engine, cache).tolist()
+
+
+def test_saving_again_replaces_and_other_things_are_left_alone(engine, tmp_path):
+    cache = engine.prefill(prompt(60))
+    cache.save(tmp_path / "context")
+    cache.save(tmp_path / "context")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="is not a saved context; choose another path"):
+        cache.save(tmp_path / "other")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["context", "other"]
+
+
+def test_nothing_to_save(tmp_path):
+    with pytest.raises(ValueError, match="holds no context"):
+        locret.RetainedCache(2).save(tmp_path / "context")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"family": "qwen3"}, "model_type 'llama' there, 'qwen3' here"),
+        ({"family": "llama", "seed": 1}, "weights '"),
+        ({"family": "llama", "num_hidden_layers": 3}, "layers 2 there, 3 here"),
+    ],
+)
+def test_contexts_of_another_model_are_refused(engine, tmp_path, other, difference):
+    engine.prefill(prompt(30)).save(tmp_path / "context")
+    with pytest.raises(ValueError, match=f"context of another model.*{difference}"):
+        locret.RetainedCache.load(tmp_path / "context", tiny_model(**other))
+
+
+@pytest.mark.parametrize("name", ["units.safetensors", "context.json"])
+@pytest.mark.parametrize("kept", [0, 10, 200, -1])
+def test_cut_files_are_refused_by_name(engine, model, tmp_path, name, kept):
+    engine.prefill(prompt(30)).save(tmp_path / "context")
+    file = tmp_path / "context" / name
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        locret.RetainedCache.load(tmp_path / "context", model)
+
+
+def test_missing_files_are_refused_by_name(engine, model, tmp_path):
+    with pytest.raises(ValueError, match="is not a saved context: it has no context.json"):
+        locret.RetainedCache.load(tmp_path, model)
+    engine.prefill(prompt(30)).save(tmp_path / "context")
+    (tmp_path / "context" / "units.safetensors").unlink()
+    with pytest.raises(ValueError, match="units.safetensors is damaged"):
+        locret.RetainedCache.load(tmp_path / "context", model)

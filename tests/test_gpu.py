@@ -1,0 +1,106 @@
+"""What only a GPU can show: kernels, backends and graphs give the answers of the plain path."""
+
+import pytest
+import torch
+
+import locret
+from locret.backends import attend, attend_past, available
+from locret.generation import Engine
+from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+SMALL = {"budget": 40, "chunk_size": 17, "stabilizers": 3, "local_tokens": 5}
+GREEDY = {"max_new_tokens": 20, "do_sample": False}
+GRAPHED = [family for family in FAMILIES if family not in ("mixtral", "qwen3_moe")]
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_the_cpu(family, positions):
+    # No two tokens alike: of equal scores, and equal tokens have them, each device keeps its own.
+    model = tiny_model(family, vocab_size=512)
+    ids = torch.cat([distinct_prompt(100, 512, seed) for seed in (0, 1)])
+    heads = tiny_heads(model)
+    expected = Engine(model, heads=heads, positions=positions, **SMALL).generate(ids, **GREEDY)
+    model = model.cuda()
+    engine = Engine(model, heads=heads, positions=positions, **SMALL)
+    assert engine.graphs == (family in GRAPHED)
+    given = engine.generate(ids.cuda(), **GREEDY)
+    assert torch.equal(given.cpu(), expected)
+
+
+@pytest.mark.parametrize("family", GRAPHED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_change_nothing(family, dtype):
+    model = tiny_model(family).to("cuda", dtype)
+    answers = []
+    for graphs in (False, True):
+        engine = Engine(model, "streaming_llm", graphs=graphs, **SMALL)
+        answers.append(engine.generate(prompt(100, batch=3).cuda(), **GREEDY))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_graphs_with_padded_rows_layer_budgets_and_turns(positions, kv_heads):
+    model = tiny_model("llama", num_key_value_heads=kv_heads)
+    ids = prompt(60, batch=3)
+    mask = torch.ones_like(ids)
+    mask[1, :30], mask[2, :57] = 0, 0
+
+    def answers(device):
+        settings = SMALL | {"budget": [9, 30], "positions": positions}
+        engine = Engine(model.to(device), "streaming_llm", **settings)
+        cache = engine.prefill(ids.to(device), mask.to(device))
+        question = prompt(4, batch=3, seed=5).to(device)
+        given = [engine.generate(question, cache=cache, **GREEDY) for _ in range(2)]
+        given.append(engine.generate(ids.to(device), mask.to(device), **GREEDY))
+        return torch.cat([g.cpu().flatten() for g in given])
+
+    assert torch.equal(answers("cpu"), answers("cuda"))
+
+
+def test_contexts_are_untouched_by_graphed_answers():
+    model = tiny_model("llama").cuda()
+    engine = Engine(model, heads=tiny_heads(model), **SMALL)
+    cache = engine.prefill(prompt(100).cuda())
+    context, question = cache.snapshot(), prompt(4, seed=3).cuda()
+    first = engine.generate(question, cache=cache, **GREEDY)
+    cache.restore(context)
+    engine.generate(prompt(9, seed=4).cuda(), cache=cache, max_new_tokens=600, do_sample=False)
+    cache.restore(context)
+    assert torch.equal(engine.generate(question, cache=cache, **GREEDY), first)
+
+
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(
+    ("new", "held"), [(128, 0), (128, 1000), (257, 515), (1, 77), (1024, 4096)]
+)
+def test_backends_agree(new, held, group, size):
+    torch.manual_seed(0)
+    heads = 2
+    query = torch.randn(2, heads * group, new, size, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.randn(2, 2, heads, held + new, size, device="cuda", dtype=torch.bfloat16)
+    exact = attend(query.float(), key.float(), value.float(), size**-0.5, "eager")
+    past, fresh = (key[:, :, :held], value[:, :, :held]), (key[:, :, held:], value[:, :, held:])
+    for backend in ("eager", "sdpa", "cudnn", "flash_attn"):
+        if available(backend, query.device, query.dtype, size) is not None:
+            continue
+        whole = attend(query, key, value, size**-0.5, backend)
+        parts = attend_past(query, past, fresh, size**-0.5, backend)
+        for output in (whole, parts):
+            assert output.is_contiguous()
+            assert (output.float() - exact).abs().max() < 4e-2, backend
+
+
+def test_memory_comes_back():
+    model = tiny_model("llama").cuda()
+    engine = Engine(model, heads=tiny_heads(model), **SMALL)
+    levels = []
+    for length in (50, 300, 100, 50):
+        engine.generate(prompt(length).cuda(), **GREEDY)
+        levels.append(torch.cuda.memory_allocated())
+    assert levels[-1] <= levels[0]
+    assert locret.RetainedCache(2).nbytes == 0
