@@ -27,7 +27,7 @@ from locret.models import load_model  # noqa: E402
 from tests.evaluation.eval_data import DATA, NOUNS, TRAITS, write_artifacts, write_data  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-GREEDY = {"do_sample": False, "max_gen_toks": 8}
+GREEDY = {"do_sample": False, "max_gen_toks": 5}
 
 
 def write_tasks(folder, count):
