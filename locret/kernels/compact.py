@@ -31,14 +31,17 @@ def gather_units(
         ValueError: shapes or dtypes do not fit.
     """
     _check(held, new, index)
-    batch, heads, kept = index.shape
-    shape = (batch, heads, kept + room)
-    storage = tuple(units.new_empty((*shape, *units.shape[3:])) for units in held)
-    if not takes_triton(index):
-        for whole, units in zip(storage, gather_units_reference(held, new, index), strict=True):
-            whole[:, :, :kept] = units
-    elif batch * heads * kept:
-        _launch(tuple(map(_rows, held)), tuple(map(_rows, new)), index, storage)
+    shape = (*index.shape[:2], index.shape[2] + room)
+    storage = tuple(
+        torch.empty(*shape, *tensor.shape[3:], dtype=tensor.dtype, device=tensor.device)
+        for tensor in held
+    )
+    if not takes_triton(index, *held, *new):
+        kept = gather_units_reference(held, new, index)
+        for whole, units in zip(storage, kept, strict=True):
+            whole[:, :, : index.shape[2]] = units
+    elif index.numel():
+        _launch(tuple(held), tuple(new), index, storage)
     return storage
 
 
@@ -65,50 +68,48 @@ def _check(held: Sequence[Tensor], new: Sequence[Tensor], index: Tensor) -> None
         raise ValueError(
             f"index is {tuple(index.shape)} {index.dtype}; expected [B, H, K] of torch.long"
         )
-    rows = index.shape[:2]
-    units = (held[0].shape[2], new[0].shape[2])
     for old, fresh in zip(held, new, strict=True):
-        was, comes = old.shape, fresh.shape
+        units = (held[0].shape[2], new[0].shape[2])
         fits = (
-            was[:2] == rows == comes[:2]
-            and was[3:] == comes[3:]
-            and (was[2], comes[2]) == units
-            and len(was) in (3, 4)
+            old.dim() in (3, 4)
             and old.dtype == fresh.dtype
+            and old.shape[:2] == fresh.shape[:2] == index.shape[:2]
+            and old.shape[3:] == fresh.shape[3:]
+            and (old.shape[2], fresh.shape[2]) == units
         )
         if not fits:
             raise ValueError(
-                f"{tuple(was)} {old.dtype} held and {tuple(comes)} {fresh.dtype} new do not fit "
-                f"an index of {tuple(index.shape)}: expected [B, H, S] or [B, H, S, D] and the "
-                f"same with T, S = {units[0]} and T = {units[1]} in all tensors"
+                f"{tuple(old.shape)} {old.dtype} held and {tuple(fresh.shape)} {fresh.dtype} new "
+                f"do not fit an index of {tuple(index.shape)}: expected [B, H, S] or [B, H, S, D] "
+                f"and the same with T, S = {units[0]} and T = {units[1]} in all tensors"
             )
-
-
-def _rows(units: Tensor) -> Tensor:
-    """`units` with the elements of a unit side by side."""
-    return units if units.dim() == 3 or units.stride(3) == 1 else units.contiguous()
 
 
 def _launch(
     held: tuple[Tensor, ...], new: tuple[Tensor, ...], index: Tensor, storage: tuple[Tensor, ...]
 ) -> None:
     batch, heads, kept = index.shape
-    if not new[0].shape[2]:
-        new = ()  # each pointer costs the host time
     sizes = tuple(units.shape[3] if units.dim() == 4 else 1 for units in held)
-    blocks = tuple(map(padded, sizes))
-    rows = max(16, min(padded(kept), 8192 // max(blocks)))
+    widest = padded(max(sizes))
+    held, new = tuple(map(_rows, held)), tuple(map(_rows, new))
+    rows = max(16, min(padded(kept, least=16), 8192 // widest))
     with on_device(index):
         _gather[(triton.cdiv(kept, rows), heads, batch)](
-            *(held, new, storage, index, kept, held[0].shape[2], storage[0].shape[2]),
+            *(held, new, storage, index, kept, held[0].shape[2]),
             *index.stride(),
             tuple(units.stride()[:3] for units in held),
             tuple(units.stride()[:3] for units in new),
+            tuple(units.stride()[:3] for units in storage),
             SIZES=sizes,
-            BLOCKS=blocks,
+            BLOCKS=tuple(padded(size) for size in sizes),
             ROWS=rows,
             num_warps=4,
         )
+
+
+def _rows(units: Tensor) -> Tensor:
+    """`units` with the elements of a unit side by side."""
+    return units if units.dim() == 3 or units.stride(3) == 1 else units.contiguous()
 
 
 @triton.jit
@@ -119,12 +120,12 @@ def _gather(  # type: ignore[no-untyped-def]
     index,
     kept,
     border,
-    capacity,
     index_b,
     index_h,
     index_k,
     held_strides,
     new_strides,
+    storage_strides,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -139,11 +140,10 @@ def _gather(  # type: ignore[no-untyped-def]
         d = tl.arange(0, BLOCKS[i])
         mask = there[:, None] & (d < SIZES[i])[None, :]
         strides = held_strides[i]
-        row = held[i] + b * strides[0] + h * strides[1] + unit * strides[2]
-        if len(new) > 0:
-            strides = new_strides[i]
-            fresh = new[i] + b * strides[0] + h * strides[1] + (unit - border) * strides[2]
-            row = tl.where(is_held, row, fresh)
-        units = tl.load(row[:, None] + d[None, :], mask=mask)
-        row = storage[i] + ((b * tl.num_programs(1) + h) * capacity + to) * SIZES[i]
+        old = held[i] + b * strides[0] + h * strides[1] + unit * strides[2]
+        strides = new_strides[i]
+        fresh = new[i] + b * strides[0] + h * strides[1] + (unit - border) * strides[2]
+        units = tl.load(tl.where(is_held, old, fresh)[:, None] + d[None, :], mask=mask)
+        strides = storage_strides[i]
+        row = storage[i] + b * strides[0] + h * strides[1] + to * strides[2]
         tl.store(row[:, None] + d[None, :], units, mask=mask)

@@ -33,21 +33,20 @@ def _modules() -> tuple[Any, Any]:
 
 
 triton, tl = _modules()
-_HERE = contextlib.nullcontext()
 AVAILABLE = not isinstance(triton, _Missing)
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def takes_triton(tensor: Tensor) -> bool:
-    """Whether a call on tensors that are where `tensor` is goes to Triton and not to the twin."""
-    return AVAILABLE and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
+def takes_triton(*tensors: Tensor) -> bool:
+    """Whether tensors, all on one device, go to the Triton kernel and not to the twin."""
+    device = tensors[0].device
+    assert all(tensor.device == device for tensor in tensors), [t.device for t in tensors]
+    return AVAILABLE and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launches inside go to the GPU that holds `tensor`, which need not be the current one."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(tensor.get_device())
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def multiprocessors(device: torch.device) -> int:

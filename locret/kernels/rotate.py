@@ -39,7 +39,7 @@ def rotate_at_slots(
     _check(x, cos, sin, pairing)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not takes_triton(x):
+    if not takes_triton(x, cos, sin, out):
         return out.copy_(rotate_at_slots_reference(x, cos, sin, pairing))
     if x.numel():
         _launch(x, cos, sin, pairing == "half", out)

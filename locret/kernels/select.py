@@ -94,32 +94,39 @@ def _select(  # type: ignore[no-untyped-def]
     scores += tl.program_id(1).to(tl.int64) * scores_b + tl.program_id(0).to(tl.int64) * scores_h
     kept += tl.program_id(1).to(tl.int64) * kept_b + tl.program_id(0).to(tl.int64) * kept_h
 
-    # The threshold is the largest order that at least `budget` units reach, found bit by bit from
-    # the sign on. `above` counts the units above all candidates that are left; when exactly
-    # `budget` reach one, they are the ones above the order just below it.
+    # The threshold is the largest order that at least `budget` units reach. It is found two bits
+    # at a time; `above` counts the units strictly above the candidates that remain.
     threshold = tl.full((), -(2**31), tl.int32)
     above = tl.full((), 0, tl.int32)
-    step = tl.full((), -(2**31), tl.int32)
+    step = tl.full((), 2**30, tl.int32)
     if RESIDENT:
         order = _order(scores, tl.arange(0, BLOCK), size, head_end, tail_start, scores_s)
-    while step != 0:
-        candidate = threshold + step
+    for _ in range(16):
         if RESIDENT:
-            reached = tl.sum((order >= candidate).to(tl.int32), 0)
+            n_1 = _reaching(order, threshold + step)
+            n_2 = _reaching(order, threshold + step + step)
+            n_3 = _reaching(order, threshold + step + step + step)
         else:
-            reached = tl.full((), 0, tl.int32)
+            n_1 = tl.full((), 0, tl.int32)
+            n_2 = tl.full((), 0, tl.int32)
+            n_3 = tl.full((), 0, tl.int32)
             for start in range(0, size, BLOCK):
                 unit = start + tl.arange(0, BLOCK)
                 block = _order(scores, unit, size, head_end, tail_start, scores_s)
-                reached += tl.sum((block >= candidate).to(tl.int32), 0)
-        if reached > budget:
-            threshold = candidate
+                n_1 += _reaching(block, threshold + step)
+                n_2 += _reaching(block, threshold + step + step)
+                n_3 += _reaching(block, threshold + step + step + step)
+        if n_3 >= budget:
+            threshold += step + step + step
+        elif n_2 >= budget:
+            threshold += step + step
+            above = n_3
+        elif n_1 >= budget:
+            threshold += step
+            above = n_2
         else:
-            above = reached
-        step = (step >> 1) & 0x7FFFFFFF
-        if reached == budget:
-            threshold = candidate - 1
-            step = 0
+            above = n_1
+        step = step >> 2
 
     # Those above the threshold stay, and the earliest of those at it.
     ties = budget - above
@@ -152,3 +159,8 @@ def _order(scores, unit, size, head_end, tail_start, stride):  # type: ignore[no
     order = tl.where(score != score, -(2**31), order)
     order = tl.where((unit < head_end) | (unit >= tail_start), 2**31 - 1, order)
     return tl.where(there, order, -(2**31))
+
+
+@triton.jit
+def _reaching(order, least):  # type: ignore[no-untyped-def]
+    return tl.sum((order >= least).to(tl.int32), 0)

@@ -25,7 +25,7 @@ def store_units(
     """
     _check(storage_keys, key, slot)
     _check(storage_values, value, slot)
-    if not takes_triton(storage_keys):
+    if not takes_triton(storage_keys, storage_values, key, value, slot):
         store_units_reference(storage_keys, storage_values, key, value, slot)
     elif key.numel():
         _launch(storage_keys, storage_values, key, value, slot)

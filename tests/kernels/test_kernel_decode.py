@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from locret.kernels import decode
 from locret.kernels.decode import decode_attention, decode_attention_reference
-from locret.kernels.parts import number_of_parts
 from locret.kernels.store import store_units
 from tests.kernels.close import assert_near
 
@@ -78,11 +78,11 @@ def test_large_logits_do_not_overflow(device):
 
 
 def test_parts_fill_the_device_in_even_rounds():
-    assert number_of_parts(8, 16384, 264) == 33
-    assert number_of_parts(8, 100, 264) == 1
-    assert number_of_parts(264, 16384, 264) == 1
+    assert decode.number_of_parts(8, 16384, 132) == 33
+    assert decode.number_of_parts(8, 100, 132) == 1
+    assert decode.number_of_parts(264, 16384, 132) == 1
     for heads in (1, 3, 30, 64, 200, 1000):
-        parts = number_of_parts(heads, 131072, 264)
+        parts = decode.number_of_parts(heads, 131072, 132)
         rounds = -(-heads * parts // 264)
         assert heads * parts / (rounds * 264) > 0.93, (heads, parts)
 
