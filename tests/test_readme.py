@@ -1,11 +1,8 @@
 """Every command and every piece of code that the README shows is run here, on tiny models."""
 
-<<<<<<< HEAD
+import gzip
 import importlib.util
 import json
-=======
-import gzip
->>>>>>> eval
 import re
 import shlex
 import shutil
@@ -100,7 +97,6 @@ def test_a_shown_command_runs(command, workplace, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out
 
 
-<<<<<<< HEAD
 def run_benchmark(args, tmp_path):
     if importlib.util.find_spec("kvpress") is None:
         pytest.skip("kvpress is not installed")
@@ -108,12 +104,12 @@ def run_benchmark(args, tmp_path):
     longcontext.main([*args, *small.split(), "--heads-width=8", f"--out={tmp_path / 'r.json'}"])
     rows = json.loads((tmp_path / "r.json").read_text())["figures"]["results"]
     assert {row["status"] for row in rows} == {"ok"}
-=======
+
+
 def stand_in(word):
     """The word, or the parts of a list such as `name=value,name=value`."""
     parts = re.split("([=,])", word) if "=" in word else [word]
     return "".join(STAND_INS.get(part, part) for part in parts)
->>>>>>> eval
 
 
 def run_training(training, args, tmp_path):
