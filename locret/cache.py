@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from locret import saved
-from locret.units import Units, UnitsView, stack
+from locret.coded import CodedUnits, LayerUnits, units_for
+from locret.quantization import NO_SCHEME, SCHEMES, Scheme, describe_scheme, scheme_of
 
 Positions = Literal["compact", "original"]
 
@@ -54,7 +55,7 @@ class Eviction:
 class LayerView:
     """What a layer was at some moment."""
 
-    units: UnitsView
+    units: Any
     seen: int
     rotated: bool
     empty: Tensor | None
@@ -70,14 +71,12 @@ class Snapshot:
     fields: dict[str, Any]
 
 
-_UNIT_TENSORS = ("keys", "values", "scores", "source_positions")
-
-
 class RetainedLayer(CacheLayerMixin):
     """The units of one layer and how many tokens it has seen.
 
     `keys`, `values` [B, H, S, D], `scores` [B, H, S] and `source_positions` [B, H, S] are views of
-    what is held. `rotated` says whether the keys already carry their rotation.
+    what is held; keys and values in few bits are expanded each time. `rotated` says whether the
+    keys already carry their rotation; where `stays_unrotated` they never do.
 
     `empty` [B, H] (long, on the keys' device) is how many leading slots of a row and head hold
     nothing, where rows of different lengths stand together; None = all slots are taken. `shift` is
@@ -88,9 +87,10 @@ class RetainedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, rotated: bool) -> None:
+    def __init__(self, rotated: bool, scheme: Scheme = NO_SCHEME) -> None:
         # The base class would make keys and values plain attributes; here they are views.
-        self.units = Units()
+        self.units: LayerUnits = units_for(scheme)
+        self.stays_unrotated = scheme.packs and scheme.keys_are == "unrotated"
         self.seen = 0
         self.rotated = rotated
         self.empty: Tensor | None = None
@@ -144,10 +144,10 @@ class RetainedLayer(CacheLayerMixin):
             rotate: the rotation of keys [B, H, S, D] at their slots.
             room: units that are expected to come.
         """
-        if self.rotated:
+        if self.rotated or self.stays_unrotated:
             return
         if self.held:
-            self.units.rebuild(rotate(self.keys), room)
+            self.units.rebuild(rotate(self.keys), room, self.empty)
         self.rotated = True
 
     def evict(self, index: Tensor) -> None:
@@ -185,16 +185,14 @@ class RetainedLayer(CacheLayerMixin):
 
     def named_tensors(self) -> dict[str, Tensor]:
         """All that the layer holds, without spare room."""
-        named = {name: getattr(self, name) for name in _UNIT_TENSORS} if self.held else {}
+        named = self.units.named_tensors()
         if self.empty is not None:
             named["empty"] = self.empty
         return named | {f"state.{name}": value for name, value in self.state.items()}
 
     def take_tensors(self, named: dict[str, Tensor]) -> None:
         """Hold what `named_tensors` gave; the layer is new."""
-        if "keys" in named:
-            keys, values, scores, positions = (named[name] for name in _UNIT_TENSORS)
-            self.units.append(keys, values, scores, positions)
+        self.units.take_tensors(named)
         self.empty = named.get("empty")
         if self.empty is not None:
             self.shift = tuple(self.empty[:, 0].tolist())
@@ -248,7 +246,7 @@ class RetainedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.held:
-            rows = indices.to(self.keys.device)
+            rows = indices.to(self.scores.device)
             self.units.select_batch(rows)
             if self.empty is not None:
                 self.empty = self.empty[rows]
@@ -257,7 +255,7 @@ class RetainedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.held:
-            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+            rows = torch.arange(self.scores.shape[0], device=self.scores.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
 
@@ -268,6 +266,7 @@ class RetainedCache(Cache):
         num_layers: layers of the backbone.
         budget: units a KV head keeps while the prompt is read, or those of every layer; None = all.
         positions: see the file's head.
+        scheme: how keys and values are stored.
 
     Attributes:
         eviction: what layers do after attending now; None = nothing is evicted.
@@ -292,12 +291,22 @@ class RetainedCache(Cache):
         num_layers: int,
         budget: int | tuple[int, ...] | None = None,
         positions: Positions = "compact",
+        scheme: Scheme = NO_SCHEME,
     ) -> None:
         if positions not in get_args(Positions):
             raise ValueError(f"positions is {positions!r}; expected 'compact' or 'original'")
+        if positions == "original" and scheme.packs and scheme.keys_are == "unrotated":
+            raise ValueError(
+                f"quantization {scheme.name!r} holds keys before their rotation and original "
+                "positions hold them after it; use positions='compact', or another quantization"
+            )
         super().__init__(
-            layers=[RetainedLayer(rotated=positions == "original") for _ in range(num_layers)]
+            layers=[
+                RetainedLayer(rotated=positions == "original", scheme=scheme.for_layer(i))
+                for i in range(num_layers)
+            ]
         )
+        self.scheme = scheme
         self.budget = budget
         self.positions = positions
         self.model: dict[str, Any] = {}
@@ -335,8 +344,14 @@ class RetainedCache(Cache):
         return self.get_seq_length()
 
     @property
+    def quantized(self) -> bool:
+        """Whether any layer holds keys and values in few bits."""
+        return any(isinstance(layer.units, CodedUnits) for layer in self.layers)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all storage: keys, values, scores, positions and spare room."""
+        """Bytes of all storage: keys and values or their codes, tables and outliers, scores,
+        positions, spare room."""
         return sum(layer.units.nbytes for layer in self.layers)
 
     def reset(self) -> None:
@@ -369,10 +384,16 @@ class RetainedCache(Cache):
         """Write the context to the folder `path`: safetensors and JSON (`locret.saved`).
 
         Raises:
-            ValueError: nothing was read yet, or the path is taken by something else.
+            ValueError: nothing was read yet, the path is taken by something else, or a scheme of
+                your own that `locret.quantization.SCHEMES` does not know stores the units.
         """
         if not self.seen or self.token_ids is None:
             raise ValueError("the cache holds no context to save, or one that beams have mixed up")
+        if SCHEMES.get(self.scheme.name) is not type(self.scheme):
+            raise ValueError(
+                f"{type(self.scheme).__name__} is not in locret.quantization.SCHEMES, where "
+                "loading looks for it; add it there under its name"
+            )
         tensors = {"token_ids": self.token_ids, "unread_ids": self.unread_ids}
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{name}": tensor for name, tensor in layer.named_tensors().items()}
@@ -380,6 +401,7 @@ class RetainedCache(Cache):
         record |= {
             "seen": [layer.seen for layer in self.layers],
             "rotated": [layer.rotated for layer in self.layers],
+            "quantization": describe_scheme(self.scheme),
         }
         saved.write(path, record, tensors)
 
@@ -392,7 +414,8 @@ class RetainedCache(Cache):
         """
         stock = model.get_base_model() if hasattr(model, "get_base_model") else model
         record, tensors = saved.read(path, stock)
-        cache = cls(len(record["seen"]), positions=record["positions"])
+        scheme = scheme_of(record.get("quantization"))
+        cache = cls(len(record["seen"]), positions=record["positions"], scheme=scheme)
         for name in _RECORDED:
             value = record[name]
             setattr(cache, name, tuple(value) if isinstance(value, list) else value)
@@ -422,14 +445,15 @@ class RetainedCache(Cache):
             device: where the new tensors go.
         """
         first = rows[0]
-        batch = cls(len(first.layers), first.budget, first.positions)
+        batch = cls(len(first.layers), first.budget, first.positions, first.scheme)
         batch.model, batch.query_length = first.model, first.query_length
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
         batch.padding = tuple(padded_to - row.seen for row in rows)
         for layer, *of_rows in zip(batch.layers, *(row.layers for row in rows), strict=True):
-            units, empty = stack([each.units for each in of_rows])
-            layer.units, layer.seen = units, padded_to
+            units: Any = [each.units for each in of_rows]
+            layer.units, layer.seen = type(layer.units).stack(units), padded_to
             layer.rotated = of_rows[0].rotated
+            empty = [layer.held - each.held for each in of_rows]
             layer.add_empty(empty, num_heads, device)
             layer.state = _stack_states([each.state for each in of_rows])
             for each in of_rows:
@@ -440,18 +464,22 @@ class RetainedCache(Cache):
         """What is held, in units and real bytes, against what a full cache would take.
 
         Returns:
-            `seen_tokens`, `budget`, `positions`, per layer `units` (held in each head) and `bytes`
-            (storage of keys, values, scores, positions, spare room), their sum `total_bytes`,
+            `seen_tokens`, `budget`, `positions`, `quantization` (None or the scheme with its
+            options), per layer `units` (held in each head) and `bytes` (storage of keys, values,
+            their scales and outliers, scores, positions, spare room), their sum `total_bytes`,
+            `kv_bytes` (the part of it without scores and positions),
             `full_cache_bytes` (keys and values of every token seen) and `ratio` = total / full.
         """
-        full = sum(_full_bytes(layer) for layer in self.layers)
+        full = sum(layer.units.full_bytes * layer.seen for layer in self.layers)
         return {
             "seen_tokens": self.seen,
             "budget": self.budget,
             "positions": self.positions,
+            "quantization": describe_scheme(self.scheme) if self.quantized else None,
             "units": [layer.held for layer in self.layers],
             "bytes": [layer.units.nbytes for layer in self.layers],
             "total_bytes": self.nbytes,
+            "kv_bytes": sum(layer.units.kv_bytes for layer in self.layers),
             "full_cache_bytes": full,
             "ratio": self.nbytes / full if full else 0.0,
         }
@@ -466,13 +494,6 @@ def _stack_states(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         name: torch.cat([row.get(name, torch.zeros_like(like)) for row in rows])
         for name, like in some.items()
     }
-
-
-def _full_bytes(layer: RetainedLayer) -> int:
-    if not layer.held:
-        return 0
-    a_token = (layer.keys[:, :, :1].nbytes) + (layer.values[:, :, :1].nbytes)
-    return a_token * layer.seen
 
 
 _RECORDED = ("model", "budget", "positions", "prompt_lengths", "query_length", "padding")

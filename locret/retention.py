@@ -77,6 +77,8 @@ class RetainedAttention:
         if cache is None or cache.eviction is not None or rotary is None:
             return None
         layer = cache.layers[layer_idx]
+        if layer.stays_unrotated:
+            return None
         if cache.steps is not None:
             return cache.steps.rotation(layer_idx)
         starts = _first_slots(layer, cache)
@@ -91,12 +93,16 @@ class RetainedAttention:
         layer.freeze(lambda keys: call.rotate(keys, layer.own_slots(0), lengths), cache.room)
         query, key = call.query, call.key
         if not call.rotated:
-            query, key = call.rotate(query, starts, lengths), call.rotate(key, starts, lengths)
+            query = call.rotate(query, starts, lengths)
+            key = call.rotate(key, starts, lengths) if layer.rotated else key
         positions = torch.arange(layer.seen, layer.seen + key.shape[2], device=key.device)
         layer.units.append(key, call.value, unscored(key), positions, cache.room)
-        if leave:
-            return None
-        return attend(query, layer.keys, layer.values, call.scaling, self.backend, layer.empty)
+        output = None
+        if not leave:
+            keys, values = _rotated_keys(call, layer, cache), layer.values
+            output = attend(query, keys, values, call.scaling, self.backend, layer.empty)
+        layer.units.settle()
+        return output
 
     def _read(
         self,
@@ -111,11 +117,7 @@ class RetainedAttention:
         query, key = (call.rotate(x, starts, lengths) for x in (call.query, call.key))
         held = None
         if layer.held:
-            keys = (
-                layer.keys
-                if layer.rotated
-                else call.rotate(layer.keys, layer.own_slots(0), lengths)
-            )
+            keys = _rotated_keys(call, layer, cache)
             held = HeldUnits(keys, layer.values, layer.scores, layer.source_positions)
         past = (held.keys, held.values) if held else (key[:, :, :0], key[:, :, :0])
         new, output = (key, call.value), None
@@ -192,6 +194,7 @@ class RetainedAttention:
         if held + tokens <= most:
             room = most - held - tokens if eviction.slack else 0
             layer.units.append(*new, room=min(room, DECODE_ROOM))
+            layer.units.settle(tight=not eviction.slack)
             return
         index = self._choose(scores, layer, call.layer_idx, eviction)
         layer.units.append_selected(new, index)
@@ -228,6 +231,7 @@ class RetainedAttention:
                 if eviction.drop:
                     kept = torch.arange(size, device=scores.device)
                     layer.units.select(kept.expand(*scores.shape[:2], size))
+                layer.units.settle(tight=not eviction.slack)
                 continue
             index = self._choose(scores.float()[:, :, :size], layer, i, eviction)
             layer.units.select(index)
@@ -263,3 +267,10 @@ def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:
     if cache.positions == "original":
         return cache.shifted(layer.seen)
     return layer.own_slots(layer.held)
+
+
+def _rotated_keys(call: LayerCall, layer: RetainedLayer, cache: RetainedCache) -> Tensor:
+    """The keys held, rotated at their slots."""
+    if layer.rotated:
+        return layer.keys
+    return call.rotate(layer.keys, layer.own_slots(0), cache.prompt_lengths)

@@ -19,6 +19,7 @@ from locret.backbone import Backbone
 from locret.cache import RetainedCache, RetainedLayer
 from locret.kernels.decode import decode_attention
 from locret.kernels.store import store_units
+from locret.units import Units
 
 EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces
 
@@ -42,7 +43,7 @@ class Steps:
         self._lengths = self._slots + 1
         self._group = [self._group_of(layer) for layer in cache.layers]
         for layer in cache.layers:
-            layer.units.number_spare_room(layer.seen)
+            _units(layer).number_spare_room(layer.seen)
         self._empty = [
             None if layer.empty is None else layer.empty.to(torch.int32) for layer in cache.layers
         ]
@@ -51,7 +52,7 @@ class Steps:
     @property
     def room(self) -> int:
         """Steps for which there is storage."""
-        return min(layer.units.capacity - layer.held for layer in self.cache.layers)
+        return min(_units(layer).capacity - layer.held for layer in self.cache.layers)
 
     def _group_of(self, layer: RetainedLayer) -> tuple[int, tuple[int, ...]]:
         """Units held, and the position of slot 0 in each row: one look-up rotates for all layers
@@ -75,7 +76,7 @@ class Steps:
 
     def _table(self, starts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if starts not in self._tables:
-            capacity = max(layer.units.capacity for layer in self.cache.layers)
+            capacity = max(_units(layer).capacity for layer in self.cache.layers)
             self._tables[starts] = self._rotary.cos_sin(
                 starts, capacity, self.cache.prompt_lengths, self._like
             )
@@ -84,12 +85,12 @@ class Steps:
     def attend(self, call: LayerCall, layer: RetainedLayer) -> Tensor:
         """Store the new unit and attend, [B, 1, H*G, D]."""
         i = call.layer_idx
-        keys, values = layer.units.tensors[:2]
+        keys, values = _units(layer).tensors[:2]
         store_units(keys, values, call.key, call.value, self._slots[i : i + 1])
         output = decode_attention(
             call.query, keys, values, self._lengths[i : i + 1], call.scaling, self._empty[i]
         )
-        layer.units.held += 1
+        _units(layer).held += 1
         return output.transpose(1, 2)
 
     def end(self) -> None:
@@ -101,7 +102,7 @@ class Steps:
     def advance(self) -> None:
         """Python's counters, after a replay."""
         for layer in self.cache.layers:
-            layer.units.held += 1
+            _units(layer).held += 1
             layer.seen += 1
 
 
@@ -153,8 +154,8 @@ class GraphedSteps:
 
     def _prepare(self) -> None:
         for layer in self._cache.layers:
-            if layer.units.capacity == layer.held:
-                layer.units.rebuild(layer.keys, self._cache.room)
+            if _units(layer).capacity == layer.held:
+                _units(layer).rebuild(layer.keys, self._cache.room)
         self._steps = Steps(self._backbone, self._cache)
         self._graph = self._outputs = self._ids = None
         self._eager = 0
@@ -183,6 +184,12 @@ class GraphedSteps:
         with torch.cuda.graph(graph), self._backbone.fixed_frequencies():
             self._outputs = self._step(run, self._ids)
         self._graph = graph
+
+
+def _units(layer: RetainedLayer) -> Units:
+    """What the layer holds, which is in full precision here."""
+    assert isinstance(layer.units, Units)
+    return layer.units
 
 
 def seen_through(model: Any, steps: GraphedSteps) -> Any:

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"identity", "kernels", "segments", "features", "targets", "losses", "card", "models", "saved"},
-    {"quantities", "quantization", "units", "selection", "rotary"},
+    {"quantities", "columns"},
+    {"quantization", "units", "selection", "rotary"},
+    {"coded", "sizing"},
     {"hub"},
     {"artifact"},
     {"heads"},
