@@ -16,6 +16,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
     },
+    "llama-3.2-1b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 131072,
+    },
     "phi-3-mini": {
         "model_type": "llama",  # the same matrices, not fused
         "vocab_size": 32064,
@@ -61,15 +72,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(shape: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
+def random_model(
+    shape: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, **overrides: Any
+) -> Any:
     """A model of this shape with random weights, made on the device, in eval mode.
+
+    `overrides` are of its config.
 
     Raises:
         ValueError: an unknown shape; lists those there are.
     """
     if shape not in SHAPES:
         raise ValueError(f"shape {shape!r} is unknown; expected one of {sorted(SHAPES)}")
-    given = dict(SHAPES[shape])
+    given = SHAPES[shape] | overrides
     config = AutoConfig.for_model(given.pop("model_type"), **given)
     torch.manual_seed(0)
     with torch.device(device):

@@ -50,7 +50,7 @@ def _training_step(model, given, ids):  # type: ignore[no-untyped-def]
     )
     heads = RetainingHeads(config).to(ids.device).train()
     optimizer = torch.optim.AdamW(heads.parameters(), lr=5e-4, fused=ids.device.type == "cuda")
-    distill = Distillation(backbone, heads, keep_scores=True)
+    distill = Distillation(backbone, heads, keep_scores=True, chunk_size=given.chunk_size)
     segments = [Segment.single(given.prompt, ids.shape[1])]
 
     def step() -> None:
@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=int, default=10240, help="tokens")
     parser.add_argument("--answer", type=int, default=512, help="tokens")
     parser.add_argument("--width", type=int, default=1024, help="hidden width of a head")
+    parser.add_argument(
+        "--chunk-size", type=int, help="tokens a layer reads at a time; default all"
+    )
     parser.add_argument("--label", default="max_logit")
     parser.add_argument("--tap", default="qkv")
     parser.add_argument("--repeats", type=int, default=5)

@@ -32,7 +32,6 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
         input_ids: int64 [1, N], the samples one after the other; each may attend to itself only.
         segments: list of `locret.segments.Segment`, one a sample, offsets in the row.
         cut: int64 [samples], tokens removed from each prompt.
-        prompt_length: int64 [1], where the last answer of the first sample starts.
         samples: list of `SampleInfo`, for `ConversationDataModule.count`.
         skipped: list of `Skipped` : conversations that gave no sample, with the place and why.
     """
@@ -41,7 +40,6 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
         "input_ids": torch.cat([sample.input_ids for sample in samples])[None],
         "segments": _segments(items),
         "cut": torch.tensor([sample.cut for sample in samples]),
-        "prompt_length": torch.tensor([samples[0].prompt_length]),
         "samples": [_info(item) for item in items],
         "skipped": [skipped for item in items for skipped in item.skipped],
     }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from locret.backends import PLAIN, Weighting
 from locret.rotary import Rotary
 
 IMPLEMENTATION = "locret"
@@ -22,7 +23,9 @@ class LayerCall:
     """One attention layer's call, as the backbone made it.
 
     Attributes:
-        layer_idx: the layer.
+        layer_idx: the layer, counted among all.
+        retained_idx: the layer, counted among those whose units are scored and evicted; None for
+            one that attends within a sliding window, which bounds its cache by itself.
         query: [B, H*G, T, D]; key, value: [B, H, T, D]; before RoPE unless `rotated`.
         hidden: [B, T, hidden size], the layer's input.
         scaling: softmax scale.
@@ -30,9 +33,11 @@ class LayerCall:
         cache: what the backbone was given as `past_key_values`.
         output: the layer's output projection, if it has one by the usual name.
         rotated: query and key carry their rotation already, or the layer has no RoPE.
+        weighting: what else decides the attention weights.
     """
 
     layer_idx: int
+    retained_idx: int | None
     query: Tensor
     key: Tensor
     value: Tensor
@@ -42,6 +47,7 @@ class LayerCall:
     cache: Any
     output: Any
     rotated: bool = False
+    weighting: Weighting = PLAIN
 
     def rotate_packed(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """`x` with sequences of these lengths one after the other, each rotated from slot 0 on."""
@@ -84,7 +90,9 @@ def attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float = 1.0,
-    retained: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None,
+    retained: Callable[..., Tensor] | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function that stock attention layers call; `retained` is what the attachment handed in.
@@ -102,7 +110,7 @@ def attention_forward(
         )
     if attention_mask is not None:
         raise ValueError("locret attends causally and takes no 4D attention mask")
-    return retained(query, key, value, scaling), None
+    return retained(query, key, value, scaling, softcap, s_aux), None
 
 
 def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:

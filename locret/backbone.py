@@ -9,34 +9,43 @@ No method is reassigned and nothing is left behind after detaching.
 
 import contextlib
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from locret.attention import IMPLEMENTATION, LayerCall, LayerFunction, register
-from locret.backends import Backend
+from locret.backends import Backend, Weighting
 from locret.cache import RetainedCache
 from locret.heads import Geometry
 from locret.identity import identity_tables
-from locret.rotary import LongRopeRule, Rotary
+from locret.rotary import ApplyRotary, LongRopeRule, Rotary
 
 SUPPORTED = (
     "cohere",
+    "exaone4",
+    "gemma2",
+    "gemma3_text",
     "glm",
     "glm4",
+    "gpt_oss",
     "granite",
     "helium",
     "llama",
     "mistral",
     "mixtral",
     "olmo2",
+    "olmo3",
     "phi3",
     "qwen2",
     "qwen3",
     "qwen3_moe",
     "smollm3",
+    "stablelm",
     "starcoder2",
 )
 """`config.model_type` of the architectures that the parity tests cover."""
@@ -48,6 +57,34 @@ itself, or None if it must hand over queries and keys unrotated."""
 
 Finish = Callable[[Any, Tensor, Tensor], None]
 """Given the cache, input_ids [B, T] and the decoder's output [B, T, hidden size]."""
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """An attention layer, and what it does differently from others.
+
+    Attributes:
+        layer_idx, retained_idx: see `LayerCall`.
+        module: the layer.
+        rotary: its rotation; None for a layer without RoPE.
+        window: it attends to so many tokens, its own included; None = all.
+    """
+
+    layer_idx: int
+    retained_idx: int | None
+    module: Any
+    rotary: Rotary | None
+    window: int | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        for tensor in self.module.parameters():
+            if tensor.device.type != "meta":
+                return tensor.device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.module.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next(place for place in places if place is not None))
 
 
 class Backbone:
@@ -70,26 +107,48 @@ class Backbone:
         self.model: Any = stock
         self.decoder: Any = stock.get_decoder()
         self.config = self.decoder.config
-        self.attentions: list[Any] = [layer.self_attn for layer in self.decoder.layers]
-        apply = sys.modules[type(self.attentions[0]).__module__].apply_rotary_pos_emb
-        self.rotary = Rotary(self.decoder.rotary_emb, apply, longrope)
+        attentions = [layer.self_attn for layer in self.decoder.layers]
+        apply = sys.modules[type(attentions[0]).__module__].apply_rotary_pos_emb
+        self._rotaries = _rotaries(self.decoder.rotary_emb, apply, longrope)
+        self.windows = _windows(self.config)
+        self.layers = _layers(attentions, self.config, self._rotaries, self.windows)
+
+    @property
+    def retained(self) -> list[AttentionLayer]:
+        """The layers whose units are scored and evicted."""
+        return [layer for layer in self.layers if layer.retained_idx is not None]
 
     @property
     def geometry(self) -> Geometry:
-        first = self.attentions[0]
+        """Of the layers that are retained: those with a sliding window have no heads."""
+        config = self.config
         return Geometry(
-            num_layers=len(self.attentions),
-            num_query_heads=self.config.num_attention_heads,
-            num_kv_heads=self.config.num_key_value_heads,
-            head_size=int(first.head_dim),
-            hidden_size=self.config.hidden_size,
-            activation=self.config.hidden_act,
+            num_layers=len(self.retained),
+            num_query_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_size=int(self.layers[0].module.head_dim),
+            hidden_size=config.hidden_size,
+            activation=getattr(config, "hidden_act", None) or config.hidden_activation,
         )
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotation of all layers that have one, where they agree (`plain`)."""
+        return next(iter(self._rotaries.values()))
+
+    @property
+    def plain(self) -> bool:
+        """All layers retain their units, rotate alike and weigh by an ordinary softmax."""
+        names = ("attn_logit_softcapping", "sinks")
+        bent = any(getattr(x.module, name, None) is not None for x in self.layers for name in names)
+        return not (any(self.windows) or bent or len(self._rotaries) > 1)
 
     @property
     def backend(self) -> Backend:
         """The attention backend that matches the one the model was loaded with."""
-        return "eager" if self.config._attn_implementation == "eager" else "sdpa"
+        # Models that SDPA alone cannot compute load as eager; that is nobody's wish.
+        eager = self.config._attn_implementation == "eager" and self.model._supports_sdpa
+        return "eager" if eager else "sdpa"
 
     @contextlib.contextmanager
     def attached(
@@ -117,10 +176,9 @@ class Backbone:
         with contextlib.ExitStack() as stack:
             stack.callback(self.model.set_attn_implementation, before)
             self.model.set_attn_implementation(IMPLEMENTATION)
-            for layer_idx, attention in enumerate(self.attentions):
-                rotary = self.rotary if getattr(attention, "use_rope", True) else None
-                hook = functools.partial(_hand_over, run, rotation, layer_idx, rotary)
-                handle = attention.register_forward_pre_hook(hook, with_kwargs=True)
+            for layer in self.layers:
+                hook = functools.partial(_hand_over, run, rotation, layer)
+                handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
             if finish is not None:
                 after = functools.partial(_finish, finish)
@@ -160,8 +218,7 @@ class Backbone:
 def _hand_over(
     run: LayerFunction,
     rotation: Rotation | None,
-    layer_idx: int,
-    rotary: Rotary | None,
+    layer: AttentionLayer,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -169,7 +226,7 @@ def _hand_over(
     """Forward pre-hook of an attention layer: our rotation in, our layer function in."""
     cache = kwargs.get("past_key_values")
     if isinstance(cache, RetainedCache):
-        cache.layers[layer_idx].expect_hand_over()
+        cache.layers[layer.layer_idx].expect_hand_over()
     elif cache is not None:
         raise ValueError(
             f"the attached model was given a {type(cache).__name__}; expected a RetainedCache "
@@ -177,22 +234,33 @@ def _hand_over(
         )
 
     hidden = args[0] if args else kwargs["hidden_states"]
-    tables = rotation(layer_idx, hidden, cache, rotary) if rotation is not None else None
+    tables = None
+    if rotation is not None:
+        tables = rotation(layer.layer_idx, hidden, cache, layer.rotary)
     rotated = tables is not None
 
-    def compute(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def compute(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         return run(
             LayerCall(
-                layer_idx,
+                layer.layer_idx,
+                layer.retained_idx,
                 query,
                 key,
                 value,
                 hidden,
                 scaling,
-                rotary,
+                layer.rotary,
                 cache,
                 getattr(module, "o_proj", None),
                 rotated,
+                Weighting(layer.window, softcap, sinks),
             )
         )
 
@@ -229,25 +297,66 @@ def _why_not(config: Any) -> str | None:
         return "it is an encoder-decoder; locret needs a causal decoder"
     if getattr(config, "kv_lora_rank", None):
         return "multi-head latent attention (MLA) caches no keys and values to keep or evict"
+    if hasattr(config, "text_config"):
+        return "it reads more than text; load its language model alone"
     if config.model_type not in SUPPORTED:
         layer_types = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
         if layer_types:
             return f"it has {', '.join(layer_types)} layers, which need a cache of their own"
         return "its attention has not been tested against locret's"
-    if _slides(config):
-        return (
-            f"its layers attend within a sliding window of {config.sliding_window} tokens, "
-            "which needs a cache of its own"
-        )
+    if getattr(config, "use_bidirectional_attention", False):
+        return "it attends to later tokens as well; locret needs a causal decoder"
     rope = getattr(config, "rope_parameters", None) or {}
-    if "dynamic" in str(rope.get("rope_type")):
+    if any("dynamic" in str(each.get("rope_type")) for each in (rope, *_by_type(rope).values())):
         return "dynamic NTK RoPE changes with the length, so that cached keys go stale"
     return None
 
 
-def _slides(config: Any) -> bool:
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """The sliding window of each layer; None where it spans all that the model can read."""
     window = getattr(config, "sliding_window", None)
-    if window is None or window >= config.max_position_embeddings:
-        return False
-    layer_types = getattr(config, "layer_types", None)
-    return layer_types is None or "sliding_attention" in layer_types
+    if window is not None and window >= config.max_position_embeddings:
+        window = None
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return (window,) * config.num_hidden_layers
+    return tuple(window if each == "sliding_attention" else None for each in types)
+
+
+def _by_type(rope: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """RoPE parameters by layer type, where layers of different types rotate differently."""
+    return {name: each for name, each in rope.items() if isinstance(each, dict)}
+
+
+def _rotaries(module: Any, apply: ApplyRotary, longrope: LongRopeRule) -> dict[str | None, Rotary]:
+    """A backbone's rotations by layer type, or that of all layers as None."""
+    types: list[str | None] = [*_by_type(module.config.rope_parameters or {})]
+    return {each: Rotary(module, apply, longrope, each) for each in types or [None]}
+
+
+def _layers(
+    attentions: list[Any],
+    config: Any,
+    rotaries: dict[str | None, Rotary],
+    windows: tuple[int | None, ...],
+) -> list[AttentionLayer]:
+    layers, retained = [], itertools.count()
+    types = getattr(config, "layer_types", None) or [None] * len(attentions)
+    for i, (attention, window) in enumerate(zip(attentions, windows, strict=True)):
+        rotary = rotaries.get(types[i]) or rotaries.get(None)
+        layers.append(
+            AttentionLayer(
+                i,
+                next(retained) if window is None else None,
+                attention,
+                rotary if _uses_rope(attention, config) else None,
+                window,
+            )
+        )
+    return layers
+
+
+def _uses_rope(attention: Any, config: Any) -> bool:
+    if config.model_type == "exaone4":  # hybrid ones rotate in sliding layers only
+        return attention.sliding_window is None or attention.is_sliding
+    return bool(getattr(attention, "use_rope", True))

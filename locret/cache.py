@@ -11,7 +11,7 @@ Positions (`Positions`):
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -82,17 +82,24 @@ class RetainedLayer(CacheLayerMixin):
     nothing, where rows of different lengths stand together; None = all slots are taken. `shift` is
     the same of each row, known to Python: a row's own slot 0 is the first that holds something.
     `state` is what a policy remembers of this layer and request, by name.
+
+    A layer with a `window` attends to so many tokens, the newest included: it holds the last
+    window - 1 units, unrotated, whatever the budget and the positions are.
     """
 
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, rotated: bool, scheme: Scheme = NO_SCHEME) -> None:
+    def __init__(
+        self, rotated: bool, window: int | None = None, scheme: Scheme = NO_SCHEME
+    ) -> None:
         # The base class would make keys and values plain attributes; here they are views.
         self.units: LayerUnits = units_for(scheme)
         self.stays_unrotated = scheme.packs and scheme.keys_are == "unrotated"
         self.seen = 0
+        rotated = rotated and window is None
         self.rotated = rotated
+        self.window = window
         self.empty: Tensor | None = None
         self.shift: tuple[int, ...] = (0,)
         self.state: dict[str, Tensor] = {}
@@ -171,6 +178,14 @@ class RetainedLayer(CacheLayerMixin):
     def own_slots(self, slot: int) -> tuple[int, ...]:
         """What slot `slot` is in each row's own count, or one number if they agree."""
         return tuple(slot - empty for empty in self.shift)
+
+    def place(self, device: torch.device) -> None:
+        """Be on the layer's device, wherever the tensors came from."""
+        if self.held and self.scores.device != device:
+            self.units.move(device)
+        if self.empty is not None and self.empty.device != device:
+            self.empty = self.empty.to(device)
+        self.state = {name: value.to(device) for name, value in self.state.items()}
 
     def view(self) -> LayerView:
         return LayerView(
@@ -266,7 +281,10 @@ class RetainedCache(Cache):
         num_layers: layers of the backbone.
         budget: units a KV head keeps while the prompt is read, or those of every layer; None = all.
         positions: see the file's head.
-        scheme: how keys and values are stored.
+        windows: the sliding window of each layer (`RetainedLayer`), None for those without; empty =
+            no layer has one.
+        scheme: how keys and values are stored, but for layers with a window: they hold theirs as
+            they are.
 
     Attributes:
         eviction: what layers do after attending now; None = nothing is evicted.
@@ -291,6 +309,7 @@ class RetainedCache(Cache):
         num_layers: int,
         budget: int | tuple[int, ...] | None = None,
         positions: Positions = "compact",
+        windows: Sequence[int | None] = (),
         scheme: Scheme = NO_SCHEME,
     ) -> None:
         if positions not in get_args(Positions):
@@ -302,8 +321,8 @@ class RetainedCache(Cache):
             )
         super().__init__(
             layers=[
-                RetainedLayer(rotated=positions == "original", scheme=scheme.for_layer(i))
-                for i in range(num_layers)
+                RetainedLayer(positions == "original", window, of_layer)
+                for window, of_layer in _layer_schemes(windows or [None] * num_layers, scheme)
             ]
         )
         self.scheme = scheme
@@ -354,6 +373,16 @@ class RetainedCache(Cache):
         positions, spare room."""
         return sum(layer.units.nbytes for layer in self.layers)
 
+    @property
+    def retained_layers(self) -> list[RetainedLayer]:
+        """The layers that a budget bounds, not a sliding window."""
+        return [layer for layer in self.layers if layer.window is None]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer; None for those without."""
+        return tuple(layer.window for layer in self.layers)
+
     def reset(self) -> None:
         super().reset()
         self._start_anew()
@@ -401,6 +430,7 @@ class RetainedCache(Cache):
         record |= {
             "seen": [layer.seen for layer in self.layers],
             "rotated": [layer.rotated for layer in self.layers],
+            "windows": list(self.windows),
             "quantization": describe_scheme(self.scheme),
         }
         saved.write(path, record, tensors)
@@ -414,8 +444,12 @@ class RetainedCache(Cache):
         """
         stock = model.get_base_model() if hasattr(model, "get_base_model") else model
         record, tensors = saved.read(path, stock)
-        scheme = scheme_of(record.get("quantization"))
-        cache = cls(len(record["seen"]), positions=record["positions"], scheme=scheme)
+        cache = cls(
+            len(record["seen"]),
+            positions=record["positions"],
+            windows=record.get("windows", ()),
+            scheme=scheme_of(record.get("quantization")),
+        )
         for name in _RECORDED:
             value = record[name]
             setattr(cache, name, tuple(value) if isinstance(value, list) else value)
@@ -445,7 +479,7 @@ class RetainedCache(Cache):
             device: where the new tensors go.
         """
         first = rows[0]
-        batch = cls(len(first.layers), first.budget, first.positions, first.scheme)
+        batch = cls(len(first.layers), first.budget, first.positions, first.windows, first.scheme)
         batch.model, batch.query_length = first.model, first.query_length
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
         batch.padding = tuple(padded_to - row.seen for row in rows)
@@ -465,17 +499,22 @@ class RetainedCache(Cache):
 
         Returns:
             `seen_tokens`, `budget`, `positions`, `quantization` (None or the scheme with its
-            options), per layer `units` (held in each head) and `bytes` (storage of keys, values,
-            their scales and outliers, scores, positions, spare room), their sum `total_bytes`,
-            `kv_bytes` (the part of it without scores and positions),
-            `full_cache_bytes` (keys and values of every token seen) and `ratio` = total / full.
+            options), per layer `windows` (None where the budget holds), `units` (held in each head)
+            and `bytes` (storage of keys, values, their scales and outliers, scores, positions,
+            spare room), their sum `total_bytes`, `kv_bytes` (the part of it without scores and
+            positions), `full_cache_bytes` (keys and values of every token seen, or of a window) and
+            `ratio` = total / full.
         """
-        full = sum(layer.units.full_bytes * layer.seen for layer in self.layers)
+        full = sum(
+            layer.units.full_bytes * min(layer.seen, layer.window or layer.seen)
+            for layer in self.layers
+        )
         return {
             "seen_tokens": self.seen,
             "budget": self.budget,
             "positions": self.positions,
             "quantization": describe_scheme(self.scheme) if self.quantized else None,
+            "windows": list(self.windows),
             "units": [layer.held for layer in self.layers],
             "bytes": [layer.units.nbytes for layer in self.layers],
             "total_bytes": self.nbytes,
@@ -494,6 +533,16 @@ def _stack_states(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         name: torch.cat([row.get(name, torch.zeros_like(like)) for row in rows])
         for name, like in some.items()
     }
+
+
+def _layer_schemes(
+    windows: Sequence[int | None], scheme: Scheme
+) -> Iterator[tuple[int | None, Scheme]]:
+    """Each layer's window and scheme. Schemes count the layers that a budget bounds."""
+    retained = 0
+    for window in windows:
+        yield window, scheme.for_layer(retained) if window is None else NO_SCHEME
+        retained += window is None
 
 
 _RECORDED = ("model", "budget", "positions", "prompt_lengths", "query_length", "padding")

@@ -2,6 +2,8 @@
 
 generate   answer a prompt of any length within a budget
 needle     needle in a haystack under several policies, at one length or over a grid
+evaluate   benchmarks under several policies and budgets, with a manifest
+lm_eval    lm-evaluation-harness with `--model locret` and our task files
 convert    between the artifact folder and the released .bin format
 inspect    what an artifact records, and whether its weights look sound
 push       an artifact to the Hugging Face Hub
@@ -23,6 +25,7 @@ from locret.heads import RetainingHeads
 from locret.models import LoadedModel, load_config, load_model
 from locret.policies import POLICIES
 
+HARNESS = "lm_eval"
 BYTES_PER_MIB = 2**20
 CARD_LINES = 16  # of the card, shown before a push
 ODD_RATIO = 10  # norms further than this from the layers' median are remarked on
@@ -30,7 +33,7 @@ ODD_RATIO = 10  # norms further than this from the layers' median are remarked o
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors of the user print one line to stderr."""
-    given = _parser().parse_args(args)
+    given = _parsed(sys.argv[1:] if args is None else args)
     try:
         given.run(given)
     except (ValueError, OSError) as error:
@@ -42,6 +45,12 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parsed(args: Sequence[str]) -> argparse.Namespace:
+    if args[:1] == [HARNESS]:  # its arguments are the harness's own
+        return argparse.Namespace(command=HARNESS, run=lambda _: _lm_eval(args[1:]))
+    return _parser().parse_args(args)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="locret", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -49,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands)
     _add_needle(commands)
+    _add_evaluate(commands)
     _add_convert(commands)
     _add_inspect(commands)
     _add_push(commands)
@@ -96,6 +106,21 @@ def _add_needle(commands: Any) -> None:
     grid.add_argument("--depths", type=int, default=10)
     grid.add_argument("--plot", type=Path, help="write the heat maps to this file")
     command.set_defaults(run=_needle)
+
+
+def _add_evaluate(commands: Any) -> None:
+    from locret.evaluation import command
+
+    added = commands.add_parser("evaluate", help="benchmarks under several policies and budgets")
+    command.add_arguments(added)
+    added.set_defaults(run=lambda given: command.run(given, _Bar))
+    commands.add_parser(HARNESS, help="lm-evaluation-harness with --model locret")
+
+
+def _lm_eval(args: Sequence[str]) -> None:
+    from locret.evaluation import harness_command
+
+    harness_command.run(args)
 
 
 def _add_convert(commands: Any) -> None:

@@ -148,6 +148,11 @@ class CodedUnits:
         self.store.restore(view.store)
         self._marks.restore(view.marks)
 
+    def move(self, device: torch.device) -> None:
+        """Be on `device`."""
+        moved = {name: tensor.to(device) for name, tensor in self.named_tensors().items()}
+        self.take_tensors(moved)
+
     def select_batch(self, rows: Tensor) -> None:
         """Hold only the batch rows `rows` [B'] (long); rows may repeat."""
         self.store.select_batch(rows)

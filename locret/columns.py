@@ -9,6 +9,7 @@ B batch, H KV heads, S units held, D head size.
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from locret.kernels import gather_units
@@ -109,6 +110,11 @@ class Columns:
     def select_batch(self, rows: Tensor) -> None:
         """Hold only the batch rows `rows` [B'] (long); rows may repeat."""
         self.tensors = tuple(tensor.index_select(0, rows) for tensor in self.tensors)
+        self._room_is_ours = True
+
+    def move(self, device: torch.device) -> None:
+        """Be on `device`."""
+        self.tensors = tuple(tensor.to(device) for tensor in self.tensors)
         self._room_is_ours = True
 
     def clear(self) -> None:

@@ -361,8 +361,9 @@ class Engine:
         self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None
     ) -> RetainedCache:
         budgets = self.settings.budgets(self.policy, self.sizing, input_ids.shape[1])
-        layers, scheme = self.sizing.num_layers, self.sizing.scheme
-        cache = RetainedCache(layers, _one_if_equal(budgets), self.positions, scheme)
+        windows, scheme = self.backbone.windows, self.sizing.scheme
+        budget = _one_if_equal(budgets)
+        cache = RetainedCache(len(windows), budget, self.positions, windows, scheme)
         cache.model = self._description
         cache.prompt_lengths = (prompt_length,)
         together, drop = self.local_tokens - 1 if self.query_aware else 0, 0
@@ -434,7 +435,7 @@ class Engine:
 
     def _context_ids(self, cache: RetainedCache, input_ids: Tensor) -> Tensor:
         """Tokens that the cache has seen or was answered, for stock generate's bookkeeping."""
-        layers = self.backbone.geometry.num_layers
+        layers = len(self.backbone.layers)
         if not isinstance(cache, RetainedCache) or len(cache.layers) != layers:
             raise ValueError(
                 f"cache is a {type(cache).__name__} of {len(cache.layers)} layers; expected one of "
@@ -490,7 +491,8 @@ class Engine:
     @property
     def fast_steps(self) -> bool:
         """Whether one-token steps run with counters on the device (`locret.steps`)."""
-        return self.backend != "eager" and self.backbone.model.device.type == "cuda" and AVAILABLE
+        backbone, fused = self.backbone, self.backend != "eager" and AVAILABLE
+        return fused and backbone.plain and backbone.model.device.type == "cuda"
 
     def _bound_answer(self, cache: RetainedCache) -> None:
         """Let the layers evict while the answer comes, if that was asked for."""
@@ -502,7 +504,7 @@ class Engine:
                 "decode_interval: this cache answered without eviction before, so that its slots "
                 "are fixed; go on with the engine it came from, or read its context again"
             )
-        layers = len(cache.layers)
+        layers = self.backbone.geometry.num_layers
         budgets = cache.budget if isinstance(cache.budget, tuple) else (cache.budget,) * layers
         stabilizers = self.settings.stabilizers_for(budgets)
         cache.eviction = Eviction(budgets, stabilizers, cache.query_length, interval - 1)
@@ -537,10 +539,17 @@ def _check_fit(heads: RetainingHeads, backbone: Backbone) -> None:
 
 
 def _fitting(heads: RetainingHeads, backbone: Backbone) -> RetainingHeads:
-    """The heads, on the backbone's device and in its dtype."""
-    model: Any = backbone.model
-    if {(p.device, p.dtype) for p in heads.parameters()} != {(model.device, model.dtype)}:
-        heads = copy.deepcopy(heads).to(model.device, model.dtype)  # the caller's stay as they are
+    """The heads, each on its layer's device, in the backbone's dtype."""
+    dtype: Any = backbone.model.dtype
+    places = [(layer.device, dtype) for layer in backbone.retained]
+    if any(
+        (p.device, p.dtype) != place
+        for head, place in zip(heads.layers, places, strict=True)
+        for p in head.parameters()
+    ):
+        heads = copy.deepcopy(heads)  # the caller's stay as they are
+        for head, place in zip(heads.layers, places, strict=True):
+            head.to(*place)
     return heads
 
 

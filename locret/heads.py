@@ -40,7 +40,9 @@ class Geometry:
     """The shape of a backbone, as far as heads depend on it.
 
     Attributes:
-        num_layers, num_query_heads, num_kv_heads, head_size: the attention layers'.
+        num_layers: attention layers whose units are scored and evicted. Layers with a sliding
+            window are none of them: they have no heads.
+        num_query_heads, num_kv_heads, head_size: the attention layers'.
         hidden_size: of the layers' input.
         activation: the backbone's `hidden_act`, which the heads use too.
     """
@@ -122,7 +124,16 @@ class HeadsConfig:
     def for_geometry(
         cls, geometry: Geometry, width: int, tap: str = "qkv", **record: Any
     ) -> "HeadsConfig":
-        """The config of heads of hidden width `width` for a backbone of this geometry."""
+        """The config of heads of hidden width `width` for a backbone of this geometry.
+
+        Raises:
+            ValueError: a backbone without layers whose units are evicted, or an unknown tap.
+        """
+        if not geometry.num_layers:
+            raise ValueError(
+                "every layer of this backbone attends within a sliding window, which bounds its "
+                "cache by itself: there is nothing for heads to decide"
+            )
         return cls(
             **dataclasses.asdict(geometry),
             input_width=geometry.feature_width(tap),

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from locret.weight_quantization import Quantization, quantization_config
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -37,7 +39,8 @@ class LoadedModel:
         tokenizer: its tokenizer.
         name: as asked for.
         revision: the Hub commit or package version, if known.
-        adapter: the PEFT adapter that was merged into the weights, if any.
+        adapter: the PEFT adapter that was merged into the weights, or that quantized weights
+            carry, if any.
     """
 
     model: Any
@@ -54,6 +57,7 @@ def load_model(
     device: str | torch.device | None = None,
     revision: str | None = None,
     adapter: str | None = None,
+    quantization: Quantization | None = None,
     **kwargs: Any,
 ) -> LoadedModel:
     """Load a backbone in eval mode.
@@ -64,22 +68,36 @@ def load_model(
             else float32.
         device: default CUDA if there is one, else the CPU.
         revision: of a Hub repository.
-        adapter: folder or Hub id of a PEFT adapter to merge into the weights.
+        adapter: folder or Hub id of a PEFT adapter to merge into the weights; quantized weights
+            carry it instead.
+        quantization: store the weights in fewer bits (`locret.weight_quantization`).
         **kwargs: of `AutoModelForCausalLM.from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        ValueError: an unknown embedded model, or its package is not installed.
+        ValueError: an unknown embedded model, its package is not installed, an adapter of a kind
+            that changes no weights, or a quantization that cannot be had.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name.startswith("embedded:"):
+        if quantization is not None:
+            raise ValueError(f"{name} is dequantized while it is loaded; leave quantization out")
         return _load_embedded(name, dtype, device, adapter, kwargs)
+    if adapter is not None:
+        _check_adapter(adapter)
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization_config(quantization, wanted)
+        kwargs["device_map"] = {"": device}  # quantized where it stays, a tensor at a time
     tokenizer = load_tokenizer(name, revision=revision)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        name, revision=revision, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **kwargs
+        name, revision=revision, dtype=wanted or "auto", **kwargs
     )
     found = getattr(model.config, "_commit_hash", None) or revision
-    model = _merged(model, adapter)
-    return LoadedModel(model.to(device).eval(), tokenizer, name, found, adapter)
+    if quantization is None:
+        model = _merged(model, adapter).to(device)
+    else:
+        model = _carrying(model, adapter)
+    return LoadedModel(model.eval(), tokenizer, name, found, adapter)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -102,6 +120,8 @@ def _load_embedded(
     name: str, dtype: Dtype, device: torch.device, adapter: str | None, kwargs: dict[str, Any]
 ) -> LoadedModel:
     folder, file = _embedded_file(name)
+    if adapter is not None:
+        _check_adapter(adapter)
     # GGUF weights are dequantized while loading, and only a later cast is allowed.
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=file, dtype=torch.float32, **kwargs
@@ -115,13 +135,35 @@ def _load_embedded(
 
 def _merged(model: Any, adapter: str | None) -> Any:
     """The model with the adapter in its weights, in their own precision: so before any cast."""
+    return model if adapter is None else _carrying(model, adapter).merge_and_unload()
+
+
+def _carrying(model: Any, adapter: str | None) -> Any:
+    """The model with the adapter beside its weights."""
     if adapter is None:
         return model
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"adapter {adapter} needs the package peft: pip install peft")
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return PeftModel.from_pretrained(model, adapter)
+
+
+def _check_adapter(adapter: str) -> None:
+    """Refuse an adapter before anything large is loaded.
+
+    Raises:
+        ValueError: PEFT is not installed, or the adapter puts learned tokens or keys and values in
+            front of the prompt: they would take slots that no token of the prompt has.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"adapter {adapter} needs the package peft: pip install peft")
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(adapter)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"adapter {adapter} is of type {config.peft_type.value}, which puts learned units in "
+            "front of the prompt; expected one that changes weights, such as LoRA"
+        )
 
 
 def _embedded_file(name: str) -> tuple[Path, str]:

@@ -4,6 +4,9 @@ While a prompt is read: rotate at the slots, attend to the units held and to the
 them, keep the best. A layer is compressed before the next one runs, so the peak is layers x budget
 + one chunk of one layer. After that slots do not move any more: keys are rotated once and new units
 are appended in place.
+
+Layers with a sliding window bound their cache by themselves: they hold the last units of a window,
+whatever is read or answered, and no policy is asked.
 """
 
 import functools
@@ -56,9 +59,12 @@ class RetainedAttention:
                 "gradient checkpointing off or call model.eval()"
             )
         layer: RetainedLayer = cache.layers[call.layer_idx]
+        layer.place(call.key.device)
         leave = cache.takes_in and call.layer_idx == len(cache.layers) - 1
         output = None
-        if cache.steps is not None:
+        if layer.window is not None:
+            output = self._slide(call, layer, layer.window, cache, leave)
+        elif cache.steps is not None:
             output = cache.steps.attend(call, layer)
         elif cache.eviction is None:
             output = self._answer(call, layer, cache, leave)
@@ -77,7 +83,7 @@ class RetainedAttention:
         if cache is None or cache.eviction is not None or rotary is None:
             return None
         layer = cache.layers[layer_idx]
-        if layer.stays_unrotated:
+        if layer.window is not None or layer.stays_unrotated:
             return None
         if cache.steps is not None:
             return cache.steps.rotation(layer_idx)
@@ -99,9 +105,37 @@ class RetainedAttention:
         layer.units.append(key, call.value, unscored(key), positions, cache.room)
         output = None
         if not leave:
-            keys, values = _rotated_keys(call, layer, cache), layer.values
-            output = attend(query, keys, values, call.scaling, self.backend, layer.empty)
+            keys, values, empty = _rotated_keys(call, layer, cache), layer.values, layer.empty
+            scaling = call.scaling
+            output = attend(query, keys, values, scaling, self.backend, empty, call.weighting)
         layer.units.settle()
+        return output
+
+    def _slide(
+        self, call: LayerCall, layer: RetainedLayer, window: int, cache: RetainedCache, leave: bool
+    ) -> Tensor | None:
+        """Attend within the window, and hold no more than the next token sees of it."""
+        lengths, held = cache.prompt_lengths, layer.held
+        output, keep = None, max(window - 1, 1)
+        if not leave:
+            keys, values = call.key, call.value
+            if held:
+                keys = torch.cat([layer.keys, keys], dim=2)
+                values = torch.cat([layer.values, values], dim=2)
+            keys = call.rotate(keys, layer.own_slots(0), lengths)
+            query = call.rotate(call.query, layer.own_slots(held), lengths)
+            scaling, empty = call.scaling, layer.empty
+            output = attend(query, keys, values, scaling, self.backend, empty, call.weighting)
+        tokens = call.key.shape[2] - (cache.eviction.drop if cache.eviction else 0)
+        positions = torch.arange(layer.seen, layer.seen + call.key.shape[2], device=call.key.device)
+        new = NewUnits(call.key, call.value, unscored(call.key), positions).first(tokens)
+        gone = max(held + tokens - keep, 0)
+        if not gone:
+            layer.units.append(*new)
+            return output
+        index = torch.arange(gone, held + tokens, device=call.key.device)
+        layer.units.append_selected(new, index.expand(*call.key.shape[:2], -1))
+        layer.note_evicted(gone)
         return output
 
     def _read(
@@ -122,7 +156,8 @@ class RetainedAttention:
         past = (held.keys, held.values) if held else (key[:, :, :0], key[:, :, :0])
         new, output = (key, call.value), None
         if not leave:
-            output = attend_past(query, past, new, call.scaling, self.backend, layer.empty)
+            scaling, empty = call.scaling, layer.empty
+            output = attend_past(query, past, new, scaling, self.backend, empty, call.weighting)
         scores = self._rank(call, layer, query, key, held, cache)
         self._store(layer, call, key, scores, eviction)
         return output
@@ -136,13 +171,14 @@ class RetainedAttention:
         held: HeldUnits | None,
         cache: RetainedCache,
     ) -> Tensor:
+        assert call.retained_idx is not None
         starts, lengths = _first_slots(layer, cache), cache.prompt_lengths
 
         def rotate(x: Tensor, offset: int) -> Tensor:
             return call.rotate(x, tuple(start + offset for start in starts), lengths)
 
         chunk = LayerChunk(
-            layer_idx=call.layer_idx,
+            layer_idx=call.retained_idx,
             query=call.query,
             key=call.key,
             value=call.value,
@@ -175,6 +211,7 @@ class RetainedAttention:
         eviction: Eviction,
     ) -> None:
         held, tokens = layer.held, call.key.shape[2]
+        assert call.retained_idx is not None
         new = NewUnits(
             rotated_key if layer.rotated else call.key,
             call.value,
@@ -190,26 +227,26 @@ class RetainedAttention:
             tokens -= eviction.drop
             new = new.first(tokens)
             scores = scores[:, :, : held + tokens]
-        most = eviction.budgets[call.layer_idx] + eviction.slack
+        most = eviction.budgets[call.retained_idx] + eviction.slack
         if held + tokens <= most:
             room = most - held - tokens if eviction.slack else 0
             layer.units.append(*new, room=min(room, DECODE_ROOM))
             layer.units.settle(tight=not eviction.slack)
             return
-        index = self._choose(scores, layer, call.layer_idx, eviction)
+        index = self._choose(scores, layer, call.retained_idx, eviction)
         layer.units.append_selected(new, index)
         layer.note_evicted(held + tokens - index.shape[2])
 
     def _choose(
-        self, scores: Tensor, layer: RetainedLayer, layer_idx: int, eviction: Eviction
+        self, scores: Tensor, layer: RetainedLayer, retained_idx: int, eviction: Eviction
     ) -> Tensor:
         """Indices of the units to keep, [B, H, budget] long, ascending."""
-        budget = eviction.budgets[layer_idx]
+        budget = eviction.budgets[retained_idx]
         if layer.empty is not None:
             slot = torch.arange(scores.shape[2], device=scores.device)
             scores = scores.masked_fill(slot < layer.empty[..., None], -torch.inf)
         recent = self.policy.recent(budget) - eviction.drop
-        return keep_highest(scores, budget, *eviction.protected(layer_idx, recent))
+        return keep_highest(scores, budget, *eviction.protected(retained_idx, recent))
 
     def finish(self, cache: Any, input_ids: Tensor, hidden: Tensor) -> None:
         """After a chunk went through all layers: let a policy that waits evict.
@@ -220,7 +257,7 @@ class RetainedAttention:
         """
         if not self.policy.waits or not isinstance(cache, RetainedCache) or not cache.eviction:
             return
-        eviction, layers = cache.eviction, cache.layers
+        eviction, layers = cache.eviction, cache.retained_layers
         surprisal = functools.partial(self._surprisal, cache, input_ids, hidden)
         ranked = self.policy.reconsider([layer.scores for layer in layers], surprisal)
         layers[0].state["last_hidden"] = hidden[:, -1].clone()
@@ -239,7 +276,7 @@ class RetainedAttention:
 
     def _surprisal(self, cache: RetainedCache, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """-log p of every token given those before it, [B, T] float32; +inf where not known."""
-        layer = cache.layers[0]
+        layer = cache.retained_layers[0]
         before = layer.state.get("last_hidden")
         first = hidden[:, :1] * 0 if before is None else before[:, None]
         predicting = torch.cat([first, hidden[:, :-1]], dim=1)

@@ -48,20 +48,56 @@ class Pattern:
         return cos, sin * self.sign.to(sin.device, sin.dtype)
 
 
-def find_pattern(apply: ApplyRotary, module: Any) -> Pattern | None:
+class PinnedRotary:
+    """A copy of a rotary module, with the frequencies that it uses when it sees `position`.
+
+    Args:
+        module: the rotary module. It is copied: modules that update their frequencies in place
+            never see our positions.
+        position: see above.
+        layer_type: whose frequencies, where layers of different types rotate differently.
+    """
+
+    def __init__(self, module: Any, position: int, layer_type: str | None = None) -> None:
+        # The config is large and shared; the copy needs only frequency buffers of its own.
+        pinned = copy.deepcopy(module, {id(module.config): module.config})
+        self._module = pinned
+        self._which = () if layer_type is None else (layer_type,)
+        self.inv_freq: Tensor = getattr(pinned, "_".join([*self._which, "inv_freq"]))
+        probe = torch.tensor([[position]], device=self.inv_freq.device)
+        self(probe.float(), probe)
+        self.inv_freq = getattr(pinned, "_".join([*self._which, "inv_freq"]))
+        # From here on the frequencies stay as they are.
+        pinned.rope_type = "default" if layer_type is None else {layer_type: "default"}
+
+    def __call__(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, S, columns] at `positions` [1, S], on the device of `like`."""
+        # The class's forward: hooks and wrappers on the instance are the backbone's business.
+        module = self._module
+        return type(module).forward(module, like, positions, *self._which)
+
+    @property
+    def size(self) -> int:
+        """Channels that are turned."""
+        return 2 * self.inv_freq.shape[-1]
+
+
+def find_pattern(apply: ApplyRotary, module: PinnedRotary) -> Pattern | None:
     """The pattern of an architecture's rotation, found by asking its function; None if it is none
     of those that the fused kernel knows."""
-    device = module.inv_freq.device
+    device, size = module.inv_freq.device, module.size
     like, positions = torch.zeros(1, device=device), torch.zeros(1, 1, device=device).long()
-    size = type(module).forward(module, like, positions)[0].shape[-1]
-    count, zero, one = torch.arange(1.0, size + 1), torch.zeros(size), torch.ones(size)
+    columns = module(like, positions)[0].shape[-1]
+    channels = torch.arange(1.0, size + 1)
+    count, zero, one = torch.arange(1.0, columns + 1), torch.zeros(columns), torch.ones(columns)
 
     def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x.view(1, 1, 1, size)
-        return apply(x, x[:, :0], cos.view(1, 1, size), sin.view(1, 1, size))[0].flatten()
+        return apply(x, x[:, :0], cos.view(1, 1, columns), sin.view(1, 1, columns))[0].flatten()
 
-    cos_index = turned(one, count, zero).long() - 1
-    sines, partners = turned(one, zero, count), turned(count, zero, one)
+    ones = torch.ones(size)
+    cos_index = turned(ones, count, zero).long() - 1
+    sines, partners = turned(ones, zero, count), turned(channels, zero, one)
     sin_index, partner = sines.abs().long() - 1, partners.abs().long() - 1
     channel = torch.arange(size)
     pairings: dict[Pairing, Tensor] = {
@@ -87,20 +123,28 @@ class Rotary:
     """Rotation at contiguous slots, with the backbone's own frequencies and layout.
 
     Args:
-        module: the backbone's rotary module, `(x, position_ids [1, S]) -> (cos, sin)`. It is
-            copied: modules that update their frequencies in place never see our positions.
+        module: the backbone's rotary module, `(x, position_ids [1, S]) -> (cos, sin)`.
         apply: the architecture's `apply_rotary_pos_emb(q, k, cos, sin)`.
         longrope: which LongRoPE rule to follow; without effect for other RoPE types.
+        layer_type: whose rotation, where layers of different types rotate differently: the module
+            then takes it as its third argument.
     """
 
-    def __init__(self, module: Any, apply: ApplyRotary, longrope: LongRopeRule = "long") -> None:
+    def __init__(
+        self,
+        module: Any,
+        apply: ApplyRotary,
+        longrope: LongRopeRule = "long",
+        layer_type: str | None = None,
+    ) -> None:
         if longrope not in get_args(LongRopeRule):
             raise ValueError(f"longrope is {longrope!r}; expected 'long' or 'by_length'")
         self._apply = apply
         self._longrope = longrope
-        self._switch = longrope_switch(module)
-        self._short = _pinned(module, position=0)
-        self._long = self._short if self._switch is None else _pinned(module, self._switch)
+        self._switch = longrope_switch(module, layer_type)
+        self._short = self._long = PinnedRotary(module, 0, layer_type)
+        if self._switch is not None:
+            self._long = PinnedRotary(module, self._switch, layer_type)
         self._tables: dict[tuple, Tables] = {}
         self._pattern = find_pattern(apply, self._short)
 
@@ -140,8 +184,7 @@ class Rotary:
         if tables.fused is not None and self._pattern is not None:
             return rotate_at_slots(x, *tables.fused, self._pattern.pairing)
         cos, sin = tables.cos, tables.sin
-        rotary_size = cos.shape[-1]
-        turned, rest = x[..., :rotary_size], x[..., rotary_size:]
+        turned, rest = x[..., : self._short.size], x[..., self._short.size :]
         # The architecture's function takes a pair; we turn one tensor, so the other is empty.
         turned, _ = self._apply(turned, turned[:, :0], cos, sin)
         return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
@@ -166,7 +209,7 @@ class Rotary:
     def _compute(self, start: int, stop: int, long: bool, like: Tensor) -> tuple[Tensor, Tensor]:
         module = self._long if long else self._short
         positions = torch.arange(start, stop, device=like.device)[None]
-        return type(module).forward(module, like, positions)
+        return module(like, positions)
 
     def _is_long(self, prompt_length: int) -> bool:
         if self._switch is None:
@@ -174,20 +217,11 @@ class Rotary:
         return self._longrope == "long" or prompt_length > self._switch
 
 
-def longrope_switch(module: Any) -> int | None:
+def longrope_switch(module: Any, layer_type: str | None = None) -> int | None:
     """The length above which a LongRoPE module uses its long factors; None for other types."""
     parameters = getattr(module.config, "rope_parameters", None) or {}
+    if layer_type is not None:
+        parameters = parameters[layer_type]
     if parameters.get("rope_type") != "longrope":
         return None
     return int(parameters["original_max_position_embeddings"])
-
-
-def _pinned(module: Any, position: int) -> Any:
-    """A copy of a rotary module, with the frequencies that it uses when it sees `position`."""
-    # The config is large and shared; the copy needs only frequency buffers of its own.
-    pinned = copy.deepcopy(module, {id(module.config): module.config})
-    probe = torch.tensor([[position]], device=pinned.inv_freq.device)
-    # The class's forward: hooks and wrappers on the instance are the backbone's business.
-    type(pinned).forward(pinned, probe.float(), probe)
-    pinned.rope_type = "default"  # from here on the frequencies stay as they are
-    return pinned

@@ -44,6 +44,28 @@ class Segment(NamedTuple):
         return self.answers[-1][0]
 
 
+def check_segments(segments: Sequence[Segment], length: int) -> None:
+    """Refuse segments that a row of `length` tokens cannot hold.
+
+    Raises:
+        ValueError: segments that do not fill the row one after the other, or a segment whose
+            answers are none, empty, out of order, overlapping, outside of it or at its very start.
+    """
+    ends = [0, *(segment.end for segment in segments)]
+    if ends[:-1] != [segment.start for segment in segments] or ends[-1] != length:
+        raise ValueError(f"segments {list(segments)} do not fill the row of {length} tokens")
+    for segment in segments:
+        borders = [edge for answer in segment.answers for edge in answer]
+        empty = [answer for answer in segment.answers if answer[0] >= answer[1]]
+        inside = borders and segment.start < borders[0] and borders[-1] <= segment.end
+        if empty or not inside or borders != sorted(borders):
+            raise ValueError(
+                f"segment {segment.start} .. {segment.end} has the answers {segment.answers}; "
+                "expected at least one (start, end), none empty, in order, without overlap, inside "
+                "the segment and after its first token"
+            )
+
+
 def with_query_in_front(
     input_ids: Tensor, segments: Sequence[Segment], query_tokens: int
 ) -> tuple[Tensor, list[Segment]]:

@@ -127,7 +127,7 @@ class Settings:
             ValueError: not one unit fits into the memory.
         """
         budget: Any = self.budget
-        if budget is None:
+        if budget is None or not sizing.num_layers:
             return None
 
         def of_layers(average: int) -> Sequence[int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _BLOCK_ELEMENTS = 2**26  # of the logits that are in memory at a time
 
@@ -23,6 +23,7 @@ class AnswerView:
         key, value: [B, H, S, D], of prompt and answer, keys after RoPE.
         scaling: the layer's softmax scale, usually 1 / sqrt(D).
         output_weight: [hidden size, H*G * D], of the layer's output projection; None if unknown.
+        softcap, sinks: see `locret.backends.Weighting`.
     """
 
     query: Tensor
@@ -30,6 +31,14 @@ class AnswerView:
     value: Tensor
     scaling: float
     output_weight: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Scaled logits, as the softmax gets them."""
+        if self.softcap is None:
+            return logits
+        return torch.tanh(logits / self.softcap) * self.softcap
 
     @property
     def prompt_length(self) -> int:
@@ -55,7 +64,7 @@ def max_logit(view: AnswerView) -> Tensor:
     """
     keys = view.key[:, :, : view.prompt_length].transpose(2, 3)
     blocks = (torch.matmul(view.grouped(rows), keys).amax(dim=2) for rows in view.blocks())
-    return torch.stack([block.float() * view.scaling for block in blocks]).amax(dim=0)
+    return view.capped(torch.stack([block.float() * view.scaling for block in blocks]).amax(dim=0))
 
 
 def max_prob(view: AnswerView) -> Tensor:
@@ -80,8 +89,10 @@ def value_weighted(view: AnswerView) -> Tensor:
             "label 'value_weighted' needs the attention layers' output projection as one matrix: "
             "it is quantized, wrapped by an adapter (merge it), or not named o_proj"
         )
-    prompt = view.value[:, :, : view.prompt_length]
-    return _max_over_answer(view, weight=_output_norms(prompt, view.output_weight))
+    prompt, output = view.value[:, :, : view.prompt_length], view.output_weight
+    if type(output) not in (Tensor, nn.Parameter):  # looks like a matrix, is stored in fewer bits
+        output = output.dequantize()
+    return _max_over_answer(view, weight=_output_norms(prompt, output))
 
 
 def _max_over_answer(view: AnswerView, weight: Tensor | None) -> Tensor:
@@ -91,10 +102,15 @@ def _max_over_answer(view: AnswerView, weight: Tensor | None) -> Tensor:
     labels = torch.zeros(batch, heads, prompt, dtype=torch.float32, device=view.key.device)
     for rows in view.blocks():
         logits = torch.matmul(view.grouped(rows), view.key.transpose(2, 3)).float() * view.scaling
+        logits = view.capped(logits)
         logits = logits.unflatten(2, (-1, rows.stop - rows.start))  # [B, H, G, rows, S]
         visible = torch.arange(rows.start, rows.stop, device=logits.device)[:, None] + prompt
         future = torch.arange(logits.shape[-1], device=logits.device) > visible
-        highest = logits.masked_fill_(future, -torch.inf).softmax(-1)[..., :prompt].amax(dim=3)
+        logits = logits.masked_fill_(future, -torch.inf)
+        if view.sinks is not None:
+            sinks = view.sinks.float().reshape(heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
+            logits = torch.cat([logits, sinks], dim=-1)
+        highest = logits.softmax(-1)[..., :prompt].amax(dim=3)
         if weight is not None:
             highest = highest * weight
         labels = torch.maximum(labels, highest.amax(dim=2))

@@ -148,6 +148,10 @@ class Units:
         """Hold again what was held when `view` was taken."""
         self._columns.restore(view)
 
+    def move(self, device: torch.device) -> None:
+        """Be on `device`."""
+        self._columns.move(device)
+
     def select_batch(self, rows: Tensor) -> None:
         """Hold only the batch rows `rows` [B'] (long); rows may repeat."""
         self._columns.select_batch(rows)

@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 import locret
 from locret.backbone import SUPPORTED, Backbone, check_supported
-from tests.tiny_models import FAMILIES, prompt, tiny_config, tiny_model
+from tests.tiny_models import FAMILIES, MIXED, prompt, tiny_config, tiny_model
 
 
 def refusal(config):
@@ -24,29 +24,31 @@ def test_supported_families_pass(family):
 
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral", "phi3", "starcoder2"])
-def test_windows_shorter_than_the_context_are_refused(family):
-    config = tiny_config(family, sliding_window=32, max_position_embeddings=512)
-    assert "sliding window of 32 tokens" in refusal(config)
-    check_supported(tiny_config(family, sliding_window=512, max_position_embeddings=512))
-    check_supported(tiny_config(family, sliding_window=None))
+def test_windows_that_span_all_positions_are_none(family):
+    def windows(window):
+        model = tiny_model(family, sliding_window=window, max_position_embeddings=512)
+        return Backbone(model).windows
+
+    assert windows(32) == (32, 32)
+    assert windows(512) == windows(None) == (None, None)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "smollm3"])
-def test_windows_of_some_layers_are_refused_and_unused_ones_ignored(family):
-    window = {"sliding_window": 32, "max_position_embeddings": 512}
-    check_supported(tiny_config(family, use_sliding_window=False, **window))
-    sliding = tiny_config(family, use_sliding_window=True, max_window_layers=1, **window)
-    if family != "qwen3_moe" or getattr(sliding, "layer_types", None):
-        assert "sliding window of 32 tokens" in refusal(sliding)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3"])
+def test_windows_of_some_layers_only(family):
+    def windows(used):
+        given = {"sliding_window": 32, "max_window_layers": 1, "use_sliding_window": used}
+        return Backbone(tiny_model(family, **given)).windows
+
+    assert windows(False) == (None, None)
+    assert windows(True) == (None, 32)
 
 
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("gemma2", "sliding_attention layers, which need a cache of their own"),
-        ("gemma3_text", "sliding_attention layers"),
-        ("cohere2", "sliding_attention layers"),
-        ("gpt_oss", "sliding_attention layers"),
+        ("cohere2", "sliding_attention layers, which need a cache of their own"),
+        ("gemma3", "it reads more than text; load its language model alone"),
+        ("minicpm3", "multi-head latent attention"),
         ("deepseek_v3", "multi-head latent attention"),
         ("deepseek_v2", "multi-head latent attention"),
         ("t5", "it is an encoder-decoder"),
@@ -123,7 +125,7 @@ def test_geometry_is_that_of_the_projections(family):
         width = sum(getattr(attention, f"{name}_proj").out_features for name in "qkv")
     assert geometry.feature_width("qkv") == width
     assert geometry.feature_width("hidden") == model.config.hidden_size
-    assert geometry.num_layers == len(model.model.layers)
+    assert geometry.num_layers == len(model.model.layers) - (family in MIXED)
 
 
 def test_backend_is_the_one_that_the_model_was_loaded_with():

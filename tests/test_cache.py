@@ -33,6 +33,7 @@ def test_report_of_an_empty_cache():
         "budget": 10,
         "positions": "compact",
         "quantization": None,
+        "windows": [None, None, None],
         "units": [0, 0, 0],
         "bytes": [0, 0, 0],
         "total_bytes": 0,
@@ -133,10 +134,10 @@ def test_source_positions_ascend_and_never_repeat(family, positions):
     model = tiny_model(family)
     cache = small_engine(model, positions=positions).prefill(prompt(90, batch=2))
     for layer in cache.layers:
-        held = layer.source_positions
+        held, units = layer.source_positions, 20 if layer.window is None else layer.window - 1
         assert held.dtype == torch.long
-        assert held.shape == layer.scores.shape == (2, 2, 20)
-        assert layer.keys.shape == layer.values.shape == (2, 2, 20, 8)
+        assert held.shape == layer.scores.shape == (2, 2, units)
+        assert layer.keys.shape == layer.values.shape == (2, 2, units, 8)
         assert (held.diff(dim=-1) > 0).all()
         assert held.min() >= 0
         assert held.max() < 90

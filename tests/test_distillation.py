@@ -28,19 +28,25 @@ def distill(model, heads, ids=None, prompt_length=PROMPT, **settings):
 
 
 def features(model, ids, prompt_length):
-    """[Q, K, V] of the prompt before RoPE in every layer, from hooks on a stock forward."""
+    """[Q, K, V] of the prompt before RoPE in every layer that has heads, from hooks on a stock
+    forward."""
     taken, hooks = {}, []
 
     def record(layer_idx, name):
         def hook(module, args, output):
+            if output.shape[1] != ids.shape[1]:  # norms come before or after heads move forward
+                output = output.transpose(1, 2)
             taken.setdefault(layer_idx, {})[name] = output[:, :prompt_length].flatten(2)
 
         return hook
 
+    windows = Backbone(model).windows
     for layer_idx, layer in enumerate(model.model.layers):
         attention = layer.self_attn
+        if windows[layer_idx] is not None:
+            continue
         for name in ("q", "k", "v", "qkv"):
-            for suffix in ("proj", "norm"):  # a norm overwrites its projection
+            for suffix in ("proj", "norm", "layernorm"):  # a norm overwrites its projection
                 module = getattr(attention, f"{name}_{suffix}", None)
                 if module is not None:
                     hooks.append(module.register_forward_hook(record(layer_idx, name)))
@@ -52,7 +58,9 @@ def features(model, ids, prompt_length):
 
 
 def one_graph_loss(model, heads, ids, prompt_length):
+    windows = Backbone(model).windows
     labels = stock_prompt_labels(model, ids, prompt_length)
+    labels = labels[[window is None for window in windows]]
     inputs = features(model, ids, prompt_length)
     regression, smoothness = [], []
     for head, qkv, label in zip(heads.layers, inputs, labels, strict=True):
@@ -154,16 +162,16 @@ def test_other_places_of_the_model_still_see_plain_causal_attention(family):
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_runs_on_the_backend_of_the_model(backend, monkeypatch):
-    from locret import distillation
+    from locret import row_loss
 
     used = []
 
-    def spying(*args):
+    def spying(*args, **kwargs):
         used.append(args[-1])
-        return real(*args)
+        return real(*args, **kwargs)
 
-    real = distillation.attend
-    monkeypatch.setattr(distillation, "attend", spying)
+    real = row_loss.attend
+    monkeypatch.setattr(row_loss, "attend", spying)
     model = tiny_model("llama", attn_implementation=backend)
     distill(model, trainable(model))
     assert used == [backend] * 2

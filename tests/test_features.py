@@ -58,7 +58,7 @@ def test_hidden_is_the_attention_layers_input(family):
     def run(call):
         calls.append(call)
         query, key = call.rotate(call.query, (0,), (30,)), call.rotate(call.key, (0,), (30,))
-        return attend(query, key, call.value, call.scaling, "sdpa")
+        return attend(query, key, call.value, call.scaling, "sdpa", weighting=call.weighting)
 
     with torch.no_grad(), Backbone(model, "by_length").attached(run):
         model(ids, use_cache=False)

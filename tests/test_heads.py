@@ -193,7 +193,9 @@ def test_heads_fit_every_supported_backbone(family):
     model = tiny_model(family)
     heads = tiny_heads(model)
     assert heads.config.differences(Backbone(model).geometry) == []
-    assert heads.config.activation == model.config.hidden_act
+    assert heads.config.activation in (
+        getattr(model.config, name, None) for name in ("hidden_act", "hidden_activation")
+    )
 
 
 def test_tensors_given_are_used_and_frozen():

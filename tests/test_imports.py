@@ -10,17 +10,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"identity", "kernels", "segments", "features", "targets", "losses", "card", "models", "saved"},
+    {"identity", "kernels", "segments", "features", "targets", "losses", "card", "saved"},
     {"quantities", "columns"},
     {"quantization", "units", "selection", "rotary"},
-    {"coded", "sizing"},
+    {"weight_quantization"},
+    {"coded", "sizing", "models"},
     {"hub"},
     {"artifact"},
     {"heads"},
     {"policies", "cache", "backends"},
     {"attention", "backbone"},
+    {"row_loss", "packing"},
+    {"chunked_reading"},
     {"retention", "steps", "settings"},
-    {"generation", "distillation", "packing"},
+    {"generation", "distillation"},
     {"evaluation", "integrations", "plan"},
     {"cli", "__main__", "__init__"},
 ]

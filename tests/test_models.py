@@ -35,3 +35,12 @@ def test_the_embedded_model_answers_like_stock_within_a_budget_it_does_not_reach
     ours = engine.generate(ids, max_new_tokens=12, do_sample=False)
     assert torch.equal(ours, stock)
     assert "Paris" in loaded.tokenizer.decode(ours[0])
+
+
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_an_adapter_that_changes_no_weights_is_refused(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="learned units in front of the prompt"):
+        load_model("no/such/model", adapter=str(tmp_path))

@@ -12,15 +12,16 @@ from locret.rotary import _TABLES_KEPT, Rotary, longrope_switch
 from tests.tiny_models import FAMILIES, HEAD_SIZE, PHI3_WINDOW, tiny_model
 
 
-def stock_rotation(model, x, start):
+def stock_rotation(model, x, start, layer_idx=0):
     """`x` rotated as the architecture's attention layers do, by their own code."""
     module = __import__(type(model.model.layers[0].self_attn).__module__, fromlist=["x"])
     positions = torch.arange(start, start + x.shape[2])[None]
-    cos, sin = model.model.rotary_emb(x, positions)
-    rotated, _ = module.apply_rotary_pos_emb(
-        x[..., : cos.shape[-1]], x[..., : cos.shape[-1]], cos, sin
-    )
-    return torch.cat([rotated, x[..., cos.shape[-1] :]], dim=-1)
+    by_type = isinstance(model.model.rotary_emb.rope_type, dict)
+    which = [model.config.layer_types[layer_idx]] if by_type else []
+    cos, sin = model.model.rotary_emb(x, positions, *which)
+    size = cos.shape[-1] * (2 if model.config.model_type == "gpt_oss" else 1)
+    rotated, _ = module.apply_rotary_pos_emb(x[..., :size], x[..., :size], cos, sin)
+    return torch.cat([rotated, x[..., size:]], dim=-1)
 
 
 def random_heads(length, heads=3, size=HEAD_SIZE):
@@ -30,12 +31,15 @@ def random_heads(length, heads=3, size=HEAD_SIZE):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rotation_is_the_architectures(family):
     model = tiny_model(family)
-    rotary = Backbone(model, "by_length").rotary
-    for start, length in ((0, 1), (0, 9), (5, 7), (90, 3)):
-        x = random_heads(length)
-        expected = stock_rotation(model, x, start)
-        assert torch.equal(rotary.rotate(x, (start,), (50,)), expected)
-        assert start == 0 and length == 1 or not torch.equal(expected, x)
+    backbone = Backbone(model, "by_length")
+    for layer in backbone.layers:
+        for start, length in ((0, 1), (0, 9), (5, 7), (90, 3)):
+            if layer.rotary is None:
+                continue
+            x = random_heads(length)
+            expected = stock_rotation(model, x, start, layer.layer_idx)
+            assert torch.equal(layer.rotary.rotate(x, (start,), (50,)), expected)
+            assert start == 0 and length == 1 or not torch.equal(expected, x)
 
 
 @pytest.mark.parametrize("partial", [0.25, 0.5, 1.0])
@@ -154,7 +158,7 @@ def frequencies_used(rotary, start, prompt_length):
             ],
             dim=-1,
         )
-        scale = rotary._short.attention_scaling
+        scale = rotary._short._module.attention_scaling
         if torch.allclose(turned, naive * scale, atol=1e-5):
             return which
     return "neither"

@@ -1,4 +1,8 @@
-"""Tiny random models of every supported architecture: two layers, float32, ready to compare."""
+"""Tiny random models of every supported architecture: two layers, float32, ready to compare.
+
+`FAMILIES` are those with heads to train; `SLIDING` are releases all of whose layers attend within a
+sliding window, so that no policy has anything to evict.
+"""
 
 from typing import Any
 
@@ -8,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from locret.backbone import SUPPORTED
 from locret.heads import HeadsConfig, RetainingHeads
 
-FAMILIES = list(SUPPORTED)
 VOCAB = 128
+WINDOW = 16
 HEAD_SIZE = 8
 PHI3_WINDOW = 100
 
@@ -28,16 +32,82 @@ LONGROPE = {
     "long_factor": [1.0, 1.9, 2.8, 3.7],
     "original_max_position_embeddings": PHI3_WINDOW,
 }
+HYBRID = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+VARIANTS = {
+    "llama3.2": "llama",
+    "minicpm-llama": "llama",
+    "exaone4-global": "exaone4",
+    "phi4-mini": "phi3",
+    "qwen2.5": "qwen2",
+    "qwen2-hybrid": "qwen2",
+    "stablelm-norms": "stablelm",
+    "mistral-sliding": "mistral",
+    "phi3-sliding": "phi3",
+    "qwen2-sliding": "qwen2",
+}
+"""Releases of supported architectures that differ in what matters here: their `model_type`."""
+
+SLIDING = ["mistral-sliding", "phi3-sliding", "qwen2-sliding"]
+FAMILIES = [name for name in (*SUPPORTED, *VARIANTS) if name not in SLIDING]
+MIXED = {"exaone4", "gemma2", "gemma3_text", "gpt_oss", "olmo3", "qwen2-hybrid"}
+"""Families with layers of two kinds: the first slides, the second is retained."""
+EAGER_ONLY = {"gemma2", "gpt_oss"}  # stock transformers computes them no other way
+
 BY_FAMILY: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": True},
+    "exaone4": HYBRID,
+    "exaone4-global": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "gemma2": HYBRID
+    | {"query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": HYBRID
+    | {
+        "query_pre_attn_scalar": 20,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+            "sliding_attention": PLAIN_ROPE,
+        },
+    },
+    "gpt_oss": HYBRID | {"rope_parameters": YARN, "num_local_experts": 4, "num_experts_per_tok": 2},
     "llama": {"rope_parameters": LLAMA3_ROPE},
+    "llama3.2": {"rope_parameters": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True},
+    "minicpm-llama": {"rope_parameters": PLAIN_ROPE, "tie_word_embeddings": True},
     "mistral": {"sliding_window": None},
+    "mistral-sliding": {"sliding_window": WINDOW},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phi3": {
         "rope_parameters": LONGROPE,
         "original_max_position_embeddings": PHI3_WINDOW,
         "max_position_embeddings": 400,
     },
+    "phi3-sliding": {"sliding_window": WINDOW},
+    "phi4-mini": {
+        "rope_parameters": LONGROPE
+        | {
+            "partial_rotary_factor": 0.75,
+            "short_factor": LONGROPE["short_factor"][:3],
+            "long_factor": LONGROPE["long_factor"][:3],
+        },
+        "original_max_position_embeddings": PHI3_WINDOW,
+        "max_position_embeddings": 400,
+        "tie_word_embeddings": True,
+    },
+    "olmo3": HYBRID
+    | {"rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN_ROPE}},
+    "qwen2.5": {"rope_parameters": PLAIN_ROPE | {"rope_theta": 1000000.0}},
+    "qwen2-hybrid": HYBRID | {"use_sliding_window": True},
+    "qwen2-sliding": HYBRID
+    | {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2},
     "qwen3_moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -45,6 +115,13 @@ BY_FAMILY: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
     },
     "smollm3": {"no_rope_layers": [1, 0]},  # one layer with RoPE, one without
+    "stablelm": {"rope_parameters": PLAIN_ROPE | {"partial_rotary_factor": 0.5}},
+    "stablelm-norms": {
+        "rope_parameters": PLAIN_ROPE | {"partial_rotary_factor": 0.25},
+        "qk_layernorm": True,
+        "use_parallel_residual": True,
+        "use_qkv_bias": True,
+    },
 }
 
 
@@ -64,7 +141,8 @@ def tiny_config(family: str, **overrides: Any) -> Any:
         "pad_token_id": 0,
         "tie_word_embeddings": False,
     }
-    return AutoConfig.for_model(family, **settings | BY_FAMILY.get(family, {}) | overrides)
+    settings |= BY_FAMILY.get(family, {}) | overrides
+    return AutoConfig.for_model(VARIANTS.get(family, family), **settings)
 
 
 def tiny_model(
@@ -72,6 +150,8 @@ def tiny_model(
 ) -> Any:
     """A random model in eval mode that no token ends; `overrides` are of its config."""
     config = tiny_config(family, **overrides)
+    if family in EAGER_ONLY:
+        attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(

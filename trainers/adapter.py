@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 from locret.backbone import Backbone
 from locret.models import Dtype, load_model, load_tokenizer
 from locret.packing import PackedAttention
+from trainers.figures import looked_at
+from trainers.optimizer import adamw, restart_schedule
 
 
 class AdapterModule(LightningModule):
@@ -47,6 +49,7 @@ class AdapterModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at
         self._adapted: Any = None
 
     @cached_property
@@ -54,9 +57,15 @@ class AdapterModule(LightningModule):
         return load_tokenizer(self.hparams["model"], revision=self.hparams["revision"])
 
     def configure_model(self) -> None:
-        """Load the backbone and put a fresh adapter on it, once."""
+        """Load the backbone and put a fresh adapter on it, once.
+
+        Raises:
+            ValueError: the strategy shards models, which this stage does not do.
+        """
         if self._adapted is not None:
             return
+        if self.device_mesh is not None:
+            raise ValueError("an adapter is trained on whole backbones: use --trainer.strategy ddp")
         given = self.hparams
         loaded = load_model(
             given["model"], dtype=given["dtype"], device="cpu", revision=given["revision"]
@@ -77,8 +86,9 @@ class AdapterModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss, correct = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["segments"]))
-        self.log("train/token_accuracy", correct, prog_bar=True, batch_size=len(batch["segments"]))
+        figures = {"train/loss": loss.detach(), "train/token_accuracy": correct}
+        self.figures = figures if looked_at(self.trainer) else {}
+        self.log_dict(self.figures, prog_bar=True, batch_size=len(batch["segments"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -87,22 +97,10 @@ class AdapterModule(LightningModule):
         self.log("val/token_accuracy", correct, prog_bar=True, batch_size=len(batch["segments"]))
 
     def configure_optimizers(self) -> Any:
-        given = self.hparams
-        optimizer = torch.optim.AdamW(
-            self.lora.parameters(),
-            lr=given["lr"],
-            betas=tuple(given["betas"]),
-            weight_decay=given["weight_decay"],
-        )
-        schedule = get_cosine_schedule_with_warmup(
-            optimizer, given["warmup_steps"], int(self.trainer.estimated_stepping_batches)
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return adamw(self, self.lora.parameters(), get_cosine_schedule_with_warmup)
 
     def on_fit_start(self) -> None:
+        restart_schedule(self)
         # The adapter's parameters are ours and moved with us; the backbone's are not.
         self._adapted.to(self.device)
         object.__setattr__(self, "backbone", Backbone(self._adapted))

@@ -23,7 +23,8 @@ class Export(SaveConfigCallback):
     """Writes what was trained to the config's `output` when training ends.
 
     LightningCLI hands it the parser and the resolved config, which it also saves in the log folder
-    when training starts. It remembers the metrics of every step for the picture, over resumes too.
+    when training starts. For the picture it remembers the figures of all steps that were logged,
+    over resumes too.
     """
 
     plotted: tuple[str, ...] = ("train/loss",)
@@ -47,12 +48,13 @@ class Export(SaveConfigCallback):
         self.history = state_dict["history"]
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         trainer.datamodule.count(batch)  # type: ignore[attr-defined]
-        self.history["step"].append(trainer.global_step)
-        for name in self.plotted:
-            self.history[name].append(float(trainer.callback_metrics[name]))
+        if pl_module.figures:
+            self.history["step"].append(trainer.global_step)
+            for name in self.plotted:
+                self.history[name].append(float(pl_module.figures[name]))
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,7 +66,8 @@ class Export(SaveConfigCallback):
             if importlib.util.find_spec("matplotlib") is None:
                 rank_zero_warn("no picture of the run: pip install matplotlib")
             else:
-                draw(aside / TRAINING_PLOT, self.history, getattr(pl_module, "layer_overlap", ()))
+                layers = getattr(pl_module, "layer_overlap", None)
+                draw(aside / TRAINING_PLOT, self.history, () if layers is None else layers.tolist())
         self.finish(self.folder)
 
     def finish(self, folder: Path) -> None:

@@ -44,9 +44,7 @@ class TopOverlap(_MeanOverHeads):
         self.fraction = fraction
 
     def value(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        top = max(1, round(self.fraction * targets.shape[-1]))
-        predicted = _top_mask(predictions, top)
-        return (predicted & _top_mask(targets, top)).sum(dim=-1) / top
+        return top_overlap(predictions, targets, self.fraction)
 
 
 class RankCorrelation(_MeanOverHeads):
@@ -60,6 +58,15 @@ class RankCorrelation(_MeanOverHeads):
         centred = [x - x.mean(dim=-1, keepdim=True) for x in ranks]
         norms = centred[0].norm(dim=-1) * centred[1].norm(dim=-1)
         return (centred[0] * centred[1]).sum(dim=-1) / norms.clamp_min(1e-12)
+
+
+def top_overlap(predictions: Tensor, targets: Tensor, fraction: float) -> Tensor:
+    """Share of the truly highest `fraction` of units that are among the predicted highest.
+
+    Scores and labels [..., P] -> [...].
+    """
+    top = max(1, round(fraction * targets.shape[-1]))
+    return (_top_mask(predictions, top) & _top_mask(targets, top)).sum(dim=-1) / top
 
 
 def _top_mask(scores: Tensor, top: int) -> Tensor:

@@ -17,13 +17,18 @@ from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmu
 
 from locret.backbone import Backbone
 from locret.cache import Positions
-from locret.distillation import Distillation, Distilled
+from locret.distillation import Distillation
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.models import Dtype, load_model, load_tokenizer
 from locret.rotary import LongRopeRule
+from locret.row_loss import Distilled, Share
 from locret.segments import with_query_in_front
-from trainers.metrics import RankCorrelation, TopOverlap
-from trainers.sharding import average_gradients, shard_backbone
+from locret.weight_quantization import Quantization
+from trainers.averaging import average, make_equal, start_average, takes_over
+from trainers.figures import looked_at
+from trainers.metrics import RankCorrelation, TopOverlap, top_overlap
+from trainers.optimizer import adamw, restart_schedule
+from trainers.sharding import shard_backbone, shards_of
 
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 ENGINE_SETTINGS = ("budget", "chunk_size", "stabilizers", "local_tokens")
@@ -35,7 +40,8 @@ class HeadsModule(LightningModule):
 
     Args:
         model: the backbone: a Hub id, a folder, or `embedded:smollm2`.
-        adapter: a PEFT adapter that the backbone carries, merged into its weights.
+        adapter: a PEFT adapter of the backbone, merged into its weights unless they are quantized.
+        quantization: of the backbone's weights: "int8", "nf4" (`locret.weight_quantization`).
         width: hidden width of a head (the paper's d_R).
         tap: what a head reads (`locret.features.FEATURES`).
         label: label definition (`locret.targets.LABELS`).
@@ -48,6 +54,8 @@ class HeadsModule(LightningModule):
         warmup_steps: steps of linear warm-up; the rate then falls linearly to zero.
         positions: cache positions that the artifact recommends.
         longrope: LongRoPE rule in training and, recorded, in inference.
+        train_chunk_size: tokens that a layer reads at a time in training, for rows that do not fit
+            in memory; None reads a row at once.
         dtype: of the backbone; the heads train in float32.
         save_dtype: of the exported heads.
         attn_implementation: of the backbone: "sdpa" or "eager".
@@ -59,6 +67,7 @@ class HeadsModule(LightningModule):
         self,
         model: str,
         adapter: str | None = None,
+        quantization: Quantization | None = None,
         width: int = 1024,
         tap: str = "qkv",
         label: str = "max_logit",
@@ -71,6 +80,7 @@ class HeadsModule(LightningModule):
         warmup_steps: int = 2000,
         positions: Positions = "compact",
         longrope: LongRopeRule = "long",
+        train_chunk_size: int | None = None,
         dtype: Dtype = "auto",
         save_dtype: SaveDtype = "float32",
         attn_implementation: str = "sdpa",
@@ -83,14 +93,18 @@ class HeadsModule(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.heads: RetainingHeads | None = None
-        self.layer_overlap: list[float] = []
+        self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at
+        self.layer_overlap: Tensor | None = None  # of each layer, when last looked at
         self.val_scores = MetricCollection(
             {f"recall_at_{fraction:.0%}": TopOverlap(fraction) for fraction in RECALL_AT}
             | {"rank_correlation": RankCorrelation()},
             prefix="val/",
         )
         self.register_buffer("longest_prompt", torch.zeros((), dtype=torch.long))
+        # DDP would write the first process's value over the others'; the largest counts.
+        self._ddp_params_and_buffers_to_ignore = ["longest_prompt"]
         self._distillation: Distillation | None = None
+        self._averages_gradients = False
         # Past nn.Module's bookkeeping, so that the backbone is no submodule.
         object.__setattr__(self, "backbone_model", None)
 
@@ -101,25 +115,33 @@ class HeadsModule(LightningModule):
 
     @property
     def shards(self) -> DeviceMesh | None:
-        """The ranks over which the backbone is sharded, under ModelParallelStrategy."""
-        return None if self.device_mesh is None else self.device_mesh["data_parallel"]
+        """The processes over which the backbone is sharded; None if each has all of it."""
+        return None if self.device_mesh is None else shards_of(self.device_mesh)
 
     def configure_model(self) -> None:
-        """Load the backbone and make the heads, once."""
+        """Load the backbone and make the heads, once.
+
+        Raises:
+            ValueError: a quantized backbone is to be sharded, or a backbone split.
+        """
         if self.heads is not None:
             return
-        given = self.hparams
+        given, shards = self.hparams, self.shards
+        if given["quantization"] and shards is not None:
+            raise ValueError(
+                f"a backbone in {given['quantization']} cannot be sharded: use --trainer.strategy "
+                "ddp, or leave model.quantization out"
+            )
         loaded = load_model(
             given["model"],
             dtype=given["dtype"],
-            device="cpu",
+            device=self.trainer.strategy.root_device if given["quantization"] else "cpu",
             revision=given["revision"],
             adapter=given["adapter"],
+            quantization=given["quantization"],
             attn_implementation=given["attn_implementation"],
         )
         model = loaded.model.requires_grad_(False)
-        if self.shards is not None:
-            shard_backbone(model.get_decoder(), self.shards)
         object.__setattr__(self, "backbone_model", model)
         names = ("adapter", "tap", "label", "query_tokens", "positions", "longrope")
         config = HeadsConfig.for_geometry(
@@ -132,19 +154,35 @@ class HeadsModule(LightningModule):
             **{name: given[name] for name in names},
         )
         self.heads = RetainingHeads(config)
+        if shards is not None:  # last: whatever sharding does to the random state
+            shard_backbone(model.get_decoder(), shards)
+
+    def setup(self, stage: str) -> None:
+        self._averages_gradients = False
+
+    def on_fit_start(self) -> None:
+        restart_schedule(self)
+
+    def on_train_start(self) -> None:
+        assert self.heads is not None
+        # The search for a learning rate is a training of its own: this may be the second.
+        if not self._averages_gradients and takes_over(self.trainer.strategy):
+            self._averages_gradients = True
+            make_equal(self.heads.parameters())
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        result = self._step(batch)
-        self._log_losses(result, "train", len(batch["segments"]))
-        self.layer_overlap = self._overlap_by_layer(result)
-        overlap = sum(self.layer_overlap) / len(self.layer_overlap)
-        samples = len(batch["segments"])
-        self.log("train/top10_overlap", overlap, prog_bar=True, batch_size=samples, sync_dist=True)
+        # Where batches are accumulated, their sum is averaged over processes, not each of them.
+        at_once = self._averages_gradients and self.trainer.accumulate_grad_batches == 1
+        result = self._step(batch, start_average if at_once else None)
+        self.figures = self._figures(result) if looked_at(self.trainer) else {}
+        self.log_dict(self.figures, prog_bar=True, batch_size=len(batch["segments"]))
         return result.loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         result = self._step(batch)
-        self._log_losses(result, "val", len(batch["segments"]))
+        losses = {f"val/{name}": value for name, value in _losses(result).items()}
+        samples = len(batch["segments"])
+        self.log_dict(losses, prog_bar=True, batch_size=samples, sync_dist=True)
         for predictions, targets in zip(result.predictions, result.targets, strict=True):
             self.val_scores.update(predictions.to(self.device), targets.to(self.device))
 
@@ -153,26 +191,13 @@ class HeadsModule(LightningModule):
         self.val_scores.reset()
 
     def configure_optimizers(self) -> Any:
-        given = self.hparams
         assert self.heads is not None
-        optimizer = torch.optim.AdamW(
-            self.heads.parameters(),
-            lr=given["lr"],
-            betas=tuple(given["betas"]),
-            weight_decay=given["weight_decay"],
-        )
-        schedule = get_linear_schedule_with_warmup(
-            optimizer, given["warmup_steps"], int(self.trainer.estimated_stepping_batches)
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return adamw(self, self.heads.parameters(), get_linear_schedule_with_warmup)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.shards is not None:  # DDP does this by itself, ModelParallelStrategy does not
+        if self._averages_gradients and self.trainer.accumulate_grad_batches > 1:
             assert self.heads is not None
-            average_gradients(self.heads.parameters(), self.shards)
+            average([p.grad for p in self.heads.parameters() if p.grad is not None])
 
     def trained_heads(self) -> RetainingHeads:
         """The heads in `save_dtype`, with the run's figures and longest prompt in their record."""
@@ -187,19 +212,19 @@ class HeadsModule(LightningModule):
         tensors = {name: t.to("cpu", dtype) for name, t in self.heads.state_dict().items()}
         return RetainingHeads.from_tensors(config, tensors)
 
-    def _step(self, batch: dict[str, Any]) -> Distilled:
+    def _step(self, batch: dict[str, Any], share: Share | None = None) -> Distilled:
         ids, segments = batch["input_ids"], batch["segments"]
         if self.training:
             longest = max(s.last_prompt_end - s.start for s in segments)
             self.longest_prompt.clamp_(min=longest)  # type: ignore[operator]
         if self.hparams["query_tokens"]:
             ids, segments = with_query_in_front(ids, segments, self.hparams["query_tokens"])
-        return self._distill()(ids, segments)
+        return self._distill()(ids, segments, share)
 
     def _distill(self) -> Distillation:
         """Made at the first step, when the strategy has settled on which device we are."""
         if self._distillation is None:
-            if self.shards is None:
+            if self.shards is None and not self.hparams["quantization"]:
                 self.backbone_model.to(self.device)
             backbone = Backbone(self.backbone_model, self.hparams["longrope"])
             assert self.heads is not None
@@ -209,24 +234,32 @@ class HeadsModule(LightningModule):
                 alpha=self.hparams["alpha"],
                 loss=self.hparams["loss"],
                 keep_scores=True,
+                chunk_size=self.hparams["train_chunk_size"],
             )
         return self._distillation
 
-    def _log_losses(self, result: Distilled, stage: str, samples: int) -> None:
-        parts = {
-            f"{stage}/loss": result.loss.detach(),
-            f"{stage}/regression": result.regression,
-            f"{stage}/smoothness": result.smoothness,
-        }
-        self.log_dict(parts, prog_bar=True, batch_size=samples, sync_dist=True)
+    def _figures(self, result: Distilled) -> dict[str, Tensor]:
+        """What is logged of a training step: means over processes."""
+        self.layer_overlap = self._overlap_by_layer(result)
+        figures = {**_losses(result), "top10_overlap": self.layer_overlap.mean()}
+        values = torch.stack([value.float() for value in figures.values()])
+        if self.trainer.world_size > 1:
+            average([values])  # one collective, and no barrier, for all of them
+        return {f"train/{name}": value for name, value in zip(figures, values, strict=True)}
 
-    def _overlap_by_layer(self, result: Distilled) -> list[float]:
-        """Top-10% overlap of each layer, over the row's answers."""
+    def _overlap_by_layer(self, result: Distilled) -> Tensor:
+        """Top-10% overlap of each layer [layers], over the row's answers; on our device."""
         assert self.heads is not None
-        metrics = [TopOverlap().to(self.device) for _ in self.heads.layers]
-        answers = len(result.predictions) // len(metrics)
-        for i, (predictions, targets) in enumerate(
-            zip(result.predictions, result.targets, strict=True)
-        ):
-            metrics[i // answers].update(predictions.to(self.device), targets.to(self.device))
-        return torch.stack([metric.compute() for metric in metrics]).tolist()
+        overlaps = [
+            top_overlap(predictions, targets, 0.1).mean().to(self.device)
+            for predictions, targets in zip(result.predictions, result.targets, strict=True)
+        ]
+        return torch.stack(overlaps).view(len(self.heads.layers), -1).mean(dim=1)
+
+
+def _losses(result: Distilled) -> dict[str, Tensor]:
+    return {
+        "loss": result.loss.detach(),
+        "regression": result.regression,
+        "smoothness": result.smoothness,
+    }

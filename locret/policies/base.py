@@ -37,7 +37,8 @@ class LayerChunk:
     """What a policy sees of one chunk in one layer.
 
     Attributes:
-        layer_idx: the layer.
+        layer_idx: the layer, counted among those that a budget holds for: layers with a sliding
+            window bound their cache by themselves.
         query: [B, H*G, T, D], before RoPE.
         key, value: [B, H, T, D], the new units', before RoPE.
         hidden: [B, T, hidden size], the attention layer's input.
@@ -164,5 +165,6 @@ class Policy:
         return 0
 
     def budgets(self, budget: int, num_layers: int, context: int) -> Sequence[int]:
-        """How many units each layer keeps of `context` tokens, `budget` on average."""
+        """How many units of `context` tokens each layer that is not bounded by a window keeps,
+        `budget` on average."""
         return [budget] * num_layers

@@ -214,12 +214,11 @@ def test_batches_have_the_documented_shapes(tokenizer):
     source = SyntheticSource(["passkey"], tokens=500, size=2)
     data = set_up(source, tokenizer=tokenizer, max_prompt_tokens=400)
     batch = next(iter(data.train_dataloader()))
-    assert set(batch) == {"input_ids", "segments", "cut", "prompt_length", "samples", "skipped"}
-    tensors = [batch[name] for name in ("input_ids", "prompt_length", "cut")]
-    assert all(tensor.dtype == torch.int64 for tensor in tensors)
+    assert set(batch) == {"input_ids", "segments", "cut", "samples", "skipped"}
+    assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "cut"))
     n = batch["input_ids"].shape[1]
     assert batch["input_ids"].shape == (1, n)
-    assert batch["prompt_length"].tolist() == [400] and n > 400
+    assert n > 400
     assert batch["cut"].shape == (1,) and batch["cut"].item() > 0
     assert batch["segments"] == [Segment.single(400, n)]
 
@@ -237,8 +236,9 @@ def test_a_batch_packs_samples_one_after_the_other(tokenizer):
             row = batch["input_ids"][0, segment.start : segment.end]
             assert torch.equal(row, alone["input_ids"][0])
             ((start, end),) = segment.answers
-            assert start - segment.start == int(alone["prompt_length"]) and end == segment.end
-        assert int(batch["prompt_length"]) == batch["segments"][0].answers[-1][0]
+            assert (
+                start - segment.start == alone["segments"][0].last_prompt_end and end == segment.end
+            )
     assert sizes == [2, 2, 1]
 
 

@@ -1,16 +1,21 @@
 """Arguments that turn a shipped config into a run of seconds, and what is read off a run."""
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def source(rows):
+def source(rows, stage="train"):
     given = {"class_path": "datamodules.sources.JsonlSource", "init_args": {"path": str(rows)}}
-    return f"--data.train={json.dumps([given])}"
+    return f"--data.{stage}={json.dumps([given])}"
 
 
 def callbacks(folder, *more):
@@ -54,6 +59,28 @@ def tiny_run(backbone, rows, folder, steps=2, config="smollm2.yaml", width=16):
 def run_in_process(args, module="trainers.fit", **kwargs):
     command = [sys.executable, "-m", module, *args]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+def run_forked(main, args, processes=1):
+    """The exit codes of `main(args)` in processes of their own that need not import anything; as
+    one, if they are equal."""
+    forked = multiprocessing.get_context("fork")
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
+    started = []
+    for rank in range(processes):
+        environment = {**where, "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        started.append(forked.Process(target=_on_one_thread, args=(main, args, environment)))
+        started[-1].start()
+    for process in started:
+        process.join()
+    codes = {process.exitcode for process in started}
+    return codes.pop() if len(codes) == 1 else codes
+
+
+def _on_one_thread(main, args, environment):
+    os.environ.update(environment)
+    torch.set_num_threads(1)  # the parent's threads are not there after a fork
+    main(args)
 
 
 def logged(folder, name):

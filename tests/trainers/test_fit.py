@@ -7,7 +7,16 @@ import yaml
 
 import locret
 from locret.models import load_model
-from tests.trainers.runs import callbacks, logged, run_in_process, tiny_run, weights
+from tests.trainers.killer import kill_at
+from tests.trainers.runs import (
+    callbacks,
+    logged,
+    run_forked,
+    run_in_process,
+    source,
+    tiny_run,
+    weights,
+)
 from trainers.callbacks import ExportHeads
 from trainers.cli import CONFIGS, build, config_path
 from trainers.fit import main
@@ -48,6 +57,14 @@ def test_the_resolved_config_lies_beside_the_heads_and_repeats_the_run(backbones
     assert weights(first) == weights(again)
 
 
+def test_mixed_precision_as_shipped_with_clipping(backbones, rows, tmp_path):
+    """Lightning refuses some optimizers here, at their first step."""
+    args = tiny_run(backbones("llama"), rows, tmp_path, config="llama31.yaml")
+    shipped = yaml.safe_load((CONFIGS / "llama31.yaml").read_text())["trainer"]
+    assert shipped["precision"] == "bf16-mixed" and shipped["gradient_clip_val"] == 0.5
+    main([*args, "--trainer.precision=bf16-mixed", "--model.dtype=bfloat16"])
+
+
 def test_training_changes_heads_and_nothing_else(backbones, rows, tmp_path):
     cli = build(HeadsModule, ExportHeads, tiny_run(backbones("qwen3"), rows, tmp_path, steps=4))
     cli.model.configure_model()
@@ -71,20 +88,62 @@ def test_checkpoints_hold_heads_and_optimizer_only(backbones, rows, tmp_path):
     assert (tmp_path / "ckpt" / "last.ckpt").stat().st_size < 4 * heads
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_resumes_bit_for_bit(workers, backbones, rows, tmp_path):
-    def arguments(name):
-        given = tiny_run(backbones("llama"), rows, tmp_path / name, steps=9)
-        return [*given, f"--data.num_workers={workers}"]
+def resumable(backbones, rows, folder, workers=0):
+    """Nine steps in epochs of six, validation after every third, checkpoints after every other."""
+    return [
+        *tiny_run(backbones("llama"), rows, folder, steps=9),
+        source(rows, "val"),
+        "--data.batch_size=4",
+        f"--data.num_workers={workers}",
+        "--trainer.val_check_interval=3",
+        "--trainer.limit_val_batches=2",
+        "--trainer.num_sanity_val_steps=0",
+    ]
 
-    whole = main(arguments("whole"))
-    killer = {"class_path": "tests.trainers.killer.KillAtStep", "init_args": {"step": 5}}
-    args = [*arguments("killed"), callbacks(tmp_path / "killed", killer)]
-    assert run_in_process(args).returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "heads").exists()
-    resumed = main([*arguments("killed"), "--ckpt_path=last"])
-    assert weights(whole) == weights(resumed)
-    assert logged(tmp_path / "killed" / "logs" / "version_1", "step")[0] == 4
+
+@pytest.fixture(scope="module")
+def whole(backbones, rows, tmp_path_factory):
+    """Heads of a run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_forked(main, resumable(backbones, rows, folder)) == 0
+    return weights(folder / "heads")
+
+
+@pytest.mark.parametrize(
+    ("step", "hook", "workers"),
+    [
+        (0, "on_train_batch_start", 0),  # before there is a checkpoint
+        (1, "on_train_batch_start", 0),
+        (5, "on_train_batch_start", 2),
+        (6, "on_train_epoch_end", 0),
+        (6, "on_train_batch_start", 2),  # the first of the second epoch
+        (3, "on_validation_batch_start", 0),
+        (6, "on_validation_batch_start", 2),
+    ],
+)
+def test_a_killed_run_resumes_bit_for_bit(step, hook, workers, whole, backbones, rows, tmp_path):
+    args = resumable(backbones, rows, tmp_path, workers)
+    killed = run_forked(main, [*args, callbacks(tmp_path, kill_at(step, hook))])
+    assert killed == -signal.SIGKILL
+    assert not (tmp_path / "heads").exists()
+    assert run_forked(main, [*args, "--ckpt_path=last"]) == 0
+    assert weights(tmp_path / "heads") == whole
+    assert logged(tmp_path / "logs" / "version_1", "train/loss")[0] > 0
+    first = int(logged(tmp_path / "logs" / "version_1", "step")[0])
+    assert first == step // 2 * 2  # no step before the last checkpoint is repeated
+
+
+def test_a_quantized_backbone_read_in_chunks(backbones, rows, tmp_path):
+    pytest.importorskip("torchao")
+    exact = main(tiny_run(backbones("llama"), rows, tmp_path / "exact"))
+    small = ["--model.quantization=int8", "--model.train_chunk_size=64"]
+    args = [*tiny_run(backbones("llama"), rows, tmp_path / "small"), *small]
+    ours, theirs = (
+        locret.RetainingHeads.from_pretrained(folder).state_dict() for folder in (main(args), exact)
+    )
+    for name in theirs:
+        assert (ours[name] - theirs[name]).abs().max() < 1e-2
+    assert not all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_the_command_says_what_it_made(backbones, rows, tmp_path):

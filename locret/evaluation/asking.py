@@ -1,0 +1,152 @@
+"""Answers of one model under one row of the table: compress the context, read the rest, generate.
+
+Decoding is greedy. Every question meets a cache of its own or an untouched copy of its context's.
+"""
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locret.cache import RetainedCache
+from locret.evaluation.engines import Engines
+from locret.evaluation.questions import Question
+from locret.evaluation.records import Record
+from locret.evaluation.stopping import StopStrings, before_stop
+from locret.generation import Engine
+from locret.models import LoadedModel
+
+
+class Asker:
+    """Asks a model questions under any row.
+
+    Args:
+        loaded: the model.
+        engines: of the model.
+        in_turn: questions of a batch are about one context, and are asked one after the other.
+    """
+
+    def __init__(self, loaded: LoadedModel, engines: Engines, in_turn: bool = True) -> None:
+        self.loaded = loaded
+        self.model: Any = loaded.model
+        self.tokenizer: Any = loaded.tokenizer
+        self.engines = engines
+        self._in_turn = in_turn
+
+    @torch.no_grad()
+    def ask(self, batch: Sequence[Question]) -> Iterator[list[Record]]:
+        """Answer a batch (`locret.evaluation.questions.batches`), a list of records at a time."""
+        engine = self.engines.get(batch[0].row, batch[0].budget)
+        started = time.perf_counter()
+        with engine:
+            if not self._in_turn:
+                cache, held = self._read(engine, batch)
+                yield self._answers(engine, batch, cache, held, started)
+                return
+            whole, held = self._read(engine, batch[:1])
+            for number, question in enumerate(batch, start=1):
+                last = number == len(batch)
+                cache = whole if last else copy.deepcopy(whole)
+                yield self._answers(engine, [question], cache, held, started)
+                started = time.perf_counter()
+
+    def _read(
+        self, engine: Engine, batch: Sequence[Question]
+    ) -> tuple[RetainedCache, dict[str, Any]]:
+        """The compressed contexts, and what is held of each."""
+        contexts = [question.prompt.ids[: question.compressed] for question in batch]
+        ids, mask = _padded(contexts, self.model.device)
+        given: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+        if batch[0].query:
+            queries = [question.query for question in batch]
+            given["query_ids"] = torch.tensor(queries, device=self.model.device)
+        cache = engine.prefill(ids, **given)
+        return cache, _held(cache, len(batch))
+
+    def _answers(
+        self,
+        engine: Engine,
+        batch: Sequence[Question],
+        cache: RetainedCache,
+        held: dict[str, Any],
+        started: float,
+    ) -> list[Record]:
+        task = batch[0].task
+        rest = [question.prompt.ids[question.compressed :] for question in batch]
+        ids = torch.tensor(rest, device=self.model.device)
+        criteria = [StopStrings(task.stop, self.tokenizer)] if task.stop else []
+        output = engine.generate(
+            ids,
+            cache=cache,
+            max_new_tokens=task.max_new_tokens,
+            do_sample=False,
+            stopping_criteria=criteria,
+            **self._ends(),
+        )
+        seconds = (time.perf_counter() - started) / len(batch)
+        held = held | {"bytes_after": cache.nbytes // len(batch), "seconds": round(seconds, 4)}
+        return [
+            self._record(question, answer[ids.shape[1] :], held)
+            for question, answer in zip(batch, output, strict=True)
+        ]
+
+    def _ends(self) -> dict[str, Any]:
+        """The end of the turn, and what a finished row of a batch is filled with."""
+        ends = self.end_tokens
+        pad = self.tokenizer.pad_token_id
+        pad = ends[0] if pad is None and ends else pad
+        return {"eos_token_id": ends or None, "pad_token_id": pad}
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Tokens that end an answer: the model's, else the tokenizer's."""
+        found = self.model.generation_config.eos_token_id
+        found = self.tokenizer.eos_token_id if found is None else found
+        return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+    def _record(self, question: Question, new: Tensor, held: dict[str, Any]) -> Record:
+        tokens, ends = new.tolist(), set(self.end_tokens)
+        length = next((i for i, token in enumerate(tokens) if token in ends), None)
+        tokens = tokens[:length]
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        answer, stopped = before_stop(text, question.task.stop)
+        return Record(
+            settings=question.settings,
+            prompt=question.prompt.key,
+            row=question.row.label,
+            task=question.task.label,
+            sample=question.sample.id,
+            answer=answer,
+            end="stop" if stopped else "length" if length is None else "eos",
+            new_tokens=len(tokens),
+            prompt_tokens=len(question.prompt.ids),
+            compressed_tokens=question.compressed,
+            cut=question.prompt.cut,
+            answer_cut=question.prompt.answer_cut,
+            budget=question.budget,
+            **held,
+        )
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Token ids [B, n], padded on the left, and their mask; None if no row is padded."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    if all(len(row) == width for row in rows):
+        return ids, None
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _held(cache: RetainedCache, rows: int) -> dict[str, Any]:
+    """Units of a head, their mean and largest number over layers, and bytes of one row."""
+    report = cache.report()
+    units = [int(units) for units in report["units"]]
+    return {
+        "units": (round(sum(units) / len(units), 1), max(units)),
+        "bytes": report["total_bytes"] // rows,
+        "full_bytes": report["full_cache_bytes"] // rows,
+    }

@@ -1,0 +1,141 @@
+"""The command line of `python -m locret evaluate`; what runs is imported when it runs."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from locret.evaluation.config import EvalConfig
+    from locret.evaluation.preparing import Prepared
+
+Bar = Callable[[str], Any]
+"""Makes a progress bar with a label."""
+
+OVERRIDES = ("model", "adapter", "heads", "dtype", "device", "data_dir", "output", "limit")
+LISTS = ("tasks", "lengths")
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", help="a YAML file, or a name in configs/eval")
+    command.add_argument("--tasks", nargs="+", help="tasks or groups of tasks")
+    command.add_argument("--lengths", nargs="+", type=int, help="of tasks made to a length")
+    command.add_argument("--limit", type=int, help="samples a task")
+    command.add_argument("--data-dir", help="folder of the tasks' data files")
+    command.add_argument("--output", help="folder for predictions and results")
+    command.add_argument("--model", help="Hub id, folder, or embedded:smollm2")
+    command.add_argument("--adapter", help="PEFT adapter of the model: folder or Hub id")
+    command.add_argument("--heads", help="artifact folder, .bin file, or Hub id")
+    command.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
+    command.add_argument("--device")
+    command.add_argument("--batch-size", type=int, help="samples asked at a time")
+    command.add_argument("--processes", type=int, default=1, help="that share the questions")
+    command.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="any value of the configuration"
+    )
+    command.add_argument("--dry-run", action="store_true", help="only show what would be asked")
+    command.add_argument("--list-tasks", action="store_true", help="show the tasks there are")
+
+
+def config_of(given: argparse.Namespace) -> "EvalConfig":
+    """The configuration that a command line asks for.
+
+    Raises:
+        ValueError: no configuration was named, or it cannot be (`locret.evaluation.config`).
+    """
+    from locret.evaluation.config import read_config
+
+    if not given.config:
+        raise ValueError("give a configuration with --config, such as eval/ruler_smollm2.yaml")
+    overrides = {name: getattr(given, name) for name in (*OVERRIDES, *LISTS, "batch_size")}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    return read_config(given.config, overrides | _settings(given.set))
+
+
+def _settings(texts: list[str]) -> dict[str, Any]:
+    """`a.b=VALUE` as names and values; values are YAML."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text} is no NAME=VALUE")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+def run(given: argparse.Namespace, bar: Bar) -> None:
+    """Run an evaluation, or the part of it that falls to this process."""
+    from locret.evaluation import evaluate
+    from locret.evaluation.preparing import prepare
+    from locret.evaluation.processes import run_processes
+    from locret.evaluation.ranks import Ranks
+
+    if given.list_tasks:
+        print(_tasks())
+        return
+    config, ranks = config_of(given), Ranks.of_environment()
+    prepared = prepare(config)
+    if given.dry_run:
+        print(_plan(prepared))
+        return
+    command = "python -m locret " + shlex.join(sys.argv[1:])
+    progress = bar("asking") if ranks.rank == 0 else None
+    if given.processes > 1 and ranks.world == 1:
+        run_processes(prepared, _arguments(given), given.processes, progress)
+    else:
+        evaluate.ask(prepared, ranks, progress)
+    path = evaluate.finish(prepared, command)
+    if path is None:
+        print(f"rank {ranks.rank} of {ranks.world}: done; other processes have questions left")
+    elif ranks.world == 1 or given.processes == 1:
+        _say(path)
+
+
+def _arguments(given: argparse.Namespace) -> list[str]:
+    """The command line of one process of several: the same configuration."""
+    arguments = ["--config", given.config]
+    for name in (*OVERRIDES, *LISTS, "batch_size"):
+        value = getattr(given, name)
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return arguments + (["--set", *given.set] if given.set else [])
+
+
+def _tasks() -> str:
+    from locret.evaluation.tasks import GROUPS, TASKS
+
+    groups = [f"{name:<28} {names[0]} ... {names[-1]}" for name, names in GROUPS.items()]
+    tasks = [f"{name:<28} scored by {', '.join(task.metrics)}" for name, task in TASKS.items()]
+    return "\n".join(groups + tasks)
+
+
+def _plan(prepared: "Prepared") -> str:
+    asked = prepared.asked
+    rows = dict.fromkeys(question.row.label for question in asked)
+    counts: dict[str, list[int]] = {}
+    for question in asked:
+        if question.row.label == next(iter(rows)):
+            counts.setdefault(question.task.label, []).append(len(question.prompt.ids))
+    lines = [f"{len(rows)} rows: {', '.join(rows)}"]
+    lines += [
+        f"{label:<34} {len(sizes):>5} samples of {min(sizes)} to {max(sizes)} tokens"
+        for label, sizes in counts.items()
+    ]
+    return "\n".join([*lines, f"{len(asked)} answers, into {prepared.output.resolve()}"])
+
+
+def _say(path: Path) -> None:
+    """What was made, and where."""
+    from locret.evaluation import results
+
+    result = json.loads(path.read_text(encoding="utf-8"))
+    print(results.table(result))
+    print(f"table        {path.with_suffix('.md').resolve()}")
+    print(f"figures      {path.resolve()}")
+    print(f"predictions  {(path.parent / 'predictions').resolve()}")

@@ -1,0 +1,72 @@
+"""The engine of a row and budget, made when it is asked for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from locret.cache import RetainedCache
+from locret.evaluation.rows import Row
+from locret.generation import Engine
+from locret.heads import RetainingHeads
+from locret.models import LoadedModel
+from locret.policies import POLICIES, LocretPolicy, Policy
+
+PADDED = hasattr(RetainedCache, "stack")
+"""Whether the engine takes contexts of different lengths in one batch."""
+
+SHOWN = ("chunk_size", "stabilizers", "local_tokens", "positions", "budget")
+
+
+class Engines:
+    """Engines for one model; the latest is kept.
+
+    Args:
+        loaded: the model.
+        heads: by the name that a row or the run gives them.
+        default_heads: the run's own.
+        settings: of the engine, for all rows.
+
+    Attributes:
+        used: settings of the first engine of every row, by the row's label.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        heads: Mapping[str, RetainingHeads],
+        default_heads: str | None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        model = self._model = loaded.model
+        self._heads = {n: h.to(model.device, model.dtype) for n, h in heads.items()}
+        self._default_heads = default_heads
+        self._settings = settings
+        self._latest: tuple[Any, Engine] | None = None
+        self.used: dict[str, dict[str, Any]] = {}
+
+    def get(self, row: Row, budget: int | None) -> Engine:
+        """The engine of a row, attached to nothing until it is used."""
+        key = (row.label, budget)
+        if self._latest is None or self._latest[0] != key:
+            made = self._made(row, budget)
+            self._latest = key, made
+            self.used.setdefault(row.label, _shown(made))
+        return self._latest[1]
+
+    def _made(self, row: Row, budget: int | None) -> Engine:
+        heads = self._heads.get(row.heads or self._default_heads or "")
+        settings: dict[str, Any] = {**self._settings, **row.engine, "budget": budget}
+        if row.quantization is not None:
+            settings["quantization"] = row.quantization
+        return Engine(self._model, _policy(row), heads=heads, **settings)
+
+
+def _policy(row: Row) -> str | Policy:
+    if not row.policy_args or row.policy == LocretPolicy.name:
+        return row.policy
+    return POLICIES[row.policy](**row.policy_args)
+
+
+def _shown(engine: Engine) -> dict[str, Any]:
+    """What the engine's settings came to be."""
+    found = vars(engine) | vars(getattr(engine, "settings", object))
+    return {name: found[name] for name in SHOWN if name in found}

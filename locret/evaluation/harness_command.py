@@ -1,0 +1,43 @@
+"""`python -m locret lm_eval ...`: the harness's own command line, with our model and tasks in it.
+
+The harness finds models of other packages by no entry point, so that something must import ours
+before its command line runs; this does, and puts our task files on its include path. Its own
+`lm_eval` command imports our model when it reads a file that says so, given among its tasks:
+
+    lm_eval --model locret --tasks TASK,$(python -m locret lm_eval --plugin) --model_args ...
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TASK_FILES = Path(__file__).parent / "tasks"
+PLUGIN = TASK_FILES / "locret.yaml"
+INCLUDE = "--include_path"
+
+
+def run(args: Sequence[str]) -> None:
+    """Run the harness's command line.
+
+    Raises:
+        ValueError: the harness is not installed, or what our model and tasks refuse.
+    """
+    if list(args) == ["--plugin"]:
+        print(PLUGIN)
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm_eval needs the package lm-eval: pip install 'locret[eval]'")
+    from lm_eval.__main__ import cli_evaluate
+
+    import locret.evaluation.harness  # noqa: F401 - registers the model
+
+    sys.argv = ["lm_eval", *with_our_tasks(args)]
+    cli_evaluate()
+
+
+def with_our_tasks(args: Sequence[str]) -> list[str]:
+    """The arguments, with our task files on the include path if they name no other one."""
+    named = any(arg.partition("=")[0] == INCLUDE for arg in args)
+    only_help = not args or {"-h", "--help"} & set(args)
+    return [*args] if named or only_help else [*args, INCLUDE, str(TASK_FILES)]

@@ -1,0 +1,124 @@
+"""Everything of a run that can be checked and made without its model: rows, tasks, questions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from locret import hub
+from locret.evaluation.config import EvalConfig
+from locret.evaluation.files import file_hash
+from locret.evaluation.prompts import Renderer
+from locret.evaluation.provenance import source
+from locret.evaluation.questions import Question, questions
+from locret.evaluation.rows import Row
+from locret.evaluation.tasks import Task
+from locret.heads import RetainingHeads
+from locret.models import load_config, load_tokenizer
+from locret.policies import LocretPolicy
+
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run, ready to be asked.
+
+    Attributes:
+        config: of the run.
+        heads: by the name that a row or the run gives them.
+        sources: what model, adapter, heads and data are, by content.
+        renderer: of the prompts.
+        asked: all questions, in the order of the table.
+    """
+
+    config: EvalConfig
+    heads: dict[str, RetainingHeads]
+    sources: dict[str, Any]
+    renderer: Renderer
+    asked: list[Question]
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+
+def prepare(config: EvalConfig) -> Prepared:
+    """Check everything that can be checked without the model, and make the questions.
+
+    Raises:
+        ValueError: unknown tasks, rows that cannot be, missing data or heads; in one line.
+    """
+    rows, tasks = config.table_rows(), config.make_tasks()
+    check_adapter(config.adapter)
+    heads = _load_heads(config, rows)
+    renderer = Renderer(load_tokenizer(config.model), config.chat_template)
+    sources = _sources(config, heads, tasks, renderer)
+    window = getattr(load_config(config.model), "max_position_embeddings", None)
+    samples = [
+        (task, task.samples(config.limit, renderer.measure, renderer.fingerprint)) for task in tasks
+    ]
+    asked: list[Question] = []
+    for row in rows:
+        in_front = _in_front(config, row, heads)
+        for task, of_task in samples:
+            asked += questions(config, row, task, of_task, renderer, sources, window, in_front)
+    return Prepared(config, heads, sources, renderer, asked)
+
+
+def check_adapter(name: str | None) -> None:
+    """Refuse an adapter that is not there.
+
+    Raises:
+        ValueError: a folder without an adapter, or neither a folder nor a Hub repository with one.
+    """
+    if name is None:
+        return
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = hub.download(name, patterns=[ADAPTER, "adapter_model*"], revision=None, token=None)
+    if not (folder / ADAPTER).is_file():
+        raise ValueError(f"adapter {name} has no {ADAPTER}; expected the folder of a PEFT adapter")
+
+
+def _load_heads(config: EvalConfig, rows: Sequence[Row]) -> dict[str, RetainingHeads]:
+    for row in rows:
+        if row.policy == LocretPolicy.name and not (row.heads or config.heads):
+            raise ValueError(
+                f"row {row.label} needs trained heads: give --heads, or heads in the configuration"
+            )
+    names = {name for name in (config.heads, *(row.heads for row in rows)) if name}
+    heads = {name: RetainingHeads.from_pretrained(name) for name in sorted(names)}
+    for row in rows:
+        if _in_front(config, row, heads) and row.protocol == "query_agnostic":
+            raise ValueError(
+                f"row {row.label}: its heads are query-aware; give it protocol: query_aware"
+            )
+    return heads
+
+
+def _in_front(config: EvalConfig, row: Row, heads: dict[str, RetainingHeads]) -> bool:
+    """Whether the row's heads want the question in front of the context."""
+    own = heads.get(row.heads or config.heads or "")
+    is_locret = row.policy == LocretPolicy.name and not row.keeps_all
+    return bool(is_locret and own is not None and own.config.query_tokens)
+
+
+def _sources(
+    config: EvalConfig,
+    heads: dict[str, RetainingHeads],
+    tasks: Sequence[Task],
+    renderer: Renderer,
+) -> dict[str, Any]:
+    files = {path for task in tasks for path in task.files()}
+    on = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "model": config.model,
+        "dtype": config.dtype if config.dtype != "auto" else f"auto on {on.partition(':')[0]}",
+        "adapter": source(config.adapter),
+        "heads": {name: source(name) for name in heads},
+        "tokenizer": renderer.fingerprint,
+        "data": {path.name: file_hash(path) for path in sorted(files)},
+    }

@@ -1,0 +1,74 @@
+"""One run in several processes of this machine: `python -m locret evaluate ... --processes N`.
+
+Each process loads the model and asks its share. On one accelerator that pays for small models,
+whose time goes into launching kernels.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from locret.evaluation.preparing import Prepared
+from locret.evaluation.records import Records
+
+POLL_SECONDS = 1.0
+TOLD = 2000  # characters of what a failed process said
+
+
+def run_processes(
+    prepared: Prepared,
+    arguments: Sequence[str],
+    count: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run `python -m locret evaluate ARGUMENTS` in so many processes, to their end.
+
+    Raises:
+        ValueError: one of them failed; says what it said. The others are ended.
+    """
+    folder = prepared.output / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    logs = [folder / f"{rank}.txt" for rank in range(count)]
+    running = [_start(arguments, rank, count, log) for rank, log in enumerate(logs)]
+    try:
+        while any(process.poll() is None for process in running):
+            _refuse_failed(running, logs)
+            _tell(prepared, progress)
+            time.sleep(POLL_SECONDS)
+        _refuse_failed(running, logs)
+        _tell(prepared, progress)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def _start(arguments: Sequence[str], rank: int, count: int, log: Path) -> subprocess.Popen[bytes]:
+    threads = max(1, (os.cpu_count() or 1) // count)
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }
+    command = [sys.executable, "-m", "locret", "evaluate", *arguments]
+    with log.open("wb") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+
+
+def _refuse_failed(running: Sequence["subprocess.Popen[bytes]"], logs: Sequence[Path]) -> None:
+    for process, log in zip(running, logs, strict=True):
+        if process.poll():
+            said = log.read_text(encoding="utf-8", errors="replace").strip()[-TOLD:]
+            raise ValueError(f"a process ended with status {process.returncode} ({log}):\n{said}")
+
+
+def _tell(prepared: Prepared, progress: Callable[[int, int], None] | None) -> None:
+    if progress is not None:
+        found = Records(prepared.output).read()
+        keys = {question.key for question in prepared.asked}
+        progress(len(keys & found.keys()), len(keys))

@@ -1,0 +1,153 @@
+"""What there is to ask in a run: every sample under every row, dealt into batches.
+
+Batches are a function of the configuration alone, whatever was answered before, so that all
+processes of a run, and a run that goes on, agree on who asks what.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from locret.evaluation.config import EvalConfig
+from locret.evaluation.prompts import Prompt, Renderer
+from locret.evaluation.rows import Row
+from locret.evaluation.tasks import Sample, Task
+
+NOT_OF_ANSWERS = frozenset(
+    {"rows", "tasks", "output", "batch_size", "limit", "lengths", "smoke", "cache_dir", "device"}
+    | {"adapter", "heads", "data_dir", "data", "engine"}
+)
+"""Values of a configuration that no answer depends on, or that `settings_of` holds by content."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sample under a row.
+
+    Attributes:
+        budget: units a KV head may keep; None = all.
+        in_front: the heads are query-aware: they get the question in front of the context.
+        settings: recognises everything that the answer depends on but the sample.
+    """
+
+    row: Row
+    task: Task
+    sample: Sample
+    prompt: Prompt
+    budget: int | None
+    in_front: bool
+    settings: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What its record is found by (`locret.evaluation.records.Record.key`)."""
+        return self.settings, self.sample.id, self.prompt.key
+
+    @property
+    def compressed(self) -> int:
+        """Tokens that are read and compressed before the rest."""
+        if self.in_front or self.row.protocol == "query_agnostic":
+            return self.prompt.context_end
+        return self.prompt.question_end
+
+    @property
+    def query(self) -> tuple[int, ...]:
+        """What stands in front of the context, for query-aware heads."""
+        prompt = self.prompt
+        return prompt.ids[prompt.context_end : prompt.question_end] if self.in_front else ()
+
+    @property
+    def rest(self) -> int:
+        """Tokens that follow, and are not compressed."""
+        return len(self.prompt.ids) - self.compressed
+
+    @property
+    def group(self) -> str:
+        return self.sample.group or self.sample.id
+
+
+def settings_of(config: EvalConfig, row: Row, task: Task, sources: dict[str, Any]) -> str:
+    """Recognises everything that an answer depends on but the sample."""
+    values = {
+        "config": {k: v for k, v in config.to_dict().items() if k not in NOT_OF_ANSWERS},
+        "sources": sources,
+        "row": row.to_dict() | {"engine": {**config.engine, **row.engine}},
+        "task": [task.name, task.length, task.version, task.max_new_tokens, list(task.stop)],
+    }
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def questions(
+    config: EvalConfig,
+    row: Row,
+    task: Task,
+    samples: Iterable[Sample],
+    renderer: Renderer,
+    sources: dict[str, Any],
+    window: int | None,
+    in_front: bool,
+) -> Iterator[Question]:
+    """The samples of a task under a row.
+
+    Args:
+        sources: what model, adapter and heads are, by content.
+        window: tokens that the model can hold at once.
+        in_front: the row's heads are query-aware.
+    """
+    settings = settings_of(config, row, task, sources)
+    longest = config.max_length or (window if _needs_window(config, row) else None)
+    limit = None if longest is None else longest - task.max_new_tokens
+    for sample in samples:
+        prompt = renderer.render(sample, limit)
+        budget = row.units(task.length or len(prompt.ids))
+        yield Question(row, task, sample, prompt, budget, in_front, settings)
+
+
+def _needs_window(config: EvalConfig, row: Row) -> bool:
+    """Whether every token keeps a position of its own, so that the model's window is the limit."""
+    return row.keeps_all or {**config.engine, **row.engine}.get("positions") == "original"
+
+
+def batches(asked: Iterable[Question], batch_size: int, padded: bool) -> list[list[Question]]:
+    """Questions that one call can answer: of one row, task and budget.
+
+    With a batch size of 1, the samples about one context stand together, to share its prefill.
+
+    Args:
+        batch_size: the most questions of a batch.
+        padded: contexts of different lengths may stand together.
+    """
+    groups: dict[tuple[Any, ...], list[Question]] = {}
+    for question in asked:
+        key: tuple[Any, ...] = (question.row.label, question.task.label, question.budget)
+        if batch_size == 1:
+            key += (question.group, question.prompt.ids[: question.compressed])
+        else:
+            key += (question.rest, len(question.query))
+            key += () if padded else (question.compressed,)
+        groups.setdefault(key, []).append(question)
+    size = batch_size if batch_size > 1 else None
+    return [batch for group in groups.values() for batch in _cut(group, size)]
+
+
+def _cut(group: list[Question], size: int | None) -> Iterator[list[Question]]:
+    if size is None:
+        yield group
+        return
+    group = sorted(group, key=lambda question: question.compressed)
+    for start in range(0, len(group), size):
+        yield group[start : start + size]
+
+
+def share(all_batches: list[list[Question]], rank: int, world: int) -> list[list[Question]]:
+    """The batches of one process of many: alike in number and length."""
+    by_cost = sorted(all_batches, key=_cost, reverse=True)
+    return by_cost[rank::world]
+
+
+def _cost(batch: list[Question]) -> int:
+    new = sum(question.rest + question.task.max_new_tokens for question in batch)
+    return batch[0].compressed + new

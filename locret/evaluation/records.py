@@ -1,0 +1,103 @@
+"""Predictions on disk: one JSON line each, appended as they come, so that a killed run goes on.
+
+Every process of a run appends to a file of its own; all of them read all files. A line is taken for
+a sample only if it was made under the same settings for the same prompt.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = "predictions"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answer.
+
+    Attributes:
+        settings: recognises everything that the answer depends on but the sample.
+        prompt: recognises the prompt's tokens.
+        row, task, sample: whose answer it is.
+        answer: the text, before any stop string.
+        end: why it ended: "eos", "stop" or "length".
+        new_tokens: of the answer.
+        prompt_tokens, compressed_tokens: of the prompt, and of its part that was compressed.
+        cut: tokens taken out of the context to fit; answer_cut: an answer among them.
+        budget: units a KV head may keep; None = all.
+        units: held after the context was compressed, [mean, largest] over layers.
+        bytes: of the cache then; full_bytes: of the keys and values of a full one.
+        bytes_after: of the cache after the answer, room for more of it included.
+        seconds: a share of the batch's time.
+    """
+
+    settings: str
+    prompt: str
+    row: str
+    task: str
+    sample: str
+    answer: str
+    end: str
+    new_tokens: int
+    prompt_tokens: int
+    compressed_tokens: int
+    cut: int
+    answer_cut: bool
+    budget: int | None
+    units: tuple[float, int]
+    bytes: int
+    full_bytes: int
+    bytes_after: int
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What a sample's answer is found by."""
+        return self.settings, self.sample, self.prompt
+
+
+class Records:
+    """The predictions under a folder.
+
+    Args:
+        folder: of the run.
+        writer: names the file that this process appends to.
+    """
+
+    def __init__(self, folder: Path, writer: str = "0") -> None:
+        self.folder = folder / FOLDER
+        self.path = self.folder / f"{writer}.jsonl"
+
+    def read(self) -> dict[tuple[str, str, str], Record]:
+        """All predictions, by `Record.key`. Lines that were not written to their end are left."""
+        files = sorted(self.folder.glob("*.jsonl"))
+        return {record.key: record for path in files for record in _records(path)}
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Add predictions in one write."""
+        text = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            if file.tell() and not _ends_a_line(self.path):
+                file.write(b"\n")  # a line that a killed run left unfinished
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _records(path: Path) -> Iterator[Record]:
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            values: Any = json.loads(line)
+            yield Record(**values | {"units": tuple(values["units"])})
+        except (ValueError, TypeError, KeyError):
+            continue  # unfinished, or of another version: the sample is asked again

@@ -1,0 +1,142 @@
+"""The rows of a results table: one way to bound the cache each.
+
+    rows:
+      - {policy: [locret, keydiff], budget: [4x, 8x, 16x]}
+      - {policy: locret, heads: runs/aware/heads, name: locret_q, protocol: query_aware, budget: 8x}
+
+An entry with lists stands for all their combinations. The full cache is a row of every table.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
+
+from locret.evaluation.prompts import Protocol
+from locret.policies import POLICIES
+
+FULL = "full"
+CROSSED = ("policy", "budget", "protocol", "quantization")
+"""Keys of an entry that may be lists."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to bound the cache.
+
+    Attributes:
+        policy: a name of `locret.policies.POLICIES`.
+        budget: units a KV head keeps: a number; a share such as 0.125; "8x" = an eighth; None =
+            all. Shares are of the length that the task is made to, else of the sample's prompt.
+        protocol: what is known when the context is compressed.
+        heads: an artifact, where it is not the run's.
+        quantization: how the cache's keys and values are stored; None = as they are.
+        engine: further settings of `locret.Engine`.
+        policy_args: of the policy's class.
+        name: what the table calls the policy.
+    """
+
+    policy: str
+    budget: int | float | str | None = None
+    protocol: Protocol = "query_agnostic"
+    heads: str | None = None
+    quantization: Any = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    policy_args: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def keeps_all(self) -> bool:
+        """Nothing is ever evicted, so that the protocol makes no difference."""
+        return not POLICIES[self.policy].evicts or self.budget is None
+
+    @property
+    def label(self) -> str:
+        """What the table calls the row; different rows have different labels."""
+        name = self.name or self.policy
+        parts = [name]
+        if not self.keeps_all:
+            parts += [str(self.budget), self.protocol]
+        if self.quantization is not None:
+            parts.append(str(self.quantization))
+        return " ".join(parts)
+
+    def units(self, tokens: int) -> int | None:
+        """The budget for a prompt of so many tokens, at least 1."""
+        if self.keeps_all or self.budget is None:
+            return None
+        if isinstance(self.budget, int):
+            return self.budget
+        return max(1, round(tokens * _share(self.budget)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value not in (None, "", {})}
+
+
+def _share(budget: float | str) -> float:
+    return 1 / float(budget[:-1]) if isinstance(budget, str) else budget
+
+
+def expand(entries: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rows of a configuration, the full cache first.
+
+    Raises:
+        ValueError: an unknown key, policy or protocol, a budget that is none, or a row given twice.
+    """
+    rows = [row for entry in entries for row in _combinations(entry)]
+    full = [row for row in rows if row.label == FULL] or [Row(FULL)]
+    rows = full[:1] + [row for row in rows if row.label != FULL]
+    labels = [row.label for row in rows]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(
+            f"rows {', '.join(twice)} are given twice; give rows that differ in heads or engine "
+            "settings names of their own: {name: ...}"
+        )
+    return rows
+
+
+def _combinations(entry: Mapping[str, Any]) -> list[Row]:
+    known = set(Row.__dataclass_fields__)
+    if not isinstance(entry, Mapping) or "policy" not in entry or set(entry) - known:
+        raise ValueError(
+            f"rows: {entry} is no row; expected a policy and some of {', '.join(sorted(known))}"
+        )
+    lists = [_listed(entry[key]) for key in CROSSED if key in entry]
+    keys = [key for key in CROSSED if key in entry]
+    return [
+        _checked(Row(**{**entry, **dict(zip(keys, values, strict=True))}))
+        for values in itertools.product(*lists)
+    ]
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _checked(row: Row) -> Row:
+    if row.policy not in POLICIES:
+        raise ValueError(
+            f"rows: policy {row.policy!r} is unknown; expected one of {sorted(POLICIES)}"
+        )
+    if row.protocol not in get_args(Protocol):
+        raise ValueError(
+            f"rows: protocol {row.protocol!r} is unknown; expected one of {get_args(Protocol)}"
+        )
+    if POLICIES[row.policy].evicts and not _is_budget(row.budget):
+        raise ValueError(
+            f"rows: budget of {row.policy} is {row.budget!r}; expected a number of units, a share "
+            "such as 0.125, a factor such as 8x, or null for no limit"
+        )
+    return row
+
+
+def _is_budget(budget: Any) -> bool:
+    if budget is None:
+        return True
+    if isinstance(budget, str):
+        digits = budget[:-1]
+        return budget.endswith("x") and digits.isdigit() and int(digits) > 0
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        return False
+    return budget >= 1 if isinstance(budget, int) else 0 < budget < 1

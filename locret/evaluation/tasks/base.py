@@ -1,0 +1,123 @@
+"""What an evaluation task is: samples with their context apart from their question, and a score.
+
+A sample's user turn is `context + question`, exactly as the benchmark words it; the cut between the
+two is what the query-agnostic protocol needs. `answer_prefix` is given to the model as the first
+words of its answer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+Measure = Callable[["Sample"], int]
+"""Tokens of a sample's rendered prompt."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one context.
+
+    Attributes:
+        id: unique within its task.
+        context: read first; ends where the question begins.
+        question: the rest of the user turn, white space before it included.
+        answers: the references.
+        answer_prefix: the answer's first words, given to the model.
+        group: samples of one group are about the same context; empty = a context of its own.
+        extra: what the task's score needs beside the answers.
+    """
+
+    id: str
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    answer_prefix: str = ""
+    group: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Where a task finds its data and how much of it there shall be.
+
+    Attributes:
+        data_dir: folder of the data files that are not given by path.
+        data: paths by name, such as `squad` or `haystack`; relative ones are within `data_dir`.
+        length: tokens of a prompt and its answer, for tasks that are made to a length.
+        seed: of generated samples.
+        cache_dir: where generated samples are kept; None = nowhere.
+    """
+
+    data_dir: Path | None = None
+    data: dict[str, str] = field(default_factory=dict)
+    length: int | None = None
+    seed: int = 42
+    cache_dir: Path | None = None
+
+    def file(self, name: str, default: str) -> Path:
+        """The file for the data `name`; `default` is its usual name in `data_dir`.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        given = Path(self.data.get(name, default)).expanduser()
+        if self.data_dir is not None and not given.is_absolute() and not given.is_file():
+            given = self.data_dir / given
+        if not given.is_file():
+            raise ValueError(
+                f"data {name!r}: {given} is not a file; give its folder with --data-dir, or its "
+                f"path with --set data.{name}=PATH"
+            )
+        return given
+
+
+class Task(ABC):
+    """A named set of samples and how an answer is scored.
+
+    Attributes:
+        name: as asked for.
+        metrics: names of the scores of a sample, the main one first; higher = better, 0 to 1.
+        max_new_tokens: of an answer.
+        stop: an answer ends before the first of these strings, or at the end of the turn.
+        length: tokens that prompts were made for; None = as the data has them.
+        version: changes when the samples change, so that stored predictions are not taken over.
+    """
+
+    name: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
+    max_new_tokens: ClassVar[int]
+    stop: ClassVar[tuple[str, ...]] = ()
+    version: ClassVar[int] = 1
+    length: int | None = None
+
+    def __init__(self, settings: TaskSettings) -> None:
+        self.settings = settings
+
+    @property
+    def label(self) -> str:
+        """Name and length: what tells this task from the others of a run."""
+        return self.name if self.length is None else f"{self.name}@{self.length}"
+
+    def files(self) -> list[Path]:
+        """The data files that are read.
+
+        Raises:
+            ValueError: one is missing; says which, and where to put it.
+        """
+        return []
+
+    @abstractmethod
+    def samples(self, limit: int | None, measure: Measure, fingerprint: str) -> list[Sample]:
+        """The first `limit` samples, or all. The same ones first, however many are asked for.
+
+        Args:
+            limit: None = all there are.
+            measure: tokens of a rendered prompt, for tasks that are made to a length.
+            fingerprint: of the tokenizer and its template: what generated samples depend on.
+        """
+
+    @abstractmethod
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        """The scores of an answer, by `metrics`."""

@@ -1,0 +1,354 @@
+"""Whole evaluations of a tiny model: what they leave behind, and what changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from locret import cli
+from locret.evaluation import evaluate
+from locret.evaluation.config import EvalConfig
+from locret.evaluation.preparing import prepare
+from locret.evaluation.questions import batches, share
+from locret.evaluation.ranks import Ranks
+from locret.evaluation.records import Records
+from locret.evaluation.tasks.ruler.needles import NeedleTask
+from tests.evaluation.eval_data import DATA, write_artifacts, write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = (
+    {"policy": ["locret", "streaming_llm"], "budget": "8x"},
+    {"policy": "locret", "budget": 40, "protocol": "query_aware"},
+)
+TASKS = ("ruler_niah_single_1", "ruler_niah_multiquery", "fairytaleqa")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_data(folder / "data")
+    return write_artifacts(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_answers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NeedleTask, "max_new_tokens", 8)
+        yield
+
+
+def config_of(folder, output):
+    return EvalConfig(
+        model=str(folder / "backbone"),
+        heads=str(folder / "heads"),
+        tasks=TASKS,
+        rows=ROWS,
+        output=str(output),
+        dtype="float32",
+        device="cpu",
+        data_dir=str(folder / "data"),
+        data=DATA,
+        lengths=(1300,),
+        limit=3,
+        cache_dir=str(folder / "cache"),
+        engine={"chunk_size": 64},
+    )
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    return config_of(folder, tmp_path / "out")
+
+
+def answers(config):
+    """By row, task and sample."""
+    found = Records(Path(config.output)).read().values()
+    return {(r.row, r.task, r.sample): r.answer for r in found}
+
+
+@pytest.fixture(scope="module")
+def once(folder, tmp_path_factory):
+    """A run of one process, one question at a time."""
+    config = config_of(folder, tmp_path_factory.mktemp("once"))
+    told = []
+    path = evaluate.run(config, "python -m locret evaluate", progress=lambda *n: told.append(n))
+    assert told[0] == (0, 36) and told[-1] == (36, 36)
+    return config, json.loads(path.read_text())
+
+
+def test_there_is_a_cell_for_every_row_and_task_and_the_full_cache_is_first(once):
+    _, result = once
+    labels = [row["row"] for row in result["rows"]]
+    assert labels == [
+        "full",
+        "locret 8x query_agnostic",
+        "streaming_llm 8x query_agnostic",
+        "locret 40 query_aware",
+    ]
+    tasks = ["ruler_niah_single_1@1300", "ruler_niah_multiquery@1300", "fairytaleqa"]
+    assert [(c["row"], c["task"]) for c in result["cells"]] == [
+        (a, b) for a in labels for b in tasks
+    ]
+    for cell in result["cells"]:
+        assert cell["count"] == 3 == len(cell["scores"]) == len(cell["samples"])
+        assert cell["interval"][0] <= cell["score"] <= cell["interval"][1]
+        assert ("difference" in cell) == (cell["row"] != "full")
+        assert cell["protocol"] == ("any" if cell["row"] == "full" else cell["row"].split()[2])
+
+
+def test_units_and_bytes_are_those_really_held(once):
+    _, result = once
+    for cell in result["cells"]:
+        if cell["row"] == "full":
+            assert cell["units"]["mean"] == cell["compressed_tokens"]["mean"]
+            assert cell["units_allowed"] is None
+        else:
+            assert cell["units"]["max"] == cell["units_allowed"]["max"]
+            assert cell["bytes"]["mean"] < cell["full_cache_bytes"]["mean"]
+        allowed = {"8x": 1300 // 8, 40: 40}.get(cell["budget"])
+        if allowed and cell["length"]:
+            assert cell["units_allowed"]["max"] == round(allowed)
+        if cell["budget"] == "8x" and not cell["length"]:
+            assert cell["units_allowed"]["mean"] == pytest.approx(
+                cell["prompt_tokens"]["mean"] / 8, 1
+            )
+        assert cell["bytes_after"]["mean"] >= cell["bytes"]["mean"]
+
+
+def test_the_manifest_says_where_figures_come_from(once, folder):
+    config, result = once
+    manifest = result["manifest"]
+    assert manifest["command"] == "python -m locret evaluate"
+    assert EvalConfig.from_dict(manifest["config"]) == config
+    assert manifest["sources"]["model"] == str(folder / "backbone")
+    assert len(manifest["sources"]["heads"][config.heads]["sha256"]) == 16
+    assert set(manifest["sources"]["data"]) >= {"words.txt", "fairytaleqa_val.jsonl"}
+    (computed,) = manifest["computed"]
+    assert computed["dtype"] == "float32" and computed["attention"] == "sdpa"
+    assert {"python", "torch", "transformers"} <= set(computed["versions"])
+    assert {"hardware", "commit", "generation_config", "model_revision"} <= set(computed)
+    engine = manifest["engines"]["locret 8x query_agnostic"]
+    assert engine["chunk_size"] == 64 and engine["positions"] == "compact"
+    first = manifest["first_prompts"]["ruler_niah_multiquery@1300"]
+    assert first["text"].startswith("<|user|>Some special magic numbers")
+    assert first["text"].endswith("text are")
+    assert 0 < first["context_tokens"] < first["tokens"]
+    assert manifest["truncation"] == {"prompts_cut": 0, "tokens_cut": 0, "answer_cut": 0}
+    assert manifest["stop_rules"]["fairytaleqa"] == {"max_new_tokens": 32, "strings": ["\n"]}
+    assert 0 < manifest["wall_seconds"] < 600
+
+
+def test_the_table_shows_every_row(once):
+    config, result = once
+    text = (Path(config.output) / "result.md").read_text()
+    head, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in head.split("|")[-4:-1]] == [
+        "ruler_niah_single_1@1300",
+        "ruler_niah_multiquery@1300",
+        "fairytaleqa",
+    ]
+    assert [row.split("|")[1].strip() for row in rows] == [
+        "full",
+        "locret",
+        "streaming_llm",
+        "locret",
+    ]
+    assert "3 samples a task" in text
+
+
+def test_a_complete_run_is_not_asked_again_and_needs_no_model(once, monkeypatch):
+    config, result = once
+    monkeypatch.setattr(evaluate, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    again = json.loads(evaluate.run(config).read_text())
+    assert again["cells"] == result["cells"] and again["rows"] == result["rows"]
+
+
+def test_a_run_that_was_stopped_goes_on(config, once, monkeypatch):
+    asked = []
+    real = evaluate.Asker.ask
+
+    def failing(self, batch):
+        for answered in real(self, batch):
+            asked.extend(answered)
+            if len(asked) == 7:
+                raise KeyboardInterrupt
+            yield answered
+
+    monkeypatch.setattr(evaluate.Asker, "ask", failing)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(config)
+    assert len(answers(config)) == 6
+    path = evaluate.run(config)
+    assert len(asked) == 7 + 30
+    result = json.loads(path.read_text())
+    assert answers(config) == answers(once[0])
+    scores = [[cell["scores"] for cell in r["cells"]] for r in (result, once[1])]
+    assert scores[0] == scores[1]
+
+
+def test_other_settings_are_asked_anew(config):
+    small = replace(config, tasks=("fairytaleqa",), rows=({"policy": "random", "budget": 20},))
+    evaluate.run(small)
+    assert len(answers(small)) == 6
+    evaluate.run(replace(small, rows=({"policy": "random", "budget": 30},)))
+    assert len(answers(small)) == 9  # the full cache's were there
+    evaluate.run(replace(small, engine={"chunk_size": 32}))
+    assert len(Records(Path(small.output)).read()) == 15
+    more = json.loads(evaluate.run(replace(small, limit=4)).read_text())
+    assert len(Records(Path(small.output)).read()) == 17
+    assert [cell["count"] for cell in more["cells"]] == [4, 4]
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_the_batch_size_changes_no_answer(size, config, once):
+    evaluate.run(replace(config, batch_size=size))
+    assert answers(config) == answers(once[0])
+
+
+def test_the_order_of_samples_changes_no_answer(config, once):
+    prepared = prepare(config)
+    prepared.asked.reverse()
+    evaluate.ask(prepared, Ranks())
+    assert answers(config) == answers(once[0])
+
+
+def test_the_number_of_processes_changes_no_answer(config, once):
+    assert evaluate.run(config, ranks=Ranks(1, 3)) is None
+    assert 0 < len(answers(config)) < 36
+    assert evaluate.run(config, ranks=Ranks(0, 3)) is None
+    path = evaluate.run(config, ranks=Ranks(2, 3))
+    assert answers(config) == answers(once[0])
+    assert json.loads(path.read_text())["manifest"]["processes"] == 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 4])
+def test_every_question_is_dealt_once(world, size, config):
+    asked = prepare(config).asked
+    dealt = [share(batches(asked, size, True), rank, world) for rank in range(world)]
+    keys = [question.key for batch in sum(dealt, []) for question in batch]
+    assert len(keys) == len(set(keys)) == len(asked)
+    for batch in sum(dealt, []):
+        assert len({(q.row.label, q.task.label, q.budget) for q in batch}) == 1
+        assert len(batch) <= size or size == 1
+
+
+def test_query_aware_heads_get_the_question_in_front(config, folder):
+    aware = {
+        "policy": "locret",
+        "heads": str(folder / "aware"),
+        "budget": 60,
+        "protocol": "query_aware",
+        "name": "locret_q",
+    }
+    config = replace(config, rows=(aware,), tasks=("ruler_niah_multiquery",), limit=2)
+    questions = [q for q in prepare(config).asked if q.row.name]
+    assert all(q.query == q.prompt.ids[q.compressed : q.prompt.question_end] for q in questions)
+    evaluate.run(config)
+    batched = replace(config, output=config.output + "2", batch_size=2)
+    evaluate.run(batched)
+    assert answers(batched) == answers(config)
+    with pytest.raises(ValueError, match="locret_q 60 query_agnostic: its heads are query-aware"):
+        prepare(replace(config, rows=(aware | {"protocol": "query_agnostic"},)))
+
+
+def test_prompts_beyond_the_limit_are_cut_and_counted(config):
+    config = replace(
+        config, tasks=("ruler_niah_multiquery",), max_length=600, rows=({"policy": "full"},)
+    )
+    result = json.loads(evaluate.run(config).read_text())
+    (cell,) = result["cells"]
+    assert cell["cut"] == 3 and cell["answer_cut"] > 0
+    assert cell["prompt_tokens"]["max"] == 600 - 8
+    assert result["manifest"]["truncation"]["prompts_cut"] == 3
+    table = (Path(config.output) / "result.md").read_text()
+    assert "prompts were cut to fit: 3 in all" in table
+
+
+BAD = [
+    (["--tasks", "nosuch"], "tasks nosuch are unknown"),
+    (["--data-dir", "nowhere"], "is not a file; give its folder with --data-dir"),
+    (["--heads", "no/such/heads"], "no/such/heads"),
+    (["--config", "nosuch.yaml"], "nosuch.yaml is no file"),
+    (["--set", "rows=[{policy: nosuch}]"], "policy 'nosuch' is unknown"),
+    (["--set", "heads=null"], "needs trained heads"),
+    (["--set", "nosuch=1"], "unknown nosuch"),
+    (["--set", "nosuch"], "--set nosuch is no NAME=VALUE"),
+    (["--adapter", "no/such/adapter"], "no/such/adapter"),
+]
+
+
+@pytest.mark.parametrize(("args", "complaint"), BAD)
+def test_a_mistake_is_one_line_before_a_model_is_loaded(
+    args, complaint, config, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert cli.main(["evaluate", "--config", written(config, tmp_path), *args]) == 2
+    error = capsys.readouterr().err.strip()
+    assert complaint in error
+    assert len(error.splitlines()) == 1
+    assert not Path(config.output).exists()
+
+
+def written(config, folder):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(config.to_dict()))))
+    return str(path)
+
+
+def test_the_command_says_what_it_made(config, tmp_path, capsys):
+    args = ["--config", written(config, tmp_path), "--tasks", "fairytaleqa", "--limit", "1"]
+    assert cli.main(["evaluate", *args, "--dry-run"]) == 0
+    assert "4 answers, into" in capsys.readouterr().out
+    assert cli.main(["evaluate", *args]) == 0
+    out = capsys.readouterr().out
+    for name in ("result.md", "result.json", "predictions"):
+        assert str(Path(config.output) / name) in out
+    assert cli.main(["evaluate", "--list-tasks"]) == 0
+    assert "ruler_qa_2" in capsys.readouterr().out
+
+
+def process(config, tmp_path, *args, **kwargs):
+    command = [sys.executable, "-m", "locret", "evaluate", "--config", written(config, tmp_path)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *args], cwd=ROOT, env=env, **kwargs)
+
+
+def test_a_killed_run_goes_on_in_two_processes(config, once, tmp_path):
+    config = replace(config, tasks=("fairytaleqa",))
+    killed = process(config, tmp_path)
+    while len(answers(config)) < 3:
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    before = answers(config)
+    assert before and not (Path(config.output) / "result.json").exists()
+    done = process(config, tmp_path, "--processes", "2", stdout=subprocess.PIPE)
+    output, _ = done.communicate()
+    assert done.returncode == 0
+    assert str(Path(config.output) / "result.json") in output.decode()
+    assert answers(config) == {k: v for k, v in answers(once[0]).items() if "fairytaleqa" in k}
+    lines = [
+        line
+        for path in (Path(config.output) / "predictions").glob("*.jsonl")
+        for line in path.read_text().splitlines()
+        if line.endswith("}")
+    ]
+    assert len(lines) == 12  # nothing was asked twice
+
+
+def test_a_process_that_fails_ends_the_run(config, tmp_path):
+    broken = replace(config, tasks=("fairytaleqa",), engine={"chunk_size": -1})
+    done = process(broken, tmp_path, "--processes", "2", stderr=subprocess.PIPE)
+    _, error = done.communicate()
+    assert done.returncode == 2
+    assert "chunk_size is -1" in error.decode()

@@ -1,0 +1,62 @@
+"""The rows of a table: how entries are spelt out, and which budgets they mean."""
+
+import pytest
+
+from locret.evaluation.rows import Row, expand
+
+
+def test_lists_stand_for_all_combinations_and_the_full_cache_comes_first():
+    rows = expand(
+        [
+            {"policy": ["locret", "random"], "budget": ["4x", 64]},
+            {"policy": "locret", "budget": "8x", "protocol": "query_aware", "name": "aware"},
+        ]
+    )
+    assert [row.label for row in rows] == [
+        "full",
+        "locret 4x query_agnostic",
+        "locret 64 query_agnostic",
+        "random 4x query_agnostic",
+        "random 64 query_agnostic",
+        "aware 8x query_aware",
+    ]
+
+
+def test_a_full_cache_may_be_given_and_is_one_row():
+    rows = expand([{"policy": "random", "budget": 8}, {"policy": "full", "engine": {"a": 1}}])
+    assert [row.label for row in rows] == ["full", "random 8 query_agnostic"]
+    assert rows[0].engine == {"a": 1}
+    assert expand([]) == [Row("full")]
+
+
+@pytest.mark.parametrize(
+    ("budget", "units"), [("8x", 12), (0.5, 50), (7, 7), (None, None), ("1000x", 1)]
+)
+def test_budgets(budget, units):
+    assert Row("random", budget).units(100) == units
+    assert Row("full", budget).units(100) is None
+
+
+def test_without_a_limit_the_protocol_makes_no_difference():
+    assert Row("random").keeps_all and Row("random").label == "random"
+    assert Row("random", 8, quantization="kivi4").label == "random 8 query_agnostic kivi4"
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ({"budget": 8}, "is no row; expected a policy"),
+        ({"policy": "full", "chunk": 8}, "is no row; expected a policy and some of budget"),
+        ({"policy": "nosuch", "budget": 8}, "policy 'nosuch' is unknown; expected one of"),
+        ({"policy": "random", "budget": "8"}, "budget of random is '8'; expected a number"),
+        ({"policy": "random", "budget": 0}, "budget of random is 0"),
+        ({"policy": "random", "budget": 1.5}, "budget of random is 1.5"),
+        ({"policy": "random", "budget": "0x"}, "budget of random is '0x'"),
+        ({"policy": "random", "budget": True}, "budget of random is True"),
+        ({"policy": "random", "protocol": "blind"}, "protocol 'blind' is unknown"),
+        ({"policy": "random", "budget": [8, 8]}, "random 8 query_agnostic are given twice"),
+    ],
+)
+def test_what_is_no_row_is_refused(entry, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        expand([entry])

@@ -1,0 +1,92 @@
+"""Heads train on backbones whose weights are stored in fewer bits."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from locret.backbone import Backbone
+from locret.distillation import Distillation
+from locret.models import load_model
+from locret.segments import Segment
+from locret.weight_quantization import PACKAGES, quantization_config
+from tests.tiny_models import prompt, tiny_heads, tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+
+SIZES = {"head_dim": 16, "intermediate_size": 128}  # bitsandbytes takes multiples of 32 on the CPU
+ROW = [Segment.single(29, 40)]
+SCHEMES = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            not all(map(importlib.util.find_spec, ("accelerate", package))), reason="not installed"
+        ),
+    )
+    for name, package in PACKAGES.items()
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny checkpoint."""
+    path = tmp_path_factory.mktemp("llama")
+    tiny_model("llama", **SIZES).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def distill(model, label="max_logit"):
+    heads = tiny_heads(model, label=label).requires_grad_(True).train()
+    result = Distillation(Backbone(model), heads, keep_scores=True)(prompt(40), ROW)
+    result.loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in heads.parameters())
+    return result
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_heads_train_on_a_quantized_backbone(scheme, folder):
+    whole = load_model(folder, dtype="float32", device="cpu").model
+    loaded = load_model(folder, dtype="float32", device="cpu", quantization=scheme).model
+    weight = loaded.model.layers[0].mlp.up_proj.weight
+    assert type(weight) is not torch.nn.Parameter
+    exact, given = distill(whole), distill(loaded)
+    labels = torch.stack([given.targets[0].flatten(), exact.targets[0].flatten()])
+    assert (0.999 if scheme == "int8" else 0.9) < torch.corrcoef(labels)[0, 1] < 1
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_label_that_needs_the_output_matrix(scheme, folder):
+    model = load_model(folder, dtype="float32", device="cpu", quantization=scheme).model
+    if scheme == "int8":
+        whole = load_model(folder, dtype="float32", device="cpu").model
+        ours, theirs = (distill(m, "value_weighted").regression for m in (model, whole))
+        assert torch.allclose(ours, theirs, rtol=0.05)
+    else:
+        with pytest.raises(ValueError, match="it is quantized"):
+            distill(model, "value_weighted")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_adapter_is_carried(scheme, folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    plain = load_model(folder, dtype="float32", device="cpu", quantization=scheme).model
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft.get_peft_model(tiny_model("llama", **SIZES), config).save_pretrained(tmp_path)
+    adapted = load_model(
+        folder, dtype="float32", device="cpu", adapter=str(tmp_path), quantization=scheme
+    ).model
+    plain, adapted = distill(plain), distill(adapted.requires_grad_(False))
+    assert not torch.allclose(plain.targets[0], adapted.targets[0], rtol=1e-2)
+
+
+def test_an_unknown_scheme_and_missing_packages_are_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"'int3' is unknown; expected one of \['int8', 'nf4'\]"):
+        quantization_config("int3", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"accelerate, torchao; pip install 'locret\[quant\]'"):
+        quantization_config("int8", None)
+
+
+def test_an_embedded_model_is_not_quantized():
+    with pytest.raises(ValueError, match="leave quantization out"):
+        load_model("embedded:smollm2", quantization="int8")
