@@ -1,13 +1,15 @@
 # make demo   train retaining heads for a small real model and compare them (minutes, CPU)
 # make test   run the tests
+# make results-smoke [DATA=FOLDER]   run a slice of every table in docs/results again (minutes, CPU)
 # Each sets up .venv by itself the first time. PYTHON=python3.12 make ... chooses another Python.
 
 PYTHON ?= python3
+DATA ?= data
 BIN := .venv/bin
 DEMO := runs/smollm2
 HEADS := $(DEMO)/heads/heads.safetensors
 
-.PHONY: demo test lint format clean
+.PHONY: demo test results-smoke lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(HEADS)
@@ -24,6 +26,10 @@ $(HEADS): configs/smollm2.yaml .venv/demo.installed
 test: .venv/dev.installed
 	@echo "== Running the tests"
 	@$(BIN)/python -m pytest
+
+results-smoke: .venv/dev.installed
+	@echo "== Running a slice of every table in docs/results again, with the data in $(DATA)"
+	@$(BIN)/python -m locret reproduce docs/results --data-dir $(DATA)
 
 lint: .venv/dev.installed
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

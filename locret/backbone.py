@@ -137,6 +137,11 @@ class Backbone:
         return next(iter(self._rotaries.values()))
 
     @property
+    def devices(self) -> set[torch.device]:
+        """Where the layers compute."""
+        return {layer.device for layer in self.layers}
+
+    @property
     def plain(self) -> bool:
         """All layers retain their units, rotate alike and weigh by an ordinary softmax."""
         names = ("attn_logit_softcapping", "sinks")

@@ -3,6 +3,7 @@
 generate   answer a prompt of any length within a budget
 needle     needle in a haystack under several policies, at one length or over a grid
 evaluate   benchmarks under several policies and budgets, with a manifest
+reproduce  small slices of committed results again, on a CPU
 lm_eval    lm-evaluation-harness with `--model locret` and our task files
 convert    between the artifact folder and the released .bin format
 inspect    what an artifact records, and whether its weights look sound
@@ -109,11 +110,14 @@ def _add_needle(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    from locret.evaluation import command
+    from locret.evaluation import command, reproduce_command
 
     added = commands.add_parser("evaluate", help="benchmarks under several policies and budgets")
     command.add_arguments(added)
     added.set_defaults(run=lambda given: command.run(given, _Bar))
+    again = commands.add_parser("reproduce", help="run slices of committed results again")
+    reproduce_command.add_arguments(again)
+    again.set_defaults(run=lambda given: reproduce_command.run(given, _Bar))
     commands.add_parser(HARNESS, help="lm-evaluation-harness with --model locret")
 
 

@@ -135,8 +135,9 @@ class Engine:
             decode_interval,
         )
         self.query_tokens = 0
-        if isinstance(self.policy, LocretPolicy):
-            self.query_tokens = self.policy.heads.config.query_tokens
+        core = self.policy.core
+        if isinstance(core, LocretPolicy):
+            self.query_tokens = core.heads.config.query_tokens
         shape = self.backbone.geometry
         self.settings.check(self.query_tokens, shape.num_layers)
         self.sizing = Sizing(
@@ -357,13 +358,17 @@ class Engine:
         cache.unread_ids = cache.token_ids[:, :0]
         return cache
 
+    def new_cache(self, context: int) -> tuple[RetainedCache, tuple[int, ...] | None]:
+        """An empty cache for a context of that many tokens, and what each layer keeps of it."""
+        budgets = self.settings.budgets(self.policy, self.sizing, context)
+        windows, scheme = self.backbone.windows, self.sizing.scheme
+        budget = _one_if_equal(budgets)
+        return RetainedCache(len(windows), budget, self.positions, windows, scheme), budgets
+
     def _prefill(
         self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None
     ) -> RetainedCache:
-        budgets = self.settings.budgets(self.policy, self.sizing, input_ids.shape[1])
-        windows, scheme = self.backbone.windows, self.sizing.scheme
-        budget = _one_if_equal(budgets)
-        cache = RetainedCache(len(windows), budget, self.positions, windows, scheme)
+        cache, budgets = self.new_cache(input_ids.shape[1])
         cache.model = self._description
         cache.prompt_lengths = (prompt_length,)
         together, drop = self.local_tokens - 1 if self.query_aware else 0, 0
@@ -492,7 +497,7 @@ class Engine:
     def fast_steps(self) -> bool:
         """Whether one-token steps run with counters on the device (`locret.steps`)."""
         backbone, fused = self.backbone, self.backend != "eager" and AVAILABLE
-        return fused and backbone.plain and backbone.model.device.type == "cuda"
+        return fused and backbone.plain and [d.type for d in backbone.devices] == ["cuda"]
 
     def _bound_answer(self, cache: RetainedCache) -> None:
         """Let the layers evict while the answer comes, if that was asked for."""
@@ -513,9 +518,9 @@ class Engine:
 def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:
     if heads is not None:
         _check_fit(heads, backbone)
-    if isinstance(policy, LocretPolicy):
-        _check_fit(policy.heads, backbone)
     if isinstance(policy, Policy):
+        if isinstance(policy.core, LocretPolicy):
+            _check_fit(policy.core.heads, backbone)
         return policy
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is unknown; expected one of {sorted(POLICIES)}")
@@ -555,11 +560,12 @@ def _fitting(heads: RetainingHeads, backbone: Backbone) -> RetainingHeads:
 
 def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:
     model, size = backbone.model, backbone.geometry.head_size
+    device = backbone.layers[0].device
     if backend == "auto":
         if backbone.backend == "eager":
             return "eager"
-        return fastest(model.device, model.dtype, size)
-    reason = available(backend, model.device, model.dtype, size)
+        return fastest(device, model.dtype, size)
+    reason = available(backend, device, model.dtype, size)
     if reason is not None:
         raise ValueError(f"backend {backend!r} does not work here: {reason}; leave it 'auto'")
     return backend

@@ -5,6 +5,7 @@ import torch
 
 import locret
 from locret.policies import POLICIES
+from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.quantization import SCHEMES, make_scheme, scheme_of
 from tests.test_batches import padded
 from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
@@ -248,6 +249,17 @@ def test_one_budget_for_each_layer(model):
     cache = engine.prefill(prompt(60))
     assert cache.report()["units"] == [9, 30]
     engine.generate(prompt(4), cache=cache, **GREEDY)
+
+
+@pytest.mark.parametrize("wrapped", [AdaptiveHeads, SharedLayers])
+def test_heads_and_layers_that_keep_different_numbers(model, wrapped):
+    ids = distinct_prompt(63, VOCAB)
+    settings = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
+    engine = locret.Engine(model, wrapped("knorm"), quantization=NEAR, **settings)
+    plain = locret.Engine(model, wrapped("knorm"), **settings)
+    (near, coded), (exact, full) = answer(engine, ids, 5), answer(plain, ids, 5)
+    assert share_of_same_units(coded, full) > 0.9
+    assert distance(near[0], exact[0]) < 0.1
 
 
 def test_layerquant_moves_units_between_layers(model):

@@ -3,7 +3,6 @@
 Decoding is greedy. Every question meets a cache of its own or an untouched copy of its context's.
 """
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from locret.cache import RetainedCache
 from locret.evaluation.engines import Engines
+from locret.evaluation.held import held_of
 from locret.evaluation.questions import Question
 from locret.evaluation.records import Record
 from locret.evaluation.stopping import StopStrings, before_stop
@@ -46,16 +46,16 @@ class Asker:
                 cache, held = self._read(engine, batch)
                 yield self._answers(engine, batch, cache, held, started)
                 return
-            whole, held = self._read(engine, batch[:1])
-            for number, question in enumerate(batch, start=1):
-                last = number == len(batch)
-                cache = whole if last else copy.deepcopy(whole)
+            cache, held = self._read(engine, batch[:1])
+            untouched = cache.snapshot()
+            for question in batch:
+                cache.restore(untouched)
                 yield self._answers(engine, [question], cache, held, started)
                 started = time.perf_counter()
 
     def _read(
         self, engine: Engine, batch: Sequence[Question]
-    ) -> tuple[RetainedCache, dict[str, Any]]:
+    ) -> tuple[RetainedCache, list[dict[str, Any]]]:
         """The compressed contexts, and what is held of each."""
         contexts = [question.prompt.ids[: question.compressed] for question in batch]
         ids, mask = _padded(contexts, self.model.device)
@@ -64,14 +64,14 @@ class Asker:
             queries = [question.query for question in batch]
             given["query_ids"] = torch.tensor(queries, device=self.model.device)
         cache = engine.prefill(ids, **given)
-        return cache, _held(cache, len(batch))
+        return cache, [held_of(cache, row, len(batch)) for row in range(len(batch))]
 
     def _answers(
         self,
         engine: Engine,
         batch: Sequence[Question],
         cache: RetainedCache,
-        held: dict[str, Any],
+        held: list[dict[str, Any]],
         started: float,
     ) -> list[Record]:
         task = batch[0].task
@@ -87,10 +87,10 @@ class Asker:
             **self._ends(),
         )
         seconds = (time.perf_counter() - started) / len(batch)
-        held = held | {"bytes_after": cache.nbytes // len(batch), "seconds": round(seconds, 4)}
+        after = {"bytes_after": cache.nbytes // len(batch), "seconds": round(seconds, 4)}
         return [
-            self._record(question, answer[ids.shape[1] :], held)
-            for question, answer in zip(batch, output, strict=True)
+            self._record(question, answer[ids.shape[1] :], of_it | after)
+            for question, answer, of_it in zip(batch, output, held, strict=True)
         ]
 
     def _ends(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Asker:
             compressed_tokens=question.compressed,
             cut=question.prompt.cut,
             answer_cut=question.prompt.answer_cut,
-            budget=question.budget,
+            budget=question.units_allowed,
             **held,
         )
 
@@ -139,14 +139,3 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor
         return ids, None
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
-
-
-def _held(cache: RetainedCache, rows: int) -> dict[str, Any]:
-    """Units of a head, their mean and largest number over layers, and bytes of one row."""
-    report = cache.report()
-    units = [int(units) for units in report["units"]]
-    return {
-        "units": (round(sum(units) / len(units), 1), max(units)),
-        "bytes": report["total_bytes"] // rows,
-        "full_bytes": report["full_cache_bytes"] // rows,
-    }

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 
 @dataclass(frozen=True)
@@ -18,26 +18,29 @@ class ContextFinder:
     field: str
     marker: str | None = None
 
-    def end(self, prompt: str, document: Mapping[str, Any], task: str) -> int:
-        """The character at which the context ends.
-
-        Raises:
-            ValueError: neither the field's text nor the marker stands in the prompt.
-        """
+    def end(self, prompt: str, document: Mapping[str, Any]) -> int | None:
+        """The character at which the context ends; None if neither the field's text nor the marker
+        stands in the prompt."""
         text = document.get(self.field)
         if isinstance(text, str) and text.strip():
             start = prompt.rfind(text.strip())
             if start >= 0:
                 return start + len(text.strip())
         start = prompt.rfind(self.marker) if self.marker else -1
-        if start < 0:
-            raise ValueError(
-                f"task {task}: the context cannot be told from the question, because its documents "
-                f"have no {self.field!r} whose text stands in the prompt (they have "
-                f"{', '.join(sorted(document))}); give context_field, or question_marker: the text "
-                "with which questions begin; or protocol=query_aware"
-            )
-        return start
+        return None if start < 0 else start
+
+    def refuse(self, document: Mapping[str, Any], task: str) -> NoReturn:
+        """Say that the context of a task's documents cannot be told from the question.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"task {task}: the context cannot be told from the question, because its documents "
+            f"have no {self.field!r} whose text stands in the prompt (they have "
+            f"{', '.join(sorted(document))}); give context_field, or question_marker: the text "
+            "with which questions begin; or protocol=query_aware"
+        )
 
 
 def tokens_after(tokenizer: Any, text: str, character: int) -> int:

@@ -3,17 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from locret.cache import RetainedCache
 from locret.evaluation.rows import Row
 from locret.generation import Engine
 from locret.heads import RetainingHeads
 from locret.models import LoadedModel
 from locret.policies import POLICIES, LocretPolicy, Policy
 
-PADDED = hasattr(RetainedCache, "stack")
-"""Whether the engine takes contexts of different lengths in one batch."""
-
-SHOWN = ("chunk_size", "stabilizers", "local_tokens", "positions", "budget")
+SHOWN = ("chunk_size", "stabilizers", "positions", "budget", "query_aware", "backend", "graphs")
+"""Settings of an engine that are told beside figures."""
 
 
 class Engines:
@@ -43,7 +40,7 @@ class Engines:
         self._latest: tuple[Any, Engine] | None = None
         self.used: dict[str, dict[str, Any]] = {}
 
-    def get(self, row: Row, budget: int | None) -> Engine:
+    def get(self, row: Row, budget: int | float | None) -> Engine:
         """The engine of a row, attached to nothing until it is used."""
         key = (row.label, budget)
         if self._latest is None or self._latest[0] != key:
@@ -52,12 +49,20 @@ class Engines:
             self.used.setdefault(row.label, _shown(made))
         return self._latest[1]
 
-    def _made(self, row: Row, budget: int | None) -> Engine:
+    def _made(self, row: Row, budget: int | float | None) -> Engine:
         heads = self._heads.get(row.heads or self._default_heads or "")
         settings: dict[str, Any] = {**self._settings, **row.engine, "budget": budget}
         if row.quantization is not None:
             settings["quantization"] = row.quantization
+        if row.protocol == "query_aware" and not row.keeps_all:
+            settings["query_aware"] = not are_query_aware(row, heads)
         return Engine(self._model, _policy(row), heads=heads, **settings)
+
+
+def are_query_aware(row: Row, heads: RetainingHeads | None) -> bool:
+    """Whether the row's heads want the question in front of the context."""
+    uses_them = row.policy == LocretPolicy.name and not row.keeps_all
+    return bool(uses_them and heads is not None and heads.config.query_tokens)
 
 
 def _policy(row: Row) -> str | Policy:
@@ -68,5 +73,4 @@ def _policy(row: Row) -> str | Policy:
 
 def _shown(engine: Engine) -> dict[str, Any]:
     """What the engine's settings came to be."""
-    found = vars(engine) | vars(getattr(engine, "settings", object))
-    return {name: found[name] for name in SHOWN if name in found}
+    return {name: getattr(engine, name) for name in SHOWN}

@@ -21,7 +21,7 @@ from typing import Any
 from locret.evaluation import results
 from locret.evaluation.asking import Asker
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.engines import PADDED, Engines
+from locret.evaluation.engines import Engines
 from locret.evaluation.files import write_whole
 from locret.evaluation.manifest import manifest
 from locret.evaluation.preparing import Prepared, prepare
@@ -64,7 +64,7 @@ def ask(prepared: Prepared, ranks: Ranks, progress: Progress | None = None) -> N
     """Ask what of this process's share has no answer yet."""
     records = Records(prepared.output, str(ranks.rank))
     done = records.read().keys()
-    all_batches = batches(prepared.asked, prepared.config.batch_size, PADDED)
+    all_batches = batches(prepared.asked, prepared.config.batch_size)
     dealt = share(all_batches, ranks.rank, ranks.world)
     left = [[question for question in batch if question.key not in done] for batch in dealt]
     left = sorted(filter(None, left), key=_engine_of)
@@ -85,7 +85,7 @@ def ask(prepared: Prepared, ranks: Ranks, progress: Progress | None = None) -> N
         session.beat()
 
 
-def _engine_of(batch: list[Question]) -> tuple[str, int]:
+def _engine_of(batch: list[Question]) -> tuple[str, float]:
     """Batches of one engine stand together."""
     return batch[0].row.label, batch[0].budget or 0
 

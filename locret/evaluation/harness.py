@@ -7,9 +7,11 @@ Prompts, truncation, stop strings, chat templates and ranks are those of the har
 model, of which this is a subclass: with budget=none the scores are the same. What differs is what
 reads and answers: `locret.Engine`.
 
-query_aware     the whole prompt but its last `local_tokens` tokens is compressed
-query_agnostic  the prompt is compressed up to the end of its context: where the text of the
-                document's `context_field` ends in it, else where `question_marker` begins
+A prompt is compressed up to the end of its context: where the text of the document's
+`context_field` ends in it, else where `question_marker` begins. The rest, its question, is never
+evicted. protocol=query_agnostic compresses the context unseen of the question, and refuses prompts
+whose context cannot be told. query_aware, the default, lets the policy see the question before the
+final eviction; where the context cannot be told, the last `local_tokens` tokens are the question.
 
 Log-likelihoods: the context is read and compressed once for all its continuations; each is scored
 in one forward over the compressed cache. Rolling log-likelihoods read the text in chunks; a token
@@ -18,7 +20,6 @@ is scored over its chunk and what was kept of the text before.
 Importing this file registers the model.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,8 +33,9 @@ from tqdm import tqdm
 
 from locret.cache import RetainedCache
 from locret.evaluation.contexts import ContextFinder, tokens_after
-from locret.evaluation.engines import Engines
+from locret.evaluation.engines import Engines, are_query_aware
 from locret.evaluation.harness_stops import HarnessStops
+from locret.evaluation.held import held_of
 from locret.evaluation.preparing import check_adapter
 from locret.evaluation.prompts import Protocol
 from locret.evaluation.provenance import commit, source, versions
@@ -45,8 +47,8 @@ from locret.heads import RetainingHeads
 from locret.models import LoadedModel, load_model
 from locret.policies import LocretPolicy
 
-LOCAL_TOKENS = 8
-"""Tokens at the end of a prompt that are read after the compression: a chat template's end."""
+LOCAL_TOKENS = 64
+"""Tokens at the end of a prompt that count as its question, where nothing tells what it is."""
 
 UNLIMITED = 2**30
 """Tokens of a prompt where the cache is bounded: positions stay within the model's window."""
@@ -101,7 +103,7 @@ class LocretLM(HFLM):
         self.row = _row(policy or (LocretPolicy.name if heads else FULL), budget, protocol)
         if quantization is not None:
             self.row = Row(**{**vars(self.row), "quantization": quantization})
-        own, self._in_front = _checked_heads(self.row, heads)
+        own = _checked_heads(self.row, heads)
         check_adapter(adapter)
         self._ranks = Ranks.of_environment()
         if isinstance(pretrained, str):
@@ -164,7 +166,7 @@ class LocretLM(HFLM):
         for request in tqdm(requests, disable=disable_tqdm or self.rank != 0):
             (text,) = request.args
             ids = [self.prefix_token_id, *self.tok_encode(text)]
-            engine = self._engines.get(self.row, self.row.units(len(ids)))
+            engine = self._engines.get(self.row, self.row.engine_budget(None))
             score, cache = rolling_log_likelihood(engine, self._tensor(ids))
             self._note(cache, 1)
             found.append(score)
@@ -174,11 +176,13 @@ class LocretLM(HFLM):
     def _find_contexts(self, requests: Sequence[Instance]) -> None:
         """Where contexts end, of all prompts before any is read: mistakes show at once."""
         self._context_ends = {}
-        if self.row.protocol == "query_agnostic" or self._in_front:
-            for request in requests:
-                prompt, task = request.args[0], str(request.task_name)
-                if not self.row.keeps_all and prompt:
-                    self._context_ends[prompt] = self._finder.end(prompt, request.doc, task)
+        for request in requests:
+            prompt = request.args[0]
+            end = self._finder.end(prompt, request.doc) if prompt else None
+            if end is not None:
+                self._context_ends[prompt] = end
+            elif prompt and self.row.protocol == "query_agnostic" and not self.row.keeps_all:
+                self._finder.refuse(request.doc, str(request.task_name))
 
     def _rest_of(self, prompt: str) -> int:
         """Tokens at the end of a prompt that are not compressed, at least 1."""
@@ -223,7 +227,7 @@ class LocretLM(HFLM):
 
     def _answers(self, ids: Tensor, rest: int, new: int, settings: dict[str, Any]) -> Tensor:
         """What follows prompts [B, n] of which all but `rest` tokens are compressed."""
-        engine = self._engines.get(self.row, self.row.units(ids.shape[1]))
+        engine = self._engines.get(self.row, self.row.engine_budget(None))
         rest = min(rest, ids.shape[1])
         cache = self._compressed(engine, ids, rest) if rest < ids.shape[1] else None
         given: dict[str, Any] = {} if cache is None else {"cache": cache}
@@ -232,7 +236,8 @@ class LocretLM(HFLM):
         return output[:, asked.shape[1] :]
 
     def _compressed(self, engine: Engine, ids: Tensor, rest: int) -> RetainedCache:
-        query = {"query_ids": ids[:, -rest:]} if self._in_front else {}
+        aware = self.row.protocol == "query_aware" and not self.row.keeps_all
+        query = {"query_ids": ids[:, -rest:]} if aware else {}
         cache = engine.prefill(ids[:, :-rest], **query)
         self._note(cache, len(ids))
         return cache
@@ -269,13 +274,14 @@ class LocretLM(HFLM):
         rest = min(self._rest_of(key[0].rstrip()) if key else 1, len(context))
         if rest == len(context):
             return [self._scored(context, continuation, None) for _, _, continuation in requests]
-        engine = self._engines.get(self.row, self.row.units(len(context)))
+        engine = self._engines.get(self.row, self.row.engine_budget(None))
         with engine:
-            whole = self._compressed(engine, self._tensor(context), rest)
-            return [
-                self._scored(context[-rest:], continuation, copy.deepcopy(whole))
-                for _, _, continuation in requests
-            ]
+            cache = self._compressed(engine, self._tensor(context), rest)
+            untouched, scores = cache.snapshot(), []
+            for _, _, continuation in requests:
+                cache.restore(untouched)
+                scores.append(self._scored(context[-rest:], continuation, cache))
+            return scores
 
     def _scored(
         self, before: list[int], continuation: list[int], cache: RetainedCache | None
@@ -294,16 +300,7 @@ class LocretLM(HFLM):
     # ---- what is told ----------------------------------------------------------------------------
 
     def _note(self, cache: RetainedCache, rows: int) -> None:
-        report = cache.report()
-        units = [int(units) for units in report["units"]]
-        self._held.append(
-            {
-                "units": sum(units) / len(units),
-                "most": max(units),
-                "bytes": report["total_bytes"] // rows,
-                "rows": rows,
-            }
-        )
+        self._held += [held_of(cache, row, rows) for row in range(rows)]
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside the scores."""
@@ -331,18 +328,16 @@ def _row(policy: str, budget: Any, protocol: Any) -> Row:
     return expand([entry | {"protocol": protocol}])[-1]
 
 
-def _checked_heads(row: Row, name: str | None) -> tuple[dict[str, RetainingHeads], bool]:
-    """The heads by their name, and whether the row's are query-aware."""
+def _checked_heads(row: Row, name: str | None) -> dict[str, RetainingHeads]:
+    """The heads by their name."""
     if name is None:
         if row.policy == LocretPolicy.name:
             raise ValueError("policy locret needs trained heads: give heads=FOLDER")
-        return {}, False
+        return {}
     heads = RetainingHeads.from_pretrained(name)
-    is_locret = row.policy == LocretPolicy.name and not row.keeps_all
-    in_front = bool(is_locret and heads.config.query_tokens)
-    if in_front and row.protocol == "query_agnostic":
+    if row.protocol == "query_agnostic" and are_query_aware(row, heads):
         raise ValueError(f"heads {name} are query-aware; use protocol=query_aware")
-    return {name: heads}, in_front
+    return {name: heads}
 
 
 def _decoding(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -356,13 +351,13 @@ def _decoding(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _summary(held: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Units and bytes of a prompt after its compression."""
-    rows = sum(one["rows"] for one in held)
-    if not rows:
+    if not held:
         return None
+    units, sizes = [one["units"] for one in held], [one["bytes"] for one in held]
     return {
-        "prompts": rows,
-        "units_mean": round(sum(one["units"] * one["rows"] for one in held) / rows, 1),
-        "units_max": max(one["most"] for one in held),
-        "bytes_mean": round(sum(one["bytes"] * one["rows"] for one in held) / rows),
-        "bytes_max": max(one["bytes"] for one in held),
+        "prompts": len(held),
+        "units_mean": round(sum(mean for mean, _ in units) / len(held), 1),
+        "units_max": max(most for _, most in units),
+        "bytes_mean": round(sum(sizes) / len(held)),
+        "bytes_max": max(sizes),
     }

@@ -29,8 +29,8 @@ def manifest(
         "processes": max((session["world"] for session in sessions), default=0),
         "protocols": {
             "query_agnostic": "the context is compressed before the question is read",
-            "query_aware": "context and question are compressed together, or the question stands "
-            "in front where heads are query-aware",
+            "query_aware": "the policy sees the question before the final eviction; query-aware "
+            "heads get it in front of the context",
         },
         "decoding": "greedy",
         "stop_rules": {

@@ -9,6 +9,7 @@ import torch
 
 from locret import hub
 from locret.evaluation.config import EvalConfig
+from locret.evaluation.engines import are_query_aware
 from locret.evaluation.files import file_hash
 from locret.evaluation.prompts import Renderer
 from locret.evaluation.provenance import source
@@ -62,9 +63,8 @@ def prepare(config: EvalConfig) -> Prepared:
     ]
     asked: list[Question] = []
     for row in rows:
-        in_front = _in_front(config, row, heads)
         for task, of_task in samples:
-            asked += questions(config, row, task, of_task, renderer, sources, window, in_front)
+            asked += questions(config, row, task, of_task, renderer, sources, window)
     return Prepared(config, heads, sources, renderer, asked)
 
 
@@ -92,18 +92,12 @@ def _load_heads(config: EvalConfig, rows: Sequence[Row]) -> dict[str, RetainingH
     names = {name for name in (config.heads, *(row.heads for row in rows)) if name}
     heads = {name: RetainingHeads.from_pretrained(name) for name in sorted(names)}
     for row in rows:
-        if _in_front(config, row, heads) and row.protocol == "query_agnostic":
+        own = heads.get(row.heads or config.heads or "")
+        if row.protocol == "query_agnostic" and are_query_aware(row, own):
             raise ValueError(
                 f"row {row.label}: its heads are query-aware; give it protocol: query_aware"
             )
     return heads
-
-
-def _in_front(config: EvalConfig, row: Row, heads: dict[str, RetainingHeads]) -> bool:
-    """Whether the row's heads want the question in front of the context."""
-    own = heads.get(row.heads or config.heads or "")
-    is_locret = row.policy == LocretPolicy.name and not row.keeps_all
-    return bool(is_locret and own is not None and own.config.query_tokens)
 
 
 def _sources(

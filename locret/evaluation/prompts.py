@@ -13,9 +13,11 @@ from locret.evaluation.tasks import Sample
 Protocol = Literal["query_agnostic", "query_aware"]
 """What is known when the context is compressed.
 
-query_agnostic  the context alone is read and compressed; the question follows and is never evicted
-query_aware     context and question are read and compressed together; only the end of the turn and
-                the answer's first words follow. Query-aware heads get the question in front instead
+query_agnostic  the context alone is read and compressed
+query_aware     the policy sees the question, behind the context's last chunk, before the final
+                eviction; query-aware heads get it in front of the context
+
+Either way the question follows the compressed context, and is never evicted.
 """
 
 

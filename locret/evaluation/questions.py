@@ -27,8 +27,7 @@ class Question:
     """A sample under a row.
 
     Attributes:
-        budget: units a KV head may keep; None = all.
-        in_front: the heads are query-aware: they get the question in front of the context.
+        budget: the engine's: units a KV head may keep, or a share of the context; None = all.
         settings: recognises everything that the answer depends on but the sample.
     """
 
@@ -36,8 +35,7 @@ class Question:
     task: Task
     sample: Sample
     prompt: Prompt
-    budget: int | None
-    in_front: bool
+    budget: int | float | None
     settings: str
 
     @property
@@ -48,15 +46,21 @@ class Question:
     @property
     def compressed(self) -> int:
         """Tokens that are read and compressed before the rest."""
-        if self.in_front or self.row.protocol == "query_agnostic":
-            return self.prompt.context_end
-        return self.prompt.question_end
+        return self.prompt.context_end
+
+    @property
+    def units_allowed(self) -> int | None:
+        """Units that a KV head may keep of the context; None = all."""
+        if isinstance(self.budget, float):
+            return max(1, round(self.budget * self.compressed))
+        return self.budget
 
     @property
     def query(self) -> tuple[int, ...]:
-        """What stands in front of the context, for query-aware heads."""
-        prompt = self.prompt
-        return prompt.ids[prompt.context_end : prompt.question_end] if self.in_front else ()
+        """What may be seen of the question while the context is compressed."""
+        if self.row.keeps_all or self.row.protocol == "query_agnostic":
+            return ()
+        return self.prompt.ids[self.prompt.context_end : self.prompt.question_end]
 
     @property
     def rest(self) -> int:
@@ -88,22 +92,19 @@ def questions(
     renderer: Renderer,
     sources: dict[str, Any],
     window: int | None,
-    in_front: bool,
 ) -> Iterator[Question]:
     """The samples of a task under a row.
 
     Args:
         sources: what model, adapter and heads are, by content.
         window: tokens that the model can hold at once.
-        in_front: the row's heads are query-aware.
     """
     settings = settings_of(config, row, task, sources)
     longest = config.max_length or (window if _needs_window(config, row) else None)
     limit = None if longest is None else longest - task.max_new_tokens
     for sample in samples:
         prompt = renderer.render(sample, limit)
-        budget = row.units(task.length or len(prompt.ids))
-        yield Question(row, task, sample, prompt, budget, in_front, settings)
+        yield Question(row, task, sample, prompt, row.engine_budget(task.length), settings)
 
 
 def _needs_window(config: EvalConfig, row: Row) -> bool:
@@ -111,23 +112,19 @@ def _needs_window(config: EvalConfig, row: Row) -> bool:
     return row.keeps_all or {**config.engine, **row.engine}.get("positions") == "original"
 
 
-def batches(asked: Iterable[Question], batch_size: int, padded: bool) -> list[list[Question]]:
+def batches(asked: Iterable[Question], batch_size: int) -> list[list[Question]]:
     """Questions that one call can answer: of one row, task and budget.
 
-    With a batch size of 1, the samples about one context stand together, to share its prefill.
-
-    Args:
-        batch_size: the most questions of a batch.
-        padded: contexts of different lengths may stand together.
+    With a batch size of 1, the samples about one context stand together, to share its prefill;
+    else questions of one length, about contexts of any.
     """
     groups: dict[tuple[Any, ...], list[Question]] = {}
     for question in asked:
         key: tuple[Any, ...] = (question.row.label, question.task.label, question.budget)
         if batch_size == 1:
-            key += (question.group, question.prompt.ids[: question.compressed])
+            key += (question.group, question.prompt.ids[: question.compressed], question.query)
         else:
             key += (question.rest, len(question.query))
-            key += () if padded else (question.compressed,)
         groups.setdefault(key, []).append(question)
     size = batch_size if batch_size > 1 else None
     return [batch for group in groups.values() for batch in _cut(group, size)]

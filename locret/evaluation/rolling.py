@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from locret.cache import RetainedCache
+from locret.cache import Eviction, RetainedCache
 from locret.generation import Engine
-
-SCALED = ("logits_scaling", "logit_scale", "final_logit_softcapping")
-"""Settings of configs whose models do more than one matrix product to make logits."""
 
 
 @torch.no_grad()
@@ -21,35 +18,25 @@ def rolling_log_likelihood(engine: Engine, ids: Tensor) -> tuple[float, Retained
     memory is bounded however long the text is.
 
     Args:
-        engine: reads the text.
+        engine: with a budget; says how the text is read.
         ids: [1, n] long.
 
     Returns:
         The sum, and the cache after the last token but one.
-
-    Raises:
-        ValueError: a model whose logits are more than its output layer's product.
     """
     model: Any = engine.model
-    scaled = [name for name in SCALED if getattr(model.config, name, None)]
-    if scaled:
-        raise ValueError(
-            f"rolling log-likelihoods within a budget are not there for models with {scaled[0]}"
-        )
-    total, seen = 0.0, 0
-
-    def score(module: Any, args: Any, output: Any) -> None:
-        nonlocal total, seen
-        hidden = output[0]  # (1, T, hidden size)
-        following = ids[0, seen + 1 : seen + 1 + hidden.shape[1]]
-        seen += hidden.shape[1]
-        logs = log_softmax(model.get_output_embeddings()(hidden[0]), dim=-1)
-        total += float(logs.gather(1, following[:, None]).sum())
-
-    hook = model.get_decoder().register_forward_hook(score)
-    try:
-        cache = engine.prefill(ids[:, :-1])
-    finally:
-        hook.remove()
-    assert seen == ids.shape[1] - 1, "the engine read other tokens than the text's"
+    settings, length = engine.settings, ids.shape[1]
+    cache, budgets = engine.new_cache(length)
+    assert budgets is not None, "without a budget the text is scored as it stands"
+    cache.prompt_lengths = (length,)
+    total, size = 0.0, engine.chunk_size or length
+    with engine:
+        for start in range(0, length - 1, size):
+            cache.eviction = Eviction(budgets, settings.stabilizers_for(budgets))
+            chunk = ids[:, start : min(start + size, length - 1)]
+            following = ids[0, start + 1 : start + 1 + chunk.shape[1]]
+            logits = model(input_ids=chunk, past_key_values=cache, use_cache=True).logits[0]
+            logs = log_softmax(logits.float(), dim=-1)
+            total += float(logs.gather(1, following[:, None]).sum())
+    cache.eviction = None
     return total, cache

@@ -27,7 +27,7 @@ class Row:
     Attributes:
         policy: a name of `locret.policies.POLICIES`.
         budget: units a KV head keeps: a number; a share such as 0.125; "8x" = an eighth; None =
-            all. Shares are of the length that the task is made to, else of the sample's prompt.
+            all. Shares are of the length that the task is made to, else of the sample's context.
         protocol: what is known when the context is compressed.
         heads: an artifact, where it is not the run's.
         quantization: how the cache's keys and values are stored; None = as they are.
@@ -61,20 +61,18 @@ class Row:
             parts.append(str(self.quantization))
         return " ".join(parts)
 
-    def units(self, tokens: int) -> int | None:
-        """The budget for a prompt of so many tokens, at least 1."""
+    def engine_budget(self, length: int | None) -> int | float | None:
+        """The engine's budget for a task that is made to `length` tokens: at least one unit. For a
+        task that is not made to a length, a share stays one."""
         if self.keeps_all or self.budget is None:
             return None
         if isinstance(self.budget, int):
             return self.budget
-        return max(1, round(tokens * _share(self.budget)))
+        share = 1 / int(self.budget[:-1]) if isinstance(self.budget, str) else self.budget
+        return share if length is None else max(1, round(length * share))
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value not in (None, "", {})}
-
-
-def _share(budget: float | str) -> float:
-    return 1 / float(budget[:-1]) if isinstance(budget, str) else budget
 
 
 def expand(entries: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -126,7 +124,7 @@ def _checked(row: Row) -> Row:
     if POLICIES[row.policy].evicts and not _is_budget(row.budget):
         raise ValueError(
             f"rows: budget of {row.policy} is {row.budget!r}; expected a number of units, a share "
-            "such as 0.125, a factor such as 8x, or null for no limit"
+            "such as 0.125, a factor above 1 such as 8x, or null for no limit"
         )
     return row
 
@@ -136,7 +134,7 @@ def _is_budget(budget: Any) -> bool:
         return True
     if isinstance(budget, str):
         digits = budget[:-1]
-        return budget.endswith("x") and digits.isdigit() and int(digits) > 0
+        return budget.endswith("x") and digits.isdigit() and int(digits) > 1
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         return False
     return budget >= 1 if isinstance(budget, int) else 0 < budget < 1

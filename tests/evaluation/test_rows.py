@@ -30,11 +30,13 @@ def test_a_full_cache_may_be_given_and_is_one_row():
 
 
 @pytest.mark.parametrize(
-    ("budget", "units"), [("8x", 12), (0.5, 50), (7, 7), (None, None), ("1000x", 1)]
+    ("budget", "units", "share"),
+    [("8x", 12, 0.125), (0.5, 50, 0.5), (7, 7, 7), (None, None, None), ("1000x", 1, 0.001)],
 )
-def test_budgets(budget, units):
-    assert Row("random", budget).units(100) == units
-    assert Row("full", budget).units(100) is None
+def test_budgets(budget, units, share):
+    assert Row("random", budget).engine_budget(100) == units
+    assert Row("random", budget).engine_budget(None) == share
+    assert Row("full", budget).engine_budget(100) is None
 
 
 def test_without_a_limit_the_protocol_makes_no_difference():
@@ -51,7 +53,7 @@ def test_without_a_limit_the_protocol_makes_no_difference():
         ({"policy": "random", "budget": "8"}, "budget of random is '8'; expected a number"),
         ({"policy": "random", "budget": 0}, "budget of random is 0"),
         ({"policy": "random", "budget": 1.5}, "budget of random is 1.5"),
-        ({"policy": "random", "budget": "0x"}, "budget of random is '0x'"),
+        ({"policy": "random", "budget": "1x"}, "budget of random is '1x'"),
         ({"policy": "random", "budget": True}, "budget of random is True"),
         ({"policy": "random", "protocol": "blind"}, "protocol 'blind' is unknown"),
         ({"policy": "random", "budget": [8, 8]}, "random 8 query_agnostic are given twice"),

@@ -1,0 +1,48 @@
+"""The command line of `python -m locret reproduce`; what runs is imported when it runs."""
+
+import argparse
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Bar = Callable[[str], Any]
+"""Makes a progress bar with a label."""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("results", nargs="+", type=Path, help="result files, or folders of them")
+    command.add_argument("--data-dir", help="folder of the tasks' data files")
+    command.add_argument("--output", type=Path, default=Path("runs/reproduce"))
+    command.add_argument("--limit", type=int, help="samples a task")
+
+
+def run(given: argparse.Namespace, bar: Bar) -> None:
+    """Run slices of results again.
+
+    Raises:
+        ValueError: no results are there, nothing could be run, or a figure is not reproduced.
+    """
+    from locret.evaluation import reproduce as again
+    from locret.evaluation.comparison import Comparison, as_table
+
+    changes = {"data_dir": given.data_dir, "limit": given.limit}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    compared: list[Comparison] = []
+    left_out: list[str] = []
+    for path in again.result_files(given.results):
+        folder = given.output / path.stem
+        shutil.rmtree(folder, ignore_errors=True)  # from scratch
+        found = again.reproduce(path, folder, changes, bar(path.stem))
+        compared += found.compared
+        left_out += [f"{path.stem}: {reason}" for reason in found.left_out]
+    for reason in left_out:
+        print(f"left out  {reason}")
+    print(as_table(compared))
+    print(f"answers   {given.output.resolve()}")
+    if not compared:
+        raise ValueError("nothing could be run again; give the data with --data-dir")
+    wrong = [f"{one.table}, {one.row}" for one in compared if not one.reproduced]
+    if wrong:
+        raise ValueError(f"not reproduced: {'; '.join(wrong)}")
+    print(f"all {len(compared)} rows reproduced")

@@ -1,0 +1,121 @@
+"""Slices of results, again: what counts as reproduced, and what is said."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from locret import cli
+from locret.evaluation import evaluate, grid, needle
+from locret.evaluation.comparison import Comparison, as_table, drawn_means
+from locret.evaluation.config import EvalConfig
+from locret.evaluation.reproduce import reproduce, result_files
+from locret.heads import RetainingHeads
+from locret.models import load_model
+from tests.evaluation.eval_data import DATA, write_artifacts, write_data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce")
+    write_data(folder / "data")
+    return write_artifacts(folder)
+
+
+@pytest.fixture(scope="module")
+def committed(folder):
+    """A results folder with one table."""
+    config = EvalConfig(
+        model=str(folder / "backbone"),
+        heads=str(folder / "heads"),
+        tasks=("fairytaleqa", "leval_tpo"),
+        rows=({"policy": ["locret", "streaming_llm"], "budget": 30},),
+        output=str(folder / "run"),
+        data_dir=str(folder / "data"),
+        data={"fairytaleqa": DATA["fairytaleqa"]},
+        dtype="float32",
+        device="cpu",
+        limit=3,
+        cache_dir=str(folder / "cache"),
+        smoke={"limit": 2, "rows": [{"policy": "locret", "budget": 30}]},
+    )
+    path = evaluate.run(config)
+    results = folder / "results"
+    results.mkdir()
+    (results / "tales.json").write_text(path.read_text())
+    (results / "other.json").write_text("{}")
+    return results
+
+
+def changed(committed, folder, score):
+    """The results with another score everywhere."""
+    result = json.loads((committed / "tales.json").read_text())
+    for cell in result["cells"]:
+        cell["scores"] = [score for _ in cell["scores"]]
+    (folder / "tales.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_a_slice_of_the_same_samples_gives_the_same(committed, folder, tmp_path):
+    (path,) = result_files([committed])
+    found = reproduce(path, tmp_path / "again", {"data_dir": str(folder / "data")})
+    assert found.reproduced and not found.left_out
+    assert [(one.row, one.count, one.equal) for one in found.compared] == [
+        ("full", 4, 4),
+        ("locret 30 query_agnostic", 4, 4),
+    ]
+    assert all(one.committed == one.again for one in found.compared)
+
+
+def test_another_figure_is_not_reproduced(committed, folder, tmp_path, capsys):
+    args = ["--data-dir", str(folder / "data"), "--output", str(tmp_path / "again")]
+    assert cli.main(["reproduce", str(committed), *args]) == 0
+    assert "all 2 rows reproduced" in capsys.readouterr().out
+    assert cli.main(["reproduce", str(changed(committed, tmp_path, 1.0)), *args]) == 2
+    said = capsys.readouterr()
+    assert "NOT reproduced, 0 of 4 alike" in said.out
+    assert "not reproduced: tales, full; tales, locret 30 query_agnostic" in said.err
+
+
+def test_tasks_without_their_data_are_left_out_and_said(committed, folder, tmp_path, capsys):
+    some = tmp_path / "some"
+    some.mkdir()
+    (some / "leval_tpo.jsonl").write_text((folder / "data" / "leval_tpo.jsonl").read_text())
+    args = ["--output", str(tmp_path / "again"), "--limit", "1"]
+    assert cli.main(["reproduce", str(committed), "--data-dir", str(some), *args]) == 0
+    out = capsys.readouterr().out
+    assert "left out  tales: fairytaleqa: " in out and "all 2 rows reproduced" in out
+    assert cli.main(["reproduce", str(committed), "--data-dir", str(tmp_path / "no"), *args]) == 2
+    assert "nothing could be run again" in capsys.readouterr().err
+
+
+def test_a_needle_grid_is_asked_again_at_its_shortest_length(folder, tmp_path):
+    loaded = load_model(str(folder / "backbone"), dtype="float32", device="cpu")
+    heads = RetainingHeads.from_pretrained(folder / "heads")
+    asked = grid.GridSettings(
+        lengths=(300, 400),
+        depths=2,
+        needle=needle.NeedleSettings(chunk_size=64, local_tokens=20, max_new_tokens=2),
+    )
+    path = tmp_path / "needles.json"
+    manifest = grid.manifest_of(loaded, str(folder / "heads"))
+    policies = ["full", "locret", "streaming_llm"]
+    grid.run_grid(loaded, policies, asked, path, heads, manifest)
+    found = reproduce(path, tmp_path / "again", {})
+    assert [one.row for one in found.compared] == ["full 1x at 300", "locret 8x at 300"]
+    assert found.reproduced and all(one.equal == one.count == 2 for one in found.compared)
+
+
+def test_what_is_allowed_is_what_so_many_draws_give():
+    means = drawn_means([0.0, 1.0], 4)
+    assert sorted(set(means.tolist())) == [0, 0.25, 0.5, 0.75, 1]
+    inside = Comparison("t", "row", 4, 0.5, 0.75, 0.1, 0.9, 3)
+    assert inside.reproduced and not replace(inside, again=0.95).reproduced
+    assert "10.0-90.0  reproduced, 3 of 4 alike" in as_table([inside])
+
+
+def test_no_results_are_no_reproduction(tmp_path, capsys):
+    with pytest.raises(ValueError, match="no results of `evaluate`"):
+        result_files([tmp_path])
+    (tmp_path / "bad.json").write_text("{")
+    assert cli.main(["reproduce", str(tmp_path)]) == 2
