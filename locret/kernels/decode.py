@@ -20,7 +20,7 @@ from locret.kernels.dispatch import (
     tl,
     triton,
 )
-from locret.kernels.parts import Parts, absorb, number_of_parts, store_part
+from locret.kernels.parts import Parts, average, log_sum, number_of_parts, weigh
 
 _PROGRAMS = 2  # programs that share a multiprocessor
 _ROWS = 128  # query rows (G * T) that one program holds
@@ -53,7 +53,7 @@ def decode_attention(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    _check(query, keys, values, length, first)
+    check_decode(query, keys, values, length, first)
     if not takes_triton(query):
         return decode_attention_reference(query, keys, values, length, scaling, first)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -87,9 +87,10 @@ def decode_attention_reference(
     return out.flatten(1, 2).to(query.dtype)
 
 
-def _check(
+def check_decode(
     query: Tensor, keys: Tensor, values: Tensor, length: Tensor, first: Tensor | None
 ) -> None:
+    """Refuse what does not fit; arguments as of `decode_attention`."""
     batch, heads, _, size = keys.shape
     if keys.shape != values.shape or not query.dtype == keys.dtype == values.dtype:
         raise ValueError(
@@ -256,11 +257,14 @@ def _attend(  # type: ignore[no-untyped-def]
         else:
             visible = here[None, :] & ((at + unit)[None, :] < row_end[:, None])
             logits = tl.where(visible, logits, float("-inf"))
-        highest, total, summed = absorb(logits, v, highest, total, summed)
+        weights, shrink, highest, total = weigh(logits, highest, total)
+        summed *= shrink[:, None]
+        summed = tl.dot(weights.to(v.dtype), v, acc=summed, input_precision="ieee")
         k_at += UNITS * k_s
         v_at += UNITS * v_s
 
     at_row = ((b * tl.num_programs(1) + h) * all_parts + at_part + part) * ROWS + row
+    tl.store(part_weights + at_row, log_sum(highest, total), mask=row < ROWS)
     at_values = part_values + at_row[:, None] * SIZE + d[None, :]
     mask = (row < ROWS)[:, None] & in_size[None, :]
-    store_part(at_values, mask, part_weights + at_row, row < ROWS, highest, total, summed)
+    tl.store(at_values, average(summed, total), mask=mask)

@@ -13,6 +13,7 @@ from torch import Tensor
 from locret.kernels.dispatch import on_device, padded, tl, triton
 
 _LEAST_PART = 128  # units of the capacity that are worth a program of their own
+_START = 64
 
 
 @dataclass(frozen=True)
@@ -64,34 +65,39 @@ class Parts:
 def number_of_parts(heads: int, capacity: int, at_once: int) -> int:
     """Programs that share the units of a KV head, for `heads` KV heads in all.
 
-    The fewest among those that finish soonest, if programs run in rounds of `at_once`.
+    The number that finishes soonest, if programs run in rounds of `at_once` and each takes the time
+    of `_START` units to begin and end.
     """
     most = max(1, min(-(-capacity // _LEAST_PART), -(-4 * at_once // heads)))
-    return min(range(1, most + 1), key=lambda parts: -(-heads * parts // at_once) / parts)
+    return min(
+        range(1, most + 1),
+        key=lambda parts: -(-heads * parts // at_once) * (capacity / parts + _START),
+    )
 
 
 @triton.jit
-def absorb(logits, v, highest, total, summed):  # type: ignore[no-untyped-def]
-    """The online softmax's state after the units with these logits (log2) and values."""
+def weigh(logits, highest, total):  # type: ignore[no-untyped-def]
+    """Online softmax: the weights of units with these logits, by how much what was summed before
+    shrinks, and the new state."""
     higher = tl.maximum(highest, tl.max(logits, 1))
     # A row that has seen nothing yet has no highest logit to subtract.
     base = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(logits - base[:, None])
     shrink = tl.exp2(highest - base)
-    total = total * shrink + tl.sum(weights, 1)
-    summed = tl.dot(weights.to(v.dtype), v, acc=summed * shrink[:, None], input_precision="ieee")
-    return higher, total, summed
+    return weights, shrink, higher, total * shrink + tl.sum(weights, 1)
 
 
 @triton.jit
-def store_part(  # type: ignore[no-untyped-def]
-    at_values, mask, at_weights, row_mask, highest, total, summed
-):
-    """A part's average value, and log2 of its sum of weights; -inf where it saw no unit."""
+def log_sum(highest, total):  # type: ignore[no-untyped-def]
+    """log2 of a part's sum of weights; -inf where it saw no unit."""
     some = total > 0.0
-    log_sum = tl.where(some, highest + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
-    tl.store(at_weights, log_sum, mask=row_mask)
-    tl.store(at_values, summed / tl.where(some, total, 1.0)[:, None], mask=mask)
+    return tl.where(some, highest + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+
+
+@triton.jit
+def average(summed, total):  # type: ignore[no-untyped-def]
+    """A part's average value; zero where it saw no unit."""
+    return summed / tl.where(total > 0.0, total, 1.0)[:, None]
 
 
 @triton.jit
@@ -116,9 +122,9 @@ def _merge(  # type: ignore[no-untyped-def]
     part = tl.arange(0, PART_BLOCK)
     d = tl.arange(0, SIZE_BLOCK)
     at = ((b * tl.num_programs(1) + h) * PARTS + part) * ROWS + row
-    log_sum = tl.load(weights + at, mask=part < PARTS, other=float("-inf"))
-    highest = tl.max(log_sum, 0)
-    share = tl.exp2(log_sum - tl.where(highest == float("-inf"), 0.0, highest))
+    sums = tl.load(weights + at, mask=part < PARTS, other=float("-inf"))
+    highest = tl.max(sums, 0)
+    share = tl.exp2(sums - tl.where(highest == float("-inf"), 0.0, highest))
     total = tl.sum(share, 0)
     share = share / tl.where(total > 0.0, total, 1.0)
     mask = (part < PARTS)[:, None] & (d < SIZE)[None, :]
