@@ -19,7 +19,7 @@ from locret.quantization.packed import (
     encode_values,
     outliers_of,
 )
-from locret.quantization.runs import arrange, owners
+from locret.quantization.runs import Runs, arrange, owners
 
 
 def select_keys(packed: PackedKeys, others: Tensor, index: Tensor, limit: int) -> PackedKeys:
@@ -34,30 +34,37 @@ def select_keys(packed: PackedKeys, others: Tensor, index: Tensor, limit: int) -
     Raises:
         ValueError: a value that is to be encoded cannot be stored.
     """
-    count = packed.count
-    old = index < count
-    before = owners(packed.starts, count).gather(2, index.clamp(max=count - 1))
+    there = index.clamp(max=packed.count - 1)
+    old = index < packed.count
     survivors = torch.zeros_like(packed.starts[..., 1:], dtype=torch.long)
-    survivors.scatter_add_(2, before, old.long())
+    survivors.scatter_add_(2, owners(packed.starts, packed.count).gather(2, there), old.long())
     runs = arrange(survivors, (~old).sum(2), packed.scheme.group, limit)
-    units = _gathered(packed.units, index.clamp(max=count - 1))
+    units = _gathered(packed.units, there)
     rows = _gathered(packed.rows, runs.kept.clamp(min=0))
-
-    run_at = ((runs.kept < 0) & (runs.sizes > 0)).nonzero(as_tuple=True)
-    if len(run_at[0]):
-        starts, sizes = runs.starts[..., :-1][run_at].long(), runs.sizes[run_at]
-        # Short runs are filled up with their last unit: it is encoded, and written, repeatedly.
-        step = torch.arange(packed.scheme.group, device=index.device)
-        place = starts[:, None] + torch.minimum(step, sizes[:, None] - 1)
-        head = (run_at[0] * index.shape[1] + run_at[1])[:, None].expand(place.shape)
-        slot = index.flatten(0, 1)[head, place]
-        new_units, new_rows = encode_keys(packed.scheme, _decoded(packed, others, head, slot))
-        for part, new in zip(units, new_units, strict=True):
-            part.flatten(0, 1)[head, place] = new
-        for part, new in zip(rows, new_rows, strict=True):
-            part[run_at] = new
     outliers = _outliers(packed, others, index)
-    return PackedKeys(packed.scheme, packed.head_size, units, rows, runs.starts, outliers)
+    kept = PackedKeys(packed.scheme, packed.head_size, units, rows, runs.starts, outliers)
+    _encode_runs(kept, runs, packed, others, index)
+    return kept
+
+
+def _encode_runs(
+    kept: PackedKeys, runs: Runs, packed: PackedKeys, others: Tensor, index: Tensor
+) -> None:
+    """Fill in the codes and rows of the runs of `kept` that keep no row."""
+    at = ((runs.kept < 0) & (runs.sizes > 0)).nonzero(as_tuple=True)
+    if not len(at[0]):
+        return
+    starts, sizes = runs.starts[..., :-1][at].long(), runs.sizes[at]
+    # Short runs are filled up with their last unit: it is encoded, and written, repeatedly.
+    step = torch.arange(packed.scheme.group, device=index.device)
+    place = starts[:, None] + torch.minimum(step, sizes[:, None] - 1)
+    head = (at[0] * index.shape[1] + at[1])[:, None].expand(place.shape)
+    slot = index.flatten(0, 1)[head, place]
+    units, rows = encode_keys(packed.scheme, _decoded(packed, others, head, slot))
+    for part, new in zip(kept.units, units, strict=True):
+        part.flatten(0, 1)[head, place] = new
+    for part, new in zip(kept.rows, rows, strict=True):
+        part[at] = new
 
 
 def select_values(packed: PackedValues, others: Tensor, index: Tensor) -> PackedValues:

@@ -12,7 +12,7 @@ from torch import Tensor
 from locret.quantization.affine import as_stored
 from locret.quantization.base import Parts, Scheme
 from locret.quantization.outliers import Outliers, find_outliers
-from locret.quantization.runs import Runs, aligned, owners
+from locret.quantization.runs import Runs, aligned, owners_at
 
 SLAB = 4096
 """Units of a head that are expanded at a time, so that float32 copies stay small."""
@@ -59,7 +59,7 @@ class PackedKeys:
             unit: long [...], below P.
         """
         flat = head * self.count + unit
-        run = head * self.rows[0].shape[2] + owners(self.starts, self.count).flatten()[flat]
+        run = owners_at(self.starts, flat)
         x = self.scheme.decode_keys(_at(self.units, flat), _at(self.rows, run), self.head_size)
         return _with_outliers(x, self.outliers, self.scheme, flat)
 

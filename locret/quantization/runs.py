@@ -49,6 +49,13 @@ def owners(starts: Tensor, units: int) -> Tensor:
     return torch.searchsorted(ends, unit.expand(*ends.shape[:-1], -1).contiguous(), right=True)
 
 
+def owners_at(starts: Tensor, unit: Tensor) -> Tensor:
+    """The run of each unit `unit` [...] (long), both counted through all B * H heads."""
+    ends = starts[..., 1:].flatten(0, -2)
+    before = torch.arange(len(ends), device=ends.device)[:, None] * starts[0, 0, -1]
+    return torch.searchsorted((ends + before).flatten(), unit, right=True)
+
+
 def arrange(survivors: Tensor, fresh: Tensor, group: int, limit: int) -> Runs:
     """The runs after an eviction.
 

@@ -86,7 +86,7 @@ def test_units_keep_their_codes_and_rows(name):
     store.append(*chunk(generator, 960))
     store.pack()
     for _ in range(4):
-        former, units = store.keys, store.held
+        former, units = store.packed_keys, store.held
         store.append(*chunk(generator, 64))
         before = store.dequantized(torch.float32)
         index = choose(generator, store.held, 960)
@@ -95,8 +95,8 @@ def test_units_keep_their_codes_and_rows(name):
         for was, now in zip(before, store.dequantized(torch.float32), strict=True):
             assert torch.equal(now[old], at(was, index)[old])
         there = index.clamp(max=units - 1)
-        pairs = list(zip(former.units, store.keys.units, strict=True))
-        pairs += zip(rows_of(former), rows_of(store.keys), strict=True)
+        pairs = list(zip(former.units, store.packed_keys.units, strict=True))
+        pairs += zip(rows_of(former), rows_of(store.packed_keys), strict=True)
         for was, now in pairs:
             assert torch.equal(now[old], at(was, there)[old])
 
@@ -113,7 +113,7 @@ def test_values_are_never_rounded_again():
         store.select(index)
         twin.select(index)
     once = quantize_values(scheme, twin.values)
-    for held, whole in zip(store.values.tensors, once.tensors, strict=True):
+    for held, whole in zip(store.packed_values.tensors, once.tensors, strict=True):
         assert torch.equal(held, whole)
 
 
@@ -197,26 +197,49 @@ def test_packing_without_eviction_is_quantizing_the_whole():
         store.append(*new, room=20)
         twin.append(*new)
         store.pack()
-    assert store.packed == 96 and store.keys.rows[0].shape[2] == 12
+    assert store.packed == 96 and store.packed_keys.rows[0].shape[2] == 12
     for held, whole in zip(
-        store.keys.tensors, quantize_keys(scheme, twin.keys[:, :, :96]).tensors, strict=True
+        store.packed_keys.tensors, quantize_keys(scheme, twin.keys[:, :, :96]).tensors, strict=True
     ):
         assert torch.equal(held, whole)
     for held, whole in zip(
-        store.values.tensors, quantize_values(scheme, twin.values[:, :, :96]).tensors, strict=True
+        store.packed_values.tensors,
+        quantize_values(scheme, twin.values[:, :, :96]).tensors,
+        strict=True,
     ):
         assert torch.equal(held, whole)
 
 
 def test_room_lets_units_be_appended_in_place():
     generator = torch.Generator().manual_seed(0)
-    store = QuantizedUnits(make_scheme("kivi", group=8, residual=4))
+    store = QuantizedUnits(make_scheme("kivi", group=64))
     store.append(*chunk(generator, 3), room=30)
     where = store.residual_keys.data_ptr()
-    for _ in range(25):
+    for _ in range(30):
         store.append(*chunk(generator, 1))
-        store.pack()
-    assert store.residual_keys.data_ptr() == where and store.held == 28
+    assert store.residual_keys.data_ptr() == where and store.held == 33
+
+
+@pytest.mark.parametrize("what", ["append", "pack", "select", "rebuild", "select_batch"])
+def test_what_was_held_can_be_restored(what):
+    generator = torch.Generator().manual_seed(0)
+    store = QuantizedUnits(make_scheme("kivi", group=8, residual=4))
+    store.append(*chunk(generator, 60))
+    store.select(choose(generator, 60, 50))
+    store.append(*chunk(generator, 20), room=9)
+    view, before = store.view(), [x.clone() for x in store.dequantized()]
+    acts = {
+        "append": lambda: [store.append(*chunk(generator, 6)) for _ in range(3)],
+        "pack": store.pack,
+        "select": lambda: store.select(choose(generator, store.held, 30)),
+        "rebuild": lambda: store.rebuild(chunk(generator, store.held)[0], 5),
+        "select_batch": lambda: store.select_batch(torch.tensor([0, 0])),
+    }
+    acts[what]()
+    store.append(*chunk(generator, 3, shape=(2, 2) if what == "select_batch" else (1, 2)))
+    store.restore(view)
+    for was, now in zip(before, store.dequantized(), strict=True):
+        assert torch.equal(was, now)
 
 
 @pytest.mark.parametrize("keep", [1, 3, 16, 17, 40])
@@ -234,7 +257,7 @@ def test_small_budgets(keep):
     assert (store.dequantized()[0] - twin.keys).abs().max() < 0.6
 
 
-@pytest.mark.parametrize("what", ["select", "pack", "replace"])
+@pytest.mark.parametrize("what", ["select", "pack", "rebuild"])
 @pytest.mark.parametrize("packed_before", [False, True])
 def test_refused_units_change_nothing(what, packed_before):
     generator = torch.Generator().manual_seed(0)
@@ -249,9 +272,9 @@ def test_refused_units_change_nothing(what, packed_before):
     acts = {
         "select": lambda: store.select(torch.arange(79).expand(1, 2, -1)),
         "pack": store.pack,
-        "replace": lambda: store.replace_keys(torch.full((1, 2, 80, 16), float("nan"))),
+        "rebuild": lambda: store.rebuild(torch.full((1, 2, 80, 16), float("nan")), 0),
     }
-    if what == "replace" and not packed_before:
+    if what == "rebuild" and not packed_before:
         return
     with pytest.raises(ValueError, match="cannot quantize"):
         acts[what]()
@@ -259,7 +282,7 @@ def test_refused_units_change_nothing(what, packed_before):
         assert torch.equal(was, now) or was.isnan().any()
 
 
-def test_keys_can_be_replaced():
+def test_a_store_can_be_rebuilt_with_other_keys():
     generator = torch.Generator().manual_seed(0)
     scheme = make_scheme("kivi", group=8, residual=4)
     store = QuantizedUnits(scheme)
@@ -267,9 +290,9 @@ def test_keys_can_be_replaced():
         store.append(*chunk(generator, 60))
         store.select(choose(generator, store.held, 50))
     keys, values = chunk(generator, 50)[0], store.dequantized()[1]
-    store.replace_keys(keys)
+    store.rebuild(keys, 0)
     whole = quantize_keys(scheme, keys[:, :, :46])
-    for held, new in zip(store.keys.tensors, whole.tensors, strict=True):
+    for held, new in zip(store.packed_keys.tensors, whole.tensors, strict=True):
         assert torch.equal(held, new)
     assert torch.equal(store.dequantized()[0][:, :, 46:], keys[:, :, 46:])
     assert torch.equal(store.dequantized()[1], values)

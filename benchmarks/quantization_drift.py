@@ -1,0 +1,102 @@
+"""What a hundred evictions cost a quantized cache, next to quantizing the survivors once.
+
+    python -m benchmarks.quantization_drift --out docs/results/quantization_drift.json
+
+Keys are random (Student's t, 6 degrees of freedom; offsets and spreads differ by channel). Each
+chunk is appended, then each head is cut back to its budget: by fresh random ranks (`random`), or by
+ranks that a unit keeps (`fixed`). Errors are in units of a channel's spread. `again` is what
+encoding all keys anew at every eviction would do; it needs no more runs than full ones.
+"""
+
+import argparse
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import record
+from locret.quantization import QuantizedUnits, make_scheme
+from locret.quantization.packed import quantize_keys
+
+HEADS = 2
+
+
+class Setting(NamedTuple):
+    budget: int
+    chunk: int
+    residual: int
+    ranks: str
+
+
+SETTINGS = [
+    Setting(budget, chunk, residual, ranks)
+    for (budget, chunk), residual, ranks in product(
+        [(2048, 256), (2048, 1024), (8192, 1024), (16384, 1024)], [0, 16, 32], ["random", "fixed"]
+    )
+]
+
+
+def main() -> None:
+    """Run all settings and write their JSON."""
+    given = _parser().parse_args()
+    figures = []
+    for setting in SETTINGS:
+        figures.append(setting._asdict() | measure(setting, given.head_size, given.evictions))
+        print(figures[-1])
+    record.write(given.out, vars(given), {"drift": figures})
+
+
+def measure(setting: Setting, head_size: int, evictions: int) -> dict[str, float]:
+    """Errors after so many evictions, and what is held then."""
+    torch.manual_seed(0)
+    scheme = make_scheme("kivi", residual=setting.residual)
+    store, again = QuantizedUnits(scheme), QuantizedUnits(scheme)
+    offset, spread = torch.randn(head_size) * 3, torch.exp(torch.randn(head_size) * 0.5)
+    originals, ranks = torch.empty(1, HEADS, 0, head_size), torch.empty(1, HEADS, 0)
+    draw = torch.distributions.StudentT(torch.tensor(6.0))
+    for _ in range(evictions + setting.budget // setting.chunk):
+        keys = (draw.sample((1, HEADS, setting.chunk, head_size)) * spread + offset).half()
+        fresh = torch.rand(1, HEADS, setting.chunk)
+        originals, ranks = torch.cat([originals, keys.float()], 2), torch.cat([ranks, fresh], 2)
+        for each in (store, again):
+            each.append(keys, keys)
+        if store.held <= setting.budget:
+            continue
+        by = ranks if setting.ranks == "fixed" else torch.rand(ranks.shape)
+        index = by.topk(setting.budget, -1).indices.sort(-1).values
+        originals, ranks = _at(originals, index), ranks.gather(2, index)
+        for each in (store, again):
+            each.select(index)
+        again.rebuild(again.dequantized()[0], 0)
+    packed = store.packed
+    originals = originals[:, :, :packed]
+    once = quantize_keys(scheme, originals.half()).dequantize(torch.float32)
+    error, error_again, error_once = (
+        ((x - originals) / spread).square().mean().sqrt().item()
+        for x in (*(s.dequantized(torch.float32)[0][:, :, :packed] for s in (store, again)), once)
+    )
+    return {
+        "error": error,
+        "error_over_once": error / error_once,
+        "again_over_once": error_again / error_once,
+        "runs_over_full_runs": store.packed_keys.rows[0].shape[2] / -(-packed // scheme.group),
+        "bytes_over_16_bit": store.nbytes / (4 * HEADS * setting.budget * head_size),
+    }
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--head-size", type=int, default=64)
+    parser.add_argument("--evictions", type=int, default=100)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
