@@ -88,12 +88,20 @@ def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
     index = torch.stack([torch.randperm(100)[:70].sort().values for _ in range(2)])[None]
     units.select(index)
     packed = PackedUnits(
-        *(*units.keys.units, *units.keys.rows, units.keys.starts, *units.values.units),
+        *(
+            *units.packed_keys.units,
+            *units.packed_keys.rows,
+            units.packed_keys.starts,
+            *units.packed_values.units,
+        ),
         bits=bits,
         group=group,
     )
     assert packed.count == 65
-    expected = units.keys.dequantize(torch.float32), units.values.dequantize(torch.float32)
+    expected = (
+        units.packed_keys.dequantize(torch.float32),
+        units.packed_values.dequantize(torch.float32),
+    )
     for actual, expanded in zip(expand_reference(packed, size), expected, strict=True):
         torch.testing.assert_close(actual, expanded)
     query, length = torch.randn(1, 4, 1, size), torch.tensor([5], dtype=torch.int32)
