@@ -6,7 +6,6 @@ kernel merges the parts by their log-sum-exp. The number of parts is fixed by sh
 covers by the current length: a captured CUDA graph stays right and balanced while the length grows.
 """
 
-import functools
 import math
 
 import torch
@@ -21,8 +20,8 @@ from locret.kernels.dispatch import (
     tl,
     triton,
 )
+from locret.kernels.parts import Parts, average, log_sum, number_of_parts, weigh
 
-_LEAST_PART = 128  # units of the capacity that are worth a program of their own
 _PROGRAMS = 2  # programs that share a multiprocessor
 _ROWS = 128  # query rows (G * T) that one program holds
 
@@ -54,9 +53,8 @@ def decode_attention(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    _check(query, keys, values, length, first)
-    tensors = [query, keys, values, length] + ([] if first is None else [first])
-    if not takes_triton(*tensors):
+    check_decode(query, keys, values, length, first)
+    if not takes_triton(query):
         return decode_attention_reference(query, keys, values, length, scaling, first)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if out.numel():
@@ -89,9 +87,10 @@ def decode_attention_reference(
     return out.flatten(1, 2).to(query.dtype)
 
 
-def _check(
+def check_decode(
     query: Tensor, keys: Tensor, values: Tensor, length: Tensor, first: Tensor | None
 ) -> None:
+    """Refuse what does not fit; arguments as of `decode_attention`."""
     batch, heads, _, size = keys.shape
     if keys.shape != values.shape or not query.dtype == keys.dtype == values.dtype:
         raise ValueError(
@@ -125,18 +124,39 @@ def _launch(
     first: Tensor | None,
     out: Tensor,
 ) -> None:
+    batch, heads, capacity, _ = keys.shape
+    at_once = _PROGRAMS * multiprocessors(query.device)
+    parts = Parts.empty(query, heads, number_of_parts(batch * heads, capacity, at_once))
+    attend_storage(query, keys, values, length, scaling, first, parts, 0, parts.count)
+    parts.merge(out)
+
+
+def attend_storage(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    scaling: float,
+    first: Tensor | None,
+    parts: Parts,
+    at_part: int,
+    count: int,
+    before: int = 0,
+) -> None:
+    """Leave the attention over some storage in `count` parts of `parts`, from `at_part` on.
+
+    Args:
+        before: slots that come before this storage's; `first` counts them, `length` does not.
+    """
     batch, heads, capacity, size = keys.shape
     new = query.shape[2]
     rows = query.shape[1] // heads * new
-    parts = number_of_parts(batch * heads, capacity, multiprocessors(query.device))
-    shape = (batch, heads, parts, rows)
-    partial = torch.empty(*shape, size, dtype=torch.float32, device=query.device)
-    weight = torch.empty(shape, dtype=torch.float32, device=query.device)
     wide = padded(size, least=16)
     with on_device(query):
-        _attend[(parts, heads, batch)](
+        _attend[(count, heads, batch)](
             *(query, keys, values, length, length if first is None else first),
-            *(partial, weight, scaling * math.log2(math.e), capacity),
+            *(parts.values, parts.weights, at_part, parts.count),
+            *(scaling * math.log2(math.e), capacity, before),
             *query.stride(),
             *keys.stride(),
             *values.stride(),
@@ -148,33 +168,10 @@ def _launch(
             ROW_BLOCK=padded(rows, least=16),
             SIZE_BLOCK=wide,
             UNITS=min(128, max(16, 16384 // (wide * query.element_size()))),
-            # The interpreter multiplies bfloat16 blocks as integers.
             UPCAST=INTERPRETED or query.dtype == torch.float32,
             num_warps=8 if query.dtype == torch.float32 else 4,
             num_stages=3,
         )
-        _merge[(rows, heads, batch)](
-            *(partial, weight, out),
-            *out.stride(),
-            NEW=new,
-            ROWS=rows,
-            SIZE=size,
-            SIZE_BLOCK=wide,
-            PARTS=parts,
-            PART_BLOCK=padded(parts),
-            num_warps=4,
-        )
-
-
-@functools.cache
-def number_of_parts(heads: int, capacity: int, multiprocessors: int) -> int:
-    """Programs that share a KV head's units, for `heads` KV heads in all.
-
-    The fewest among those that finish soonest, if programs run in rounds of what fits the device.
-    """
-    at_once = _PROGRAMS * multiprocessors
-    most = max(1, min(-(-capacity // _LEAST_PART), -(-4 * at_once // heads)))
-    return min(range(1, most + 1), key=lambda parts: -(-heads * parts // at_once) / parts)
 
 
 @triton.jit
@@ -184,10 +181,13 @@ def _attend(  # type: ignore[no-untyped-def]
     values,
     length,
     first,
-    partial,
-    weight,
+    part_values,
+    part_weights,
+    at_part,
+    all_parts,
     scaling,
     capacity,
+    before,
     q_b,
     q_h,
     q_t,
@@ -209,7 +209,7 @@ def _attend(  # type: ignore[no-untyped-def]
     ROW_BLOCK: tl.constexpr,
     SIZE_BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr,  # the interpreter multiplies bfloat16 blocks as integers
 ):
     part = tl.program_id(0)
     parts = tl.num_programs(0)
@@ -220,7 +220,7 @@ def _attend(  # type: ignore[no-untyped-def]
     end = tl.minimum(tl.load(length), capacity)
     start = tl.full((), 0, tl.int32)
     if HAS_FIRST:
-        start = tl.maximum(tl.load(first + b * first_b + h * first_h), 0)
+        start = tl.maximum(tl.load(first + b * first_b + h * first_h) - before, 0)
     each = tl.cdiv(tl.maximum(end - start, 0), parts)
     start += part * each
     stop = tl.minimum(start + each, end)
@@ -257,60 +257,14 @@ def _attend(  # type: ignore[no-untyped-def]
         else:
             visible = here[None, :] & ((at + unit)[None, :] < row_end[:, None])
             logits = tl.where(visible, logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        # A row that has seen nothing yet has no highest logit to subtract.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - base[:, None])
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(weights, 1)
-        summed = tl.dot(
-            weights.to(v.dtype), v, acc=summed * shrink[:, None], input_precision="ieee"
-        )
-        highest = higher
+        weights, shrink, highest, total = weigh(logits, highest, total)
+        summed *= shrink[:, None]
+        summed = tl.dot(weights.to(v.dtype), v, acc=summed, input_precision="ieee")
         k_at += UNITS * k_s
         v_at += UNITS * v_s
 
-    # log2 of the part's sum of weights; a part without units stays out of the merge.
-    at_row = ((b * tl.num_programs(1) + h) * parts + part) * ROWS + row
-    kept = row < ROWS
-    some = total > 0.0
-    log_sum = tl.where(some, highest + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
-    tl.store(weight + at_row, log_sum, mask=kept)
-    summed = summed / tl.where(some, total, 1.0)[:, None]
-    at_partial = partial + at_row[:, None] * SIZE + d[None, :]
-    tl.store(at_partial, summed, mask=kept[:, None] & in_size[None, :])
-
-
-@triton.jit
-def _merge(  # type: ignore[no-untyped-def]
-    partial,
-    weight,
-    out,
-    out_b,
-    out_h,
-    out_t,
-    out_d,
-    NEW: tl.constexpr,
-    ROWS: tl.constexpr,
-    SIZE: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    PART_BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    part = tl.arange(0, PART_BLOCK)
-    d = tl.arange(0, SIZE_BLOCK)
-    at = ((b * tl.num_programs(1) + h) * PARTS + part) * ROWS + row
-    log_sum = tl.load(weight + at, mask=part < PARTS, other=float("-inf"))
-    highest = tl.max(log_sum, 0)
-    share = tl.exp2(log_sum - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(share, 0)
-    share = share / tl.where(total > 0.0, total, 1.0)
-    mask = (part < PARTS)[:, None] & (d < SIZE)[None, :]
-    parts = tl.load(partial + at[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
-    merged = tl.sum(share[:, None] * parts, 0).to(out.dtype.element_ty)
-    q_head = h * (ROWS // NEW) + row // NEW
-    out += b * out_b + q_head * out_h + (row % NEW) * out_t + d * out_d
-    tl.store(out, merged, mask=d < SIZE)
+    at_row = ((b * tl.num_programs(1) + h) * all_parts + at_part + part) * ROWS + row
+    tl.store(part_weights + at_row, log_sum(highest, total), mask=row < ROWS)
+    at_values = part_values + at_row[:, None] * SIZE + d[None, :]
+    mask = (row < ROWS)[:, None] & in_size[None, :]
+    tl.store(at_values, average(summed, total), mask=mask)
