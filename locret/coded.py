@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 
 from locret.columns import Columns, ColumnsView
+from locret.kernels import PackedUnits
 from locret.quantization import QuantizedUnits, Scheme
+from locret.quantization.kivi import KiviScheme
 from locret.quantization.naming import named_tensors, store_of
 from locret.quantization.stacking import stack_stores
 from locret.quantization.storage import QuantizedView
-from locret.units import NewUnits, Units
+from locret.units import NewUnits, Units, number_spare
 
 MARKS = ("scores", "source_positions")
+STEPS = 256
+"""Most units that an answer holds in full precision before they are packed, where its steps come
+from a CUDA graph: packing makes new tensors, and so a new graph."""
 
 
 class CodedView(NamedTuple):
@@ -68,6 +73,50 @@ class CodedUnits:
     def tensors(self) -> tuple[Tensor, ...]:
         """All storage, spare room included: what the memory is really spent on."""
         return *self.store.tensors, *self._marks.tensors
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether `locret.steps` can write new units in place and attend to all: by KIVI's formula,
+        with rotated keys."""
+        scheme = self.store.scheme
+        return isinstance(scheme, KiviScheme) and scheme.outliers is None
+
+    @property
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """Storage [B, H, C, D] of the residual, where new units are written behind `filled`."""
+        keys, values = self.store.residual.tensors
+        return keys, values
+
+    @property
+    def filled(self) -> int:
+        """Units in the residual."""
+        return self.store.residual.held
+
+    @property
+    def packed(self) -> PackedUnits | None:
+        """The units before the residual, for the kernel."""
+        keys, values, scheme = self.store.packed_keys, self.store.packed_values, self.store.scheme
+        if keys is None or values is None:
+            return None
+        (codes,), (scale, minimum) = keys.units, keys.rows
+        value_codes, value_scale, value_minimum = values.units
+        return PackedUnits(
+            key_codes=codes,
+            key_scale=scale,
+            key_minimum=minimum,
+            key_starts=keys.starts,
+            value_codes=value_codes,
+            value_scale=value_scale,
+            value_minimum=value_minimum,
+            bits=scheme.bits,
+            group=scheme.group,
+        )
+
+    @property
+    def spare(self) -> int:
+        """Units that can be written in place."""
+        store, marks = self.store.residual, self._marks
+        return min(store.capacity - store.held, marks.capacity - marks.held)
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +183,21 @@ class CodedUnits:
             keys = keys.gather(2, filled[..., None].expand_as(keys))
         scheme = self.store.scheme
         self.store.rebuild(keys, min(room, scheme.residual + scheme.group))
+
+    def make_room(self, room: int, first_position: int) -> None:
+        """Let units be written to the residual in place: pack what fills runs, and have room for at
+        most `STEPS` units, whose scores are zero and whose source positions go on from
+        `first_position`. They are packed when the next are asked for, or by `settle`."""
+        self.store.pack()
+        self.store.residual = self.store.residual.with_room(min(room, STEPS))
+        self._marks = self._marks.with_room(min(room, STEPS))
+        scores, positions = self._marks.tensors
+        number_spare(scores, positions, self.held, first_position)
+
+    def note_written(self) -> None:
+        """A unit was written to the residual."""
+        self.store.residual.held += 1
+        self._marks.held += 1
 
     def replace_scores(self, scores: Tensor) -> None:
         """Give the units held other `scores` [B, H, S]."""

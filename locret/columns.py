@@ -95,6 +95,12 @@ class Columns:
             new[:, :, : self.held] = old[:, :, : self.held]
         self.tensors, self._room_is_ours = grown, True
 
+    def with_room(self, room: int) -> "Columns":
+        """A copy with room for so many units more."""
+        copied = Columns()
+        copied.append(list(self), room)
+        return copied
+
     def view(self) -> ColumnsView:
         """What is held now, for `restore`."""
         return ColumnsView(self.tensors, self.held)

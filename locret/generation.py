@@ -473,7 +473,8 @@ class Engine:
             kwargs = kwargs | {"use_cache": True}
         cache.room = max(_longest(self.model, kwargs, sequence) - cache.seen, DECODE_ROOM)
         model: Any = self.model
-        if beams == 1 and cache.eviction is None and not cache.quantized and self.fast_steps:
+        takes_steps = all(layer.units.takes_steps for layer in cache.layers)
+        if beams == 1 and cache.eviction is None and takes_steps and self.fast_steps:
             model = seen_through(
                 self.backbone.model, GraphedSteps(self.backbone, cache, self.graphs)
             )
@@ -483,6 +484,8 @@ class Engine:
             past_key_values=cache,
             **kwargs,
         )
+        for layer in cache.layers:
+            layer.units.settle()
         plain = isinstance(output, Tensor)
         sequences = output if plain else output.sequences
         if beams == 1:  # else the cache's rows are the last beams, not the sequences returned

@@ -52,10 +52,6 @@ class Units:
         """S."""
         return self._columns.held
 
-    @held.setter
-    def held(self, count: int) -> None:
-        self._columns.held = count
-
     @property
     def keys(self) -> Tensor:
         return self._columns[0]
@@ -78,9 +74,29 @@ class Units:
         return self._columns.tensors
 
     @property
-    def capacity(self) -> int:
-        """Units that the storage has room for."""
-        return self._columns.capacity
+    def takes_steps(self) -> bool:
+        """Whether `locret.steps` can write new units in place and attend to all."""
+        return True
+
+    @property
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """Storage [B, H, C, D] of keys and values, where new units are written behind `filled`."""
+        return self.tensors[0], self.tensors[1]
+
+    @property
+    def filled(self) -> int:
+        """Units in the tail: here, all."""
+        return self.held
+
+    @property
+    def packed(self) -> None:
+        """Units before the tail: here, none."""
+        return None
+
+    @property
+    def spare(self) -> int:
+        """Units that can be written in place."""
+        return self._columns.capacity - self.held
 
     @property
     def nbytes(self) -> int:
@@ -123,22 +139,23 @@ class Units:
     def rebuild(self, keys: Tensor, room: int, empty: Tensor | None = None) -> None:
         """Hold the same units with other `keys` [B, H, S, D], in a storage with `room` to spare.
         The first `empty` [B, H] slots hold nothing."""
-        rebuilt, old = Columns(), (keys, *list(self._columns)[1:])
-        rebuilt.append(old, room)
-        self._columns = rebuilt
+        self._columns = Columns([keys, *list(self._columns)[1:]]).with_room(room)
 
     def replace_scores(self, scores: Tensor) -> None:
         """Give the units held other `scores` [B, H, S]."""
         self._columns.replace(2, scores)
 
-    def number_spare_room(self, first_position: int) -> None:
-        """Prepare scores (zero) and source positions of units to be written in place."""
-        scores, positions = self.tensors[2], self.tensors[3]
-        scores[:, :, self.held :] = 0
-        spare = self.capacity - self.held
-        positions[:, :, self.held :] = torch.arange(
-            first_position, first_position + spare, device=positions.device
-        )
+    def make_room(self, room: int, first_position: int) -> None:
+        """Let units be written to the tail in place: spare room, `room` units if there is none,
+        whose scores are zero and whose source positions go on from `first_position`."""
+        if not self.spare:
+            self.rebuild(self.keys, room)
+        _, _, scores, positions = self.tensors
+        number_spare(scores, positions, self.held, first_position)
+
+    def note_written(self) -> None:
+        """A unit was written to the tail."""
+        self._columns.held += 1
 
     def view(self) -> ColumnsView:
         """What is held now, for `restore`."""
@@ -178,3 +195,10 @@ class Units:
 def unscored(keys: Tensor) -> Tensor:
     """Scores [B, H, T] for units that no policy has scored and that are not to be evicted."""
     return torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
+
+
+def number_spare(scores: Tensor, positions: Tensor, held: int, first_position: int) -> None:
+    """Prepare scores (zero) and source positions of the units behind those held."""
+    scores[:, :, held:] = 0
+    last = first_position + scores.shape[2] - held
+    positions[:, :, held:] = torch.arange(first_position, last, device=positions.device)

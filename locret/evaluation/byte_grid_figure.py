@@ -64,6 +64,9 @@ def _panel(axis: Any, rows: Sequence[ByteSummary], kept: Sequence[ByteSummary]) 
     for row in kept:
         if row.bits == max(other.bits for other in kept):
             axis.axhline(row.found / row.count, color="black", linestyle=":", linewidth=1)
-    axis.set_xscale("log", base=2)
+    axis.set_xscale("log")
+    places = sorted({round(row.total_bytes / 2**20, 2) for row in rows if row.bits == 16})
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.minorticks_off()
     axis.set_xlabel("MiB of the context")
     axis.set_ylim(-0.02, 1.02)
