@@ -22,7 +22,9 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.shapes import SHAPES
 from locret.kernels import (
+    PackedUnits,
     decode_attention,
+    decode_attention_quantized,
     gather_units,
     rotate_at_slots,
     store_units,
@@ -30,6 +32,7 @@ from locret.kernels import (
 )
 from locret.kernels.compact import gather_units_reference
 from locret.kernels.decode import decode_attention_reference
+from locret.kernels.decode_quantized import decode_attention_quantized_reference
 from locret.kernels.rotate import rotate_at_slots_reference
 from locret.kernels.select import threshold_select_reference
 from locret.kernels.store import store_units_reference
@@ -156,6 +159,25 @@ def _check_decode() -> Iterator[str]:
             )
 
 
+def _check_quantized() -> Iterator[str]:
+    for (heads, group, size), (count, bits), channels, dtype in _some(
+        HEADS, ((63, 8), (63, 4), (5000, 4), (5000, 2)), (32, 64), DTYPES
+    ):
+        packed = _packed(1, heads, count, size, bits, channels)
+        residual = _random(2, 1, heads, 300, size, dtype=dtype)
+        residual[:, :, :, 200:] = torch.nan
+        query = _random(1, heads * group, 1, size, dtype=dtype)
+        filled = torch.tensor([200], dtype=torch.int32, device="cuda")
+        first = torch.randint(0, count, (1, heads), device="cuda", dtype=torch.int32)
+        for start in (None, first):
+            arguments = (query, packed, *residual.unbind(), filled, size**-0.5, start)
+            yield _compare(
+                (heads, group, size, count, bits, channels, dtype, start is not None),
+                decode_attention_quantized(*arguments),
+                decode_attention_quantized_reference(*arguments),
+            )
+
+
 def _check_store() -> Iterator[str]:
     for (heads, _, size), dtype, slot in _some(HEADS, DTYPES, (0, 17, 62)):
         storage = _random(2, 2, heads, 63, size, dtype=dtype)
@@ -193,6 +215,7 @@ CHECKS: dict[str, Callable[[], Iterator[str]]] = {
     "rotate_at_slots": _check_rotate,
     "gather_units": _check_gather,
     "decode_attention": _check_decode,
+    "decode_quantized": _check_quantized,
     "store_units": _check_store,
     "threshold_select": _check_select,
 }
@@ -253,6 +276,28 @@ def _timed(given: argparse.Namespace) -> Iterator[tuple[str, Timed]]:
         ),
     )
 
+    packed = [_packed(1, heads, given.packed, size, 4, 64) for _ in sets]
+    rest = [_random(2, 1, heads, 512, size, dtype=torch.bfloat16).unbind() for _ in sets]
+    filled = torch.tensor([256], dtype=torch.int32, device="cuda")
+    yield (
+        "decode_quantized",
+        Timed(
+            [
+                _call(decode_attention_quantized, query, packed[i], *rest[i], filled, scaling)
+                for i in sets
+            ],
+            [
+                _call(
+                    decode_attention_quantized_reference,
+                    *(query, packed[i], *rest[i], filled, scaling),
+                )
+                for i in sets
+            ],
+            sum(part.nbytes for part in vars(packed[0]).values() if isinstance(part, Tensor))
+            + 4 * heads * 256 * size,
+        ),
+    )
+
     key = query[:, :heads]
     yield (
         "store_units",
@@ -275,6 +320,20 @@ def _timed(given: argparse.Namespace) -> Iterator[tuple[str, Timed]]:
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
     return lambda: function(*arguments)
+
+
+def _packed(batch: int, heads: int, count: int, size: int, bits: int, group: int) -> PackedUnits:
+    """Random packed units, of whose full runs an eviction has left three quarters."""
+    runs = -(-count * 4 // (3 * group))
+    run = _random(batch, heads, runs * group).argsort(-1)[..., :count] // group
+    sizes = torch.zeros(batch, heads, runs, dtype=torch.int32, device="cuda")
+    sizes.scatter_add_(-1, run, torch.ones_like(run, dtype=torch.int32))
+    starts = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).int()
+    shape = (2, batch, heads, count, -(-size * bits // 8))
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+    rows = (_random(2, batch, heads, runs, size) / 2**bits).half()
+    tables = (_random(2, batch, heads, count, -(-size // group)) / 2**bits).half()
+    return PackedUnits(codes[0], *rows, starts, codes[1], *tables, bits=bits, group=group)
 
 
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
@@ -328,6 +387,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
     parser.add_argument("--budget", type=int, default=16384, help="units held in each head")
     parser.add_argument("--chunk", type=int, default=4096, help="new units of a chunk")
+    parser.add_argument("--packed", type=int, default=65536, help="units held at 4 bits")
     parser.add_argument("--sets", type=int, default=4, help="sets of inputs that take turns")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, required=True, help="where to write the JSON")

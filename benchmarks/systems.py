@@ -9,17 +9,18 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache
 
 from benchmarks.answer_clock import AnswerClock
 from locret import Engine, HeadsConfig, RetainingHeads
 from locret.backbone import Backbone
 from locret.policies import LocretPolicy
+from locret.quantization.baselines import transformers_backends
 
 Answer = Callable[[Tensor, AnswerClock], Any]
 """(ids [B, n], clock) -> the cache."""
@@ -116,10 +117,49 @@ def locret(model: Any, setting: Setting) -> Answer:
     return answer
 
 
+def locret_4bit(model: Any, setting: Setting) -> Answer:
+    """`locret.Engine` with four times the units in 4 bits (KIVI)."""
+    engine = {"quantization": "kivi"} | dict(setting.engine)
+    return locret(model, replace(setting, budget=4 * setting.budget, engine=engine))
+
+
+def stock_4bit(backend: str) -> Callable[[Any, Setting], Answer]:
+    """Stock generate with transformers' own quantized cache, which keeps every token in 4 bits.
+
+    Args:
+        backend: of `transformers.QuantizedCache`.
+    """
+
+    def make(model: Any, setting: Setting) -> Answer:
+        refusal = transformers_backends()[backend]
+        if refusal is not None:
+            raise ValueError(f"system {backend} cannot run here: {refusal}")
+
+        def answer(ids: Tensor, clock: AnswerClock) -> Any:
+            cache = QuantizedCache(
+                backend, model.config, nbits=4, axis_key=0, axis_value=0, q_group_size=64
+            )
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                streamer=clock,
+                **setting.stock(),
+            )
+            return output.past_key_values
+
+        return answer
+
+    return make
+
+
 SYSTEMS: dict[str, Callable[[Any, Setting], Answer]] = {
     "full": full,
     "kvpress": kvpress,
     "locret": locret,
+    "locret-4bit": locret_4bit,
+    "quanto-4bit": stock_4bit("quanto"),
+    "hqq-4bit": stock_4bit("hqq"),
 }
 
 
@@ -164,8 +204,22 @@ def held(cache: Any) -> dict[str, Any]:
     if hasattr(cache, "report"):
         report = cache.report()
         return {"units": max(report["units"]), "cache_bytes": report["total_bytes"]}
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    names = ("keys", "values", "_quantized_keys", "_quantized_values")
+    parts = [getattr(layer, name, ()) for layer in cache.layers for name in names]
     return {
-        "units": max(keys.shape[2] for keys, _ in layers),
-        "cache_bytes": sum(keys.nbytes + values.nbytes for keys, values in layers),
+        "units": max(layer.get_seq_length() for layer in cache.layers),
+        "cache_bytes": sum(map(_bytes, parts)),
     }
+
+
+def _bytes(x: Any) -> int:
+    """Of all tensors in what a cache stores, those within tensor subclasses too."""
+    if isinstance(x, Mapping):
+        return sum(map(_bytes, x.values()))
+    if isinstance(x, (tuple, list)):
+        return sum(map(_bytes, x))
+    if not isinstance(x, Tensor):
+        return 0
+    if hasattr(x, "__tensor_flatten__"):
+        return sum(_bytes(getattr(x, name)) for name in x.__tensor_flatten__()[0])
+    return x.nbytes

@@ -11,7 +11,7 @@ Positions (`Positions`):
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from locret import saved
-from locret.units import Units, UnitsView, stack
+from locret.coded import CodedUnits, LayerUnits, units_for
+from locret.quantization import NO_SCHEME, SCHEMES, Scheme, describe_scheme, scheme_of
 
 Positions = Literal["compact", "original"]
 
@@ -54,7 +55,7 @@ class Eviction:
 class LayerView:
     """What a layer was at some moment."""
 
-    units: UnitsView
+    units: Any
     seen: int
     rotated: bool
     empty: Tensor | None
@@ -71,14 +72,12 @@ class Snapshot:
     fields: dict[str, Any]
 
 
-_UNIT_TENSORS = ("keys", "values", "scores", "source_positions")
-
-
 class RetainedLayer(CacheLayerMixin):
     """The units of one layer and how many tokens it has seen.
 
     `keys`, `values` [B, H, S, D], `scores` [B, H, S] and `source_positions` [B, H, S] are views of
-    what is held. `rotated` says whether the keys already carry their rotation.
+    what is held; keys and values in few bits are expanded each time. `rotated` says whether the
+    keys already carry their rotation; where `stays_unrotated` they never do.
 
     `empty` [B, H] (long, on the keys' device) is how many leading slots of a row and head hold
     nothing, where rows of different lengths stand together; None = all slots are taken. `shift` is
@@ -94,9 +93,12 @@ class RetainedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, rotated: bool, window: int | None = None) -> None:
+    def __init__(
+        self, rotated: bool, window: int | None = None, scheme: Scheme = NO_SCHEME
+    ) -> None:
         # The base class would make keys and values plain attributes; here they are views.
-        self.units = Units()
+        self.units: LayerUnits = units_for(scheme)
+        self.stays_unrotated = scheme.packs and scheme.keys_are == "unrotated"
         self.seen = 0
         rotated = rotated and window is None
         self.rotated = rotated
@@ -153,10 +155,10 @@ class RetainedLayer(CacheLayerMixin):
             rotate: the rotation of keys [B, H, S, D] at their slots.
             room: units that are expected to come.
         """
-        if self.rotated:
+        if self.rotated or self.stays_unrotated:
             return
         if self.held:
-            self.units.rebuild(rotate(self.keys), room)
+            self.units.rebuild(rotate(self.keys), room, self.empty)
         self.rotated = True
 
     def evict(self, index: Tensor) -> None:
@@ -191,7 +193,7 @@ class RetainedLayer(CacheLayerMixin):
 
     def place(self, device: torch.device) -> None:
         """Be on the layer's device, wherever the tensors came from."""
-        if self.held and self.keys.device != device:
+        if self.held and self.scores.device != device:
             self.units.move(device)
         if self.empty is not None and self.empty.device != device:
             self.empty = self.empty.to(device)
@@ -216,16 +218,14 @@ class RetainedLayer(CacheLayerMixin):
 
     def named_tensors(self) -> dict[str, Tensor]:
         """All that the layer holds, without spare room."""
-        named = {name: getattr(self, name) for name in _UNIT_TENSORS} if self.held else {}
+        named = self.units.named_tensors()
         if self.empty is not None:
             named["empty"] = self.empty
         return named | {f"state.{name}": value for name, value in self.state.items()}
 
     def take_tensors(self, named: dict[str, Tensor]) -> None:
         """Hold what `named_tensors` gave; the layer is new."""
-        if "keys" in named:
-            keys, values, scores, positions = (named[name] for name in _UNIT_TENSORS)
-            self.units.append(keys, values, scores, positions)
+        self.units.take_tensors(named)
         self.empty = named.get("empty")
         self.state = {
             name.removeprefix("state."): value
@@ -277,7 +277,7 @@ class RetainedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.held:
-            rows = indices.to(self.keys.device)
+            rows = indices.to(self.scores.device)
             self.units.select_batch(rows)
             if self.empty is not None:
                 self.empty = self.empty[rows]
@@ -286,7 +286,7 @@ class RetainedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.held:
-            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+            rows = torch.arange(self.scores.shape[0], device=self.scores.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
 
@@ -299,6 +299,8 @@ class RetainedCache(Cache):
         positions: see the file's head.
         windows: the sliding window of each layer (`RetainedLayer`), None for those without; empty =
             no layer has one.
+        scheme: how keys and values are stored, but for layers with a window: they hold theirs as
+            they are.
 
     Attributes:
         eviction: what layers do after attending now; None = nothing is evicted.
@@ -324,15 +326,22 @@ class RetainedCache(Cache):
         budget: int | tuple[int, ...] | None = None,
         positions: Positions = "compact",
         windows: Sequence[int | None] = (),
+        scheme: Scheme = NO_SCHEME,
     ) -> None:
         if positions not in get_args(Positions):
             raise ValueError(f"positions is {positions!r}; expected 'compact' or 'original'")
+        if positions == "original" and scheme.packs and scheme.keys_are == "unrotated":
+            raise ValueError(
+                f"quantization {scheme.name!r} holds keys before their rotation and original "
+                "positions hold them after it; use positions='compact', or another quantization"
+            )
         super().__init__(
             layers=[
-                RetainedLayer(rotated=positions == "original", window=window)
-                for window in (windows or [None] * num_layers)
+                RetainedLayer(positions == "original", window, of_layer)
+                for window, of_layer in _layer_schemes(windows or [None] * num_layers, scheme)
             ]
         )
+        self.scheme = scheme
         self.budget = budget
         self.positions = positions
         self.model: dict[str, Any] = {}
@@ -370,8 +379,14 @@ class RetainedCache(Cache):
         return self.get_seq_length()
 
     @property
+    def quantized(self) -> bool:
+        """Whether any layer holds keys and values in few bits."""
+        return any(isinstance(layer.units, CodedUnits) for layer in self.layers)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all storage: keys, values, scores, positions and spare room."""
+        """Bytes of all storage: keys and values or their codes, tables and outliers, scores,
+        positions, spare room."""
         return sum(layer.units.nbytes for layer in self.layers)
 
     @property
@@ -414,10 +429,16 @@ class RetainedCache(Cache):
         """Write the context to the folder `path`: safetensors and JSON (`locret.saved`).
 
         Raises:
-            ValueError: nothing was read yet, or the path is taken by something else.
+            ValueError: nothing was read yet, the path is taken by something else, or a scheme of
+                your own that `locret.quantization.SCHEMES` does not know stores the units.
         """
         if not self.seen or self.token_ids is None:
             raise ValueError("the cache holds no context to save, or one that beams have mixed up")
+        if SCHEMES.get(self.scheme.name) is not type(self.scheme):
+            raise ValueError(
+                f"{type(self.scheme).__name__} is not in locret.quantization.SCHEMES, where "
+                "loading looks for it; add it there under its name"
+            )
         tensors = {"token_ids": self.token_ids, "unread_ids": self.unread_ids}
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{name}": tensor for name, tensor in layer.named_tensors().items()}
@@ -426,6 +447,7 @@ class RetainedCache(Cache):
             "seen": [layer.seen for layer in self.layers],
             "rotated": [layer.rotated for layer in self.layers],
             "windows": list(self.windows),
+            "quantization": describe_scheme(self.scheme),
             "shift": [layer.shift for layer in self.layers],
             "settled": [layer.settled for layer in self.layers],
         }
@@ -443,7 +465,10 @@ class RetainedCache(Cache):
         # Layers that are elsewhere take their units there when they run.
         device = "cpu" if stock.device.type == "meta" else stock.device
         cache = cls(
-            len(record["seen"]), positions=record["positions"], windows=record.get("windows", ())
+            len(record["seen"]),
+            positions=record["positions"],
+            windows=record.get("windows", ()),
+            scheme=scheme_of(record.get("quantization")),
         )
         for name in _RECORDED:
             value = record[name]
@@ -475,14 +500,15 @@ class RetainedCache(Cache):
             device: where the new tensors go.
         """
         first = rows[0]
-        batch = cls(len(first.layers), first.budget, first.positions, first.windows)
+        batch = cls(len(first.layers), first.budget, first.positions, first.windows, first.scheme)
         batch.model, batch.query_length = first.model, first.query_length
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
         batch.padding = tuple(padded_to - row.seen for row in rows)
         for layer, *of_rows in zip(batch.layers, *(row.layers for row in rows), strict=True):
-            units, empty = stack([each.units for each in of_rows])
-            layer.units, layer.seen = units, padded_to
+            units: Any = [each.units for each in of_rows]
+            layer.units, layer.seen = type(layer.units).stack(units), padded_to
             layer.rotated = of_rows[0].rotated
+            empty = [layer.held - each.held for each in of_rows]
             layer.settled = max(each.settled for each in of_rows)
             layer.empty = _stack_empty(of_rows)
             layer.add_empty(empty, num_heads, device)
@@ -495,20 +521,27 @@ class RetainedCache(Cache):
         """What is held, in units and real bytes, against what a full cache would take.
 
         Returns:
-            `seen_tokens`, `budget`, `positions`, per layer `windows` (None where the budget holds),
-            `units` (held in each head) and `bytes` (storage of keys, values, scores, positions,
-            spare room), their sum `total_bytes`, `full_cache_bytes` (keys and values of every token
-            seen, or of a window) and `ratio` = total / full.
+            `seen_tokens`, `budget`, `positions`, `quantization` (None or the scheme with its
+            options), per layer `windows` (None where the budget holds), `units` (held in each head)
+            and `bytes` (storage of keys, values, their scales and outliers, scores, positions,
+            spare room), their sum `total_bytes`, `kv_bytes` (the part of it without scores and
+            positions), `full_cache_bytes` (keys and values of every token seen, or of a window) and
+            `ratio` = total / full.
         """
-        full = sum(_full_bytes(layer) for layer in self.layers)
+        full = sum(
+            layer.units.full_bytes * min(layer.seen, layer.window or layer.seen)
+            for layer in self.layers
+        )
         return {
             "seen_tokens": self.seen,
             "budget": self.budget,
             "positions": self.positions,
+            "quantization": describe_scheme(self.scheme) if self.quantized else None,
             "windows": list(self.windows),
             "units": [layer.held for layer in self.layers],
             "bytes": [layer.units.nbytes for layer in self.layers],
             "total_bytes": self.nbytes,
+            "kv_bytes": sum(layer.units.kv_bytes for layer in self.layers),
             "full_cache_bytes": full,
             "ratio": self.nbytes / full if full else 0.0,
         }
@@ -533,11 +566,14 @@ def _stack_states(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def _full_bytes(layer: RetainedLayer) -> int:
-    if not layer.held:
-        return 0
-    a_token = (layer.keys[:, :, :1].nbytes) + (layer.values[:, :, :1].nbytes)
-    return a_token * min(layer.seen, layer.window or layer.seen)
+def _layer_schemes(
+    windows: Sequence[int | None], scheme: Scheme
+) -> Iterator[tuple[int | None, Scheme]]:
+    """Each layer's window and scheme. Schemes count the layers that a budget bounds."""
+    retained = 0
+    for window in windows:
+        yield window, scheme.for_layer(retained) if window is None else NO_SCHEME
+        retained += window is None
 
 
 _RECORDED = ("model", "budget", "positions", "prompt_lengths", "query_length", "padding")

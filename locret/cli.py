@@ -2,6 +2,7 @@
 
 generate   answer a prompt of any length within a budget
 needle     needle in a haystack under several policies, at one length or over a grid
+grid       policies, bits and budgets at equal bytes, on synthetic retrieval
 evaluate   benchmarks under several policies and budgets, with a manifest
 reproduce  small slices of committed results again, on a CPU
 lm_eval    lm-evaluation-harness with `--model locret` and our task files
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands)
     _add_needle(commands)
+    _add_grid(commands)
     _add_evaluate(commands)
     _add_convert(commands)
     _add_inspect(commands)
@@ -107,6 +109,19 @@ def _add_needle(commands: Any) -> None:
     grid.add_argument("--depths", type=int, default=10)
     grid.add_argument("--plot", type=Path, help="write the heat maps to this file")
     command.set_defaults(run=_needle)
+
+
+def _add_grid(commands: Any) -> None:
+    from locret.evaluation import byte_grid_command
+
+    command = commands.add_parser("grid", help="policies, bits and budgets at equal bytes")
+    _add_model(command)
+    byte_grid_command.add_arguments(command)
+
+    def run(given: argparse.Namespace) -> None:
+        byte_grid_command.run(given, lambda: (_load_model(given), _load_heads(given)), _Bar)
+
+    command.set_defaults(run=run)
 
 
 def _add_evaluate(commands: Any) -> None:

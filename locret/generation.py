@@ -21,10 +21,12 @@ from locret.cache import DECODE_ROOM, Eviction, Positions, RetainedCache
 from locret.heads import RetainingHeads
 from locret.kernels.dispatch import AVAILABLE
 from locret.policies import POLICIES, LocretPolicy, Policy
+from locret.quantization import Quantization, scheme_of
 from locret.retention import RetainedAttention, TakenIn
 from locret.rotary import LongRopeRule
 from locret.saved import describe
-from locret.settings import Auto, Budget, Settings
+from locret.settings import Auto, Budget, Settings, memory_budget
+from locret.sizing import Sizing
 from locret.steps import GraphedSteps, seen_through, why_not_graphed
 
 Progress = Callable[[int, int], None]
@@ -61,6 +63,9 @@ class Engine:
         heads: retaining heads; the policy "locret" needs them.
         budget: units every KV head keeps: a whole number; a share of the context (0.25); one number
             for each layer; None = nothing is ever evicted.
+        budget_bytes: the budget as memory instead, a number of bytes or "2GiB": what fits into it
+            of one row's keys, values, scores and source positions, in all layers, as they are
+            stored. Outliers (kvquant), the local tokens and the answer come on top.
         chunk_size: tokens of the prompt read at a time; None = all at once.
         stabilizers: last units that survive every eviction but the final one.
         local_tokens: last tokens of the prompt that are read after the final eviction.
@@ -76,6 +81,10 @@ class Engine:
         decode_interval: also evict while answering, back to the budget every so many tokens, so
             that answers of any length stay bounded; None = answers are kept whole. Rows of a batch
             evict at the same steps.
+        quantization: how keys and values are stored: a name of `locret.quantization.SCHEMES`, a
+            mapping of name and options ({"name": "kivi", "bits": 2}), or a scheme; None = as they
+            are (`docs/quantization.md`). "layerquant" moves a budget given as one number between
+            layers.
         backend: "auto" or a name of `locret.backends`: how attention is computed.
         graphs: run the steps of an answer from a CUDA graph; "auto" = where that works.
         progress: called after every chunk.
@@ -92,6 +101,7 @@ class Engine:
         *,
         heads: RetainingHeads | None = None,
         budget: Budget | Auto = "auto",
+        budget_bytes: int | str | None = None,
         chunk_size: int | None | Auto = "auto",
         stabilizers: int | Auto = "auto",
         local_tokens: int | Auto = "auto",
@@ -99,6 +109,7 @@ class Engine:
         longrope: LongRopeRule | Auto = "auto",
         query_aware: bool = False,
         decode_interval: int | None = None,
+        quantization: Quantization = None,
         backend: Backend | Auto = "auto",
         graphs: bool | Auto = "auto",
         progress: Progress | None = None,
@@ -111,6 +122,7 @@ class Engine:
         self.model = model
         self.backbone = Backbone(model, longrope)  # type: ignore[arg-type]
         self.policy = _make_policy(policy, heads, self.backbone)
+        budget = memory_budget(budget, budget_bytes)
         if not self.policy.evicts:
             budget = decode_interval = None
         self.settings = Settings.resolve(
@@ -126,7 +138,16 @@ class Engine:
         core = self.policy.core
         if isinstance(core, LocretPolicy):
             self.query_tokens = core.heads.config.query_tokens
-        self.settings.check(self.query_tokens, self.backbone.geometry.num_layers)
+        shape = self.backbone.geometry
+        self.settings.check(self.query_tokens, shape.num_layers)
+        self.sizing = Sizing(
+            scheme_of(quantization),
+            shape.num_layers,
+            shape.num_kv_heads,
+            shape.head_size,
+            self.backbone.model.dtype.itemsize,
+        )
+        RetainedCache(0, positions=self.positions, scheme=self.sizing.scheme)  # do they agree?
         self.query_aware = query_aware
         if query_aware and self.query_tokens:
             raise ValueError(
@@ -337,12 +358,17 @@ class Engine:
         cache.unread_ids = cache.token_ids[:, :0]
         return cache
 
+    def new_cache(self, context: int) -> tuple[RetainedCache, tuple[int, ...] | None]:
+        """An empty cache for a context of that many tokens, and what each layer keeps of it."""
+        budgets = self.settings.budgets(self.policy, self.sizing, context)
+        windows, scheme = self.backbone.windows, self.sizing.scheme
+        budget = _one_if_equal(budgets)
+        return RetainedCache(len(windows), budget, self.positions, windows, scheme), budgets
+
     def _prefill(
         self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None
     ) -> RetainedCache:
-        layers, windows = self.backbone.geometry.num_layers, self.backbone.windows
-        budgets = self.settings.budgets(self.policy, layers, input_ids.shape[1])
-        cache = RetainedCache(len(windows), _one_if_equal(budgets), self.positions, windows)
+        cache, budgets = self.new_cache(input_ids.shape[1])
         cache.model = self._description
         cache.prompt_lengths = (prompt_length,)
         together, drop = self.local_tokens - 1 if self.query_aware else 0, 0
@@ -447,7 +473,8 @@ class Engine:
             kwargs = kwargs | {"use_cache": True}
         cache.room = max(_longest(self.model, kwargs, sequence) - cache.seen, DECODE_ROOM)
         model: Any = self.model
-        if beams == 1 and cache.eviction is None and self.fast_steps:
+        takes_steps = all(layer.units.takes_steps for layer in cache.layers)
+        if beams == 1 and cache.eviction is None and takes_steps and self.fast_steps:
             model = seen_through(
                 self.backbone.model, GraphedSteps(self.backbone, cache, self.graphs)
             )
@@ -457,6 +484,8 @@ class Engine:
             past_key_values=cache,
             **kwargs,
         )
+        for layer in cache.layers:
+            layer.units.settle()
         plain = isinstance(output, Tensor)
         sequences = output if plain else output.sequences
         if beams == 1:  # else the cache's rows are the last beams, not the sequences returned

@@ -4,7 +4,8 @@
 
 Counted are the weights, the retaining heads, the cache with its scores and source positions, what
 one chunk needs while a layer computes, and a reserve for everything else. Weights and cache are
-exact; the chunk is an estimate of the largest tensors that live at once, with attention that
+exact (thin runs of quantized keys as far as they may go, outliers not counted); the chunk is an
+estimate of the largest tensors that live at once, with attention that
 materialises no T x S matrix: on Llama-3.1-8B's shapes (one H200, budgets 16K and 48K) prefill took
 at most what is said here and 95 % of it at least. B is 1.
 """
@@ -18,12 +19,14 @@ from transformers import AutoModelForCausalLM
 from locret.backbone import Backbone
 from locret.heads import Geometry
 from locret.quantities import format_bytes
+from locret.quantization import NO_SCHEME, Scheme, make_scheme
+from locret.quantization.costs import costs_of
 from locret.settings import PAPER
+from locret.sizing import Sizing
 
-GROUP = 64
-SCALE_BITS = 32  # a 16-bit scale and a 16-bit minimum a group
-QUANTIZED_BITS = (8, 4, 2)
-BOOKKEEPING_BYTES = 12  # of a unit in a KV head: its score (float32) and source position (int64)
+SCHEMES = (NO_SCHEME, *(make_scheme("kivi", bits=bits) for bits in (8, 4, 2)), make_scheme("fp8"))
+"""The ways to store keys and values that are told of, with their default options."""
+
 RESERVE = 0.05  # of the memory: the device's own context, fragmentation, logits
 HEAD_WIDTH = 1024  # the paper's
 DEFAULT_NEW_TOKENS = 1024
@@ -34,16 +37,16 @@ class SchemePlan:
     """What fits with one way to store keys and values.
 
     Attributes:
-        bits: of an element's code.
-        bits_per_element: with its share of the group's scale and minimum.
-        bytes_per_token: of keys and values, all layers and KV heads.
+        name, bits: of the scheme; "none" stores elements as they are.
+        bytes_per_token: of keys and values with their scales, all layers and KV heads, in full
+            runs.
         context_bytes: the cache if nothing of the context is evicted, bookkeeping included.
         budget: units a KV head can keep, at most the context; 0 = nothing fits.
         compression: tokens of the context for every unit of the budget; None if nothing fits.
     """
 
+    name: str
     bits: int
-    bits_per_element: float
     bytes_per_token: float
     context_bytes: int
     budget: int
@@ -62,7 +65,7 @@ class Plan:
         heads_bytes: of retaining heads, 0 without.
         chunk_bytes: what reading one chunk needs beside the cache.
         reserve_bytes: see `RESERVE`.
-        schemes: one a number of bits, widest first.
+        schemes: one for each of `SCHEMES`.
     """
 
     memory: int
@@ -141,50 +144,37 @@ def make_plan(
         chunk_bytes=chunk,
         reserve_bytes=reserve,
         left_bytes=left,
-        schemes=tuple(
-            _scheme(geometry, bits, dtype, left, context, after)
-            for bits in (dtype.itemsize * 8, *QUANTIZED_BITS)
-        ),
+        schemes=tuple(_scheme(scheme, geometry, dtype, left, context, after) for scheme in SCHEMES),
     )
 
 
-def bits_per_element(bits: int) -> float:
-    """Bits that an element of the cache takes, with its share of the group's scale and minimum."""
-    return bits + SCALE_BITS / GROUP if bits in QUANTIZED_BITS else float(bits)
+def sizing_of(scheme: Scheme, geometry: Geometry, dtype: torch.dtype) -> Sizing:
+    """What a cache of that backbone takes."""
+    return Sizing(
+        scheme, geometry.num_layers, geometry.num_kv_heads, geometry.head_size, dtype.itemsize
+    )
 
 
-def cache_bytes(geometry: Geometry, units: int, bits: int) -> int:
-    """Bytes of a cache of `units` in every KV head: keys, values, scores, source positions."""
-    return round(units * (_kv_bytes(geometry, bits) + _bookkeeping(geometry)))
-
-
-def _kv_bytes(geometry: Geometry, bits: int) -> float:
-    """Bytes of a token's keys and values in all layers."""
-    return geometry.num_layers * _layer_elements(geometry) * bits_per_element(bits) / 8
+def _scheme(
+    scheme: Scheme, geometry: Geometry, dtype: torch.dtype, left: int, context: int, after: int
+) -> SchemePlan:
+    sizing = sizing_of(scheme, geometry, dtype)
+    # A slot costs its units in all layers, and its share of the one layer that is at work.
+    units = sizing.units_within(left, context + after, slot_bytes=_working_slot(geometry, dtype))
+    budget = max(0, min(context, units - after))
+    heads = geometry.num_layers * geometry.num_kv_heads
+    return SchemePlan(
+        name=scheme.name,
+        bits=scheme.bits if scheme.packs else 8 * dtype.itemsize,
+        bytes_per_token=heads * costs_of(scheme, geometry.head_size, dtype.itemsize).packed,
+        context_bytes=sizing.cache_bytes([context] * geometry.num_layers),
+        budget=budget,
+        compression=context / budget if budget else None,
+    )
 
 
 def _layer_elements(geometry: Geometry) -> int:
     return 2 * geometry.num_kv_heads * geometry.head_size
-
-
-def _bookkeeping(geometry: Geometry) -> int:
-    return geometry.num_layers * geometry.num_kv_heads * BOOKKEEPING_BYTES
-
-
-def _scheme(
-    geometry: Geometry, bits: int, dtype: torch.dtype, left: int, context: int, after: int
-) -> SchemePlan:
-    # A slot costs its units in all layers, and its share of the one layer that is at work.
-    slot = _kv_bytes(geometry, bits) + _bookkeeping(geometry) + _working_slot(geometry, dtype)
-    budget = max(0, min(context, int(left // slot) - after))
-    return SchemePlan(
-        bits=bits,
-        bits_per_element=bits_per_element(bits),
-        bytes_per_token=_kv_bytes(geometry, bits),
-        context_bytes=cache_bytes(geometry, context, bits),
-        budget=budget,
-        compression=context / budget if budget else None,
-    )
 
 
 def _working_slot(geometry: Geometry, dtype: torch.dtype) -> int:
@@ -235,7 +225,7 @@ def as_text(plan: Plan, name: str) -> str:
     ):
         lines.append(f"{part:<10}{format_bytes(size):>12}  {note}".rstrip())
     lines.append(
-        f"\n{'cache':<10}{'bytes/token':>12}{'whole context':>15}{'budget':>10}{'ratio':>8}"
+        f"\n{'cache':<14}{'bytes/token':>12}{'whole context':>15}{'budget':>10}{'ratio':>8}"
     )
     lines += [_scheme_line(scheme, plan) for scheme in plan.schemes]
     lines += [f"\n{note}" for note in _notes(plan)]
@@ -245,7 +235,7 @@ def as_text(plan: Plan, name: str) -> str:
 def _scheme_line(scheme: SchemePlan, plan: Plan) -> str:
     whole = scheme.budget == plan.context
     return (
-        f"{f'{scheme.bits} bit':<10}{scheme.bytes_per_token:>12,.0f}"
+        f"{f'{scheme.name} {scheme.bits} bit':<14}{scheme.bytes_per_token:>12,.0f}"
         f"{format_bytes(scheme.context_bytes):>15}"
         f"{'all' if whole else f'{scheme.budget:,}' if scheme.budget else '-':>10}"
         f"{f'{scheme.compression:.1f}x' if scheme.compression else '-':>8}"

@@ -83,7 +83,7 @@ class RetainedAttention:
         if cache is None or cache.eviction is not None or rotary is None:
             return None
         layer = cache.layers[layer_idx]
-        if layer.window is not None:
+        if layer.window is not None or layer.stays_unrotated:
             return None
         if cache.steps is not None:
             return cache.steps.rotation(layer_idx)
@@ -99,13 +99,17 @@ class RetainedAttention:
         layer.freeze(lambda keys: call.rotate(keys, layer.own_slots(0), lengths), cache.room)
         query, key = call.query, call.key
         if not call.rotated:
-            query, key = call.rotate(query, starts, lengths), call.rotate(key, starts, lengths)
+            query = call.rotate(query, starts, lengths)
+            key = call.rotate(key, starts, lengths) if layer.rotated else key
         positions = torch.arange(layer.seen, layer.seen + key.shape[2], device=key.device)
         layer.units.append(key, call.value, unscored(key), positions, cache.room)
-        if leave:
-            return None
-        keys, values, empty = layer.keys, layer.values, layer.empty
-        return attend(query, keys, values, call.scaling, self.backend, empty, call.weighting)
+        output = None
+        if not leave:
+            keys, values, empty = _rotated_keys(call, layer, cache), layer.values, layer.empty
+            scaling = call.scaling
+            output = attend(query, keys, values, scaling, self.backend, empty, call.weighting)
+        layer.units.settle()
+        return output
 
     def _slide(
         self, call: LayerCall, layer: RetainedLayer, window: int, cache: RetainedCache, leave: bool
@@ -147,11 +151,7 @@ class RetainedAttention:
         query, key = (call.rotate(x, starts, lengths) for x in (call.query, call.key))
         held = None
         if layer.held:
-            keys = (
-                layer.keys
-                if layer.rotated
-                else call.rotate(layer.keys, layer.own_slots(0), lengths)
-            )
+            keys = _rotated_keys(call, layer, cache)
             held = HeldUnits(keys, layer.values, layer.scores, layer.source_positions)
         past = (held.keys, held.values) if held else (key[:, :, :0], key[:, :, :0])
         new, output = (key, call.value), None
@@ -231,6 +231,7 @@ class RetainedAttention:
         if held + tokens <= most:
             room = most - held - tokens if eviction.slack else 0
             layer.units.append(*new, room=min(room, DECODE_ROOM))
+            layer.units.settle(tight=not eviction.slack)
             return
         (kept,) = self._choose([scores], [layer], [call.retained_idx], eviction)
         layer.units.append_selected(new, kept.units)
@@ -283,7 +284,7 @@ class RetainedAttention:
         eviction, layers = cache.eviction, cache.retained_layers
         surprisal = functools.partial(self._surprisal, cache, input_ids, hidden)
         ranked = self.policy.reconsider([layer.scores for layer in layers], surprisal)
-        layers[0].state["last_hidden"] = hidden[:, -1].to(layers[0].keys.device, copy=True)
+        layers[0].state["last_hidden"] = hidden[:, -1].to(layers[0].scores.device, copy=True)
         for layer, scores in zip(layers, ranked, strict=True):
             layer.units.replace_scores(scores.float())
             if eviction.drop:
@@ -294,10 +295,12 @@ class RetainedAttention:
             for i, layer in enumerate(layers)
             if layer.held > max(eviction.budgets[i], layer.settled) + eviction.slack
         ]
+        if full and self._shares:  # judged together, with the layers that are not full
+            full = [*range(len(layers))]
+        for i in set(range(len(layers))) - set(full):
+            layers[i].units.settle(tight=not eviction.slack)
         if not full:
             return
-        if self._shares:  # judged together, with the layers that are not full
-            full = [*range(len(layers))]
         chosen = self._choose(
             [layers[i].scores for i in full], [layers[i] for i in full], full, eviction
         )
@@ -352,3 +355,10 @@ def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:
     if cache.positions == "original":
         return cache.shifted(layer.seen)
     return layer.own_slots(layer.held)
+
+
+def _rotated_keys(call: LayerCall, layer: RetainedLayer, cache: RetainedCache) -> Tensor:
+    """The keys held, rotated at their slots."""
+    if layer.rotated:
+        return layer.keys
+    return call.rotate(layer.keys, layer.own_slots(0), cache.prompt_lengths)

@@ -6,11 +6,22 @@ from typing import Any, Literal, get_args
 
 from locret.cache import Positions
 from locret.policies.base import Policy
+from locret.quantities import format_bytes, parse_bytes
+from locret.sizing import Sizing
 
 Auto = Literal["auto"]
-Budget = int | float | Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A budget in bytes, of the units of all layers."""
+
+    nbytes: int
+
+
+Budget = int | float | Sequence[int] | Memory | None
 """Units every KV head keeps: a number; a share of the context, below 1; one number for each layer;
-None = all."""
+what fits into a memory; None = all."""
 
 PAPER = {"budget": 16384, "chunk_size": 3072, "stabilizers": 2500, "local_tokens": 100}
 """The engine settings of the paper, where neither the user nor the heads say otherwise."""
@@ -41,7 +52,7 @@ class Settings:
     ) -> "Settings":
         """Settings with "auto" replaced by what heads record (`defaults`), else by the paper's."""
         recorded = _recorded(defaults)
-        share = isinstance(budget, float) and 0 < budget < 1
+        share = isinstance(budget, Memory) or (isinstance(budget, float) and 0 < budget < 1)
         if stabilizers == "auto" and not share:
             stabilizers = recorded["stabilizers"]
             smallest = _smallest(budget)
@@ -92,7 +103,7 @@ class Settings:
 
     def _check_budget(self, num_layers: int) -> None:
         budget: Any = self.budget
-        if budget is None:
+        if budget is None or isinstance(budget, Memory):
             return
         if isinstance(budget, float):
             if not 0 < budget < 1:
@@ -109,16 +120,30 @@ class Settings:
                 f"the {num_layers} layers"
             )
 
-    def budgets(self, policy: Policy, num_layers: int, context: int) -> tuple[int, ...] | None:
-        """Units that every layer keeps of a context of that many tokens; None = all."""
+    def budgets(self, policy: Policy, sizing: Sizing, context: int) -> tuple[int, ...] | None:
+        """Units that every layer keeps of a context of that many tokens; None = all.
+
+        Raises:
+            ValueError: not one unit fits into the memory.
+        """
         budget: Any = self.budget
-        if budget is None or not num_layers:
+        if budget is None or not sizing.num_layers:
             return None
+
+        def of_layers(average: int) -> Sequence[int]:
+            return sizing.shared(policy.budgets(average, sizing.num_layers, context))
+
+        if isinstance(budget, Memory):
+            nbytes = budget.nbytes
+            budget = sizing.units_within(nbytes, max(context, 1), of_layers)
+            if not budget:
+                raise ValueError(
+                    f"budget_bytes is {format_bytes(nbytes)}; one unit in every KV head takes "
+                    f"{format_bytes(sizing.cache_bytes(of_layers(1)))}"
+                )
         if isinstance(budget, float):
             budget = max(1, round(budget * context))
-        if isinstance(budget, int):
-            return tuple(policy.budgets(budget, num_layers, context))
-        return tuple(budget)
+        return tuple(of_layers(budget) if isinstance(budget, int) else budget)
 
     def stabilizers_for(self, budgets: Sequence[int]) -> int:
         """Stabilizers where layers keep `budgets`: in the recorded proportion, if "auto"."""
@@ -140,4 +165,24 @@ def _smallest(budget: Any) -> int | None:
     """The smallest budget of any layer; None where it is not known, or there is none."""
     if isinstance(budget, int):
         return budget
-    return None if budget is None or isinstance(budget, (str, float)) else min(budget)
+    unknown = budget is None or isinstance(budget, (str, float, Memory))
+    return None if unknown else min(budget)
+
+
+def memory_budget(budget: Any, budget_bytes: int | str | None) -> Any:
+    """The budget, which may be given as units or as bytes.
+
+    Raises:
+        ValueError: it is given as both, or not an amount of memory.
+    """
+    if budget_bytes is None:
+        return budget
+    if budget != "auto":
+        raise ValueError(
+            f"budget is {budget!r} and budget_bytes {budget_bytes!r}; give one of them"
+        )
+    if isinstance(budget_bytes, str):
+        return Memory(parse_bytes(budget_bytes))
+    if budget_bytes < 1:
+        raise ValueError(f"budget_bytes is {budget_bytes}; expected at least 1, or such as '2GiB'")
+    return Memory(budget_bytes)

@@ -18,6 +18,7 @@ from locret.attention import LayerCall
 from locret.backbone import Backbone
 from locret.cache import RetainedCache, RetainedLayer
 from locret.kernels.decode import decode_attention
+from locret.kernels.decode_quantized import decode_attention_quantized
 from locret.kernels.store import store_units
 
 EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces
@@ -28,7 +29,8 @@ class Steps:
 
     Args:
         backbone: attached.
-        cache: a cache whose prompt is read; its storage must not move while this lives.
+        cache: a cache whose prompt is read; gets room for the steps. Its storage must not move
+            while this lives.
     """
 
     def __init__(self, backbone: Backbone, cache: RetainedCache) -> None:
@@ -36,22 +38,24 @@ class Steps:
         self._rotary = backbone.rotary
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
         self._now: dict[Any, tuple[Tensor, Tensor]] = {}
-        held = [layer.held for layer in cache.layers]
-        device = cache.layers[0].keys.device
-        self._slots = torch.tensor(held, dtype=torch.int32, device=device)
-        self._lengths = self._slots + 1
-        self._group = [self._group_of(layer) for layer in cache.layers]
+        device = cache.layers[0].scores.device
         for layer in cache.layers:
-            layer.units.number_spare_room(layer.seen)
+            layer.units.make_room(cache.room, layer.seen)
+        held = [layer.held for layer in cache.layers]
+        filled = [layer.units.filled for layer in cache.layers]
+        self._slots = torch.tensor(held, dtype=torch.int32, device=device)
+        self._filled = torch.tensor(filled, dtype=torch.int32, device=device)
+        self._lengths = self._filled + 1
+        self._group = [self._group_of(layer) for layer in cache.layers]
         self._empty = [
             None if layer.empty is None else layer.empty.to(torch.int32) for layer in cache.layers
         ]
-        self._like = torch.empty(0, dtype=cache.layers[0].keys.dtype, device=device)
+        self._like = torch.empty(0, dtype=cache.layers[0].units.tail[0].dtype, device=device)
 
     @property
     def room(self) -> int:
         """Steps for which there is storage."""
-        return min(layer.units.capacity - layer.held for layer in self.cache.layers)
+        return min(layer.units.spare for layer in self.cache.layers)
 
     def _group_of(self, layer: RetainedLayer) -> tuple[int, tuple[int, ...]]:
         """Units held, and the position of slot 0 in each row: one look-up rotates for all layers
@@ -75,7 +79,7 @@ class Steps:
 
     def _table(self, starts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if starts not in self._tables:
-            capacity = max(layer.units.capacity for layer in self.cache.layers)
+            capacity = max(layer.held + layer.units.spare for layer in self.cache.layers)
             self._tables[starts] = self._rotary.cos_sin(
                 starts, capacity, self.cache.prompt_lengths, self._like
             )
@@ -83,25 +87,32 @@ class Steps:
 
     def attend(self, call: LayerCall, layer: RetainedLayer) -> Tensor:
         """Store the new unit and attend, [B, 1, H*G, D]."""
-        i = call.layer_idx
-        keys, values = layer.units.tensors[:2]
-        store_units(keys, values, call.key, call.value, self._slots[i : i + 1])
-        output = decode_attention(
-            call.query, keys, values, self._lengths[i : i + 1], call.scaling, self._empty[i]
-        )
-        layer.units.held += 1
+        i, units = call.layer_idx, layer.units
+        keys, values = units.tail
+        store_units(keys, values, call.key, call.value, self._filled[i : i + 1])
+        length = self._lengths[i : i + 1]
+        if units.packed is None:
+            output = decode_attention(
+                call.query, keys, values, length, call.scaling, self._empty[i]
+            )
+        else:
+            output = decode_attention_quantized(
+                call.query, units.packed, keys, values, length, call.scaling, self._empty[i]
+            )
+        units.note_written()
         return output.transpose(1, 2)
 
     def end(self) -> None:
         """After the layers of a step ran: move the device's counters."""
         self._slots += 1
+        self._filled += 1
         self._lengths += 1
         self._now = {}
 
     def advance(self) -> None:
         """Python's counters, after a replay."""
         for layer in self.cache.layers:
-            layer.units.held += 1
+            layer.units.note_written()
             layer.seen += 1
 
 
@@ -152,9 +163,6 @@ class GraphedSteps:
         return ids is not None and ids.shape[1] == 1 and ours and not asked
 
     def _prepare(self) -> None:
-        for layer in self._cache.layers:
-            if layer.units.capacity == layer.held:
-                layer.units.rebuild(layer.keys, self._cache.room)
         self._steps = Steps(self._backbone, self._cache)
         self._graph = self._outputs = self._ids = None
         self._eager = 0

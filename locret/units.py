@@ -1,10 +1,8 @@
-"""Growable storage of the cache units of one layer.
+"""The cache units of one layer as they are: keys and values in full precision.
 
 A cache unit is one token's key, value, score and source position in one KV head. The four tensors
 live and move together: there is one append and one index, so they cannot drift apart.
-
-What is stored is never changed where it stands: appending writes behind it, evicting makes a new
-storage. That is why a snapshot of a cache costs nothing (`UnitsView`).
+`locret.coded` is the same with keys and values in few bits.
 
 Shapes: B batch, H KV heads, S units held, T new units, D head size.
 """
@@ -15,7 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from locret.kernels import gather_units
+from locret.columns import Columns, ColumnsView
+
+NAMES = ("keys", "values", "scores", "source_positions")
 
 
 class NewUnits(NamedTuple):
@@ -27,7 +27,7 @@ class NewUnits(NamedTuple):
     scores: Tensor
     positions: Tensor
 
-    def prepared(self) -> tuple[Tensor, ...]:
+    def prepared(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four tensors as they are stored."""
         positions = self.positions.expand(self.keys.shape[:3])
         return self.keys, self.values, self.scores.float(), positions
@@ -38,13 +38,6 @@ class NewUnits(NamedTuple):
         return NewUnits(keys, values, scores, self.positions[..., :count])
 
 
-class UnitsView(NamedTuple):
-    """What a layer held at some moment: its storage and how many units of it were in use."""
-
-    storage: tuple[Tensor, ...]
-    held: int
-
-
 class Units:
     """Keys and values [B, H, S, D], scores [B, H, S] float32, source positions [B, H, S] long.
 
@@ -52,39 +45,73 @@ class Units:
     """
 
     def __init__(self) -> None:
-        self._storage: tuple[Tensor, ...] = ()
-        self.held = 0
+        self._columns = Columns()
+
+    @property
+    def held(self) -> int:
+        """S."""
+        return self._columns.held
 
     @property
     def keys(self) -> Tensor:
-        return self._view(0)
+        return self._columns[0]
 
     @property
     def values(self) -> Tensor:
-        return self._view(1)
+        return self._columns[1]
 
     @property
     def scores(self) -> Tensor:
-        return self._view(2)
+        return self._columns[2]
 
     @property
     def source_positions(self) -> Tensor:
-        return self._view(3)
+        return self._columns[3]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The storage itself, spare room included: what the memory is really spent on."""
-        return self._storage
+        return self._columns.tensors
 
     @property
-    def capacity(self) -> int:
-        """Units that the storage has room for."""
-        return self._storage[0].shape[2] if self._storage else 0
+    def takes_steps(self) -> bool:
+        """Whether `locret.steps` can write new units in place and attend to all."""
+        return True
+
+    @property
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """Storage [B, H, C, D] of keys and values, where new units are written behind `filled`."""
+        return self.tensors[0], self.tensors[1]
+
+    @property
+    def filled(self) -> int:
+        """Units in the tail: here, all."""
+        return self.held
+
+    @property
+    def packed(self) -> None:
+        """Units before the tail: here, none."""
+        return None
+
+    @property
+    def spare(self) -> int:
+        """Units that can be written in place."""
+        return self._columns.capacity - self.held
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storage, spare room included."""
-        return sum(tensor.nbytes for tensor in self._storage)
+        return self._columns.nbytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the storage of keys and values alone."""
+        return sum(tensor.nbytes for tensor in self.tensors[:2])
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of one token's keys and values as they come."""
+        return sum(x[:, :, :1].nbytes for x in (self.keys, self.values)) if self.held else 0
 
     def append(
         self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, room: int = 0
@@ -95,118 +122,74 @@ class Units:
             keys, values, scores, positions: see `NewUnits`; scores: higher = keep.
             room: when the storage must grow, how many units more than needed it takes.
         """
-        new = NewUnits(keys, values, scores, positions).prepared()
-        end = self.held + keys.shape[2]
-        if end > self.capacity:
-            self._grow(new, end + room)
-        for stored, fresh in zip(self._storage, new, strict=True):
-            stored[:, :, self.held : end] = fresh
-        self.held = end
+        self._columns.append(NewUnits(keys, values, scores, positions).prepared(), room)
 
     def append_selected(self, new: NewUnits, index: Tensor) -> None:
         """Hold those units at `index` [B, H, K] (long, ascending) that held and new ones are
         together; drop spare room. The units held and the new ones are never put side by side."""
-        fresh = new.prepared()
-        if not self._storage:
-            self._storage, self.held = fresh, new.keys.shape[2]
-            self.select(index)
-            return
-        held = [self._view(which) for which in range(4)]
-        self._storage, self.held = gather_units(held, fresh, index), index.shape[2]
+        self._columns.append_selected(new.prepared(), index)
 
     def select(self, index: Tensor) -> None:
         """Hold only the units at `index` [B, H, K] (long, ascending); drop spare room."""
-        self._storage = tuple(_at(self._view(which), index) for which in range(4))
-        self.held = index.shape[2]
+        self._columns.select(index)
 
-    def rebuild(self, keys: Tensor, room: int) -> None:
+    def settle(self, tight: bool = False) -> None:
+        """What was appended has been attended to. There is nothing to do."""
+
+    def rebuild(self, keys: Tensor, room: int, empty: Tensor | None = None) -> None:
         """Hold the same units with other `keys` [B, H, S, D], in a storage with `room` to spare.
-
-        The spare room's scores are zero and its source positions go on from the last one, so that
-        units put there by key and value alone are whole.
-        """
-        old = [keys, *(self._view(which) for which in range(1, 4))]
-        self._storage, held = (), self.held
-        self._grow(tuple(old), held + room)
-        for new, kept in zip(self.tensors, old, strict=True):
-            new[:, :, :held] = kept
+        The first `empty` [B, H] slots hold nothing."""
+        self._columns = Columns([keys, *list(self._columns)[1:]]).with_room(room)
 
     def replace_scores(self, scores: Tensor) -> None:
         """Give the units held other `scores` [B, H, S]."""
-        storage = list(self._storage)
-        if self.capacity > self.held:  # behind what is held there may be room
-            whole = storage[2].clone()
-            whole[:, :, : self.held] = scores
-            scores = whole
-        storage[2] = scores
-        self._storage = tuple(storage)
+        self._columns.replace(2, scores)
 
-    def number_spare_room(self, first_position: int) -> None:
-        """Prepare scores (zero) and source positions of units to be written in place."""
-        scores, positions = self._storage[2], self._storage[3]
-        scores[:, :, self.held :] = 0
-        spare = self.capacity - self.held
-        positions[:, :, self.held :] = torch.arange(
-            first_position, first_position + spare, device=positions.device
-        )
+    def make_room(self, room: int, first_position: int) -> None:
+        """Let units be written to the tail in place: spare room, `room` units if there is none,
+        whose scores are zero and whose source positions go on from `first_position`."""
+        if not self.spare:
+            self.rebuild(self.keys, room)
+        _, _, scores, positions = self.tensors
+        number_spare(scores, positions, self.held, first_position)
 
-    def view(self) -> UnitsView:
+    def note_written(self) -> None:
+        """A unit was written to the tail."""
+        self._columns.held += 1
+
+    def view(self) -> ColumnsView:
         """What is held now, for `restore`."""
-        return UnitsView(self._storage, self.held)
+        return self._columns.view()
 
-    def restore(self, view: UnitsView) -> None:
+    def restore(self, view: ColumnsView) -> None:
         """Hold again what was held when `view` was taken."""
-        self._storage, self.held = view
+        self._columns.restore(view)
 
     def move(self, device: torch.device) -> None:
         """Be on `device`."""
-        self._storage = tuple(tensor.to(device) for tensor in self._storage)
+        self._columns.move(device)
 
     def select_batch(self, rows: Tensor) -> None:
         """Hold only the batch rows `rows` [B'] (long); rows may repeat."""
-        self._storage = tuple(tensor.index_select(0, rows) for tensor in self._storage)
+        self._columns.select_batch(rows)
 
     def clear(self) -> None:
-        self._storage = ()
-        self.held = 0
+        self._columns.clear()
 
-    def _view(self, which: int) -> Tensor:
-        return self._storage[which][:, :, : self.held]
+    def named_tensors(self) -> dict[str, Tensor]:
+        """What is held, by name, without spare room."""
+        return dict(zip(NAMES, self._columns, strict=True)) if self.held else {}
 
-    def _grow(self, like: tuple[Tensor, ...], capacity: int) -> None:
-        grown = tuple(
-            tensor.new_empty(*tensor.shape[:2], capacity, *tensor.shape[3:]) for tensor in like
-        )
-        if self._storage:
-            for new, old in zip(grown, self._storage, strict=True):
-                new[:, :, : self.held] = old[:, :, : self.held]
-        self._storage = grown
+    def take_tensors(self, named: dict[str, Tensor]) -> None:
+        """Hold what `named_tensors` gave, which may be among other things."""
+        self._columns = Columns([named[name] for name in NAMES if name in named])
 
-
-def stack(rows: Sequence[Units]) -> tuple[Units, list[int]]:
-    """The rows of a batch as one, aligned at their last unit.
-
-    Args:
-        rows: units with one batch row each; those without any are filled up as a whole.
-
-    Returns:
-        The units, and how many leading slots of each row hold nothing.
-    """
-    longest = max(row.held for row in rows)
-    stacked = Units()
-    empty = [longest - row.held for row in rows]
-    some = next((row for row in rows if row.held), None)
-    if some is None:
-        return stacked, empty
-    storage = []
-    for which, like in enumerate(some.tensors):
-        whole = like.new_zeros(len(rows), like.shape[1], longest, *like.shape[3:])
-        for target, row in zip(whole, rows, strict=True):
-            if row.held:
-                target[:, longest - row.held :] = row._view(which)[0]
-        storage.append(whole)
-    stacked._storage, stacked.held = tuple(storage), longest
-    return stacked, empty
+    @staticmethod
+    def stack(rows: "Sequence[Units]") -> "Units":
+        """The rows of a batch, of one row each, as one, aligned at their last unit."""
+        stacked = Units()
+        stacked._columns = Columns.stack([row._columns for row in rows])
+        return stacked
 
 
 def unscored(keys: Tensor) -> Tensor:
@@ -214,6 +197,8 @@ def unscored(keys: Tensor) -> Tensor:
     return torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
 
 
-def _at(tensor: Tensor, index: Tensor) -> Tensor:
-    wide = index if tensor.dim() == 3 else index[..., None].expand(*index.shape, tensor.shape[-1])
-    return tensor.gather(2, wide)
+def number_spare(scores: Tensor, positions: Tensor, held: int, first_position: int) -> None:
+    """Prepare scores (zero) and source positions of the units behind those held."""
+    scores[:, :, held:] = 0
+    last = first_position + scores.shape[2] - held
+    positions[:, :, held:] = torch.arange(first_position, last, device=positions.device)

@@ -32,10 +32,12 @@ def test_report_of_an_empty_cache():
         "seen_tokens": 0,
         "budget": 10,
         "positions": "compact",
+        "quantization": None,
         "windows": [None, None, None],
         "units": [0, 0, 0],
         "bytes": [0, 0, 0],
         "total_bytes": 0,
+        "kv_bytes": 0,
         "full_cache_bytes": 0,
         "ratio": 0.0,
     }

@@ -11,9 +11,10 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"identity", "kernels", "segments", "features", "targets", "losses", "card", "saved"},
-    {"quantities", "quantization", "units", "selection", "rotary"},
+    {"quantities", "columns"},
+    {"quantization", "units", "selection", "rotary"},
     {"weight_quantization"},
-    {"models"},
+    {"coded", "sizing", "models"},
     {"hub"},
     {"artifact"},
     {"heads"},

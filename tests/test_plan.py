@@ -12,7 +12,7 @@ import locret
 from benchmarks.shapes import SHAPES
 from locret.backbone import Backbone
 from locret.cli import main
-from locret.plan import as_text, bits_per_element, cache_bytes, make_plan
+from locret.plan import SCHEMES, as_text, make_plan, sizing_of
 from locret.quantities import format_bytes, parse_bytes, parse_tokens
 from tests.tiny_models import prompt, tiny_config, tiny_heads, tiny_model
 
@@ -25,24 +25,32 @@ def shape(name):
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
-def by_bits(plan):
-    return {scheme.bits: scheme for scheme in plan.schemes}
+def by_name(plan):
+    return {(scheme.name, scheme.bits): scheme for scheme in plan.schemes}
 
 
 def test_llama_31_8b_at_128k():
     plan = make_plan(shape("llama-3.1-8b"), memory=24 * GIB, context=CONTEXT)
-    schemes = by_bits(plan)
+    schemes = by_name(plan)
     assert plan.parameters == 8_030_261_248
     assert plan.weights_bytes == 16_060_522_496
     assert plan.heads_bytes == 2 * 32 * 1024 * (6144 + 8)
-    assert list(schemes) == [16, 8, 4, 2]
-    assert [s.bytes_per_token for s in plan.schemes] == [131072, 69632, 36864, 20480]
+    assert list(schemes) == [("none", 16), ("kivi", 8), ("kivi", 4), ("kivi", 2), ("fp8", 8)]
+    starts = 32 * 8 * 4 / 64  # of every run, one int32
+    assert [s.bytes_per_token for s in plan.schemes] == [
+        131072,
+        69632 + starts,
+        36864 + starts,
+        20480 + starts,
+        32 * 8 * (256 + 4 + 2) + starts,
+    ]
     bookkeeping = 32 * 8 * 12 * CONTEXT
-    assert schemes[16].context_bytes == 16 * GIB + bookkeeping
-    assert schemes[4].context_bytes == 4.5 * GIB + bookkeeping
-    assert 0 < schemes[16].budget < schemes[8].budget < CONTEXT
-    assert schemes[2].budget == CONTEXT  # 24 GiB hold all of it in 2 bits
-    assert schemes[16].compression == CONTEXT / schemes[16].budget
+    plain, kivi = schemes["none", 16], {bits: schemes["kivi", bits] for bits in (8, 4, 2)}
+    assert plain.context_bytes == 16 * GIB + bookkeeping
+    assert 4.5 * GIB < kivi[4].context_bytes - bookkeeping < 1.07 * 4.5 * GIB
+    assert 0 < plain.budget < kivi[8].budget < CONTEXT
+    assert kivi[2].budget == CONTEXT  # 24 GiB hold all of it in 2 bits
+    assert plain.compression == CONTEXT / plain.budget
 
 
 def test_tied_weights_are_counted_once():
@@ -59,7 +67,8 @@ def test_the_cache_is_as_large_as_said():
         model, heads=tiny_heads(model), budget=24, chunk_size=16, stabilizers=4, local_tokens=1
     )
     cache = engine.prefill(prompt(70))
-    assert cache_bytes(Backbone(model).geometry, 24, bits=32) == cache.nbytes
+    sizing = sizing_of(SCHEMES[0], Backbone(model).geometry, torch.float32)
+    assert sizing.cache_bytes([24, 24]) == cache.nbytes
 
 
 def test_everything_is_within_the_memory():
@@ -67,8 +76,9 @@ def test_everything_is_within_the_memory():
     plan = make_plan(config, memory=20 * GIB, context=10 * CONTEXT, new_tokens=500)
     fixed = plan.weights_bytes + plan.heads_bytes + plan.chunk_bytes + plan.reserve_bytes
     assert fixed + plan.left_bytes == plan.memory
-    for scheme in plan.schemes:
-        held = cache_bytes(plan.geometry, scheme.budget + 600, scheme.bits)
+    for scheme, planned in zip(SCHEMES, plan.schemes, strict=True):
+        sizing = sizing_of(scheme, plan.geometry, torch.bfloat16)
+        held = sizing.cache_bytes([planned.budget + 600] * 32)
         assert 0.5 * plan.left_bytes < held < plan.left_bytes
 
 
@@ -83,7 +93,7 @@ def test_more_memory_never_means_a_smaller_budget(memory, context, chunk, width)
     small, large = (
         make_plan(tiny_config("llama"), memory=size, **settings) for size in (memory, 2 * memory)
     )
-    budgets = [scheme.budget for scheme in small.schemes]
+    budgets = [scheme.budget for scheme in small.schemes if scheme.name == "kivi"]
     assert budgets == sorted(budgets)
     assert all(
         a.budget <= b.budget <= context for a, b in zip(small.schemes, large.schemes, strict=True)
@@ -97,7 +107,6 @@ def test_without_heads_and_in_float32():
     assert plan.heads_bytes == 0
     assert plan.schemes[0].bits == 32
     assert plan.weights_bytes == 4 * plan.parameters
-    assert bits_per_element(4) == 4.5
 
 
 def test_what_does_not_fit_is_said():

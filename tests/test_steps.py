@@ -6,6 +6,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import locret
 from locret.generation import Engine
+from locret.kernels import decode_attention_quantized
 from tests.tiny_models import FAMILIES, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -54,6 +55,65 @@ def test_padded_rows_and_layers_that_hold_different_numbers(both, budget, positi
 
     plain, fast = both(work)
     assert torch.equal(plain, fast)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("name", ["kivi", "layerquant"])
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_steps_over_packed_units(both, monkeypatch, name, bits, positions):
+    model = tiny_model("llama", num_hidden_layers=4)
+    ids = prompt(60, batch=3)
+    mask = torch.ones_like(ids)
+    mask[1, :30], mask[2, :57] = 0, 0
+    seen = []
+    monkeypatch.setattr("locret.steps.decode_attention_quantized", spied(seen))
+    scheme = {"name": name, "bits": bits, "group": 16, "residual": 3}
+
+    def work():
+        settings = SMALL | {"budget": 20, "positions": positions, "quantization": scheme}
+        return locret.Engine(model, "random", **settings).generate(ids, mask, **GREEDY)
+
+    plain, fast = both(work)
+    assert torch.equal(plain, fast)
+    assert len(seen) >= 4
+
+
+def spied(seen):
+    def decode(*args):
+        seen.append(args)
+        return decode_attention_quantized(*args)
+
+    return decode
+
+
+@pytest.mark.parametrize("name", ["kivi", "kvquant", "fp8"])
+def test_long_answers_are_packed_now_and_then(both, monkeypatch, name):
+    model = tiny_model("llama")
+    monkeypatch.setattr("locret.coded.STEPS", 11)
+    scheme = {"name": name, "bits": 8, "group": 4, "residual": 3}
+
+    def work():
+        engine = locret.Engine(model, "streaming_llm", quantization=scheme, **SMALL)
+        cache = engine.prefill(prompt(60))
+        context, answers = cache.snapshot(), []
+        for seed in range(2):
+            for tokens in (40, 5):
+                question = prompt(4, seed=seed)
+                output = engine.generate(
+                    question, cache=cache, max_new_tokens=tokens, do_sample=False,
+                    return_dict_in_generate=True, output_logits=True,
+                )  # fmt: skip
+                answers.append(torch.stack(output.logits)[:3])
+            for layer in cache.layers:
+                known = layer.source_positions[0, 0, 20:].tolist()
+                assert known == list(range(60, 60 + len(known)))
+                assert layer.units.store.residual.held < 3 + 4
+            cache.restore(context)
+        return answers
+
+    plain, fast = both(work)
+    assert len(plain) == len(fast)
+    assert (plain[0] - fast[0]).norm() < 0.05 * plain[0].norm()
 
 
 def test_turns_snapshots_and_storage_that_runs_out(both, monkeypatch):

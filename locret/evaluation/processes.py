@@ -1,4 +1,4 @@
-"""One run in several processes of this machine: `python -m locret evaluate ... --processes N`.
+"""One run in several processes of this machine: `python -m locret ... --processes N`.
 
 Each process loads the model and asks its share. On one accelerator that pays for small models,
 whose time goes into launching kernels.
@@ -29,17 +29,32 @@ def run_processes(
     Raises:
         ValueError: one of them failed; says what it said. The others are ended.
     """
-    folder = prepared.output / "logs"
+    logs = prepared.output / "logs"
+    run_together(["evaluate", *arguments], count, logs, lambda: _tell(prepared, progress))
+
+
+def run_together(
+    arguments: Sequence[str], count: int, folder: Path, tell: Callable[[], None]
+) -> None:
+    """Run `python -m locret ARGUMENTS` in so many processes, which know their ranks.
+
+    Args:
+        folder: what they say goes there, a file each.
+        tell: called now and then.
+
+    Raises:
+        ValueError: one of them failed; says what it said. The others are ended.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     logs = [folder / f"{rank}.txt" for rank in range(count)]
     running = [_start(arguments, rank, count, log) for rank, log in enumerate(logs)]
     try:
         while any(process.poll() is None for process in running):
             _refuse_failed(running, logs)
-            _tell(prepared, progress)
+            tell()
             time.sleep(POLL_SECONDS)
         _refuse_failed(running, logs)
-        _tell(prepared, progress)
+        tell()
     finally:
         for process in running:
             process.terminate()
@@ -55,7 +70,7 @@ def _start(arguments: Sequence[str], rank: int, count: int, log: Path) -> subpro
         "WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
-    command = [sys.executable, "-m", "locret", "evaluate", *arguments]
+    command = [sys.executable, "-m", "locret", *arguments]
     with log.open("wb") as file:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
 

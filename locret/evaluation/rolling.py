@@ -25,10 +25,9 @@ def rolling_log_likelihood(engine: Engine, ids: Tensor) -> tuple[float, Retained
         The sum, and the cache after the last token but one.
     """
     model: Any = engine.model
-    backbone, settings, length = engine.backbone, engine.settings, ids.shape[1]
-    budgets = settings.budgets(engine.policy, backbone.geometry.num_layers, length)
+    settings, length = engine.settings, ids.shape[1]
+    cache, budgets = engine.new_cache(length)
     assert budgets is not None, "without a budget the text is scored as it stands"
-    cache = RetainedCache(len(backbone.windows), budgets, engine.positions, backbone.windows)
     cache.prompt_lengths = (length,)
     total, size = 0.0, engine.chunk_size or length
     with engine:

@@ -9,13 +9,16 @@ Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 
 from locret.kernels.compact import gather_units
 from locret.kernels.decode import decode_attention
+from locret.kernels.decode_quantized import PackedUnits, decode_attention_quantized
 from locret.kernels.merge import merge_parts
 from locret.kernels.rotate import rotate_at_slots
 from locret.kernels.select import threshold_select
 from locret.kernels.store import store_units
 
 __all__ = [
+    "PackedUnits",
     "decode_attention",
+    "decode_attention_quantized",
     "gather_units",
     "merge_parts",
     "rotate_at_slots",

@@ -6,11 +6,13 @@ tensors. So what a layer held can be restored (`view`, `restore`) without a copy
 B batch, H KV heads, S units held, P of them packed, T new units, D head size.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from locret.columns import Columns, ColumnsView
 from locret.quantization.base import Scheme
 from locret.quantization.costs import costs_of, run_limit
 from locret.quantization.eviction import fetch, select_keys, select_values
@@ -18,13 +20,11 @@ from locret.quantization.packed import PackedKeys, PackedValues, quantize_keys, 
 
 
 class QuantizedView(NamedTuple):
-    """What a layer held at some moment: what was packed, the residual's storage, how much of it was
-    in use."""
+    """What a layer held at some moment."""
 
     packed_keys: PackedKeys | None
     packed_values: PackedValues | None
-    residual: tuple[Tensor, Tensor]
-    rest: int
+    residual: ColumnsView
 
 
 class QuantizedUnits:
@@ -50,34 +50,39 @@ class QuantizedUnits:
     @property
     def held(self) -> int:
         """S."""
-        return self.packed + self._rest
+        return self.packed + self.residual.held
 
     @property
     def residual_keys(self) -> Tensor:
         """[B, H, S - P, D]."""
-        return self._keys[:, :, : self._rest]
+        return self.residual[0]
 
     @property
     def residual_values(self) -> Tensor:
         """[B, H, S - P, D]."""
-        return self._values[:, :, : self._rest]
+        return self.residual[1]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All storage, spare room included."""
         packed = [part.tensors for part in (self.packed_keys, self.packed_values) if part]
-        return *sum(packed, ()), *((self._keys, self._values) if self.held else ())
+        return *sum(packed, ()), *self.residual.tensors
 
     @property
     def nbytes(self) -> int:
         """Bytes of all storage: codes, tables, outliers, residual, spare room."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of one token's keys and values as they came."""
+        batch, heads, _, size = self.residual_keys.shape
+        return 2 * batch * heads * size * self.residual_keys.element_size()
+
     def clear(self) -> None:
         self.packed_keys: PackedKeys | None = None
         self.packed_values: PackedValues | None = None
-        self._rest = 0
-        self._keys = self._values = torch.empty(0)
+        self.residual = Columns()
 
     def append(self, keys: Tensor, values: Tensor, room: int = 0) -> None:
         """Add T new units [B, H, T, D] to the residual.
@@ -85,26 +90,19 @@ class QuantizedUnits:
         Args:
             room: when the residual must grow, how many units more than needed it takes.
         """
-        end = self._rest + keys.shape[2]
-        if not self.held:
-            self._keys, self._values = _grown(keys, room), _grown(values, room)
-        elif end > self._keys.shape[2]:
-            more = end - self._rest + room
-            self._keys = _grown(self.residual_keys, more)
-            self._values = _grown(self.residual_values, more)
-        self._keys[:, :, self._rest : end] = keys
-        self._values[:, :, self._rest : end] = values
-        self._rest = end
+        self.residual.append((keys, values), room)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """All keys and values [B, H, S, D], in order; `dtype` None = as they came."""
-        dtype = dtype or self._keys.dtype
-        sides = [(self.residual_keys, self.packed_keys), (self.residual_values, self.packed_values)]
-        keys, values = (
-            torch.cat([packed.dequantize(dtype), rest.to(dtype)], 2) if packed else rest.to(dtype)
-            for rest, packed in sides
-        )
-        return keys, values
+        return self.keys(dtype), self.values(dtype)
+
+    def keys(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All keys, as `dequantized` gives them."""
+        return _whole(self.packed_keys, self.residual_keys, dtype)
+
+    def values(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All values, as `dequantized` gives them."""
+        return _whole(self.packed_values, self.residual_values, dtype)
 
     def pack(self, room: int = 0) -> None:
         """Pack the oldest of the residual, in full runs, when there are enough beyond the last
@@ -116,14 +114,14 @@ class QuantizedUnits:
         Raises:
             ValueError: a key or value cannot be stored; nothing has changed then.
         """
-        ready = max(self._rest - self.scheme.residual, 0) // self.scheme.group * self.scheme.group
+        spare = max(self.residual.held - self.scheme.residual, 0)
+        ready = spare // self.scheme.group * self.scheme.group
         if not self.scheme.packs or not ready:
             return
-        every = torch.arange(self.packed + ready, device=self._keys.device)
-        self._pack(every.expand(*self._keys.shape[:2], -1), self._rest - ready)
-        self._keys = _grown(self.residual_keys[:, :, ready:], room)
-        self._values = _grown(self.residual_values[:, :, ready:], room)
-        self._rest -= ready
+        every = torch.arange(self.packed + ready, device=self.residual_keys.device)
+        left = tuple(column[:, :, ready:] for column in self.residual)
+        self._pack(every.expand(*self.residual_keys.shape[:2], -1), left[0].shape[2])
+        self._keep(left, room)
 
     def select(self, index: Tensor) -> None:
         """Hold only the units at `index`, and pack all of them but the last `scheme.residual`.
@@ -142,7 +140,7 @@ class QuantizedUnits:
         keys = fetch(self.packed_keys, self.residual_keys, last)
         values = fetch(self.packed_values, self.residual_values, last)
         self._pack(index[:, :, : kept - rest], rest)
-        self._keys, self._values, self._rest = keys, values, rest
+        self.residual = Columns((keys, values))
 
     def rebuild(self, keys: Tensor, room: int) -> None:
         """Hold the same units with other `keys` [B, H, S, D], in a residual with `room` to spare.
@@ -154,17 +152,17 @@ class QuantizedUnits:
         """
         if self.packed_keys:
             self.packed_keys = quantize_keys(self.scheme, keys[:, :, : self.packed])
-        self._keys = _grown(keys[:, :, self.packed :].to(self._keys.dtype), room)
-        self._values = _grown(self.residual_values, room)
+        rest = keys[:, :, self.packed :].to(self.residual_keys.dtype)
+        self._keep((rest, self.residual_values), room)
 
     def view(self) -> QuantizedView:
         """What is held now, for `restore`."""
-        residual = (self._keys, self._values)
-        return QuantizedView(self.packed_keys, self.packed_values, residual, self._rest)
+        return QuantizedView(self.packed_keys, self.packed_values, self.residual.view())
 
     def restore(self, view: QuantizedView) -> None:
         """Hold again what was held when `view` was taken."""
-        self.packed_keys, self.packed_values, (self._keys, self._values), self._rest = view
+        self.packed_keys, self.packed_values, residual = view
+        self.residual.restore(residual)
 
     def select_batch(self, rows: Tensor) -> None:
         """Hold only the batch rows `rows` [B'] (long); rows may repeat."""
@@ -173,14 +171,20 @@ class QuantizedUnits:
                 self.packed_keys.select_batch(rows),
                 self.packed_values.select_batch(rows),
             )
-        self._keys, self._values = self._keys[rows], self._values[rows]
+        self.residual.select_batch(rows)
+
+    def _keep(self, residual: Sequence[Tensor], room: int) -> None:
+        """Hold these as the residual, copied, with `room` to spare."""
+        self.residual = Columns()
+        self.residual.append(residual, room)
 
     def _pack(self, index: Tensor, rest: int) -> None:
         """Pack the units at `index` and no others; `rest` units are going to stay as they are."""
         old_keys, old_values = self.packed_keys, self.packed_values
         keys, values = None, None
         if index.shape[2] and old_keys and old_values:
-            costs = costs_of(self.scheme, self._keys.shape[-1], self._keys.element_size())
+            like = self.residual_keys
+            costs = costs_of(self.scheme, like.shape[-1], like.element_size())
             limit = run_limit(costs, index.shape[2], rest)
             keys = select_keys(old_keys, self.residual_keys, index, limit)
             values = select_values(old_values, self.residual_values, index)
@@ -190,8 +194,8 @@ class QuantizedUnits:
         self.packed_keys, self.packed_values = keys, values
 
 
-def _grown(x: Tensor, room: int) -> Tensor:
-    """A copy of `x` [B, H, n, D] with `room` more units, which hold anything."""
-    grown = x.new_empty(*x.shape[:2], x.shape[2] + room, x.shape[3])
-    grown[:, :, : x.shape[2]] = x
-    return grown
+def _whole(
+    packed: PackedKeys | PackedValues | None, rest: Tensor, dtype: torch.dtype | None
+) -> Tensor:
+    dtype = dtype or rest.dtype
+    return torch.cat([packed.dequantize(dtype), rest.to(dtype)], 2) if packed else rest.to(dtype)

@@ -10,14 +10,19 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as apply_i
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as apply_half
 
 from locret.kernels import (
+    PackedUnits,
     decode_attention,
+    decode_attention_quantized,
     gather_units,
     rotate_at_slots,
     store_units,
     threshold_select,
 )
 from locret.kernels.decode import decode_attention_reference
+from locret.kernels.decode_quantized import expand_reference
 from locret.kernels.select import threshold_select_reference
+from locret.quantization.kivi import KiviScheme
+from locret.quantization.storage import QuantizedUnits
 
 
 def angles(slots, size):
@@ -73,6 +78,41 @@ def test_several_tokens_decode_as_one_after_the_other():
         torch.testing.assert_close(out[:, :, t : t + 1], one)
 
 
+@pytest.mark.parametrize(("bits", "size", "group"), [(4, 64, 16), (2, 20, 32), (8, 12, 8)])
+def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
+    """After an eviction, so that runs are of different lengths in every head."""
+    keys, values = torch.randn(2, 1, 2, 100, size).unbind()
+    units = QuantizedUnits(KiviScheme(bits=bits, group=group, residual=5))
+    units.append(keys, values)
+    units.select(torch.arange(100).expand(1, 2, -1))
+    index = torch.stack([torch.randperm(100)[:70].sort().values for _ in range(2)])[None]
+    units.select(index)
+    packed = PackedUnits(
+        *(
+            *units.packed_keys.units,
+            *units.packed_keys.rows,
+            units.packed_keys.starts,
+            *units.packed_values.units,
+        ),
+        bits=bits,
+        group=group,
+    )
+    assert packed.count == 65
+    expected = (
+        units.packed_keys.dequantize(torch.float32),
+        units.packed_values.dequantize(torch.float32),
+    )
+    for actual, expanded in zip(expand_reference(packed, size), expected, strict=True):
+        torch.testing.assert_close(actual, expanded)
+    query, length = torch.randn(1, 4, 1, size), torch.tensor([5], dtype=torch.int32)
+    rest = units.residual_keys, units.residual_values
+    out = decode_attention_quantized(query, packed, *rest, length, 0.3)
+    whole = units.dequantized(torch.float32)
+    assert units.held == 70
+    expected = decode_attention(query, *whole, length + 65, 0.3)
+    torch.testing.assert_close(out, expected)
+
+
 def test_store_writes_in_place():
     keys, values = torch.zeros(2, 1, 2, 5, 4).unbind()
     key, value = torch.randn(2, 1, 2, 1, 4).unbind()
@@ -103,6 +143,11 @@ def test_select_keeps_the_highest_and_of_equals_the_earliest(scores, data):
 ONE = torch.ones(1, dtype=torch.int32)
 UNITS = torch.zeros(1, 2, 5, 4)
 
+CODES, ROWS = torch.zeros(1, 2, 5, 2, dtype=torch.uint8), torch.zeros(1, 2, 1, 4).half()
+STARTS, TABLES = torch.tensor([0, 5]).int().expand(1, 2, 2), torch.zeros(1, 2, 5, 1).half()
+PACKED = PackedUnits(CODES, ROWS, ROWS.float(), STARTS, CODES, TABLES, TABLES, bits=4, group=4)
+PACKED_CALL = (UNITS[:, :, :1], PACKED, UNITS, UNITS, ONE, 1.0)
+
 
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -115,6 +160,7 @@ UNITS = torch.zeros(1, 2, 5, 4)
         (lambda: decode_attention(UNITS, UNITS, UNITS, ONE.long(), 1.0), "int32"),
         (lambda: decode_attention(UNITS, UNITS, UNITS.half(), ONE, 1.0), "equal shapes"),
         (lambda: decode_attention(UNITS[:, :1], UNITS, UNITS, ONE, 1.0), "a multiple of 2"),
+        (lambda: decode_attention_quantized(*PACKED_CALL), "key_minimum is torch.float32"),
         (lambda: store_units(UNITS, UNITS, UNITS.half(), UNITS, ONE), "do not fit storage"),
         (lambda: store_units(UNITS, UNITS, UNITS, UNITS, ONE[0]), "slot is"),
     ],

@@ -1,0 +1,150 @@
+"""Tensors of one layer that grow, are selected from and go back to what they were, all together.
+
+What is stored is never changed where it stands: appending writes behind it, evicting makes a new
+storage. That is why a snapshot of a cache costs nothing (`ColumnsView`).
+
+B batch, H KV heads, S units held, D head size.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from locret.kernels import gather_units
+
+
+class ColumnsView(NamedTuple):
+    """What was held at some moment: the storage and how many units of it were in use."""
+
+    storage: tuple[Tensor, ...]
+    held: int
+
+
+class Columns:
+    """Tensors [B, H, S] or [B, H, S, D], parallel to each other.
+
+    Storage may be larger than what is held (`room`), so that units are appended in place.
+    """
+
+    def __init__(self, storage: Sequence[Tensor] = ()) -> None:
+        self.tensors: tuple[Tensor, ...] = tuple(storage)
+        self.held = storage[0].shape[2] if storage else 0
+        self._room_is_ours = True
+
+    def __getitem__(self, which: int) -> Tensor:
+        return self.tensors[which][:, :, : self.held]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (tensor[:, :, : self.held] for tensor in self.tensors)
+
+    @property
+    def capacity(self) -> int:
+        """Units that there is room for."""
+        if not self.tensors or not self._room_is_ours:
+            return self.held
+        return self.tensors[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage, spare room included."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def append(self, new: Sequence[Tensor], room: int = 0) -> None:
+        """Add units after those held.
+
+        Args:
+            new: a tensor for each column.
+            room: when the storage must grow, how many units more than needed it takes.
+        """
+        end = self.held + new[0].shape[2]
+        if end > self.capacity or not self.tensors:
+            self.grow(new, end + room)
+        for stored, fresh in zip(self.tensors, new, strict=True):
+            stored[:, :, self.held : end] = fresh
+        self.held = end
+
+    def append_selected(self, new: Sequence[Tensor], index: Tensor) -> None:
+        """Hold those units at `index` [B, H, K] (long, ascending) that held and new ones are
+        together; drop spare room. The units held and the new ones are never put side by side."""
+        if self.tensors:
+            self._replace(gather_units(list(self), new, index))
+        else:
+            self._replace(tuple(new))
+            self.select(index)
+
+    def select(self, index: Tensor) -> None:
+        """Hold only the units at `index` [B, H, K] (long, ascending); drop spare room."""
+        self._replace(tuple(_at(column, index) for column in self))
+
+    def replace(self, which: int, column: Tensor) -> None:
+        """Hold `column` in place of one of the columns, for the same units."""
+        if self.tensors[0].shape[2] > self.held:  # behind what is held there may be room
+            whole = self.tensors[which].clone()
+            whole[:, :, : self.held] = column
+            column = whole
+        self.tensors = (*self.tensors[:which], column, *self.tensors[which + 1 :])
+
+    def grow(self, like: Sequence[Tensor], capacity: int) -> None:
+        """Move to a storage for `capacity` units; `like` the columns that are to come."""
+        grown = tuple(
+            tensor.new_empty(*tensor.shape[:2], capacity, *tensor.shape[3:]) for tensor in like
+        )
+        for new, old in zip(grown, self.tensors, strict=False):
+            new[:, :, : self.held] = old[:, :, : self.held]
+        self.tensors, self._room_is_ours = grown, True
+
+    def with_room(self, room: int) -> "Columns":
+        """A copy with room for so many units more."""
+        copied = Columns()
+        copied.append(list(self), room)
+        return copied
+
+    def view(self) -> ColumnsView:
+        """What is held now, for `restore`."""
+        return ColumnsView(self.tensors, self.held)
+
+    def restore(self, view: ColumnsView) -> None:
+        """Hold again what was held when `view` was taken.
+
+        What came after it may be in the spare room, and in another view: the room is not used.
+        """
+        self.tensors, self.held = view
+        self._room_is_ours = False
+
+    def select_batch(self, rows: Tensor) -> None:
+        """Hold only the batch rows `rows` [B'] (long); rows may repeat."""
+        self.tensors = tuple(tensor.index_select(0, rows) for tensor in self.tensors)
+        self._room_is_ours = True
+
+    def move(self, device: torch.device) -> None:
+        """Be on `device`."""
+        self.tensors = tuple(tensor.to(device) for tensor in self.tensors)
+        self._room_is_ours = True
+
+    def clear(self) -> None:
+        self._replace(())
+
+    @staticmethod
+    def stack(rows: "Sequence[Columns]") -> "Columns":
+        """Columns of one batch row each as one batch, aligned at their last unit; zeros before."""
+        longest = max(row.held for row in rows)
+        some = next((row for row in rows if row.held), None)
+        stacked = []
+        for which, like in enumerate(some.tensors if some else ()):
+            whole = like.new_zeros(len(rows), like.shape[1], longest, *like.shape[3:])
+            for target, row in zip(whole, rows, strict=True):
+                if row.held:
+                    target[:, longest - row.held :] = row[which][0]
+            stacked.append(whole)
+        return Columns(stacked)
+
+    def _replace(self, storage: tuple[Tensor, ...]) -> None:
+        self.tensors, self._room_is_ours = storage, True
+        self.held = storage[0].shape[2] if storage else 0
+
+
+def _at(column: Tensor, index: Tensor) -> Tensor:
+    wide = index if column.dim() == 3 else index[..., None].expand(*index.shape, column.shape[-1])
+    return column.gather(2, wide)

@@ -1,0 +1,315 @@
+"""Quality against bytes: policies, budgets and bits, at equal bytes, on synthetic retrieval.
+
+    python -m locret grid --model embedded:smollm2 --policies snapkv,keydiff --bits 16,8,4 ...
+
+A ratio says how many units 16-bit keys and values get, prompt tokens for every unit. Fewer bits get
+as many units more as fit into the same bytes (`locret.sizing`: codes, scales, scores and source
+positions counted). Every answer is stored as it comes; a run that was stopped goes on. Several
+processes take the samples in turn, each with a file of its own.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from locret.backbone import Backbone
+from locret.evaluation import needle
+from locret.evaluation.files import write_whole
+from locret.evaluation.needle import NeedleSettings
+from locret.evaluation.provenance import commit, hardware, versions
+from locret.evaluation.ranks import Ranks
+from locret.generation import Engine
+from locret.heads import RetainingHeads
+from locret.models import LoadedModel
+from locret.policies import POLICIES
+from locret.quantization import NO_SCHEME, Scheme, scheme_of
+from locret.sizing import Sizing
+
+KIND = "byte_grid"
+"""What the JSON calls itself."""
+
+HALF = 2  # bytes of a number in 16 bits
+Cell = dict[str, Any]
+Progress = Callable[[int, int], None]
+
+
+class ByteRun(NamedTuple):
+    """One way to hold a cache: `ratio` prompt tokens a unit in 16 bits, or as many bytes in `bits`
+    a number; ratio 1 = all is kept."""
+
+    policy: str
+    ratio: int
+    bits: int
+
+
+@dataclass(frozen=True)
+class ByteGridSettings:
+    """What is asked.
+
+    Attributes:
+        needle: tasks, prompts and ratios.
+        bits: of keys and values; 16 = as they are.
+        quantization: the scheme of those below 16.
+        group, residual: its options. The residual is small beside the smallest budgets by default:
+            what it holds in full is missing for units.
+    """
+
+    needle: NeedleSettings
+    bits: tuple[int, ...] = (16, 8, 4)
+    quantization: str = "kivi"
+    group: int = 64
+    residual: int = 0
+
+    def __post_init__(self) -> None:
+        for bits in self.bits:
+            self.scheme(bits)
+
+    def scheme(self, bits: int) -> Scheme:
+        """
+        Raises:
+            ValueError: the scheme does not have such bits.
+        """
+        if bits == NO_SCHEME.bits:
+            return NO_SCHEME
+        options = {"bits": bits, "group": self.group, "residual": self.residual}
+        return scheme_of({"name": self.quantization} | options)
+
+
+def runs(policies: Sequence[str], settings: ByteGridSettings) -> list[ByteRun]:
+    """Policies, ratios and bits to run; a policy that keeps all has ratio 1."""
+    return [
+        ByteRun(policy, ratio, bits)
+        for policy, ratio in needle.runs(policies, settings.needle.ratios)
+        for bits in settings.bits
+    ]
+
+
+def budget_of(run: ByteRun, settings: ByteGridSettings, geometry: Any) -> int:
+    """Units a KV head keeps on average."""
+    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_size, HALF)
+    plain = settings.needle.tokens // run.ratio
+    allowed = Sizing(NO_SCHEME, *shape).cache_bytes([plain] * geometry.num_layers)
+    sizing = Sizing(settings.scheme(run.bits), *shape)
+    return max(1, sizing.units_within(allowed, settings.needle.tokens))
+
+
+def run_byte_grid(
+    loaded: LoadedModel,
+    policies: Sequence[str],
+    settings: ByteGridSettings,
+    out: Path,
+    heads: RetainingHeads | None = None,
+    manifest: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
+    minutes: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Ask what `out` does not hold yet, sample after sample under every run.
+
+    Args:
+        out: a JSON file; one that exists must be of the same settings and manifest.
+        manifest: what else the answers depend on.
+        ranks: of several processes, this one asks every `world`-th sample.
+        minutes: ask no more after that time.
+        progress: called after every answer with the answers there are and those there will be.
+
+    Returns:
+        What `out` holds: `kind`, `settings`, `manifest`, `environment`, `results`.
+
+    Raises:
+        ValueError: an unknown policy or task, heads are missing, or `out` holds something else.
+    """
+    started = time.monotonic()
+    record = new_record(settings, manifest or {}, loaded.model.device)
+    if out.exists():
+        record["results"] = read(out, record)["results"]
+    results: list[Cell] = record["results"]
+    done = {_key(cell) for cell in results}
+    asked = list(_questions(loaded, policies, settings, ranks or Ranks()))
+    engine_of = lru_cache(maxsize=None)(lambda run: make_engine(loaded, run, settings, heads))
+    for seed, sample, run in asked:
+        if (*run, sample.task, seed) in done:
+            continue
+        if minutes is not None and time.monotonic() - started > 60 * minutes:
+            break
+        results.append(_ask(loaded, run, engine_of(run), seed, sample, settings))
+        write_whole(out, json.dumps(record, indent=1) + "\n")
+        if progress is not None:
+            progress(len(results), len(asked))
+    return record
+
+
+def new_record(
+    settings: ByteGridSettings, manifest: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """A record without results."""
+    environment = {"commit": commit(), "hardware": hardware(device), "versions": versions()}
+    return {
+        "kind": KIND,
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "manifest": manifest,
+        "environment": environment,
+        "results": [],
+    }
+
+
+def read(path: Path, like: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The record in a file.
+
+    Raises:
+        ValueError: the file holds none, or not one of the same settings and manifest as `like`.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        other = found["kind"] != KIND
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no byte grid: {error}") from error
+    names = [n for n in ("settings", "manifest") if like is not None and found[n] != like[n]]
+    if other or names:
+        raise ValueError(
+            f"{path} holds answers of other {' and '.join(names) or 'kinds'}; go on with those it "
+            "was begun with, or write to another file"
+        )
+    return found
+
+
+def merge(parts: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Write the answers of several files, of the same settings and manifest, to one.
+
+    Raises:
+        ValueError: a file holds something else.
+    """
+    if not parts:
+        raise ValueError("there are no files of answers to merge")
+    record = read(parts[0])
+    cells: dict[tuple[Any, ...], Cell] = {}
+    for part in parts:
+        cells |= {_key(cell): cell for cell in read(part, record)["results"]}
+    record["results"] = [cells[key] for key in sorted(cells)]
+    write_whole(out, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def make_engine(
+    loaded: LoadedModel, run: ByteRun, settings: ByteGridSettings, heads: RetainingHeads | None
+) -> Engine:
+    """The engine of one run."""
+    return Engine(
+        loaded.model,
+        run.policy,
+        heads=heads,
+        budget=budget_of(run, settings, Backbone(loaded.model).geometry),
+        chunk_size=settings.needle.chunk_size,
+        local_tokens=settings.needle.local_tokens,
+        quantization=settings.scheme(run.bits),
+    )
+
+
+def _questions(
+    loaded: LoadedModel, policies: Sequence[str], settings: ByteGridSettings, ranks: Ranks
+) -> Iterator[tuple[int, Any, ByteRun]]:
+    """Samples of different tasks first, so that a run that is stopped has some of each."""
+    asked = settings.needle
+    samples = needle.make_samples(asked, loaded.tokenizer)
+    by_place = [samples[i :: asked.count] for i in range(asked.count)]
+    mixed = [sample for of_tasks in by_place for sample in of_tasks]
+    for seed, sample in mixed[ranks.rank :: ranks.world]:
+        for run in runs(policies, settings):
+            yield seed, sample, run
+
+
+def _ask(
+    loaded: LoadedModel,
+    run: ByteRun,
+    engine: Engine,
+    seed: int,
+    sample: Any,
+    settings: ByteGridSettings,
+) -> Cell:
+    asked, tokenizer = settings.needle, loaded.tokenizer
+    ids = needle.needle_prompt(sample, tokenizer, asked.answer_prefix).to(loaded.model.device)
+    started = time.perf_counter()
+    cache = engine.prefill(ids[:, : -asked.local_tokens])
+    held, question = cache.report(), ids[:, -asked.local_tokens :]
+    limit = asked.max_new_tokens
+    output = engine.generate(question, cache=cache, max_new_tokens=limit, do_sample=False)
+    answer = tokenizer.decode(output[0, question.shape[1] :], skip_special_tokens=True)
+    return {
+        **run._asdict(),
+        "task": sample.task,
+        "seed": seed,
+        "depth": sample.depth,
+        "found": sample.score(answer) == 1.0,
+        "answer": answer,
+        "expected": list(sample.expected),
+        "budget": engine.budget,
+        "units": held["units"],
+        "kv_bytes": held["kv_bytes"],
+        "total_bytes": held["total_bytes"],
+        "prompt_tokens": ids.shape[1],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _key(cell: Cell) -> tuple[Any, ...]:
+    return tuple(cell[name] for name in (*ByteRun._fields, "task", "seed"))
+
+
+@dataclass(frozen=True)
+class ByteSummary:
+    """A run over all its samples: share found, `budget` and mean bytes after the context."""
+
+    policy: str
+    ratio: int
+    bits: int
+    found: int
+    count: int
+    budget: int | None
+    kv_bytes: float
+    total_bytes: float
+    by_task: dict[str, float]
+
+
+def summarize(results: Sequence[Cell]) -> list[ByteSummary]:
+    """One row a run, policies as they came, bytes descending."""
+    by_run: dict[ByteRun, list[Cell]] = {}
+    for cell in results:
+        by_run.setdefault(ByteRun(*(cell[name] for name in ByteRun._fields)), []).append(cell)
+    return [_summary(run, cells) for run, cells in sorted(by_run.items(), key=_order)]
+
+
+def _order(item: tuple[ByteRun, Any]) -> tuple[Any, ...]:
+    run = item[0]
+    return POLICIES[run.policy].evicts, run.policy, run.ratio, -run.bits
+
+
+def _summary(run: ByteRun, cells: Sequence[Cell]) -> ByteSummary:
+    tasks = sorted({cell["task"] for cell in cells})
+    of_task = {task: [cell["found"] for cell in cells if cell["task"] == task] for task in tasks}
+    return ByteSummary(
+        *run,
+        found=sum(cell["found"] for cell in cells),
+        count=len(cells),
+        budget=cells[0]["budget"],
+        kv_bytes=sum(cell["kv_bytes"] for cell in cells) / len(cells),
+        total_bytes=sum(cell["total_bytes"] for cell in cells) / len(cells),
+        by_task={task: sum(found) / len(found) for task, found in of_task.items()},
+    )
+
+
+def as_table(record: dict[str, Any]) -> str:
+    """A plain-text table of the runs."""
+    lines = [f"{'policy':<20}{'ratio':>6}{'bits':>6}{'budget':>8}{'KiB':>10}{'found':>10}"]
+    for row in summarize(record["results"]):
+        budget = "all" if row.budget is None else row.budget
+        lines.append(
+            f"{row.policy:<20}{f'{row.ratio}x':>6}{row.bits:>6}{budget:>8}"
+            f"{row.total_bytes / 1024:>10,.0f}{f'{row.found}/{row.count}':>10}"
+        )
+    return "\n".join(lines)

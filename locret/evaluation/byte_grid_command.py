@@ -1,0 +1,149 @@
+"""The command line of `python -m locret grid`; what runs is imported when it runs."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from locret.policies import POLICIES
+
+Bar = Callable[[str], Any]
+"""Makes a progress bar with a label."""
+
+TEXTS = ("model", "heads", "adapter", "dtype", "device", "quantization", "haystack", "json_out")
+NUMBERS = ("tokens", "count", "seed", "max_new_tokens", "group", "residual", "minutes")
+LISTS = ("policies", "tasks", "ratios", "bits")
+FLAGS = ("no_answer_prefix",)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Beside those that name a model."""
+    command.add_argument("--policies", nargs="+", default=["full", "snapkv", "locret"])
+    command.add_argument("--bits", nargs="+", type=int, default=[16, 8, 4])
+    command.add_argument(
+        "--ratios", nargs="+", type=int, default=[128, 64, 32], help="tokens a unit of 16 bits"
+    )
+    command.add_argument("--quantization", default="kivi", help="the scheme below 16 bits")
+    command.add_argument("--group", type=int, default=64)
+    command.add_argument("--residual", type=int, default=0, help="units in full precision")
+    command.add_argument("--tasks", nargs="+", default=["niah_single"])
+    command.add_argument("--tokens", type=int, default=4096, help="length of the prompts")
+    command.add_argument("--count", type=int, default=10, help="samples a task")
+    command.add_argument("--seed", type=int, default=1_000_000)
+    command.add_argument("--max-new-tokens", type=int, default=32)
+    command.add_argument("--haystack", default="noise", help="noise, reference, or a text file")
+    command.add_argument(
+        "--no-answer-prefix", action="store_true", help="do not give the answer's first words"
+    )
+    command.add_argument("--json-out", type=Path, required=True, help="every answer")
+    command.add_argument("--plot", type=Path, help="quality against bytes")
+    command.add_argument("--processes", type=int, default=1, help="share the samples")
+    command.add_argument("--minutes", type=float, help="ask no more after that time")
+    command.add_argument(
+        "--merge", nargs="+", type=Path, help="ask nothing: gather the answers of these files"
+    )
+
+
+def run(given: argparse.Namespace, load: Callable[[], tuple[Any, Any]], bar: Bar) -> None:
+    """Run a grid, a share of it, or several processes that share it.
+
+    Args:
+        load: loads the model and the heads, if any.
+
+    Raises:
+        ValueError: an unknown policy, heads are missing, or files hold something else.
+    """
+    from locret.evaluation import byte_grid, byte_grid_figure, figures, grid
+    from locret.evaluation.ranks import Ranks
+
+    _check(given)
+    if given.plot:
+        figures.plotting()  # missing: better now than at the end
+    ranks = Ranks.of_environment()
+    if given.merge:
+        record = byte_grid.merge(given.merge, given.json_out)
+    elif given.processes > 1:
+        record = _in_processes(given, bar)
+    else:
+        if ranks.world > 1:
+            given.device = given.device or ranks.device()
+        loaded, heads = load()
+        record = byte_grid.run_byte_grid(
+            loaded,
+            given.policies,
+            _settings(given),
+            _part(given.json_out, ranks.rank) if ranks.world > 1 else given.json_out,
+            heads,
+            manifest=grid.manifest_of(loaded, given.heads),
+            ranks=ranks,
+            minutes=given.minutes,
+            progress=bar("asking"),
+        )
+    print(byte_grid.as_table(record))
+    if ranks.world == 1:
+        print(f"\nanswers  {given.json_out.resolve()}")
+        if given.plot:
+            print(f"figure   {byte_grid_figure.draw(record, given.plot).resolve()}")
+
+
+def _check(given: argparse.Namespace) -> None:
+    unknown = sorted(set(given.policies) - set(POLICIES))
+    if unknown:
+        raise ValueError(f"policies {unknown} are unknown; expected some of {sorted(POLICIES)}")
+    if not given.heads and "locret" in given.policies:
+        raise ValueError("policy locret needs --heads; train some with python -m trainers.fit")
+    if given.processes < 1:
+        raise ValueError(f"processes is {given.processes}; expected at least 1")
+    _settings(given)
+
+
+def _settings(given: argparse.Namespace) -> Any:
+    from locret.evaluation.byte_grid import ByteGridSettings
+    from locret.evaluation.needle import NeedleSettings
+
+    asked = NeedleSettings(
+        tasks=tuple(given.tasks),
+        tokens=given.tokens,
+        count=given.count,
+        ratios=tuple(given.ratios),
+        seed=given.seed,
+        haystack=None if given.haystack == "reference" else given.haystack,
+        answer_prefix=not given.no_answer_prefix,
+        max_new_tokens=given.max_new_tokens,
+    )
+    bits = tuple(given.bits)
+    return ByteGridSettings(asked, bits, given.quantization, given.group, given.residual)
+
+
+def _part(out: Path, rank: int) -> Path:
+    """The file of one process."""
+    return out.with_name(f"{out.stem}.part{rank}{out.suffix}")
+
+
+def _in_processes(given: argparse.Namespace, bar: Bar) -> dict[str, Any]:
+    """Run the shares, then merge what they wrote; what earlier runs left of them counts."""
+    from locret.evaluation import byte_grid
+    from locret.evaluation.processes import run_together
+
+    parts = [_part(given.json_out, rank) for rank in range(given.processes)]
+    total = len(byte_grid.runs(given.policies, _settings(given))) * given.count * len(given.tasks)
+    asking = bar("asking")
+
+    def tell() -> None:
+        there = [byte_grid.read(part)["results"] for part in parts if part.exists()]
+        asking(min(sum(map(len, there)), total), total)
+
+    logs = given.json_out.with_name(f"{given.json_out.stem}.logs")
+    run_together(_arguments(given), given.processes, logs, tell)
+    return byte_grid.merge([part for part in parts if part.exists()], given.json_out)
+
+
+def _arguments(given: argparse.Namespace) -> list[str]:
+    """The command line of one process: the same grid."""
+    arguments = ["grid"]
+    for name in (*TEXTS, *NUMBERS, *LISTS):
+        value = getattr(given, name)
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return arguments + [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(given, name)]

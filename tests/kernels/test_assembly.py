@@ -1,0 +1,61 @@
+"""The assembly that expands packed codes, executed here instruction by instruction."""
+
+import re
+
+import numpy as np
+import pytest
+
+from locret.kernels.decode_quantized import _assembly
+
+
+def as_halves(register):
+    return np.array([register], np.uint32).view(np.float16).astype(np.float64)
+
+
+def as_register(halves):
+    return int(halves.astype(np.float16).view(np.uint32)[0])
+
+
+def permuted(low, high, selector):
+    source = low.to_bytes(4, "little") + high.to_bytes(4, "little")
+    return int.from_bytes(bytes(source[selector >> 4 * i & 7] for i in range(4)), "little")
+
+
+def looked_up(a, b, c, table):
+    bits = (table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1 for i in range(32))
+    return sum(bit << i for i, bit in enumerate(bits))
+
+
+INSTRUCTIONS = {
+    "mov.b32": lambda a: a,
+    "prmt.b32": permuted,
+    "shr.b32": lambda a, count: a >> count,
+    "lop3.b32": looked_up,
+    "sub.f16x2": lambda a, b: as_register(as_halves(a) - as_halves(b)),
+    "fma.rn.f16x2": lambda a, b, c: as_register(as_halves(a) * as_halves(b) + as_halves(c)),
+}
+
+
+def execute(assembly, registers):
+    for line in re.findall(r"[^{};]*;", assembly):
+        name, operands = line.strip(" \n;").split(None, 1)
+        if name != ".reg":
+            target, *sources = (operand.strip() for operand in operands.split(","))
+            values = [registers[s] if s in registers else int(s, 0) for s in sources]
+            registers[target] = INSTRUCTIONS[name](*values)
+    return np.array([registers["$0"], registers["$1"]], np.uint32).view(np.float16)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_each_plane_gives_minimum_plus_scale_times_code(bits):
+    random = np.random.default_rng(0)
+    for plane, assembly in enumerate(_assembly(bits)):
+        for _ in range(20):
+            packed = random.integers(0, 256, 4, dtype=np.uint8)
+            scale, minimum = random.standard_normal((2, 4)).astype(np.float16)
+            given = [part.view(np.uint32) for part in (packed, scale, minimum)]
+            given = np.concatenate(given)
+            result = execute(assembly, {f"${i}": int(r) for i, r in enumerate(given, start=2)})
+            code = packed >> plane * bits & 2**bits - 1
+            exact = minimum.astype(np.float64) + scale.astype(np.float64) * code
+            assert (result == exact.astype(np.float16)).all()

@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from locret.kernels.decode_quantized import (
+    decode_attention_quantized,
+    decode_attention_quantized_reference,
+)
+from tests.kernels.close import assert_near
+from tests.kernels.packed import random_units
+
+
+def compare(query, packed, length, capacity, first=None):
+    batch, heads = packed.key_codes.shape[:2]
+    shape = (2, batch, heads, capacity, query.shape[3])
+    storage = torch.randn(shape, device=query.device).to(query.dtype)
+    storage[:, :, :, length:] = torch.nan
+    filled = torch.tensor([length], dtype=torch.int32, device=query.device)
+    arguments = (query, packed, *storage.unbind(), filled, query.shape[3] ** -0.5, first)
+    assert_near(
+        decode_attention_quantized(*arguments), decode_attention_quantized_reference(*arguments)
+    )
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "size", "count", "group"),
+    [
+        (3, 3, 64, 139, 64),
+        (2, 4, 128, 70, 32),
+        (1, 1, 80, 65, 64),
+        (1, 16, 96, 70, 128),
+        (1, 7, 16, 9, 16),
+    ],
+)
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_kernel_equals_twin(heads, rows, size, count, group, bits, device):
+    packed = random_units(1, heads, count, size, bits, group, device)
+    compare(torch.randn(1, heads * rows, 1, size, device=device), packed, 21, 40)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("size", "group"), [(128, 64), (96, 32)])
+def test_half_precision(bits, dtype, size, group, device):
+    packed = random_units(1, 1, 70, size, bits, group, device)
+    compare(torch.randn(1, 4, 1, size, device=device).to(dtype), packed, 21, 40)
+
+
+def test_rows_begin_at_their_own_slots(device):
+    packed = random_units(2, 3, 100, 32, 4, 64, device)
+    query = torch.randn(2, 6, 1, 32, device=device)
+    first = torch.tensor([[0, 5, 99], [100, 107, 200]], dtype=torch.int32, device=device)
+    compare(query, packed, 11, 40, first)
+
+
+def test_several_new_tokens_are_causal_among_themselves(device):
+    packed = random_units(1, 2, 100, 64, 4, 64, device)
+    compare(torch.randn(1, 8, 5, 64, device=device), packed, 21, 40)
+
+
+def test_only_packed_units_or_none(device):
+    query = torch.randn(1, 4, 1, 64, device=device)
+    compare(query, random_units(1, 2, 70, 64, 4, 64, device), 0, 8)
+    compare(query, random_units(1, 2, 0, 64, 4, 64, device), 5, 8)
