@@ -25,7 +25,7 @@ $(HEADS): configs/smollm2.yaml .venv/demo.installed
 
 test: .venv/dev.installed
 	@echo "== Running the tests"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 results-smoke: .venv/dev.installed
 	@echo "== Running a slice of every table in docs/results again, with the data in $(DATA)"

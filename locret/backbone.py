@@ -201,6 +201,9 @@ class Backbone:
         logits = self.model.get_output_embeddings()(hidden).float()
         logits = logits * getattr(self.model, "logit_scale", 1)  # Cohere
         logits = logits / getattr(self.config, "logits_scaling", 1)  # Granite
+        softcap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         chosen = logits.gather(-1, next_ids[..., None].to(logits.device))[..., 0]
         return logits.logsumexp(dim=-1) - chosen
 

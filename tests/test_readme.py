@@ -1,5 +1,6 @@
 """Every command and every piece of code that the README shows is run here, on tiny models."""
 
+import gzip
 import importlib.util
 import json
 import re
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 
 import locret
 from benchmarks import longcontext
 from locret import cli
 from locret.models import load_model
+from tests.evaluation.eval_data import DATA, write_data
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.trainers.runs import tiny_run
@@ -35,6 +38,15 @@ STAND_INS = {
     "embedded:smollm2": "backbone",
     "checkpoints/smollm2-adapter": "adapter",
     "checkpoints/smollm2-heads": "runs/smollm2/heads",
+    "eval/ruler_smollm2.yaml": "small.yaml",
+}
+SMALL_EVALUATION = {
+    "model": "backbone",
+    "heads": "runs/smollm2/heads",
+    "tasks": ["fairytaleqa"],
+    "limit": 1,
+    "rows": [{"policy": "locret", "budget": "8x"}],
+    "output": "runs/eval",
 }
 COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
 
@@ -54,6 +66,10 @@ def workplace(tmp_path_factory):
         folder / "adapter"
     )
     shutil.copytree(ROOT / "docs" / "results", folder / "docs" / "results")
+    write_data(folder / "data")
+    stories = (folder / "data" / DATA["fairytaleqa"]).read_bytes()
+    (folder / "data" / "fairytaleqa_val.jsonl.gz").write_bytes(gzip.compress(stories))
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL_EVALUATION))
     (folder / "book.txt").write_text("It was a dark and stormy night. " * 90)
     return folder
 
@@ -77,7 +93,7 @@ def test_a_shown_command_runs(command, workplace, tmp_path, monkeypatch, capsys)
         return
     assert module == "locret", f"no test knows how to run {command}"
     # folders of the workplace stand for what the README names
-    assert cli.main([STAND_INS.get(word, word) for word in args]) == 0
+    assert cli.main([stand_in(word) for word in args]) == 0
     assert capsys.readouterr().out
 
 
@@ -88,6 +104,12 @@ def run_benchmark(args, tmp_path):
     longcontext.main([*args, *small.split(), "--heads-width=8", f"--out={tmp_path / 'r.json'}"])
     rows = json.loads((tmp_path / "r.json").read_text())["figures"]["results"]
     assert {row["status"] for row in rows} == {"ok"}
+
+
+def stand_in(word):
+    """The word, or the parts of a list such as `name=value,name=value`."""
+    parts = re.split("([=,])", word) if "=" in word else [word]
+    return "".join(STAND_INS.get(part, part) for part in parts)
 
 
 def run_training(training, args, tmp_path):

@@ -98,7 +98,7 @@ def _load(prepared: Prepared, ranks: Ranks) -> Asker:
     loaded = load_model(
         config.model,
         dtype=config.dtype,  # type: ignore[arg-type]
-        device=config.device or ranks.device(),
+        device=ranks.device(config.device),
         adapter=config.adapter,
         **chosen,
     )

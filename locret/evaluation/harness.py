@@ -111,7 +111,7 @@ class LocretLM(HFLM):
             pretrained = load_model(
                 pretrained,
                 dtype=dtype,  # type: ignore[arg-type]
-                device=self._ranks.device() or device,
+                device=self._ranks.device(device),
                 revision=revision,
                 adapter=adapter,
                 **chosen,  # type: ignore[arg-type]

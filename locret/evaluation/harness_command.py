@@ -32,8 +32,11 @@ def run(args: Sequence[str]) -> None:
 
     import locret.evaluation.harness  # noqa: F401 - registers the model
 
-    sys.argv = ["lm_eval", *with_our_tasks(args)]
-    cli_evaluate()
+    own, sys.argv = sys.argv, ["lm_eval", *with_our_tasks(args)]  # where it looks
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = own
 
 
 def with_our_tasks(args: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from locret.evaluation.engines import are_query_aware
 from locret.evaluation.files import file_hash
 from locret.evaluation.prompts import Renderer
 from locret.evaluation.provenance import source
-from locret.evaluation.questions import Question, questions
+from locret.evaluation.questions import Prompts, Question, questions
 from locret.evaluation.rows import Row
 from locret.evaluation.tasks import Task
 from locret.heads import RetainingHeads
@@ -58,13 +58,16 @@ def prepare(config: EvalConfig) -> Prepared:
     renderer = Renderer(load_tokenizer(config.model), config.chat_template)
     sources = _sources(config, heads, tasks, renderer)
     window = getattr(load_config(config.model), "max_position_embeddings", None)
-    samples = [
-        (task, task.samples(config.limit, renderer.measure, renderer.fingerprint)) for task in tasks
+    prompts = []
+    for task in tasks:
+        samples = task.samples(config.limit, renderer.measure, renderer.fingerprint)
+        prompts.append(Prompts(samples, renderer, task.max_new_tokens, config.max_length, window))
+    asked = [
+        question
+        for row in rows
+        for task, of_task in zip(tasks, prompts, strict=True)
+        for question in questions(config, row, task, of_task, sources)
     ]
-    asked: list[Question] = []
-    for row in rows:
-        for task, of_task in samples:
-            asked += questions(config, row, task, of_task, renderer, sources, window)
     return Prepared(config, heads, sources, renderer, asked)
 
 

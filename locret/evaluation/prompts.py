@@ -6,6 +6,7 @@ very same tokens. A token that reaches over a cut belongs to what follows.
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from locret.evaluation.tasks import Sample
@@ -41,7 +42,7 @@ class Prompt:
     cut: int = 0
     answer_cut: bool = False
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Recognises the prompt's tokens and cuts."""
         cuts = f"{self.context_end} {self.question_end} "

@@ -6,7 +6,7 @@ processes of a run, and a run that goes on, agree on who asks what.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,26 +84,56 @@ def settings_of(config: EvalConfig, row: Row, task: Task, sources: dict[str, Any
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class Prompts:
+    """The samples of a task, rendered once for all rows that need the same.
+
+    Args:
+        samples: of the task.
+        renderer: of their prompts.
+        new_tokens: that an answer may take.
+        max_length: tokens of prompt and answer for every row; None = no limit.
+        window: tokens that the model can hold at once, for rows that are limited by them.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        renderer: Renderer,
+        new_tokens: int,
+        max_length: int | None,
+        window: int | None,
+    ) -> None:
+        self._samples = samples
+        self._renderer = renderer
+        self._new_tokens = new_tokens
+        self._max_length = max_length
+        self._window = window
+        self._prompts: dict[int | None, list[Prompt]] = {}
+
+    def rendered(self, within_window: bool) -> list[tuple[Sample, Prompt]]:
+        """Every sample with its prompt."""
+        longest = self._max_length or (self._window if within_window else None)
+        limit = None if longest is None else longest - self._new_tokens
+        if limit not in self._prompts:
+            self._prompts[limit] = [self._renderer.render(s, limit) for s in self._samples]
+        return list(zip(self._samples, self._prompts[limit], strict=True))
+
+
 def questions(
     config: EvalConfig,
     row: Row,
     task: Task,
-    samples: Iterable[Sample],
-    renderer: Renderer,
+    prompts: Prompts,
     sources: dict[str, Any],
-    window: int | None,
 ) -> Iterator[Question]:
     """The samples of a task under a row.
 
     Args:
+        prompts: of the task.
         sources: what model, adapter and heads are, by content.
-        window: tokens that the model can hold at once.
     """
     settings = settings_of(config, row, task, sources)
-    longest = config.max_length or (window if _needs_window(config, row) else None)
-    limit = None if longest is None else longest - task.max_new_tokens
-    for sample in samples:
-        prompt = renderer.render(sample, limit)
+    for sample, prompt in prompts.rendered(_needs_window(config, row)):
         yield Question(row, task, sample, prompt, row.engine_budget(task.length), settings)
 
 

@@ -322,6 +322,17 @@ def process(config, tmp_path, *args, **kwargs):
     return subprocess.Popen([*command, *args], cwd=ROOT, env=env, **kwargs)
 
 
+def test_an_evaluation_imports_only_what_it_needs():
+    heavy = "lm_eval datasets nltk rouge_score wonderwords matplotlib pandas sklearn lightning"
+    code = (
+        "import sys\n"
+        "from locret.evaluation import evaluate, preparing, processes\n"
+        f"print(set({heavy.split()!r}) & {{name.split('.')[0] for name in sys.modules}} or '')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "", done.stdout + done.stderr
+
+
 def test_a_killed_run_goes_on_in_two_processes(config, once, tmp_path):
     config = replace(config, tasks=("fairytaleqa",))
     killed = process(config, tmp_path)
