@@ -3,6 +3,8 @@
 Split-KV flash decoding as in `decode`, which merges its own parts at once.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
