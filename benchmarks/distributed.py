@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,14 +55,15 @@ class Run:
 
 
 def main() -> None:
-    """Train in every way, compare, write the JSON; exits with 1 if the ways disagree."""
+    """Train in every way, compare, write the JSON; exits with 1 if the ways disagree or fail."""
     given = _parser().parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         work = Path(folder)
         _make_backbone(work / "model", given)
         _write_rows(work / "rows.jsonl", given)
-        runs = {name: _train(name, work, given) for name in given.ways}
-    figures = _compared(runs, given)
+        tried = {name: _train(name, work, given) for name in given.ways}
+    runs = {name: run for name, run in tried.items() if run is not None}
+    figures = {f"{name}_ran_ok": name in runs for name in tried} | _compared(runs, given)
     for name, value in figures.items():
         if name not in ("losses", "tensors"):
             print(f"{name:<36} {round(value, 5) if isinstance(value, float) else value}")
@@ -106,10 +108,19 @@ def _write_rows(path: Path, given: argparse.Namespace) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _train(way: str, work: Path, given: argparse.Namespace) -> Run:
+def _train(way: str, work: Path, given: argparse.Namespace) -> Run | None:
+    """None if it failed or took too long; the others are still worth comparing."""
     command = [sys.executable, "-m", "trainers.fit", *_arguments(way, work, given)]
     print(f"{way}: {shlex.join(command)}", flush=True)
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "0"})
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "0"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        if process.wait(given.seconds) != 0:
+            return None
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+        process.wait()
+        return None
     ranks = [json.loads(p.read_text()) for p in sorted((work / way / "clock").glob("*.json"))]
     return Run(ranks, load_file(work / way / "heads" / "heads.safetensors"))
 
@@ -155,7 +166,8 @@ def _arguments(way: str, work: Path, given: argparse.Namespace) -> list[str]:
 
 def _compared(runs: dict[str, Run], given: argparse.Namespace) -> dict[str, Any]:
     curves = {name: run.curve(given.devices) for name, run in runs.items()}
-    one, figures = runs.get("one"), {}
+    one = runs.get("one")
+    figures: dict[str, Any] = {}
     for name, run in runs.items():
         figures[f"{name}_samples_per_second"] = run.samples_per_second
         figures[f"{name}_peak_gib"] = run.peak_gib
@@ -175,8 +187,10 @@ def _compared(runs: dict[str, Run], given: argparse.Namespace) -> dict[str, Any]
             figures["ddp_speed_ok"] = figures["ddp_speed_up"] >= 0.9 * given.devices
     figures["phases_ms"] = {name: run.ranks[0]["phases"] for name, run in runs.items()}
     figures["losses"] = {name: curve.tolist() for name, curve in curves.items()}
-    heads = next(iter(runs.values())).heads
-    figures["tensors"] = {name: str(found) for name, found in _described(heads).items()}
+    figures["tensors"] = {
+        way: {name: str(found) for name, found in _described(run.heads).items()}
+        for way, run in runs.items()
+    }
     return figures
 
 
@@ -196,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=10, help="steps before the clock starts")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="data processes of each training")
+    parser.add_argument("--seconds", type=float, default=600, help="the most a training may take")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="of losses, relative")
     parser.add_argument(
         "--ways", nargs="+", default=["one", "ddp", "sharded"], choices=["one", "ddp", "sharded"]

@@ -1,5 +1,6 @@
 """What every benchmark's JSON holds beside its figures: settings, commit, hardware, versions."""
 
+import gc
 import importlib.metadata
 import json
 import platform
@@ -12,12 +13,19 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "transformers", "triton", "lightning", "kvpress", "flash-attn")
+PATHS = ("out", "plot")
 
 
-def write(path: Path, settings: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-    """Write one run's JSON and say where."""
+def write(
+    path: Path, settings: Mapping[str, Any], figures: Mapping[str, Any], *, announce: bool = True
+) -> None:
+    """Write one run's JSON and say where.
+
+    The file is replaced in one move, so that a long run can write after every step and be killed
+    at any time. Where files went is left out of the settings.
+    """
     record = {
-        "settings": dict(settings),
+        "settings": {name: value for name, value in settings.items() if name not in PATHS},
         "figures": dict(figures),
         "commit": _commit(),
         "hardware": hardware(),
@@ -25,8 +33,11 @@ def write(path: Path, settings: Mapping[str, Any], figures: Mapping[str, Any]) -
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    print(f"wrote {path.resolve()}")
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    aside.replace(path)
+    if announce:
+        print(f"wrote {path.resolve()}", flush=True)
 
 
 def hardware() -> str:
@@ -41,25 +52,40 @@ def seconds(work: Callable[[], Any], repeats: int, device: torch.device) -> floa
     work()
     times = []
     for _ in range(repeats):
-        _synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         work()
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - started)
     return sorted(times)[len(times) // 2]
 
 
 def peak_gib(work: Callable[[], Any], device: torch.device) -> float | None:
     """Peak memory of the device while `work` runs, in GiB; None on the CPU."""
-    if device.type != "cuda":
-        work()
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     work()
-    return torch.cuda.max_memory_allocated(device) / 2**30
+    return peaks_gib(device)["peak_gib"]
 
 
-def _synchronize(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """Let `peaks_gib` count from here."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peaks_gib(device: torch.device) -> dict[str, float | None]:
+    """The most that tensors took, and that the allocator held for them; None on the CPU."""
+    if device.type != "cuda":
+        return {"peak_gib": None, "reserved_gib": None}
+    return {
+        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+        "reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -75,7 +101,8 @@ def _commit() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    found = {name: str(version) for name, version in found.items() if version}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

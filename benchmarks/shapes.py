@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+PHI3_FACTORS = 48  # frequencies of a head of 96
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "model_type": "llama",
@@ -15,6 +17,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
     },
     "llama-3.2-1b": {
         "model_type": "llama",
@@ -28,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
     },
     "phi-3-mini": {
-        "model_type": "llama",  # the same matrices, not fused
+        "model_type": "phi3",
         "vocab_size": 32064,
         "hidden_size": 3072,
         "intermediate_size": 8192,
@@ -36,6 +46,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
         "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            # Ramps in the place of the released factors, which are as many and of this size.
+            "short_factor": [1 + 2 * i / PHI3_FACTORS for i in range(PHI3_FACTORS)],
+            "long_factor": [1 + 63 * i / PHI3_FACTORS for i in range(PHI3_FACTORS)],
+            "original_max_position_embeddings": 4096,
+        },
     },
     "qwen3-4b": {
         "model_type": "qwen3",
@@ -46,7 +65,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "head_dim": 128,
+        "tie_word_embeddings": True,
         "max_position_embeddings": 262144,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0},
     },
     "smollm2": {
         "model_type": "llama",
@@ -57,7 +78,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
-        "max_position_embeddings": 131072,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
     },
     "tiny": {
         "model_type": "llama",
@@ -77,7 +99,7 @@ def random_model(
 ) -> Any:
     """A model of this shape with random weights, made on the device, in eval mode.
 
-    `overrides` are of its config.
+    No token ends it. `overrides` are of its config.
 
     Raises:
         ValueError: an unknown shape; lists those there are.
@@ -89,4 +111,6 @@ def random_model(
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
     return model.eval().requires_grad_(False)

@@ -55,11 +55,13 @@ class LayerCall:
 
     @property
     def output_weight(self) -> Tensor | None:
-        """[hidden size, H*G * D]; None where it is stored in fewer bits, or in parts."""
+        """[hidden size, H*G * D]; None where it is stored in fewer bits, in parts, or elsewhere."""
         if hasattr(self.output, "base_layer"):  # an adapter adds to the weight that it wraps
             return None
         weight = getattr(self.output, "weight", None)
-        return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
+        if weight is None or type(weight) not in (nn.Parameter, Tensor):
+            return None
+        return weight if weight.is_floating_point() and weight.device.type != "meta" else None
 
     def part(self, start: int, end: int) -> "LayerCall":
         """The same call, for some of its tokens."""

@@ -137,6 +137,11 @@ class Backbone:
         return next(iter(self._rotaries.values()))
 
     @property
+    def devices(self) -> set[torch.device]:
+        """Where the layers compute."""
+        return {layer.device for layer in self.layers}
+
+    @property
     def plain(self) -> bool:
         """All layers retain their units, rotate alike and weigh by an ordinary softmax."""
         names = ("attn_logit_softcapping", "sinks")
@@ -196,6 +201,9 @@ class Backbone:
         logits = self.model.get_output_embeddings()(hidden).float()
         logits = logits * getattr(self.model, "logit_scale", 1)  # Cohere
         logits = logits / getattr(self.config, "logits_scaling", 1)  # Granite
+        softcap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         chosen = logits.gather(-1, next_ids[..., None].to(logits.device))[..., 0]
         return logits.logsumexp(dim=-1) - chosen
 

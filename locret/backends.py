@@ -194,6 +194,9 @@ def _attend_sdpa(
         mask, square = _visible(query, key, empty, window), False
         if mask.dim() == 4:
             mask = mask.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        if query.is_cuda:  # no kernel takes a mask and groups, and the fallback takes T x S memory
+            group = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=square, scale=scaling, enable_gqa=True
     )

@@ -59,6 +59,7 @@ class LayerView:
     rotated: bool
     empty: Tensor | None
     shift: tuple[int, ...]
+    settled: int
     state: dict[str, Tensor]
 
 
@@ -82,6 +83,8 @@ class RetainedLayer(CacheLayerMixin):
     `empty` [B, H] (long, on the keys' device) is how many leading slots of a row and head hold
     nothing, where rows of different lengths stand together; None = all slots are taken. `shift` is
     the same of each row, known to Python: a row's own slot 0 is the first that holds something.
+    Where heads keep different numbers of units (`Policy.allot`), more of a head's slots are empty.
+    `settled` is how many slots were held after the last eviction, 0 before the first.
     `state` is what a policy remembers of this layer and request, by name.
 
     A layer with a `window` attends to so many tokens, the newest included: it holds the last
@@ -100,6 +103,7 @@ class RetainedLayer(CacheLayerMixin):
         self.window = window
         self.empty: Tensor | None = None
         self.shift: tuple[int, ...] = (0,)
+        self.settled = 0
         self.state: dict[str, Tensor] = {}
         self._rotated_at_first = rotated
         self._handed_over = False
@@ -161,9 +165,16 @@ class RetainedLayer(CacheLayerMixin):
         self.units.select(index)
         self.note_evicted(before - self.held)
 
-    def note_evicted(self, count: int) -> None:
-        """`count` slots were given up in every head; those that held nothing went first."""
-        if self.empty is not None:
+    def note_evicted(self, count: int, empty: Tensor | None = None) -> None:
+        """`count` slots were given up in every head; those that held nothing went first.
+
+        `empty` [B, H] says how many leading slots hold nothing now, where heads differ.
+        """
+        self.settled = self.held
+        if empty is not None:
+            self.empty = empty
+            self.shift = tuple(max(slots - count, 0) for slots in self.shift)
+        elif self.empty is not None:
             self.empty = (self.empty - count).clamp(min=0)
             self.shift = tuple(max(empty - count, 0) for empty in self.shift)
 
@@ -171,7 +182,8 @@ class RetainedLayer(CacheLayerMixin):
         """So many more leading slots of each row hold nothing."""
         before = self.shift if len(self.shift) == len(rows) else self.shift * len(rows)
         self.shift = tuple(old + more for old, more in zip(before, rows, strict=True))
-        self.empty = torch.tensor(self.shift, device=device)[:, None].repeat(1, num_heads)
+        more = torch.tensor(rows, device=device)[:, None].repeat(1, num_heads)
+        self.empty = more if self.empty is None else self.empty + more
 
     def own_slots(self, slot: int) -> tuple[int, ...]:
         """What slot `slot` is in each row's own count, or one number if they agree."""
@@ -187,13 +199,19 @@ class RetainedLayer(CacheLayerMixin):
 
     def view(self) -> LayerView:
         return LayerView(
-            self.units.view(), self.seen, self.rotated, self.empty, self.shift, dict(self.state)
+            self.units.view(),
+            self.seen,
+            self.rotated,
+            self.empty,
+            self.shift,
+            self.settled,
+            dict(self.state),
         )
 
     def restore(self, view: LayerView) -> None:
         self.units.restore(view.units)
         self.seen, self.rotated = view.seen, view.rotated
-        self.empty, self.shift = view.empty, view.shift
+        self.empty, self.shift, self.settled = view.empty, view.shift, view.settled
         self.state = dict(view.state)
 
     def named_tensors(self) -> dict[str, Tensor]:
@@ -209,8 +227,6 @@ class RetainedLayer(CacheLayerMixin):
             keys, values, scores, positions = (named[name] for name in _UNIT_TENSORS)
             self.units.append(keys, values, scores, positions)
         self.empty = named.get("empty")
-        if self.empty is not None:
-            self.shift = tuple(self.empty[:, 0].tolist())
         self.state = {
             name.removeprefix("state."): value
             for name, value in named.items()
@@ -240,7 +256,7 @@ class RetainedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.units.clear()
         self.seen = 0
-        self.empty, self.shift = None, (0,)
+        self.empty, self.shift, self.settled = None, (0,), 0
         self.state = {}
         self.rotated = self._rotated_at_first
 
@@ -410,18 +426,22 @@ class RetainedCache(Cache):
             "seen": [layer.seen for layer in self.layers],
             "rotated": [layer.rotated for layer in self.layers],
             "windows": list(self.windows),
+            "shift": [layer.shift for layer in self.layers],
+            "settled": [layer.settled for layer in self.layers],
         }
         saved.write(path, record, tensors)
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> "RetainedCache":
-        """The context saved at `path`, on the device of `model`, which it was read with.
+        """The context saved at `path`, to be used with `model`, which it was read with.
 
         Raises:
             ValueError: no context there, a damaged one, or one of another model; says which.
         """
         stock = model.get_base_model() if hasattr(model, "get_base_model") else model
         record, tensors = saved.read(path, stock)
+        # Layers that are elsewhere take their units there when they run.
+        device = "cpu" if stock.device.type == "meta" else stock.device
         cache = cls(
             len(record["seen"]), positions=record["positions"], windows=record.get("windows", ())
         )
@@ -431,10 +451,11 @@ class RetainedCache(Cache):
         cache.token_ids, cache.unread_ids = tensors.pop("token_ids"), tensors.pop("unread_ids")
         for i, layer in enumerate(cache.layers):
             layer.seen, layer.rotated = record["seen"][i], record["rotated"][i]
+            layer.shift, layer.settled = tuple(record["shift"][i]), record["settled"][i]
             start = f"{i}."
             layer.take_tensors(
                 {
-                    name.removeprefix(start): tensor.to(stock.device)
+                    name.removeprefix(start): tensor.to(device)
                     for name, tensor in tensors.items()
                     if name.startswith(start)
                 }
@@ -462,6 +483,8 @@ class RetainedCache(Cache):
             units, empty = stack([each.units for each in of_rows])
             layer.units, layer.seen = units, padded_to
             layer.rotated = of_rows[0].rotated
+            layer.settled = max(each.settled for each in of_rows)
+            layer.empty = _stack_empty(of_rows)
             layer.add_empty(empty, num_heads, device)
             layer.state = _stack_states([each.state for each in of_rows])
             for each in of_rows:
@@ -489,6 +512,14 @@ class RetainedCache(Cache):
             "full_cache_bytes": full,
             "ratio": self.nbytes / full if full else 0.0,
         }
+
+
+def _stack_empty(rows: "Sequence[RetainedLayer]") -> Tensor | None:
+    """[B, H] where heads of some row keep different numbers of units; None = nowhere."""
+    like = next((row.empty for row in rows if row.empty is not None), None)
+    if like is None:
+        return None
+    return torch.cat([torch.zeros_like(like) if row.empty is None else row.empty for row in rows])
 
 
 def _stack_states(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

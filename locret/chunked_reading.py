@@ -2,7 +2,7 @@
 
 The chunks go through one layer before the next layer begins, so what is held is the row's hidden
 states, and of a single layer its keys, values and features: about 24 KB a token of Llama-3.1-8B in
-bfloat16, where reading the row at once takes about 90 KB. The other order, every chunk through all
+bfloat16, where reading the row at once takes about 120 KB. The other order, every chunk through all
 layers against a KV cache of the backbone, holds the keys and values of all layers instead (131 KB a
 token there, 393 KB in a model without GQA) and, since labels need the answer, which comes last,
 either the features of all layers or a second forward.

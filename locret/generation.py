@@ -123,8 +123,9 @@ class Engine:
             decode_interval,
         )
         self.query_tokens = 0
-        if isinstance(self.policy, LocretPolicy):
-            self.query_tokens = self.policy.heads.config.query_tokens
+        core = self.policy.core
+        if isinstance(core, LocretPolicy):
+            self.query_tokens = core.heads.config.query_tokens
         self.settings.check(self.query_tokens, self.backbone.geometry.num_layers)
         self.query_aware = query_aware
         if query_aware and self.query_tokens:
@@ -470,7 +471,7 @@ class Engine:
     def fast_steps(self) -> bool:
         """Whether one-token steps run with counters on the device (`locret.steps`)."""
         backbone, fused = self.backbone, self.backend != "eager" and AVAILABLE
-        return fused and backbone.plain and backbone.model.device.type == "cuda"
+        return fused and backbone.plain and [d.type for d in backbone.devices] == ["cuda"]
 
     def _bound_answer(self, cache: RetainedCache) -> None:
         """Let the layers evict while the answer comes, if that was asked for."""
@@ -491,9 +492,9 @@ class Engine:
 def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:
     if heads is not None:
         _check_fit(heads, backbone)
-    if isinstance(policy, LocretPolicy):
-        _check_fit(policy.heads, backbone)
     if isinstance(policy, Policy):
+        if isinstance(policy.core, LocretPolicy):
+            _check_fit(policy.core.heads, backbone)
         return policy
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is unknown; expected one of {sorted(POLICIES)}")
@@ -533,11 +534,12 @@ def _fitting(heads: RetainingHeads, backbone: Backbone) -> RetainingHeads:
 
 def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:
     model, size = backbone.model, backbone.geometry.head_size
+    device = backbone.layers[0].device
     if backend == "auto":
         if backbone.backend == "eager":
             return "eager"
-        return fastest(model.device, model.dtype, size)
-    reason = available(backend, model.device, model.dtype, size)
+        return fastest(device, model.dtype, size)
+    reason = available(backend, device, model.dtype, size)
     if reason is not None:
         raise ValueError(f"backend {backend!r} does not work here: {reason}; leave it 'auto'")
     return backend

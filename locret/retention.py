@@ -11,7 +11,7 @@ whatever is read or answered, and no policy is asked.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from locret.backends import Backend, attend, attend_past
 from locret.cache import DECODE_ROOM, Eviction, RetainedCache, RetainedLayer
 from locret.policies.base import HeldUnits, LayerChunk, Policy
 from locret.rotary import Rotary
-from locret.selection import keep_highest
+from locret.selection import keep_counts, keep_highest, with_protected
 from locret.units import NewUnits, unscored
 
 Surprise = Callable[[Tensor, Tensor], Tensor]
@@ -227,25 +227,49 @@ class RetainedAttention:
             tokens -= eviction.drop
             new = new.first(tokens)
             scores = scores[:, :, : held + tokens]
-        most = eviction.budgets[call.retained_idx] + eviction.slack
+        most = max(eviction.budgets[call.retained_idx], layer.settled) + eviction.slack
         if held + tokens <= most:
             room = most - held - tokens if eviction.slack else 0
             layer.units.append(*new, room=min(room, DECODE_ROOM))
             return
-        index = self._choose(scores, layer, call.retained_idx, eviction)
-        layer.units.append_selected(new, index)
-        layer.note_evicted(held + tokens - index.shape[2])
+        (kept,) = self._choose([scores], [layer], [call.retained_idx], eviction)
+        layer.units.append_selected(new, kept.units)
+        layer.note_evicted(held + tokens - kept.units.shape[2], kept.empty)
 
     def _choose(
-        self, scores: Tensor, layer: RetainedLayer, retained_idx: int, eviction: Eviction
-    ) -> Tensor:
-        """Indices of the units to keep, [B, H, budget] long, ascending."""
-        budget = eviction.budgets[retained_idx]
-        if layer.empty is not None:
-            slot = torch.arange(scores.shape[2], device=scores.device)
-            scores = scores.masked_fill(slot < layer.empty[..., None], -torch.inf)
-        recent = self.policy.recent(budget) - eviction.drop
-        return keep_highest(scores, budget, *eviction.protected(retained_idx, recent))
+        self,
+        scores: list[Tensor],
+        layers: list[RetainedLayer],
+        layer_indices: list[int],
+        eviction: Eviction,
+    ) -> list["Kept"]:
+        """What layers with these scores [B, H, S] keep."""
+        budgets = [eviction.budgets[i] for i in layer_indices]
+        recent = [self.policy.recent(budget) - eviction.drop for budget in budgets]
+        protected = [
+            eviction.protected(i, last) for i, last in zip(layer_indices, recent, strict=True)
+        ]
+        if self._shares:
+            known = [
+                with_protected(s, *p, layer.empty)
+                for s, p, layer in zip(scores, protected, layers, strict=True)
+            ]
+            counts = self.policy.allot(known, budgets)
+            if counts is not None:
+                filled = [(s > -torch.inf).sum(dim=-1) for s in known]
+                return [
+                    Kept(*keep_counts(s, count.minimum(most)))
+                    for s, count, most in zip(known, counts, filled, strict=True)
+                ]
+        return [
+            Kept(_kept(s, budget, p, layer.empty), None)
+            for s, budget, p, layer in zip(scores, budgets, protected, layers, strict=True)
+        ]
+
+    @property
+    def _shares(self) -> bool:
+        """Whether the policy has a say in how many units a head keeps."""
+        return type(self.policy).allot is not Policy.allot
 
     def finish(self, cache: Any, input_ids: Tensor, hidden: Tensor) -> None:
         """After a chunk went through all layers: let a policy that waits evict.
@@ -259,24 +283,35 @@ class RetainedAttention:
         eviction, layers = cache.eviction, cache.retained_layers
         surprisal = functools.partial(self._surprisal, cache, input_ids, hidden)
         ranked = self.policy.reconsider([layer.scores for layer in layers], surprisal)
-        layers[0].state["last_hidden"] = hidden[:, -1].clone()
-        for i, (layer, scores) in enumerate(zip(layers, ranked, strict=True)):
+        layers[0].state["last_hidden"] = hidden[:, -1].to(layers[0].keys.device, copy=True)
+        for layer, scores in zip(layers, ranked, strict=True):
             layer.units.replace_scores(scores.float())
-            size = layer.held - eviction.drop
-            if size <= eviction.budgets[i] + eviction.slack:
-                if eviction.drop:
-                    kept = torch.arange(size, device=scores.device)
-                    layer.units.select(kept.expand(*scores.shape[:2], size))
-                continue
-            index = self._choose(scores.float()[:, :, :size], layer, i, eviction)
-            layer.units.select(index)
-            layer.note_evicted(size - index.shape[2])
+            if eviction.drop:
+                left = torch.arange(layer.held - eviction.drop, device=scores.device)
+                layer.units.select(left.expand(*scores.shape[:2], len(left)))
+        full = [
+            i
+            for i, layer in enumerate(layers)
+            if layer.held > max(eviction.budgets[i], layer.settled) + eviction.slack
+        ]
+        if not full:
+            return
+        if self._shares:  # judged together, with the layers that are not full
+            full = [*range(len(layers))]
+        chosen = self._choose(
+            [layers[i].scores for i in full], [layers[i] for i in full], full, eviction
+        )
+        for i, kept in zip(full, chosen, strict=True):
+            layer = layers[i]
+            before = layer.held
+            layer.units.select(kept.units)
+            layer.note_evicted(before - kept.units.shape[2], kept.empty)
 
     def _surprisal(self, cache: RetainedCache, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """-log p of every token given those before it, [B, T] float32; +inf where not known."""
         layer = cache.retained_layers[0]
         before = layer.state.get("last_hidden")
-        first = hidden[:, :1] * 0 if before is None else before[:, None]
+        first = hidden[:, :1] if before is None else before[:, None].to(hidden.device)
         predicting = torch.cat([first, hidden[:, :-1]], dim=1)
         surprisal = torch.cat(
             [
@@ -295,6 +330,21 @@ class RetainedAttention:
             own = column - torch.tensor(cache.padding, device=hidden.device)[:, None]
             surprisal = surprisal.masked_fill(own <= 0, torch.inf)
         return surprisal
+
+
+class Kept(NamedTuple):
+    """Indices [B, H, K] long, ascending; how many leading ones of a head are fillers, [B, H] long,
+    None = those that were empty before, as far as they are still there."""
+
+    units: Tensor
+    empty: Tensor | None
+
+
+def _kept(scores: Tensor, budget: int, protected: tuple[int, int], empty: Tensor | None) -> Tensor:
+    """Indices [B, H, budget] where every head keeps as many."""
+    if empty is None:
+        return keep_highest(scores, budget, *protected)
+    return keep_highest(with_protected(scores, *protected, empty), budget)
 
 
 def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:

@@ -126,11 +126,12 @@ class RowLoss:
         """
         head, layers = self.recipe.heads[retained_idx], len(self.recipe.heads.layers)
         main, smooth, samples = [], [], len(self.segments)
+        device = head.fc1.weight.device  # not always that of the layer
         with torch.set_grad_enabled(self.recipe.heads.training):
             for segment, labels in zip(self.segments, targets, strict=True):
-                read = features[:, segment.start : segment.last_prompt_end]
+                read = features[:, segment.start : segment.last_prompt_end].to(device)
                 predictions = self.predict(head, read).float()
-                for label in labels:
+                for label in (each.to(device) for each in labels):
                     predicted = predictions[..., : label.shape[-1]]
                     main.append(self.recipe.loss(predicted, label) / (samples * len(labels)))
                     self._keep(predicted, label)

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 SCHEMA = 1
 UNITS, CONTEXT = "units.safetensors", "context.json"
@@ -39,10 +39,28 @@ def describe(model: Any) -> dict[str, Any]:
 
 def _weights_print(model: Any) -> str:
     digest = hashlib.sha256()
-    parameters = [p for p in model.parameters() if p.is_floating_point() and p.numel()]
-    for parameter in (parameters[0], parameters[len(parameters) // 2], parameters[-1]):
-        digest.update(parameter.detach().flatten()[:32].float().cpu().numpy().tobytes())
+    # Quantized weights are tensors of other types, which do not give their values away as easily.
+    owners = {
+        parameter: (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.numel()
+    }
+    chosen = [*owners.values()]
+    for module, name in (chosen[0], chosen[len(chosen) // 2], chosen[-1]):
+        digest.update(_first_values(module, name).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _first_values(module: Any, name: str) -> Tensor:
+    """Of one weight, wherever it lies: float32, on the CPU."""
+    fetched = contextlib.nullcontext()
+    if getattr(module, name).device.type == "meta":
+        from accelerate.utils import align_module_device  # nothing else leaves weights there
+
+        fetched = align_module_device(module)
+    with fetched:
+        return getattr(module, name).detach().flatten()[:32].float().cpu()
 
 
 def write(path: str | Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:

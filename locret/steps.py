@@ -212,6 +212,8 @@ def why_not_graphed(backbone: Backbone) -> str | None:
         return f"the model is on {model.device}"
     if len(set(map(str, getattr(model, "hf_device_map", {}).values()))) > 1:
         return "the model is spread over several devices"
+    if not backbone.plain:
+        return "the model has sliding windows, softcaps, sinks or more than one RoPE"
     if getattr(model, "hf_quantizer", None) is not None:
         return "the model's weights are quantized"
     if any(getattr(config, name, 0) for name in ("num_local_experts", "num_experts")):

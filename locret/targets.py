@@ -87,7 +87,7 @@ def value_weighted(view: AnswerView) -> Tensor:
     if view.output_weight is None:
         raise ValueError(
             "label 'value_weighted' needs the attention layers' output projection as one matrix: "
-            "it is quantized, wrapped by an adapter (merge it), or not named o_proj"
+            "it is quantized, offloaded, wrapped by an adapter (merge it), or not named o_proj"
         )
     prompt, output = view.value[:, :, : view.prompt_length], view.output_weight
     if type(output) not in (Tensor, nn.Parameter):  # looks like a matrix, is stored in fewer bits

@@ -59,6 +59,10 @@ class Rule:
     def budgets(self, budget, layers):
         return [budget] * layers
 
+    def counts(self, scores, budgets):
+        """Units to keep [layer][head], given scores [layer][head][unit]; infinite = in any case."""
+        return [[budget] * len(layer) for layer, budget in zip(scores, budgets, strict=True)]
+
 
 class KNorm(Rule):
     def scores(self, layer, head):
@@ -140,9 +144,14 @@ class PyramidKV(SnapKV):
 
 
 class SirLLM(Rule):
-    def __init__(self, sinks=4, recent=512):
-        self.sinks = sinks
+    def __init__(self, sinks=4, recent=512, decay=1.0):
+        self.sinks, self.decay = sinks, decay
         self.recent = lambda budget: min(recent, budget // 3)
+
+    def after_chunk(self, layer):
+        for units in layer.units if layer.new > 1 else []:
+            for unit in units[: -layer.new]:
+                unit.surprisal *= self.decay
 
     def scores(self, layer, head):
         return [INFINITE if u.position < self.sinks else u.surprisal for u in layer.units[head]]
@@ -151,12 +160,18 @@ class SirLLM(Rule):
 class ExpectedAttention(Rule):
     def __init__(self, future=512, sinks=4):
         self.future, self.sinks = future, sinks
+        self.turns = {}  # by the first slot: where each basis vector goes on average
+
+    def turn(self, model, first, size):
+        if first not in self.turns:
+            slots = range(first, first + self.future)
+            turns = [torch.stack([rotate(model, e, s) for s in slots]) for e in torch.eye(size)]
+            self.turns[first] = torch.stack([turned.mean(dim=0) for turned in turns])
+        return self.turns[first]
 
     def scores(self, layer, head):
         units, size = layer.units[head], layer.units[head][0].key.shape[0]
-        slots = range(len(units), len(units) + self.future)
-        turns = [torch.stack([rotate(layer.model, e, s) for s in slots]) for e in torch.eye(size)]
-        turn = torch.stack([turned.mean(dim=0) for turned in turns])  # row i: where e_i goes
+        turn = self.turn(layer.model, len(units), size)
         free = [unit for unit in units if unit.position >= self.sinks]
         total = torch.zeros(len(free))
         for query_head in range(head * layer.group, (head + 1) * layer.group):
@@ -175,6 +190,51 @@ class ExpectedAttention(Rule):
             score.item() * u.value.norm().item() for score, u in zip(total, free, strict=True)
         ]
         return [INFINITE] * (len(units) - len(free)) + scores
+
+
+def with_certain(row, count):
+    """The scores of a head, infinite where they are among the `count` highest."""
+    best = sorted(range(len(row)), key=lambda i: row[i], reverse=True)[:count]
+    return [INFINITE if i in best else x for i, x in enumerate(row)]
+
+
+def shared_by_heads(rows, total, floor):
+    rows = [with_certain(row, floor) for row in rows]
+    every = sorted(((x, h) for h, row in enumerate(rows) for x in row), reverse=True)
+    return [sum(head == h for _, head in every[:total]) for h in range(len(rows))]
+
+
+class AdaptiveHeads(Rule):
+    def __init__(self, rule, floor=0.2):
+        self.rule, self.floor = rule, floor
+        self.recent, self.scores, self.after_chunk = rule.recent, rule.scores, rule.after_chunk
+
+    def counts(self, scores, budgets):
+        below = self.rule.counts(scores, budgets)
+        return [
+            shared_by_heads(
+                rows, min(sum(shares), sum(map(len, rows))), int(self.floor * shares[0])
+            )
+            for rows, shares in zip(scores, below, strict=True)
+        ]
+
+
+class SharedLayers(AdaptiveHeads):
+    def counts(self, scores, budgets):
+        layers = []
+        for rows, budget in zip(scores, budgets, strict=True):
+            known = [x for row in rows for x in row if x < INFINITE]
+            mean = sum(known) / max(len(known), 1)
+            spread = (sum((x - mean) ** 2 for x in known) / max(len(known), 1)) ** 0.5
+            scaled = [[(x - mean) / (spread or 1) for x in row] for row in rows]
+            layers.append([with_certain(row, int(self.floor * budget)) for row in scaled])
+        every = [(x, i) for i, rows in enumerate(layers) for row in rows for x in row]
+        total = sum(budget * len(scores[0]) for budget in budgets)
+        best = sorted(every, reverse=True)[:total]
+        shares = [
+            sum(layer == i for _, layer in best) // len(scores[i]) for i in range(len(layers))
+        ]
+        return [[share] * len(rows) for share, rows in zip(shares, scores, strict=True)]
 
 
 RULES = {
@@ -212,11 +272,26 @@ def read(model, rule, tokens, budget, chunk_size, stabilizers, together=0, drop=
         scores = [
             [rule.scores(layer, head) for head in range(len(layer.units))] for layer in layers
         ]
-        for layer, of_layer, kept in zip(layers, scores, budgets, strict=True):
-            tail = max(0 if final else stabilizers, rule.recent(kept) - (drop if final else 0))
+        gone = drop if final else 0
+        tails = [
+            min(kept, max(0 if final else stabilizers, rule.recent(kept) - gone))
+            for kept in budgets
+        ]
+        sure = [
+            [
+                [*row[: len(row) - gone - tail], *[INFINITE] * min(tail, len(row))]
+                for row in of_layer
+            ]
+            for of_layer, tail in zip(scores, tails, strict=True)
+        ]
+        if max(len(row) for of_layer in sure for row in of_layer) <= min(budgets):
+            counts = [[len(row) for row in of_layer] for of_layer in sure]
+        else:
+            counts = rule.counts(sure, budgets)
+        for layer, of_layer, share, tail in zip(layers, scores, counts, tails, strict=True):
             layer.units = [
-                evict(units, row, kept, tail, drop if final else 0)
-                for units, row in zip(layer.units, of_layer, strict=True)
+                evict(units, row, count, tail, gone)
+                for units, row, count in zip(layer.units, of_layer, share, strict=True)
             ]
     return [[[u.position for u in units] for units in layer.units] for layer in layers], scores
 

@@ -1,6 +1,7 @@
 """The naive twin of the paper's algorithm: units in Python lists, one head and one query at a time.
 
 Uses the model's own submodules (projections, norms, MLPs) and nothing of locret but head weights.
+Layers with a sliding window hold what the next token sees of it, and have no heads.
 """
 
 from dataclasses import dataclass
@@ -65,16 +66,21 @@ def answer(model, heads, input_ids, settings, new_tokens):
 
 def read(model, heads, tokens, start, cache, budget, protected, slack=0):
     hidden = model.model.embed_tokens(torch.tensor([tokens]))
+    scored = iter(heads.layers)
     for layer_idx, layer in enumerate(model.model.layers):
-        residual = hidden
+        residual, window = hidden, getattr(layer.self_attn, "sliding_window", None)
         query, key, value = project(model, layer.self_attn, layer.input_layernorm(hidden))
-        scores = score(heads.layers[layer_idx], query, key, value)
+        scores = score(next(scored), query, key, value) if window is None else None
         for head, units in enumerate(cache[layer_idx]):
             for t in range(len(tokens)):
-                units.append(Unit(start + t, scores[head][t], key[t, head], value[t, head]))
-        hidden = residual + layer.self_attn.o_proj(look(model, layer, query, cache[layer_idx]))
+                given = scores[head][t] if scores else 0.0
+                units.append(Unit(start + t, given, key[t, head], value[t, head]))
+        seen = look(model, layer, query, cache[layer_idx], window)
+        hidden = residual + layer.self_attn.o_proj(seen)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        if budget is not None:
+        if window is not None:
+            cache[layer_idx] = [units[-(window - 1) :] for units in cache[layer_idx]]
+        elif budget is not None:
             cache[layer_idx] = [
                 evict(units, budget, protected) if len(units) > budget + slack else units
                 for units in cache[layer_idx]
@@ -105,8 +111,8 @@ def score(head, query, key, value):
     return torch.stack(rows, dim=1).tolist()
 
 
-def look(model, layer, query, layer_units):
-    """Attention output [1, T, H*G*D]: every query over the units up to its own."""
+def look(model, layer, query, layer_units, window=None):
+    """Attention output [1, T, H*G*D]: every query over the units up to its own, in a window."""
     new, query_heads, _ = query.shape
     group = query_heads // len(layer_units)
     rows = []
@@ -115,12 +121,13 @@ def look(model, layer, query, layer_units):
         for query_head in range(query_heads):
             units = layer_units[query_head // group]
             slot = len(units) - new + t
+            first = 0 if window is None else max(slot - window + 1, 0)
             turned = rotate(model, query[t, query_head], slot)
             logits = torch.stack(
-                [turned @ rotate(model, unit.key, j) for j, unit in enumerate(units[: slot + 1])]
+                [turned @ rotate(model, units[j].key, j) for j in range(first, slot + 1)]
             )
             weights = (logits * layer.self_attn.scaling).softmax(dim=0)
-            outputs.append(weights @ torch.stack([unit.value for unit in units[: slot + 1]]))
+            outputs.append(weights @ torch.stack([unit.value for unit in units[first : slot + 1]]))
         rows.append(torch.cat(outputs))
     return torch.stack(rows)[None]
 

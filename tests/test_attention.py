@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.backends import attend
+from locret.backends import PLAIN, Weighting, attend
 
 
-def naive(query, key, value, scaling):
+def naive(query, key, value, scaling, weighting=PLAIN, empty=None):
     batch, query_heads, new, size = query.shape
     group, slots = query_heads // key.shape[1], key.shape[2]
     output = torch.empty(batch, new, query_heads, size)
@@ -16,9 +16,16 @@ def naive(query, key, value, scaling):
         for h in range(query_heads):
             for t in range(new):
                 seen = slots - new + t + 1
-                keys, values = (x[b, h // group, :seen].float() for x in (key, value))
-                weights = (keys @ query[b, h, t].float() * scaling).softmax(dim=0)
-                output[b, t, h] = weights @ values
+                first = max(seen - (weighting.window or seen), 0)
+                if empty is not None:
+                    first = min(max(first, int(empty[b, h // group])), seen - 1)
+                keys, values = (x[b, h // group, first:seen].float() for x in (key, value))
+                logits = keys @ query[b, h, t].float() * scaling
+                if weighting.softcap is not None:
+                    logits = weighting.softcap * torch.tanh(logits / weighting.softcap)
+                if weighting.sinks is not None:
+                    logits = torch.cat([logits, weighting.sinks[h : h + 1]])
+                output[b, t, h] = logits.softmax(dim=0)[: len(values)] @ values
     return output
 
 
@@ -64,3 +71,34 @@ def test_a_token_never_sees_the_next(backend):
     key[:, :, -1], value[:, :, -1] = 9.0, torch.nan
     after = attend(query[:, :, :3], key[:, :, :9], value[:, :, :9], 0.35, backend)
     assert torch.allclose(after, before[:, :3], atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@settings(max_examples=60, deadline=None)
+@given(
+    group=st.integers(1, 3),
+    new=st.integers(1, 9),
+    held=st.integers(0, 12),
+    window=st.sampled_from([None, 1, 2, 5, 30]),
+    softcap=st.sampled_from([None, 0.7]),
+    sinks=st.booleans(),
+    empty=st.sampled_from([None, 0, 3, 30]),
+)
+def test_windows_softcaps_sinks_and_empty_slots(
+    backend, group, new, held, window, softcap, sinks, empty
+):
+    inputs = random_inputs(2, 2, group, new, held + new)
+    weighting = Weighting(window, softcap, torch.randn(2 * group) if sinks else None)
+    if empty is not None:
+        empty = torch.tensor([[0, 0], [empty, empty]]).clamp(max=held + new)
+    output = attend(*inputs, 0.5, backend, empty, weighting)
+    assert (output - naive(*inputs, 0.5, weighting, empty)).abs().max() < 1e-5
+
+
+def test_many_queries_in_blocks(monkeypatch):
+    from locret import backends
+
+    inputs = random_inputs(2, 2, 2, 9, 20)
+    whole = attend(*inputs, 0.5, "eager")
+    monkeypatch.setattr(backends, "_BLOCK_ELEMENTS", 300)
+    assert (attend(*inputs, 0.5, "eager") - whole).abs().max() < 1e-6

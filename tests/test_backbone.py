@@ -1,5 +1,8 @@
 """Which architectures are supported, why others are not, and how attaching works."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -16,6 +19,12 @@ def refusal(config):
     assert message.startswith(f"model_type {config.model_type!r} is not supported: ")
     assert message.endswith(f"Supported: {', '.join(SUPPORTED)}")
     return message
+
+
+def test_the_table_of_tested_models_lists_every_one():
+    table = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text("utf-8")
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in row.split(", ")}
+    assert sorted(name.strip("`") for name in listed) == sorted([*SUPPORTED, "model_type"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

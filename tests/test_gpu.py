@@ -6,13 +6,13 @@ import torch
 import locret
 from locret.backends import attend, attend_past, available
 from locret.generation import Engine
-from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
+from tests.tiny_models import FAMILIES, MIXED, distinct_prompt, prompt, tiny_heads, tiny_model
 
 pytestmark = pytest.mark.gpu
 
 SMALL = {"budget": 40, "chunk_size": 17, "stabilizers": 3, "local_tokens": 5}
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
-GRAPHED = [family for family in FAMILIES if family not in ("mixtral", "qwen3_moe")]
+GRAPHED = [name for name in FAMILIES if name not in MIXED | {"mixtral", "qwen3_moe"}]
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])

@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import locret
 from locret.policies import Policy
-from tests.tiny_models import FAMILIES, PHI3_WINDOW, prompt, tiny_model
+from tests.tiny_models import FAMILIES, PHI3_WINDOW, SLIDING, prompt, tiny_model
 
 NEW_TOKENS = 8
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -41,7 +41,7 @@ def assert_same_answer(ours, stock):
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + SLIDING)
 def test_greedy_answer_is_the_stock_one(family, attn):
     for chunk_size, positions in itertools.product((None, 7, 64, 1), ("compact", "original")):
         length = SHORT if chunk_size == 1 else LONG

@@ -1,5 +1,8 @@
 """Every policy against its naive twin, in chunks and at once; requests, batches, long answers."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -73,6 +76,7 @@ VARIANTS = [
     (PyramidKVPolicy(3, 5, "avg", 2), policy_reference.PyramidKV(3, 5, "avg", 2)),
     (StreamingLLMPolicy(0), policy_reference.StreamingLLM(0)),
     (SirLLMPolicy(1, 2), policy_reference.SirLLM(1, 2)),
+    (SirLLMPolicy(0, 0, 0.7), policy_reference.SirLLM(0, 0, 0.7)),
     (ExpectedAttentionPolicy(3, 9), policy_reference.ExpectedAttention(3, 9)),
     (H2OPolicy(block=2), policy_reference.H2O()),
 ]
@@ -209,6 +213,11 @@ WRONG = [
 def test_parameters_are_checked(policy, arguments, message):
     with pytest.raises(ValueError, match=message):
         policy(**arguments)
+
+
+def test_every_policy_is_in_the_documented_table():
+    table = (Path(__file__).parent.parent / "docs" / "policies.md").read_text().split("## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == sorted(POLICIES)
 
 
 def test_a_policy_takes_few_lines(model):

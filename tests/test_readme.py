@@ -1,6 +1,8 @@
 """Every command and every piece of code that the README shows is run here, on tiny models."""
 
 import gzip
+import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -13,6 +15,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 import locret
+from benchmarks import longcontext
 from locret import cli
 from locret.models import load_model
 from tests.evaluation.eval_data import DATA, write_data
@@ -85,10 +88,22 @@ def test_a_shown_command_runs(command, workplace, tmp_path, monkeypatch, capsys)
     if module in TRAININGS:
         run_training(TRAININGS[module], args, tmp_path)
         return
+    if module == "benchmarks.longcontext":
+        run_benchmark(args, tmp_path)
+        return
     assert module == "locret", f"no test knows how to run {command}"
     # folders of the workplace stand for what the README names
     assert cli.main([stand_in(word) for word in args]) == 0
     assert capsys.readouterr().out
+
+
+def run_benchmark(args, tmp_path):
+    if importlib.util.find_spec("kvpress") is None:
+        pytest.skip("kvpress is not installed")
+    small = "--shape=tiny --length=200 --budget=64 --chunk-size=32 --new-tokens=3 --repeats=1"
+    longcontext.main([*args, *small.split(), "--heads-width=8", f"--out={tmp_path / 'r.json'}"])
+    rows = json.loads((tmp_path / "r.json").read_text())["figures"]["results"]
+    assert {row["status"] for row in rows} == {"ok"}
 
 
 def stand_in(word):
@@ -133,5 +148,7 @@ def test_the_shown_code_runs(workplace, monkeypatch):
 def test_the_supported_families_are_those_of_the_code():
     from locret.backbone import SUPPORTED
 
-    shown = README.split("**Supported**")[1].split("---")[0].lower().replace("-", "")
-    assert [name for name in SUPPORTED if name.replace("_", "") not in shown] == []
+    shown = README.split("**Supported**")[1].split("---")[0].lower()
+    plain = re.sub(r"[-_ \n]", "", shown)
+    names = [name.removesuffix("_text").replace("_", "") for name in SUPPORTED]
+    assert [name for name in names if name not in plain] == []

@@ -24,7 +24,7 @@ SIZES = [
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "qwen2-hybrid"])
 def test_engine_keeps_and_says_what_the_twin_does(family, kv_heads, attn):
     # Random rows of a large vocabulary, no token twice: no two scores are equal.
     model = tiny_model(

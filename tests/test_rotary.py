@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from locret.backbone import Backbone
+from locret.kernels import rotate_at_slots
 from locret.rotary import _TABLES_KEPT, Rotary, longrope_switch
 from tests.tiny_models import FAMILIES, HEAD_SIZE, PHI3_WINDOW, tiny_model
 
@@ -40,6 +41,18 @@ def test_rotation_is_the_architectures(family):
             expected = stock_rotation(model, x, start, layer.layer_idx)
             assert torch.equal(layer.rotary.rotate(x, (start,), (50,)), expected)
             assert start == 0 and length == 1 or not torch.equal(expected, x)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tables_of_the_fused_kernel_turn_alike(family):
+    x = random_heads(7)
+    for layer in Backbone(tiny_model(family)).layers:
+        rotary = layer.rotary
+        if rotary is not None:
+            cos, sin = rotary.cos_sin((4,), 7, (50,), x)
+            tables = rotary._pattern.tables(cos, sin)
+            turned = rotate_at_slots(x, *tables, rotary._pattern.pairing)
+            assert (turned - rotary.rotate(x, (4,), (50,))).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("partial", [0.25, 0.5, 1.0])

@@ -159,6 +159,26 @@ class Policy:
         """
         raise NotImplementedError(f"{type(self).__name__} waits and must implement reconsider()")
 
+    def allot(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor] | None:
+        """How many units each head keeps, where heads or layers share what they have.
+
+        Args:
+            scores: [B, H, S] float32 of one layer, or of every layer if the policy waits; +inf =
+                kept in any case, -inf = an empty slot.
+            budgets: of the same layers.
+
+        Returns:
+            Long [B, H] for each layer; in each row together no more than H x the sum of budgets,
+            and in each head at least as many as are kept in any case. A head that holds fewer keeps
+            them all. None = every head keeps its layer's budget.
+        """
+        return None
+
+    @property
+    def core(self) -> "Policy":
+        """The policy that scores: this one, or what it is composed over."""
+        return self
+
     def recent(self, budget: int) -> int:
         """How many of the last units a layer with this budget keeps whatever they scored, also at
         the final eviction. They count towards the budget."""

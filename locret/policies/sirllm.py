@@ -21,7 +21,8 @@ class SirLLMPolicy(Policy):
     Args:
         sinks: first tokens kept; published 4.
         recent: last tokens kept, but no more than a third of the budget; published 512 of 1516.
-        decay: old scores are multiplied by it with every chunk; published 1 to 0.7 by task.
+        decay: old scores are multiplied by it with every chunk of several tokens; published 1 to
+            0.7, by task.
     """
 
     name = "sirllm"
@@ -45,10 +46,21 @@ class SirLLMPolicy(Policy):
         new = given.shape[2]
         return [
             torch.cat(
-                [layer[..., :-new] * self.decay, torch.maximum(layer[..., -new:], given)], dim=2
+                [
+                    self._faded(layer[..., :-new], new),
+                    torch.maximum(layer[..., -new:], given.to(layer.device)),
+                ],
+                dim=2,
             )
             for layer in scores
         ]
+
+    def _faded(self, scores: Tensor, new: int) -> Tensor:
+        """Old scores after `new` tokens came. Sinks do not fade, nor does anything by the steps of
+        an answer: a round is meant, not a token."""
+        if new == 1 or self.decay == 1:
+            return scores
+        return torch.where(scores < HIGHEST, scores * self.decay, scores)
 
     def recent(self, budget: int) -> int:
         return min(self.recent_units, budget // 3)

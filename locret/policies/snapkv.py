@@ -48,9 +48,8 @@ class SnapKVPolicy(Policy):
         known = query.any(dim=-1).view(weights.shape[:4])  # zeros: not seen by this policy
         received = (weights[..., :before] * known[..., None]).sum(dim=3)
         scores = self._pooled(received).mean(dim=2)
-        # The window is kept as `recent` units; a finite score above all others for those that a
-        # small budget does not protect.
-        return pad(scores, (0, last), value=last + 1.0)
+        # The window is kept as `recent` units; a small budget does not protect all of them.
+        return pad(scores, (0, last), value=torch.finfo(torch.float32).max)
 
     def recent(self, budget: int) -> int:
         return self.window

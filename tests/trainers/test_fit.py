@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 import locret
 from locret.models import load_model
@@ -62,7 +63,11 @@ def test_mixed_precision_as_shipped_with_clipping(backbones, rows, tmp_path):
     args = tiny_run(backbones("llama"), rows, tmp_path, config="llama31.yaml")
     shipped = yaml.safe_load((CONFIGS / "llama31.yaml").read_text())["trainer"]
     assert shipped["precision"] == "bf16-mixed" and shipped["gradient_clip_val"] == 0.5
-    main([*args, "--trainer.precision=bf16-mixed", "--model.dtype=bfloat16"])
+    mixed = ["--trainer.precision=bf16-mixed", "--model.dtype=bfloat16"]
+    cli = build(HeadsModule, ExportHeads, [*args, *mixed])
+    cli.trainer.fit(cli.model, cli.datamodule)
+    on_gpu = MixedPrecision("bf16-mixed", "cuda")
+    on_gpu.clip_gradients(cli.trainer.optimizers[0], 0.5, "value")
 
 
 def test_training_changes_heads_and_nothing_else(backbones, rows, tmp_path):

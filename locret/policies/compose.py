@@ -1,0 +1,190 @@
+"""Who gets how much of the total, over any policy's scores: heads, layers, or both.
+
+Engine(model, AdaptiveHeads("snapkv"))
+Engine(model, PyramidLayers(LocretPolicy(heads), beta=14))
+Engine(model, AdaptiveHeads(SharedLayers("keydiff")))
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from locret.policies import POLICIES
+from locret.policies.base import LayerChunk, Policy
+from locret.policies.pyramidkv import pyramid
+
+CERTAIN = 1e30  # policies give such scores to units that they keep in any case
+
+
+class Composed(Policy):
+    """A policy that scores as another one does.
+
+    Args:
+        policy: a name of `POLICIES`, for those that need no arguments, or a `Policy`.
+    """
+
+    label = "composed"
+
+    def __init__(self, policy: str | Policy) -> None:
+        self.policy = POLICIES[policy]() if isinstance(policy, str) else policy
+        self.name = f"{self.policy.name}+{self.label}"  # type: ignore[misc]
+        self.evicts = self.policy.evicts  # type: ignore[misc]
+        self.waits = self.policy.waits  # type: ignore[misc]
+
+    @property
+    def core(self) -> Policy:
+        return self.policy.core
+
+    def rank(self, chunk: LayerChunk) -> Tensor:
+        return self.policy.rank(chunk)
+
+    def reconsider(self, scores: list[Tensor], surprisal: Callable[[], Tensor]) -> list[Tensor]:
+        return self.policy.reconsider(scores, surprisal) if self.policy.waits else scores
+
+    def allot(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor] | None:
+        return self.policy.allot(scores, budgets)
+
+    def recent(self, budget: int) -> int:
+        return self.policy.recent(budget)
+
+    def budgets(self, budget: int, num_layers: int, context: int) -> Sequence[int]:
+        return self.policy.budgets(budget, num_layers, context)
+
+    def _shares(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor]:
+        """What the policy below allots, as numbers."""
+        given = self.policy.allot(scores, budgets)
+        if given is not None:
+            return given
+        return [
+            torch.full(layer.shape[:2], budget, device=layer.device)
+            for layer, budget in zip(scores, budgets, strict=True)
+        ]
+
+
+class PyramidLayers(Composed):
+    """Budgets that fall linearly with depth (PyramidKV, arXiv 2406.02069), same total.
+
+    Args:
+        policy: see `Composed`.
+        beta: the last layer gets 1 / beta of the average.
+        window: units that every layer gets besides.
+    """
+
+    label = "pyramid"
+
+    def __init__(self, policy: str | Policy, beta: float = 20, window: int = 0) -> None:
+        super().__init__(policy)
+        if beta < 1 or window < 0:
+            raise ValueError(f"beta is {beta} and window {window}; expected at least 1 and 0")
+        self.beta = beta
+        self.window = window
+
+    def budgets(self, budget: int, num_layers: int, context: int) -> Sequence[int]:
+        return [max(b, 1) for b in pyramid(budget, num_layers, context, self.beta, self.window)]
+
+
+class AdaptiveHeads(Composed):
+    """Heads of a layer share what they have (AdaKV, arXiv 2407.11550): the layer's highest scores
+    stay, whichever head they are in; every head keeps its own highest `floor` of the budget.
+
+    Cost: a sort of the layer's scores, and one wait for the device, at every eviction. Heads stand
+    in one rectangular storage, as wide as the one that keeps most: the total of *units* is that of
+    the budget, the bytes are more (`report()` counts the slots and bytes really taken).
+
+    Args:
+        policy: see `Composed`; its scores should be comparable between heads.
+        floor: share of the budget that every head keeps; published 0.2.
+    """
+
+    label = "adaptive_heads"
+
+    def __init__(self, policy: str | Policy, floor: float = 0.2) -> None:
+        super().__init__(policy)
+        self.floor = _checked_floor(floor)
+
+    def allot(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor]:
+        shares = self._shares(scores, budgets)
+        return [
+            _shared_by_heads(layer, share, self.floor)
+            for layer, share in zip(scores, shares, strict=True)
+        ]
+
+
+class SharedLayers(Composed):
+    """Layers share what they have: of all layers' scores, each layer's brought to mean 0 and
+    variance 1, the highest stay, and a layer keeps as many units a head as its share allows. Every
+    layer keeps `floor` of its budget.
+
+    Cost: layers can only evict after the chunk has gone through all of them, so that the peak is
+    layers x (budget + chunk); a sort of all scores. What rounding to whole units a head leaves over
+    is not used.
+
+    Args:
+        policy: see `Composed`.
+        floor: share of its budget that every layer keeps.
+    """
+
+    label = "shared_layers"
+
+    def __init__(self, policy: str | Policy, floor: float = 0.2) -> None:
+        super().__init__(policy)
+        self.floor = _checked_floor(floor)
+        self.waits = True  # type: ignore[misc]
+
+    def allot(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor]:
+        shares = self._shares(scores, budgets)
+        raised = [
+            _raised(_normalized(layer), (share * self.floor).long())
+            for layer, share in zip(scores, shares, strict=True)
+        ]
+        device = scores[0].device  # layers may be on several
+        flat = torch.cat([layer.flatten(1).to(device) for layer in raised], dim=1)
+        total = torch.stack([share.sum(dim=1).to(device) for share in shares]).sum(dim=0)
+        chosen = _highest(flat, total).split([layer[0].numel() for layer in raised], dim=1)
+        return [
+            (mine.sum(dim=1, keepdim=True) // layer.shape[1])
+            .to(layer.device)
+            .expand(layer.shape[:2])
+            .maximum((layer == torch.inf).sum(dim=-1))
+            for layer, mine in zip(scores, chosen, strict=True)
+        ]
+
+
+def _shared_by_heads(scores: Tensor, share: Tensor, floor: float) -> Tensor:
+    """Counts [B, H] of one layer."""
+    raised = _raised(scores, (share * floor).long())
+    chosen = _highest(raised.flatten(1), share.sum(dim=1)).view_as(scores)
+    return (chosen & (scores > -torch.inf)).sum(dim=-1)
+
+
+def _raised(scores: Tensor, safe: Tensor) -> Tensor:
+    """Scores [B, H, S] that are +inf for each head's `safe` [B, H] highest."""
+    highest = _highest(scores.flatten(0, 1), safe.flatten()).view_as(scores)
+    return scores.masked_fill(highest & (scores > -torch.inf), torch.inf)
+
+
+def _highest(scores: Tensor, count: Tensor) -> Tensor:
+    """Which of `scores` [N, S] are among the `count` [N] highest of their row, bool [N, S]."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(scores.shape[-1], device=scores.device) < count[:, None]
+    return torch.zeros_like(first).scatter_(-1, order, first)
+
+
+def _normalized(scores: Tensor) -> Tensor:
+    """Scores [B, H, S] of mean 0 and variance 1 over a row's heads and units; what is kept in any
+    case and what is empty stays out."""
+    counted = (scores > -torch.inf) & (scores < CERTAIN)
+    known = torch.where(counted, scores, 0.0)
+    number = counted.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+    centred = known - known.sum(dim=(1, 2), keepdim=True) / number
+    variance = torch.where(counted, centred, 0.0).square().sum(dim=(1, 2), keepdim=True) / number
+    scaled = centred / variance.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = torch.where(scores >= CERTAIN, CERTAIN, scaled)
+    return torch.where(scores.isinf(), scores, scaled)
+
+
+def _checked_floor(floor: float) -> float:
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor is {floor}; expected a share between 0 and 1")
+    return floor

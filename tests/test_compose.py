@@ -1,0 +1,154 @@
+"""Heads and layers that share what they have, over any policy's scores, against naive twins."""
+
+import pytest
+import torch
+
+import locret
+from locret.policies import POLICIES, LocretPolicy
+from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
+from locret.policies.snapkv import SnapKVPolicy
+from tests import policy_reference
+from tests.test_batches import assert_each_row_as_alone
+from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
+
+VOCAB = 512
+SMALL = {"budget": 17, "chunk_size": 9, "stabilizers": 3, "local_tokens": 5}
+GREEDY = {"do_sample": False}
+FREE = sorted(set(POLICIES) - {"locret", "full"})
+
+
+@pytest.fixture(scope="module", params=[2, 8], ids=["GQA", "MHA"])
+def model(request):
+    return tiny_model("llama", num_key_value_heads=request.param, vocab_size=VOCAB)
+
+
+def kept(cache, row=0):
+    """Source positions by layer and head, without the slots that hold nothing."""
+    found = []
+    for layer in cache.layers:
+        heads = layer.source_positions[row].tolist()
+        empty = [0] * len(heads) if layer.empty is None else layer.empty[row].tolist()
+        found.append([units[skip:] for units, skip in zip(heads, empty, strict=True)])
+    return found
+
+
+def twin(name):
+    rule = policy_reference.RULES[name]
+    return rule(3, 3) if name == "snapkv" else rule()
+
+
+def policy_of(name):
+    return SnapKVPolicy(3, 3) if name == "snapkv" else name
+
+
+NAMES = ["h2o", "keydiff", "knorm", "sirllm", "snapkv", "tova"]
+KINDS = {
+    "heads": (AdaptiveHeads, policy_reference.AdaptiveHeads),
+    "layers": (SharedLayers, policy_reference.SharedLayers),
+    "both": (
+        lambda p: AdaptiveHeads(SharedLayers(p)),
+        lambda r: policy_reference.AdaptiveHeads(policy_reference.SharedLayers(r)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk_size", [9, 13, None])
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_units_are_the_twins(model, name, chunk_size, kind):
+    ids = distinct_prompt(47, VOCAB)
+    compose, naive = KINDS[kind]
+    engine = locret.Engine(
+        model, compose(policy_of(name)), budget=17, chunk_size=chunk_size, stabilizers=3
+    )
+    cache = engine.prefill(ids)
+    expected, _ = policy_reference.read(
+        model, naive(twin(name)), ids[0].tolist(), 17, chunk_size, 3
+    )
+    assert kept(cache) == expected
+    assert sum(len(units) for layer in kept(cache) for units in layer) <= sum(
+        17 * layer.keys.shape[1] for layer in cache.layers
+    )
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("name", sorted(set(FREE) - {"pyramidkv"}))  # max pooling makes ties
+def test_a_floor_of_one_is_the_policy_itself(name, positions):
+    model = tiny_model("llama", vocab_size=8192)
+    ids = distinct_prompt(60, 8192)
+    plain, *shared = (
+        locret.Engine(model, policy, positions=positions, decode_interval=4, **SMALL).generate(
+            ids, max_new_tokens=20, **GREEDY
+        )
+        for policy in (name, AdaptiveHeads(name, floor=1), SharedLayers(name, floor=1))
+    )
+    for each in shared:
+        assert torch.equal(each, plain)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("compose", [AdaptiveHeads, SharedLayers])
+def test_padded_rows_are_as_alone(compose, positions):
+    model = tiny_model("llama", vocab_size=8192)
+    engine = locret.Engine(model, compose("keydiff"), positions=positions, **SMALL)
+    assert_each_row_as_alone(engine, (60, 33, 27, 4), vocab=8192, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("compose", [AdaptiveHeads, SharedLayers, PyramidLayers])
+def test_equal_rows_are_as_alone(model, compose):
+    engine = locret.Engine(model, compose("keydiff"), **SMALL)
+    ids = torch.cat([distinct_prompt(60, VOCAB, seed) for seed in range(3)])
+    together = engine.prefill(ids)
+    for row in range(3):
+        assert kept(together, row) == kept(engine.prefill(ids[row : row + 1]))
+
+
+@pytest.mark.parametrize("compose", [AdaptiveHeads, SharedLayers])
+def test_answers_stay_bounded_and_contexts_can_be_saved(model, compose, tmp_path):
+    engine = locret.Engine(model, compose("knorm"), decode_interval=3, **SMALL)
+    cache = engine.prefill(prompt(60, vocab=VOCAB))
+    cache.save(tmp_path / "context")
+    loaded = locret.RetainedCache.load(tmp_path / "context", model)
+    snapshot = cache.snapshot()
+    question = prompt(4, seed=1, vocab=VOCAB)
+    first = engine.generate(question, cache=cache, max_new_tokens=40, **GREEDY)
+    total = sum(len(units) for layer in kept(cache) for units in layer)
+    heads = sum(layer.keys.shape[1] for layer in cache.layers)
+    assert total <= heads * (17 + 4)
+    cache.restore(snapshot)
+    for again in (cache, loaded):
+        assert torch.equal(
+            engine.generate(question, cache=again, max_new_tokens=40, **GREEDY), first
+        )
+
+
+@pytest.mark.parametrize("compose", [AdaptiveHeads, SharedLayers])
+def test_a_question_in_sight(model, compose):
+    ids = distinct_prompt(47, VOCAB)
+    engine = locret.Engine(model, compose("tova"), query_aware=True, **SMALL)
+    cache = engine.prefill(ids[:, :40], query_ids=ids[:, 40:])
+    assert cache.seen == 40
+    assert max(max(units) for layer in kept(cache) for units in layer) < 40
+    assert engine.generate(ids, max_new_tokens=5, **GREEDY).shape == (1, 52)
+
+
+def test_pyramids_over_any_policy(model):
+    engine = locret.Engine(model, PyramidLayers("keydiff", beta=4), **SMALL)
+    assert engine.prefill(prompt(60, vocab=VOCAB)).report()["units"] == [30, 4]
+
+
+def test_over_trained_heads(model):
+    heads = tiny_heads(model, query_tokens=3)
+    engine = locret.Engine(model, AdaptiveHeads(LocretPolicy(heads)), **SMALL)
+    assert engine.query_tokens == 3
+    assert engine.policy.name == "locret+adaptive_heads"
+    cache = engine.prefill(prompt(60, vocab=VOCAB), query_ids=prompt(3, seed=1, vocab=VOCAB))
+    for layer in kept(cache):
+        assert all(units[:3] == [0, 1, 2] for units in layer)
+
+
+@pytest.mark.parametrize("compose", [AdaptiveHeads, SharedLayers])
+@pytest.mark.parametrize("floor", [-0.1, 1.1])
+def test_floors_are_shares(compose, floor):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        compose("knorm", floor=floor)
