@@ -13,7 +13,6 @@ or `--processes` share the questions; whichever ends last writes the results:
 
 import contextlib
 import fcntl
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from locret.evaluation import results
 from locret.evaluation.asking import Asker
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.engines import Engines
-from locret.evaluation.files import write_whole
+from locret.evaluation.files import as_json, write_whole
 from locret.evaluation.manifest import manifest
 from locret.evaluation.preparing import Prepared, prepare
 from locret.evaluation.questions import Question, batches, share
@@ -121,7 +120,7 @@ def finish(prepared: Prepared, command: str = "") -> Path | None:
             **results.figures(answered),
         }
         path = prepared.output / RESULT
-        write_whole(path, json.dumps(result, indent=1, default=str) + "\n")
+        write_whole(path, as_json(result))
         write_whole(prepared.output / TABLE, results.table(result))
         return path
 

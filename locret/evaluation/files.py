@@ -1,9 +1,15 @@
 """Files of an evaluation: written whole or not at all, and recognised by their content."""
 
 import hashlib
+import json
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+_PLAIN_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s*\]")
+_LINE = re.compile(r",\n\s+")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -15,6 +21,13 @@ def write_whole(path: Path, text: str) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def as_json(value: Any) -> str:
+    """Indented JSON whose lists of plain values stand on one line."""
+    text = json.dumps(value, indent=1, default=str)
+    # Within strings a line break is written as two characters, so that these are all indentation.
+    return _PLAIN_LIST.sub(lambda found: f"[{_LINE.sub(', ', found[1])}]", text) + "\n"
 
 
 def file_hash(path: Path) -> str:

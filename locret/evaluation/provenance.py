@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 
 from locret.evaluation.files import file_hash, folder_hash
 
@@ -58,10 +59,19 @@ def _git(root: Path, *args: str) -> str | None:
 
 
 def source(name: str | None) -> dict[str, Any] | None:
-    """What an adapter or heads were: the name, and the hash of its files if they are here."""
+    """What an adapter or heads were: the name, the commit on the Hub, the hash of the files."""
     if name is None:
         return None
-    path = Path(name)
-    if path.is_dir():
-        return {"source": name, "sha256": folder_hash(path)}
-    return {"source": name, "sha256": file_hash(path) if path.is_file() else None}
+    path = Path(name) if Path(name).exists() else _downloaded(name)
+    if path is None:
+        return {"source": name, "sha256": None}
+    found = {"source": name, "sha256": folder_hash(path) if path.is_dir() else file_hash(path)}
+    return found if path == Path(name) else found | {"revision": path.name}
+
+
+def _downloaded(repo_id: str) -> Path | None:
+    """The folder of a Hub repository that was fetched before, named after its commit."""
+    try:
+        return Path(snapshot_download(repo_id, local_files_only=True))
+    except (OSError, ValueError):
+        return None

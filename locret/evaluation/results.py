@@ -36,8 +36,9 @@ def figures(answered: Sequence[Answered]) -> dict[str, Any]:
     cells = [
         _cell(those, scored[cell], scored.get((FULL, cell[1]))) for cell, those in by_cell.items()
     ]
+    groups = {cell: [question.group for question, _ in those] for cell, those in by_cell.items()}
     labels = list(dict.fromkeys(row for row, _ in by_cell))
-    return {"cells": cells, "rows": [_row(label, cells, answered) for label in labels]}
+    return {"cells": cells, "rows": [_row(label, cells, groups) for label in labels]}
 
 
 def _scores(answered: Sequence[Answered]) -> dict[str, list[float]]:
@@ -110,9 +111,11 @@ def _held(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _row(label: str, cells: Sequence[Mapping[str, Any]], answered: Sequence[Answered]) -> dict:
+def _row(
+    label: str, cells: Sequence[Mapping[str, Any]], all_groups: Mapping[tuple[str, str], list[str]]
+) -> dict[str, Any]:
     own = [cell for cell in cells if cell["row"] == label]
-    groups = {cell["task"]: [q.group for q, _ in answered if _is_of(q, cell)] for cell in own}
+    groups = {cell["task"]: all_groups[label, cell["task"]] for cell in own}
     scores = {cell["task"]: cell["scores"] for cell in own}
     score, spread = average_of_tasks(scores, groups)
     row = {
@@ -140,10 +143,6 @@ def _row(label: str, cells: Sequence[Mapping[str, Any]], answered: Sequence[Answ
         mean, spread = average_of_tasks(change, groups)
         row |= {"difference": mean, "difference_interval": spread}
     return row
-
-
-def _is_of(question: Question, cell: Mapping[str, Any]) -> bool:
-    return (question.row.label, question.task.label) == (cell["row"], cell["task"])
 
 
 def _mean(numbers: Sequence[float]) -> float:
