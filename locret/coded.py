@@ -80,7 +80,7 @@ class CodedUnits:
         with rotated keys."""
         scheme = self.store.scheme
         # On a GPU the kernel over packed units has not been run yet: expand a layer at a time.
-        measured = not self.keys.is_cuda
+        measured = not any(tensor.is_cuda for tensor in self.tensors)
         return measured and isinstance(scheme, KiviScheme) and scheme.outliers is None
 
     @property
