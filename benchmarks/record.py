@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from locret.evaluation.files import write_whole
+
 PACKAGES = ("torch", "transformers", "triton", "lightning", "kvpress", "flash-attn")
 PATHS = ("out", "plot")
 
@@ -32,10 +34,7 @@ def write(
         "versions": {"python": platform.python_version()} | _versions(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, json.dumps(record, indent=1, default=str) + "\n")
     if announce:
         print(f"wrote {path.resolve()}", flush=True)
 

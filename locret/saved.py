@@ -7,15 +7,14 @@ A folder with `units.safetensors` (keys, values, scores, source positions of eve
 import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from locret.artifact import written_aside
 
 SCHEMA = 1
 UNITS, CONTEXT = "units.safetensors", "context.json"
@@ -72,18 +71,10 @@ def write(path: str | Path, record: dict[str, Any], tensors: dict[str, Tensor]) 
     path = Path(path)
     if path.exists() and not (path / CONTEXT).is_file():
         raise ValueError(f"{path} exists and is not a saved context; choose another path")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with written_aside(path) as aside:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, aside / UNITS)
         text = json.dumps({"schema": SCHEMA} | record, indent=1)
         (aside / CONTEXT).write_text(text, encoding="utf-8")
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(aside, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(aside)
 
 
 def read(path: str | Path, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

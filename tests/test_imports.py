@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"identity", "kernels", "segments", "features", "targets", "losses", "card", "saved"},
+    {"identity", "kernels", "segments", "features", "targets", "losses", "card"},
     {"quantities", "columns"},
     {"quantization", "units", "selection", "rotary"},
     {"weight_quantization"},
     {"coded", "sizing", "models"},
     {"hub"},
     {"artifact"},
-    {"heads"},
+    {"heads", "saved"},
     {"policies", "cache", "backends"},
     {"attention", "backbone"},
     {"row_loss", "packing"},

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from locret.evaluation import needle
+from locret.evaluation.files import write_whole
 from locret.evaluation.needle import NeedleSettings
 from locret.evaluation.synthetic import SyntheticSample
 from locret.heads import RetainingHeads
@@ -101,7 +102,7 @@ def run_grid(
     total = len(needle.runs(policies, settings.needle.ratios)) * _samples_a_run(settings)
     for count, cell in enumerate(_ask_all(loaded, policies, settings, heads, done), len(done) + 1):
         results.append(cell)
-        _write(out, record)
+        write_whole(out, json.dumps(record, indent=1) + "\n")
         if progress is not None:
             progress(min(count, total), total)
     return record
@@ -187,14 +188,6 @@ def _earlier_results(out: Path, record: dict[str, Any]) -> list[Cell]:
             "begun with, or write to another file"
         )
     return earlier["results"]
-
-
-def _write(out: Path, record: dict[str, Any]) -> None:
-    """Replace the file in one move, so that a kill leaves the old one or the new one."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".part")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    aside.replace(out)
 
 
 def shares(results: Sequence[Cell], policy: str, ratio: int) -> dict[tuple[int, int], float | None]:

@@ -21,6 +21,7 @@ from locret.kernels.dispatch import (
     tl,
     triton,
 )
+from locret.kernels.parts import Parts
 
 _LEAST_PART = 128  # units of the capacity that are worth a program of their own
 _PROGRAMS = 2  # programs that share a multiprocessor
@@ -54,7 +55,7 @@ def decode_attention(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    _check(query, keys, values, length, first)
+    check_decode(query, keys, values, length, first)
     tensors = [query, keys, values, length] + ([] if first is None else [first])
     if not takes_triton(*tensors):
         return decode_attention_reference(query, keys, values, length, scaling, first)
@@ -89,9 +90,10 @@ def decode_attention_reference(
     return out.flatten(1, 2).to(query.dtype)
 
 
-def _check(
+def check_decode(
     query: Tensor, keys: Tensor, values: Tensor, length: Tensor, first: Tensor | None
 ) -> None:
+    """Refuse what does not fit; arguments as of `decode_attention`."""
     batch, heads, _, size = keys.shape
     if keys.shape != values.shape or not query.dtype == keys.dtype == values.dtype:
         raise ValueError(
@@ -128,15 +130,13 @@ def _launch(
     batch, heads, capacity, size = keys.shape
     new = query.shape[2]
     rows = query.shape[1] // heads * new
-    parts = number_of_parts(batch * heads, capacity, multiprocessors(query.device))
-    shape = (batch, heads, parts, rows)
-    partial = torch.empty(*shape, size, dtype=torch.float32, device=query.device)
-    weight = torch.empty(shape, dtype=torch.float32, device=query.device)
+    count = number_of_parts(batch * heads, capacity, multiprocessors(query.device))
+    parts = Parts.empty(query, heads, count)
     wide = padded(size, least=16)
     with on_device(query):
-        _attend[(parts, heads, batch)](
+        _attend[(count, heads, batch)](
             *(query, keys, values, length, length if first is None else first),
-            *(partial, weight, scaling * math.log2(math.e), capacity),
+            *(parts.values, parts.weights, scaling * math.log2(math.e), capacity),
             *query.stride(),
             *keys.stride(),
             *values.stride(),
@@ -153,17 +153,7 @@ def _launch(
             num_warps=8 if query.dtype == torch.float32 else 4,
             num_stages=3,
         )
-        _merge[(rows, heads, batch)](
-            *(partial, weight, out),
-            *out.stride(),
-            NEW=new,
-            ROWS=rows,
-            SIZE=size,
-            SIZE_BLOCK=wide,
-            PARTS=parts,
-            PART_BLOCK=padded(parts),
-            num_warps=4,
-        )
+    parts.merge(out)
 
 
 @functools.cache
@@ -279,38 +269,3 @@ def _attend(  # type: ignore[no-untyped-def]
     summed = summed / tl.where(some, total, 1.0)[:, None]
     at_partial = partial + at_row[:, None] * SIZE + d[None, :]
     tl.store(at_partial, summed, mask=kept[:, None] & in_size[None, :])
-
-
-@triton.jit
-def _merge(  # type: ignore[no-untyped-def]
-    partial,
-    weight,
-    out,
-    out_b,
-    out_h,
-    out_t,
-    out_d,
-    NEW: tl.constexpr,
-    ROWS: tl.constexpr,
-    SIZE: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    PART_BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    part = tl.arange(0, PART_BLOCK)
-    d = tl.arange(0, SIZE_BLOCK)
-    at = ((b * tl.num_programs(1) + h) * PARTS + part) * ROWS + row
-    log_sum = tl.load(weight + at, mask=part < PARTS, other=float("-inf"))
-    highest = tl.max(log_sum, 0)
-    share = tl.exp2(log_sum - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(share, 0)
-    share = share / tl.where(total > 0.0, total, 1.0)
-    mask = (part < PARTS)[:, None] & (d < SIZE)[None, :]
-    parts = tl.load(partial + at[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
-    merged = tl.sum(share[:, None] * parts, 0).to(out.dtype.element_ty)
-    q_head = h * (ROWS // NEW) + row // NEW
-    out += b * out_b + q_head * out_h + (row % NEW) * out_t + d * out_d
-    tl.store(out, merged, mask=d < SIZE)

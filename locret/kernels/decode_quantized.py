@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from locret.kernels.decode import decode_attention_reference
+from locret.kernels.decode import check_decode, decode_attention_reference
 from locret.kernels.dispatch import (
     INTERPRETED,
     multiprocessors,
@@ -28,7 +28,7 @@ from locret.kernels.dispatch import (
     triton,
 )
 from locret.kernels.parts import Parts, average, log_sum, number_of_parts, weigh
-from locret.kernels.storage_parts import attend_storage, check_decode
+from locret.kernels.storage_parts import attend_storage
 
 _PROGRAMS = 3  # programs that share a multiprocessor
 _REGISTERS = 168  # of a thread, so that _PROGRAMS of 128 threads fit

@@ -17,37 +17,6 @@ from locret.kernels.dispatch import (
 )
 from locret.kernels.parts import Parts, average, log_sum, weigh
 
-_PROGRAMS = 2  # programs that share a multiprocessor
-_ROWS = 128  # query rows (G * T) that one program holds
-
-
-def check_decode(
-    query: Tensor, keys: Tensor, values: Tensor, length: Tensor, first: Tensor | None
-) -> None:
-    """Refuse what does not fit; arguments as of `decode_attention`."""
-    batch, heads, _, size = keys.shape
-    if keys.shape != values.shape or not query.dtype == keys.dtype == values.dtype:
-        raise ValueError(
-            f"query {query.dtype}, keys {tuple(keys.shape)} {keys.dtype} and values "
-            f"{tuple(values.shape)} {values.dtype} do not fit: expected equal shapes and dtypes"
-        )
-    if query.shape[0] != batch or query.shape[3] != size or query.shape[1] % heads:
-        raise ValueError(
-            f"query {tuple(query.shape)} does not fit keys {tuple(keys.shape)}: expected "
-            f"[{batch}, a multiple of {heads}, T, {size}]"
-        )
-    if query.shape[1] // heads * query.shape[2] > _ROWS:
-        raise ValueError(
-            f"query {tuple(query.shape)} on {heads} KV heads makes more than {_ROWS} rows a KV "
-            "head; read so many tokens with an attention backend"
-        )
-    if length.shape != (1,) or length.dtype != torch.int32:
-        raise ValueError(f"length is {tuple(length.shape)} {length.dtype}; expected [1] int32")
-    if first is not None and (first.shape != (batch, heads) or first.dtype != torch.int32):
-        raise ValueError(
-            f"first is {tuple(first.shape)} {first.dtype}; expected [{batch}, {heads}] int32"
-        )
-
 
 def attend_storage(
     query: Tensor,
