@@ -55,15 +55,18 @@ class Run:
 
 
 def main() -> None:
-    """Train in every way, compare, write the JSON; exits with 1 if the ways disagree or fail."""
+    """Train in every way, compare; the JSON is written after each. Exits with 1 if the ways disagree
+    or fail."""
     given = _parser().parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         work = Path(folder)
         _make_backbone(work / "model", given)
         _write_rows(work / "rows.jsonl", given)
-        tried = {name: _train(name, work, given) for name in given.ways}
-    runs = {name: run for name, run in tried.items() if run is not None}
-    figures = {f"{name}_ran_ok": name in runs for name in tried} | _compared(runs, given)
+        tried: dict[str, Run | None] = {}
+        for name in given.ways:
+            tried[name] = _train(name, work, given)
+            figures = _figures(tried, given)
+            record.write(given.out, vars(given), figures, announce=False)
     for name, value in figures.items():
         if name not in ("losses", "tensors"):
             print(f"{name:<36} {round(value, 5) if isinstance(value, float) else value}")
@@ -162,6 +165,11 @@ def _arguments(way: str, work: Path, given: argparse.Namespace) -> list[str]:
         f"--output={work / way / 'heads'}",
         *ways[way],
     ]
+
+
+def _figures(tried: dict[str, Run | None], given: argparse.Namespace) -> dict[str, Any]:
+    runs = {name: run for name, run in tried.items() if run is not None}
+    return {f"{name}_ran_ok": name in runs for name in tried} | _compared(runs, given)
 
 
 def _compared(runs: dict[str, Run], given: argparse.Namespace) -> dict[str, Any]:

@@ -79,9 +79,7 @@ class CodedUnits:
         """Whether `locret.steps` can write new units in place and attend to all: by KIVI's formula,
         with rotated keys."""
         scheme = self.store.scheme
-        # On a GPU the kernel over packed units has not been run yet: expand a layer at a time.
-        measured = not any(tensor.is_cuda for tensor in self.tensors)
-        return measured and isinstance(scheme, KiviScheme) and scheme.outliers is None
+        return isinstance(scheme, KiviScheme) and scheme.outliers is None
 
     @property
     def tail(self) -> tuple[Tensor, Tensor]:
