@@ -4,6 +4,7 @@ from locret.cache import RetainedCache
 from locret.generation import Engine
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.policies import POLICIES, LayerChunk, Policy
+from locret.recall import Recall
 
 __version__ = "0.1.0"
 
@@ -13,6 +14,7 @@ __all__ = [
     "HeadsConfig",
     "LayerChunk",
     "Policy",
+    "Recall",
     "RetainedCache",
     "RetainingHeads",
 ]

@@ -11,6 +11,7 @@ Positions (`Positions`):
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from locret import saved
 from locret.coded import CodedUnits, LayerUnits, units_for
 from locret.quantization import NO_SCHEME, SCHEMES, Scheme, describe_scheme, scheme_of
+from locret.recall import HostBlocks, Recall
+from locret.units import NewUnits
 
 Positions = Literal["compact", "original"]
 
@@ -62,6 +65,7 @@ class LayerView:
     shift: tuple[int, ...]
     settled: int
     state: dict[str, Tensor]
+    host: Any = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class RetainedLayer(CacheLayerMixin):
     Where heads keep different numbers of units (`Policy.allot`), more of a head's slots are empty.
     `settled` is how many slots were held after the last eviction, 0 before the first.
     `state` is what a policy remembers of this layer and request, by name.
+    `host` holds what was evicted, for recall; None = what is evicted is gone.
 
     A layer with a `window` attends to so many tokens, the newest included: it holds the last
     window - 1 units, unrotated, whatever the budget and the positions are.
@@ -94,7 +99,11 @@ class RetainedLayer(CacheLayerMixin):
     is_croppable = False
 
     def __init__(
-        self, rotated: bool, window: int | None = None, scheme: Scheme = NO_SCHEME
+        self,
+        rotated: bool,
+        window: int | None = None,
+        scheme: Scheme = NO_SCHEME,
+        recall: Recall | None = None,
     ) -> None:
         # The base class would make keys and values plain attributes; here they are views.
         self.units: LayerUnits = units_for(scheme)
@@ -107,6 +116,7 @@ class RetainedLayer(CacheLayerMixin):
         self.shift: tuple[int, ...] = (0,)
         self.settled = 0
         self.state: dict[str, Tensor] = {}
+        self.host = HostBlocks(recall) if recall is not None and window is None else None
         self._rotated_at_first = rotated
         self._handed_over = False
 
@@ -134,6 +144,16 @@ class RetainedLayer(CacheLayerMixin):
     def held(self) -> int:
         """Units held in each head."""
         return self.units.held
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storage on the device."""
+        return self.units.nbytes + (self.host.nbytes if self.host else 0)
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether `locret.steps` can run one-token steps of this layer."""
+        return self.units.takes_steps and self.host is None
 
     def get_seq_length(self) -> int:
         """Tokens seen, not units held."""
@@ -180,6 +200,25 @@ class RetainedLayer(CacheLayerMixin):
             self.empty = (self.empty - count).clamp(min=0)
             self.shift = tuple(max(empty - count, 0) for empty in self.shift)
 
+    def recall_evicted(
+        self, kept: Tensor, fillers: Tensor | None, new: NewUnits | None = None
+    ) -> None:
+        """Before an eviction: give what is not kept to `host`, if evicted units are recalled.
+
+        Args:
+            kept: indices [B, H, K] (long, ascending) of units held and `new` ones together.
+            fillers: how many leading ones of a head's `kept` keep nothing; None = none.
+            new: units that are not held yet; None = none.
+        """
+        if self.host is None:
+            return
+        held = (self.keys, self.values, self.source_positions) if self.held else None
+        coming = None if new is None else (*new.prepared()[:2], new.prepared()[3])
+        some = held or coming
+        assert some is not None
+        none = tuple(column[:, :, :0] for column in some)
+        self.host.take(held or none, coming or none, kept, fillers, self.empty)
+
     def add_empty(self, rows: Sequence[int], num_heads: int, device: torch.device) -> None:
         """So many more leading slots of each row hold nothing."""
         before = self.shift if len(self.shift) == len(rows) else self.shift * len(rows)
@@ -195,6 +234,8 @@ class RetainedLayer(CacheLayerMixin):
         """Be on the layer's device, wherever the tensors came from."""
         if self.held and self.scores.device != device:
             self.units.move(device)
+            if self.host:
+                self.host.move(device)
         if self.empty is not None and self.empty.device != device:
             self.empty = self.empty.to(device)
         self.state = {name: value.to(device) for name, value in self.state.items()}
@@ -208,6 +249,7 @@ class RetainedLayer(CacheLayerMixin):
             self.shift,
             self.settled,
             dict(self.state),
+            self.host.view() if self.host else None,
         )
 
     def restore(self, view: LayerView) -> None:
@@ -215,18 +257,30 @@ class RetainedLayer(CacheLayerMixin):
         self.seen, self.rotated = view.seen, view.rotated
         self.empty, self.shift, self.settled = view.empty, view.shift, view.settled
         self.state = dict(view.state)
+        if self.host:
+            self.host.restore(view.host)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """All that the layer holds, without spare room."""
         named = self.units.named_tensors()
         if self.empty is not None:
             named["empty"] = self.empty
+        if self.host:
+            named |= {f"{_EVICTED}{name}": x for name, x in self.host.named_tensors().items()}
         return named | {f"state.{name}": value for name, value in self.state.items()}
 
     def take_tensors(self, named: dict[str, Tensor]) -> None:
         """Hold what `named_tensors` gave; the layer is new."""
         self.units.take_tensors(named)
         self.empty = named.get("empty")
+        if self.host:
+            self.host.take_tensors(
+                {
+                    name.removeprefix(_EVICTED): value
+                    for name, value in named.items()
+                    if name.startswith(_EVICTED)
+                }
+            )
         self.state = {
             name.removeprefix("state."): value
             for name, value in named.items()
@@ -259,6 +313,8 @@ class RetainedLayer(CacheLayerMixin):
         self.empty, self.shift, self.settled = None, (0,), 0
         self.state = {}
         self.rotated = self._rotated_at_first
+        if self.host:
+            self.host.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Evicted units cannot be brought back, so nothing can be cropped.
@@ -283,6 +339,8 @@ class RetainedLayer(CacheLayerMixin):
                 self.empty = self.empty[rows]
                 self.shift = tuple(self.shift[row] for row in indices.tolist())
             self.state = {name: value[rows] for name, value in self.state.items()}
+            if self.host:
+                self.host.select_batch(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.held:
@@ -301,6 +359,7 @@ class RetainedCache(Cache):
             no layer has one.
         scheme: how keys and values are stored, but for layers with a window: they hold theirs as
             they are.
+        recall: what comes back of evicted units (`locret.recall`); None = nothing.
 
     Attributes:
         eviction: what layers do after attending now; None = nothing is evicted.
@@ -327,6 +386,7 @@ class RetainedCache(Cache):
         positions: Positions = "compact",
         windows: Sequence[int | None] = (),
         scheme: Scheme = NO_SCHEME,
+        recall: Recall | None = None,
     ) -> None:
         if positions not in get_args(Positions):
             raise ValueError(f"positions is {positions!r}; expected 'compact' or 'original'")
@@ -335,13 +395,19 @@ class RetainedCache(Cache):
                 f"quantization {scheme.name!r} holds keys before their rotation and original "
                 "positions hold them after it; use positions='compact', or another quantization"
             )
+        if recall is not None and scheme.packs:
+            raise ValueError(
+                f"recall keeps evicted units as they are in host memory and quantization "
+                f"{scheme.name!r} has only codes of them; leave one of the two out"
+            )
         super().__init__(
             layers=[
-                RetainedLayer(positions == "original", window, of_layer)
+                RetainedLayer(positions == "original", window, of_layer, recall)
                 for window, of_layer in _layer_schemes(windows or [None] * num_layers, scheme)
             ]
         )
         self.scheme = scheme
+        self.recall = recall
         self.budget = budget
         self.positions = positions
         self.model: dict[str, Any] = {}
@@ -385,9 +451,14 @@ class RetainedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storage: keys and values or their codes, tables and outliers, scores,
-        positions, spare room."""
-        return sum(layer.units.nbytes for layer in self.layers)
+        """Bytes of all storage on the device: keys and values or their codes, tables and outliers,
+        scores, positions, spare room; what is recalled, and what finds it."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def hosts(self) -> list[HostBlocks]:
+        """The evicted units of the layers that recall them."""
+        return [layer.host for layer in self.layers if layer.host is not None]
 
     @property
     def retained_layers(self) -> list[RetainedLayer]:
@@ -448,6 +519,7 @@ class RetainedCache(Cache):
             "rotated": [layer.rotated for layer in self.layers],
             "windows": list(self.windows),
             "quantization": describe_scheme(self.scheme),
+            "recall": dataclasses.asdict(self.recall) if self.recall else None,
             "shift": [layer.shift for layer in self.layers],
             "settled": [layer.settled for layer in self.layers],
         }
@@ -462,6 +534,7 @@ class RetainedCache(Cache):
         """
         stock = model.get_base_model() if hasattr(model, "get_base_model") else model
         record, tensors = saved.read(path, stock)
+        recall = record.get("recall")
         # Layers that are elsewhere take their units there when they run.
         device = "cpu" if stock.device.type == "meta" else stock.device
         cache = cls(
@@ -469,6 +542,7 @@ class RetainedCache(Cache):
             positions=record["positions"],
             windows=record.get("windows", ()),
             scheme=scheme_of(record.get("quantization")),
+            recall=Recall(**recall) if recall else None,
         )
         for name in _RECORDED:
             value = record[name]
@@ -480,7 +554,9 @@ class RetainedCache(Cache):
             start = f"{i}."
             layer.take_tensors(
                 {
-                    name.removeprefix(start): tensor.to(device)
+                    name.removeprefix(start): tensor
+                    if name.startswith(f"{start}{_IN_HOST_MEMORY}")
+                    else tensor.to(device)
                     for name, tensor in tensors.items()
                     if name.startswith(start)
                 }
@@ -500,7 +576,14 @@ class RetainedCache(Cache):
             device: where the new tensors go.
         """
         first = rows[0]
-        batch = cls(len(first.layers), first.budget, first.positions, first.windows, first.scheme)
+        batch = cls(
+            len(first.layers),
+            first.budget,
+            first.positions,
+            first.windows,
+            first.scheme,
+            first.recall,
+        )
         batch.model, batch.query_length = first.model, first.query_length
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
         batch.padding = tuple(padded_to - row.seen for row in rows)
@@ -513,6 +596,8 @@ class RetainedCache(Cache):
             layer.empty = _stack_empty(of_rows)
             layer.add_empty(empty, num_heads, device)
             layer.state = _stack_states([each.state for each in of_rows])
+            if layer.host:
+                layer.host = HostBlocks.stack([each.host for each in of_rows if each.host])
             for each in of_rows:
                 each.units.clear()  # one layer at a time is held twice, not the whole batch
         return batch
@@ -526,7 +611,10 @@ class RetainedCache(Cache):
             and `bytes` (storage of keys, values, their scales and outliers, scores, positions,
             spare room), their sum `total_bytes`, `kv_bytes` (the part of it without scores and
             positions), `full_cache_bytes` (keys and values of every token seen, or of a window) and
-            `ratio` = total / full.
+            `ratio` = total / full. `recall` is None, or its options with `host_units` (evicted),
+            `host_bytes` and `recalled_units` (attended to beside `units` in the last step or
+            chunk), all in the layer or head that has most but for the bytes, which are of all; what
+            it takes of the device is part of `bytes`.
         """
         full = sum(
             layer.units.full_bytes * min(layer.seen, layer.window or layer.seen)
@@ -539,11 +627,21 @@ class RetainedCache(Cache):
             "quantization": describe_scheme(self.scheme) if self.quantized else None,
             "windows": list(self.windows),
             "units": [layer.held for layer in self.layers],
-            "bytes": [layer.units.nbytes for layer in self.layers],
+            "recall": self._report_recall(),
+            "bytes": [layer.nbytes for layer in self.layers],
             "total_bytes": self.nbytes,
             "kv_bytes": sum(layer.units.kv_bytes for layer in self.layers),
             "full_cache_bytes": full,
             "ratio": self.nbytes / full if full else 0.0,
+        }
+
+    def _report_recall(self) -> dict[str, Any] | None:
+        if self.recall is None:
+            return None
+        return dataclasses.asdict(self.recall) | {
+            "host_units": max((host.units for host in self.hosts), default=0),
+            "host_bytes": sum(host.host_bytes for host in self.hosts),
+            "recalled_units": max((host.recalled for host in self.hosts), default=0),
         }
 
 
@@ -575,6 +673,10 @@ def _layer_schemes(
         yield window, scheme.for_layer(retained) if window is None else NO_SCHEME
         retained += window is None
 
+
+_EVICTED = "evicted."
+_IN_HOST_MEMORY = f"{_EVICTED}host."
+"""How the names of evicted units begin among a layer's tensors."""
 
 _RECORDED = ("model", "budget", "positions", "prompt_lengths", "query_length", "padding")
 

@@ -9,7 +9,7 @@ eviction.
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from locret.heads import RetainingHeads
 from locret.kernels.dispatch import AVAILABLE
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.quantization import Quantization, scheme_of
+from locret.recall import Recall, recall_of
 from locret.retention import RetainedAttention, TakenIn
 from locret.rotary import LongRopeRule
 from locret.saved import describe
@@ -85,6 +86,10 @@ class Engine:
             mapping of name and options ({"name": "kivi", "bits": 2}), or a scheme; None = as they
             are (`docs/quantization.md`). "layerquant" moves a budget given as one number between
             layers.
+        recall: let evicted units wait in host memory and the most relevant blocks of them come back
+            for every chunk and step: a `Recall` or its options as a mapping, {} for the defaults;
+            None = what is evicted is gone. What comes back is beside the budget
+            (`docs/policies.md`). Not for quantized caches.
         backend: "auto" or a name of `locret.backends`: how attention is computed.
         graphs: run the steps of an answer from a CUDA graph; "auto" = where that works.
         progress: called after every chunk.
@@ -110,6 +115,7 @@ class Engine:
         query_aware: bool = False,
         decode_interval: int | None = None,
         quantization: Quantization = None,
+        recall: Recall | Mapping[str, int] | None = None,
         backend: Backend | Auto = "auto",
         graphs: bool | Auto = "auto",
         progress: Progress | None = None,
@@ -147,7 +153,10 @@ class Engine:
             shape.head_size,
             self.backbone.model.dtype.itemsize,
         )
-        RetainedCache(0, positions=self.positions, scheme=self.sizing.scheme)  # do they agree?
+        self.recall = recall_of(recall)
+        RetainedCache(  # do they agree?
+            0, positions=self.positions, scheme=self.sizing.scheme, recall=self.recall
+        )
         self.query_aware = query_aware
         if query_aware and self.query_tokens:
             raise ValueError(
@@ -155,7 +164,7 @@ class Engine:
                 "already; leave it out"
             )
         self.backend: Backend = _backend(backend, self.backbone)
-        self.graphs = _graphs(graphs, self.backbone)
+        self.graphs = _graphs(graphs, self.backbone, self.recall)
         self.progress = progress
         self._attached: contextlib.ExitStack | None = None
         self._depth = 0
@@ -363,7 +372,8 @@ class Engine:
         budgets = self.settings.budgets(self.policy, self.sizing, context)
         windows, scheme = self.backbone.windows, self.sizing.scheme
         budget = _one_if_equal(budgets)
-        return RetainedCache(len(windows), budget, self.positions, windows, scheme), budgets
+        cache = RetainedCache(len(windows), budget, self.positions, windows, scheme, self.recall)
+        return cache, budgets
 
     def _prefill(
         self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None
@@ -473,7 +483,7 @@ class Engine:
             kwargs = kwargs | {"use_cache": True}
         cache.room = max(_longest(self.model, kwargs, sequence) - cache.seen, DECODE_ROOM)
         model: Any = self.model
-        takes_steps = all(layer.units.takes_steps for layer in cache.layers)
+        takes_steps = all(layer.takes_steps for layer in cache.layers)
         if beams == 1 and cache.eviction is None and takes_steps and self.fast_steps:
             model = seen_through(
                 self.backbone.model, GraphedSteps(self.backbone, cache, self.graphs)
@@ -574,8 +584,10 @@ def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:
     return backend
 
 
-def _graphs(graphs: bool | Auto, backbone: Backbone) -> bool:
+def _graphs(graphs: bool | Auto, backbone: Backbone, recall: Recall | None) -> bool:
     reason = why_not_graphed(backbone)
+    if recall is not None:
+        reason = "recall chooses blocks on the host at every step"
     if graphs is True and reason is not None:
         raise ValueError(f"graphs=True does not work here: {reason}; leave it 'auto'")
     return reason is None and graphs is not False

@@ -107,6 +107,8 @@ class RetainedAttention:
         if not leave:
             keys, values, empty = _rotated_keys(call, layer, cache), layer.values, layer.empty
             scaling = call.scaling
+            if layer.host is not None:
+                keys, values, empty = layer.host.in_front(query, keys, values, empty)
             output = attend(query, keys, values, scaling, self.backend, empty, call.weighting)
         layer.units.settle()
         return output
@@ -157,9 +159,18 @@ class RetainedAttention:
         new, output = (key, call.value), None
         if not leave:
             scaling, empty = call.scaling, layer.empty
+            if layer.host is not None:
+                *both, empty = layer.host.in_front(query, *past, empty)
+                past = both[0], both[1]
             output = attend_past(query, past, new, scaling, self.backend, empty, call.weighting)
         scores = self._rank(call, layer, query, key, held, cache)
+        if layer.host is not None:
+            rotate = None if layer.rotated else functools.partial(_at_first_slot, call, cache)
+            held_keys = held.keys if held else None
+            layer.host.look(query, held_keys, key, rotate, at_once=self.policy.waits)
         self._store(layer, call, key, scores, eviction)
+        if layer.host is not None and not self.policy.waits:
+            layer.host.forget_look()
         return output
 
     def _rank(
@@ -234,6 +245,7 @@ class RetainedAttention:
             layer.units.settle(tight=not eviction.slack)
             return
         (kept,) = self._choose([scores], [layer], [call.retained_idx], eviction)
+        layer.recall_evicted(*kept, new)
         layer.units.append_selected(new, kept.units)
         layer.note_evicted(held + tokens - kept.units.shape[2], kept.empty)
 
@@ -307,6 +319,7 @@ class RetainedAttention:
         for i, kept in zip(full, chosen, strict=True):
             layer = layers[i]
             before = layer.held
+            layer.recall_evicted(*kept)
             layer.units.select(kept.units)
             layer.note_evicted(before - kept.units.shape[2], kept.empty)
 
@@ -355,6 +368,12 @@ def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:
     if cache.positions == "original":
         return cache.shifted(layer.seen)
     return layer.own_slots(layer.held)
+
+
+def _at_first_slot(call: LayerCall, cache: RetainedCache, keys: Tensor) -> Tensor:
+    """Keys [B, H, any, D], all of them rotated at slot 0, where the oldest unit held is."""
+    apart = call.rotate(keys.flatten(1, 2)[:, :, None], (0,), cache.prompt_lengths)
+    return apart.view(keys.shape)
 
 
 def _rotated_keys(call: LayerCall, layer: RetainedLayer, cache: RetainedCache) -> Tensor:

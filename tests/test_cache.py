@@ -35,6 +35,7 @@ def test_report_of_an_empty_cache():
         "quantization": None,
         "windows": [None, None, None],
         "units": [0, 0, 0],
+        "recall": None,
         "bytes": [0, 0, 0],
         "total_bytes": 0,
         "kv_bytes": 0,

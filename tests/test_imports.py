@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"identity", "kernels", "segments", "features", "targets", "losses", "card"},
-    {"quantities", "columns"},
-    {"quantization", "units", "selection", "rotary"},
+    {"quantities", "columns", "host"},
+    {"quantization", "units", "selection", "rotary", "recall"},
     {"weight_quantization"},
     {"coded", "sizing", "models"},
     {"hub"},

@@ -1,0 +1,502 @@
+"""Recall: evicted units wait in host memory, and the blocks that queries look for come back."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import locret
+from locret import Recall, RetainedCache
+from locret.backends import attend
+from locret.policies import POLICIES, Policy
+from locret.policies.compose import AdaptiveHeads
+from locret.quantization import make_scheme
+from locret.recall import HostBlocks, block_relevance, mean_logits
+from tests.test_batches import assert_each_row_as_alone, padded
+from tests.tiny_models import FAMILIES, MIXED, SLIDING, prompt, tiny_heads, tiny_model
+
+SMALL = {"budget": 20, "chunk_size": 16, "stabilizers": 3, "local_tokens": 5}
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+FEW = {"block_size": 4, "blocks": 3, "representatives": 2}
+ALL = {"block_size": 4, "blocks": 1000, "representatives": 2}
+
+
+def recalling(model, policy="streaming_llm", recall=FEW, **changes):
+    return locret.Engine(model, policy, recall=recall, **SMALL | changes)
+
+
+def hosts(cache):
+    return [layer.host for layer in cache.layers]
+
+
+def evicted_positions(host):
+    """Source positions of all that is on the host or waits, [B][H][any], sorted."""
+    stored = host.view()
+    heads = []
+    for b in range(stored.counts.shape[0]):
+        heads.append([])
+        for h in range(stored.counts.shape[1]):
+            rows = [row for row in stored.table[b, h].tolist() if row >= 0]
+            found = stored.waiting[2][b, h, : stored.counts[b, h]].tolist()
+            if rows:
+                found += stored.pool.fetch(rows, torch.device("cpu"))[2].flatten().tolist()
+            heads[-1].append(sorted(found))
+    return heads
+
+
+# --- a naive twin, one head and unit at a time ---
+
+
+class Unit:
+    def __init__(self, key, value, position):
+        self.key, self.value, self.position = key, value, position
+        self.score = -torch.inf
+
+
+class NaiveHead:
+    """One KV head: what the paper's formulas say, in loops."""
+
+    def __init__(self, recall):
+        self.recall, self.evicted = recall, []
+
+    def look(self, queries, held, new):
+        """queries [G, T, D]; held and new: lists of units."""
+        for at, unit in [(-1, unit) for unit in held] + list(enumerate(new)):
+            logits = [float(q @ unit.key) for group in queries for q in group[at + 1 :]]
+            unit.score = sum(logits) / len(logits) if logits else -torch.inf
+
+    def come_back(self, queries):
+        size, count = self.recall.block_size, self.recall.blocks
+        full = len(self.evicted) // size
+        blocks = [self.evicted[i * size : (i + 1) * size] for i in range(full)]
+
+        def relevance(block):
+            best = sorted(block, key=lambda unit: -unit.score)[: self.recall.representatives]
+            return sum(float(q @ unit.key) for group in queries for q in group for unit in best)
+
+        best = sorted(range(full), key=lambda i: -relevance(blocks[i]))[:count]
+        return [unit for i in sorted(best) for unit in blocks[i]] + self.evicted[full * size :]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    recall=st.builds(
+        lambda size, blocks, share: Recall(size, blocks, max(1, size // share)),
+        st.integers(1, 6),
+        st.integers(1, 4),
+        st.integers(1, 3),
+    ),
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    chunks=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    even=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_blocks_are_those_of_the_naive_twin(recall, batch, heads, group, chunks, even, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    host, size = HostBlocks(recall), 4
+    twins = [[NaiveHead(recall) for _ in range(heads)] for _ in range(batch)]
+    held = [[[] for _ in range(heads)] for _ in range(batch)]
+    empty = torch.zeros(batch, heads, dtype=torch.long)
+    columns = [torch.zeros(batch, heads, 0, size) for _ in range(2)]
+    columns.append(torch.zeros(batch, heads, 0, dtype=torch.long))
+    seen = 0
+    for tokens in chunks:
+        query = normal(batch, heads * group, tokens, size)
+        came = host.come_back(query)
+        new = [normal(batch, heads, tokens, size) for _ in range(2)]
+        new.append(torch.arange(seen, seen + tokens).expand(batch, heads, tokens))
+        host.look(query, columns[0] if columns[0].shape[2] else None, new[0], None, at_once=False)
+        both = [torch.cat(pair, dim=2) for pair in zip(columns, new, strict=True)]
+        most = int(torch.randint(1, both[0].shape[2] + 1, (1,), generator=generator))
+        kept = torch.zeros(batch, heads, most, dtype=torch.long)
+        fillers = torch.zeros(batch, heads, dtype=torch.long)
+        for b in range(batch):
+            for h in range(heads):
+                queries = query[b, h * group : (h + 1) * group]
+                twin, mine = twins[b][h], held[b][h]
+                if came is not None:
+                    there = [True] * came.keys.shape[2] if came.valid is None else came.valid[b, h]
+                    expected = twin.come_back(queries)
+                    got = [i for i, is_unit in enumerate(there) if is_unit]
+                    positions = came.positions[b, h].tolist()
+                    assert [positions[i] for i in got] == [unit.position for unit in expected]
+                    for i, unit in zip(got, expected, strict=True):
+                        assert torch.equal(came.keys[b, h, i], unit.key)
+                        assert torch.equal(came.values[b, h, i], unit.value)
+                fresh = [Unit(new[0][b, h, t], new[1][b, h, t], seen + t) for t in range(tokens)]
+                twin.look(queries, mine, fresh)
+                units, hole = mine + fresh, int(empty[b, h])
+                least = min(len(units), 1)
+                count = min(most, len(units))
+                if not even:
+                    count = int(torch.randint(least, count + 1, (1,), generator=generator))
+                stay = torch.randperm(len(units), generator=generator)[:count].sort().values
+                kept[b, h, most - count :] = stay + hole
+                fillers[b, h] = most - count
+                gone = sorted(set(range(len(units))) - set(stay.tolist()))
+                twin.evicted += [units[i] for i in gone]
+                held[b][h] = [units[i] for i in stay.tolist()]
+        plain = not fillers.any() and not empty.any()
+        host.take(columns, new, kept, None if plain else fillers, None if plain else empty)
+        columns = [
+            x.gather(
+                2, kept.view(*kept.shape, *[1] * (x.dim() - 3)).expand(*kept.shape, *x.shape[3:])
+            )
+            for x in both
+        ]
+        empty, seen = fillers, seen + tokens
+    assert host.units == max(len(twin.evicted) for row in twins for twin in row)
+
+
+def test_scores_are_the_mean_logits_of_later_queries():
+    query, held, key = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 5, 8)
+    scores = mean_logits(query, held, key)
+    logits = query.unflatten(1, (3, 2)) @ torch.cat([held, key], 2)[:, :, None].transpose(-1, -2)
+    later = torch.ones(5, 12).tril(6).bool()
+    expected = logits.masked_fill(~later, torch.nan).nanmean(dim=(2, 3))
+    assert (scores - expected)[..., :-1].abs().max() < 1e-5
+    assert scores[..., -1].eq(-torch.inf).all()
+
+
+def test_relevance_is_the_mean_logit_of_queries_and_representatives():
+    query, representatives = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 4, 2, 8)
+    logits = torch.einsum("bhgtd,bhnrd->bhngtr", query.unflatten(1, (3, 2)), representatives)
+    relevance = block_relevance(query, representatives.mean(dim=3))
+    assert (relevance - logits.flatten(3).mean(dim=-1)).abs().max() < 1e-5
+
+
+# --- all that was evicted comes back: the full cache ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", ["streaming_llm", "random"])
+def test_recall_of_everything_is_the_full_cache(family, policy):
+    model = tiny_model(family)
+    recall = {"positions": "original", "longrope": "by_length", "recall": ALL}
+    engine = locret.Engine(model, policy, **SMALL | recall)
+    stock = model.generate(
+        prompt(90, batch=2), output_logits=True, return_dict_in_generate=True, **GREEDY
+    )
+    ours = engine.generate(
+        prompt(90, batch=2), output_logits=True, return_dict_in_generate=True, **GREEDY
+    )
+    assert torch.equal(ours.sequences, stock.sequences)
+    for mine, theirs in zip(ours.logits, stock.logits, strict=True):
+        assert (mine - theirs).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("heads", [1, 8])
+@pytest.mark.parametrize(
+    "policy", ["sirllm", "h2o", "snapkv", AdaptiveHeads("keydiff"), "knorm"], ids=str
+)
+def test_so_it_is_for_other_policies_and_head_counts(policy, heads):
+    model = tiny_model("llama", num_key_value_heads=heads)
+    engine = recalling(model, policy, ALL, positions="original")
+    stock = model.generate(prompt(90), **GREEDY)
+    assert torch.equal(engine.generate(prompt(90), **GREEDY), stock)
+
+
+def test_so_it_is_while_an_answer_evicts():
+    model = tiny_model("llama")
+    engine = recalling(model, "random", ALL, positions="original", decode_interval=3)
+    many = GREEDY | {"max_new_tokens": 30}
+    cache = engine.prefill(prompt(60))
+    given = torch.cat([prompt(60), engine.generate(prompt(5, seed=1), cache=cache, **many)], dim=1)
+    expected = model.generate(torch.cat([prompt(60), prompt(5, seed=1)], dim=1), **many)
+    assert torch.equal(given, expected)
+    assert max(cache.report()["units"]) < 23
+    everything = [*range(cache.seen)]
+    for layer, host in zip(cache.layers, hosts(cache), strict=True):
+        for h, gone in enumerate(evicted_positions(host)[0]):
+            assert sorted(gone + layer.source_positions[0, h].tolist()) == everything
+
+
+# --- what is where ---
+
+
+@pytest.mark.parametrize("policy", ["random", "sirllm", AdaptiveHeads("knorm")], ids=str)
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_every_unit_is_held_or_on_the_host(policy, positions):
+    engine = recalling(tiny_model("llama"), policy, positions=positions)
+    cache = engine.prefill(prompt(100))
+    for layer, host in zip(cache.layers, hosts(cache), strict=True):
+        for h, gone in enumerate(evicted_positions(host)[0]):
+            first = 0 if layer.empty is None else int(layer.empty[0, h])
+            held = layer.source_positions[0, h, first:].tolist()
+            assert sorted(gone + held) == [*range(100)]
+
+
+def test_device_bytes_are_bounded_but_for_one_key_a_block():
+    engine = recalling(tiny_model("llama"))
+    device, host = [], []
+    for length in (99, 99 + 160, 99 + 320):  # as many units wait
+        cache = engine.generate(
+            prompt(length), return_dict_in_generate=True, **GREEDY
+        ).past_key_values
+        report = cache.report()
+        assert report["recall"]["recalled_units"] <= 3 * 4 + 3
+        assert report["total_bytes"] == sum(report["bytes"]) == cache.nbytes
+        device.append(cache.nbytes)
+        host.append(report["recall"]["host_bytes"])
+    keys = 2 * 2 * 8 * 4  # of a block: layers, heads, channels, bytes
+    assert device[1] - device[0] == device[2] - device[1] == 160 // 4 * keys
+    units = 160 * 2 * 2 * (2 * 8 * 4 + 8)
+    assert host[1] - host[0] == host[2] - host[1] == units
+
+
+def test_the_report_tells():
+    cache = recalling(tiny_model("llama")).prefill(prompt(101))
+    told = cache.report()["recall"]
+    assert {name: told[name] for name in FEW} == FEW
+    assert told["host_units"] == 101 - 20
+    assert told["host_bytes"] == 80 * 2 * 2 * (2 * 8 * 4 + 8)
+    assert told["recalled_units"] == 3 * 4 + 1
+    assert cache.report()["units"] == [20, 20]
+
+
+def test_what_did_not_change_is_not_fetched_again(monkeypatch):
+    engine = recalling(tiny_model("llama"), recall=ALL)
+    cache, fetched = engine.prefill(prompt(100)), []
+    kind = type(cache.layers[0].host.view().pool)
+    fetch = kind.fetch
+    monkeypatch.setattr(
+        kind, "fetch", lambda self, rows, to: fetched.append(rows) or fetch(self, rows, to)
+    )
+    engine.generate(prompt(3), cache=cache, max_new_tokens=20, do_sample=False)
+    rows = [row for layer_rows in fetched[:2] for row in layer_rows]
+    assert len(fetched) <= 2
+    assert len(rows) == len(set(rows[: len(rows)])) or len(fetched) == 2
+
+
+def test_question_tokens_and_what_is_read_after_them_are_not_evicted_twice():
+    engine = recalling(tiny_model("llama"), "snapkv", query_aware=True)
+    cache = engine.prefill(prompt(100), query_ids=prompt(6, seed=1))
+    for layer, host in zip(cache.layers, hosts(cache), strict=True):
+        for h, gone in enumerate(evicted_positions(host)[0]):
+            assert sorted(gone + layer.source_positions[0, h].tolist()) == [*range(100)]
+
+
+@pytest.mark.parametrize("family", sorted(MIXED))
+def test_sliding_layers_recall_nothing(family):
+    cache = recalling(tiny_model(family)).prefill(prompt(90))
+    assert cache.layers[0].host is None
+    assert cache.layers[1].host is not None
+    assert cache.report()["recall"]["host_units"] == 70
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_a_model_of_windows_alone_has_nothing_to_recall(family):
+    model = tiny_model(family)
+    engine = recalling(model, longrope="by_length")
+    assert torch.equal(engine.generate(prompt(70), **GREEDY), model.generate(prompt(70), **GREEDY))
+
+
+def test_a_full_cache_recalls_nothing():
+    cache = recalling(tiny_model("llama"), "full").prefill(prompt(90))
+    told = cache.report()["recall"]
+    assert (told["host_units"], told["host_bytes"], told["recalled_units"]) == (0, 0, 0)
+
+
+# --- it changes the answer ---
+
+
+def test_a_recalled_block_brings_the_needle_back():
+    """The query's value stands at one evicted unit, which alone looks like the query."""
+    torch.manual_seed(0)
+    size, needle = 8, 21
+    keys, values = torch.randn(1, 1, 64, size) / 4, torch.randn(1, 1, 64, size) / 100
+    sought = torch.nn.functional.one_hot(torch.tensor(3), size).float()
+    keys[..., 3] = 0
+    keys[0, 0, needle], values[0, 0, needle] = 30 * sought, 1.0
+    host = HostBlocks(Recall(block_size=8, blocks=1, representatives=1))
+    query = sought.expand(1, 2, 64, size)
+    host.look(query, None, keys, None, at_once=False)
+    none = [keys[:, :, :0], values[:, :, :0], torch.empty(1, 1, 0, dtype=torch.long)]
+    positions = torch.arange(64)[None, None]
+    host.take(none, [keys, values, positions], positions[..., 48:], None, None)
+    asked = query[:, :, :1]
+    held, new = (x[:, :, 48:] for x in (keys, values))
+    lost = attend(asked, held, new, 1.0, "eager")
+    *found, empty = host.in_front(asked, held, new, None)
+    assert found[0].shape[2] == 16 + 8
+    assert empty is None
+    answer = attend(asked, *found, 1.0, "eager")
+    full = attend(asked, keys, values, 1.0, "eager")
+    assert (lost - full).abs().min() > 0.9
+    assert (answer - full).abs().max() < 1e-3
+
+
+def test_recalled_units_count_in_compact_positions_too():
+    """They stand at the oldest slot held: as far away as anything, and within the window."""
+    model = tiny_model("llama")
+    settings = {"positions": "compact", "chunk_size": 40, "local_tokens": 4}
+    engine, without = (recalling(model, recall=r, **settings) for r in (ALL, None))
+    ours, bare, full = (
+        e.generate(
+            prompt(64), output_logits=True, return_dict_in_generate=True, max_new_tokens=1
+        ).logits[0]
+        for e in (engine, without, locret.Engine(model, "full", **settings | {"budget": None}))
+    )
+    assert (ours - bare).abs().max() > 1e-3
+    assert (ours - full).abs().mean() < (bare - full).abs().mean()
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "random"])
+def test_off_changes_nothing(policy):
+    model = tiny_model("llama")
+    plain, off = locret.Engine(model, policy, **SMALL), recalling(model, policy, None)
+    assert torch.equal(plain.generate(prompt(90), **GREEDY), off.generate(prompt(90), **GREEDY))
+    cache = off.prefill(prompt(90))
+    assert hosts(cache) == [None, None]
+    assert cache.report()["recall"] is None
+
+
+# --- a request's life ---
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("policy", ["random", AdaptiveHeads("knorm")], ids=str)
+def test_snapshots_and_saved_contexts(policy, positions, tmp_path):
+    model = tiny_model("llama")
+    engine = recalling(model, policy, positions=positions)
+    cache = engine.prefill(prompt(100, batch=2))
+    cache.save(tmp_path / "context")
+    before, questions = cache.snapshot(), [prompt(4, batch=2, seed=seed) for seed in (1, 2)]
+    answers = []
+    for question in questions:
+        answers.append(engine.generate(question, cache=cache, **GREEDY))
+        cache.restore(before)
+    again = engine.generate(questions[0], cache=cache, **GREEDY)
+    assert torch.equal(again, answers[0])
+    loaded = RetainedCache.load(tmp_path / "context", model)
+    assert loaded.recall == Recall(**FEW)
+    assert [*map(evicted_positions, hosts(loaded))] == [*map(evicted_positions, hosts(cache))]
+    assert torch.equal(engine.generate(questions[1], cache=loaded, **GREEDY), answers[1])
+
+
+def test_snapshots_while_an_answer_evicts():
+    engine = recalling(tiny_model("llama"), "random", decode_interval=3)
+    cache = engine.prefill(prompt(60))
+    before, longer = cache.snapshot(), GREEDY | {"max_new_tokens": 30}
+    first = engine.generate(prompt(4), cache=cache, **longer)
+    held = [*map(evicted_positions, hosts(cache))]
+    cache.restore(before)
+    other = engine.generate(prompt(4, seed=5), cache=cache, **longer)
+    cache.restore(before)
+    assert torch.equal(engine.generate(prompt(4), cache=cache, **longer), first)
+    assert [*map(evicted_positions, hosts(cache))] == held
+    assert not torch.equal(first, other)
+
+
+def test_reset_forgets_the_host():
+    cache = recalling(tiny_model("llama")).prefill(prompt(100))
+    cache.reset()
+    told = cache.report()["recall"]
+    assert (told["host_units"], told["host_bytes"], cache.nbytes) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("lengths", [(90, 33), (41, 60, 47, 5, 1, 6), (30, 2)])
+def test_padded_rows_are_answered_as_alone(lengths, positions):
+    engine = recalling(tiny_model("llama"), "knorm", positions=positions)
+    assert_each_row_as_alone(engine, lengths)
+
+
+def test_padded_rows_recall_everything_while_answers_evict():
+    model = tiny_model("llama")
+    engine = recalling(model, "random", ALL, positions="original", decode_interval=4)
+    ids, mask = padded((70, 33))
+    many = GREEDY | {"max_new_tokens": 20}
+    given = engine.generate(ids, attention_mask=mask, **many)
+    for row, length in enumerate((70, 33)):
+        stock = model.generate(ids[row : row + 1, 70 - length :], **many)
+        assert torch.equal(given[row, 70:], stock[0, length:])
+
+
+def test_beams_share_blocks_and_go_on_as_stock_does():
+    model = tiny_model("llama")
+    engine = recalling(model, "random", ALL, positions="original")
+    beams = GREEDY | {"num_beams": 3}
+    given = engine.generate(prompt(90, batch=2), **beams)
+    assert torch.equal(given, model.generate(prompt(90, batch=2), **beams))
+
+
+def test_rows_select_what_is_theirs():
+    cache = recalling(tiny_model("llama"), "random").prefill(prompt(100, batch=2))
+    before = [*map(evicted_positions, hosts(cache))]
+    host_bytes = cache.report()["recall"]["host_bytes"]
+    cache.batch_select_indices(torch.tensor([1, 0, 1]))
+    after = [*map(evicted_positions, hosts(cache))]
+    assert after == [[rows[1], rows[0], rows[1]] for rows in before]
+    assert cache.report()["recall"]["host_bytes"] == host_bytes
+
+
+class Spy(Policy):
+    name = "spy"
+
+    def __init__(self):
+        self.held = []
+
+    def score(self, chunk):
+        self.held.append(chunk.num_held)
+        return chunk.own_positions[:, None].float().expand(chunk.key.shape[:3])
+
+
+def test_policies_do_not_see_what_is_recalled():
+    policy = Spy()
+    recalling(tiny_model("llama"), policy).prefill(prompt(100))
+    assert max(policy.held) == 20
+
+
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"locret"}))
+def test_every_policy_takes_it(policy):
+    engine = recalling(tiny_model("llama"), policy)
+    assert engine.generate(prompt(70), **GREEDY).shape == (1, 78)
+
+
+def test_heads_take_it():
+    model = tiny_model("llama")
+    engine = recalling(model, "locret", heads=tiny_heads(model))
+    assert engine.generate(prompt(70), **GREEDY).shape == (1, 78)
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("recall", "message"),
+    [
+        ({"blocks": 0}, "blocks is 0; expected a whole number of at least 1"),
+        ({"block_size": 2.0}, "block_size is 2.0"),
+        ({"representatives": True}, "representatives is True"),
+        ({"block_size": 2, "representatives": 3}, "representatives is 3 but a block has 2 units"),
+        ({"size": 4}, "expected None, a Recall, or some of .*block_size"),
+        (4, "recall is 4; expected None"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(recall, message):
+    with pytest.raises(ValueError, match=message):
+        recalling(tiny_model("llama"), recall=recall)
+
+
+def test_what_does_not_go_together_is_refused():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="'kivi' has only codes of them; leave one"):
+        recalling(model, quantization="kivi")
+    with pytest.raises(ValueError, match="has only codes of them"):
+        RetainedCache(2, scheme=make_scheme("fp8"), recall=Recall())
+    with pytest.raises(ValueError, match="graphs=True does not work here: recall chooses blocks"):
+        recalling(model, graphs=True)
+
+
+def test_defaults_are_the_papers():
+    model = tiny_model("llama")
+    assert recalling(model, recall={}).recall == Recall(128, 16, 4)
+    assert recalling(model, recall=Recall(8)).recall == Recall(8)
