@@ -30,6 +30,21 @@ def test_answers_are_those_of_the_cpu(family, positions):
     assert torch.equal(given.cpu(), expected)
 
 
+@pytest.mark.parametrize("interval", [None, 4])
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_units_are_recalled_as_on_the_cpu(positions, interval):
+    model, ids = tiny_model("llama", vocab_size=512), distinct_prompt(300, 512)
+    recall = {"block_size": 8, "blocks": 5, "representatives": 2}
+    settings = SMALL | {"positions": positions, "recall": recall, "decode_interval": interval}
+    expected = Engine(model, "keydiff", **settings).generate(ids, **GREEDY)
+    model = model.cuda()
+    engine = Engine(model, "keydiff", **settings)
+    cache = engine.prefill(ids[:, :-5].cuda())
+    assert all(layer.host.view().pool.segments[0].columns[0].is_pinned() for layer in cache.layers)
+    given = engine.generate(ids.cuda(), **GREEDY)
+    assert torch.equal(given.cpu(), expected)
+
+
 @pytest.mark.parametrize("family", GRAPHED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graphs_change_nothing(family, dtype):

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 import locret
 from locret import Recall, RetainedCache
 from locret.backends import attend
+from locret.evaluation.engines import Engines
+from locret.evaluation.rows import expand
+from locret.models import LoadedModel
 from locret.policies import POLICIES, Policy
 from locret.policies.compose import AdaptiveHeads
 from locret.quantization import make_scheme
@@ -269,9 +272,9 @@ def test_what_did_not_change_is_not_fetched_again(monkeypatch):
         kind, "fetch", lambda self, rows, to: fetched.append(rows) or fetch(self, rows, to)
     )
     engine.generate(prompt(3), cache=cache, max_new_tokens=20, do_sample=False)
-    rows = [row for layer_rows in fetched[:2] for row in layer_rows]
-    assert len(fetched) <= 2
-    assert len(rows) == len(set(rows[: len(rows)])) or len(fetched) == 2
+    blocks = (100 - 20) // 4 * 2  # in all heads of a layer
+    assert [len(rows) < blocks for rows in fetched] == [True, False]  # the last layer never looked
+    assert sorted(fetched[1]) == [*range(blocks)]
 
 
 def test_question_tokens_and_what_is_read_after_them_are_not_evicted_twice():
@@ -500,3 +503,12 @@ def test_defaults_are_the_papers():
     model = tiny_model("llama")
     assert recalling(model, recall={}).recall == Recall(128, 16, 4)
     assert recalling(model, recall=Recall(8)).recall == Recall(8)
+
+
+def test_rows_of_an_evaluation_reach_it():
+    (row,) = expand([{"policy": "random", "budget": 20, "engine": {"recall": FEW}}])[1:]
+    loaded = LoadedModel(tiny_model("llama"), None, "tiny", None)
+    engines = Engines(loaded, {}, None, {"chunk_size": 16, "stabilizers": 3, "local_tokens": 5})
+    assert engines.get(row, row.engine_budget(None)).recall == Recall(**FEW)
+    assert engines.used[row.label]["recall"] == FEW
+    assert engines.get(row, 20).prefill(prompt(60)).report()["recall"]["host_units"] == 40

@@ -1,6 +1,7 @@
 """The engine of a row and budget, made when it is asked for."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from locret.evaluation.rows import Row
@@ -73,4 +74,5 @@ def _policy(row: Row) -> str | Policy:
 
 def _shown(engine: Engine) -> dict[str, Any]:
     """What the engine's settings came to be."""
-    return {name: getattr(engine, name) for name in SHOWN}
+    shown = {name: getattr(engine, name) for name in SHOWN}
+    return shown | ({"recall": asdict(engine.recall)} if engine.recall else {})
