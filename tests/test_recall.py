@@ -12,7 +12,7 @@ from locret.evaluation.engines import Engines
 from locret.evaluation.rows import expand
 from locret.models import LoadedModel
 from locret.policies import POLICIES, Policy
-from locret.policies.compose import AdaptiveHeads
+from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.quantization import make_scheme
 from locret.recall import HostBlocks, block_relevance, mean_logits
 from tests.test_batches import assert_each_row_as_alone, padded
@@ -26,6 +26,10 @@ ALL = {"block_size": 4, "blocks": 1000, "representatives": 2}
 
 def recalling(model, policy="streaming_llm", recall=FEW, **changes):
     return locret.Engine(model, policy, recall=recall, **SMALL | changes)
+
+
+def name_of(policy):
+    return policy if isinstance(policy, str) else type(policy).__name__
 
 
 def hosts(cache):
@@ -196,7 +200,7 @@ def test_recall_of_everything_is_the_full_cache(family, policy):
 
 @pytest.mark.parametrize("heads", [1, 8])
 @pytest.mark.parametrize(
-    "policy", ["sirllm", "h2o", "snapkv", AdaptiveHeads("keydiff"), "knorm"], ids=str
+    "policy", ["sirllm", "h2o", "snapkv", AdaptiveHeads("keydiff"), "knorm"], ids=name_of
 )
 def test_so_it_is_for_other_policies_and_head_counts(policy, heads):
     model = tiny_model("llama", num_key_value_heads=heads)
@@ -223,7 +227,11 @@ def test_so_it_is_while_an_answer_evicts():
 # --- what is where ---
 
 
-@pytest.mark.parametrize("policy", ["random", "sirllm", AdaptiveHeads("knorm")], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    ["random", "sirllm", AdaptiveHeads("knorm"), AdaptiveHeads(SharedLayers("keydiff"))],
+    ids=name_of,
+)
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_every_unit_is_held_or_on_the_host(policy, positions):
     engine = recalling(tiny_model("llama"), policy, positions=positions)
@@ -277,7 +285,7 @@ def test_what_did_not_change_is_not_fetched_again(monkeypatch):
     assert sorted(fetched[1]) == [*range(blocks)]
 
 
-def test_question_tokens_and_what_is_read_after_them_are_not_evicted_twice():
+def test_question_tokens_that_are_given_up_do_not_go_to_the_host():
     engine = recalling(tiny_model("llama"), "snapkv", query_aware=True)
     cache = engine.prefill(prompt(100), query_ids=prompt(6, seed=1))
     for layer, host in zip(cache.layers, hosts(cache), strict=True):
@@ -350,6 +358,30 @@ def test_recalled_units_count_in_compact_positions_too():
     assert (ours - full).abs().mean() < (bare - full).abs().mean()
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "glm"])
+def test_recalled_keys_are_rotated_whole_and_at_one_slot(family):
+    """RoPE turns keys and may scale them (LongRoPE), so that only angles tell slots apart; at slot
+    0 there is none."""
+    model = tiny_model(family)
+    first = [
+        recalling(model, positions=positions).prefill(prompt(60)).layers[0]
+        for positions in ("compact", "original")
+    ]
+    compact, original = (layer.host.view().pool.segments[0] for layer in first)
+    assert torch.equal(compact.columns[2], original.columns[2])
+    assert (compact.columns[0].norm(dim=-1) - original.columns[0].norm(dim=-1)).abs().max() < 1e-4
+    hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(prompt(60)))
+    attention = model.model.layers[0].self_attn
+    keys = attention.qkv_proj(hidden)[..., 64:80] if family == "phi3" else attention.k_proj(hidden)
+    keys = keys.unflatten(-1, (2, 8)).transpose(1, 2)[0]
+    positions = compact.columns[2].unflatten(0, (2, -1)).flatten(1)
+    unrotated = keys.gather(1, positions[..., None].expand(*positions.shape, 8))
+    recalled = compact.columns[0].unflatten(0, (2, -1)).flatten(1, 2)
+    scale = model.model.rotary_emb.attention_scaling
+    assert (scale > 1) == (family == "phi3")
+    assert (recalled - unrotated * scale).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("policy", ["streaming_llm", "random"])
 def test_off_changes_nothing(policy):
     model = tiny_model("llama")
@@ -364,7 +396,7 @@ def test_off_changes_nothing(policy):
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-@pytest.mark.parametrize("policy", ["random", AdaptiveHeads("knorm")], ids=str)
+@pytest.mark.parametrize("policy", ["random", AdaptiveHeads("knorm")], ids=name_of)
 def test_snapshots_and_saved_contexts(policy, positions, tmp_path):
     model = tiny_model("llama")
     engine = recalling(model, policy, positions=positions)
