@@ -372,8 +372,9 @@ def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:
 
 def _at_first_slot(call: LayerCall, cache: RetainedCache, keys: Tensor) -> Tensor:
     """Keys [B, H, any, D], all of them rotated at slot 0, where the oldest unit held is."""
-    apart = call.rotate(keys.flatten(1, 2)[:, :, None], (0,), cache.prompt_lengths)
-    return apart.view(keys.shape)
+    # No angle is left there: RoPE may only scale channels, by what it makes of ones.
+    ones = keys.new_ones(keys.shape[0], 1, 1, keys.shape[3])
+    return keys * call.rotate(ones, (0,), cache.prompt_lengths)
 
 
 def _rotated_keys(call: LayerCall, layer: RetainedLayer, cache: RetainedCache) -> Tensor:
