@@ -494,8 +494,8 @@ class RetainedCache(Cache):
         """Caches of one row each as one batch, aligned at their last unit. Empties `rows`.
 
         Args:
-            rows: caches of contexts read one by one, with the same settings.
-            padded_to: tokens of the longest context; shorter ones count as padded on the left.
+            rows: caches of the same settings, that of a padded row with its `padding`.
+            padded_to: tokens of the longest row; shorter ones count as padded on the left.
             num_heads: KV heads of the backbone.
             device: where the new tensors go.
         """
@@ -503,7 +503,7 @@ class RetainedCache(Cache):
         batch = cls(len(first.layers), first.budget, first.positions, first.windows, first.scheme)
         batch.model, batch.query_length = first.model, first.query_length
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
-        batch.padding = tuple(padded_to - row.seen for row in rows)
+        batch.padding = tuple(padded_to - row.shifted(row.seen)[0] for row in rows)
         for layer, *of_rows in zip(batch.layers, *(row.layers for row in rows), strict=True):
             units: Any = [each.units for each in of_rows]
             layer.units, layer.seen = type(layer.units).stack(units), padded_to
@@ -511,11 +511,29 @@ class RetainedCache(Cache):
             empty = [layer.held - each.held for each in of_rows]
             layer.settled = max(each.settled for each in of_rows)
             layer.empty = _stack_empty(of_rows)
+            layer.shift = tuple(each.shift[0] for each in of_rows)
             layer.add_empty(empty, num_heads, device)
             layer.state = _stack_states([each.state for each in of_rows])
             for each in of_rows:
                 each.units.clear()  # one layer at a time is held twice, not the whole batch
         return batch
+
+    def rows(self, indices: Sequence[int]) -> "RetainedCache":
+        """Some rows as a cache of their own; this one stays as it is."""
+        part = RetainedCache(
+            len(self.layers), self.budget, self.positions, self.windows, self.scheme
+        )
+        part.restore(self.snapshot())
+        part.model = self.model
+        part.batch_select_indices(torch.tensor(indices))
+        if len(self.prompt_lengths) > 1:
+            part.prompt_lengths = tuple(self.prompt_lengths[i] for i in indices)
+        if self.padding is not None:
+            part.padding = tuple(self.padding[i] for i in indices)
+        if self.token_ids is not None:
+            part.token_ids = self.token_ids[list(indices)]
+            part.unread_ids = self.unread_ids[list(indices)]
+        return part
 
     def report(self) -> dict[str, Any]:
         """What is held, in units and real bytes, against what a full cache would take.

@@ -13,6 +13,7 @@ from torch import Tensor
 from locret.cache import RetainedCache
 from locret.evaluation.engines import Engines
 from locret.evaluation.held import held_of
+from locret.evaluation.padding import padded
 from locret.evaluation.questions import Question
 from locret.evaluation.records import Record
 from locret.evaluation.stopping import StopStrings, before_stop
@@ -58,8 +59,8 @@ class Asker:
     ) -> tuple[RetainedCache, list[dict[str, Any]]]:
         """The compressed contexts, and what is held of each."""
         contexts = [question.prompt.ids[: question.compressed] for question in batch]
-        ids, mask = _padded(contexts, self.model.device)
-        given: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+        ids, mask = padded(contexts, self.model.device)
+        given: dict[str, Any] = {"attention_mask": mask}
         if batch[0].query:
             queries = [question.query for question in batch]
             given["query_ids"] = torch.tensor(queries, device=self.model.device)
@@ -76,10 +77,11 @@ class Asker:
     ) -> list[Record]:
         task = batch[0].task
         rest = [question.prompt.ids[question.compressed :] for question in batch]
-        ids = torch.tensor(rest, device=self.model.device)
+        ids, mask = padded(rest, self.model.device)
         criteria = [StopStrings(task.stop, self.tokenizer)] if task.stop else []
         output = engine.generate(
             ids,
+            mask,
             cache=cache,
             max_new_tokens=task.max_new_tokens,
             do_sample=False,
@@ -129,13 +131,3 @@ class Asker:
             budget=question.units_allowed,
             **held,
         )
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Token ids [B, n], padded on the left, and their mask; None if no row is padded."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    if all(len(row) == width for row in rows):
-        return ids, None
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
