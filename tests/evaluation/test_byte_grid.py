@@ -65,6 +65,20 @@ def test_budgets_at_sixteen_bits_are_the_ratio(loaded):
     assert byte_grid.budget_of(ByteRun("full", 1, 4), SETTINGS, geometry) == 400
 
 
+def test_batches_ask_the_same_within_the_same_bytes(loaded, out, tmp_path):
+    record = byte_grid.run_byte_grid(
+        loaded, POLICIES, SETTINGS, tmp_path / "grid.json", manifest={"model": "tiny"}, batch_size=4
+    )
+    whole = json.loads(out.read_text())["results"]
+    names = ("policy", "ratio", "bits", "task", "seed", "budget", "prompt_tokens")
+    asked = sorted([c[n] for n in names] for c in record["results"])
+    assert asked == sorted([c[n] for n in names] for c in whole)
+    for cell in record["results"]:
+        if cell["policy"] == "knorm":
+            allowed = Sizing(NO_SCHEME, 2, 2, 32).cache_bytes([400 // cell["ratio"]] * 2)
+            assert cell["total_bytes"] <= allowed
+
+
 def test_a_stopped_run_goes_on_and_ends_the_same(loaded, out, tmp_path):
     whole = json.loads(out.read_text())["results"]
     part = tmp_path / "grid.json"
