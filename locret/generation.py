@@ -20,6 +20,7 @@ from locret.backends import Backend, available, fastest
 from locret.cache import DECODE_ROOM, Eviction, Positions, RetainedCache
 from locret.heads import RetainingHeads
 from locret.kernels.dispatch import AVAILABLE
+from locret.merging import MergingChoice, merging_of
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.quantization import Quantization, scheme_of
 from locret.retention import RetainedAttention, TakenIn
@@ -85,6 +86,9 @@ class Engine:
             mapping of name and options ({"name": "kivi", "bits": 2}), or a scheme; None = as they
             are (`docs/quantization.md`). "layerquant" moves a budget given as one number between
             layers.
+        merging: how the values of evicted units are merged into units that stay: "similar",
+            "adjacent", a mapping of options or a `locret.merging.Merging`; None = they are lost.
+            Does not go with quantization (`docs/policies.md`).
         backend: "auto" or a name of `locret.backends`: how attention is computed.
         graphs: run the steps of an answer from a CUDA graph; "auto" = where that works.
         progress: called after every chunk.
@@ -110,6 +114,7 @@ class Engine:
         query_aware: bool = False,
         decode_interval: int | None = None,
         quantization: Quantization = None,
+        merging: MergingChoice = None,
         backend: Backend | Auto = "auto",
         graphs: bool | Auto = "auto",
         progress: Progress | None = None,
@@ -138,6 +143,7 @@ class Engine:
         core = self.policy.core
         if isinstance(core, LocretPolicy):
             self.query_tokens = core.heads.config.query_tokens
+        self.merging = merging_of(merging)
         shape = self.backbone.geometry
         self.settings.check(self.query_tokens, shape.num_layers)
         self.sizing = Sizing(
@@ -146,8 +152,10 @@ class Engine:
             shape.num_kv_heads,
             shape.head_size,
             self.backbone.model.dtype.itemsize,
+            self.merging is not None,
         )
-        RetainedCache(0, positions=self.positions, scheme=self.sizing.scheme)  # do they agree?
+        # Do they agree?
+        RetainedCache(0, None, self.positions, (), self.sizing.scheme, self.merging)
         self.query_aware = query_aware
         if query_aware and self.query_tokens:
             raise ValueError(
@@ -362,8 +370,9 @@ class Engine:
         """An empty cache for a context of that many tokens, and what each layer keeps of it."""
         budgets = self.settings.budgets(self.policy, self.sizing, context)
         windows, scheme = self.backbone.windows, self.sizing.scheme
-        budget = _one_if_equal(budgets)
-        return RetainedCache(len(windows), budget, self.positions, windows, scheme), budgets
+        budget, merging = _one_if_equal(budgets), self.merging if budgets else None
+        cache = RetainedCache(len(windows), budget, self.positions, windows, scheme, merging)
+        return cache, budgets
 
     def _prefill(
         self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None
@@ -384,7 +393,11 @@ class Engine:
             if budgets is not None:
                 stabilizers = 0 if final else self.settings.stabilizers_for(budgets)
                 cache.eviction = Eviction(
-                    budgets, stabilizers, cache.query_length, drop=drop if final else 0
+                    budgets,
+                    stabilizers,
+                    cache.query_length,
+                    drop=drop if final else 0,
+                    merging=cache.merging,
                 )
             self._take_in(input_ids[:, start:end], cache)
             if self.progress is not None:
@@ -515,7 +528,9 @@ class Engine:
         layers = self.backbone.geometry.num_layers
         budgets = cache.budget if isinstance(cache.budget, tuple) else (cache.budget,) * layers
         stabilizers = self.settings.stabilizers_for(budgets)
-        cache.eviction = Eviction(budgets, stabilizers, cache.query_length, interval - 1)
+        cache.eviction = Eviction(
+            budgets, stabilizers, cache.query_length, interval - 1, merging=cache.merging
+        )
 
 
 def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:

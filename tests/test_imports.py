@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"identity", "kernels", "segments", "features", "targets", "losses", "card"},
+    {"identity", "kernels", "segments", "features", "targets", "losses", "card", "merging"},
     {"quantities", "columns"},
     {"quantization", "units", "selection", "rotary"},
     {"weight_quantization"},
