@@ -89,7 +89,8 @@ class Engine:
         merging: how the values of evicted units are merged into units that stay: "similar",
             "adjacent", a mapping of options or a `locret.merging.Merging`; None = they are lost.
             Does not go with quantization (`docs/policies.md`).
-        backend: "auto" or a name of `locret.backends`: how attention is computed.
+        backend: "auto" or a name of `locret.backends`: how attention is computed. "minference"
+            needs policy="full" and chunk_size=None.
         graphs: run the steps of an answer from a CUDA graph; "auto" = where that works.
         progress: called after every chunk.
 
@@ -161,6 +162,11 @@ class Engine:
             raise ValueError(
                 "query_aware=True, but these heads read the question in front of the prompt "
                 "already; leave it out"
+            )
+        if backend == "minference" and (self.budget is not None or self.chunk_size is not None):
+            raise ValueError(
+                "backend 'minference' reads a whole prompt at once and evicts nothing; use it with "
+                "policy='full' and chunk_size=None"
             )
         self.backend: Backend = _backend(backend, self.backbone)
         self.graphs = _graphs(graphs, self.backbone)

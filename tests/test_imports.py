@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"identity", "kernels", "segments", "features", "targets", "losses", "card", "merging"},
+    {"sparse_prefill"},
     {"quantities", "columns"},
     {"quantization", "units", "selection", "rotary"},
     {"weight_quantization"},
