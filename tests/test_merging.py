@@ -6,8 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locret
-from locret.merging import Mergeable, Merging, describe_merging, merge_evicted, merging_of
+from locret.merging import (
+    Mergeable,
+    Merged,
+    Merging,
+    describe_merging,
+    merge_evicted,
+    merging_of,
+)
 from locret.policies.compose import AdaptiveHeads, SharedLayers
+from locret.units import Units, unscored
 from tests import policy_reference
 from tests.policy_reference import Unit, merge
 from tests.test_batches import assert_each_row_as_alone
@@ -259,6 +267,17 @@ def test_contexts_are_saved_restored_and_repeated(tmp_path, dtype):
     assert loaded.merging == Merging()
     beams = engine.generate(prompt(60), num_beams=2, **GREEDY)
     assert beams.shape == (1, 68)
+
+
+def test_units_written_in_place_weigh_one():
+    units = Units(weighs=True)
+    keys = torch.randn(1, 2, 5, 4)
+    units.append(keys, keys, unscored(keys), torch.arange(5))
+    units.replace_merged(Merged(keys, torch.full((1, 2, 5), 3.0)))
+    units.make_room(4, first_position=5)
+    for _ in range(3):
+        units.note_written()
+    assert units.weights[0, 1].tolist() == [3.0] * 5 + [1.0] * 3
 
 
 def test_a_budget_in_bytes_counts_weights(model):
