@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from locret import saved
 from locret.coded import CodedUnits, LayerUnits, units_for
+from locret.merging import Merging, describe_merging, merging_of
 from locret.quantization import NO_SCHEME, SCHEMES, Scheme, describe_scheme, scheme_of
 
 Positions = Literal["compact", "original"]
@@ -36,6 +37,7 @@ class Eviction:
     The last `stabilizers` units and the first `query` ones are among them whatever they scored.
     A layer evicts when it holds more than `slack` units above its budget. The last `drop` tokens
     of the chunk are read for the policy to see and not kept: a question that will be asked later.
+    The values of evicted units are merged into others by the rule `merging`; None = they are lost.
     """
 
     budgets: tuple[int, ...]
@@ -43,6 +45,7 @@ class Eviction:
     query: int = 0
     slack: int = 0
     drop: int = 0
+    merging: Merging | None = None
 
     def protected(self, layer_idx: int, recent: int = 0) -> tuple[int, int]:
         """Protected units at the (tail, head) of a layer, the policy's `recent` ones included: a
@@ -88,16 +91,22 @@ class RetainedLayer(CacheLayerMixin):
 
     A layer with a `window` attends to so many tokens, the newest included: it holds the last
     window - 1 units, unrotated, whatever the budget and the positions are.
+
+    Units hold weights (`locret.units`) if the layer `merges` evicted values.
     """
 
     is_sliding = False
     is_croppable = False
 
     def __init__(
-        self, rotated: bool, window: int | None = None, scheme: Scheme = NO_SCHEME
+        self,
+        rotated: bool,
+        window: int | None = None,
+        scheme: Scheme = NO_SCHEME,
+        merges: bool = False,
     ) -> None:
         # The base class would make keys and values plain attributes; here they are views.
-        self.units: LayerUnits = units_for(scheme)
+        self.units: LayerUnits = units_for(scheme, merges and window is None)
         self.stays_unrotated = scheme.packs and scheme.keys_are == "unrotated"
         self.seen = 0
         rotated = rotated and window is None
@@ -281,7 +290,8 @@ class RetainedLayer(CacheLayerMixin):
             self.units.select_batch(rows)
             if self.empty is not None:
                 self.empty = self.empty[rows]
-                self.shift = tuple(self.shift[row] for row in indices.tolist())
+                if len(self.shift) > 1:
+                    self.shift = tuple(self.shift[row] for row in indices.tolist())
             self.state = {name: value[rows] for name, value in self.state.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -301,6 +311,7 @@ class RetainedCache(Cache):
             no layer has one.
         scheme: how keys and values are stored, but for layers with a window: they hold theirs as
             they are.
+        merging: how the values of evicted units are merged into others; None = they are lost.
 
     Attributes:
         eviction: what layers do after attending now; None = nothing is evicted.
@@ -327,6 +338,7 @@ class RetainedCache(Cache):
         positions: Positions = "compact",
         windows: Sequence[int | None] = (),
         scheme: Scheme = NO_SCHEME,
+        merging: Merging | None = None,
     ) -> None:
         if positions not in get_args(Positions):
             raise ValueError(f"positions is {positions!r}; expected 'compact' or 'original'")
@@ -335,13 +347,19 @@ class RetainedCache(Cache):
                 f"quantization {scheme.name!r} holds keys before their rotation and original "
                 "positions hold them after it; use positions='compact', or another quantization"
             )
+        if merging is not None and scheme.packs:
+            raise ValueError(
+                f"merging changes values of units that stay, and quantization {scheme.name!r} does "
+                "not encode again what it has packed, so that errors never add up; leave one out"
+            )
         super().__init__(
             layers=[
-                RetainedLayer(positions == "original", window, of_layer)
+                RetainedLayer(positions == "original", window, of_layer, merging is not None)
                 for window, of_layer in _layer_schemes(windows or [None] * num_layers, scheme)
             ]
         )
         self.scheme = scheme
+        self.merging = merging
         self.budget = budget
         self.positions = positions
         self.model: dict[str, Any] = {}
@@ -448,6 +466,7 @@ class RetainedCache(Cache):
             "rotated": [layer.rotated for layer in self.layers],
             "windows": list(self.windows),
             "quantization": describe_scheme(self.scheme),
+            "merging": describe_merging(self.merging),
             "shift": [layer.shift for layer in self.layers],
             "settled": [layer.settled for layer in self.layers],
         }
@@ -469,6 +488,7 @@ class RetainedCache(Cache):
             positions=record["positions"],
             windows=record.get("windows", ()),
             scheme=scheme_of(record.get("quantization")),
+            merging=merging_of(record.get("merging")),
         )
         for name in _RECORDED:
             value = record[name]
@@ -500,7 +520,14 @@ class RetainedCache(Cache):
             device: where the new tensors go.
         """
         first = rows[0]
-        batch = cls(len(first.layers), first.budget, first.positions, first.windows, first.scheme)
+        batch = cls(
+            len(first.layers),
+            first.budget,
+            first.positions,
+            first.windows,
+            first.scheme,
+            first.merging,
+        )
         batch.model, batch.query_length = first.model, first.query_length
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
         batch.padding = tuple(padded_to - row.shifted(row.seen)[0] for row in rows)
@@ -521,7 +548,12 @@ class RetainedCache(Cache):
     def rows(self, indices: Sequence[int]) -> "RetainedCache":
         """Some rows as a cache of their own; this one stays as it is."""
         part = RetainedCache(
-            len(self.layers), self.budget, self.positions, self.windows, self.scheme
+            len(self.layers),
+            self.budget,
+            self.positions,
+            self.windows,
+            self.scheme,
+            self.merging,
         )
         part.restore(self.snapshot())
         part.model = self.model
@@ -540,11 +572,11 @@ class RetainedCache(Cache):
 
         Returns:
             `seen_tokens`, `budget`, `positions`, `quantization` (None or the scheme with its
-            options), per layer `windows` (None where the budget holds), `units` (held in each head)
-            and `bytes` (storage of keys, values, their scales and outliers, scores, positions,
-            spare room), their sum `total_bytes`, `kv_bytes` (the part of it without scores and
-            positions), `full_cache_bytes` (keys and values of every token seen, or of a window) and
-            `ratio` = total / full.
+            options), `merging` (likewise), per layer `windows` (None where the budget holds),
+            `units` (held in each head) and `bytes` (storage of keys, values, their scales and
+            outliers, scores, positions, weights, spare room), their sum `total_bytes`, `kv_bytes`
+            (the part of it for keys and values), `full_cache_bytes` (keys and values of every token
+            seen, or of a window) and `ratio` = total / full.
         """
         full = sum(
             layer.units.full_bytes * min(layer.seen, layer.window or layer.seen)
@@ -555,6 +587,7 @@ class RetainedCache(Cache):
             "budget": self.budget,
             "positions": self.positions,
             "quantization": describe_scheme(self.scheme) if self.quantized else None,
+            "merging": describe_merging(self.merging),
             "windows": list(self.windows),
             "units": [layer.held for layer in self.layers],
             "bytes": [layer.units.nbytes for layer in self.layers],

@@ -130,7 +130,7 @@ class Columns:
     def stack(rows: "Sequence[Columns]") -> "Columns":
         """Columns of one batch row each as one batch, aligned at their last unit; zeros before."""
         longest = max(row.held for row in rows)
-        some = next((row for row in rows if row.held), None)
+        some = next((row for row in rows if row.tensors), None)
         stacked = []
         for which, like in enumerate(some.tensors if some else ()):
             whole = like.new_zeros(len(rows), like.shape[1], longest, *like.shape[3:])

@@ -20,6 +20,7 @@ from locret.backends import Backend, available, fastest
 from locret.cache import DECODE_ROOM, Eviction, Positions, RetainedCache
 from locret.heads import RetainingHeads
 from locret.kernels.dispatch import AVAILABLE
+from locret.merging import MergingChoice, merging_of
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.quantization import Quantization, scheme_of
 from locret.reading import TOGETHER, Reading, alike_at, together
@@ -86,7 +87,11 @@ class Engine:
             mapping of name and options ({"name": "kivi", "bits": 2}), or a scheme; None = as they
             are (`docs/quantization.md`). "layerquant" moves a budget given as one number between
             layers.
-        backend: "auto" or a name of `locret.backends`: how attention is computed.
+        merging: how the values of evicted units are merged into units that stay: "similar",
+            "adjacent", a mapping of options or a `locret.merging.Merging`; None = they are lost.
+            Does not go with quantization (`docs/policies.md`).
+        backend: "auto" or a name of `locret.backends`: how attention is computed. "minference"
+            needs policy="full" and chunk_size=None.
         graphs: run the steps of an answer from a CUDA graph; "auto" = where that works.
         progress: called after every chunk.
 
@@ -111,6 +116,7 @@ class Engine:
         query_aware: bool = False,
         decode_interval: int | None = None,
         quantization: Quantization = None,
+        merging: MergingChoice = None,
         backend: Backend | Auto = "auto",
         graphs: bool | Auto = "auto",
         progress: Progress | None = None,
@@ -139,6 +145,7 @@ class Engine:
         core = self.policy.core
         if isinstance(core, LocretPolicy):
             self.query_tokens = core.heads.config.query_tokens
+        self.merging = merging_of(merging)
         shape = self.backbone.geometry
         self.settings.check(self.query_tokens, shape.num_layers)
         self.sizing = Sizing(
@@ -147,13 +154,20 @@ class Engine:
             shape.num_kv_heads,
             shape.head_size,
             self.backbone.model.dtype.itemsize,
+            self.merging is not None,
         )
-        RetainedCache(0, positions=self.positions, scheme=self.sizing.scheme)  # do they agree?
+        # Do they agree?
+        RetainedCache(0, None, self.positions, (), self.sizing.scheme, self.merging)
         self.query_aware = query_aware
         if query_aware and self.query_tokens:
             raise ValueError(
                 "query_aware=True, but these heads read the question in front of the prompt "
                 "already; leave it out"
+            )
+        if backend == "minference" and (self.budget is not None or self.chunk_size is not None):
+            raise ValueError(
+                "backend 'minference' reads a whole prompt at once and evicts nothing; use it with "
+                "policy='full' and chunk_size=None"
             )
         self.backend: Backend = _backend(backend, self.backbone)
         self.graphs = _graphs(graphs, self.backbone)
@@ -417,7 +431,8 @@ class Engine:
 
     def _empty_cache(self, budgets: tuple[int, ...] | None) -> RetainedCache:
         windows, scheme = self.backbone.windows, self.sizing.scheme
-        return RetainedCache(len(windows), _one_if_equal(budgets), self.positions, windows, scheme)
+        budget, merging = _one_if_equal(budgets), self.merging if budgets else None
+        return RetainedCache(len(windows), budget, self.positions, windows, scheme, merging)
 
     def _prefill(
         self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None
@@ -457,7 +472,8 @@ class Engine:
         if like.budgets is not None:
             stabilizers = 0 if final else self.settings.stabilizers_for(like.budgets)
             drop = like.drop if final else 0
-            cache.eviction = Eviction(like.budgets, stabilizers, like.query_length, drop=drop)
+            query, merging = like.query_length, cache.merging
+            cache.eviction = Eviction(like.budgets, stabilizers, query, drop=drop, merging=merging)
         self._take_in(torch.cat([reading.ids[:, start:end] for reading in readings]), cache)
         if self.progress is not None:
             self.progress(end, like.ids.shape[1])
@@ -592,7 +608,9 @@ class Engine:
         layers = self.backbone.geometry.num_layers
         budgets = cache.budget if isinstance(cache.budget, tuple) else (cache.budget,) * layers
         stabilizers = self.settings.stabilizers_for(budgets)
-        cache.eviction = Eviction(budgets, stabilizers, cache.query_length, interval - 1)
+        cache.eviction = Eviction(
+            budgets, stabilizers, cache.query_length, interval - 1, merging=cache.merging
+        )
 
 
 def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:

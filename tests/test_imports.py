@@ -10,7 +10,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"identity", "kernels", "segments", "reading", "features", "targets", "losses", "card"},
+    {
+        "identity",
+        "kernels",
+        "segments",
+        "reading",
+        "features",
+        "targets",
+        "losses",
+        "card",
+        "merging",
+    },
+    {"sparse_prefill"},
     {"quantities", "columns"},
     {"quantization", "units", "selection", "rotary"},
     {"weight_quantization"},

@@ -108,7 +108,9 @@ def test_batches_change_no_answer(loaded, heads, out, tmp_path):
     made = grid.run_grid(loaded, POLICIES, SETTINGS, again, heads, {"model": "tiny"}, None, 2)
     names = ("policy", "length", "row", "seed", "answer", "units", "prompt_tokens")
     whole = json.loads(out.read_text())["results"]
-    assert [[c[n] for n in names] for c in made["results"]] == [[c[n] for n in names] for c in whole]
+    assert [[c[n] for n in names] for c in made["results"]] == [
+        [c[n] for n in names] for c in whole
+    ]
 
 
 def test_a_policy_can_be_added_to_what_is_there(loaded, out, tmp_path):
