@@ -14,16 +14,13 @@ it holds every fourth pair or quadruple. Results do not depend on how a compiler
 
 import functools
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from locret.kernels.dispatch import INTERPRETED, on_device, tl, triton
+from locret.kernels.packed_units import PackedUnits
 from locret.kernels.parts import Parts, log_sum
-
-if TYPE_CHECKING:
-    from locret.kernels.decode_quantized import PackedUnits
 
 FEW = 8  # query rows of a KV head
 PROGRAMS = 12  # programs, of one warp, that share a multiprocessor
@@ -39,7 +36,7 @@ def chunk_of(size: int, nbytes: int, group: int) -> int:
     return common & -common  # the largest power of two that divides it
 
 
-def takes_few_rows(query: Tensor, packed: "PackedUnits") -> bool:
+def takes_few_rows(query: Tensor, packed: PackedUnits) -> bool:
     """Whether `attend_few_rows` covers these queries [B, H*G, T, D] and units."""
     heads, nbytes, size = packed.key_codes.shape[1], packed.key_codes.shape[3], query.shape[3]
     rows = query.shape[1] // heads * query.shape[2]
@@ -62,7 +59,7 @@ def _in_pairs(tensor: Tensor) -> bool:
 
 def attend_few_rows(
     query: Tensor,
-    packed: "PackedUnits",
+    packed: PackedUnits,
     scaling: float,
     first: Tensor | None,
     parts: Parts,
