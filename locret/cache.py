@@ -285,13 +285,18 @@ class RetainedLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.select_rows(indices, indices.tolist() if len(self.shift) > 1 else ())
+
+    def select_rows(self, indices: Tensor, known: Sequence[int]) -> None:
+        """Hold only the rows `indices` [B'] (long) of the batch, which Python knows as `known`: a
+        device is not asked."""
         if self.held:
             rows = indices.to(self.scores.device)
             self.units.select_batch(rows)
             if self.empty is not None:
                 self.empty = self.empty[rows]
                 if len(self.shift) > 1:
-                    self.shift = tuple(self.shift[row] for row in indices.tolist())
+                    self.shift = tuple(self.shift[row] for row in known)
             self.state = {name: value[rows] for name, value in self.state.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -557,7 +562,10 @@ class RetainedCache(Cache):
         )
         part.restore(self.snapshot())
         part.model = self.model
-        part.batch_select_indices(torch.tensor(indices))
+        device = next((layer.scores.device for layer in self.layers if layer.held), None)
+        on_device = torch.tensor(indices, device=device)
+        for layer in part.layers:
+            layer.select_rows(on_device, indices)
         if len(self.prompt_lengths) > 1:
             part.prompt_lengths = tuple(self.prompt_lengths[i] for i in indices)
         if self.padding is not None:
