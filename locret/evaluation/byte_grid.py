@@ -60,6 +60,7 @@ class ByteGridSettings:
         quantization: the scheme of those below 16.
         group, residual: its options. The residual is small beside the smallest budgets by default:
             what it holds in full is missing for units.
+        query_aware: policies see the prompt's local tokens, with the question, before they evict.
     """
 
     needle: NeedleSettings
@@ -67,6 +68,7 @@ class ByteGridSettings:
     quantization: str = "kivi"
     group: int = 64
     residual: int = 0
+    query_aware: bool = False
 
     def __post_init__(self) -> None:
         for bits in self.bits:
@@ -219,6 +221,7 @@ def make_engine(
         chunk_size=settings.needle.chunk_size,
         local_tokens=settings.needle.local_tokens,
         quantization=settings.scheme(run.bits),
+        query_aware=settings.query_aware and POLICIES[run.policy].evicts,
     )
 
 
@@ -248,9 +251,12 @@ def _ask(
         for _, sample in samples
     ]
     started = time.perf_counter()
-    cache = engine.prefill(*padded([ids[:-local] for ids in prompts], loaded.model.device))
-    held = cache.report()
     question = torch.tensor([ids[-local:] for ids in prompts], device=loaded.model.device)
+    cache = engine.prefill(
+        *padded([ids[:-local] for ids in prompts], loaded.model.device),
+        query_ids=question if engine.query_aware else None,
+    )
+    held = cache.report()
     limit = asked.max_new_tokens
     output = engine.generate(question, cache=cache, max_new_tokens=limit, do_sample=False)
     answers = tokenizer.batch_decode(output[:, local:], skip_special_tokens=True)

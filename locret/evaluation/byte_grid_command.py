@@ -22,7 +22,7 @@ NUMBERS = (
     "batch_size",
 )
 LISTS = ("policies", "tasks", "ratios", "bits")
-FLAGS = ("no_answer_prefix",)
+FLAGS = ("no_answer_prefix", "query_aware")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -43,6 +43,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--haystack", default="noise", help="noise, reference, or a text file")
     command.add_argument(
         "--no-answer-prefix", action="store_true", help="do not give the answer's first words"
+    )
+    command.add_argument(
+        "--query-aware", action="store_true", help="policies see the question before they evict"
     )
     command.add_argument("--json-out", type=Path, required=True, help="every answer")
     command.add_argument("--plot", type=Path, help="quality against bytes")
@@ -84,7 +87,7 @@ def run(given: argparse.Namespace, load: Callable[[], tuple[Any, Any]], bar: Bar
             _settings(given),
             _part(given.json_out, ranks.rank) if ranks.world > 1 else given.json_out,
             heads,
-            manifest=grid.manifest_of(loaded, given.heads),
+            manifest=grid.manifest_of(loaded, given.heads) | {"protocol": _protocol(given)},
             ranks=ranks,
             minutes=given.minutes,
             progress=bar("asking"),
@@ -124,7 +127,12 @@ def _settings(given: argparse.Namespace) -> Any:
         max_new_tokens=given.max_new_tokens,
     )
     bits = tuple(given.bits)
-    return ByteGridSettings(asked, bits, given.quantization, given.group, given.residual)
+    scheme = given.quantization, given.group, given.residual
+    return ByteGridSettings(asked, bits, *scheme, given.query_aware)
+
+
+def _protocol(given: argparse.Namespace) -> str:
+    return "query-aware" if given.query_aware else "query-agnostic"
 
 
 def _part(out: Path, rank: int) -> Path:

@@ -9,6 +9,8 @@ from locret.evaluation.report_blocks import Block, Paragraph, Table
 from locret.evaluation.report_evaluation import per_cent
 from locret.evaluation.report_needle import MIB, PROTOCOL, wilson
 
+AWARE = "Query-aware: policies see the question before they evict."
+
 
 def blocks(record: Mapping[str, Any]) -> Iterator[Block]:
     """What was asked, and a row for each policy, ratio and number of bits."""
@@ -18,7 +20,7 @@ def blocks(record: Mapping[str, Any]) -> Iterator[Block]:
     parts += [f"{name} {manifest[name]}" for name in ("adapter", "heads") if manifest.get(name)]
     parts.append(f"prompts of {needle['tokens']:,} tokens, tasks {', '.join(needle['tasks'])}")
     parts.append(f"{settings['quantization']} below 16 bits, groups of {settings['group']}")
-    yield Paragraph(f"{', '.join(parts)}. {PROTOCOL}")
+    yield Paragraph(f"{', '.join(parts)}. {AWARE if settings.get('query_aware') else PROTOCOL}")
     rows = summarize(record["results"])
     names = list(dict.fromkeys(task for row in rows for task in row.by_task))
     header = ["policy", "ratio", "bits", "units", "MiB", "found", "n", *names]

@@ -23,7 +23,7 @@ from locret.kernels.packed_units import PackedUnits
 from locret.kernels.parts import Parts, log_sum
 
 FEW = 8  # query rows of a KV head
-PROGRAMS = 12  # programs, of one warp, that share a multiprocessor
+PROGRAMS = 11  # programs, of one warp, that share a multiprocessor
 REGISTERS = 168  # of a thread, so that PROGRAMS fit
 UNITS = 64  # units, of 64 bytes or less, that are asked for at a time: 16, 32 or 64
 _ROOM = -4  # log2: queries are multiplied in float16 at this scale, so that none overflows
