@@ -23,7 +23,7 @@ from locret.evaluation import needle
 from locret.evaluation.files import write_whole
 from locret.evaluation.needle import NeedleSettings
 from locret.evaluation.padding import padded
-from locret.evaluation.provenance import commit, hardware, versions
+from locret.evaluation.provenance import environment
 from locret.evaluation.ranks import Ranks
 from locret.evaluation.synthetic import SyntheticSample
 from locret.generation import Engine
@@ -162,12 +162,11 @@ def new_record(
     settings: ByteGridSettings, manifest: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """A record without results."""
-    environment = {"commit": commit(), "hardware": hardware(device), "versions": versions()}
     return {
         "kind": KIND,
         "settings": json.loads(json.dumps(asdict(settings))),
         "manifest": manifest,
-        "environment": environment,
+        "environment": environment(device),
         "results": [],
     }
 

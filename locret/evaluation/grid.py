@@ -7,18 +7,17 @@ so that a run that was killed goes on where it was. One seed asks the same at ev
 """
 
 import json
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from locret.evaluation import needle
 from locret.evaluation.files import write_whole
 from locret.evaluation.needle import NeedleSettings
+from locret.evaluation.provenance import environment
 from locret.evaluation.synthetic import SyntheticSample
 from locret.heads import RetainingHeads
 from locret.models import LoadedModel
@@ -95,7 +94,7 @@ def run_grid(
         "kind": KIND,
         "settings": json.loads(json.dumps(asdict(settings))),
         "manifest": manifest or {},
-        "environment": _environment(),
+        "environment": environment(loaded.model.device),
         "results": [],
     }
     results: list[Cell] = _earlier_results(out, record) if out.exists() else []
@@ -120,16 +119,6 @@ def manifest_of(loaded: LoadedModel, heads: str | None) -> dict[str, Any]:
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "attention": loaded.model.config._attn_implementation,
         "protocol": PROTOCOL,
-    }
-
-
-def _environment() -> dict[str, str]:
-    cuda = torch.cuda.is_available()
-    return {
-        "hardware": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 
