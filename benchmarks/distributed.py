@@ -55,8 +55,8 @@ class Run:
 
 
 def main() -> None:
-    """Train in every way, compare; the JSON is written after each. Exits with 1 if the ways disagree
-    or fail."""
+    """Train in every way, compare; writes the JSON after each. Exits with 1 if ways disagree or
+    fail."""
     given = _parser().parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         work = Path(folder)

@@ -1,10 +1,8 @@
 """What every benchmark's JSON holds beside its figures: settings, commit, hardware, versions."""
 
 import gc
-import importlib.metadata
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 
 from locret.evaluation.files import write_whole
+from locret.evaluation.provenance import commit, versions
 
 PACKAGES = ("torch", "transformers", "triton", "lightning", "kvpress", "flash-attn")
 PATHS = ("out", "plot")
@@ -29,9 +28,9 @@ def write(
     record = {
         "settings": {name: value for name, value in settings.items() if name not in PATHS},
         "figures": dict(figures),
-        "commit": _commit(),
+        "commit": commit(),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions(PACKAGES) | _device_libraries(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_whole(path, json.dumps(record, indent=1, default=str) + "\n")
@@ -89,22 +88,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
-def _versions() -> dict[str, str]:
+def _device_libraries() -> dict[str, str]:
     found = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    found = {name: str(version) for name, version in found.items() if version}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: str(version) for name, version in found.items() if version}

@@ -5,6 +5,7 @@ sdpa        PyTorch's scaled_dot_product_attention, lower-right causal; runs eve
 cudnn       the past in full and the new tokens in a causal square, two cuDNN calls merged by
             log-sum-exp: the fastest on NVIDIA GPUs from Ampere on, in half precision.
 flash_attn  the flash-attn package (extra `flash`).
+minference  a whole prompt sparsely (`locret.sparse_prefill`), anything else by SDPA: a baseline.
 
 Whatever the backend, layers with a softcap or with sinks are computed in plain PyTorch, a block of
 queries at a time, and those with a window in blocks of one window by SDPA.
@@ -23,9 +24,10 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from locret import sparse_prefill
 from locret.kernels.merge import merge_parts
 
-Backend = Literal["eager", "sdpa", "cudnn", "flash_attn"]
+Backend = Literal["eager", "sdpa", "cudnn", "flash_attn", "minference"]
 
 SPLIT_FROM = 128  # new tokens; below that two calls and a merge cost more than one call
 
@@ -69,6 +71,8 @@ def available(backend: Backend, device: torch.device, dtype: torch.dtype, size: 
         raise ValueError(f"backend {backend!r} is unknown; expected one of {get_args(Backend)}")
     if backend in ("eager", "sdpa"):
         return None
+    if backend == "minference":
+        return sparse_prefill.why_not(device, dtype, size)
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return f"it needs a CUDA device and half precision, and the model is {dtype} on {device}"
     if backend == "flash_attn":
@@ -118,6 +122,13 @@ def attend(
         output = _attend_eager(query, key, value, scaling, empty, weighting)
     elif backend == "flash_attn" and empty is None and weighting.plain:
         return _attend_flash(query, key, value, scaling)
+    elif (
+        backend == "minference"
+        and empty is None
+        and weighting.plain
+        and sparse_prefill.takes(query, key)
+    ):
+        return sparse_prefill.attend_sparsely(query, key, value, scaling)
     else:
         output = _attend_sdpa(query, key, value, scaling, empty, weighting.window)
     return output.transpose(1, 2).contiguous()

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from locret import saved
 from locret.coded import CodedUnits, LayerUnits, units_for
+from locret.merging import Merging, describe_merging, merging_of
 from locret.quantization import NO_SCHEME, SCHEMES, Scheme, describe_scheme, scheme_of
 from locret.recall import HostBlocks, Recall
 from locret.units import NewUnits
@@ -39,6 +40,7 @@ class Eviction:
     The last `stabilizers` units and the first `query` ones are among them whatever they scored.
     A layer evicts when it holds more than `slack` units above its budget. The last `drop` tokens
     of the chunk are read for the policy to see and not kept: a question that will be asked later.
+    The values of evicted units are merged into others by the rule `merging`; None = they are lost.
     """
 
     budgets: tuple[int, ...]
@@ -46,6 +48,7 @@ class Eviction:
     query: int = 0
     slack: int = 0
     drop: int = 0
+    merging: Merging | None = None
 
     def protected(self, layer_idx: int, recent: int = 0) -> tuple[int, int]:
         """Protected units at the (tail, head) of a layer, the policy's `recent` ones included: a
@@ -93,6 +96,8 @@ class RetainedLayer(CacheLayerMixin):
 
     A layer with a `window` attends to so many tokens, the newest included: it holds the last
     window - 1 units, unrotated, whatever the budget and the positions are.
+
+    Units hold weights (`locret.units`) if the layer `merges` evicted values.
     """
 
     is_sliding = False
@@ -103,10 +108,11 @@ class RetainedLayer(CacheLayerMixin):
         rotated: bool,
         window: int | None = None,
         scheme: Scheme = NO_SCHEME,
+        merges: bool = False,
         recall: Recall | None = None,
     ) -> None:
         # The base class would make keys and values plain attributes; here they are views.
-        self.units: LayerUnits = units_for(scheme)
+        self.units: LayerUnits = units_for(scheme, merges and window is None)
         self.stays_unrotated = scheme.packs and scheme.keys_are == "unrotated"
         self.seen = 0
         rotated = rotated and window is None
@@ -332,12 +338,18 @@ class RetainedLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.select_rows(indices, indices.tolist() if len(self.shift) > 1 else ())
+
+    def select_rows(self, indices: Tensor, known: Sequence[int]) -> None:
+        """Hold only the rows `indices` [B'] (long) of the batch, which Python knows as `known`: a
+        device is not asked."""
         if self.held:
             rows = indices.to(self.scores.device)
             self.units.select_batch(rows)
             if self.empty is not None:
                 self.empty = self.empty[rows]
-                self.shift = tuple(self.shift[row] for row in indices.tolist())
+                if len(self.shift) > 1:
+                    self.shift = tuple(self.shift[row] for row in known)
             self.state = {name: value[rows] for name, value in self.state.items()}
             if self.host:
                 self.host.select_batch(rows)
@@ -359,6 +371,7 @@ class RetainedCache(Cache):
             no layer has one.
         scheme: how keys and values are stored, but for layers with a window: they hold theirs as
             they are.
+        merging: how the values of evicted units are merged into others; None = they are lost.
         recall: what comes back of evicted units (`locret.recall`); None = nothing.
 
     Attributes:
@@ -386,6 +399,7 @@ class RetainedCache(Cache):
         positions: Positions = "compact",
         windows: Sequence[int | None] = (),
         scheme: Scheme = NO_SCHEME,
+        merging: Merging | None = None,
         recall: Recall | None = None,
     ) -> None:
         if positions not in get_args(Positions):
@@ -395,18 +409,31 @@ class RetainedCache(Cache):
                 f"quantization {scheme.name!r} holds keys before their rotation and original "
                 "positions hold them after it; use positions='compact', or another quantization"
             )
+        if merging is not None and scheme.packs:
+            raise ValueError(
+                f"merging changes values of units that stay, and quantization {scheme.name!r} does "
+                "not encode again what it has packed, so that errors never add up; leave one out"
+            )
         if recall is not None and scheme.packs:
             raise ValueError(
                 f"recall keeps evicted units as they are in host memory and quantization "
                 f"{scheme.name!r} has only codes of them; leave one of the two out"
             )
+        if recall is not None and merging is not None:
+            raise ValueError(
+                "merging keeps what is evicted in units that stay and recall brings it back, so "
+                "that it would count twice; leave one of the two out"
+            )
         super().__init__(
             layers=[
-                RetainedLayer(positions == "original", window, of_layer, recall)
+                RetainedLayer(
+                    positions == "original", window, of_layer, merging is not None, recall
+                )
                 for window, of_layer in _layer_schemes(windows or [None] * num_layers, scheme)
             ]
         )
         self.scheme = scheme
+        self.merging = merging
         self.recall = recall
         self.budget = budget
         self.positions = positions
@@ -519,6 +546,7 @@ class RetainedCache(Cache):
             "rotated": [layer.rotated for layer in self.layers],
             "windows": list(self.windows),
             "quantization": describe_scheme(self.scheme),
+            "merging": describe_merging(self.merging),
             "recall": dataclasses.asdict(self.recall) if self.recall else None,
             "shift": [layer.shift for layer in self.layers],
             "settled": [layer.settled for layer in self.layers],
@@ -542,6 +570,7 @@ class RetainedCache(Cache):
             positions=record["positions"],
             windows=record.get("windows", ()),
             scheme=scheme_of(record.get("quantization")),
+            merging=merging_of(record.get("merging")),
             recall=Recall(**recall) if recall else None,
         )
         for name in _RECORDED:
@@ -570,8 +599,8 @@ class RetainedCache(Cache):
         """Caches of one row each as one batch, aligned at their last unit. Empties `rows`.
 
         Args:
-            rows: caches of contexts read one by one, with the same settings.
-            padded_to: tokens of the longest context; shorter ones count as padded on the left.
+            rows: caches of the same settings, that of a padded row with its `padding`.
+            padded_to: tokens of the longest row; shorter ones count as padded on the left.
             num_heads: KV heads of the backbone.
             device: where the new tensors go.
         """
@@ -582,11 +611,12 @@ class RetainedCache(Cache):
             first.positions,
             first.windows,
             first.scheme,
+            first.merging,
             first.recall,
         )
         batch.model, batch.query_length = first.model, first.query_length
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
-        batch.padding = tuple(padded_to - row.seen for row in rows)
+        batch.padding = tuple(padded_to - row.shifted(row.seen)[0] for row in rows)
         for layer, *of_rows in zip(batch.layers, *(row.layers for row in rows), strict=True):
             units: Any = [each.units for each in of_rows]
             layer.units, layer.seen = type(layer.units).stack(units), padded_to
@@ -594,6 +624,7 @@ class RetainedCache(Cache):
             empty = [layer.held - each.held for each in of_rows]
             layer.settled = max(each.settled for each in of_rows)
             layer.empty = _stack_empty(of_rows)
+            layer.shift = tuple(each.shift[0] for each in of_rows)
             layer.add_empty(empty, num_heads, device)
             layer.state = _stack_states([each.state for each in of_rows])
             if layer.host:
@@ -602,19 +633,45 @@ class RetainedCache(Cache):
                 each.units.clear()  # one layer at a time is held twice, not the whole batch
         return batch
 
+    def rows(self, indices: Sequence[int]) -> "RetainedCache":
+        """Some rows as a cache of their own; this one stays as it is."""
+        part = RetainedCache(
+            len(self.layers),
+            self.budget,
+            self.positions,
+            self.windows,
+            self.scheme,
+            merging=self.merging,
+            recall=self.recall,
+        )
+        part.restore(self.snapshot())
+        part.model = self.model
+        device = next((layer.scores.device for layer in self.layers if layer.held), None)
+        on_device = torch.tensor(indices, device=device)
+        for layer in part.layers:
+            layer.select_rows(on_device, indices)
+        if len(self.prompt_lengths) > 1:
+            part.prompt_lengths = tuple(self.prompt_lengths[i] for i in indices)
+        if self.padding is not None:
+            part.padding = tuple(self.padding[i] for i in indices)
+        if self.token_ids is not None:
+            part.token_ids = self.token_ids[list(indices)]
+            part.unread_ids = self.unread_ids[list(indices)]
+        return part
+
     def report(self) -> dict[str, Any]:
         """What is held, in units and real bytes, against what a full cache would take.
 
         Returns:
             `seen_tokens`, `budget`, `positions`, `quantization` (None or the scheme with its
-            options), per layer `windows` (None where the budget holds), `units` (held in each head)
-            and `bytes` (storage of keys, values, their scales and outliers, scores, positions,
-            spare room), their sum `total_bytes`, `kv_bytes` (the part of it without scores and
-            positions), `full_cache_bytes` (keys and values of every token seen, or of a window) and
-            `ratio` = total / full. `recall` is None, or its options with `host_units` (evicted),
-            `host_bytes` and `recalled_units` (attended to beside `units` in the last step or
-            chunk), all in the layer or head that has most but for the bytes, which are of all; what
-            it takes of the device is part of `bytes`.
+            options), `merging` (likewise), per layer `windows` (None where the budget holds),
+            `units` (held in each head) and `bytes` (storage of keys, values, their scales and
+            outliers, scores, positions, weights, spare room), their sum `total_bytes`, `kv_bytes`
+            (the part of it for keys and values), `full_cache_bytes` (keys and values of every token
+            seen, or of a window) and `ratio` = total / full. `recall` is None, or its options with
+            `host_units` (evicted), `host_bytes` and `recalled_units` (attended to beside `units` in
+            the last step or chunk), all in the layer or head that has most but for the bytes, which
+            are of all; what it takes of the device is part of `bytes`.
         """
         full = sum(
             layer.units.full_bytes * min(layer.seen, layer.window or layer.seen)
@@ -625,6 +682,7 @@ class RetainedCache(Cache):
             "budget": self.budget,
             "positions": self.positions,
             "quantization": describe_scheme(self.scheme) if self.quantized else None,
+            "merging": describe_merging(self.merging),
             "windows": list(self.windows),
             "units": [layer.held for layer in self.layers],
             "recall": self._report_recall(),

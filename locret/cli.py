@@ -102,6 +102,7 @@ def _add_needle(commands: Any) -> None:
     command.add_argument(
         "--no-answer-prefix", action="store_true", help="do not give the answer's first words"
     )
+    command.add_argument("--batch-size", type=int, default=1, help="samples asked together")
     command.add_argument("--json-out", type=Path, help="write every answer to this file")
     grid = command.add_argument_group("grid of lengths and depths (--json-out is needed)")
     grid.add_argument("--grid", action="store_true", help="ask at --lengths x --depths")
@@ -277,6 +278,8 @@ def _needle(given: argparse.Namespace) -> None:
         raise ValueError(f"policies {unknown} are unknown; expected some of {sorted(POLICIES)}")
     if not given.heads and "locret" in policies:
         raise ValueError("policy locret needs --heads; train some with python -m trainers.fit")
+    if given.batch_size < 1:
+        raise ValueError(f"batch_size is {given.batch_size}; expected at least 1")
     settings = needle.NeedleSettings(
         tasks=tuple(given.tasks),
         tokens=given.tokens,
@@ -294,7 +297,7 @@ def _needle(given: argparse.Namespace) -> None:
     loaded = _load_model(given)
     total = len(needle.runs(policies, settings.ratios)) * settings.count * len(settings.tasks)
     bar, results = _Bar("asking"), []
-    for result in needle.run_needles(loaded, policies, settings, heads):
+    for result in needle.run_needles(loaded, policies, settings, heads, given.batch_size):
         results.append(result)
         bar(len(results), total)
     print(
@@ -335,6 +338,7 @@ def _needle_grid(
         heads,
         manifest=grid.manifest_of(loaded, given.heads),
         progress=_Bar("asking"),
+        batch_size=given.batch_size,
     )
     print(grid.as_table(record))
     print(f"\nanswers  {given.json_out.resolve()}")

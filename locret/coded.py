@@ -249,6 +249,7 @@ LayerUnits = Units | CodedUnits
 """What a layer holds, one way or the other."""
 
 
-def units_for(scheme: Scheme) -> LayerUnits:
-    """Empty units of a layer stored by `scheme`."""
-    return CodedUnits(scheme) if scheme.packs else Units()
+def units_for(scheme: Scheme, weighs: bool = False) -> LayerUnits:
+    """Empty units of a layer stored by `scheme`, or as they are and perhaps with weights."""
+    assert not (scheme.packs and weighs), "packed values cannot be merged"
+    return CodedUnits(scheme) if scheme.packs else Units(weighs)

@@ -130,7 +130,9 @@ class Columns:
     def stack(rows: "Sequence[Columns]") -> "Columns":
         """Columns of one batch row each as one batch, aligned at their last unit; zeros before."""
         longest = max(row.held for row in rows)
-        some = next((row for row in rows if row.held), None)
+        if longest and all(row.held == longest for row in rows):
+            return Columns([torch.cat(column) for column in zip(*rows, strict=True)])
+        some = next((row for row in rows if row.tensors), None)
         stacked = []
         for which, like in enumerate(some.tensors if some else ()):
             whole = like.new_zeros(len(rows), like.shape[1], longest, *like.shape[3:])

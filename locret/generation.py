@@ -20,8 +20,10 @@ from locret.backends import Backend, available, fastest
 from locret.cache import DECODE_ROOM, Eviction, Positions, RetainedCache
 from locret.heads import RetainingHeads
 from locret.kernels.dispatch import AVAILABLE
+from locret.merging import MergingChoice, merging_of
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.quantization import Quantization, scheme_of
+from locret.reading import TOGETHER, Reading, alike_at, together
 from locret.recall import Recall, recall_of
 from locret.retention import RetainedAttention, TakenIn
 from locret.rotary import LongRopeRule
@@ -87,11 +89,15 @@ class Engine:
             mapping of name and options ({"name": "kivi", "bits": 2}), or a scheme; None = as they
             are (`docs/quantization.md`). "layerquant" moves a budget given as one number between
             layers.
+        merging: how the values of evicted units are merged into units that stay: "similar",
+            "adjacent", a mapping of options or a `locret.merging.Merging`; None = they are lost.
+            Does not go with quantization (`docs/policies.md`).
         recall: let evicted units wait in host memory and the most relevant blocks of them come back
             for every chunk and step: a `Recall` or its options as a mapping, {} for the defaults;
             None = what is evicted is gone. What comes back is beside the budget
             (`docs/policies.md`). Not for quantized caches.
-        backend: "auto" or a name of `locret.backends`: how attention is computed.
+        backend: "auto" or a name of `locret.backends`: how attention is computed. "minference"
+            needs policy="full" and chunk_size=None.
         graphs: run the steps of an answer from a CUDA graph; "auto" = where that works.
         progress: called after every chunk.
 
@@ -116,6 +122,7 @@ class Engine:
         query_aware: bool = False,
         decode_interval: int | None = None,
         quantization: Quantization = None,
+        merging: MergingChoice = None,
         recall: Recall | Mapping[str, int] | None = None,
         backend: Backend | Auto = "auto",
         graphs: bool | Auto = "auto",
@@ -145,6 +152,7 @@ class Engine:
         core = self.policy.core
         if isinstance(core, LocretPolicy):
             self.query_tokens = core.heads.config.query_tokens
+        self.merging = merging_of(merging)
         shape = self.backbone.geometry
         self.settings.check(self.query_tokens, shape.num_layers)
         self.sizing = Sizing(
@@ -153,16 +161,20 @@ class Engine:
             shape.num_kv_heads,
             shape.head_size,
             self.backbone.model.dtype.itemsize,
+            self.merging is not None,
         )
         self.recall = recall_of(recall)
-        RetainedCache(  # do they agree?
-            0, positions=self.positions, scheme=self.sizing.scheme, recall=self.recall
-        )
+        self._empty_cache((0,))  # do they agree?
         self.query_aware = query_aware
         if query_aware and self.query_tokens:
             raise ValueError(
                 "query_aware=True, but these heads read the question in front of the prompt "
                 "already; leave it out"
+            )
+        if backend == "minference" and (self.budget is not None or self.chunk_size is not None):
+            raise ValueError(
+                "backend 'minference' reads a whole prompt at once and evicts nothing; use it with "
+                "policy='full' and chunk_size=None"
             )
         self.backend: Backend = _backend(backend, self.backbone)
         self.graphs = _graphs(graphs, self.backbone, self.recall)
@@ -271,7 +283,7 @@ class Engine:
 
         Args:
             input_ids: [B, n] long: the prompt, or with `cache` only what follows its context. Rows
-                of different lengths are padded on the left; what follows a context is not.
+                of different lengths are padded on the left.
             attention_mask: [B, n], zeros where a row is padded; None = no padding.
             cache: a cache of `prefill` or of an earlier `generate`. It goes on from where it is,
                 and holds question and answer afterwards.
@@ -282,17 +294,12 @@ class Engine:
             What stock `generate` returns: `input_ids` followed by the answer.
 
         Raises:
-            ValueError: an empty prompt, padding elsewhere than on the left, or a decoding method
-                that needs to roll back the cache.
+            ValueError: an empty prompt, padding elsewhere than on the left, questions of lengths
+                that do not go together, or a decoding method that needs to roll back the cache.
         """
         _check_ids(input_ids)
         context = input_ids[:, :0] if cache is None else self._context_ids(cache, input_ids)
         padding = _left_padding(attention_mask, input_ids, context.shape[1])
-        if cache is not None and any(padding):
-            raise ValueError(
-                "attention_mask holds zeros: questions about a context take no padding; ask rows "
-                "of equal length, or one row at a time"
-            )
         _check_decoding(self.model, kwargs, with_cache=cache is not None)
         if max_new_tokens is None and not any(map(kwargs.get, ("max_length", "generation_config"))):
             max_new_tokens = DEFAULT_NEW_TOKENS
@@ -310,8 +317,46 @@ class Engine:
                 )
                 if limit and front:
                     kwargs["max_length"] = limit + front
+            elif any(padding):
+                sequence = self._read_questions(cache, input_ids, padding)
+                output = self._generate(sequence, cache, sequence.shape[1], kwargs)
+                return _after(input_ids, output)
             sequence = torch.cat([context, input_ids], dim=1)
             return self._generate(sequence, cache, context.shape[1], kwargs)
+
+    @property
+    def asks_together(self) -> bool:
+        """Whether questions of different lengths about contexts can be asked together: all but
+        their last tokens are read before, which is not the same to eviction and recall."""
+        return self.settings.decode_interval is None and self.recall is None
+
+    def _read_questions(
+        self, cache: RetainedCache, questions: Tensor, padding: list[int]
+    ) -> Tensor:
+        """Read questions of different lengths, all but their last tokens.
+
+        Returns:
+            [B, n] long: all that the cache knows then, padded on the left, and the last tokens.
+        """
+        one = questions.shape[1] - max(padding) + cache.unread_ids.shape[1] == 1
+        if one or not self.asks_together:
+            what = "a question of one token" if one else "with decode_interval or recall, questions"
+            raise ValueError(
+                f"attention_mask holds zeros: {what} cannot be asked together with longer ones; "
+                "ask rows of equal length, or one row at a time"
+            )
+        rows: dict[int, RetainedCache] = {}
+        for skip in sorted(set(padding)):
+            alike = [i for i, length in enumerate(padding) if length == skip]
+            part = cache.rows(alike)
+            assert part.token_ids is not None
+            new = torch.cat([part.unread_ids.to(questions.device), questions[alike, skip:]], dim=1)
+            self._take_in(new[:, :-1], part)
+            part.token_ids = torch.cat([part.token_ids, new[:, :-1].cpu()], dim=1)
+            rows |= {i: part.rows([place]) for place, i in enumerate(alike)}
+        cache.restore(self._stacked([rows[i] for i in range(len(padding))], 0).snapshot())
+        assert cache.token_ids is not None
+        return torch.cat([cache.token_ids.to(questions.device), questions[:, -1:]], dim=1)
 
     @property
     def _unread(self) -> int:
@@ -352,59 +397,116 @@ class Engine:
         queries: Any,
         width: int,
     ) -> RetainedCache:
-        """Contexts of different lengths, read one by one (a chunk fills the device by itself) and
-        answered together. Each is read exactly as it would be alone."""
-        rows = [
-            self._prefill(context, length, query)
+        """Contexts of different lengths, read and answered together; each as it would be alone."""
+        readings = [
+            self._reading(context, length, query)
             for context, length, query in zip(contexts, prompt_lengths, queries, strict=True)
         ]
+        return self._stacked(self._read_apart(readings), width)
+
+    def _stacked(self, rows: list[RetainedCache], width: int) -> RetainedCache:
+        """Caches of one row each as one of at least so many tokens."""
         padded_to = max(width, *(row.seen for row in rows))
-        heads, device = self.backbone.geometry.num_kv_heads, contexts[0].device
-        ids = [row.token_ids for row in rows]
+        ids = [row.token_ids for row in rows if row.token_ids is not None]
+        assert len(ids) == len(rows)
+        heads, device = self.backbone.geometry.num_kv_heads, self.backbone.model.device
         cache = RetainedCache.stack(rows, padded_to, heads, device)
         cache.token_ids = torch.cat(
-            [nn.functional.pad(i, (padded_to - i.shape[1], 0)) for i in ids if i is not None]
+            [nn.functional.pad(i, (padded_to - i.shape[1], 0)) for i in ids]
         )
         cache.unread_ids = cache.token_ids[:, :0]
         return cache
 
+    def _read_apart(self, readings: list[Reading]) -> list[RetainedCache]:
+        """A cache for each reading of one row. Chunks that begin and end alike are read together,
+        as many as make up `TOGETHER` tokens."""
+        done: dict[int, RetainedCache] = {}
+        groups = together(readings, max(1, TOGETHER // (self.chunk_size or TOGETHER)))
+        left = [(self._opened([readings[i] for i in rows]), rows, 0) for rows in groups]
+        while left:
+            cache, rows, at = left.pop()
+            for alike in alike_at(readings, rows, at):
+                whole = len(alike) == len(rows)
+                part = cache if whole else cache.rows([rows.index(i) for i in alike])
+                if at == len(readings[alike[0]].chunks):
+                    for place, i in enumerate(alike):
+                        done[i] = part if len(alike) == 1 else part.rows([place])
+                        self._close(done[i], [readings[i]])
+                else:
+                    self._read_chunk(part, [readings[i] for i in alike], at)
+                    left.append((part, alike, at + 1))
+        return [done[i] for i in range(len(readings))]
+
     def new_cache(self, context: int) -> tuple[RetainedCache, tuple[int, ...] | None]:
         """An empty cache for a context of that many tokens, and what each layer keeps of it."""
         budgets = self.settings.budgets(self.policy, self.sizing, context)
+        return self._empty_cache(budgets), budgets
+
+    def _empty_cache(self, budgets: tuple[int, ...] | None) -> RetainedCache:
         windows, scheme = self.backbone.windows, self.sizing.scheme
-        budget = _one_if_equal(budgets)
-        cache = RetainedCache(len(windows), budget, self.positions, windows, scheme, self.recall)
-        return cache, budgets
+        return RetainedCache(
+            len(windows),
+            _one_if_equal(budgets),
+            self.positions,
+            windows,
+            scheme,
+            merging=self.merging if budgets else None,
+            recall=self.recall,
+        )
 
     def _prefill(
         self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None
     ) -> RetainedCache:
-        cache, budgets = self.new_cache(input_ids.shape[1])
-        cache.model = self._description
-        cache.prompt_lengths = (prompt_length,)
-        together, drop = self.local_tokens - 1 if self.query_aware else 0, 0
+        reading = self._reading(input_ids, prompt_length, query_ids)
+        cache = self._opened([reading])
+        for at in range(len(reading.chunks)):
+            self._read_chunk(cache, [reading], at)
+        return self._close(cache, [reading])
+
+    def _reading(self, ids: Tensor, prompt_length: int, query_ids: Tensor | None) -> Reading:
+        """How a context [B, n] is read."""
+        budgets = self.settings.budgets(self.policy, self.sizing, ids.shape[1])
+        in_last, drop, query = self.local_tokens - 1 if self.query_aware else 0, 0, 0
         if query_ids is not None and self.query_aware:
-            together = drop = query_ids.shape[1]
-            input_ids = torch.cat([input_ids, query_ids], dim=1)
+            in_last = drop = query_ids.shape[1]
+            ids = torch.cat([ids, query_ids], dim=1)
         elif query_ids is not None:
-            cache.query_length = query_ids.shape[1]
-            input_ids = torch.cat([query_ids, input_ids], dim=1)
-        total = input_ids.shape[1]
-        for start, end in _chunks(total, self.chunk_size, together):
-            final = end == total
-            if budgets is not None:
-                stabilizers = 0 if final else self.settings.stabilizers_for(budgets)
-                cache.eviction = Eviction(
-                    budgets, stabilizers, cache.query_length, drop=drop if final else 0
-                )
-            self._take_in(input_ids[:, start:end], cache)
-            if self.progress is not None:
-                self.progress(end, total)
+            query = query_ids.shape[1]
+            ids = torch.cat([query_ids, ids], dim=1)
+        chunks = tuple(_chunks(ids.shape[1], self.chunk_size, in_last))
+        return Reading(ids, prompt_length, budgets, query, drop, chunks)
+
+    def _opened(self, readings: list[Reading]) -> RetainedCache:
+        """An empty cache for readings that go together."""
+        cache = self._empty_cache(readings[0].budgets)
+        cache.model = self._description
+        lengths = tuple(reading.prompt_length for reading in readings)
+        cache.prompt_lengths = lengths if len(set(lengths)) > 1 else lengths[:1]
+        cache.query_length = readings[0].query_length
+        return cache
+
+    def _read_chunk(self, cache: RetainedCache, readings: list[Reading], at: int) -> None:
+        """Read the chunk number `at`, which all readings have."""
+        like = readings[0]
+        (start, end), final = like.chunks[at], at + 1 == len(like.chunks)
+        if like.budgets is not None:
+            stabilizers = 0 if final else self.settings.stabilizers_for(like.budgets)
+            drop = like.drop if final else 0
+            query, merging = like.query_length, cache.merging
+            cache.eviction = Eviction(like.budgets, stabilizers, query, drop=drop, merging=merging)
+        self._take_in(torch.cat([reading.ids[:, start:end] for reading in readings]), cache)
+        if self.progress is not None:
+            self.progress(end, like.ids.shape[1])
+
+    def _close(self, cache: RetainedCache, readings: list[Reading]) -> RetainedCache:
+        """The cache after the last chunk, to be asked."""
         cache.eviction = None
+        drop = readings[0].drop
         if drop:
             for layer in cache.layers:
                 layer.state = {}  # of a question that was given up
-        cache.token_ids = input_ids[:, : total - drop].cpu()
+        ids = torch.cat([reading.ids for reading in readings])
+        cache.token_ids = ids[:, : ids.shape[1] - drop].cpu()
         cache.unread_ids = cache.token_ids[:, :0]
         return cache
 
@@ -526,7 +628,9 @@ class Engine:
         layers = self.backbone.geometry.num_layers
         budgets = cache.budget if isinstance(cache.budget, tuple) else (cache.budget,) * layers
         stabilizers = self.settings.stabilizers_for(budgets)
-        cache.eviction = Eviction(budgets, stabilizers, cache.query_length, interval - 1)
+        cache.eviction = Eviction(
+            budgets, stabilizers, cache.query_length, interval - 1, merging=cache.merging
+        )
 
 
 def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:
@@ -607,6 +711,18 @@ def _one_if_equal(budgets: tuple[int, ...] | None) -> int | tuple[int, ...] | No
 def _rows(input_ids: Tensor, padding: list[int]) -> list[Tensor]:
     """Each row [1, n] without its padding."""
     return [input_ids[row : row + 1, skip:] for row, skip in enumerate(padding)]
+
+
+def _after(input_ids: Tensor, output: Any) -> Any:
+    """What stock generate returned for an answer alone, with what was asked in front of it."""
+    plain = isinstance(output, Tensor)
+    answers = output if plain else output.sequences
+    asked = input_ids.repeat_interleave(len(answers) // len(input_ids), dim=0)
+    answers = torch.cat([asked, answers], dim=1)
+    if plain:
+        return answers
+    output.sequences = answers
+    return output
 
 
 def _longest(model: Any, kwargs: dict[str, Any], sequence: Tensor) -> int:

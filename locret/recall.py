@@ -393,12 +393,14 @@ class HostBlocks:
         if self._stored is None:
             return
         at = rows.cpu()
+        table = self._stored.table[at]
+        most = int((table >= 0).sum(dim=-1).max())  # blocks of the rows that are left
         self._stored = replace(
             self._stored,
             waiting=tuple(column.index_select(0, rows) for column in self._stored.waiting),
             counts=self._stored.counts[at],
-            table=self._stored.table[at],
-            means=self._stored.means.index_select(0, rows),
+            table=table[:, :, :most],
+            means=self._stored.means.index_select(0, rows)[:, :, :most],
         )
 
     def named_tensors(self) -> dict[str, Tensor]:

@@ -19,10 +19,11 @@ from torch import Tensor
 from locret.attention import LayerCall
 from locret.backends import Backend, attend, attend_past
 from locret.cache import DECODE_ROOM, Eviction, RetainedCache, RetainedLayer
+from locret.merging import merge_evicted
 from locret.policies.base import HeldUnits, LayerChunk, Policy
 from locret.rotary import Rotary
 from locret.selection import keep_counts, keep_highest, with_protected
-from locret.units import NewUnits, unscored
+from locret.units import NewUnits, Units, unscored
 
 Surprise = Callable[[Tensor, Tensor], Tensor]
 """Given hidden states [B, T, hidden size] and the tokens [B, T] that came next: -log p, [B, T]."""
@@ -245,9 +246,7 @@ class RetainedAttention:
             layer.units.settle(tight=not eviction.slack)
             return
         (kept,) = self._choose([scores], [layer], [call.retained_idx], eviction)
-        layer.recall_evicted(*kept, new)
-        layer.units.append_selected(new, kept.units)
-        layer.note_evicted(held + tokens - kept.units.shape[2], kept.empty)
+        _evict(layer, kept, eviction, new)
 
     def _choose(
         self,
@@ -317,11 +316,7 @@ class RetainedAttention:
             [layers[i].scores for i in full], [layers[i] for i in full], full, eviction
         )
         for i, kept in zip(full, chosen, strict=True):
-            layer = layers[i]
-            before = layer.held
-            layer.recall_evicted(*kept)
-            layer.units.select(kept.units)
-            layer.note_evicted(before - kept.units.shape[2], kept.empty)
+            _evict(layers[i], kept, eviction)
 
     def _surprisal(self, cache: RetainedCache, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """-log p of every token given those before it, [B, T] float32; +inf where not known."""
@@ -361,6 +356,34 @@ def _kept(scores: Tensor, budget: int, protected: tuple[int, int], empty: Tensor
     if empty is None:
         return keep_highest(scores, budget, *protected)
     return keep_highest(with_protected(scores, *protected, empty), budget)
+
+
+def _evict(
+    layer: RetainedLayer, kept: Kept, eviction: Eviction, new: NewUnits | None = None
+) -> None:
+    """Hold what is kept of the units held and the `new` ones."""
+    layer.recall_evicted(*kept, new)
+    units, merged = layer.units, None
+    count = layer.held - kept.units.shape[2] + (new.keys.shape[2] if new else 0)
+    if eviction.merging is not None and isinstance(units, Units):
+        fillers = kept.empty
+        if fillers is None and layer.empty is not None:
+            fillers = (layer.empty - count).clamp(min=0)
+        merged = merge_evicted(
+            units.mergeable(new),
+            kept.units,
+            eviction.merging,
+            empty=layer.empty,
+            fillers=fillers,
+            query=eviction.query,
+        )
+    if new is None:
+        units.select(kept.units)
+    else:
+        units.append_selected(new, kept.units)
+    if merged is not None:
+        units.replace_merged(merged)  # type: ignore[union-attr]
+    layer.note_evicted(count, kept.empty)
 
 
 def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:

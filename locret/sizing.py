@@ -1,7 +1,7 @@
 """Bytes of a cache, told from how it is stored, and the units that fit into bytes.
 
-Counted are keys and values (codes, tables and residual, `locret.quantization.costs`), scores and
-source positions. Outliers depend on the data and are not.
+Counted are keys and values (codes, tables and residual, `locret.quantization.costs`), scores,
+source positions and weights. Outliers depend on the data and are not.
 """
 
 from bisect import bisect_right
@@ -13,6 +13,8 @@ from locret.quantization.costs import most_bytes
 
 MARK_BYTES = 12
 """Of a unit in a KV head: its score (float32) and source position (int64)."""
+WEIGHT_BYTES = 4
+"""Of a unit in a KV head, where evicted values are merged: its weight (float32)."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Sizing:
         scheme: how keys and values are stored.
         num_layers, num_kv_heads, head_size: of the backbone.
         element_size: bytes of a number in full precision.
+        weighs: units hold a weight (`locret.merging`).
     """
 
     scheme: Scheme
@@ -30,11 +33,13 @@ class Sizing:
     num_kv_heads: int
     head_size: int
     element_size: int = 2
+    weighs: bool = False
 
     def layer_bytes(self, layer: int, units: int) -> int:
         """Most bytes of a layer that holds `units` units in every KV head after a chunk."""
         stored = most_bytes(self.scheme.for_layer(layer), units, self.head_size, self.element_size)
-        return self.num_kv_heads * (stored + MARK_BYTES * units)
+        marks = MARK_BYTES + WEIGHT_BYTES * self.weighs
+        return self.num_kv_heads * (stored + marks * units)
 
     def cache_bytes(self, budgets: Sequence[int]) -> int:
         """Most bytes of layers that hold so many units."""

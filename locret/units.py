@@ -1,7 +1,8 @@
 """The cache units of one layer as they are: keys and values in full precision.
 
-A cache unit is one token's key, value, score and source position in one KV head. The four tensors
-live and move together: there is one append and one index, so they cannot drift apart.
+A cache unit is one token's key, value, score and source position in one KV head, and its weight
+where evicted values are merged (`locret.merging`). The tensors live and move together: there is one
+append and one index, so they cannot drift apart.
 `locret.coded` is the same with keys and values in few bits.
 
 Shapes: B batch, H KV heads, S units held, T new units, D head size.
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from locret.columns import Columns, ColumnsView
+from locret.merging import Mergeable, Merged
 
-NAMES = ("keys", "values", "scores", "source_positions")
+NAMES = ("keys", "values", "scores", "source_positions", "weights")
 
 
 class NewUnits(NamedTuple):
@@ -42,9 +44,14 @@ class Units:
     """Keys and values [B, H, S, D], scores [B, H, S] float32, source positions [B, H, S] long.
 
     Storage may be larger than what is held (`room`), so that decoding appends in place.
+
+    Args:
+        weighs: hold also how many tokens each unit's value is the mean of, [B, H, S] float32
+            (`locret.merging`): 1 for new units.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weighs: bool = False) -> None:
+        self.weighs = weighs
         self._columns = Columns()
 
     @property
@@ -67,6 +74,11 @@ class Units:
     @property
     def source_positions(self) -> Tensor:
         return self._columns[3]
+
+    @property
+    def weights(self) -> Tensor:
+        """Of units that weigh."""
+        return self._columns[4]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -122,12 +134,32 @@ class Units:
             keys, values, scores, positions: see `NewUnits`; scores: higher = keep.
             room: when the storage must grow, how many units more than needed it takes.
         """
-        self._columns.append(NewUnits(keys, values, scores, positions).prepared(), room)
+        self._columns.append(self._prepared(NewUnits(keys, values, scores, positions)), room)
 
     def append_selected(self, new: NewUnits, index: Tensor) -> None:
         """Hold those units at `index` [B, H, K] (long, ascending) that held and new ones are
         together; drop spare room. The units held and the new ones are never put side by side."""
-        self._columns.append_selected(new.prepared(), index)
+        self._columns.append_selected(self._prepared(new), index)
+
+    def _prepared(self, new: NewUnits) -> tuple[Tensor, ...]:
+        """A tensor for each column."""
+        weights = (torch.ones_like(new.scores, dtype=torch.float32),) if self.weighs else ()
+        return *new.prepared(), *weights
+
+    def mergeable(self, new: NewUnits | None = None) -> Mergeable:
+        """Units that weigh, held and `new` ones together; one copy of them, if there are both."""
+        columns = [*self._columns]
+        if new is not None:
+            fresh = self._prepared(new)
+            pairs = zip(columns or [x[:, :, :0] for x in fresh], fresh, strict=True)
+            columns = [torch.cat(pair, dim=2) for pair in pairs]
+        keys, values, _, positions, weights = columns
+        return Mergeable(keys, values, positions, weights)
+
+    def replace_merged(self, merged: Merged) -> None:
+        """Give the units held other values [B, H, S, D] and weights [B, H, S]."""
+        self._columns.replace(1, merged.values)
+        self._columns.replace(4, merged.weights)
 
     def select(self, index: Tensor) -> None:
         """Hold only the units at `index` [B, H, K] (long, ascending); drop spare room."""
@@ -150,8 +182,10 @@ class Units:
         whose scores are zero and whose source positions go on from `first_position`."""
         if not self.spare:
             self.rebuild(self.keys, room)
-        _, _, scores, positions = self.tensors
+        _, _, scores, positions, *weights = self.tensors
         number_spare(scores, positions, self.held, first_position)
+        for column in weights:
+            column[:, :, self.held :] = 1
 
     def note_written(self) -> None:
         """A unit was written to the tail."""
@@ -178,7 +212,7 @@ class Units:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """What is held, by name, without spare room."""
-        return dict(zip(NAMES, self._columns, strict=True)) if self.held else {}
+        return dict(zip(NAMES, self._columns, strict=False)) if self.held else {}
 
     def take_tensors(self, named: dict[str, Tensor]) -> None:
         """Hold what `named_tensors` gave, which may be among other things."""
@@ -187,7 +221,7 @@ class Units:
     @staticmethod
     def stack(rows: "Sequence[Units]") -> "Units":
         """The rows of a batch, of one row each, as one, aligned at their last unit."""
-        stacked = Units()
+        stacked = Units(rows[0].weighs)
         stacked._columns = Columns.stack([row._columns for row in rows])
         return stacked
 

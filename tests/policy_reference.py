@@ -22,6 +22,7 @@ class Unit:
     mass: float = 0.0  # attention received so far, mean over the group
     surprisal: float = INFINITE
     turned: torch.Tensor | None = None  # the key at its slot
+    weight: float = 1.0  # tokens that the value is the mean of
 
 
 @dataclass
@@ -250,12 +251,21 @@ RULES = {
 }
 
 
-@torch.no_grad()
-def read(model, rule, tokens, budget, chunk_size, stabilizers, together=0, drop=0):
+def read(*args, **kwargs):
     """Kept source positions [layer][KV head] after the last eviction, and the scores of all units
-    at that eviction, likewise.
+    at that eviction, likewise (arguments: `run`)."""
+    layers, scores = run(*args, **kwargs)
+    return [[[u.position for u in units] for units in layer.units] for layer in layers], scores
 
-    The last `together` tokens are in one chunk; the last `drop` ones are not kept.
+
+@torch.no_grad()
+def run(
+    model, rule, tokens, budget, chunk_size, stabilizers, together=0, drop=0, merging=None, query=0
+):
+    """The layers after the last eviction, and the scores of all units at that eviction.
+
+    The last `together` tokens are in one chunk; the last `drop` ones are not kept. The values of
+    evicted units are merged by `merging`, but not into the first `query` units.
     """
     config, size = model.config, chunk_size or len(tokens)
     layers = [Layer(model, each.self_attn.scaling, []) for each in model.model.layers]
@@ -289,11 +299,15 @@ def read(model, rule, tokens, budget, chunk_size, stabilizers, together=0, drop=
         else:
             counts = rule.counts(sure, budgets)
         for layer, of_layer, share, tail in zip(layers, scores, counts, tails, strict=True):
-            layer.units = [
+            kept = [
                 evict(units, row, count, tail, gone)
                 for units, row, count in zip(layer.units, of_layer, share, strict=True)
             ]
-    return [[[u.position for u in units] for units in layer.units] for layer in layers], scores
+            for units, stay in zip(layer.units, kept, strict=True):
+                if merging is not None:
+                    merge(units[: len(units) - gone], stay, merging, query)
+            layer.units = kept
+    return layers, scores
 
 
 def forward(model, rule, layers, tokens, start):
@@ -346,3 +360,35 @@ def evict(units, scores, budget, protected, drop):
     free = len(units) - protected
     best = sorted(range(free), key=lambda i: scores[i], reverse=True)[: budget - protected]
     return [units[i] for i in sorted(best)] + units[free:]
+
+
+def merge(units, kept, merging, query=0):
+    """Value merging as `locret.merging` says it, into the units of `kept`, one evicted unit after
+    the other."""
+    takers = [unit for unit in kept if unit.position >= max(merging.sinks, query)]
+    slot = {unit.position: i for i, unit in enumerate(units)}
+    stay = {unit.position for unit in kept}
+    pairs = []
+    for unit in units:
+        if unit.position in stay or not takers:
+            continue
+        likeness = [cosine_similarity(unit.key, t.key, dim=0).item() for t in takers]
+        if merging.into == "similar":
+            best = max(range(len(takers)), key=lambda i: likeness[i])
+        else:
+            far = [abs(slot[taker.position] - slot[unit.position]) for taker in takers]
+            best = min(range(len(takers)), key=lambda i: (far[i], -i))
+        pairs.append((unit, takers[best], likeness[best]))
+    least = merging.threshold
+    if least == "mean":
+        least = sum(cosine for _, _, cosine in pairs) / max(len(pairs), 1)
+    for taker in takers:
+        given = [
+            unit
+            for unit, other, cosine in pairs
+            if other is taker and (least is None or cosine >= least - 1e-6)
+        ]
+        if given:
+            total = taker.weight + sum(unit.weight for unit in given)
+            taker.value = sum(unit.weight * unit.value for unit in [taker, *given]) / total
+            taker.weight = total

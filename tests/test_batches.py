@@ -126,13 +126,54 @@ def test_padding_takes_no_slot_that_content_needs():
         assert (layer.empty == 0).all()
 
 
-def test_questions_with_padding_are_refused():
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("quantization", [None, {"name": "kivi", "bits": 8, "residual": 3}])
+def test_questions_of_different_lengths_are_asked_together(positions, quantization):
+    model = tiny_model("llama", vocab_size=8192)
+    settings = SMALL | {"positions": positions, "quantization": quantization}
+    engine = locret.Engine(model, heads=tiny_heads(model), **settings)
+    contexts, turns = (60, 33, 33, 14), ((6, 2, 3, 3), (2, 2, 7, 1))
+    ids, mask = padded(contexts, vocab=8192)
+    cache = engine.prefill(ids, attention_mask=mask)
+    alone = [engine.prefill(ids[row : row + 1, -n:]) for row, n in enumerate(contexts)]
+    for lengths in turns:
+        asked, mask = padded(lengths, vocab=8192)
+        together = engine.generate(asked, attention_mask=mask, cache=cache, **GREEDY)
+        assert torch.equal(together[:, : asked.shape[1]], asked)
+        for row, length in enumerate(lengths):
+            own = engine.generate(asked[row : row + 1, -length:], cache=alone[row], **GREEDY)
+            assert torch.equal(together[row, asked.shape[1] :], own[0, length:])
+    for layer, *own in zip(cache.layers, *(each.layers for each in alone), strict=True):
+        for row, single in enumerate(own):
+            positions = layer.source_positions[row, :, -single.held :]
+            assert torch.equal(positions[..., :10], single.source_positions[0, ..., :10])
+
+
+def test_questions_that_do_not_go_together_are_refused():
     model = tiny_model("llama")
     engine = locret.Engine(model, "random", **SMALL)
     cache = engine.prefill(prompt(40, batch=2))
-    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    with pytest.raises(ValueError, match="questions about a context take no padding"):
+    mask = torch.tensor([[0, 0, 1], [1, 1, 1]])
+    with pytest.raises(ValueError, match="a question of one token cannot be asked together"):
         engine.generate(prompt(3, batch=2), attention_mask=mask, cache=cache)
+    engine = locret.Engine(model, "random", decode_interval=2, **SMALL)
+    mask[0, 1] = 1
+    with pytest.raises(ValueError, match="with decode_interval or recall, questions cannot"):
+        engine.generate(prompt(3, batch=2), attention_mask=mask, cache=cache)
+
+
+def test_rows_that_chunks_are_read_with_change_nothing(monkeypatch):
+    model = tiny_model("llama")
+    engine = locret.Engine(model, "h2o", **SMALL)
+    chunks = []
+    engine.progress = lambda done, total: chunks.append(done)
+    ids, mask = padded((60, 59, 33, 33, 5))
+    together = engine.generate(ids, mask, **GREEDY)
+    assert len(chunks) < 20
+    monkeypatch.setattr("locret.generation.TOGETHER", 1)
+    chunks.clear()
+    assert torch.equal(engine.generate(ids, mask, **GREEDY), together)
+    assert len(chunks) == 8 + 8 + 4 + 4
 
 
 def test_beams_of_padded_rows():

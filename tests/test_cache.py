@@ -33,6 +33,7 @@ def test_report_of_an_empty_cache():
         "budget": 10,
         "positions": "compact",
         "quantization": None,
+        "merging": None,
         "windows": [None, None, None],
         "units": [0, 0, 0],
         "recall": None,

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"identity", "kernels", "segments", "features", "targets", "losses", "card"},
+    {"identity", "kernels", "segments", "reading", "features", "targets", "losses", "card"},
+    {"merging", "sparse_prefill"},
     {"quantities", "columns", "host"},
     {"quantization", "units", "selection", "rotary", "recall"},
     {"weight_quantization"},

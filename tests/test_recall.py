@@ -454,6 +454,28 @@ def test_padded_rows_recall_everything_while_answers_evict():
         assert torch.equal(given[row, 70:], stock[0, length:])
 
 
+def test_questions_of_different_lengths_are_not_asked_together():
+    engine = recalling(tiny_model("llama"), "h2o")
+    cache = engine.prefill(prompt(40, batch=2))
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with pytest.raises(ValueError, match="or recall, questions cannot be asked together"):
+        engine.generate(prompt(3, batch=2), attention_mask=mask, cache=cache)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_rows_taken_out_of_a_batch_are_asked_as_alone(positions):
+    model = tiny_model("llama", vocab_size=8192)
+    engine = recalling(model, "h2o", positions=positions)
+    contexts = (60, 33, 33, 14)
+    ids, mask = padded(contexts, vocab=8192)
+    cache = engine.prefill(ids, attention_mask=mask)
+    question = prompt(4, vocab=8192)
+    for row, context in enumerate(contexts):
+        own = engine.generate(question, cache=cache.rows([row]), **GREEDY)
+        alone = engine.prefill(ids[row : row + 1, -context:])
+        assert torch.equal(own, engine.generate(question, cache=alone, **GREEDY))
+
+
 def test_beams_share_blocks_and_go_on_as_stock_does():
     model = tiny_model("llama")
     engine = recalling(model, "random", ALL, positions="original")
@@ -525,6 +547,8 @@ def test_what_does_not_go_together_is_refused():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="'kivi' has only codes of them; leave one"):
         recalling(model, quantization="kivi")
+    with pytest.raises(ValueError, match="so that it would count twice; leave one of the two out"):
+        recalling(model, merging="similar")
     with pytest.raises(ValueError, match="has only codes of them"):
         RetainedCache(2, scheme=make_scheme("fp8"), recall=Recall())
     with pytest.raises(ValueError, match="graphs=True does not work here: recall chooses blocks"):

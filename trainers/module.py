@@ -153,7 +153,8 @@ class HeadsModule(LightningModule):
             defaults={name: given[name] for name in ENGINE_SETTINGS},
             **{name: given[name] for name in names},
         )
-        self.heads = RetainingHeads(config)
+        with torch.device("cpu"):  # the same heads from a seed, whatever strategy and device
+            self.heads = RetainingHeads(config)
         if shards is not None:  # last: whatever sharding does to the random state
             shard_backbone(model.get_decoder(), shards)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from locret.cache import RetainedCache
 from locret.evaluation.engines import Engines
 from locret.evaluation.held import held_of
+from locret.evaluation.padding import padded
 from locret.evaluation.questions import Question
 from locret.evaluation.records import Record
 from locret.evaluation.stopping import StopStrings, before_stop
@@ -58,8 +59,8 @@ class Asker:
     ) -> tuple[RetainedCache, list[dict[str, Any]]]:
         """The compressed contexts, and what is held of each."""
         contexts = [question.prompt.ids[: question.compressed] for question in batch]
-        ids, mask = _padded(contexts, self.model.device)
-        given: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+        ids, mask = padded(contexts, self.model.device)
+        given: dict[str, Any] = {"attention_mask": mask}
         if batch[0].query:
             queries = [question.query for question in batch]
             given["query_ids"] = torch.tensor(queries, device=self.model.device)
@@ -74,24 +75,37 @@ class Asker:
         held: list[dict[str, Any]],
         started: float,
     ) -> list[Record]:
+        parts = _parts(batch, engine.asks_together)
+        answers: dict[int, tuple[Tensor, int]] = {}
+        for rows in parts:
+            part = cache if len(parts) == 1 else cache.rows(rows)
+            new = self._generated(engine, [batch[row] for row in rows], part)
+            bytes_after = part.nbytes // len(rows)
+            answers |= {row: (new[at], bytes_after) for at, row in enumerate(rows)}
+        seconds = round((time.perf_counter() - started) / len(batch), 4)
+        records = []
+        for row, question in enumerate(batch):
+            new, bytes_after = answers[row]
+            after = {"bytes_after": bytes_after, "seconds": seconds}
+            records.append(self._record(question, new, held[row] | after))
+        return records
+
+    def _generated(self, engine: Engine, batch: Sequence[Question], cache: RetainedCache) -> Tensor:
+        """The new tokens [B, n]."""
         task = batch[0].task
         rest = [question.prompt.ids[question.compressed :] for question in batch]
-        ids = torch.tensor(rest, device=self.model.device)
+        ids, mask = padded(rest, self.model.device)
         criteria = [StopStrings(task.stop, self.tokenizer)] if task.stop else []
         output = engine.generate(
             ids,
+            mask,
             cache=cache,
             max_new_tokens=task.max_new_tokens,
             do_sample=False,
             stopping_criteria=criteria,
             **self._ends(),
         )
-        seconds = (time.perf_counter() - started) / len(batch)
-        after = {"bytes_after": cache.nbytes // len(batch), "seconds": round(seconds, 4)}
-        return [
-            self._record(question, answer[ids.shape[1] :], of_it | after)
-            for question, answer, of_it in zip(batch, output, held, strict=True)
-        ]
+        return output[:, ids.shape[1] :]
 
     def _ends(self) -> dict[str, Any]:
         """The end of the turn, and what a finished row of a batch is filled with."""
@@ -131,11 +145,11 @@ class Asker:
         )
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Token ids [B, n], padded on the left, and their mask; None if no row is padded."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    if all(len(row) == width for row in rows):
-        return ids, None
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+def _parts(batch: Sequence[Question], together: bool) -> list[list[int]]:
+    """Rows that are asked together: all, or those with as many tokens to read."""
+    if together:
+        return [[*range(len(batch))]]
+    parts: dict[int, list[int]] = {}
+    for row, question in enumerate(batch):
+        parts.setdefault(question.rest, []).append(row)
+    return [*parts.values()]

@@ -10,7 +10,7 @@ processes take the samples in turn, each with a file of its own.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +22,10 @@ from locret.backbone import Backbone
 from locret.evaluation import needle
 from locret.evaluation.files import write_whole
 from locret.evaluation.needle import NeedleSettings
-from locret.evaluation.provenance import commit, hardware, versions
+from locret.evaluation.padding import padded
+from locret.evaluation.provenance import environment
 from locret.evaluation.ranks import Ranks
+from locret.evaluation.synthetic import SyntheticSample
 from locret.generation import Engine
 from locret.heads import RetainingHeads
 from locret.models import LoadedModel
@@ -58,6 +60,7 @@ class ByteGridSettings:
         quantization: the scheme of those below 16.
         group, residual: its options. The residual is small beside the smallest budgets by default:
             what it holds in full is missing for units.
+        query_aware: policies see the prompt's local tokens, with the question, before they evict.
     """
 
     needle: NeedleSettings
@@ -65,6 +68,7 @@ class ByteGridSettings:
     quantization: str = "kivi"
     group: int = 64
     residual: int = 0
+    query_aware: bool = False
 
     def __post_init__(self) -> None:
         for bits in self.bits:
@@ -109,15 +113,17 @@ def run_byte_grid(
     ranks: Ranks | None = None,
     minutes: float | None = None,
     progress: Progress | None = None,
+    batch_size: int = 1,
 ) -> dict[str, Any]:
-    """Ask what `out` does not hold yet, sample after sample under every run.
+    """Ask what `out` does not hold yet, batch after batch of samples under every run.
 
     Args:
         out: a JSON file; one that exists must be of the same settings and manifest.
         manifest: what else the answers depend on.
         ranks: of several processes, this one asks every `world`-th sample.
         minutes: ask no more after that time.
-        progress: called after every answer with the answers there are and those there will be.
+        progress: called after every batch with the answers there are and those there will be.
+        batch_size: samples that are asked together.
 
     Returns:
         What `out` holds: `kind`, `settings`, `manifest`, `environment`, `results`.
@@ -131,17 +137,24 @@ def run_byte_grid(
         record["results"] = read(out, record)["results"]
     results: list[Cell] = record["results"]
     done = {_key(cell) for cell in results}
-    asked = list(_questions(loaded, policies, settings, ranks or Ranks()))
+    samples = _samples(loaded, settings, ranks or Ranks())
+    all_runs = runs(policies, settings)
     engine_of = lru_cache(maxsize=None)(lambda run: make_engine(loaded, run, settings, heads))
-    for seed, sample, run in asked:
-        if (*run, sample.task, seed) in done:
-            continue
-        if minutes is not None and time.monotonic() - started > 60 * minutes:
-            break
-        results.append(_ask(loaded, run, engine_of(run), seed, sample, settings))
-        write_whole(out, json.dumps(record, indent=1) + "\n")
-        if progress is not None:
-            progress(len(results), len(asked))
+    for start in range(0, len(samples), batch_size):
+        for run in all_runs:
+            batch = [
+                (seed, sample)
+                for seed, sample in samples[start : start + batch_size]
+                if (*run, sample.task, seed) not in done
+            ]
+            if not batch:
+                continue
+            if minutes is not None and time.monotonic() - started > 60 * minutes:
+                return record
+            results.extend(_ask(loaded, run, engine_of(run), batch, settings))
+            write_whole(out, json.dumps(record, indent=1) + "\n")
+            if progress is not None:
+                progress(len(results), len(samples) * len(all_runs))
     return record
 
 
@@ -149,12 +162,11 @@ def new_record(
     settings: ByteGridSettings, manifest: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """A record without results."""
-    environment = {"commit": commit(), "hardware": hardware(device), "versions": versions()}
     return {
         "kind": KIND,
         "settings": json.loads(json.dumps(asdict(settings))),
         "manifest": manifest,
-        "environment": environment,
+        "environment": environment(device),
         "results": [],
     }
 
@@ -208,53 +220,64 @@ def make_engine(
         chunk_size=settings.needle.chunk_size,
         local_tokens=settings.needle.local_tokens,
         quantization=settings.scheme(run.bits),
+        query_aware=settings.query_aware and POLICIES[run.policy].evicts,
     )
 
 
-def _questions(
-    loaded: LoadedModel, policies: Sequence[str], settings: ByteGridSettings, ranks: Ranks
-) -> Iterator[tuple[int, Any, ByteRun]]:
-    """Samples of different tasks first, so that a run that is stopped has some of each."""
+def _samples(
+    loaded: LoadedModel, settings: ByteGridSettings, ranks: Ranks
+) -> list[tuple[int, SyntheticSample]]:
+    """Those of a process, with their seeds. Samples of different tasks alternate, so that a run
+    that is stopped has some of each."""
     asked = settings.needle
     samples = needle.make_samples(asked, loaded.tokenizer)
     by_place = [samples[i :: asked.count] for i in range(asked.count)]
     mixed = [sample for of_tasks in by_place for sample in of_tasks]
-    for seed, sample in mixed[ranks.rank :: ranks.world]:
-        for run in runs(policies, settings):
-            yield seed, sample, run
+    return mixed[ranks.rank :: ranks.world]
 
 
 def _ask(
     loaded: LoadedModel,
     run: ByteRun,
     engine: Engine,
-    seed: int,
-    sample: Any,
+    samples: Sequence[tuple[int, SyntheticSample]],
     settings: ByteGridSettings,
-) -> Cell:
+) -> list[Cell]:
     asked, tokenizer = settings.needle, loaded.tokenizer
-    ids = needle.needle_prompt(sample, tokenizer, asked.answer_prefix).to(loaded.model.device)
+    local, rows = asked.local_tokens, len(samples)
+    prompts = [
+        needle.needle_prompt(sample, tokenizer, asked.answer_prefix)[0].tolist()
+        for _, sample in samples
+    ]
     started = time.perf_counter()
-    cache = engine.prefill(ids[:, : -asked.local_tokens])
-    held, question = cache.report(), ids[:, -asked.local_tokens :]
+    question = torch.tensor([ids[-local:] for ids in prompts], device=loaded.model.device)
+    cache = engine.prefill(
+        *padded([ids[:-local] for ids in prompts], loaded.model.device),
+        query_ids=question if engine.query_aware else None,
+    )
+    held = cache.report()
     limit = asked.max_new_tokens
     output = engine.generate(question, cache=cache, max_new_tokens=limit, do_sample=False)
-    answer = tokenizer.decode(output[0, question.shape[1] :], skip_special_tokens=True)
-    return {
-        **run._asdict(),
-        "task": sample.task,
-        "seed": seed,
-        "depth": sample.depth,
-        "found": sample.score(answer) == 1.0,
-        "answer": answer,
-        "expected": list(sample.expected),
-        "budget": engine.budget,
-        "units": held["units"],
-        "kv_bytes": held["kv_bytes"],
-        "total_bytes": held["total_bytes"],
-        "prompt_tokens": ids.shape[1],
-        "seconds": time.perf_counter() - started,
-    }
+    answers = tokenizer.batch_decode(output[:, local:], skip_special_tokens=True)
+    seconds = (time.perf_counter() - started) / rows
+    return [
+        {
+            **run._asdict(),
+            "task": sample.task,
+            "seed": seed,
+            "depth": sample.depth,
+            "found": sample.score(answer) == 1.0,
+            "answer": answer,
+            "expected": list(sample.expected),
+            "budget": engine.budget,
+            "units": held["units"],
+            "kv_bytes": held["kv_bytes"] // rows,
+            "total_bytes": held["total_bytes"] // rows,
+            "prompt_tokens": len(ids),
+            "seconds": seconds,
+        }
+        for (seed, sample), ids, answer in zip(samples, prompts, answers, strict=True)
+    ]
 
 
 def _key(cell: Cell) -> tuple[Any, ...]:

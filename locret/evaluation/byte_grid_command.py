@@ -11,9 +11,18 @@ Bar = Callable[[str], Any]
 """Makes a progress bar with a label."""
 
 TEXTS = ("model", "heads", "adapter", "dtype", "device", "quantization", "haystack", "json_out")
-NUMBERS = ("tokens", "count", "seed", "max_new_tokens", "group", "residual", "minutes")
+NUMBERS = (
+    "tokens",
+    "count",
+    "seed",
+    "max_new_tokens",
+    "group",
+    "residual",
+    "minutes",
+    "batch_size",
+)
 LISTS = ("policies", "tasks", "ratios", "bits")
-FLAGS = ("no_answer_prefix",)
+FLAGS = ("no_answer_prefix", "query_aware")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -35,8 +44,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-answer-prefix", action="store_true", help="do not give the answer's first words"
     )
+    command.add_argument(
+        "--query-aware", action="store_true", help="policies see the question before they evict"
+    )
     command.add_argument("--json-out", type=Path, required=True, help="every answer")
     command.add_argument("--plot", type=Path, help="quality against bytes")
+    command.add_argument("--batch-size", type=int, default=1, help="samples asked together")
     command.add_argument("--processes", type=int, default=1, help="share the samples")
     command.add_argument("--minutes", type=float, help="ask no more after that time")
     command.add_argument(
@@ -74,10 +87,11 @@ def run(given: argparse.Namespace, load: Callable[[], tuple[Any, Any]], bar: Bar
             _settings(given),
             _part(given.json_out, ranks.rank) if ranks.world > 1 else given.json_out,
             heads,
-            manifest=grid.manifest_of(loaded, given.heads),
+            manifest=grid.manifest_of(loaded, given.heads) | {"protocol": _protocol(given)},
             ranks=ranks,
             minutes=given.minutes,
             progress=bar("asking"),
+            batch_size=given.batch_size,
         )
     print(byte_grid.as_table(record))
     if ranks.world == 1:
@@ -92,8 +106,9 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"policies {unknown} are unknown; expected some of {sorted(POLICIES)}")
     if not given.heads and "locret" in given.policies:
         raise ValueError("policy locret needs --heads; train some with python -m trainers.fit")
-    if given.processes < 1:
-        raise ValueError(f"processes is {given.processes}; expected at least 1")
+    for name in ("processes", "batch_size"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"{name} is {getattr(given, name)}; expected at least 1")
     _settings(given)
 
 
@@ -112,7 +127,12 @@ def _settings(given: argparse.Namespace) -> Any:
         max_new_tokens=given.max_new_tokens,
     )
     bits = tuple(given.bits)
-    return ByteGridSettings(asked, bits, given.quantization, given.group, given.residual)
+    scheme = given.quantization, given.group, given.residual
+    return ByteGridSettings(asked, bits, *scheme, given.query_aware)
+
+
+def _protocol(given: argparse.Namespace) -> str:
+    return "query-aware" if given.query_aware else "query-agnostic"
 
 
 def _part(out: Path, rank: int) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 from locret.evaluation.rows import Row
 from locret.generation import Engine
 from locret.heads import RetainingHeads
+from locret.merging import describe_merging
 from locret.models import LoadedModel
 from locret.policies import POLICIES, LocretPolicy, Policy
 
@@ -75,4 +76,5 @@ def _policy(row: Row) -> str | Policy:
 def _shown(engine: Engine) -> dict[str, Any]:
     """What the engine's settings came to be."""
     shown = {name: getattr(engine, name) for name in SHOWN}
+    shown |= {"merging": describe_merging(engine.merging)}
     return shown | ({"recall": asdict(engine.recall)} if engine.recall else {})

@@ -7,18 +7,17 @@ so that a run that was killed goes on where it was. One seed asks the same at ev
 """
 
 import json
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from locret.evaluation import needle
 from locret.evaluation.files import write_whole
 from locret.evaluation.needle import NeedleSettings
+from locret.evaluation.provenance import environment
 from locret.evaluation.synthetic import SyntheticSample
 from locret.heads import RetainingHeads
 from locret.models import LoadedModel
@@ -73,14 +72,16 @@ def run_grid(
     heads: RetainingHeads | None = None,
     manifest: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    batch_size: int = 1,
 ) -> dict[str, Any]:
-    """Ask what `out` does not hold yet; it is written anew after every answer.
+    """Ask what `out` does not hold yet; it is written anew after every batch.
 
     Args:
         out: a JSON file; one that exists must be of the same settings and manifest. Policies may be
             added to it.
         manifest: what else the answers depend on (`manifest_of`).
-        progress: called after every answer with the answers there are and those there will be.
+        progress: called after every batch with the answers there are and those there will be.
+        batch_size: samples of one length and run that are asked together.
 
     Returns:
         What `out` holds: `kind`, `settings`, `manifest`, `environment` (of the latest run),
@@ -93,18 +94,18 @@ def run_grid(
         "kind": KIND,
         "settings": json.loads(json.dumps(asdict(settings))),
         "manifest": manifest or {},
-        "environment": _environment(),
+        "environment": environment(loaded.model.device),
         "results": [],
     }
     results: list[Cell] = _earlier_results(out, record) if out.exists() else []
     record["results"] = results
     done = {_key(cell) for cell in results}
     total = len(needle.runs(policies, settings.needle.ratios)) * _samples_a_run(settings)
-    for count, cell in enumerate(_ask_all(loaded, policies, settings, heads, done), len(done) + 1):
-        results.append(cell)
+    for cells in _ask_all(loaded, policies, settings, heads, done, batch_size):
+        results.extend(cells)
         write_whole(out, json.dumps(record, indent=1) + "\n")
         if progress is not None:
-            progress(min(count, total), total)
+            progress(min(len(results), total), total)
     return record
 
 
@@ -121,16 +122,6 @@ def manifest_of(loaded: LoadedModel, heads: str | None) -> dict[str, Any]:
     }
 
 
-def _environment() -> dict[str, str]:
-    cuda = torch.cuda.is_available()
-    return {
-        "hardware": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def _samples_a_run(settings: GridSettings) -> int:
     tasks = len(settings.needle.tasks)
     return len(settings.lengths) * settings.depths * settings.samples_per_cell * tasks
@@ -142,34 +133,47 @@ def _ask_all(
     settings: GridSettings,
     heads: RetainingHeads | None,
     done: set[tuple[Any, ...]],
-) -> Iterator[Cell]:
+    batch_size: int,
+) -> Iterator[list[Cell]]:
     for length in settings.lengths:
         column = settings.of_length(length)
         samples = needle.make_samples(column, loaded.tokenizer)
+        rows = [place % column.count // settings.samples_per_cell for place in range(len(samples))]
         for run in needle.runs(policies, column.ratios):
             engine = needle.make_engine(loaded, run, column, heads)
-            for place, (seed, sample) in enumerate(samples):
-                key = (*run, length, sample.task, seed)
-                if key not in done:
-                    row = place % column.count // settings.samples_per_cell
-                    yield _ask(loaded, key, engine, sample, column) | {"row": row}
+            left = [
+                (seed, sample, row)
+                for (seed, sample), row in zip(samples, rows, strict=True)
+                if (*run, length, sample.task, seed) not in done
+            ]
+            for start in range(0, len(left), batch_size):
+                batch = left[start : start + batch_size]
+                asked = [(seed, sample) for seed, sample, _ in batch]
+                cells = _ask(loaded, run, engine, asked, column)
+                yield [cell | {"row": row} for cell, (*_, row) in zip(cells, batch, strict=True)]
 
 
 def _ask(
     loaded: LoadedModel,
-    key: tuple[Any, ...],
+    run: tuple[str, int],
     engine: Any,
-    sample: SyntheticSample,
+    samples: Sequence[tuple[int, SyntheticSample]],
     settings: NeedleSettings,
-) -> Cell:
-    policy, ratio, length, task, seed = key
+) -> list[Cell]:
+    """Answers, by halves of the batch if it does not fit into memory."""
     try:
-        result = needle.ask(loaded, (policy, ratio), engine, seed, sample, settings)
+        results = needle.ask(loaded, run, engine, samples, settings)
+        return [asdict(result) | {"length": settings.tokens, "error": None} for result in results]
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        nothing = {"policy": policy, "ratio": ratio, "task": task, "seed": seed, "found": None}
-        return nothing | {"depth": sample.depth, "length": length, "error": "out of memory"}
-    return asdict(result) | {"length": length, "error": None}
+    if len(samples) > 1:
+        half = len(samples) // 2
+        parts = samples[:half], samples[half:]
+        return [cell for part in parts for cell in _ask(loaded, run, engine, part, settings)]
+    (seed, sample), (policy, ratio) = samples[0], run
+    nothing = {"policy": policy, "ratio": ratio, "task": sample.task, "seed": seed, "found": None}
+    depth = {"depth": sample.depth, "length": settings.tokens}
+    return [nothing | depth | {"error": "out of memory"}]
 
 
 def _key(cell: Cell) -> tuple[Any, ...]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locret.evaluation.held import held_of
+from locret.evaluation.padding import padded
 from locret.evaluation.synthetic import SyntheticSample, make_sample, prompt_text
 from locret.generation import Engine
 from locret.heads import RetainingHeads
@@ -51,7 +53,8 @@ class NeedleSettings:
 
 @dataclass(frozen=True)
 class NeedleResult:
-    """One sample under one policy: `units` in each KV head and real `bytes` after the answer.
+    """One sample under one policy: `units` in each KV head and real `bytes` after the answer; of a
+    batch, its share of bytes and seconds.
 
     `found`: every expected string is in the answer. `ratio` is 1 for a policy that keeps all.
     """
@@ -135,8 +138,9 @@ def run_needles(
     policies: Sequence[str],
     settings: NeedleSettings,
     heads: RetainingHeads | None = None,
+    batch_size: int = 1,
 ) -> Iterator[NeedleResult]:
-    """Ask every sample under every policy and ratio, one result at a time.
+    """Ask every sample under every policy and ratio, `batch_size` at a time.
 
     Raises:
         ValueError: an unknown policy or task, or the policy "locret" without heads.
@@ -144,8 +148,8 @@ def run_needles(
     samples = make_samples(settings, loaded.tokenizer)
     for run in runs(policies, settings.ratios):
         engine = make_engine(loaded, run, settings, heads)
-        for seed, sample in samples:
-            yield ask(loaded, run, engine, seed, sample, settings)
+        for start in range(0, len(samples), batch_size):
+            yield from ask(loaded, run, engine, samples[start : start + batch_size], settings)
 
 
 def make_engine(
@@ -170,37 +174,43 @@ def ask(
     loaded: LoadedModel,
     run: tuple[str, int],
     engine: Engine,
-    seed: int,
-    sample: SyntheticSample,
+    samples: Sequence[tuple[int, SyntheticSample]],
     settings: NeedleSettings,
-) -> NeedleResult:
-    """Ask one sample under one run."""
+) -> list[NeedleResult]:
+    """Ask samples, which come with their seeds, together under one run."""
     tokenizer: Any = loaded.tokenizer
-    ids = needle_prompt(sample, tokenizer, settings.answer_prefix).to(loaded.model.device)
+    prompts = [needle_prompt(s, tokenizer, settings.answer_prefix)[0].tolist() for _, s in samples]
+    ids, mask = padded(prompts, loaded.model.device)
     started = time.perf_counter()
     output = engine.generate(
         ids,
+        mask,
         max_new_tokens=settings.max_new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
     )
-    seconds = time.perf_counter() - started
-    answer = tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
-    held = output.past_key_values.report()
-    return NeedleResult(
-        policy=run[0],
-        ratio=run[1],
-        task=sample.task,
-        seed=seed,
-        depth=sample.depth,
-        found=sample.score(answer) == 1.0,
-        answer=answer,
-        expected=sample.expected,
-        units=max(held["units"]),
-        bytes=held["total_bytes"],
-        prompt_tokens=ids.shape[1],
-        seconds=seconds,
-    )
+    seconds = (time.perf_counter() - started) / len(samples)
+    answers = tokenizer.batch_decode(output.sequences[:, ids.shape[1] :], skip_special_tokens=True)
+    cache, results = output.past_key_values, []
+    for row, ((seed, sample), answer) in enumerate(zip(samples, answers, strict=True)):
+        held = held_of(cache, row, len(samples))
+        results.append(
+            NeedleResult(
+                policy=run[0],
+                ratio=run[1],
+                task=sample.task,
+                seed=seed,
+                depth=sample.depth,
+                found=sample.score(answer) == 1.0,
+                answer=answer,
+                expected=sample.expected,
+                units=held["units"][1],
+                bytes=held["bytes"],
+                prompt_tokens=len(prompts[row]),
+                seconds=seconds,
+            )
+        )
+    return results
 
 
 def summarize(results: Iterable[NeedleResult]) -> list[PolicySummary]:

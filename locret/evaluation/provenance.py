@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from locret.evaluation.files import file_hash, folder_hash
 PACKAGES = ("locret", "torch", "transformers", "tokenizers", "peft", "lm_eval", "triton")
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that are installed."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of Python and those of the packages that are installed."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -48,6 +49,11 @@ def commit() -> str | None:
         return None
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     return f"{head} with changes" if changed else head
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Commit, hardware and versions of a run."""
+    return {"commit": commit(), "hardware": hardware(device), "versions": versions()}
 
 
 def _git(root: Path, *args: str) -> str | None:

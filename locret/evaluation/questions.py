@@ -146,7 +146,8 @@ def batches(asked: Iterable[Question], batch_size: int) -> list[list[Question]]:
     """Questions that one call can answer: of one row, task and budget.
 
     With a batch size of 1, the samples about one context stand together, to share its prefill;
-    else questions of one length, about contexts of any.
+    else questions about contexts of any length. Of those that are seen while their contexts are
+    compressed, such of one length.
     """
     groups: dict[tuple[Any, ...], list[Question]] = {}
     for question in asked:
@@ -154,7 +155,7 @@ def batches(asked: Iterable[Question], batch_size: int) -> list[list[Question]]:
         if batch_size == 1:
             key += (question.group, question.prompt.ids[: question.compressed], question.query)
         else:
-            key += (question.rest, len(question.query))
+            key += (len(question.query),)
         groups.setdefault(key, []).append(question)
     size = batch_size if batch_size > 1 else None
     return [batch for group in groups.values() for batch in _cut(group, size)]

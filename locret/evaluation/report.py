@@ -3,8 +3,8 @@
     python -m locret report results/*.json --out report/
 
 Read are the JSON files of `python -m locret evaluate`, `python -m locret needle` (with and without
---grid) and of `benchmarks/`. Written are `report.md` with its pictures in `figures/`, and
-`report.html`, which needs no other file.
+--grid), `python -m locret grid` and of `benchmarks/`. Written are `report.md` with its pictures in
+`figures/`, and `report.html`, which needs no other file.
 """
 
 import json
@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locret.evaluation import report_benchmark, report_evaluation, report_needle
+from locret.evaluation import (
+    byte_grid,
+    report_benchmark,
+    report_byte_grid,
+    report_evaluation,
+    report_needle,
+)
 from locret.evaluation.figures import save
 from locret.evaluation.report_blocks import Block, Figure, Heading, Paragraph, as_html, as_markdown
 
@@ -56,6 +62,12 @@ KINDS = (
         lambda found: found.get("kind") == "needle_grid",
         report_needle.grid_blocks,
         report_needle.grid_figures,
+    ),
+    Kind(
+        "Needles at equal bytes",
+        lambda found: found.get("kind") == byte_grid.KIND,
+        report_byte_grid.blocks,
+        report_byte_grid.figures,
     ),
     Kind(
         "Needles",
@@ -118,7 +130,7 @@ def read_source(path: Path) -> Source:
     if kind is None:
         raise ValueError(
             f"{path} holds no result that is known here; expected the JSON of `locret evaluate`, "
-            "`locret needle --json-out` or of one of benchmarks/"
+            "`locret needle --json-out`, `locret grid --json-out` or of one of benchmarks/"
         )
     return Source(path, kind, content)
 

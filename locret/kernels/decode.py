@@ -7,21 +7,16 @@ covers by the current length: a captured CUDA graph stays right and balanced whi
 """
 
 import functools
-import math
 
 import torch
 from torch import Tensor
 
 from locret.kernels.dispatch import (
-    INTERPRETED,
     multiprocessors,
-    on_device,
-    padded,
     takes_triton,
-    tl,
-    triton,
 )
 from locret.kernels.parts import Parts
+from locret.kernels.storage_parts import attend_storage
 
 _LEAST_PART = 128  # units of the capacity that are worth a program of their own
 _PROGRAMS = 2  # programs that share a multiprocessor
@@ -127,32 +122,10 @@ def _launch(
     first: Tensor | None,
     out: Tensor,
 ) -> None:
-    batch, heads, capacity, size = keys.shape
-    new = query.shape[2]
-    rows = query.shape[1] // heads * new
+    batch, heads, capacity, _ = keys.shape
     count = number_of_parts(batch * heads, capacity, multiprocessors(query.device))
     parts = Parts.empty(query, heads, count)
-    wide = padded(size, least=16)
-    with on_device(query):
-        _attend[(count, heads, batch)](
-            *(query, keys, values, length, length if first is None else first),
-            *(parts.values, parts.weights, scaling * math.log2(math.e), capacity),
-            *query.stride(),
-            *keys.stride(),
-            *values.stride(),
-            *((0, 0) if first is None else first.stride()),
-            HAS_FIRST=first is not None,
-            NEW=new,
-            ROWS=rows,
-            SIZE=size,
-            ROW_BLOCK=padded(rows, least=16),
-            SIZE_BLOCK=wide,
-            UNITS=min(128, max(16, 16384 // (wide * query.element_size()))),
-            # The interpreter multiplies bfloat16 blocks as integers.
-            UPCAST=INTERPRETED or query.dtype == torch.float32,
-            num_warps=8 if query.dtype == torch.float32 else 4,
-            num_stages=3,
-        )
+    attend_storage(query, keys, values, length, scaling, first, parts, 0, count)
     parts.merge(out)
 
 
@@ -165,107 +138,3 @@ def number_of_parts(heads: int, capacity: int, multiprocessors: int) -> int:
     at_once = _PROGRAMS * multiprocessors
     most = max(1, min(-(-capacity // _LEAST_PART), -(-4 * at_once // heads)))
     return min(range(1, most + 1), key=lambda parts: -(-heads * parts // at_once) / parts)
-
-
-@triton.jit
-def _attend(  # type: ignore[no-untyped-def]
-    query,
-    keys,
-    values,
-    length,
-    first,
-    partial,
-    weight,
-    scaling,
-    capacity,
-    q_b,
-    q_h,
-    q_t,
-    q_d,
-    k_b,
-    k_h,
-    k_s,
-    k_d,
-    v_b,
-    v_h,
-    v_s,
-    v_d,
-    first_b,
-    first_h,
-    HAS_FIRST: tl.constexpr,
-    NEW: tl.constexpr,
-    ROWS: tl.constexpr,
-    SIZE: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr,
-    UNITS: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    part = tl.program_id(0)
-    parts = tl.num_programs(0)
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-
-    # An equal part of what is filled now.
-    end = tl.minimum(tl.load(length), capacity)
-    start = tl.full((), 0, tl.int32)
-    if HAS_FIRST:
-        start = tl.maximum(tl.load(first + b * first_b + h * first_h), 0)
-    each = tl.cdiv(tl.maximum(end - start, 0), parts)
-    start += part * each
-    stop = tl.minimum(start + each, end)
-
-    row = tl.arange(0, ROW_BLOCK)
-    d = tl.arange(0, SIZE_BLOCK)
-    in_size = d < SIZE
-    q_head = h * (ROWS // NEW) + row // NEW
-    q_at = query + b * q_b + q_head[:, None] * q_h + (row % NEW)[:, None] * q_t
-    q = tl.load(q_at + d[None, :] * q_d, mask=(row < ROWS)[:, None] & in_size[None, :], other=0.0)
-    row_end = end - (NEW - 1 - row % NEW)
-    if UPCAST:
-        q = q.to(tl.float32)
-
-    unit = tl.arange(0, UNITS)
-    keys += b * k_b + h * k_h + start.to(tl.int64) * k_s
-    values += b * v_b + h * v_h + start.to(tl.int64) * v_s
-    k_at = keys + d[:, None] * k_d + unit[None, :] * k_s  # transposed
-    v_at = values + unit[:, None] * v_s + d[None, :] * v_d
-
-    highest = tl.full((ROW_BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((ROW_BLOCK,), tl.float32)
-    summed = tl.zeros((ROW_BLOCK, SIZE_BLOCK), tl.float32)
-    for at in tl.range(start, stop, UNITS):
-        here = at + unit < stop
-        k = tl.load(k_at, mask=here[None, :] & in_size[:, None], other=0.0)
-        v = tl.load(v_at, mask=here[:, None] & in_size[None, :], other=0.0)
-        if UPCAST:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-        logits = tl.dot(q, k, input_precision="ieee") * scaling
-        if NEW == 1:
-            logits = tl.where(here[None, :], logits, float("-inf"))
-        else:
-            visible = here[None, :] & ((at + unit)[None, :] < row_end[:, None])
-            logits = tl.where(visible, logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        # A row that has seen nothing yet has no highest logit to subtract.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - base[:, None])
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(weights, 1)
-        summed = tl.dot(
-            weights.to(v.dtype), v, acc=summed * shrink[:, None], input_precision="ieee"
-        )
-        highest = higher
-        k_at += UNITS * k_s
-        v_at += UNITS * v_s
-
-    # log2 of the part's sum of weights; a part without units stays out of the merge.
-    at_row = ((b * tl.num_programs(1) + h) * parts + part) * ROWS + row
-    kept = row < ROWS
-    some = total > 0.0
-    log_sum = tl.where(some, highest + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
-    tl.store(weight + at_row, log_sum, mask=kept)
-    summed = summed / tl.where(some, total, 1.0)[:, None]
-    at_partial = partial + at_row[:, None] * SIZE + d[None, :]
-    tl.store(at_partial, summed, mask=kept[:, None] & in_size[None, :])

@@ -4,19 +4,19 @@ As `decode.py`, with units of 8, 4 or 2 bits that are expanded in registers: wha
 what they occupy. A part walks its units run by run, because a run is what shares a row of the key
 tables. The units that are not packed, the residual, are further parts of the same merge.
 
-Units are expanded to float16, for bfloat16 models too: every packed value fits, and pairs of codes
-become pairs of values in a few instructions.
+Few query rows are `few_rows.py`'s. For others, units are expanded to float16, for bfloat16 models
+too: every packed value fits, and pairs of codes become pairs of values in a few instructions.
 
 KIVI (arXiv 2402.02750): keys per channel of a run of units, values per unit and group of channels.
 """
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from locret.kernels import few_rows
 from locret.kernels.decode import check_decode, decode_attention_reference
 from locret.kernels.dispatch import (
     INTERPRETED,
@@ -27,45 +27,14 @@ from locret.kernels.dispatch import (
     tl,
     triton,
 )
+from locret.kernels.few_rows import attend_few_rows, run_of, takes_few_rows
+from locret.kernels.packed_units import PackedUnits
 from locret.kernels.parts import Parts, average, log_sum, number_of_parts, weigh
 from locret.kernels.storage_parts import attend_storage
 
 _PROGRAMS = 3  # programs that share a multiprocessor
 _REGISTERS = 168  # of a thread, so that _PROGRAMS of 128 threads fit
 _TILE = 64  # most units that are expanded at a time
-
-
-@dataclass(frozen=True)
-class PackedUnits:
-    """Keys and values of P units, x = minimum + scale * code.
-
-    Codes are planar: of the M = ceil(D * bits / 8) bytes of a unit, bits [i * bits, (i + 1) * bits)
-    of byte j are channel i * M + j. Any strides, elements of the last axis side by side.
-
-    Attributes:
-        key_codes, value_codes: uint8 [B, H, P, M].
-        key_scale, key_minimum: float16 [B, H, G, D], a row for each run of units.
-        key_starts: int32 [B, H, G + 1]; run i is the units key_starts[i] <= u < key_starts[i + 1],
-            the first start is 0, the last P; runs may be empty.
-        value_scale, value_minimum: float16 [B, H, P, ceil(D / group)].
-        bits: 8, 4 or 2.
-        group: channels that share a scale of a value, and about the most units of a run.
-    """
-
-    key_codes: Tensor
-    key_scale: Tensor
-    key_minimum: Tensor
-    key_starts: Tensor
-    value_codes: Tensor
-    value_scale: Tensor
-    value_minimum: Tensor
-    bits: int
-    group: int
-
-    @property
-    def count(self) -> int:
-        """P."""
-        return self.key_codes.shape[2]
 
 
 def decode_attention_quantized(
@@ -181,12 +150,14 @@ def _launch(
     out: Tensor,
 ) -> None:
     heads_in_all = keys.shape[0] * keys.shape[1]
-    at_once = _PROGRAMS * multiprocessors(query.device)
+    few = takes_few_rows(query, packed)
+    at_once = (few_rows.PROGRAMS if few else _PROGRAMS) * multiprocessors(query.device)
     of_packed = number_of_parts(heads_in_all, packed.count, at_once) if packed.count else 0
     rest = number_of_parts(heads_in_all, keys.shape[2], at_once)
     parts = Parts.empty(query, keys.shape[1], of_packed + rest)
     if of_packed:
-        _attend_packed(query, packed, scaling, first, parts, of_packed)
+        attend = attend_few_rows if few else _attend_packed
+        attend(query, packed, scaling, first, parts, of_packed)
     attend_storage(
         query, keys, values, length, scaling, first, parts, of_packed, rest, packed.count
     )
@@ -352,7 +323,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
     # A tile is the units at .. end - 1 of one run, UNITS of them at most; `after` is where the next
     # run ends. Everything a tile needs is asked for before any of it is used.
-    run = tl.minimum(_run_of(ends, st_r, begin, runs), runs - 1)
+    run = tl.minimum(run_of(ends, st_r, begin, runs), runs - 1)
     at = begin
     end = tl.minimum(tl.load(ends + run * st_r), stop)
     while at < stop:
@@ -410,17 +381,6 @@ def _attend(  # type: ignore[no-untyped-def]
         mask = (row < ROWS)[:, None] & (in_bytes & (channel < SIZE))[None, :]
         at_values = part_values + at_row[:, None] * SIZE + channel[None, :]
         tl.store(at_values, average(summed[plane], total), mask=mask)
-
-
-@triton.jit
-def _run_of(ends, stride, unit, runs):  # type: ignore[no-untyped-def]
-    """The run that holds a unit: as many runs as end at or before it come first."""
-    run = tl.full((), 0, tl.int32)
-    for start in range(0, runs, 1024):
-        i = start + tl.arange(0, 1024)
-        end = tl.load(ends + i * stride, mask=i < runs, other=2**31 - 1)
-        run += tl.sum((end <= unit).to(tl.int32), 0)
-    return run
 
 
 @triton.jit

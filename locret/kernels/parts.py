@@ -14,6 +14,8 @@ from locret.kernels.dispatch import on_device, padded, tl, triton
 
 _LEAST_PART = 128  # units of the capacity that are worth a program of their own
 _START = 64
+_SLICE = 32  # channels that a program merges
+_STEP = 128  # parts that it reads at a time
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,18 @@ class Parts:
         """Write the attention of all parts together to `out` [B, H*G, T, D]; zeros of no units."""
         batch, heads, count, rows = self.weights.shape
         size = out.shape[3]
+        slice_size = min(_SLICE, padded(size))
         with on_device(out):
-            _merge[(rows, heads, batch)](
+            _merge[(rows * -(-size // slice_size), heads, batch)](
                 *(self.values, self.weights, out),
                 *out.stride(),
                 NEW=out.shape[2],
                 ROWS=rows,
                 SIZE=size,
-                SIZE_BLOCK=padded(size),
+                SLICE=slice_size,
                 PARTS=count,
                 PART_BLOCK=padded(count),
+                STEP=min(_STEP, padded(count)),
                 num_warps=4,
             )
 
@@ -112,24 +116,32 @@ def _merge(  # type: ignore[no-untyped-def]
     NEW: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr,
+    SLICE: tl.constexpr,
     PARTS: tl.constexpr,
     PART_BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    row = tl.program_id(0) % ROWS
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     part = tl.arange(0, PART_BLOCK)
-    d = tl.arange(0, SIZE_BLOCK)
-    at = ((b * tl.num_programs(1) + h) * PARTS + part) * ROWS + row
-    sums = tl.load(weights + at, mask=part < PARTS, other=float("-inf"))
+    d = tl.program_id(0) // ROWS * SLICE + tl.arange(0, SLICE)
+    before = (b * tl.num_programs(1) + h) * PARTS
+    sums = tl.load(weights + (before + part) * ROWS + row, mask=part < PARTS, other=float("-inf"))
     highest = tl.max(sums, 0)
-    share = tl.exp2(sums - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(share, 0)
-    share = share / tl.where(total > 0.0, total, 1.0)
-    mask = (part < PARTS)[:, None] & (d < SIZE)[None, :]
-    parts = tl.load(values + at[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
-    merged = tl.sum(share[:, None] * parts, 0).to(out.dtype.element_ty)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp2(sums - highest), 0)
+
+    summed = tl.zeros((STEP, SLICE), tl.float32)
+    for start in tl.static_range(0, PARTS, STEP):
+        part = start + tl.arange(0, STEP)
+        at = (before + part) * ROWS + row
+        share = tl.load(weights + at, mask=part < PARTS, other=float("-inf"))
+        share = tl.exp2(share - highest)
+        mask = (part < PARTS)[:, None] & (d < SIZE)[None, :]
+        parts = tl.load(values + at[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
+        summed += share[:, None] * parts
+    merged = tl.sum(summed, 0) / tl.where(total > 0.0, total, 1.0)
     q_head = h * (ROWS // NEW) + row // NEW
     out += b * out_b + q_head * out_h + (row % NEW) * out_t + d * out_d
-    tl.store(out, merged, mask=d < SIZE)
+    tl.store(out, merged.to(out.dtype.element_ty), mask=d < SIZE)

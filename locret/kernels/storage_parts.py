@@ -1,6 +1,5 @@
-"""Attention over 16-bit storage in parts, to be merged with the parts of packed units.
-
-Split-KV flash decoding as in `decode`, which merges its own parts at once.
+"""Attention over keys and values as they are, in parts to be merged (`parts.py`): split-KV flash
+decoding. The parts may stand beside those of packed units.
 """
 
 import math

@@ -7,7 +7,8 @@ from locret.policies.base import LayerChunk, Policy
 
 
 class RandomPolicy(Policy):
-    """Uniform scores, reproducible by seed, layer and chunk. Cost: none.
+    """Uniform scores, reproducible by seed, layer and chunk; rows have the same, so that each is
+    answered as it would be alone. Cost: none.
 
     Args:
         seed: of the scores; the global generator is left alone.
@@ -22,4 +23,6 @@ class RandomPolicy(Policy):
         # A tuple of integers hashes to the same value in every process.
         seed = hash((self.seed, chunk.layer_idx, chunk.start)) % 2**63
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(chunk.key.shape[:3], generator=generator).to(chunk.key.device)
+        rows, heads, tokens, _ = chunk.key.shape
+        scores = torch.rand(1, heads, tokens, generator=generator)
+        return scores.to(chunk.key.device).expand(rows, -1, -1)

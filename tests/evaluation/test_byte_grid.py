@@ -1,5 +1,6 @@
 """Grids at equal bytes: what is asked, in one process or several, and what is drawn."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from locret.evaluation import byte_grid, byte_grid_figure
 from locret.evaluation.byte_grid import ByteGridSettings, ByteRun
 from locret.evaluation.needle import NeedleSettings
 from locret.evaluation.ranks import Ranks
+from locret.generation import Engine
 from locret.models import LoadedModel
 from locret.quantization import NO_SCHEME
 from locret.sizing import Sizing
@@ -63,6 +65,35 @@ def test_budgets_at_sixteen_bits_are_the_ratio(loaded):
     geometry = Backbone(loaded.model).geometry
     assert byte_grid.budget_of(ByteRun("knorm", 4, 16), SETTINGS, geometry) == 100
     assert byte_grid.budget_of(ByteRun("full", 1, 4), SETTINGS, geometry) == 400
+
+
+def test_batches_ask_the_same_within_the_same_bytes(loaded, out, tmp_path):
+    record = byte_grid.run_byte_grid(
+        loaded, POLICIES, SETTINGS, tmp_path / "grid.json", manifest={"model": "tiny"}, batch_size=4
+    )
+    whole = json.loads(out.read_text())["results"]
+    names = ("policy", "ratio", "bits", "task", "seed", "budget", "prompt_tokens")
+    asked = sorted([c[n] for n in names] for c in record["results"])
+    assert asked == sorted([c[n] for n in names] for c in whole)
+    for cell in record["results"]:
+        if cell["policy"] == "knorm":
+            allowed = Sizing(NO_SCHEME, 2, 2, 32).cache_bytes([400 // cell["ratio"]] * 2)
+            assert cell["total_bytes"] <= allowed
+
+
+def test_policies_may_see_the_question(loaded, tmp_path, monkeypatch):
+    asked = []
+    prefill = Engine.prefill
+    monkeypatch.setattr(
+        Engine, "prefill", lambda *a, **k: asked.append(k["query_ids"]) or prefill(*a, **k)
+    )
+    settings = dataclasses.replace(SETTINGS, query_aware=True)
+    out = tmp_path / "grid.json"
+    cells = byte_grid.run_byte_grid(loaded, ["full", "snapkv"], settings, out, batch_size=6)
+    assert [ids is None for ids in asked] == [True] * 2 + [False] * 4
+    for cell in cells["results"]:
+        if cell["policy"] == "snapkv":
+            assert cell["units"] == [cell["budget"]] * 2
 
 
 def test_a_stopped_run_goes_on_and_ends_the_same(loaded, out, tmp_path):

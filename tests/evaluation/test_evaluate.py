@@ -205,6 +205,28 @@ def test_other_settings_are_asked_anew(config):
     assert [cell["count"] for cell in more["cells"]] == [4, 4]
 
 
+def test_rows_that_merge(config):
+    rows = (
+        {"policy": "keydiff", "budget": 20},
+        {"policy": "keydiff", "budget": 20, "name": "merged", "engine": {"merging": "similar"}},
+        {
+            "policy": "keydiff",
+            "budget": 20,
+            "name": "all",
+            "engine": {"merging": {"into": "adjacent", "threshold": None}},
+        },
+    )
+    result = json.loads(
+        evaluate.run(replace(config, tasks=("fairytaleqa",), rows=rows)).read_text()
+    )
+    engines = result["manifest"]["engines"]
+    assert engines["keydiff 20 query_agnostic"]["merging"] is None
+    assert engines["merged 20 query_agnostic"]["merging"]["threshold"] == "mean"
+    assert engines["all 20 query_agnostic"]["merging"]["into"] == "adjacent"
+    weights = {row["row"]: row["bytes"]["mean"] for row in result["rows"]}
+    assert weights["merged 20 query_agnostic"] > weights["keydiff 20 query_agnostic"]
+
+
 @pytest.mark.parametrize("size", [2, 5])
 def test_the_batch_size_changes_no_answer(size, config, once):
     evaluate.run(replace(config, batch_size=size))

@@ -103,6 +103,16 @@ def test_a_killed_run_goes_on_and_ends_the_same(loaded, heads, out, tmp_path, mo
     assert list(tmp_path.iterdir()) == [again]
 
 
+def test_batches_change_no_answer(loaded, heads, out, tmp_path):
+    again = tmp_path / "grid.json"
+    made = grid.run_grid(loaded, POLICIES, SETTINGS, again, heads, {"model": "tiny"}, None, 2)
+    names = ("policy", "length", "row", "seed", "answer", "units", "prompt_tokens")
+    whole = json.loads(out.read_text())["results"]
+    assert [[c[n] for n in names] for c in made["results"]] == [
+        [c[n] for n in names] for c in whole
+    ]
+
+
 def test_a_policy_can_be_added_to_what_is_there(loaded, out, tmp_path):
     copy = tmp_path / "grid.json"
     copy.write_bytes(out.read_bytes())

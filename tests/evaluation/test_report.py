@@ -153,6 +153,58 @@ def test_a_needle_grid_is_one_figure_and_says_what_does_not_fit(report, tmp_path
     assert figures(tmp_path) == ["00-result0-map.png"]
 
 
+def byte_grid_record(*policies):
+    """A grid at equal bytes, as `locret grid` writes it: two of three samples found."""
+    cells = [
+        {"policy": policy, "ratio": 1 if policy == "full" else 8, "bits": bits, "task": task,
+         "seed": seed, "found": seed < 2, "budget": None if policy == "full" else 1600 // bits,
+         "kv_bytes": 2**20, "total_bytes": 3 * 2**19}
+        for policy in policies
+        for bits in (16, 4)
+        for task in ("passkey", "niah_single")
+        for seed in range(3)
+    ]  # fmt: skip
+    return {
+        "kind": "byte_grid",
+        "settings": {"needle": {"tasks": ["passkey", "niah_single"], "tokens": 4000},
+                     "quantization": "kivi", "group": 64},
+        "manifest": {"model": "tiny", "adapter": None, "heads": "runs/heads"},
+        "environment": {}, "results": cells,
+    }  # fmt: skip
+
+
+def test_a_grid_at_equal_bytes_is_a_table_and_a_figure(report, tmp_path):
+    text = report(byte_grid_record("full", "knorm"))
+    assert "## Needles at equal bytes" in text and "heads runs/heads" in text
+    assert "kivi below 16 bits" in text
+    head, *rows = table_rows(text)
+    assert head == [
+        "policy",
+        "ratio",
+        "bits",
+        "units",
+        "MiB",
+        "found",
+        "n",
+        "niah_single",
+        "passkey",
+    ]
+    assert [r[:5] for r in rows] == [
+        ["full", "1x", "16", "all", "1.5"],
+        ["full", "1x", "4", "all", "1.5"],
+        ["knorm", "8x", "16", "100", "1.5"],
+        ["knorm", "8x", "4", "400", "1.5"],
+    ]
+    assert rows[0][5:] == ["66.7 (30.0-90.3)", "6", "66.7", "66.7"]
+    assert figures(tmp_path) == ["00-result0-bytes.png"]
+
+
+def test_a_grid_at_equal_bytes_without_the_full_cache_or_a_policy(report, tmp_path):
+    assert "not in this run" in report(byte_grid_record("knorm"))
+    assert "not in this run" not in report(byte_grid_record("full"))
+    assert len(figures(tmp_path)) == 1  # the first report's
+
+
 def test_systems_are_compared_and_failures_told(report, tmp_path):
     record = benchmark(("locret", "ok"), ("full", "out of memory"))
     rows = table_rows(report(record))

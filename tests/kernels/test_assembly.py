@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from locret.kernels import few_rows
 from locret.kernels.decode_quantized import _assembly
 
 
@@ -29,6 +30,7 @@ def looked_up(a, b, c, table):
 INSTRUCTIONS = {
     "mov.b32": lambda a: a,
     "prmt.b32": permuted,
+    "and.b32": lambda a, b: a & b,
     "shr.b32": lambda a, count: a >> count,
     "lop3.b32": looked_up,
     "sub.f16x2": lambda a, b: as_register(as_halves(a) - as_halves(b)),
@@ -36,14 +38,14 @@ INSTRUCTIONS = {
 }
 
 
-def execute(assembly, registers):
+def execute(assembly, registers, results=("$0", "$1")):
     for line in re.findall(r"[^{};]*;", assembly):
         name, operands = line.strip(" \n;").split(None, 1)
         if name != ".reg":
             target, *sources = (operand.strip() for operand in operands.split(","))
             values = [registers[s] if s in registers else int(s, 0) for s in sources]
             registers[target] = INSTRUCTIONS[name](*values)
-    return np.array([registers["$0"], registers["$1"]], np.uint32).view(np.float16)
+    return np.array([registers[name] for name in results], np.uint32).view(np.float16)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -59,3 +61,19 @@ def test_each_plane_gives_minimum_plus_scale_times_code(bits):
             code = packed >> plane * bits & 2**bits - 1
             exact = minimum.astype(np.float64) + scale.astype(np.float64) * code
             assert (result == exact.astype(np.float16)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_of_few_rows_lie_below_the_normal_range(bits):
+    random = np.random.default_rng(0)
+    *planes, low, high = few_rows.assembly(bits)
+    for i, assembly in enumerate(planes):
+        plane, parity = divmod(i, 2)
+        packed = random.integers(0, 256, 4, dtype=np.uint8)
+        result = execute(assembly, {"$1": int(packed.view(np.uint32)[0])}, ["$0"])
+        code = packed[parity::2].astype(np.float64) // 2 ** (plane * bits) % 2**bits
+        assert (result == code * 2.0 ** (plane * bits - 24)).all()
+    table = random.standard_normal(4).astype(np.float16)
+    registers = {f"${i}": int(r) for i, r in enumerate(table.view(np.uint32), start=1)}
+    assert (execute(low, dict(registers), ["$0"]) == table[::2]).all()
+    assert (execute(high, dict(registers), ["$0"]) == table[1::2]).all()

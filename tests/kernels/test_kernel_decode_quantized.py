@@ -5,6 +5,7 @@ from locret.kernels.decode_quantized import (
     decode_attention_quantized,
     decode_attention_quantized_reference,
 )
+from locret.kernels.few_rows import takes_few_rows
 from tests.kernels.close import assert_near
 from tests.kernels.packed import random_units
 
@@ -61,3 +62,48 @@ def test_only_packed_units_or_none(device):
     query = torch.randn(1, 4, 1, 64, device=device)
     compare(query, random_units(1, 2, 70, 64, 4, 64, device), 0, 8)
     compare(query, random_units(1, 2, 0, 64, 4, 64, device), 5, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "rows", "size", "count", "group", "bits"),
+    [
+        (2, 4, 128, 139, 64, 4),
+        (3, 1, 64, 65, 64, 4),
+        (1, 8, 256, 70, 64, 4),
+        (2, 7, 128, 33, 32, 4),
+        (2, 4, 128, 90, 128, 4),
+        (2, 3, 128, 139, 64, 2),
+        (1, 2, 128, 139, 64, 8),
+    ],
+)
+def test_few_rows_equal_the_twin(heads, rows, size, count, group, bits, dtype, device):
+    packed = random_units(2, heads, count, size, bits, group, device)
+    query = torch.randn(2, heads * rows, 1, size, device=device).to(dtype)
+    assert takes_few_rows(query, packed)
+    compare(query, packed, 21, 40)
+    first = torch.randint(0, count + 20, (2, heads), dtype=torch.int32, device=device)
+    compare(query, packed, 21, 40, first)
+
+
+@pytest.mark.parametrize("units", [16, 32])
+def test_few_rows_of_smaller_tiles(units, device, monkeypatch):
+    monkeypatch.setattr("locret.kernels.few_rows.UNITS", units)
+    packed = random_units(1, 2, 150, 128, 4, 64, device)
+    compare(torch.randn(1, 8, 1, 128, device=device).bfloat16(), packed, 21, 40)
+
+
+def test_few_rows_of_several_new_tokens(device):
+    packed = random_units(1, 2, 100, 128, 4, 64, device)
+    compare(torch.randn(1, 4, 3, 128, device=device).half(), packed, 21, 40)
+
+
+def test_few_rows_with_strong_and_weak_scales(device):
+    """Products with the query near the ends of float16, and a unit that outweighs all others."""
+    packed = random_units(1, 1, 130, 128, 4, 64, device)
+    packed.key_scale[..., ::2] *= 2.0**-12
+    packed.key_scale[..., 1] = 60.0
+    packed.key_minimum[..., ::3] = 3.0
+    query = torch.randn(1, 4, 1, 128, device=device)
+    query[:, 0] *= 30.0
+    compare(query.half(), packed, 21, 40)

@@ -1,0 +1,146 @@
+"""What few bits cost in answers: our quantized caches beside transformers' own, nothing evicted.
+
+    python -m benchmarks.quantized_quality --tokens 3000 --count 20 --out r.json
+
+Every system answers the same needle prompts (`locret.evaluation.synthetic`), greedily:
+  full          stock generate with the full cache
+  none          locret without eviction and quantization: the same tokens as `full`
+  kivi-4        locret, nothing evicted, keys and values by a scheme in so many bits
+  quanto-4      stock generate with `transformers.QuantizedCache`, where its packages are installed
+The share found comes with its 95 % Wilson interval. The JSON is written after every system.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import QuantizedCache
+
+from benchmarks import record
+from locret import Engine
+from locret.evaluation import needle
+from locret.evaluation.report_needle import wilson
+from locret.models import LoadedModel, load_model
+from locret.quantization.baselines import transformers_backends
+
+Answer = Callable[[Tensor], Tensor]
+"""The new tokens [n] after a prompt [1, n]."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Ask every system, print a line of each and write the JSON."""
+    given = _parser().parse_args(args)
+    loaded = load_model(
+        given.model, dtype=given.dtype, device=given.device, adapter=given.adapter or None
+    )
+    asked = needle.NeedleSettings(
+        tasks=tuple(given.tasks), tokens=given.tokens, count=given.count, haystack=None
+    )
+    samples = [sample for _, sample in needle.make_samples(asked, loaded.tokenizer)]
+    tokenizer: Any = loaded.tokenizer
+    prompts = [
+        needle.needle_prompt(sample, tokenizer, answer_prefix=True).to(loaded.model.device)
+        for sample in samples
+    ]
+    figures: dict[str, Any] = {"systems": {}, "refused": {}}
+    full: list[str] = []
+    for name, system in _systems(loaded, given, figures["refused"]):
+        new = [system(ids) for ids in prompts]
+        answers = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
+        full = full or answers
+        hits = [s.score(answer) == 1.0 for s, answer in zip(samples, answers, strict=True)]
+        low, high = wilson(sum(hits), len(hits))
+        figures["systems"][name] = {
+            "found": sum(hits),
+            "count": len(hits),
+            "interval": [low, high],
+            "answers_of_full": sum(a == b for a, b in zip(answers, full, strict=True)),
+            "answers": answers,
+        }
+        print(
+            f"{name:<12}{sum(hits):>4}/{len(hits)}  ({low:.2f} to {high:.2f})  "
+            f"{figures['systems'][name]['answers_of_full']} answers are those of full",
+            flush=True,
+        )
+        record.write(given.out, vars(given), figures, announce=False)
+    for name, reason in figures["refused"].items():
+        print(f"{name:<12}not run: {reason}")
+    record.write(given.out, vars(given), figures)
+
+
+def _systems(
+    loaded: LoadedModel, given: argparse.Namespace, refused: dict[str, str]
+) -> Iterator[tuple[str, Answer]]:
+    yield "full", _stock(loaded, given, lambda: None)
+    yield "none", _ours(loaded, given, None)
+    for bits in given.bits:
+        for scheme in given.schemes:
+            yield f"{scheme}-{bits}", _ours(loaded, given, {"name": scheme, "bits": bits})
+        for backend, reason in transformers_backends().items():
+            name = f"{backend}-{bits}"
+            if backend == "fp8" or (backend == "quanto" and bits == 8):
+                continue  # bits of its own, or none of these
+            if reason is not None:
+                refused[name] = reason
+                continue
+            yield name, _stock(loaded, given, _quantized(loaded, backend, bits))
+
+
+def _ours(loaded: LoadedModel, given: argparse.Namespace, quantization: Any) -> Answer:
+    engine = Engine(loaded.model, "full", quantization=quantization)
+    limit = given.max_new_tokens
+
+    def answer(ids: Tensor) -> Tensor:
+        output = engine.generate(ids, max_new_tokens=limit, do_sample=False)
+        return output[0, ids.shape[1] :]  # type: ignore[no-any-return]
+
+    return answer
+
+
+def _stock(loaded: LoadedModel, given: argparse.Namespace, make_cache: Callable[[], Any]) -> Answer:
+    model: Any = loaded.model
+
+    @torch.no_grad()
+    def answer(ids: Tensor) -> Tensor:
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=make_cache(),
+            max_new_tokens=given.max_new_tokens,
+            do_sample=False,
+        )
+        return output[0, ids.shape[1] :]  # type: ignore[no-any-return]
+
+    return answer
+
+
+def _quantized(loaded: LoadedModel, backend: str, bits: int) -> Callable[[], Any]:
+    config, groups = loaded.model.config, {"axis_key": 0, "axis_value": 0, "q_group_size": 64}
+    return lambda: QuantizedCache(backend, config, nbits=bits, **groups)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="embedded:smollm2", help="Hub id, folder, or embedded")
+    parser.add_argument("--adapter", default="checkpoints/smollm2-adapter", help="or ''")
+    parser.add_argument("--tasks", nargs="+", default=["niah_single", "niah_multikey"])
+    parser.add_argument("--tokens", type=int, default=3000, help="length of the prompts")
+    parser.add_argument("--count", type=int, default=20, help="samples a task")
+    parser.add_argument("--bits", nargs="+", type=int, default=[8, 4, 2])
+    parser.add_argument("--schemes", nargs="+", default=["kivi"], help="of locret")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
