@@ -338,7 +338,8 @@ class RetainedLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.select_rows(indices, indices.tolist() if len(self.shift) > 1 else ())
+        asked = len(self.shift) > 1 or self.host is not None
+        self.select_rows(indices, indices.tolist() if asked else ())
 
     def select_rows(self, indices: Tensor, known: Sequence[int]) -> None:
         """Hold only the rows `indices` [B'] (long) of the batch, which Python knows as `known`: a
@@ -352,7 +353,7 @@ class RetainedLayer(CacheLayerMixin):
                     self.shift = tuple(self.shift[row] for row in known)
             self.state = {name: value[rows] for name, value in self.state.items()}
             if self.host:
-                self.host.select_batch(rows)
+                self.host.select_batch(rows, known)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.held:
@@ -372,7 +373,8 @@ class RetainedCache(Cache):
         scheme: how keys and values are stored, but for layers with a window: they hold theirs as
             they are.
         merging: how the values of evicted units are merged into others; None = they are lost.
-        recall: what comes back of evicted units (`locret.recall`); None = nothing.
+        recall: what comes back of evicted units (`locret.recall`); None = nothing. Does not go with
+            merging.
 
     Attributes:
         eviction: what layers do after attending now; None = nothing is evicted.
@@ -427,7 +429,11 @@ class RetainedCache(Cache):
         super().__init__(
             layers=[
                 RetainedLayer(
-                    positions == "original", window, of_layer, merging is not None, recall
+                    positions == "original",
+                    window,
+                    of_layer,
+                    merges=merging is not None,
+                    recall=recall,
                 )
                 for window, of_layer in _layer_schemes(windows or [None] * num_layers, scheme)
             ]
@@ -611,8 +617,8 @@ class RetainedCache(Cache):
             first.positions,
             first.windows,
             first.scheme,
-            first.merging,
-            first.recall,
+            merging=first.merging,
+            recall=first.recall,
         )
         batch.model, batch.query_length = first.model, first.query_length
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
@@ -631,6 +637,8 @@ class RetainedCache(Cache):
                 layer.host = HostBlocks.stack([each.host for each in of_rows if each.host])
             for each in of_rows:
                 each.units.clear()  # one layer at a time is held twice, not the whole batch
+                if each.host:
+                    each.host.clear()
         return batch
 
     def rows(self, indices: Sequence[int]) -> "RetainedCache":

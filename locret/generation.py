@@ -95,7 +95,7 @@ class Engine:
         recall: let evicted units wait in host memory and the most relevant blocks of them come back
             for every chunk and step: a `Recall` or its options as a mapping, {} for the defaults;
             None = what is evicted is gone. What comes back is beside the budget
-            (`docs/policies.md`). Not for quantized caches.
+            (`docs/policies.md`). Not for quantized caches, and not with merging.
         backend: "auto" or a name of `locret.backends`: how attention is computed. "minference"
             needs policy="full" and chunk_size=None.
         graphs: run the steps of an answer from a CUDA graph; "auto" = where that works.
@@ -164,7 +164,13 @@ class Engine:
             self.merging is not None,
         )
         self.recall = recall_of(recall)
-        self._empty_cache((0,))  # do they agree?
+        RetainedCache(  # do they agree?
+            0,
+            positions=self.positions,
+            scheme=self.sizing.scheme,
+            merging=self.merging,
+            recall=self.recall,
+        )
         self.query_aware = query_aware
         if query_aware and self.query_tokens:
             raise ValueError(

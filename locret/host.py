@@ -1,14 +1,15 @@
 """Blocks of evicted units in host memory: written once, looked up by row.
 
 A pool is never changed: adding blocks gives another pool that shares what was there. So a snapshot
-of it is a reference, and rows of a batch may share blocks.
+of it is a reference, rows of a batch may share blocks, and rows that part and join again have what
+they shared once.
 
 N blocks, n units a block, D head size.
 """
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,13 +64,21 @@ class HostPool:
         written.record(torch.cuda.current_stream(columns[0].device))
         return HostPool((*self.segments, Segment(self.count, copies, written)))
 
-    def joined(self, other: "HostPool") -> "HostPool":
-        """This pool and another one's blocks, on rows from `count` on."""
-        moved = tuple(
-            Segment(self.count + segment.start, segment.columns, segment.written)
-            for segment in other.segments
-        )
-        return HostPool(self.segments + moved)
+    def joined(self, other: "HostPool") -> tuple["HostPool", Tensor]:
+        """This pool and another one's blocks, on rows from `count` on but for those that it has.
+
+        Returns:
+            The pool, and the row there of each of the other's blocks, long [N of the other].
+        """
+        starts = {id(segment.columns[0]): segment.start for segment in self.segments}
+        joined, moved = self, []
+        for segment in other.segments:
+            start = starts.get(id(segment.columns[0]))
+            if start is None:
+                start = joined.count
+                joined = HostPool((*joined.segments, replace(segment, start=start)))
+            moved.append(torch.arange(start, start + segment.end - segment.start))
+        return joined, torch.cat([torch.empty(0, dtype=torch.long), *moved])
 
     def fetch(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
         """The blocks on these rows, at least one, as one tensor a column on `device`."""

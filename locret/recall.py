@@ -388,11 +388,12 @@ class HostBlocks:
             pool = pool.pinned()
         self.restore(replace(self._stored, waiting=waiting, means=means, pool=pool))
 
-    def select_batch(self, rows: Tensor) -> None:
-        """Hold only the batch rows `rows` [B'] (long); rows may repeat, and then share blocks."""
+    def select_batch(self, rows: Tensor, known: Sequence[int]) -> None:
+        """Hold only the batch rows `rows` [B'] (long), which Python knows as `known`; rows may
+        repeat, and then share blocks."""
         if self._stored is None:
             return
-        at = rows.cpu()
+        at = torch.tensor(known)
         table = self._stored.table[at]
         most = int((table >= 0).sum(dim=-1).max())  # blocks of the rows that are left
         self._stored = replace(
@@ -441,8 +442,9 @@ class HostBlocks:
         parts = [row._stored or _Stored.nothing(some.waiting, some.counts) for row in rows]
         pool, tables = HostPool(), []
         for part in parts:
-            tables.append(part.table.where(part.table < 0, part.table + pool.count))
-            pool = pool.joined(part.pool)
+            pool, moved = pool.joined(part.pool)
+            there = part.table >= 0
+            tables.append(part.table.masked_scatter(there, moved[part.table[there]]))
         waiting = zip(*(part.waiting for part in parts), strict=True)
         stacked._stored = _Stored(
             tuple(_stack(columns) for columns in waiting),

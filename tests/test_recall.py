@@ -10,6 +10,7 @@ from locret import Recall, RetainedCache
 from locret.backends import attend
 from locret.evaluation.engines import Engines
 from locret.evaluation.rows import expand
+from locret.merging import Merging
 from locret.models import LoadedModel
 from locret.policies import POLICIES, Policy
 from locret.policies.compose import AdaptiveHeads, SharedLayers
@@ -476,6 +477,25 @@ def test_rows_taken_out_of_a_batch_are_asked_as_alone(positions):
         assert torch.equal(own, engine.generate(question, cache=alone, **GREEDY))
 
 
+def test_rows_that_are_read_together_have_their_blocks_once():
+    engine = recalling(tiny_model("llama"), "h2o")
+    contexts = (60, 33, 33, 14)
+    ids, mask = padded(contexts)
+    cache = engine.prefill(ids, attention_mask=mask)
+    alone = [engine.prefill(ids[row : row + 1, -n:]) for row, n in enumerate(contexts)]
+    told = [each.report()["recall"]["host_bytes"] for each in (cache, *alone)]
+    assert told[0] == sum(told[1:])
+    some = [host for host in hosts(cache) if host is not None]
+    parted = [[HostBlocks(host.recall) for _ in contexts] for host in some]
+    for host, rows in zip(some, parted, strict=True):
+        for i, row in enumerate(rows):
+            row.restore(host.view())
+            row.select_batch(torch.tensor([i]), [i])
+        joined = HostBlocks.stack(rows)
+        assert joined.host_bytes == host.host_bytes
+        assert evicted_positions(joined) == evicted_positions(host)
+
+
 def test_beams_share_blocks_and_go_on_as_stock_does():
     model = tiny_model("llama")
     engine = recalling(model, "random", ALL, positions="original")
@@ -547,8 +567,13 @@ def test_what_does_not_go_together_is_refused():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="'kivi' has only codes of them; leave one"):
         recalling(model, quantization="kivi")
-    with pytest.raises(ValueError, match="so that it would count twice; leave one of the two out"):
-        recalling(model, merging="similar")
+    for refused in (
+        lambda: recalling(model, merging="similar"),
+        lambda: recalling(model, "full", merging="similar"),
+        lambda: RetainedCache(2, merging=Merging(), recall=Recall()),
+    ):
+        with pytest.raises(ValueError, match="it would count twice; leave one of the two out"):
+            refused()
     with pytest.raises(ValueError, match="has only codes of them"):
         RetainedCache(2, scheme=make_scheme("fp8"), recall=Recall())
     with pytest.raises(ValueError, match="graphs=True does not work here: recall chooses blocks"):
