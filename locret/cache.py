@@ -598,6 +598,20 @@ class RetainedCache(Cache):
             )
         return cache
 
+    def _emptied(self) -> "RetainedCache":
+        """A cache of the same settings and model that has read nothing."""
+        made = type(self)(
+            len(self.layers),
+            self.budget,
+            self.positions,
+            self.windows,
+            self.scheme,
+            merging=self.merging,
+            recall=self.recall,
+        )
+        made.model = self.model
+        return made
+
     @classmethod
     def stack(
         cls, rows: "Sequence[RetainedCache]", padded_to: int, num_heads: int, device: torch.device
@@ -611,16 +625,8 @@ class RetainedCache(Cache):
             device: where the new tensors go.
         """
         first = rows[0]
-        batch = cls(
-            len(first.layers),
-            first.budget,
-            first.positions,
-            first.windows,
-            first.scheme,
-            merging=first.merging,
-            recall=first.recall,
-        )
-        batch.model, batch.query_length = first.model, first.query_length
+        batch = first._emptied()
+        batch.query_length = first.query_length
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
         batch.padding = tuple(padded_to - row.shifted(row.seen)[0] for row in rows)
         for layer, *of_rows in zip(batch.layers, *(row.layers for row in rows), strict=True):
@@ -643,17 +649,8 @@ class RetainedCache(Cache):
 
     def rows(self, indices: Sequence[int]) -> "RetainedCache":
         """Some rows as a cache of their own; this one stays as it is."""
-        part = RetainedCache(
-            len(self.layers),
-            self.budget,
-            self.positions,
-            self.windows,
-            self.scheme,
-            merging=self.merging,
-            recall=self.recall,
-        )
+        part = self._emptied()
         part.restore(self.snapshot())
-        part.model = self.model
         device = next((layer.scores.device for layer in self.layers if layer.held), None)
         on_device = torch.tensor(indices, device=device)
         for layer in part.layers:

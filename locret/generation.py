@@ -437,7 +437,7 @@ class Engine:
                 if at == len(readings[alike[0]].chunks):
                     for place, i in enumerate(alike):
                         done[i] = part if len(alike) == 1 else part.rows([place])
-                        self._close(done[i], [readings[i]])
+                        self._close(done[i], readings[i])
                 else:
                     self._read_chunk(part, [readings[i] for i in alike], at)
                     left.append((part, alike, at + 1))
@@ -467,7 +467,7 @@ class Engine:
         cache = self._opened([reading])
         for at in range(len(reading.chunks)):
             self._read_chunk(cache, [reading], at)
-        return self._close(cache, [reading])
+        return self._close(cache, reading)
 
     def _reading(self, ids: Tensor, prompt_length: int, query_ids: Tensor | None) -> Reading:
         """How a context [B, n] is read."""
@@ -504,15 +504,13 @@ class Engine:
         if self.progress is not None:
             self.progress(end, like.ids.shape[1])
 
-    def _close(self, cache: RetainedCache, readings: list[Reading]) -> RetainedCache:
+    def _close(self, cache: RetainedCache, reading: Reading) -> RetainedCache:
         """The cache after the last chunk, to be asked."""
         cache.eviction = None
-        drop = readings[0].drop
-        if drop:
+        if reading.drop:
             for layer in cache.layers:
                 layer.state = {}  # of a question that was given up
-        ids = torch.cat([reading.ids for reading in readings])
-        cache.token_ids = ids[:, : ids.shape[1] - drop].cpu()
+        cache.token_ids = reading.ids[:, : reading.ids.shape[1] - reading.drop].cpu()
         cache.unread_ids = cache.token_ids[:, :0]
         return cache
 
