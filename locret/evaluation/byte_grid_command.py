@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ NUMBERS = (
     "batch_size",
 )
 LISTS = ("policies", "tasks", "ratios", "bits")
-FLAGS = ("no_answer_prefix", "query_aware")
+FLAGS = ("no_answer_prefix", "query_aware", "one_shot")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -46,6 +47,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--query-aware", action="store_true", help="policies see the question before they evict"
+    )
+    command.add_argument(
+        "--one-shot",
+        action="store_true",
+        help="read the prompt at once, not in chunks within the budget",
     )
     command.add_argument("--json-out", type=Path, required=True, help="every answer")
     command.add_argument("--plot", type=Path, help="quality against bytes")
@@ -126,6 +132,8 @@ def _settings(given: argparse.Namespace) -> Any:
         answer_prefix=not given.no_answer_prefix,
         max_new_tokens=given.max_new_tokens,
     )
+    if given.one_shot:
+        asked = replace(asked, chunk_size=None)
     bits = tuple(given.bits)
     scheme = given.quantization, given.group, given.residual
     return ByteGridSettings(asked, bits, *scheme, given.query_aware)

@@ -34,7 +34,7 @@ class NeedleSettings:
         seed: of the first sample; the others follow.
         haystack: "noise", a text file, or None for CPython's language reference.
         answer_prefix: give the answer's first words.
-        chunk_size: tokens read at a time.
+        chunk_size: tokens read at a time; None = the prompt at once.
         local_tokens: tokens of the prompt read after the compression.
         max_new_tokens: of an answer.
     """
@@ -46,7 +46,7 @@ class NeedleSettings:
     seed: int = 1_000_000
     haystack: str | None = "noise"
     answer_prefix: bool = True
-    chunk_size: int = 512
+    chunk_size: int | None = 512
     local_tokens: int = 100
     max_new_tokens: int = 32
 

@@ -1,7 +1,9 @@
 """The part of a report about benchmarks: speed and memory, from the JSON of `benchmarks/`.
 
-Such a JSON holds `settings`, `figures`, `hardware` and `versions`. Where `figures` has `results`,
-they are rows of systems at lengths (`benchmarks.longcontext`); else figures are single numbers.
+Such a JSON holds `settings`, `figures`, `hardware` and `versions`. Rows of `figures["results"]`
+that name a `system` are compared with the full cache and drawn over the lengths
+(`benchmarks.longcontext`). Other figures are shown as they are: single numbers in one table, rows
+(a list of objects, or an object of named ones) in a table each.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,23 +38,61 @@ def blocks(record: Mapping[str, Any]) -> Iterator[Block]:
     yield Paragraph(f"{record['hardware']}; {versions}.")
     shown = {name: value for name, value in settings.items() if _is_short(value)}
     yield Paragraph(", ".join(f"{name} {value}" for name, value in shown.items()) + ".")
-    results = figures.get("results")
-    if results is not None:
-        yield _systems(results)
-        return
-    numbers = [(name, value) for name, value in figures.items() if isinstance(value, int | float)]
-    yield Table(["figure", "value"], [[name, f"{value:,.4g}"] for name, value in numbers])
+    numbers = [[name, _text(value)] for name, value in figures.items() if _is_number(value)]
+    if numbers:
+        yield Table(["figure", "value"], numbers)
+    systems = _systems_of(figures)
+    if systems:
+        yield _systems(systems)
+    for name, value in figures.items():
+        rows = _rows(name, value)
+        if rows and value is not systems:
+            yield _plain(rows)
 
 
 def figures(record: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Speed and memory over the lengths, a line a system; none for single figures."""
-    done = [row for row in record["figures"].get("results", []) if row["status"] == OK]
+    done = [row for row in _systems_of(record["figures"]) if row["status"] == OK]
     if done:
         yield "speed", "Speed and memory against the length of the prompt", _over_lengths(done)
 
 
 def _is_short(value: Any) -> bool:
     return isinstance(value, str | int | float | list) and len(str(value)) < 60
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _systems_of(figures: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    results: Sequence[Mapping[str, Any]] = figures.get("results", ())
+    return results if all("system" in row for row in results) else ()
+
+
+def _rows(name: str, value: Any) -> list[Mapping[str, Any]]:
+    """Rows of a figure, if it has some; the names of named ones stand first."""
+    if isinstance(value, Mapping):
+        value = [{name: key} | dict(row) for key, row in value.items() if isinstance(row, Mapping)]
+    if not isinstance(value, list):
+        return []
+    return [row for row in value if isinstance(row, Mapping)]
+
+
+def _plain(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """All numbers and short texts of the rows, a column a name."""
+    names = dict.fromkeys(
+        name for row in rows for name, value in row.items() if isinstance(value, int | float | str)
+    )
+    return Table(list(names), [[_text(row.get(name)) for name in names] for row in rows])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value).strip()
 
 
 def _systems(results: Sequence[Mapping[str, Any]]) -> Table:

@@ -214,6 +214,25 @@ def test_systems_are_compared_and_failures_told(report, tmp_path):
     assert table_rows(report(benchmark(("locret", "ok"))))[1][3] == "not in this run"
 
 
+def test_rows_of_other_benchmarks_are_shown_as_they_are(report, tmp_path):
+    keys = [
+        {"depth": 0.1, "status": "ok", "found": True, "answer": " 42.", "seconds": [1.0, 2.0]},
+        {"depth": 0.9, "status": "out of time"},
+    ]
+    named = {"kivi-4": {"found": 1234}}
+    record = benchmark() | {"figures": {"window": 8192, "results": keys, "systems": named}}
+    assert table_rows(report(record)) == [
+        ["figure", "value"],
+        ["window", "8,192"],
+        ["depth", "status", "found", "answer"],
+        ["0.1", "ok", "yes", "42."],
+        ["0.9", "out of time", "-", "-"],
+        ["systems", "found"],
+        ["kivi-4", "1,234"],
+    ]
+    assert figures(tmp_path) == []
+
+
 def test_the_committed_results_make_a_report(tmp_path, capsys):
     committed = sorted(str(path) for path in (ROOT / "docs" / "results").glob("*.json"))
     out = tmp_path / "new" / "report"
