@@ -8,13 +8,22 @@ eviction.
 
 import contextlib
 import copy
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from locret.arguments import (
+    BRANCHING,
+    after_questions,
+    check_decoding,
+    check_ids,
+    left_padding,
+    longest,
+    setting,
+    unpadded,
+)
 from locret.backbone import Backbone
 from locret.backends import Backend, available, fastest
 from locret.cache import DECODE_ROOM, Eviction, Positions, RetainedCache
@@ -23,31 +32,15 @@ from locret.kernels.dispatch import AVAILABLE
 from locret.merging import MergingChoice, merging_of
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.quantization import Quantization, scheme_of
-from locret.reading import TOGETHER, Reading, alike_at, together
+from locret.reading import Progress, Reader
 from locret.recall import Recall, recall_of
-from locret.retention import RetainedAttention, TakenIn
+from locret.retention import RetainedAttention
 from locret.rotary import LongRopeRule
-from locret.saved import describe
 from locret.settings import Auto, Budget, Settings, memory_budget
 from locret.sizing import Sizing
 from locret.steps import GraphedSteps, seen_through, why_not_graphed
 
-Progress = Callable[[int, int], None]
-"""Called after every chunk with the tokens read so far and the tokens to read in all."""
-
 DEFAULT_NEW_TOKENS = 64
-
-MANY_ROWS = ("num_beams", "num_return_sequences")
-"""Arguments that let stock `generate` run several sequences for one prompt."""
-
-REFUSED_ARGUMENTS = (
-    "assistant_model",
-    "cache_implementation",
-    "guidance_scale",
-    "inputs_embeds",
-    "prompt_lookup_num_tokens",
-)
-"""Arguments of stock `generate` that bring a cache of their own or roll ours back."""
 
 
 class Engine:
@@ -184,13 +177,18 @@ class Engine:
             )
         self.backend: Backend = _backend(backend, self.backbone)
         self.graphs = _graphs(graphs, self.backbone, self.recall)
-        self.progress = progress
+        self._reader = Reader(
+            self.backbone,
+            self.policy,
+            self.settings,
+            self.sizing,
+            self.merging,
+            self.recall,
+            query_aware,
+            progress,
+        )
         self._attached: contextlib.ExitStack | None = None
         self._depth = 0
-
-    @functools.cached_property
-    def _description(self) -> dict[str, Any]:
-        return describe(self.backbone.model)
 
     @property
     def budget(self) -> Budget:
@@ -217,6 +215,15 @@ class Engine:
         """ "compact" or "original"."""
         return self.settings.positions
 
+    @property
+    def progress(self) -> Progress | None:
+        """Called after every chunk."""
+        return self._reader.progress
+
+    @progress.setter
+    def progress(self, progress: Progress | None) -> None:
+        self._reader.progress = progress
+
     def __enter__(self) -> "Engine":
         if self._depth == 0:
             stack = contextlib.ExitStack()
@@ -238,6 +245,10 @@ class Engine:
         if self._attached is not None:
             stack, self._attached = self._attached, None
             stack.close()
+
+    def new_cache(self, context: int) -> tuple[RetainedCache, tuple[int, ...] | None]:
+        """An empty cache for a context of that many tokens, and what each layer keeps of it."""
+        return self._reader.new_cache(context)
 
     @torch.no_grad()
     def prefill(
@@ -264,16 +275,16 @@ class Engine:
             ValueError: an empty prompt, padding elsewhere than on the left, or a query missing or
                 given to no use.
         """
-        _check_ids(input_ids)
-        padding = _left_padding(attention_mask, input_ids)
+        check_ids(input_ids)
+        padding = left_padding(attention_mask, input_ids)
         query_ids = self._checked_query(query_ids, input_ids)
-        rows = _rows(input_ids, padding)
+        rows = unpadded(input_ids, padding)
         lengths = [row.shape[1] for row in rows]
         with self:
             if len(set(lengths)) == 1:
-                return self._prefill(torch.cat(rows), lengths[0], query_ids)
+                return self._reader.read(torch.cat(rows), lengths[0], query_ids)
             queries = [None] * len(rows) if query_ids is None else query_ids.split(1)
-            return self._prefill_rows(rows, lengths, queries, input_ids.shape[1])
+            return self._reader.read_rows(rows, lengths, queries, input_ids.shape[1])
 
     @torch.no_grad()
     def generate(
@@ -303,10 +314,10 @@ class Engine:
             ValueError: an empty prompt, padding elsewhere than on the left, questions of lengths
                 that do not go together, or a decoding method that needs to roll back the cache.
         """
-        _check_ids(input_ids)
+        check_ids(input_ids)
         context = input_ids[:, :0] if cache is None else self._context_ids(cache, input_ids)
-        padding = _left_padding(attention_mask, input_ids, context.shape[1])
-        _check_decoding(self.model, kwargs, with_cache=cache is not None)
+        padding = left_padding(attention_mask, input_ids, context.shape[1])
+        check_decoding(self.model, kwargs, with_cache=cache is not None)
         if max_new_tokens is None and not any(map(kwargs.get, ("max_length", "generation_config"))):
             max_new_tokens = DEFAULT_NEW_TOKENS
         if max_new_tokens is not None:
@@ -326,7 +337,7 @@ class Engine:
             elif any(padding):
                 sequence = self._read_questions(cache, input_ids, padding)
                 output = self._generate(sequence, cache, sequence.shape[1], kwargs)
-                return _after(input_ids, output)
+                return after_questions(input_ids, output)
             sequence = torch.cat([context, input_ids], dim=1)
             return self._generate(sequence, cache, context.shape[1], kwargs)
 
@@ -357,10 +368,11 @@ class Engine:
             part = cache.rows(alike)
             assert part.token_ids is not None
             new = torch.cat([part.unread_ids.to(questions.device), questions[alike, skip:]], dim=1)
-            self._take_in(new[:, :-1], part)
+            self._reader.take_in(new[:, :-1], part)
             part.token_ids = torch.cat([part.token_ids, new[:, :-1].cpu()], dim=1)
             rows |= {i: part.rows([place]) for place, i in enumerate(alike)}
-        cache.restore(self._stacked([rows[i] for i in range(len(padding))], 0).snapshot())
+        stacked = self._reader.stacked([rows[i] for i in range(len(padding))], 0)
+        cache.restore(stacked.snapshot())
         assert cache.token_ids is not None
         return torch.cat([cache.token_ids.to(questions.device), questions[:, -1:]], dim=1)
 
@@ -375,12 +387,12 @@ class Engine:
         unread = min(self._unread, width)
         if not any(padding):
             context = input_ids[:, : width - unread]
-            return self._prefill(context, width, self._query_of(input_ids, context))
-        rows = _rows(input_ids, padding)
+            return self._reader.read(context, width, self._query_of(input_ids, context))
+        rows = unpadded(input_ids, padding)
         contexts = [row[:, : max(row.shape[1] - unread, 0)] for row in rows]
         queries = [self._query_of(row, c) for row, c in zip(rows, contexts, strict=True)]
         lengths = [row.shape[1] for row in rows]
-        cache = self._prefill_rows(contexts, lengths, queries, width - unread)
+        cache = self._reader.read_rows(contexts, lengths, queries, width - unread)
         heads, device = self.backbone.geometry.num_kv_heads, input_ids.device
         # Rows shorter than the local tokens are padded within these.
         within = [max(unread - length, 0) for length in lengths]
@@ -396,135 +408,6 @@ class Engine:
             return prompt[:, -self.query_tokens :]
         return None
 
-    def _prefill_rows(
-        self,
-        contexts: list[Tensor],
-        prompt_lengths: list[int],
-        queries: Any,
-        width: int,
-    ) -> RetainedCache:
-        """Contexts of different lengths, read and answered together; each as it would be alone."""
-        readings = [
-            self._reading(context, length, query)
-            for context, length, query in zip(contexts, prompt_lengths, queries, strict=True)
-        ]
-        return self._stacked(self._read_apart(readings), width)
-
-    def _stacked(self, rows: list[RetainedCache], width: int) -> RetainedCache:
-        """Caches of one row each as one of at least so many tokens."""
-        padded_to = max(width, *(row.seen for row in rows))
-        ids = [row.token_ids for row in rows if row.token_ids is not None]
-        assert len(ids) == len(rows)
-        heads, device = self.backbone.geometry.num_kv_heads, self.backbone.model.device
-        cache = RetainedCache.stack(rows, padded_to, heads, device)
-        cache.token_ids = torch.cat(
-            [nn.functional.pad(i, (padded_to - i.shape[1], 0)) for i in ids]
-        )
-        cache.unread_ids = cache.token_ids[:, :0]
-        return cache
-
-    def _read_apart(self, readings: list[Reading]) -> list[RetainedCache]:
-        """A cache for each reading of one row. Chunks that begin and end alike are read together,
-        as many as make up `TOGETHER` tokens."""
-        done: dict[int, RetainedCache] = {}
-        groups = together(readings, max(1, TOGETHER // (self.chunk_size or TOGETHER)))
-        left = [(self._opened([readings[i] for i in rows]), rows, 0) for rows in groups]
-        while left:
-            cache, rows, at = left.pop()
-            for alike in alike_at(readings, rows, at):
-                whole = len(alike) == len(rows)
-                part = cache if whole else cache.rows([rows.index(i) for i in alike])
-                if at == len(readings[alike[0]].chunks):
-                    for place, i in enumerate(alike):
-                        done[i] = part if len(alike) == 1 else part.rows([place])
-                        self._close(done[i], readings[i])
-                else:
-                    self._read_chunk(part, [readings[i] for i in alike], at)
-                    left.append((part, alike, at + 1))
-        return [done[i] for i in range(len(readings))]
-
-    def new_cache(self, context: int) -> tuple[RetainedCache, tuple[int, ...] | None]:
-        """An empty cache for a context of that many tokens, and what each layer keeps of it."""
-        budgets = self.settings.budgets(self.policy, self.sizing, context)
-        return self._empty_cache(budgets), budgets
-
-    def _empty_cache(self, budgets: tuple[int, ...] | None) -> RetainedCache:
-        windows, scheme = self.backbone.windows, self.sizing.scheme
-        return RetainedCache(
-            len(windows),
-            _one_if_equal(budgets),
-            self.positions,
-            windows,
-            scheme,
-            merging=self.merging if budgets else None,
-            recall=self.recall,
-        )
-
-    def _prefill(
-        self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None
-    ) -> RetainedCache:
-        reading = self._reading(input_ids, prompt_length, query_ids)
-        cache = self._opened([reading])
-        for at in range(len(reading.chunks)):
-            self._read_chunk(cache, [reading], at)
-        return self._close(cache, reading)
-
-    def _reading(self, ids: Tensor, prompt_length: int, query_ids: Tensor | None) -> Reading:
-        """How a context [B, n] is read."""
-        budgets = self.settings.budgets(self.policy, self.sizing, ids.shape[1])
-        in_last, drop, query = self.local_tokens - 1 if self.query_aware else 0, 0, 0
-        if query_ids is not None and self.query_aware:
-            in_last = drop = query_ids.shape[1]
-            ids = torch.cat([ids, query_ids], dim=1)
-        elif query_ids is not None:
-            query = query_ids.shape[1]
-            ids = torch.cat([query_ids, ids], dim=1)
-        chunks = tuple(_chunks(ids.shape[1], self.chunk_size, in_last))
-        return Reading(ids, prompt_length, budgets, query, drop, chunks)
-
-    def _opened(self, readings: list[Reading]) -> RetainedCache:
-        """An empty cache for readings that go together."""
-        cache = self._empty_cache(readings[0].budgets)
-        cache.model = self._description
-        lengths = tuple(reading.prompt_length for reading in readings)
-        cache.prompt_lengths = lengths if len(set(lengths)) > 1 else lengths[:1]
-        cache.query_length = readings[0].query_length
-        return cache
-
-    def _read_chunk(self, cache: RetainedCache, readings: list[Reading], at: int) -> None:
-        """Read the chunk number `at`, which all readings have."""
-        like = readings[0]
-        (start, end), final = like.chunks[at], at + 1 == len(like.chunks)
-        if like.budgets is not None:
-            stabilizers = 0 if final else self.settings.stabilizers_for(like.budgets)
-            drop = like.drop if final else 0
-            query, merging = like.query_length, cache.merging
-            cache.eviction = Eviction(like.budgets, stabilizers, query, drop=drop, merging=merging)
-        self._take_in(torch.cat([reading.ids[:, start:end] for reading in readings]), cache)
-        if self.progress is not None:
-            self.progress(end, like.ids.shape[1])
-
-    def _close(self, cache: RetainedCache, reading: Reading) -> RetainedCache:
-        """The cache after the last chunk, to be asked."""
-        cache.eviction = None
-        if reading.drop:
-            for layer in cache.layers:
-                layer.state = {}  # of a question that was given up
-        cache.token_ids = reading.ids[:, : reading.ids.shape[1] - reading.drop].cpu()
-        cache.unread_ids = cache.token_ids[:, :0]
-        return cache
-
-    def _take_in(self, chunk: Tensor, cache: RetainedCache) -> None:
-        """Run a chunk of a context through the layers, for what they store of it."""
-        # Devices that share a model put layers back after use; they must be let finish.
-        spread = getattr(self.backbone.model, "hf_device_map", None)
-        cache.takes_in = not spread and not self.policy.waits
-        try:
-            with contextlib.suppress(TakenIn):
-                self.backbone.decoder(input_ids=chunk, past_key_values=cache, use_cache=True)
-        finally:
-            cache.takes_in = False
-
     def _checked_query(self, query_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
         """The query to read in front of a context, or behind it, if any."""
         if query_ids is None:
@@ -539,7 +422,7 @@ class Engine:
                     "the question in front): pass query_ids, or use heads with query_tokens 0"
                 )
             return None
-        _check_ids(query_ids)
+        check_ids(query_ids)
         if not self.query_tokens and not self.query_aware:
             raise ValueError(
                 "query_ids given, but the policy's heads are not query-aware, nor was the engine "
@@ -581,14 +464,14 @@ class Engine:
         self, sequence: Tensor, cache: RetainedCache, context: int, kwargs: dict[str, Any]
     ) -> Any:
         """Stock generate over a sequence whose first tokens `cache` has seen."""
-        beams, returned = (_setting(self.model, kwargs, name) or 1 for name in MANY_ROWS)
+        beams, returned = (setting(self.model, kwargs, name) or 1 for name in BRANCHING)
         self._bound_answer(cache)
         if max(beams, returned) > 1:
             cache.token_ids = None  # of no use to another call, should this one fail
             cache.batch_repeat_interleave(max(beams, returned))
-        if _setting(self.model, kwargs, "use_cache") is False:
+        if setting(self.model, kwargs, "use_cache") is False:
             kwargs = kwargs | {"use_cache": True}
-        cache.room = max(_longest(self.model, kwargs, sequence) - cache.seen, DECODE_ROOM)
+        cache.room = max(longest(self.model, kwargs, sequence) - cache.seen, DECODE_ROOM)
         model: Any = self.model
         takes_steps = all(layer.takes_steps for layer in cache.layers)
         if beams == 1 and cache.eviction is None and takes_steps and self.fast_steps:
@@ -700,89 +583,3 @@ def _graphs(graphs: bool | Auto, backbone: Backbone, recall: Recall | None) -> b
     if graphs is True and reason is not None:
         raise ValueError(f"graphs=True does not work here: {reason}; leave it 'auto'")
     return reason is None and graphs is not False
-
-
-def _chunks(total: int, size: int | None, together: int) -> list[tuple[int, int]]:
-    """Start and end of every chunk; the last `together` tokens are all in the last one."""
-    starts = [*range(0, max(total - together, 1), size or max(total, 1))] if total else []
-    return [*zip(starts, [*starts[1:], total], strict=False)]
-
-
-def _one_if_equal(budgets: tuple[int, ...] | None) -> int | tuple[int, ...] | None:
-    return budgets[0] if budgets and len(set(budgets)) == 1 else budgets
-
-
-def _rows(input_ids: Tensor, padding: list[int]) -> list[Tensor]:
-    """Each row [1, n] without its padding."""
-    return [input_ids[row : row + 1, skip:] for row, skip in enumerate(padding)]
-
-
-def _after(input_ids: Tensor, output: Any) -> Any:
-    """What stock generate returned for an answer alone, with what was asked in front of it."""
-    plain = isinstance(output, Tensor)
-    answers = output if plain else output.sequences
-    asked = input_ids.repeat_interleave(len(answers) // len(input_ids), dim=0)
-    answers = torch.cat([asked, answers], dim=1)
-    if plain:
-        return answers
-    output.sequences = answers
-    return output
-
-
-def _longest(model: Any, kwargs: dict[str, Any], sequence: Tensor) -> int:
-    """Tokens of the longest sequence that stock generate may make."""
-    new = _setting(model, kwargs, "max_new_tokens")
-    if new is not None:
-        return int(sequence.shape[1] + new)
-    return int(_setting(model, kwargs, "max_length") or sequence.shape[1] + DECODE_ROOM)
-
-
-def _check_ids(input_ids: Tensor) -> None:
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}; expected [batch, tokens] with at least "
-            "one token"
-        )
-
-
-def _left_padding(
-    attention_mask: Tensor | None, input_ids: Tensor, context_length: int = 0
-) -> list[int]:
-    """How many leading tokens of each row are padding.
-
-    Raises:
-        ValueError: a mask of another shape, zeros elsewhere than on the left, or a row of nothing.
-    """
-    rows, new = input_ids.shape
-    if attention_mask is None:
-        return [0] * rows
-    if attention_mask.shape not in ((rows, new), (rows, context_length + new)):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected that of input_ids, "
-            f"{tuple(input_ids.shape)}"
-        )
-    mask = attention_mask[:, -new:].bool()
-    if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
-        raise ValueError(
-            "attention_mask holds zeros after ones: pad prompts on the left "
-            "(tokenizer.padding_side = 'left')"
-        )
-    return (~mask).sum(dim=1).tolist()
-
-
-def _check_decoding(model: Any, kwargs: dict[str, Any], with_cache: bool) -> None:
-    for name in REFUSED_ARGUMENTS:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name} does not work with a compressed cache; leave it out")
-    if kwargs.get("use_cache") is False:
-        raise ValueError("use_cache=False leaves nothing to compress; leave it out")
-    if "past_key_values" in kwargs:
-        raise ValueError("pass the cache as cache=..., not past_key_values=...")
-    if with_cache and (_setting(model, kwargs, "num_beams") or 1) > 1:
-        raise ValueError("beam search would mix up the cache given; pass the whole prompt instead")
-
-
-def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
-    """What stock generate goes by: its argument, else its configuration's."""
-    config = kwargs.get("generation_config") or model.generation_config
-    return kwargs.get(name) or getattr(config, name, None)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from locret.attention import LayerCall
 from locret.backends import Backend, attend, attend_past
-from locret.cache import DECODE_ROOM, Eviction, RetainedCache, RetainedLayer
+from locret.cache import DECODE_ROOM, Eviction, RetainedCache
+from locret.layer import RetainedLayer
 from locret.merging import merge_evicted
 from locret.policies.base import HeldUnits, LayerChunk, Policy
 from locret.rotary import Rotary

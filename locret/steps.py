@@ -16,10 +16,11 @@ from torch import Tensor
 
 from locret.attention import LayerCall
 from locret.backbone import Backbone
-from locret.cache import RetainedCache, RetainedLayer
+from locret.cache import RetainedCache
 from locret.kernels.decode import decode_attention
 from locret.kernels.decode_quantized import decode_attention_quantized
 from locret.kernels.store import store_units
+from locret.layer import RetainedLayer
 
 EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces
 

@@ -170,7 +170,7 @@ def test_rows_that_chunks_are_read_with_change_nothing(monkeypatch):
     ids, mask = padded((60, 59, 33, 33, 5))
     together = engine.generate(ids, mask, **GREEDY)
     assert len(chunks) < 20
-    monkeypatch.setattr("locret.generation.TOGETHER", 1)
+    monkeypatch.setattr("locret.reading.TOGETHER", 1)
     chunks.clear()
     assert torch.equal(engine.generate(ids, mask, **GREEDY), together)
     assert len(chunks) == 8 + 8 + 4 + 4

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import locret
 from locret import RetainedCache
-from locret.cache import Eviction, RetainedLayer
+from locret.cache import Eviction
+from locret.layer import RetainedLayer
 from locret.policies import Policy
 from locret.units import Units, unscored
 from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model

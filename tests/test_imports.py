@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"identity", "kernels", "segments", "reading", "features", "targets", "losses", "card"},
+    {"identity", "kernels", "segments", "features", "targets", "losses", "card"},
     {"merging", "sparse_prefill"},
     {"quantities", "columns", "host"},
     {"quantization", "units", "selection", "rotary", "recall"},
@@ -18,12 +18,13 @@ LAYERS = [
     {"coded", "sizing", "models"},
     {"hub"},
     {"artifact"},
-    {"heads", "saved"},
+    {"heads", "saved", "layer"},
     {"policies", "cache", "backends"},
     {"attention", "backbone"},
     {"row_loss", "packing"},
     {"chunked_reading"},
-    {"retention", "steps", "settings"},
+    {"retention", "steps", "settings", "arguments"},
+    {"reading"},
     {"generation", "distillation"},
     {"evaluation", "integrations", "plan"},
     {"cli", "__main__", "__init__"},

@@ -103,7 +103,7 @@ def test_decoding_across_the_longrope_window_keeps_the_cache(longrope):
     # The same answer as a rotation by the same factors all along, one token more at a time.
     with engine:
         for step in range(12):
-            cache = engine._prefill(output.sequences[:, : length + step - 1], length, None)
+            cache = engine._reader.read(output.sequences[:, : length + step - 1], length)
             last = output.sequences[:, length + step - 1 : length + step]
             logits = model(last, past_key_values=cache).logits[:, -1]
             assert (logits - output.logits[step]).abs().max() < 1e-4
