@@ -23,10 +23,11 @@ from transformers.cache_utils import Cache
 
 from locret import saved
 from locret.coded import CodedUnits
+from locret.host_blocks import HostBlocks
 from locret.layer import LayerView, RetainedLayer
 from locret.merging import Merging, describe_merging, merging_of
 from locret.quantization import NO_SCHEME, SCHEMES, Scheme, describe_scheme, scheme_of
-from locret.recall import HostBlocks, Recall
+from locret.recall import Recall
 
 Positions = Literal["compact", "original"]
 

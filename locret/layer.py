@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from locret.coded import LayerUnits, units_for
+from locret.host_blocks import HostBlocks
 from locret.quantization import NO_SCHEME, Scheme
-from locret.recall import HostBlocks, Recall
+from locret.recall import Recall
 from locret.units import NewUnits
 
 _EVICTED = "evicted."

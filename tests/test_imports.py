@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"identity", "kernels", "segments", "features", "targets", "losses", "card"},
     {"merging", "sparse_prefill"},
-    {"quantities", "columns", "host"},
-    {"quantization", "units", "selection", "rotary", "recall"},
+    {"quantities", "columns", "host_pool", "recall"},
+    {"quantization", "units", "selection", "rotary", "host_blocks"},
     {"weight_quantization"},
     {"coded", "sizing", "models"},
     {"hub"},

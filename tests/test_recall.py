@@ -10,12 +10,13 @@ from locret import Recall, RetainedCache
 from locret.backends import attend
 from locret.evaluation.engines import Engines
 from locret.evaluation.rows import expand
+from locret.host_blocks import HostBlocks
 from locret.merging import Merging
 from locret.models import LoadedModel
 from locret.policies import POLICIES, Policy
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.quantization import make_scheme
-from locret.recall import HostBlocks, block_relevance, mean_logits
+from locret.recall import block_relevance, mean_logits
 from tests.test_batches import assert_each_row_as_alone, padded
 from tests.tiny_models import FAMILIES, MIXED, SLIDING, prompt, tiny_heads, tiny_model
 
