@@ -52,6 +52,33 @@ def test_generate_json_obeys_the_recorded_settings(folder, capsys):
     assert result["cache"]["seen_tokens"] == result["prompt_tokens"] + 4
 
 
+@pytest.mark.parametrize(
+    ("args", "units"),
+    [
+        (["--budget", "64"], 64),
+        (["--budget", "0.125"], None),
+        (["--budget", "16KiB"], None),
+        (["--budget", "64", "--quantization", "kivi", "--bits", "4"], 64),
+        (["--budget", "64", "--query-aware"], 64 - 19),
+    ],
+)
+def test_generate_within_units_a_share_or_bytes(args, units, folder, capsys):
+    given = ["--policy", "keydiff", "--prompt-file", str(folder / "prompt.txt"), "--json"]
+    fixed = ["--chunk-size", "32", "--stabilizers", "4", "--local-tokens", "20"]
+    given += [*fixed, "--max-new-tokens", "2", *args]
+    assert run(folder, "generate", *given) == 0
+    result = json.loads(capsys.readouterr().out)
+    cache = result["cache"]
+    held = [count - 21 for count in cache["units"]]
+    if units is not None:
+        assert held == [units] * 2
+    elif "0.125" in args:
+        assert held == [round((result["prompt_tokens"] - 20) / 8)] * 2
+    else:
+        assert 0 < max(held) < result["prompt_tokens"] - 20
+    assert (cache["quantization"] is not None) == ("--bits" in args)
+
+
 def test_generate_without_heads_or_budget_is_stock(folder, capsys):
     from locret.models import load_model
 
@@ -114,6 +141,8 @@ def test_convert_there_and_back_is_bit_identical(folder, tmp_path, capsys):
         (["generate", "--prompt-file", "{prompt}", "--policy", "locret"], "heads"),
         (["generate", "--prompt-file", "{prompt}", "--heads", "{other}"], "num_query_heads"),
         (["generate", "--prompt-file", "{prompt}", "--policy", "random", *TOO_SMALL], "lower"),
+        (["generate", "--prompt-file", "{prompt}", "--bits", "4"], "--quantization"),
+        (["generate", "--prompt-file", "{prompt}", "--quantization", "kivi", "--bits", "3"], "3"),
         (["needle", "--policies", "best"], "best"),
         (["needle", "--policies", "locret"], "--heads"),
         (["needle", "--policies", "full", "--task", "nosuch"], "nosuch"),

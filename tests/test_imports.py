@@ -27,6 +27,7 @@ LAYERS = [
     {"reading"},
     {"generation", "distillation"},
     {"evaluation", "integrations", "plan"},
+    {"commands"},
     {"cli", "__main__", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,6 +1,5 @@
 """Grids at equal bytes: what is asked, in one process or several, and what is drawn."""
 
-import argparse
 import dataclasses
 import json
 
@@ -8,7 +7,7 @@ import pytest
 
 from locret.backbone import Backbone
 from locret.cli import main
-from locret.evaluation import byte_grid, byte_grid_command, byte_grid_figure
+from locret.evaluation import byte_grid, byte_grid_figure
 from locret.evaluation.byte_grid import ByteGridSettings, ByteRun
 from locret.evaluation.needle import NeedleSettings
 from locret.evaluation.ranks import Ranks
@@ -163,18 +162,14 @@ def test_the_command_merges_and_refuses(out, tmp_path, capsys):
 
 
 def test_the_command_reads_prompts_at_once_or_in_chunks(loaded, tmp_path):
-    parser = argparse.ArgumentParser()
-    byte_grid_command.add_arguments(parser)
-    asked = {"model": "tiny", "heads": None, "adapter": None, "dtype": "auto", "device": None}
+    loaded.model.save_pretrained(tmp_path / "model")
+    loaded.tokenizer.save_pretrained(tmp_path / "model")
     for extra, chunk in (["--one-shot"], None), ([], 512):
         out = tmp_path / f"{chunk}.json"
-        given = parser.parse_args(
-            [*("--policies", "snapkv", "--bits", "16", "--ratios", "4", "--tokens", "600"),
-             *("--count", "1", "--max-new-tokens", "2", "--query-aware", "--json-out", str(out)),
-             *extra],
-            argparse.Namespace(**asked),
-        )  # fmt: skip
-        byte_grid_command.run(given, lambda: (loaded, None), lambda _: None)
+        args = ["grid", "--model", str(tmp_path / "model"), "--device", "cpu", "--query-aware"]
+        args += ["--policies", "snapkv", "--bits", "16", "--ratios", "4", "--tokens", "600"]
+        args += ["--count", "1", "--max-new-tokens", "2", "--json-out", str(out), *extra]
+        assert main(args) == 0
         record = json.loads(out.read_text())
         assert record["settings"]["needle"]["chunk_size"] == chunk
         assert len(record["results"]) == 1

@@ -19,9 +19,9 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from locret import cli  # noqa: E402
+from locret.commands.lm_eval import PLUGIN, TASK_FILES, with_our_tasks  # noqa: E402
 from locret.evaluation import harness  # noqa: E402
 from locret.evaluation.harness import LocretLM  # noqa: E402
-from locret.evaluation.harness_command import PLUGIN, TASK_FILES, with_our_tasks  # noqa: E402
 from locret.generation import Engine  # noqa: E402
 from locret.models import load_model  # noqa: E402
 from tests.evaluation.eval_data import DATA, NOUNS, TRAITS, write_artifacts, write_data  # noqa: E402

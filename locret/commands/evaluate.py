@@ -1,27 +1,26 @@
-"""The command line of `python -m locret evaluate`; what runs is imported when it runs."""
+"""`python -m locret evaluate`: benchmarks under several policies and budgets."""
 
 import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from locret.commands.shared import DTYPES, Bar
+
 if TYPE_CHECKING:
     from locret.evaluation.config import EvalConfig
     from locret.evaluation.preparing import Prepared
-
-Bar = Callable[[str], Any]
-"""Makes a progress bar with a label."""
 
 OVERRIDES = ("model", "adapter", "heads", "dtype", "device", "data_dir", "output", "limit")
 LISTS = ("tasks", "lengths")
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
+def add_to(commands: Any) -> None:
+    command = commands.add_parser("evaluate", help="benchmarks under several policies and budgets")
     command.add_argument("--config", help="a YAML file, or a name in configs/eval")
     command.add_argument("--tasks", nargs="+", help="tasks or groups of tasks")
     command.add_argument("--lengths", nargs="+", type=int, help="of tasks made to a length")
@@ -31,7 +30,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", help="Hub id, folder, or embedded:smollm2")
     command.add_argument("--adapter", help="PEFT adapter of the model: folder or Hub id")
     command.add_argument("--heads", help="artifact folder, .bin file, or Hub id")
-    command.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
+    command.add_argument("--dtype", choices=("auto", *DTYPES))
     command.add_argument("--device")
     command.add_argument("--batch-size", type=int, help="samples asked at a time")
     command.add_argument("--processes", type=int, default=1, help="that share the questions")
@@ -40,6 +39,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--dry-run", action="store_true", help="only show what would be asked")
     command.add_argument("--list-tasks", action="store_true", help="show the tasks there are")
+    command.set_defaults(run=run)
 
 
 def config_of(given: argparse.Namespace) -> "EvalConfig":
@@ -68,7 +68,7 @@ def _settings(texts: list[str]) -> dict[str, Any]:
     return found
 
 
-def run(given: argparse.Namespace, bar: Bar) -> None:
+def run(given: argparse.Namespace) -> None:
     """Run an evaluation, or the part of it that falls to this process."""
     from locret.evaluation import evaluate
     from locret.evaluation.preparing import prepare
@@ -84,7 +84,7 @@ def run(given: argparse.Namespace, bar: Bar) -> None:
         print(_plan(prepared))
         return
     command = "python -m locret " + shlex.join(sys.argv[1:])
-    progress = bar("asking") if ranks.rank == 0 else None
+    progress = Bar("asking") if ranks.rank == 0 else None
     if given.processes > 1 and ranks.world == 1:
         run_processes(prepared, _arguments(given), given.processes, progress)
     else:

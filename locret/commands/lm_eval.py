@@ -11,10 +11,17 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-TASK_FILES = Path(__file__).parent / "tasks"
+NAME = "lm_eval"
+TASK_FILES = Path(__file__).parents[1] / "evaluation" / "tasks"
 PLUGIN = TASK_FILES / "locret.yaml"
 INCLUDE = "--include_path"
+
+
+def add_to(commands: Any) -> None:
+    """For the list of commands only: its arguments are the harness's own."""
+    commands.add_parser(NAME, help="lm-evaluation-harness with --model locret")
 
 
 def run(args: Sequence[str]) -> None:

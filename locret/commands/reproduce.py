@@ -1,23 +1,23 @@
-"""The command line of `python -m locret reproduce`; what runs is imported when it runs."""
+"""`python -m locret reproduce`: small slices of committed results again, on a CPU."""
 
 import argparse
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Bar = Callable[[str], Any]
-"""Makes a progress bar with a label."""
+from locret.commands.shared import Bar
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
+def add_to(commands: Any) -> None:
+    command = commands.add_parser("reproduce", help="run slices of committed results again")
     command.add_argument("results", nargs="+", type=Path, help="result files, or folders of them")
     command.add_argument("--data-dir", help="folder of the tasks' data files")
     command.add_argument("--output", type=Path, default=Path("runs/reproduce"))
     command.add_argument("--limit", type=int, help="samples a task")
+    command.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace, bar: Bar) -> None:
+def run(given: argparse.Namespace) -> None:
     """Run slices of results again.
 
     Raises:
@@ -33,7 +33,7 @@ def run(given: argparse.Namespace, bar: Bar) -> None:
     for path in again.result_files(given.results):
         folder = given.output / path.stem
         shutil.rmtree(folder, ignore_errors=True)  # from scratch
-        found = again.reproduce(path, folder, changes, bar(path.stem))
+        found = again.reproduce(path, folder, changes, Bar(path.stem))
         compared += found.compared
         left_out += [f"{path.stem}: {reason}" for reason in found.left_out]
     for reason in left_out:

@@ -1,15 +1,12 @@
-"""The command line of `python -m locret grid`; what runs is imported when it runs."""
+"""`python -m locret grid`: policies, bits and budgets at equal bytes."""
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from locret.commands.shared import Bar, add_model, load, load_heads
 from locret.policies import POLICIES
-
-Bar = Callable[[str], Any]
-"""Makes a progress bar with a label."""
 
 TEXTS = ("model", "heads", "adapter", "dtype", "device", "quantization", "haystack", "json_out")
 NUMBERS = (
@@ -26,8 +23,9 @@ LISTS = ("policies", "tasks", "ratios", "bits")
 FLAGS = ("no_answer_prefix", "query_aware", "one_shot")
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Beside those that name a model."""
+def add_to(commands: Any) -> None:
+    command = commands.add_parser("grid", help="policies, bits and budgets at equal bytes")
+    add_model(command)
     command.add_argument("--policies", nargs="+", default=["full", "snapkv", "locret"])
     command.add_argument("--bits", nargs="+", type=int, default=[16, 8, 4])
     command.add_argument(
@@ -61,13 +59,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--merge", nargs="+", type=Path, help="ask nothing: gather the answers of these files"
     )
+    command.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace, load: Callable[[], tuple[Any, Any]], bar: Bar) -> None:
+def run(given: argparse.Namespace) -> None:
     """Run a grid, a share of it, or several processes that share it.
-
-    Args:
-        load: loads the model and the heads, if any.
 
     Raises:
         ValueError: an unknown policy, heads are missing, or files hold something else.
@@ -82,11 +78,11 @@ def run(given: argparse.Namespace, load: Callable[[], tuple[Any, Any]], bar: Bar
     if given.merge:
         record = byte_grid.merge(given.merge, given.json_out)
     elif given.processes > 1:
-        record = _in_processes(given, bar)
+        record = _in_processes(given)
     else:
         if ranks.world > 1:
             given.device = given.device or ranks.device()
-        loaded, heads = load()
+        loaded, heads = load(given), load_heads(given)
         record = byte_grid.run_byte_grid(
             loaded,
             given.policies,
@@ -96,7 +92,7 @@ def run(given: argparse.Namespace, load: Callable[[], tuple[Any, Any]], bar: Bar
             manifest=grid.manifest_of(loaded, given.heads) | {"protocol": _protocol(given)},
             ranks=ranks,
             minutes=given.minutes,
-            progress=bar("asking"),
+            progress=Bar("asking"),
             batch_size=given.batch_size,
         )
     print(byte_grid.as_table(record))
@@ -148,14 +144,14 @@ def _part(out: Path, rank: int) -> Path:
     return out.with_name(f"{out.stem}.part{rank}{out.suffix}")
 
 
-def _in_processes(given: argparse.Namespace, bar: Bar) -> dict[str, Any]:
+def _in_processes(given: argparse.Namespace) -> dict[str, Any]:
     """Run the shares, then merge what they wrote; what earlier runs left of them counts."""
     from locret.evaluation import byte_grid
     from locret.evaluation.processes import run_together
 
     parts = [_part(given.json_out, rank) for rank in range(given.processes)]
     total = len(byte_grid.runs(given.policies, _settings(given))) * given.count * len(given.tasks)
-    asking = bar("asking")
+    asking = Bar("asking")
 
     def tell() -> None:
         there = [byte_grid.read(part)["results"] for part in parts if part.exists()]

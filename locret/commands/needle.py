@@ -1,0 +1,113 @@
+"""`python -m locret needle`: needles under several policies, at one length or over a grid."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from locret.commands.shared import Bar, add_model, load, load_heads, names
+from locret.heads import RetainingHeads
+from locret.policies import POLICIES
+
+
+def add_to(commands: Any) -> None:
+    command = commands.add_parser("needle", help="needles under several policies")
+    add_model(command)
+    command.add_argument(
+        "--policies", nargs="+", type=names, default=[["full", "streaming_llm", "locret"]]
+    )
+    command.add_argument("--tasks", nargs="+", default=["niah_single"])
+    command.add_argument("--tokens", type=int, default=3000, help="length of the prompts")
+    command.add_argument("--count", type=int, help="samples a task, spread over depths")
+    command.add_argument("--ratios", nargs="+", type=int, default=[8], help="tokens a budget unit")
+    command.add_argument("--seed", type=int, default=1_000_000)
+    command.add_argument("--max-new-tokens", type=int, default=32)
+    command.add_argument("--haystack", default="noise", help="noise, reference, or a text file")
+    command.add_argument(
+        "--no-answer-prefix", action="store_true", help="do not give the answer's first words"
+    )
+    command.add_argument("--batch-size", type=int, default=1, help="samples asked together")
+    command.add_argument("--json-out", type=Path, help="write every answer to this file")
+    grid = command.add_argument_group("grid of lengths and depths (--json-out is needed)")
+    grid.add_argument("--grid", action="store_true", help="ask at --lengths x --depths")
+    grid.add_argument("--lengths", default="1K,2K,4K", help="of the prompts, such as 1024,2K")
+    grid.add_argument("--depths", type=int, default=10)
+    grid.add_argument("--plot", type=Path, help="write the heat maps to this file")
+    command.set_defaults(run=_needle)
+
+
+def _needle(given: argparse.Namespace) -> None:
+    from locret.evaluation import needle
+
+    policies = [name for names in given.policies for name in names]
+    unknown = sorted(set(policies) - set(POLICIES))
+    if unknown:
+        raise ValueError(f"policies {unknown} are unknown; expected some of {sorted(POLICIES)}")
+    if not given.heads and "locret" in policies:
+        raise ValueError("policy locret needs --heads; train some with python -m trainers.fit")
+    if given.batch_size < 1:
+        raise ValueError(f"batch_size is {given.batch_size}; expected at least 1")
+    settings = needle.NeedleSettings(
+        tasks=tuple(given.tasks),
+        tokens=given.tokens,
+        count=given.count or needle.NeedleSettings.count,
+        ratios=tuple(given.ratios),
+        seed=given.seed,
+        haystack=None if given.haystack == "reference" else given.haystack,
+        answer_prefix=not given.no_answer_prefix,
+        max_new_tokens=given.max_new_tokens,
+    )
+    heads = load_heads(given)
+    if given.grid:
+        _needle_grid(given, policies, settings, heads)
+        return
+    loaded = load(given)
+    total = len(needle.runs(policies, settings.ratios)) * settings.count * len(settings.tasks)
+    bar, results = Bar("asking"), []
+    for result in needle.run_needles(loaded, policies, settings, heads, given.batch_size):
+        results.append(result)
+        bar(len(results), total)
+    print(
+        f"{settings.count} samples of {', '.join(settings.tasks)} in prompts of "
+        f"{results[0].prompt_tokens} tokens ({given.model})\n"
+    )
+    print(needle.as_table(needle.summarize(results)))
+    if given.heads:
+        print(f"\nheads    {Path(given.heads).resolve()}")
+    if given.json_out:
+        given.json_out.parent.mkdir(parents=True, exist_ok=True)
+        given.json_out.write_text(json.dumps(needle.as_json(settings, results), indent=1))
+        print(f"answers  {given.json_out.resolve()}")
+
+
+def _needle_grid(
+    given: argparse.Namespace, policies: list[str], settings: Any, heads: RetainingHeads | None
+) -> None:
+    from locret.evaluation import figures, grid, heatmap
+    from locret.quantities import parse_tokens
+
+    if given.json_out is None:
+        raise ValueError("a grid needs --json-out FILE: answers are kept there as they come")
+    if given.plot:
+        figures.plotting()  # missing: better now than after hours
+    asked = grid.GridSettings(
+        lengths=tuple(parse_tokens(length) for length in given.lengths.split(",")),
+        depths=given.depths,
+        samples_per_cell=given.count or 1,
+        needle=settings,
+    )
+    loaded = load(given)
+    record = grid.run_grid(
+        loaded,
+        policies,
+        asked,
+        given.json_out,
+        heads,
+        manifest=grid.manifest_of(loaded, given.heads),
+        progress=Bar("asking"),
+        batch_size=given.batch_size,
+    )
+    print(grid.as_table(record))
+    print(f"\nanswers  {given.json_out.resolve()}")
+    if given.plot:
+        print(f"figure   {heatmap.draw(record, given.plot).resolve()}")
