@@ -141,12 +141,6 @@ class RetainedLayer(CacheLayerMixin):
             self.units.rebuild(rotate(self.keys), room, self.empty)
         self.rotated = True
 
-    def evict(self, index: Tensor) -> None:
-        """Hold only the units at `index` [B, H, K] (long, ascending)."""
-        before = self.held
-        self.units.select(index)
-        self.note_evicted(before - self.held)
-
     def note_evicted(self, count: int, empty: Tensor | None = None) -> None:
         """`count` slots were given up in every head; those that held nothing went first.
 

@@ -23,11 +23,6 @@ def normalize(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1 if a reference is the prediction, both normalized."""
-    return _best(lambda wanted: normalize(prediction) == normalize(wanted), references)
-
-
 def contains(prediction: str, references: Sequence[str]) -> float:
     """1 if a reference stands in the prediction's first line; case and spaces do not matter."""
     lines = [line for line in prediction.splitlines() if len(line) > 1]
