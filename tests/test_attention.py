@@ -36,7 +36,7 @@ def random_inputs(batch, heads, group, new, slots, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 2),
     heads=st.integers(1, 3),
@@ -74,7 +74,7 @@ def test_a_token_never_sees_the_next(backend):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     group=st.integers(1, 3),
     new=st.integers(1, 9),

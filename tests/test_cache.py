@@ -327,7 +327,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(steps=STEPS, batch=st.integers(1, 3), heads=st.integers(1, 3))
 def test_units_behave_like_lists(steps, batch, heads):
     units, model = Units(), ListUnits()

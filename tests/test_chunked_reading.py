@@ -71,7 +71,7 @@ def test_labels_losses_and_inputs(attn, given):
     assert_same(distill(model, ROW, 32, **given), distill(model, ROW, None, **given))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     st.integers(3, 60),
     st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=3),

@@ -29,7 +29,7 @@ def test_queries_pass_through_every_architecture_untouched(family):
         assert type(out) is torch.Tensor
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(table=DTYPES, other=DTYPES, rows=st.integers(1, 3))
 def test_shortcuts_are_what_plain_tables_give(table, other, rows):
     cos, sin = identity_tables(*torch.rand(2, 1, 4, 6).to(table))

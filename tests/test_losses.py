@@ -17,7 +17,7 @@ def smooth_l1(difference):
     return 0.5 * size * size if size < 1 else size - 0.5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(predictions=SCORES, shift=st.floats(-3, 3, width=32))
 def test_regression_is_the_mean_smooth_l1(predictions, shift):
     ours = losses.regression(
@@ -28,7 +28,7 @@ def test_regression_is_the_mean_smooth_l1(predictions, shift):
     assert ours.item() == pytest.approx(naive, rel=1e-4, abs=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(SCORES, min_size=1, max_size=3), dtype=st.sampled_from(["float32", "float64"]))
 def test_smoothness_is_the_mean_squared_step(rows, dtype):
     length = min(map(len, rows))
@@ -68,7 +68,7 @@ def naive_listwise(predictions, targets):
     return total / len(predictions)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=4))
 def test_listwise_is_the_mean_cross_entropy_of_the_orders(rows):
     length = min(len(row) for pair in rows for row in pair)

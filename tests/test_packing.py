@@ -238,7 +238,7 @@ def rows_of_segments(draw):
     return segments
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(segments=rows_of_segments(), query_tokens=st.integers(0, 12))
 def test_the_question_is_repeated_in_front_of_its_own_segment(segments, query_tokens):
     ids = torch.arange(segments[-1].end)[None]  # every token says where it stood

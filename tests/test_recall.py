@@ -87,7 +87,7 @@ class NaiveHead:
         return [unit for i in sorted(best) for unit in blocks[i]] + self.evicted[full * size :]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     recall=st.builds(
         lambda size, blocks, share: Recall(size, blocks, max(1, size // share)),

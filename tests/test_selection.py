@@ -18,7 +18,7 @@ def naive(scores, budget, protected_tail):
     return sorted(best) + tail
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_keeps_the_highest_in_order(data, dtype):
     batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
@@ -40,7 +40,7 @@ def test_keeps_the_highest_in_order(data, dtype):
             assert ours == naive(scores[row, head].tolist(), budget, protected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     scores=st.lists(st.integers(-2, 2), min_size=1, max_size=40),
     budget=st.integers(1, 45),
@@ -67,7 +67,7 @@ def test_protected_units_stay_whatever_the_others_scored(extreme):
     assert keep_highest(scores, 4, 2)[0, 0, -2:].tolist() == [7, 8]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), size=st.integers(1, 40), budget=st.integers(0, 45))
 def test_protected_ends_stay_and_the_highest_between_them(data, size, budget):
     head = data.draw(st.integers(0, budget))

@@ -58,7 +58,7 @@ def random_view(batch, heads, group, answer, prompt, size=4, seed=0, scaling=0.5
 
 
 @pytest.mark.parametrize("name", sorted(LABELS))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     batch=st.integers(1, 2),
     heads=st.integers(1, 3),

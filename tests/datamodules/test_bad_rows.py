@@ -48,7 +48,7 @@ fuzz = st.one_of(
 
 
 @given(fuzz)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_a_row_gives_samples_or_a_reason(row):
     try:
         found = parse_row(row)
@@ -71,7 +71,7 @@ def test_a_row_gives_samples_or_a_reason(row):
 @given(
     st.lists(st.one_of(fuzz.map(json.dumps).map(str.encode), st.binary(max_size=30)), max_size=8)
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_a_file_of_anything_is_trained_on_to_its_end(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("fuzz") / "rows.jsonl"
     path.write_bytes(b"\n".join([*lines, json.dumps(GOOD).encode(), *lines]))

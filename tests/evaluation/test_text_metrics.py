@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from locret.evaluation.text_metrics import (
@@ -38,7 +38,6 @@ WORDS = st.lists(st.sampled_from(["ab", "ab12", "The", "fox,", "a-b", "é", "Ü"
 )
 
 
-@settings(deadline=None)
 @given(WORDS, WORDS)
 def test_rouge_l_is_that_of_the_package(answer, reference):
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])

@@ -36,9 +36,7 @@ def test_heads_longer_than_registers_hold(device, monkeypatch):
         compare(scores, budget, tail=budget // 2)
 
 
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(SCORES, min_size=2, max_size=40), st.data())
 def test_ties_infinities_and_nan(device, scores, data):
     budget = data.draw(st.integers(1, len(scores) - 1))

@@ -37,7 +37,7 @@ def groups(draw):
     return x.clamp(-LARGEST / 2, LARGEST / 2).to(draw(st.sampled_from(DTYPES)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(x=groups(), bits=BITS)
 def test_error_is_within_half_a_step(x, bits):
     codes, scale, minimum = quantize(x, bits, -1)
@@ -51,7 +51,7 @@ def test_error_is_within_half_a_step(x, bits):
         assert ((stored - x.float()).abs() <= STORAGE_ERROR).all()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(x=groups(), bits=BITS)
 def test_the_step_is_the_range_over_the_codes(x, bits):
     scale = quantize(x, bits, -1)[1].float()[..., 0]
@@ -61,7 +61,7 @@ def test_the_step_is_the_range_over_the_codes(x, bits):
     assert ((scale - ideal).abs() <= ideal * 2.0**-10 + STORAGE_ERROR).all()
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(x=groups(), bits=BITS, through=st.sampled_from(["same", "float32"]))
 def test_quantizing_again_changes_nothing(x, bits, through):
     first = quantize(x, bits, -1)

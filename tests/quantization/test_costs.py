@@ -21,7 +21,7 @@ def test_the_published_share_of_sixteen_bits(name, bits, share, size):
     assert costs.packed / (4 * size) == pytest.approx(share, abs=0.0005)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(["none", "kivi", "fp8"]),
     budget=st.integers(1, 300),
@@ -43,7 +43,7 @@ def test_no_history_takes_more_bytes_than_foretold(name, budget, residual, size,
     assert store.nbytes <= 2 * most_bytes(scheme, store.held, size) + slack
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     name=st.sampled_from(PACKING),
     nbytes=st.integers(0, 10**7),

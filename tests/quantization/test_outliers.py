@@ -20,7 +20,7 @@ def dense(outliers, size):
     return x
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 7, 300]))
 def test_they_move_with_their_units(seed, first, second, size):
     generator = torch.Generator().manual_seed(seed)

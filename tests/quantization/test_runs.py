@@ -21,7 +21,7 @@ def evictions(draw):
     return survivors, fresh, group, fewest + draw(st.integers(0, 2 * fewest))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(evictions())
 def test_runs_cover_the_units_and_untouched_ones_stay(case):
     survivors, fresh, group, limit = case

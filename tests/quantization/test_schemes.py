@@ -61,7 +61,7 @@ def groups(x, scheme, of_keys):
     return span
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases())
 def test_error_is_within_the_bound(case):
     scheme, x, quantize = case
@@ -76,7 +76,7 @@ def test_error_is_within_the_bound(case):
     assert (error <= bound + stored.abs() * 2.0**-20).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases())
 def test_quantizing_again_changes_nothing(case):
     scheme, x, quantize = case
@@ -86,7 +86,7 @@ def test_quantizing_again_changes_nothing(case):
         assert torch.equal(one, other)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(cases())
 def test_bytes_are_those_of_the_tensors(case):
     scheme, x, quantize = case

@@ -48,7 +48,7 @@ def histories(draw):
     return make_scheme(name, **options).for_layer(1), draw(st.lists(steps, max_size=12))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(histories(), st.integers(0, 10**6))
 def test_whatever_happens_units_stay_in_order_and_near(history, seed):
     scheme, steps = history
