@@ -13,7 +13,16 @@ import torch
 from locret.evaluation.files import write_whole
 from locret.evaluation.provenance import commit, versions
 
-PACKAGES = ("torch", "transformers", "triton", "lightning", "kvpress", "flash-attn")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "lightning",
+    "kvpress",
+    "flash-attn",
+    "optimum-quanto",
+    "hqq",
+)
 PATHS = ("out", "plot")
 
 
