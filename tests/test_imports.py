@@ -163,6 +163,14 @@ def test_importing_locret_is_light_and_changes_nothing():
     assert not {"locret.distillation", "locret.evaluation", "locret.cli"} & set(ours.split())
 
 
+def test_the_map_in_the_docs_names_every_part():
+    lines = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").splitlines()
+    table = "\n".join(line for line in lines if line.startswith("| "))
+    parts = set(RANK) - {"__main__", "__init__"}
+    missing = [part for part in parts if f"`{part}`" not in table and f"`{part}/`" not in table]
+    assert not missing
+
+
 def test_public_names_are_there():
     import locret
 
