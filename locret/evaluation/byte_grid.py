@@ -143,9 +143,9 @@ def run_byte_grid(
     for start in range(0, len(samples), batch_size):
         for run in all_runs:
             batch = [
-                (seed, sample)
-                for seed, sample in samples[start : start + batch_size]
-                if (*run, sample.task, seed) not in done
+                asked
+                for asked in samples[start : start + batch_size]
+                if (*run, asked.sample.task, asked.seed) not in done
             ]
             if not batch:
                 continue
@@ -224,41 +224,47 @@ def make_engine(
     )
 
 
-def _samples(
-    loaded: LoadedModel, settings: ByteGridSettings, ranks: Ranks
-) -> list[tuple[int, SyntheticSample]]:
-    """Those of a process, with their seeds. Samples of different tasks alternate, so that a run
-    that is stopped has some of each."""
-    asked = settings.needle
-    samples = needle.make_samples(asked, loaded.tokenizer)
+class Asked(NamedTuple):
+    """A sample, its seed and its prompt's tokens."""
+
+    seed: int
+    sample: SyntheticSample
+    ids: list[int]
+
+
+def _samples(loaded: LoadedModel, settings: ByteGridSettings, ranks: Ranks) -> list[Asked]:
+    """Those of a process. Samples of different tasks alternate, so that a run that is stopped has
+    some of each."""
+    asked, tokenizer = settings.needle, loaded.tokenizer
+    samples = needle.make_samples(asked, tokenizer)
     by_place = [samples[i :: asked.count] for i in range(asked.count)]
     mixed = [sample for of_tasks in by_place for sample in of_tasks]
-    return mixed[ranks.rank :: ranks.world]
+    return [
+        Asked(
+            seed, sample, needle.needle_prompt(sample, tokenizer, asked.answer_prefix)[0].tolist()
+        )
+        for seed, sample in mixed[ranks.rank :: ranks.world]
+    ]
 
 
 def _ask(
     loaded: LoadedModel,
     run: ByteRun,
     engine: Engine,
-    samples: Sequence[tuple[int, SyntheticSample]],
+    batch: Sequence[Asked],
     settings: ByteGridSettings,
 ) -> list[Cell]:
-    asked, tokenizer = settings.needle, loaded.tokenizer
-    local, rows = asked.local_tokens, len(samples)
-    prompts = [
-        needle.needle_prompt(sample, tokenizer, asked.answer_prefix)[0].tolist()
-        for _, sample in samples
-    ]
+    local, rows, device = settings.needle.local_tokens, len(batch), loaded.model.device
     started = time.perf_counter()
-    question = torch.tensor([ids[-local:] for ids in prompts], device=loaded.model.device)
+    question = torch.tensor([asked.ids[-local:] for asked in batch], device=device)
     cache = engine.prefill(
-        *padded([ids[:-local] for ids in prompts], loaded.model.device),
+        *padded([asked.ids[:-local] for asked in batch], device),
         query_ids=question if engine.query_aware else None,
     )
     held = cache.report()
-    limit = asked.max_new_tokens
+    limit = settings.needle.max_new_tokens
     output = engine.generate(question, cache=cache, max_new_tokens=limit, do_sample=False)
-    answers = tokenizer.batch_decode(output[:, local:], skip_special_tokens=True)
+    answers = loaded.tokenizer.batch_decode(output[:, local:], skip_special_tokens=True)
     seconds = (time.perf_counter() - started) / rows
     return [
         {
@@ -276,7 +282,7 @@ def _ask(
             "prompt_tokens": len(ids),
             "seconds": seconds,
         }
-        for (seed, sample), ids, answer in zip(samples, prompts, answers, strict=True)
+        for (seed, sample, ids), answer in zip(batch, answers, strict=True)
     ]
 
 
