@@ -10,14 +10,16 @@ from locret.cache import DECODE_ROOM
 BRANCHING = ("num_beams", "num_return_sequences")
 """Arguments that let stock `generate` run several sequences for one prompt."""
 
+LENGTHS = ("max_length", "min_length")
+"""Arguments that count the prompt's tokens too."""
+
 REFUSED = (
     "assistant_model",
-    "cache_implementation",
     "guidance_scale",
     "inputs_embeds",
     "prompt_lookup_num_tokens",
 )
-"""Arguments of stock `generate` that bring a cache of their own or roll ours back."""
+"""Arguments of stock `generate` that need a cache of their own or roll ours back."""
 
 
 def check_ids(input_ids: Tensor) -> None:
@@ -71,8 +73,11 @@ def check_decoding(model: Any, kwargs: dict[str, Any], with_cache: bool) -> None
     Raises:
         ValueError: says which argument, and what to do instead.
     """
-    for name in REFUSED:
-        if kwargs.get(name) is not None:
+    wanted = {name: setting(model, kwargs, name) for name in REFUSED}
+    wanted["cache_implementation"] = given(kwargs, "cache_implementation")
+    for name, value in wanted.items():
+        harmless = name == "guidance_scale" and value == 1
+        if value is not None and not harmless:
             raise ValueError(f"{name} does not work with a compressed cache; leave it out")
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False leaves nothing to compress; leave it out")
@@ -85,7 +90,24 @@ def check_decoding(model: Any, kwargs: dict[str, Any], with_cache: bool) -> None
 def setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
     """What stock `generate` goes by: its argument, else its configuration's."""
     config = kwargs.get("generation_config") or model.generation_config
-    return kwargs.get(name) or getattr(config, name, None)
+    value = kwargs.get(name)
+    return value if value is not None else getattr(config, name, None)
+
+
+def given(kwargs: dict[str, Any], name: str) -> Any:
+    """What the call itself says: its argument, else that of the configuration passed to it."""
+    value = kwargs.get(name)
+    return value if value is not None else getattr(kwargs.get("generation_config"), name, None)
+
+
+def stock_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that keep the model's own configuration from asking for no cache, or another."""
+    kept: dict[str, Any] = {}
+    if setting(model, kwargs, "use_cache") is False:
+        kept["use_cache"] = True
+    if setting(model, kwargs, "cache_implementation") is not None:
+        kept["cache_implementation"] = None
+    return kept
 
 
 def longest(model: Any, kwargs: dict[str, Any], sequence: Tensor) -> int:

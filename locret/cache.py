@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from locret import saved
-from locret.coded import CodedUnits
 from locret.host_blocks import HostBlocks
 from locret.layer import LayerView, RetainedLayer
 from locret.merging import Merging, describe_merging, merging_of
@@ -185,7 +184,7 @@ class RetainedCache(Cache):
     @property
     def quantized(self) -> bool:
         """Whether any layer holds keys and values in few bits."""
-        return any(isinstance(layer.units, CodedUnits) for layer in self.layers)
+        return any(layer.quantized for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
@@ -330,13 +329,26 @@ class RetainedCache(Cache):
         """
         first = rows[0]
         batch = first._emptied()
-        batch.query_length = first.query_length
+        batch.budget = _largest([row.budget for row in rows])
+        batch.query_length = max(row.query_length for row in rows)
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
         batch.padding = tuple(padded_to - row.shifted(row.seen)[0] for row in rows)
         for layer, *of_rows in zip(batch.layers, *(row.layers for row in rows), strict=True):
             layer.take_rows(of_rows, num_heads, device)
             layer.seen = padded_to
         return batch
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, one after the other, for the beams of stock `generate`."""
+        held = next((layer for layer in self.layers if layer.held), None)
+        batch = len(self.padding or ()) or (held.scores.shape[0] if held else 1)
+        known = [row for row in range(batch) for _ in range(repeats)]
+        for layer in self.layers:
+            layer.select_rows(torch.tensor(known), known)
+        if self.padding is not None:
+            self.padding = tuple(self.padding[row] for row in known)
+        if len(self.prompt_lengths) > 1:
+            self.prompt_lengths = tuple(self.prompt_lengths[row] for row in known)
 
     def rows(self, indices: Sequence[int]) -> "RetainedCache":
         """Some rows as a cache of their own; this one stays as it is."""
@@ -397,6 +409,19 @@ class RetainedCache(Cache):
             "host_bytes": sum(host.host_bytes for host in self.hosts),
             "recalled_units": max((host.recalled for host in self.hosts), default=0),
         }
+
+
+def _largest(
+    budgets: Sequence[int | tuple[int, ...] | None],
+) -> int | tuple[int, ...] | None:
+    """What every layer of a batch may keep, where rows may keep different numbers of units."""
+    some = [budget for budget in budgets if budget is not None]
+    if len(some) < len(budgets) or len(set(some)) == 1:
+        return budgets[0] if len(set(budgets)) == 1 else None
+    layers = max((len(budget) for budget in some if isinstance(budget, tuple)), default=1)
+    by_row = [budget if isinstance(budget, tuple) else (budget,) * layers for budget in some]
+    most = tuple(map(max, zip(*by_row, strict=True)))
+    return most[0] if len(set(most)) == 1 else most
 
 
 def _layer_schemes(

@@ -44,6 +44,8 @@ class Columns:
         """Units that there is room for."""
         if not self.tensors or not self._room_is_ours:
             return self.held
+        if self.tensors[0].is_inference() and not torch.is_inference_mode_enabled():
+            return self.held  # what was made in inference mode cannot be written outside it
         return self.tensors[0].shape[2]
 
     @property

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from locret.arguments import (
     BRANCHING,
+    LENGTHS,
     after_questions,
     check_decoding,
     check_ids,
+    given,
     left_padding,
     longest,
     setting,
+    stock_settings,
     unpadded,
 )
 from locret.backbone import Backbone
@@ -32,7 +35,7 @@ from locret.kernels.dispatch import AVAILABLE
 from locret.merging import MergingChoice, merging_of
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.quantization import Quantization, scheme_of
-from locret.reading import Progress, Reader
+from locret.reading import Progress, Reader, one_if_equal
 from locret.recall import Recall, recall_of
 from locret.retention import RetainedAttention
 from locret.rotary import LongRopeRule
@@ -41,6 +44,7 @@ from locret.sizing import Sizing
 from locret.steps import GraphedSteps, seen_through, why_not_graphed
 
 DEFAULT_NEW_TOKENS = 64
+MOST_ROOM = 8192  # tokens of an answer for which storage is made at once
 
 
 class Engine:
@@ -303,7 +307,7 @@ class Engine:
                 of different lengths are padded on the left.
             attention_mask: [B, n], zeros where a row is padded; None = no padding.
             cache: a cache of `prefill` or of an earlier `generate`. It goes on from where it is,
-                and holds question and answer afterwards.
+                and holds question and answer afterwards; if the call fails, what it held before.
             max_new_tokens: default 64, unless `max_length` or a `generation_config` is given.
             **kwargs: of stock `generate`: streamer, sampling, stopping criteria, ...
 
@@ -324,22 +328,43 @@ class Engine:
             kwargs["max_new_tokens"] = max_new_tokens
         with self:
             if cache is None:
-                cache = self._read_prompt(input_ids, padding)
-                # What was read in front of the prompt, for stock generate's bookkeeping.
-                unread = min(self._unread, input_ids.shape[1])
-                front = cache.seen - (input_ids.shape[1] - unread)
-                context = input_ids[:, input_ids.shape[1] - front :]
-                limit = kwargs.get("max_length") or getattr(
-                    kwargs.get("generation_config"), "max_length", None
-                )
-                if limit and front:
-                    kwargs["max_length"] = limit + front
-            elif any(padding):
-                sequence = self._read_questions(cache, input_ids, padding)
-                output = self._generate(sequence, cache, sequence.shape[1], kwargs)
-                return after_questions(input_ids, output)
-            sequence = torch.cat([context, input_ids], dim=1)
-            return self._generate(sequence, cache, context.shape[1], kwargs)
+                return self._answer_prompt(input_ids, padding, kwargs)
+            untouched = cache.snapshot()
+            try:
+                return self._answer_questions(input_ids, padding, cache, context, kwargs)
+            except BaseException:  # an interrupt too: the context may have taken minutes to read
+                cache.restore(untouched)
+                raise
+
+    def _answer_prompt(self, prompt: Tensor, padding: list[int], kwargs: dict[str, Any]) -> Any:
+        """What stock generate returns for a prompt [B, n]."""
+        cache, tokens = self._read_prompt(prompt, padding), prompt.shape[1]
+        # What was read in front of the prompt, for stock generate's bookkeeping.
+        front = cache.seen - (tokens - min(self._unread, tokens))
+        if front:
+            for name in LENGTHS:
+                length = given(kwargs, name)
+                if length:
+                    kwargs[name] = length + front
+        sequence = torch.cat([prompt[:, tokens - front :], prompt], dim=1)
+        return self._generate(sequence, cache, front, kwargs)
+
+    def _answer_questions(
+        self,
+        questions: Tensor,
+        padding: list[int],
+        cache: RetainedCache,
+        context: Tensor,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What stock generate returns for questions [B, n] about what `cache` has read, of which
+        the tokens are `context`."""
+        if any(padding):
+            sequence = self._read_questions(cache, questions, padding)
+            output = self._generate(sequence, cache, sequence.shape[1], kwargs)
+            return after_questions(questions, output)
+        sequence = torch.cat([context, questions], dim=1)
+        return self._generate(sequence, cache, context.shape[1], kwargs)
 
     @property
     def asks_together(self) -> bool:
@@ -440,13 +465,15 @@ class Engine:
 
     def _context_ids(self, cache: RetainedCache, input_ids: Tensor) -> Tensor:
         """Tokens that the cache has seen or was answered, for stock generate's bookkeeping."""
-        layers = len(self.backbone.layers)
-        if not isinstance(cache, RetainedCache) or len(cache.layers) != layers:
+        layers, had = len(self.backbone.layers), len(getattr(cache, "layers", ()))
+        if not isinstance(cache, RetainedCache) or had != layers:
             raise ValueError(
-                f"cache is a {type(cache).__name__} of {len(cache.layers)} layers; expected one of "
+                f"cache is a {type(cache).__name__} of {had} layers; expected one of "
                 f"engine.prefill for this model, of {layers}"
             )
         ids = cache.token_ids
+        if ids is None and not cache.seen:
+            raise ValueError("the cache has read nothing yet; make one with engine.prefill")
         if ids is None or ids.shape[1] != cache.seen:
             known = 0 if ids is None else ids.shape[1]
             raise ValueError(
@@ -465,13 +492,13 @@ class Engine:
     ) -> Any:
         """Stock generate over a sequence whose first tokens `cache` has seen."""
         beams, returned = (setting(self.model, kwargs, name) or 1 for name in BRANCHING)
-        self._bound_answer(cache)
+        last = longest(self.model, kwargs, sequence)
+        self._bound_answer(cache, last)
         if max(beams, returned) > 1:
-            cache.token_ids = None  # of no use to another call, should this one fail
             cache.batch_repeat_interleave(max(beams, returned))
-        if setting(self.model, kwargs, "use_cache") is False:
-            kwargs = kwargs | {"use_cache": True}
-        cache.room = max(longest(self.model, kwargs, sequence) - cache.seen, DECODE_ROOM)
+            cache.token_ids = None  # whose rows are the beams' no more
+        kwargs = kwargs | stock_settings(self.model, kwargs)
+        cache.room = min(max(last - cache.seen, DECODE_ROOM), MOST_ROOM)
         model: Any = self.model
         takes_steps = all(layer.takes_steps for layer in cache.layers)
         if beams == 1 and cache.eviction is None and takes_steps and self.fast_steps:
@@ -502,8 +529,10 @@ class Engine:
         backbone, fused = self.backbone, self.backend != "eager" and AVAILABLE
         return fused and backbone.plain and [d.type for d in backbone.devices] == ["cuda"]
 
-    def _bound_answer(self, cache: RetainedCache) -> None:
-        """Let the layers evict while the answer comes, if that was asked for."""
+    def _bound_answer(self, cache: RetainedCache, last: int) -> None:
+        """Let the layers evict while the answer comes, of at most `last` tokens with all before
+        it, if that was asked for."""
+        cache.eviction = None
         interval = self.settings.decode_interval
         if interval is None or cache.budget is None:
             return
@@ -512,8 +541,12 @@ class Engine:
                 "decode_interval: this cache answered without eviction before, so that its slots "
                 "are fixed; go on with the engine it came from, or read its context again"
             )
-        layers = self.backbone.geometry.num_layers
-        budgets = cache.budget if isinstance(cache.budget, tuple) else (cache.budget,) * layers
+        whole = max(cache.prompt_lengths)
+        budgets = self.settings.answer_budgets(self.policy, self.sizing, whole, last)
+        if budgets is None:
+            layers = self.backbone.geometry.num_layers
+            budgets = cache.budget if isinstance(cache.budget, tuple) else (cache.budget,) * layers
+        cache.budget = one_if_equal(budgets)
         stabilizers = self.settings.stabilizers_for(budgets)
         cache.eviction = Eviction(
             budgets, stabilizers, cache.query_length, interval - 1, merging=cache.merging

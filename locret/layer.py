@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from locret.coded import LayerUnits, units_for
+from locret.coded import CodedUnits, LayerUnits, units_for
 from locret.host_blocks import HostBlocks
 from locret.quantization import NO_SCHEME, Scheme
 from locret.recall import Recall
@@ -104,6 +104,11 @@ class RetainedLayer(CacheLayerMixin):
     def held(self) -> int:
         """Units held in each head."""
         return self.units.held
+
+    @property
+    def quantized(self) -> bool:
+        """Whether keys and values are held in few bits."""
+        return isinstance(self.units, CodedUnits)
 
     @property
     def nbytes(self) -> int:
@@ -298,20 +303,15 @@ class RetainedLayer(CacheLayerMixin):
         """Hold only the rows `indices` [B'] (long) of the batch, which Python knows as `known`: a
         device is not asked."""
         if self.held:
-            rows = indices.to(self.scores.device)
-            self.units.select_batch(rows)
-            if self.empty is not None:
-                self.empty = self.empty[rows]
-                if len(self.shift) > 1:
-                    self.shift = tuple(self.shift[row] for row in known)
-            self.state = {name: value[rows] for name, value in self.state.items()}
+            indices = indices.to(self.scores.device)
+            self.units.select_batch(indices)
             if self.host:
-                self.host.select_batch(rows, known)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.held:
-            rows = torch.arange(self.scores.shape[0], device=self.scores.device)
-            self.batch_select_indices(rows.repeat_interleave(repeats))
+                self.host.select_batch(indices, known)
+        if self.empty is not None:
+            self.empty = self.empty[indices.to(self.empty.device)]
+        if len(self.shift) > 1:
+            self.shift = tuple(self.shift[row] for row in known)
+        self.state = {name: x[indices.to(x.device)] for name, x in self.state.items()}
 
     def take_rows(
         self, rows: "Sequence[RetainedLayer]", num_heads: int, device: torch.device

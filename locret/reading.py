@@ -194,10 +194,9 @@ class Reader:
 
     def _empty(self, budgets: tuple[int, ...] | None) -> RetainedCache:
         windows = self.backbone.windows
-        equal = budgets is not None and len(set(budgets)) == 1
         return RetainedCache(
             len(windows),
-            budgets[0] if budgets and equal else budgets,
+            one_if_equal(budgets),
             self.settings.positions,
             windows,
             self.sizing.scheme,
@@ -208,6 +207,11 @@ class Reader:
     @functools.cached_property
     def _description(self) -> dict[str, Any]:
         return describe(self.backbone.model)
+
+
+def one_if_equal(budgets: tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+    """The budgets of layers as `RetainedCache` has them."""
+    return budgets[0] if budgets and len(set(budgets)) == 1 else budgets
 
 
 def _together(readings: Sequence[Reading], most: int) -> list[list[int]]:

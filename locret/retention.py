@@ -104,7 +104,8 @@ class RetainedAttention:
             query = call.rotate(query, starts, lengths)
             key = call.rotate(key, starts, lengths) if layer.rotated else key
         positions = torch.arange(layer.seen, layer.seen + key.shape[2], device=key.device)
-        layer.units.append(key, call.value, unscored(key), positions, cache.room)
+        new = _without_padding(layer, key, call.value)
+        layer.units.append(*new, unscored(key), positions, cache.room)
         output = None
         if not leave:
             keys, values, empty = _rotated_keys(call, layer, cache), layer.values, layer.empty
@@ -385,6 +386,17 @@ def _evict(
     if merged is not None:
         units.replace_merged(merged)  # type: ignore[union-attr]
     layer.note_evicted(count, kept.empty)
+
+
+def _without_padding(layer: RetainedLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """New keys and values [B, H, T, D], those of padding replaced by the row's first own ones if
+    they will be packed: what stands there must not widen the range of its run."""
+    if layer.empty is None or max(layer.shift) <= layer.held or not layer.quantized:
+        return key, value
+    new = torch.arange(key.shape[2], device=key.device)
+    own = new.maximum((layer.empty - layer.held)[..., None]).clamp(max=key.shape[2] - 1)
+    index = own[..., None].expand_as(key)
+    return key.gather(2, index), value.gather(2, index)
 
 
 def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ def describe(model: Any) -> dict[str, Any]:
         "name": config.name_or_path or None,
         "layers": config.num_hidden_layers,
         "kv_heads": config.num_key_value_heads,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "weights": _weights_print(model),
     }
 
@@ -46,9 +47,21 @@ def _weights_print(model: Any) -> str:
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.numel()
     }
     chosen = [*owners.values()]
-    for module, name in (chosen[0], chosen[len(chosen) // 2], chosen[-1]):
+    some = [chosen[0], chosen[len(chosen) // 2], chosen[-1]]
+    for layer in _adapted(model):
+        digest.update(repr(layer.active_adapters).encode())
+        base = set(layer.base_layer.parameters())
+        some += [owners[p] for p in layer.parameters() if p in owners and p not in base]
+    for module, name in some:
         digest.update(_first_values(module, name).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _adapted(model: Any) -> list[Any]:
+    """The layers to which a PEFT adapter adds something."""
+    return [
+        m for m in model.modules() if hasattr(m, "base_layer") and hasattr(m, "active_adapters")
+    ]
 
 
 def _first_values(module: Any, name: str) -> Tensor:

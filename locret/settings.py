@@ -114,6 +114,11 @@ class Settings:
         elif isinstance(budget, int):
             if budget < 1:
                 raise ValueError(f"budget is {budget}; expected at least 1, or None for no limit")
+        elif isinstance(budget, str) or not isinstance(budget, Sequence):
+            raise ValueError(
+                f"budget is {budget!r}; expected a whole number of units, a share of the context, "
+                "one number for each layer, or None; give memory as budget_bytes"
+            )
         elif len(budget) != num_layers or min(budget) < 1:
             raise ValueError(
                 f"budget is {list(budget)}; expected one whole number of at least 1 for each of "
@@ -144,6 +149,16 @@ class Settings:
         if isinstance(budget, float):
             budget = max(1, round(budget * context))
         return tuple(of_layers(budget) if isinstance(budget, int) else budget)
+
+    def answer_budgets(
+        self, policy: Policy, sizing: Sizing, prompt: int, last: int
+    ) -> tuple[int, ...] | None:
+        """Units that every layer keeps while an answer comes, where that depends on the tokens: a
+        share is of the whole prompt's, and memory holds what fits into it of `last` tokens, the
+        prompt's and the answer's. None = what it kept of the context."""
+        if isinstance(self.budget, Memory):
+            return self.budgets(policy, sizing, last)
+        return self.budgets(policy, sizing, prompt) if isinstance(self.budget, float) else None
 
     def stabilizers_for(self, budgets: Sequence[int]) -> int:
         """Stabilizers where layers keep `budgets`: in the recorded proportion, if "auto"."""

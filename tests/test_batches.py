@@ -180,3 +180,51 @@ def test_beams_of_padded_rows():
     model = tiny_model("llama")
     engine = locret.Engine(model, heads=tiny_heads(model), **SMALL)
     assert_each_row_as_alone(engine, (40, 23), num_beams=3)
+
+
+@pytest.mark.parametrize("branching", [{"num_beams": 2}, {"num_beams": 4, "early_stopping": True}])
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("lengths", [(3, 5), (60, 33), (4, 41, 2)])
+def test_beams_of_rows_shorter_than_the_local_tokens_too(lengths, positions, branching):
+    model = tiny_model("llama")
+    engine = locret.Engine(model, "streaming_llm", positions=positions, **SMALL)
+    assert_each_row_as_alone(engine, lengths, **branching)
+
+
+def test_beams_have_the_rotation_of_their_row():
+    engine = locret.Engine(
+        tiny_model("phi3"), "streaming_llm", longrope="by_length", **SMALL | {"budget": 200}
+    )
+    assert_each_row_as_alone(engine, (40, 150), num_beams=2)
+
+
+@pytest.mark.parametrize("scheme", ["kivi", "kvquant", "fp8"])
+def test_packed_rows_do_not_know_what_they_are_padded_with(scheme):
+    engine = locret.Engine(
+        tiny_model("llama", head_dim=32),
+        "streaming_llm",
+        budget=128,
+        chunk_size=32,
+        stabilizers=2,
+        local_tokens=100,
+        quantization={"name": scheme, "group": 16} if scheme != "fp8" else scheme,
+    )
+    logits = []
+    for pad in (0, 1):
+        ids, mask = padded((90, 50), pad)
+        output = engine.generate(
+            ids, mask, return_dict_in_generate=True, output_logits=True, **GREEDY
+        )
+        logits.append(torch.stack(output.logits))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("lengths", [(30, 300), (300, 30)])
+def test_a_share_of_rows_that_evict_their_answers_is_that_of_the_longest(lengths):
+    settings = SMALL | {"budget": 0.5, "chunk_size": 64}
+    engine = locret.Engine(tiny_model("llama"), "streaming_llm", decode_interval=8, **settings)
+    ids, mask = padded(lengths)
+    output = engine.generate(ids, mask, return_dict_in_generate=True, **GREEDY)
+    report = output.past_key_values.report()
+    assert report["budget"] == 150
+    assert max(report["units"]) <= 150 + 8

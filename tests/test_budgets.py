@@ -98,3 +98,37 @@ def test_eviction_while_answering_needs_slots_that_may_move(model):
 def test_interval_is_checked(model, interval):
     with pytest.raises(ValueError, match="decode_interval is"):
         locret.Engine(model, "random", budget=20, decode_interval=interval, **SMALL)
+
+
+@pytest.mark.parametrize("settings", [{"budget_bytes": "64MiB"}, {"budget": 0.5}])
+def test_prompts_without_a_context_have_their_budget_while_answers_are_evicted(settings):
+    model = tiny_model("llama")
+    given = SMALL | settings | {"local_tokens": 20}
+    engine = locret.Engine(model, "streaming_llm", decode_interval=8, **given)
+    greedy = {"max_new_tokens": 40, "do_sample": False}
+    output = engine.generate(prompt(20), return_dict_in_generate=True, **greedy)
+    report = output.past_key_values.report()
+    if "budget" in settings:
+        assert report["budget"] == 10
+        assert max(report["units"]) <= 10 + 8
+    else:
+        full = locret.Engine(model, "full", local_tokens=20)
+        assert torch.equal(output.sequences, full.generate(prompt(20), **greedy))
+
+
+def test_eviction_of_answers_is_not_handed_on_to_the_next_engine():
+    model = tiny_model("llama")
+    evicting, keeping = (
+        locret.Engine(model, "streaming_llm", budget=12, decode_interval=interval, **SMALL)
+        for interval in (4, None)
+    )
+    cache = evicting.prefill(prompt(60))
+    evicting.generate(prompt(5), cache=cache, max_new_tokens=5)
+    held = max(cache.report()["units"])
+    keeping.generate(prompt(5), cache=cache, max_new_tokens=30, min_new_tokens=30)
+    assert min(cache.report()["units"]) >= held + 30
+
+
+def test_a_budget_that_is_memory_says_how_to_give_it():
+    with pytest.raises(ValueError, match="give memory as budget_bytes"):
+        locret.Engine(tiny_model("llama"), "random", budget="2GiB", **SMALL)

@@ -152,3 +152,18 @@ def test_over_trained_heads(model):
 def test_floors_are_shares(compose, floor):
     with pytest.raises(ValueError, match="between 0 and 1"):
         compose("knorm", floor=floor)
+
+
+@pytest.mark.parametrize("merging", [None, "similar", "adjacent"])
+def test_no_layer_is_left_with_nothing(merging):
+    model = tiny_model("llama")
+    engine = locret.Engine(
+        model,
+        SharedLayers("keydiff"),
+        budget=1,
+        chunk_size=3,
+        stabilizers=0,
+        local_tokens=4,
+        merging=merging,
+    )
+    assert min(engine.prefill(prompt(60)).report()["units"]) >= 1

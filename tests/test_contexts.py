@@ -158,3 +158,21 @@ def test_missing_files_are_refused_by_name(engine, model, tmp_path):
     (tmp_path / "context" / "units.safetensors").unlink()
     with pytest.raises(ValueError, match="units.safetensors is damaged"):
         locret.RetainedCache.load(tmp_path / "context", model)
+
+
+def test_a_context_belongs_to_the_adapter_and_dtype_it_was_read_with(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def adapted(seed, dtype=torch.float32):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        return peft.get_peft_model(tiny_model("llama").to(dtype), config).eval()
+
+    one = adapted(1)
+    locret.Engine(one, "knorm", budget=16, stabilizers=0, local_tokens=4).prefill(prompt(60)).save(
+        tmp_path / "context"
+    )
+    assert locret.RetainedCache.load(tmp_path / "context", adapted(1)).seen == 60
+    for other in (adapted(2), tiny_model("llama"), adapted(1, torch.bfloat16)):
+        with pytest.raises(ValueError, match="context of another model"):
+            locret.RetainedCache.load(tmp_path / "context", other)

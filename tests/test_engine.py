@@ -551,8 +551,10 @@ def test_caches_that_do_not_belong_are_refused(model):
         engine.generate(prompt(3), cache=deeper.prefill(prompt(20)), **GREEDY)
     with pytest.raises(ValueError, match="DynamicCache"):
         engine.generate(prompt(3), cache=DynamicCache(), **GREEDY)
-    with pytest.raises(ValueError, match="advanced outside"):
+    with pytest.raises(ValueError, match="has read nothing yet"):
         engine.generate(prompt(3), cache=new_cache(), **GREEDY)
+    with pytest.raises(ValueError, match="cache is a str"):
+        engine.generate(prompt(3), cache="runs/book", **GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -575,13 +577,100 @@ def test_cache_of_beams_is_refused_afterwards(model):
         engine.generate(prompt(3, 2), cache=output.past_key_values, **GREEDY)
 
 
-def test_cache_of_a_failed_call_is_refused_afterwards(model):
+class Stopped(Exception):
+    pass
+
+
+class StopsAfter:
+    """A streamer that fails at the so-many-th token."""
+
+    def __init__(self, tokens):
+        self.left = tokens
+
+    def put(self, value):
+        self.left -= value.dim() == 1
+        if self.left < 0:
+            raise Stopped
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    "failing",
+    [
+        {"num_return_sequences": 2},
+        {"temprature": 1.0},
+        {"streamer": StopsAfter(0)},
+        {"streamer": StopsAfter(2)},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_a_failed_call_leaves_the_context_as_it_was(model, rows, failing):
+    engine = small_engine(model)
+    cache = engine.prefill(prompt(30, batch=rows))
+    question = prompt(5, batch=rows, seed=3)
+    mask = torch.ones_like(question)
+    mask[0, : 2 * (rows - 1)] = 0  # padded questions are read before they are answered
+    untouched = cache.snapshot()
+    expected = engine.generate(question, mask, cache=cache, **GREEDY)
+    cache.restore(untouched)
+    if rows == 2 and "streamer" in failing:
+        failing = {"stopping_criteria": [lambda *_: 1 / 0]}  # a streamer takes one row
+    with pytest.raises((ValueError, Stopped, ZeroDivisionError)):
+        engine.generate(question, mask, cache=cache, **failing, **GREEDY)
+    assert cache.seen == 30
+    assert torch.equal(engine.generate(question, mask, cache=cache, **GREEDY), expected)
+
+
+def test_out_of_memory_in_the_first_layer_leaves_the_context_as_it_was(model, monkeypatch):
     engine = small_engine(model)
     cache = engine.prefill(prompt(30))
-    with pytest.raises(ValueError, match="num_return_sequences"):
-        engine.generate(prompt(3), cache=cache, num_return_sequences=2, **GREEDY)
-    with pytest.raises(ValueError, match="make a fresh one"):
-        engine.generate(prompt(3), cache=cache, **GREEDY)
+    untouched = cache.snapshot()
+    expected = engine.generate(prompt(5, seed=3), cache=cache, **GREEDY)
+    cache.restore(untouched)
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr("locret.retention.attend", out_of_memory)
+        engine.generate(prompt(5, seed=3), cache=cache, **GREEDY)
+    assert torch.equal(engine.generate(prompt(5, seed=3), cache=cache, **GREEDY), expected)
+
+
+def test_inference_mode_around_one_call_does_not_matter_to_the_next(model):
+    engine = small_engine(model)
+    question = prompt(5, seed=3)
+    expected = engine.generate(question, cache=engine.prefill(prompt(30)), **GREEDY)
+    with torch.inference_mode():
+        cache = engine.prefill(prompt(30))
+    assert torch.equal(engine.generate(question, cache=cache, **GREEDY), expected)
+
+
+def test_answers_until_the_end_of_the_turn_take_no_storage_ahead(model):
+    engine = small_engine(model)
+    cache = engine.prefill(prompt(30))
+    engine.generate(
+        prompt(5), cache=cache, max_new_tokens=1_000_000, eos_token_id=[*range(model.vocab_size)]
+    )
+    assert max(layer.units.spare for layer in cache.layers) < 10_000
+
+
+def test_what_the_models_configuration_asks_for_is_heeded(model):
+    engine = small_engine(model)
+    expected = engine.generate(prompt(30), **GREEDY)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens"):
+        engine.generate(prompt(3), generation_config=GenerationConfig(prompt_lookup_num_tokens=2))
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        **own.to_diff_dict() | {"cache_implementation": "static"}
+    )
+    try:
+        assert torch.equal(engine.generate(prompt(30), **GREEDY), expected)
+    finally:
+        model.generation_config = own
 
 
 # --- policies ---

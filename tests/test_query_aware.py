@@ -291,3 +291,11 @@ def test_heads_read_the_same_in_training_and_in_the_engine(model, heads):
     for layer, predictions in zip(cache.layers, trained, strict=True):
         assert layer.scores.shape == predictions.shape == (1, 2, QUERY + 40)
         assert (layer.scores - predictions).abs().max() < 1e-4
+
+
+def test_the_question_in_front_counts_for_no_length(model, heads, blind):
+    for some in (heads, blind):
+        engine = locret.Engine(model, heads=some, **SMALL)
+        ends = int(engine.generate(prompt(65), max_new_tokens=2)[0, 65])
+        lengths = {"max_length": 90, "min_length": 70, "eos_token_id": ends}
+        assert engine.generate(prompt(65), do_sample=False, **lengths).shape[1] >= 70

@@ -146,6 +146,7 @@ class SharedLayers(Composed):
             (mine.sum(dim=1, keepdim=True) // layer.shape[1])
             .to(layer.device)
             .expand(layer.shape[:2])
+            .clamp(min=1)  # nothing attends to a layer that holds nothing
             .maximum((layer == torch.inf).sum(dim=-1))
             for layer, mine in zip(scores, chosen, strict=True)
         ]

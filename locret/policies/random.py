@@ -8,7 +8,7 @@ from locret.policies.base import LayerChunk, Policy
 
 class RandomPolicy(Policy):
     """Uniform scores, reproducible by seed, layer and chunk; rows have the same, so that each is
-    answered as it would be alone. Cost: none.
+    answered as it would be alone, but for padded rows that evict their answers. Cost: none.
 
     Args:
         seed: of the scores; the global generator is left alone.
