@@ -329,7 +329,7 @@ class RetainedCache(Cache):
         """
         first = rows[0]
         batch = first._emptied()
-        batch.budget = _largest([row.budget for row in rows])
+        batch.budget = max(rows, key=lambda row: row.shifted(row.seen)[0]).budget  # the longest's
         batch.query_length = max(row.query_length for row in rows)
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
         batch.padding = tuple(padded_to - row.shifted(row.seen)[0] for row in rows)
@@ -409,19 +409,6 @@ class RetainedCache(Cache):
             "host_bytes": sum(host.host_bytes for host in self.hosts),
             "recalled_units": max((host.recalled for host in self.hosts), default=0),
         }
-
-
-def _largest(
-    budgets: Sequence[int | tuple[int, ...] | None],
-) -> int | tuple[int, ...] | None:
-    """What every layer of a batch may keep, where rows may keep different numbers of units."""
-    some = [budget for budget in budgets if budget is not None]
-    if len(some) < len(budgets) or len(set(some)) == 1:
-        return budgets[0] if len(set(budgets)) == 1 else None
-    layers = max((len(budget) for budget in some if isinstance(budget, tuple)), default=1)
-    by_row = [budget if isinstance(budget, tuple) else (budget,) * layers for budget in some]
-    most = tuple(map(max, zip(*by_row, strict=True)))
-    return most[0] if len(set(most)) == 1 else most
 
 
 def _layer_schemes(
