@@ -27,7 +27,7 @@ from locret.kernels.dispatch import (
     tl,
     triton,
 )
-from locret.kernels.few_rows import attend_few_rows, run_of, takes_few_rows
+from locret.kernels.few_rows import ANY_NUMBER, attend_few_rows, run_of, takes_few_rows
 from locret.kernels.packed_units import PackedUnits
 from locret.kernels.parts import Parts, average, log_sum, number_of_parts, weigh
 from locret.kernels.storage_parts import attend_storage
@@ -221,7 +221,7 @@ def _chunk(nbytes: int, byte_block: int, size: int, group: int) -> int:
     return common & -common  # the largest power of two that divides it
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_NUMBER)
 def _attend(  # type: ignore[no-untyped-def]
     query,
     key_codes,

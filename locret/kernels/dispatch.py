@@ -19,8 +19,8 @@ class _Missing:
     constexpr = Any
 
     @staticmethod
-    def jit(function: Any) -> Any:
-        return function
+    def jit(function: Any = None, **_: Any) -> Any:
+        return (lambda decorated: decorated) if function is None else function
 
 
 def _modules() -> tuple[Any, Any]:

@@ -28,6 +28,9 @@ REGISTERS = 168  # of a thread, so that PROGRAMS fit
 UNITS = 64  # units, of 64 bytes or less, that are asked for at a time: 16, 32 or 64
 _ROOM = -4  # log2: queries are multiplied in float16 at this scale, so that none overflows
 _LIFT = 4  # log2: weights at this scale, so that few underflow
+ANY_NUMBER = ("all_parts", "count", "runs", "st_b", "st_h", "first_b", "first_h")
+"""Numbers that differ from prompt to prompt, for which nothing is compiled anew: no wide load leans
+on what divides them. Compiling takes seconds."""
 
 
 def chunk_of(size: int, nbytes: int, group: int) -> int:
@@ -142,7 +145,7 @@ def assembly(bits: int) -> tuple[str, ...]:
     return *planes, "prmt.b32 $0, $1, $2, 0x5410;", "prmt.b32 $0, $1, $2, 0x7632;"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ANY_NUMBER, "vs_b", "vs_h", "vm_b", "vm_h"])
 def _attend_few(  # type: ignore[no-untyped-def]
     query,
     key_codes,

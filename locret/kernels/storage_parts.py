@@ -60,7 +60,8 @@ def attend_storage(
         )
 
 
-@triton.jit
+# Nothing is compiled anew for these, which differ from prompt to prompt.
+@triton.jit(do_not_specialize=["at_part", "all_parts", "capacity", "before", "first_b", "first_h"])
 def _attend(  # type: ignore[no-untyped-def]
     query,
     keys,
