@@ -301,7 +301,9 @@ class HostBlocks:
         if int(blocks.min()) < count:
             beyond = torch.arange(count) >= blocks[..., None]
             relevance = relevance.masked_fill(beyond.to(relevance.device), -torch.inf)
-        chosen = relevance.topk(self.recall.blocks, dim=-1).indices.sort(dim=-1).values
+        # Of blocks that are equally relevant the oldest, on every device.
+        order = relevance.sort(dim=-1, descending=True, stable=True).indices
+        chosen = order[..., : self.recall.blocks].sort(dim=-1).values
         return stored.table.gather(2, chosen.cpu())
 
     def _fetch(self, stored: _Stored, rows: Tensor) -> None:
