@@ -1,6 +1,7 @@
 """Amounts as people write them: 24GiB of memory, 128K tokens."""
 
 import re
+from numbers import Integral
 
 KIBI = 1024
 BYTES = {
@@ -13,6 +14,11 @@ BYTES = {
 
 TOKENS = {"": 1, "K": KIBI, "M": KIBI**2}
 """Tokens by unit; lengths of contexts are counted in powers of two."""
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether this is a whole number, and at least `least`."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def parse_bytes(text: str) -> int:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from locret.quantities import is_whole
+
 
 @dataclass(frozen=True)
 class Recall:
@@ -40,7 +42,7 @@ class Recall:
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value, 1):
                 raise ValueError(
                     f"recall: {entry.name} is {value!r}; expected a whole number of at least 1"
                 )

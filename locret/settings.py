@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from locret.cache import Positions
 from locret.policies.base import Policy
-from locret.quantities import format_bytes, parse_bytes
+from locret.quantities import format_bytes, is_whole, parse_bytes
 from locret.sizing import Sizing
 
 Auto = Literal["auto"]
@@ -77,22 +77,22 @@ class Settings:
         if self.positions not in get_args(Positions):
             raise ValueError(f"positions is {self.positions!r}; expected 'compact' or 'original'")
         self._check_budget(num_layers)
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size is {self.chunk_size}; expected at least 1, or None")
-        if self.local_tokens < 1:
+        if self.chunk_size is not None and not is_whole(self.chunk_size, 1):
+            raise ValueError(f"chunk_size is {self.chunk_size!r}; expected at least 1, or None")
+        if not is_whole(self.local_tokens, 1):
             raise ValueError(
-                f"local_tokens is {self.local_tokens}; expected at least 1: the answer starts from "
-                "the last token of the prompt, which is read after the final eviction"
+                f"local_tokens is {self.local_tokens!r}; expected at least 1: the answer starts "
+                "from the last token of the prompt, which is read after the final eviction"
             )
-        if self.decode_interval is not None and self.decode_interval < 1:
+        if self.decode_interval is not None and not is_whole(self.decode_interval, 1):
             raise ValueError(
-                f"decode_interval is {self.decode_interval}; expected at least 1, or None for no "
+                f"decode_interval is {self.decode_interval!r}; expected at least 1, or None for no "
                 "eviction while answering"
             )
         if self.stabilizers == "auto":
             return
-        if self.stabilizers < 0:
-            raise ValueError(f"stabilizers is {self.stabilizers}; expected zero or more")
+        if not is_whole(self.stabilizers, 0):
+            raise ValueError(f"stabilizers is {self.stabilizers!r}; expected zero or more")
         smallest = _smallest(self.budget)
         if smallest is not None and self.stabilizers + query_tokens > smallest:
             query = f" and the heads keep {query_tokens} query tokens" * bool(query_tokens)
@@ -119,7 +119,7 @@ class Settings:
                 f"budget is {budget!r}; expected a whole number of units, a share of the context, "
                 "one number for each layer, or None; give memory as budget_bytes"
             )
-        elif len(budget) != num_layers or min(budget) < 1:
+        elif len(budget) != num_layers or not all(is_whole(units, 1) for units in budget):
             raise ValueError(
                 f"budget is {list(budget)}; expected one whole number of at least 1 for each of "
                 f"the {num_layers} layers"

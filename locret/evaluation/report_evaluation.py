@@ -159,7 +159,7 @@ def _lines(rows: Sequence[Mapping[str, Any]], by_bytes: bool) -> list[Line]:
 
 def _against_budget(result: Result) -> Any:
     rows = [r for r in result["rows"] if r["row"] != FULL and r["quantization"] is None]
-    figure, axis = plotting().subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axis = plotting().subplots(figsize=(8.5, 4.2), layout="constrained")
     _draw(axis, _lines(rows, by_bytes=False), lambda row: row["units"]["mean"])
     _draw_full(axis, _full(result))
     axis.set_xlabel("units held in a KV head after the context was compressed (mean)")
@@ -168,7 +168,7 @@ def _against_budget(result: Result) -> Any:
 
 def _against_bytes(result: Result) -> Any:
     rows = [row for row in result["rows"] if row["row"] != FULL]
-    figure, axis = plotting().subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axis = plotting().subplots(figsize=(8.5, 4.2), layout="constrained")
     _draw(axis, _lines(rows, by_bytes=True), lambda row: row["bytes"]["mean"] / MIB)
     _draw_full(axis, _full(result))
     axis.set_xlabel("MiB of the cache (mean)")
@@ -176,21 +176,26 @@ def _against_bytes(result: Result) -> Any:
 
 
 def _draw(axis: Any, lines: Sequence[Line], across: Callable[[Mapping[str, Any]], float]) -> None:
-    """A colour for each policy, a style for each way to store the cache."""
-    colours = list(dict.fromkeys(who for who, _, _ in lines))
+    """A colour for each policy, a style for each way to store the cache; squares know the question.
+    The best line is named first, and lines stand beside each other, so that none hides another."""
+    colours = list(dict.fromkeys(who.partition(",")[0] for who, _, _ in lines))
     styles = list(dict.fromkeys(stored for _, stored, _ in lines))
-    for who, stored, rows in lines:
+    palette = plotting().get_cmap("tab10" if len(colours) <= 10 else "tab20")
+    best_first = sorted(lines, key=lambda line: -max(row["score"] for row in line[2]))
+    for at, (who, stored, rows) in enumerate(best_first):
+        aside = 2 ** (0.02 * (at - (len(lines) - 1) / 2))
         scores = [100 * row["score"] for row in rows]
         below = [max(0.0, 100 * (row["score"] - row["interval"][0])) for row in rows]
         above = [max(0.0, 100 * (row["interval"][1] - row["score"])) for row in rows]
         axis.errorbar(
-            [across(row) for row in rows],
+            [across(row) * aside for row in rows],
             scores,
             yerr=[below, above],
-            color=f"C{colours.index(who)}",
+            color=palette(colours.index(who.partition(",")[0])),
             linestyle=STYLES[styles.index(stored) % len(STYLES)],
-            marker="o",
-            capsize=3,
+            marker="s" if "," in who else "o",
+            markersize=5,
+            capsize=2,
             label=f"{who}, {stored}" if stored else who,
         )
 
@@ -208,5 +213,5 @@ def _finished(figure: Any, axis: Any) -> Any:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
     axis.set_ylabel("score, per cent")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure

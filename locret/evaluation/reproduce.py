@@ -4,8 +4,9 @@
 
 Of every result file of an evaluation the slice that its configuration calls `smoke` is run from
 scratch, on the same samples. A row is reproduced if its mean over the slice lies within what so
-many draws of the committed scores give (95 %). Of a needle grid the shortest column is asked again.
-Tasks whose data is not here are left out, and said.
+many draws of the committed scores give (95 %). Of a needle grid the shortest column is asked again,
+of a grid at equal bytes one sample of each task. Tasks whose data is not here are left out, and
+said.
 """
 
 import json
@@ -14,13 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from locret.evaluation import evaluate, grid
+from locret.evaluation import byte_grid, evaluate, grid
 from locret.evaluation.comparison import Comparison, compare
 from locret.evaluation.config import EvalConfig, overridden
 from locret.evaluation.evaluate import Progress
-from locret.evaluation.reproduce_grid import grid_again
+from locret.evaluation.reproduce_grid import byte_grid_again, grid_again
 from locret.evaluation.tasks import task_names
 
+GRIDS = {grid.KIND: grid_again, byte_grid.KIND: byte_grid_again}
 ON_A_CPU = {"device": "cpu", "dtype": "float32", "batch_size": 1}
 
 
@@ -43,10 +45,10 @@ def result_files(places: Sequence[Path]) -> list[Path]:
         ValueError: there are none.
     """
     files = [path for place in places for path in (_within(place))]
-    found = [path for path in files if _kind(path) in ("evaluation", grid.KIND)]
+    found = [path for path in files if _kind(path) in ("evaluation", *GRIDS)]
     if not found:
         raise ValueError(
-            f"{', '.join(map(str, places))}: no results of `evaluate` or of a needle grid there"
+            f"{', '.join(map(str, places))}: no results of `evaluate` or of a grid there"
         )
     return found
 
@@ -73,8 +75,8 @@ def reproduce(
         changes: of the configuration, such as `data_dir`.
     """
     result = json.loads(path.read_text(encoding="utf-8"))
-    if result["kind"] == grid.KIND:
-        return Reproduction(tuple(grid_again(path.stem, result, output, progress)), ())
+    if result["kind"] in GRIDS:
+        return Reproduction(tuple(GRIDS[result["kind"]](path.stem, result, output, progress)), ())
     config = _slice(result["manifest"]["config"], {**changes, "output": str(output)})
     config, left_out = _with_data(config)
     if not config.tasks:

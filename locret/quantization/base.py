@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from locret.quantities import is_whole
 from locret.quantization.packing import BITS
 
 Parts = tuple[Tensor, ...]
@@ -48,10 +49,10 @@ class Scheme:
             raise ValueError(
                 f"bits is {self.bits!r}; {self.name} takes {', '.join(map(str, self.widths))}"
             )
-        if self.group < 1:
-            raise ValueError(f"group is {self.group}; expected a positive number of units")
-        if self.residual < 0:
-            raise ValueError(f"residual is {self.residual}; expected 0 or more units")
+        if not is_whole(self.group, 1):
+            raise ValueError(f"group is {self.group!r}; expected a positive number of units")
+        if not is_whole(self.residual, 0):
+            raise ValueError(f"residual is {self.residual!r}; expected 0 or more units")
 
     def for_layer(self, layer: int) -> "Scheme":
         """The scheme of one layer."""

@@ -106,6 +106,25 @@ def test_a_needle_grid_is_asked_again_at_its_shortest_length(folder, tmp_path):
     assert found.reproduced and all(one.equal == one.count == 2 for one in found.compared)
 
 
+def test_a_grid_at_equal_bytes_is_asked_again_at_one_budget(folder, tmp_path):
+    loaded = load_model(str(folder / "backbone"), dtype="float32", device="cpu")
+    heads = RetainingHeads.from_pretrained(folder / "heads")
+    asked = byte_grid.ByteGridSettings(
+        needle.NeedleSettings(
+            ("passkey",), tokens=400, count=2, ratios=(8, 4), chunk_size=64, local_tokens=20,
+            max_new_tokens=2,
+        ),
+        bits=(16, 8, 4),
+        group=8,
+    )  # fmt: skip
+    path = tmp_path / "bytes.json"
+    manifest = grid.manifest_of(loaded, str(folder / "heads"))
+    byte_grid.run_byte_grid(loaded, ["full", "knorm", "locret"], asked, path, heads, manifest)
+    found = reproduce(path, tmp_path / "again", {})
+    assert [one.row for one in found.compared] == ["locret 4x in 16 bits", "locret 4x in 4 bits"]
+    assert found.reproduced and all(one.equal == one.count == 1 for one in found.compared)
+
+
 def test_what_is_allowed_is_what_so_many_draws_give():
     means = drawn_means([0.0, 1.0], 4)
     assert sorted(set(means.tolist())) == [0, 0.25, 0.5, 0.75, 1]
