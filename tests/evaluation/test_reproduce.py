@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from locret import cli
-from locret.evaluation import evaluate, grid, needle
+from locret.evaluation import byte_grid, evaluate, grid, needle
 from locret.evaluation.comparison import Comparison, as_table, drawn_means
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.reproduce import reproduce, result_files
