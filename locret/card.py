@@ -122,7 +122,7 @@ def _usage(record: Mapping[str, Any], facts: Facts) -> str:
     budget = (record.get("defaults") or {}).get("budget")
     setting = f", budget={budget}" if budget else ""
     return (
-        "## Use\n\n```python\nfrom locret import Engine, RetainingHeads\n"
+        "## Use\n\n```python\nfrom locret import Engine, RetainingHeads\n\n"
         "engine = Engine(model, heads=RetainingHeads.from_pretrained("
         f'"{facts.repo_id or "path/or/hub-id"}"){setting})\n'
         "ids = engine.generate(input_ids, max_new_tokens=64)\n```\n\n"
