@@ -6,6 +6,7 @@ package (extra `demo`) and needs no network.
 
 import importlib.metadata
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,16 +75,18 @@ def load_model(
         **kwargs: of `AutoModelForCausalLM.from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        ValueError: an unknown embedded model, its package is not installed, an adapter of a kind
-            that changes no weights, or a quantization that cannot be had.
+        ValueError: an unknown embedded model, its package is not installed, neither a folder nor a
+            name that the Hub could have, a device that is not there, an adapter of a kind that
+            changes no weights, or a quantization that cannot be had.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     if name.startswith("embedded:"):
         if quantization is not None:
             raise ValueError(f"{name} is dequantized while it is loaded; leave quantization out")
         return _load_embedded(name, dtype, device, adapter, kwargs)
     if adapter is not None:
         _check_adapter(adapter)
+    _check_name(name)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     if quantization is not None:
         kwargs["quantization_config"] = quantization_config(quantization, wanted)
@@ -105,6 +108,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     if name.startswith("embedded:"):
         folder, file = _embedded_file(name)
         return AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    _check_name(name)
     return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
@@ -113,7 +117,29 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
     if name.startswith("embedded:"):
         folder, file = _embedded_file(name)
         return AutoConfig.from_pretrained(folder, gguf_file=file)
+    _check_name(name)
     return AutoConfig.from_pretrained(name, revision=revision)
+
+
+def _check_name(name: str) -> None:
+    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(
+            f"model {name!r} is neither a folder that is there nor a Hub repository id"
+        )
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown; expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} of that kind"
+        )
+    return device
 
 
 def _load_embedded(

@@ -91,7 +91,7 @@ def test_every_field_of_the_record_is_in_the_table(heads):
 def test_the_shown_usage_runs(heads, folder):
     card = model_card(heads.config.to_dict(), Facts(repo_id=str(folder)))
     (usage,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert len(usage.splitlines()) == 3
+    assert sum(map(bool, usage.splitlines())) == 3
     names = {"model": tiny_model("llama"), "input_ids": torch.randint(3, 99, (1, 90))}
     exec(usage, names)  # noqa: S102 - the card is ours
     assert names["ids"].shape == (1, 90 + 64)

@@ -150,10 +150,24 @@ def test_convert_there_and_back_is_bit_identical(folder, tmp_path, capsys):
         (["needle", "--policies", "full", "--grid"], "--json-out"),
         (["needle", "--policies", "full", "--grid", "--json-out", "o", "--lengths", "a"], "128K"),
         (["needle", "--policies", "full", "--grid", "--json-out", "o", "--lengths", "9,8"], "asc"),
+        (["needle", "--policies", "full", "--ratios", "0"], "ratio 1 is 0"),
+        (["needle", "--policies", "full", "--count", "0"], "count is 0"),
+        (["needle", "--policies", ","], "no policies"),
+        (["needle", "--policies", "full", "--plot", "a.png"], "--grid"),
+        (["needle", "--policies", "full", "--json-out", "{folder}"], "give a file"),
+        (["needle", "--policies", "full", "--device", "foo"], "'foo' is unknown"),
+        (["needle", "--policies", "full", "--device", "cuda:99"], "torch sees"),
+        (["grid", "--policies", "full", "--json-out", "o", "--count", "-1"], "count is -1"),
+        (["grid", "--policies", "full", "--json-out", "o", "--plot", "a.b"], "ends in one of"),
+        (["grid", "--policies", "full", "--json-out", "{folder}"], "give a file"),
+        (["generate", "--prompt-file", "{empty}"], "no text"),
+        (["generate", "--prompt-file", "{prompt}", "--model", "/no/such"], "neither a folder"),
     ],
 )
 def test_a_mistake_gives_one_line_on_stderr(args, says, folder, capsys):
-    names = {"prompt": folder / "prompt.txt", "other": folder / "other"}
+    names = {"prompt": folder / "prompt.txt", "other": folder / "other", "folder": folder}
+    names["empty"] = folder / "empty.txt"
+    names["empty"].write_text(" \n")
     assert run(folder, *(arg.format(**names) for arg in args)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"locret {args[0]}: ")

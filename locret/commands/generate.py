@@ -71,6 +71,8 @@ def run(given: argparse.Namespace) -> None:
 
     # What is cheap to get wrong is checked before a model is loaded.
     text = sys.stdin.read() if given.prompt_file == "-" else _read_text(given.prompt_file)
+    if not text.strip():
+        raise ValueError(f"there is no text in {given.prompt_file}; give a prompt")
     quantization = _quantization(given)
     heads = load_heads(given)
     loaded = load(given)

@@ -1,7 +1,8 @@
 """`python -m locret grid`: policies, bits and budgets at equal bytes."""
 
 import argparse
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def run(given: argparse.Namespace) -> None:
 
     _check(given)
     if given.plot:
-        figures.plotting()  # missing: better now than at the end
+        figures.check(given.plot)  # better now than at the end
     ranks = Ranks.of_environment()
     if given.merge:
         record = byte_grid.merge(given.merge, given.json_out)
@@ -103,6 +104,9 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _check(given: argparse.Namespace) -> None:
+    from locret.evaluation import byte_grid
+    from locret.evaluation.files import check_file
+
     unknown = sorted(set(given.policies) - set(POLICIES))
     if unknown:
         raise ValueError(f"policies {unknown} are unknown; expected some of {sorted(POLICIES)}")
@@ -111,7 +115,10 @@ def _check(given: argparse.Namespace) -> None:
     for name in ("processes", "batch_size"):
         if getattr(given, name) < 1:
             raise ValueError(f"{name} is {getattr(given, name)}; expected at least 1")
-    _settings(given)
+    check_file(given.json_out, "--json-out")
+    settings = json.loads(json.dumps(asdict(_settings(given))))
+    if given.json_out.exists() and not given.merge:
+        byte_grid.check_settings(given.json_out, settings)
 
 
 def _settings(given: argparse.Namespace) -> Any:
@@ -159,7 +166,7 @@ def _in_processes(given: argparse.Namespace) -> dict[str, Any]:
 
     logs = given.json_out.with_name(f"{given.json_out.stem}.logs")
     run_together(_arguments(given), given.processes, logs, tell)
-    return byte_grid.merge([part for part in parts if part.exists()], given.json_out)
+    return byte_grid.merge([f for f in (given.json_out, *parts) if f.exists()], given.json_out)
 
 
 def _arguments(given: argparse.Namespace) -> list[str]:

@@ -38,6 +38,7 @@ def add_to(commands: Any) -> None:
 
 def _needle(given: argparse.Namespace) -> None:
     from locret.evaluation import needle
+    from locret.evaluation.files import check_file, write_whole
 
     policies = [name for names in given.policies for name in names]
     unknown = sorted(set(policies) - set(POLICIES))
@@ -45,12 +46,17 @@ def _needle(given: argparse.Namespace) -> None:
         raise ValueError(f"policies {unknown} are unknown; expected some of {sorted(POLICIES)}")
     if not given.heads and "locret" in policies:
         raise ValueError("policy locret needs --heads; train some with python -m trainers.fit")
+    if not policies:
+        raise ValueError(f"there are no policies; expected some of {sorted(POLICIES)}")
     if given.batch_size < 1:
         raise ValueError(f"batch_size is {given.batch_size}; expected at least 1")
+    if given.plot and not given.grid:
+        raise ValueError("--plot draws a grid: give --grid and --json-out too, or leave --plot out")
+    check_file(given.json_out, "--json-out")
     settings = needle.NeedleSettings(
         tasks=tuple(given.tasks),
         tokens=given.tokens,
-        count=given.count or needle.NeedleSettings.count,
+        count=needle.NeedleSettings.count if given.count is None else given.count,
         ratios=tuple(given.ratios),
         seed=given.seed,
         haystack=None if given.haystack == "reference" else given.haystack,
@@ -75,8 +81,7 @@ def _needle(given: argparse.Namespace) -> None:
     if given.heads:
         print(f"\nheads    {Path(given.heads).resolve()}")
     if given.json_out:
-        given.json_out.parent.mkdir(parents=True, exist_ok=True)
-        given.json_out.write_text(json.dumps(needle.as_json(settings, results), indent=1))
+        write_whole(given.json_out, json.dumps(needle.as_json(settings, results), indent=1))
         print(f"answers  {given.json_out.resolve()}")
 
 
@@ -89,11 +94,11 @@ def _needle_grid(
     if given.json_out is None:
         raise ValueError("a grid needs --json-out FILE: answers are kept there as they come")
     if given.plot:
-        figures.plotting()  # missing: better now than after hours
+        figures.check(given.plot)  # better now than after hours
     asked = grid.GridSettings(
         lengths=tuple(parse_tokens(length) for length in given.lengths.split(",")),
         depths=given.depths,
-        samples_per_cell=given.count or 1,
+        samples_per_cell=1 if given.count is None else given.count,
         needle=settings,
     )
     loaded = load(given)

@@ -182,13 +182,22 @@ def read(path: Path, like: dict[str, Any] | None = None) -> dict[str, Any]:
         other = found["kind"] != KIND
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no byte grid: {error}") from error
-    names = [n for n in ("settings", "manifest") if like is not None and found[n] != like[n]]
+    names = [n for n in ("settings", "manifest") if like and found.get(n) != like.get(n)]
     if other or names:
         raise ValueError(
             f"{path} holds answers of other {' and '.join(names) or 'kinds'}; go on with those it "
             "was begun with, or write to another file"
         )
     return found
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on in a file of other settings, before a model is loaded.
+
+    Raises:
+        ValueError: the file holds no grid, or one of other settings.
+    """
+    read(path, {"settings": settings, "manifest": read(path).get("manifest")})
 
 
 def merge(parts: Sequence[Path], out: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from locret.evaluation.files import check_file
+
 
 def plotting() -> Any:
     """`matplotlib.pyplot` without a screen.
@@ -19,6 +21,19 @@ def plotting() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def check(path: Path) -> None:
+    """Refuse a figure that could not be drawn in the end.
+
+    Raises:
+        ValueError: matplotlib is not installed or does not write such files, or it is a folder.
+    """
+    kinds = sorted(plotting().figure().canvas.get_supported_filetypes())
+    plotting().close()
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"{str(path)!r}: a figure's name ends in one of {', '.join(kinds)}")
+    check_file(path, "the figure")
 
 
 def save(figure: Any, path: Path) -> Path:

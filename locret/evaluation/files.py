@@ -23,6 +23,19 @@ def write_whole(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def check_file(path: Path | None, what: str) -> None:
+    """Refuse a place that no file can be written to, before there is work to lose.
+
+    Raises:
+        ValueError: it is a folder, or lies in something that is none.
+    """
+    if path is None:
+        return
+    around = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not around.is_dir():
+        raise ValueError(f"{what} is {str(path)!r}, where no file can be written; give a file")
+
+
 def as_json(value: Any) -> str:
     """Indented JSON whose lists of plain values stand on one line."""
     text = json.dumps(value, indent=1, default=str)

@@ -46,6 +46,7 @@ from locret.generation import Engine
 from locret.heads import RetainingHeads
 from locret.models import LoadedModel, load_model
 from locret.policies import LocretPolicy
+from locret.quantities import is_whole
 
 LOCAL_TOKENS = 64
 """Tokens at the end of a prompt that count as its question, where nothing tells what it is."""
@@ -103,6 +104,8 @@ class LocretLM(HFLM):
         self.row = _row(policy or (LocretPolicy.name if heads else FULL), budget, protocol)
         if quantization is not None:
             self.row = Row(**{**vars(self.row), "quantization": quantization})
+        if not is_whole(local_tokens, 1):
+            raise ValueError(f"local_tokens is {local_tokens!r}; expected at least 1")
         own = _checked_heads(self.row, heads)
         check_adapter(adapter)
         self._ranks = Ranks.of_environment()
@@ -184,11 +187,16 @@ class LocretLM(HFLM):
             elif prompt and self.row.protocol == "query_agnostic" and not self.row.keeps_all:
                 self._finder.refuse(request.doc, str(request.task_name))
 
-    def _rest_of(self, prompt: str) -> int:
-        """Tokens at the end of a prompt that are not compressed, at least 1."""
+    def _rest_of(self, prompt: str, text: str | None = None) -> int:
+        """Tokens at the end of a prompt that are not compressed, at least 1.
+
+        Args:
+            text: what is read of the prompt, where that is less.
+        """
         if prompt not in self._context_ends:
             return max(1, self._local_tokens)
-        return max(1, tokens_after(self.tokenizer, prompt, self._context_ends[prompt]))
+        text = prompt if text is None else text
+        return max(1, tokens_after(self.tokenizer, text, self._context_ends[prompt]))
 
     # ---- generation ------------------------------------------------------------------------------
 
@@ -271,7 +279,8 @@ class LocretLM(HFLM):
         context = requests[0][1][-max(1, self.max_length + 1 - longest) :]
         self._truncated += len(requests) * (len(context) < len(requests[0][1]))
         key = requests[0][0]
-        rest = min(self._rest_of(key[0].rstrip()) if key else 1, len(context))
+        # The harness reads white space at a prompt's end with the continuations.
+        rest = min(self._rest_of(key[0], key[0].rstrip()) if key else 1, len(context))
         if rest == len(context):
             return [self._scored(context, continuation, None) for _, _, continuation in requests]
         engine = self._engines.get(self.row, self.row.engine_budget(None))

@@ -20,6 +20,7 @@ from locret.generation import Engine
 from locret.heads import RetainingHeads
 from locret.models import LoadedModel
 from locret.policies import POLICIES
+from locret.quantities import is_whole
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class NeedleSettings:
         chunk_size: tokens read at a time; None = the prompt at once.
         local_tokens: tokens of the prompt read after the compression.
         max_new_tokens: of an answer.
+
+    Raises:
+        ValueError: no task or ratio, or a number below 1.
     """
 
     tasks: tuple[str, ...] = ("niah_single",)
@@ -49,6 +53,17 @@ class NeedleSettings:
     chunk_size: int | None = 512
     local_tokens: int = 100
     max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        numbers = {name: getattr(self, name) for name in ("tokens", "count", "max_new_tokens")}
+        numbers |= {f"ratio {i + 1}": ratio for i, ratio in enumerate(self.ratios)}
+        for name, value in numbers.items():
+            if not is_whole(value, 1):
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+        if not self.tasks or not self.ratios:
+            raise ValueError(
+                f"tasks are {self.tasks} and ratios {self.ratios}; expected at least one of each"
+            )
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,15 @@ def test_shares_make_the_whole(loaded, out, tmp_path):
         assert answers[key] == c["answer"]
 
 
+def test_processes_keep_to_the_file_that_is_there(out, tmp_path, capsys):
+    there = tmp_path / "grid.json"
+    there.write_text(out.read_text())
+    args = ["--policies", "full", "--json-out", str(there), "--processes", "2"]
+    assert main(["grid", "--model", "tiny", *args]) == 2
+    assert "holds answers of other settings" in capsys.readouterr().err
+    assert there.read_text() == out.read_text()
+
+
 def test_files_of_other_things_are_not_merged(out, tmp_path):
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(ValueError, match="no.json holds no byte grid"):

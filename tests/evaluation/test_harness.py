@@ -219,6 +219,19 @@ def test_a_prompt_is_compressed_up_to_its_question(loaded, folder, read):
         model.generate_until(requests("generate_until", [PROMPT]), disable_tqdm=True)
 
 
+@pytest.mark.parametrize("end", ["", " ", "\n\n"])
+def test_white_space_behind_a_question_does_not_hide_its_context(end, loaded, folder, read):
+    model = bounded(loaded, folder, protocol="query_agnostic")
+    asked = Instance(
+        request_type="loglikelihood",
+        doc={"context": CONTEXT},
+        arguments=(PROMPT + end, " house 12"),
+        idx=0,
+    )
+    model.loglikelihood([asked], disable_tqdm=True)
+    assert loaded.tokenizer.decode(read[-1][0][0]) == f"Read this.\n{CONTEXT.strip()}"
+
+
 def test_query_aware_heads_get_the_question_in_front(loaded, folder, read):
     model = bounded(loaded, folder, heads=str(folder / "aware"))
     asked = requests("generate_until", [PROMPT], {"context": CONTEXT})
