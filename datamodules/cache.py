@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
+import uuid
 import warnings
 from datetime import date
 from pathlib import Path
@@ -75,13 +75,14 @@ class CachedEncoder:
     def _write(self, path: Path, sample: Sample) -> None:
         try:
             path.parent.mkdir(exist_ok=True)
-            handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+            # Not by tempfile: its files are their owner's alone, and others share the folder.
+            aside = path.parent / f".new-{uuid.uuid4().hex}"
             try:
-                with os.fdopen(handle, "wb") as file:
+                with aside.open("xb") as file:
                     file.write(_to_bytes(sample))
                 os.replace(aside, path)
             except BaseException:
-                os.unlink(aside)
+                aside.unlink(missing_ok=True)
                 raise
         except OSError as error:
             if not self._failed:

@@ -5,9 +5,11 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.conversations import Conversation
+from datamodules.conversations import Conversation, SkippedRow
 from datamodules.rows import exchange
 from locret.evaluation.synthetic import TASKS, make_sample, prompt_text
+
+PROBES = 8  # samples of a task tried at the least length: how much text they need differs
 
 
 class SyntheticSource:
@@ -52,12 +54,26 @@ class SyntheticSource:
         return f"SyntheticSource({', '.join(self.tasks)}, seed {self.seed})"
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
-        """See `Source.load`."""
+        """See `Source.load`.
+
+        Raises:
+            ValueError: an unusable haystack, or a least length that is too short for a task.
+        """
+        least, _ = self.tokens
+        for task in dict.fromkeys(self.tasks):
+            for seed in range(PROBES):
+                try:
+                    make_sample(task, least, tokenizer, seed, haystack=self.haystack)
+                except ValueError as error:
+                    raise ValueError(f"{self}: no sample of {task} can be made: {error}") from error
         return SyntheticConversations(self, tokenizer)
 
 
 class SyntheticConversations(Sequence[Conversation]):
-    """The samples of a `SyntheticSource` for one tokenizer, a few milliseconds each."""
+    """The samples of a `SyntheticSource` for one tokenizer, a few milliseconds each.
+
+    A rare one that needs more tokens than all that were tried raises SkippedRow.
+    """
 
     def __init__(self, source: SyntheticSource, tokenizer: PreTrainedTokenizerBase) -> None:
         self._source = source
@@ -73,6 +89,10 @@ class SyntheticConversations(Sequence[Conversation]):
         rng = Random(f"locret source {source.seed} {i}")
         task, tokens = source.tasks[i % len(source.tasks)], rng.randint(*source.tokens)
         seed = rng.getrandbits(63)
-        sample = make_sample(task, tokens, self._tokenizer, seed, haystack=source.haystack)
+        name = f"{task}:{source.seed}:{i}"
+        try:
+            sample = make_sample(task, tokens, self._tokenizer, seed, haystack=source.haystack)
+        except ValueError as error:
+            raise SkippedRow("tokens too few for the task", name) from error
         messages = exchange(prompt_text(sample), sample.answer)
-        return Conversation(messages, f"synthetic/{task}", f"{task}:{source.seed}:{i}")
+        return Conversation(messages, f"synthetic/{task}", name)

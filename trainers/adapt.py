@@ -4,6 +4,7 @@ A small model loses needles beyond one or two thousand tokens; no eviction polic
 the full cache does not find. See `trainers.cli` for the options every training shares.
 """
 
+import sys
 from pathlib import Path
 
 from trainers import cli
@@ -17,4 +18,4 @@ def main(args: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.status("trainers.adapt", main))

@@ -51,6 +51,7 @@ class AdapterModule(LightningModule):
         self.save_hyperparameters()
         self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at
         self._adapted: Any = None
+        self._switched: list[torch.nn.Module] = []
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -80,6 +81,8 @@ class AdapterModule(LightningModule):
         adapted = get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
         # Past nn.Module's bookkeeping: checkpoints hold the adapter, never the backbone.
         object.__setattr__(self, "_adapted", adapted)
+        # What PEFT put there. The frozen backbone was loaded to read as in use, and goes on so.
+        self._switched = [module for module in adapted.modules() if module.training]
         self.lora = torch.nn.ParameterDict(
             {_key(name): p for name, p in adapted.named_parameters() if p.requires_grad}
         )
@@ -93,8 +96,8 @@ class AdapterModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         loss, correct = self._loss(batch)
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["segments"]))
-        self.log("val/token_accuracy", correct, prog_bar=True, batch_size=len(batch["segments"]))
+        figures = {"val/loss": loss, "val/token_accuracy": correct}
+        self.log_dict(figures, prog_bar=True, batch_size=len(batch["segments"]), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         return adamw(self, self.lora.parameters(), get_cosine_schedule_with_warmup)
@@ -112,6 +115,7 @@ class AdapterModule(LightningModule):
 
     def _loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Mean cross entropy of the answers' tokens, and the share of them predicted exactly."""
+        self._follow_mode()
         ids, segments = batch["input_ids"], batch["segments"]
         answers = [span for segment in segments for span in segment.answers]
         at = torch.cat([torch.arange(start, end) for start, end in answers]).to(ids.device)
@@ -122,6 +126,13 @@ class AdapterModule(LightningModule):
         logits = backbone.model.get_output_embeddings()(hidden[0, at - 1]).float()
         loss = cross_entropy(logits, ids[0, at])
         return loss, (logits.argmax(-1) == ids[0, at]).float().mean()
+
+    def _follow_mode(self) -> None:
+        """Drop out in training and not in validation: Lightning sets our mode, and what is not
+        registered with us would keep its own."""
+        if self._adapted.training != self.training:
+            for module in self._switched:
+                module.training = self.training
 
 
 def _key(name: str) -> str:

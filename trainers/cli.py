@@ -6,7 +6,9 @@ would run. Ctrl-C is safe: `--ckpt_path last` goes on from the last checkpoint.
 """
 
 import sys
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.datamodule import ConversationDataModule
 
@@ -55,10 +58,27 @@ def build(
     )
 
 
+def status(name: str, main: Callable[[], object]) -> int:
+    """Run a training as a command: the exit status. Errors of the user print one line to stderr."""
+    try:
+        main()
+    except (ValueError, OSError, MisconfigurationException) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
 def run(cli: TrainingCLI) -> Path:
-    """Train, say what was made, and return its folder."""
+    """Train, say what was made, and return its folder.
+
+    Raises:
+        ValueError: no output folder is given, or nothing can be written there.
+    """
+    output = _made(cli.config.output)
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
-    output = Path(cli.config.output)
     cli.datamodule.gather_counts()
     if cli.trainer.is_global_zero:
         figures = {name: round(float(v), 4) for name, v in cli.trainer.callback_metrics.items()}
@@ -66,6 +86,19 @@ def run(cli: TrainingCLI) -> Path:
         print(f"figures   {figures}")
         print(f"made      {output.resolve()}")
     return output
+
+
+def _made(output: str | None) -> Path:
+    """The output folder, made and tried before a training of hours needs it."""
+    if not output:
+        raise ValueError("no output is given: say --output FOLDER, for what is trained")
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"output {output!r} is no folder to write to: {error}") from error
+    return folder
 
 
 def _data_table(report: dict[str, Any]) -> str:

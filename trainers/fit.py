@@ -1,5 +1,6 @@
 """Train retaining heads: `python -m trainers.fit --config smollm2.yaml` (see `trainers.cli`)."""
 
+import sys
 from pathlib import Path
 
 from trainers import cli
@@ -19,4 +20,4 @@ def main(args: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.status("trainers.fit", main))

@@ -23,6 +23,7 @@ from locret.models import Dtype, load_model, load_tokenizer
 from locret.rotary import LongRopeRule
 from locret.row_loss import Distilled, Share
 from locret.segments import with_query_in_front
+from locret.settings import Settings
 from locret.weight_quantization import Quantization
 from trainers.averaging import average, make_equal, start_average, takes_over
 from trainers.figures import looked_at
@@ -61,6 +62,9 @@ class HeadsModule(LightningModule):
         attn_implementation: of the backbone: "sdpa" or "eager".
         revision: of the backbone on the Hub.
         budget, chunk_size, stabilizers, local_tokens: engine settings that the artifact recommends.
+
+    Raises:
+        ValueError: engine settings that no engine would take.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class HeadsModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self._check_engine_settings()
         self.heads: RetainingHeads | None = None
         self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at
         self.layer_overlap: Tensor | None = None  # of each layer, when last looked at
@@ -107,6 +112,19 @@ class HeadsModule(LightningModule):
         self._averages_gradients = False
         # Past nn.Module's bookkeeping, so that the backbone is no submodule.
         object.__setattr__(self, "backbone_model", None)
+
+    def _check_engine_settings(self) -> None:
+        given = self.hparams
+        settings = Settings.resolve(
+            {name: given[name] for name in ENGINE_SETTINGS},
+            budget="auto",
+            chunk_size="auto",
+            stabilizers="auto",
+            local_tokens="auto",
+            positions=given["positions"],
+            decode_interval=None,
+        )
+        settings.check(given["query_tokens"], num_layers=1)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

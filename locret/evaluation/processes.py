@@ -5,10 +5,13 @@ whose time goes into launching kernels.
 """
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from locret.evaluation.preparing import Prepared
@@ -38,6 +41,8 @@ def run_together(
 ) -> None:
     """Run `python -m locret ARGUMENTS` in so many processes, which know their ranks.
 
+    SIGTERM, which schedulers send, ends them too, and this process with status 143.
+
     Args:
         folder: what they say goes there, a file each.
         tell: called now and then.
@@ -47,19 +52,41 @@ def run_together(
     """
     folder.mkdir(parents=True, exist_ok=True)
     logs = [folder / f"{rank}.txt" for rank in range(count)]
-    running = [_start(arguments, rank, count, log) for rank, log in enumerate(logs)]
-    try:
-        while any(process.poll() is None for process in running):
+    running: list[subprocess.Popen[bytes]] = []
+    with _leaving_at_sigterm():
+        try:
+            for rank, log in enumerate(logs):
+                running.append(_start(arguments, rank, count, log))
+            while any(process.poll() is None for process in running):
+                _refuse_failed(running, logs)
+                tell()
+                time.sleep(POLL_SECONDS)
             _refuse_failed(running, logs)
             tell()
-            time.sleep(POLL_SECONDS)
-        _refuse_failed(running, logs)
-        tell()
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+
+
+@contextmanager
+def _leaving_at_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit, so that what is to be done at the end is done. In the main thread
+    only: Python handles signals in no other."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would break off what is done at last
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
     finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _start(arguments: Sequence[str], rank: int, count: int, log: Path) -> subprocess.Popen[bytes]:

@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -86,6 +88,16 @@ def test_writers_at_the_same_time_do_no_harm(tmp_path):
         samples = list(pool.map(encode, rows))
     assert all(torch.equal(s.input_ids, samples[0].input_ids) for s in samples)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [encode.path(rows[0])]
+
+
+def test_files_are_for_whom_the_umask_says(tmp_path):
+    row, encode = conversation(), cached(tmp_path)
+    before = os.umask(0o027)
+    try:
+        encode(row)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(encode.path(row).stat().st_mode) == 0o640
 
 
 def test_a_full_disk_warns_once_and_changes_nothing(tmp_path, monkeypatch):

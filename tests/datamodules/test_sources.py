@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
+from datamodules import synthetic
 from datamodules.conversations import SkippedRow
 from datamodules.rows import FIELDS, parse_row
 from datamodules.sources import HubSource, JsonlSource, ParquetSource, Source, SyntheticSource
@@ -155,6 +156,22 @@ def test_synthetic_refuses_wrong_arguments():
         SyntheticSource(["nothing"], 100, 1)
     with pytest.raises(ValueError, match="0 < least <= most"):
         SyntheticSource(["passkey"], (200, 100), 1)
+
+
+def test_synthetic_lengths_too_short_for_a_task_are_refused_when_loaded(tokenizer):
+    """Not at the first sample that draws such a length, hours into a training."""
+    source = SyntheticSource(["passkey", "niah_multivalue"], (100, 600), size=3, haystack="noise")
+    with pytest.raises(ValueError, match="no sample of .* can be made: tokens is 100, too few"):
+        source.load(tokenizer)
+    with pytest.raises(ValueError, match="haystack '/nope' is not a file"):
+        SyntheticSource(["passkey"], 600, size=3, haystack="/nope").load(tokenizer)
+
+
+def test_a_synthetic_sample_longer_than_those_tried_is_skipped(tokenizer, monkeypatch):
+    monkeypatch.setattr(synthetic, "PROBES", 0)
+    source = SyntheticSource(["passkey"], 20, size=3, haystack="noise")
+    with pytest.raises(SkippedRow, match="passkey:0:1 skipped: tokens too few for the task"):
+        source.load(tokenizer)[1]
 
 
 def test_yaml_fills_the_constructors():

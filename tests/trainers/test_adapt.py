@@ -6,8 +6,11 @@ from peft import PeftModel
 
 import locret
 from locret.models import load_model
-from tests.trainers.runs import tiny_run
+from tests.trainers.runs import logged, run_forked, source, tiny_run
 from trainers import adapt, fit
+from trainers.adapter import AdapterModule
+from trainers.callbacks import ExportAdapter
+from trainers.cli import build, status
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +50,47 @@ def test_heads_train_on_an_adapted_backbone_and_record_it(adapter, backbones, ro
     args = tiny_run(backbones("llama"), rows, tmp_path)
     heads = locret.RetainingHeads.from_pretrained(fit.main([*args, f"--model.adapter={adapter}"]))
     assert heads.config.adapter == str(adapter)
+
+
+def test_validation_drops_nothing_out_and_training_does(backbones, rows, tmp_path, monkeypatch):
+    args = tiny_run(backbones("llama"), rows, tmp_path, config="smollm2_adapter.yaml")
+    more = [
+        "--model.dropout=0.5",
+        "--trainer.val_check_interval=1",
+        "--trainer.limit_val_batches=1",
+    ]
+    cli = build(AdapterModule, ExportAdapter, [*args, source(rows, "val"), *more])
+    seen = []
+
+    def loss(module, batch):
+        values = [original(module, batch)[0].item() for _ in range(2)]
+        modes = {m.training for m in module.adapted.modules() if isinstance(m, torch.nn.Dropout)}
+        seen.append((module.training, modes, values[0] == values[1]))
+        return original(module, batch)
+
+    original = AdapterModule._loss
+    monkeypatch.setattr(AdapterModule, "_loss", loss)
+    monkeypatch.setattr(torch.nn.init, "zeros_", torch.nn.init.ones_)  # an adapter that does much
+    cli.trainer.fit(cli.model, cli.datamodule)
+    validation, training = (False, {False}, True), (True, {True}, False)
+    assert seen == [validation, *[training, validation] * 2]
+
+
+def test_validation_of_two_processes_is_of_all_their_samples(backbones, rows, tmp_path):
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        args = tiny_run(backbones("llama"), rows, folder, 1, "smollm2_adapter.yaml")
+        more = [f"--trainer.devices={processes}", "--model.lr=0", "--trainer.val_check_interval=1"]
+        ddp = ["--trainer.strategy=ddp"] if processes > 1 else []
+        assert run_forked(adapt.main, [*args, source(rows, "val"), *more, *ddp], processes) == 0
+        found.append(logged(folder / "logs" / "version_0", "val/loss"))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_unknown_modules_to_adapt_are_told_in_a_line(backbones, rows, tmp_path, capfd):
+    args = tiny_run(backbones("llama"), rows, tmp_path, config="smollm2_adapter.yaml")
+    args.append("--model.target_modules=[foo]")
+    assert status("trainers.adapt", lambda: adapt.main(args)) == 2
+    err = capfd.readouterr().err
+    assert "trainers.adapt: Target modules" in err and "Traceback" not in err

@@ -19,7 +19,7 @@ from tests.trainers.runs import (
     weights,
 )
 from trainers.callbacks import ExportHeads
-from trainers.cli import CONFIGS, build, config_path
+from trainers.cli import CONFIGS, build, config_path, status
 from trainers.fit import main
 from trainers.module import HeadsModule
 
@@ -131,7 +131,7 @@ def test_a_killed_run_resumes_bit_for_bit(step, hook, workers, whole, backbones,
     args = resumable(backbones, rows, tmp_path, workers)
     killed = run_forked(main, [*args, callbacks(tmp_path, kill_at(step, hook))])
     assert killed == -signal.SIGKILL
-    assert not (tmp_path / "heads").exists()
+    assert not list((tmp_path / "heads").iterdir())
     assert run_forked(main, [*args, "--ckpt_path=last"]) == 0
     assert weights(tmp_path / "heads") == whole
     assert logged(tmp_path / "logs" / "version_1", "train/loss")[0] > 0
@@ -157,6 +157,71 @@ def test_the_command_says_what_it_made(backbones, rows, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"made      {tmp_path / 'heads'}" in done.stdout
     assert "python -m locret generate" in done.stdout
+
+
+@pytest.mark.parametrize("output", ["", "file", "file/folder"])
+def test_an_output_that_cannot_be_made_is_refused_before_the_first_step(
+    output, backbones, rows, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(HeadsModule, "configure_model", lambda _: pytest.fail("it began"))
+    args = tiny_run(backbones("llama"), rows, tmp_path)
+    with pytest.raises(ValueError, match=r"^(no )?output .*folder|FOLDER"):
+        main([*args, f"--output={output and tmp_path / output}"])
+
+
+def test_a_run_without_an_output_is_refused(backbones, rows, tmp_path):
+    given = yaml.safe_load((CONFIGS / "smollm2.yaml").read_text())
+    del given["output"]
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(given))
+    args = tiny_run(backbones("llama"), rows, tmp_path, config=str(own))
+    with pytest.raises(ValueError, match="no output is given: say --output FOLDER"):
+        main([a for a in args if "--output" not in a])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--config=nosuch"], "config 'nosuch' is no file"),
+        (["--ckpt_path=/nope"], "/nope"),
+        (["--model.label=nothing"], "label 'nothing' is unknown"),
+    ],
+)
+def test_the_command_tells_errors_of_the_user_in_a_line(
+    more, says, backbones, rows, tmp_path, capfd
+):
+    args = tiny_run(backbones("llama"), rows, tmp_path)
+    assert status("trainers.fit", lambda: main([*args, *more])) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("trainers.fit: ") and says in last
+
+
+def test_errors_of_programming_keep_their_traceback():
+    with pytest.raises(TypeError):
+        status("trainers.fit", lambda: len(5))
+
+
+def test_the_command_ends_with_status_two():
+    done = run_in_process(["--config=nosuch"])
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("trainers.fit: config 'nosuch'")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"stabilizers": 99999999}, "stabilizers is 99999999 but the budget is 16384"),
+        ({"query_tokens": 14000}, "and the heads keep 14000 query tokens but the budget"),
+        ({"budget": 0}, "budget is 0"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"local_tokens": 0}, "local_tokens is 0"),
+    ],
+)
+def test_engine_settings_that_no_engine_takes_are_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        HeadsModule("no/such", **settings)
 
 
 def test_an_unknown_config_names_those_there_are():
