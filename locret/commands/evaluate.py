@@ -22,8 +22,10 @@ LISTS = ("tasks", "lengths")
 def add_to(commands: Any) -> None:
     command = commands.add_parser("evaluate", help="benchmarks under several policies and budgets")
     command.add_argument("--config", help="a YAML file, or a name in configs/eval")
-    command.add_argument("--tasks", nargs="+", help="tasks or groups of tasks")
-    command.add_argument("--lengths", nargs="+", type=int, help="of tasks made to a length")
+    command.add_argument("--tasks", nargs="+", action="extend", help="tasks or groups of tasks")
+    command.add_argument(
+        "--lengths", nargs="+", type=int, action="extend", help="of tasks made to a length"
+    )
     command.add_argument("--limit", type=int, help="samples a task")
     command.add_argument("--data-dir", help="folder of the tasks' data files")
     command.add_argument("--output", help="folder for predictions and results")
@@ -35,7 +37,12 @@ def add_to(commands: Any) -> None:
     command.add_argument("--batch-size", type=int, help="samples asked at a time")
     command.add_argument("--processes", type=int, default=1, help="that share the questions")
     command.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="any value of the configuration"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any value of the configuration",
     )
     command.add_argument("--dry-run", action="store_true", help="only show what would be asked")
     command.add_argument("--list-tasks", action="store_true", help="show the tasks there are")
@@ -64,7 +71,10 @@ def _settings(texts: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text} is no NAME=VALUE")
-        found[name] = yaml.safe_load(value)
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {text}: {value!r} is no YAML value") from error
     return found
 
 

@@ -2,10 +2,17 @@
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from locret.commands.shared import Bar
+
+MARK = ".reproduced"
+"""A file that tells a reproduction's folder from one of `evaluate`, whose answers took hours."""
+
+MADE = {"predictions", "sessions", "result.json", "result.md", "grid.json", ".lock"}
+"""What a reproduction leaves in its folder beside the mark."""
 
 
 def add_to(commands: Any) -> None:
@@ -30,9 +37,11 @@ def run(given: argparse.Namespace) -> None:
     changes = {name: value for name, value in changes.items() if value is not None}
     compared: list[Comparison] = []
     left_out: list[str] = []
-    for path in again.result_files(given.results):
-        folder = given.output / path.stem
-        shutil.rmtree(folder, ignore_errors=True)  # from scratch
+    paths = again.result_files(given.results)
+    for path in paths:
+        _check(given.output / path.stem, paths)
+    for path in paths:
+        folder = _cleared(given.output / path.stem)
         found = again.reproduce(path, folder, changes, Bar(path.stem))
         compared += found.compared
         left_out += [f"{path.stem}: {reason}" for reason in found.left_out]
@@ -46,3 +55,32 @@ def run(given: argparse.Namespace) -> None:
     if wrong:
         raise ValueError(f"not reproduced: {'; '.join(wrong)}")
     print(f"all {len(compared)} rows reproduced")
+
+
+def _check(folder: Path, results: Sequence[Path]) -> None:
+    """Refuse a folder with anything but an earlier reproduction in it.
+
+    Raises:
+        ValueError: a committed result lies there, or files that no reproduction made.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give another one as --output")
+    there = {path.name for path in folder.iterdir()}
+    foreign = sorted(there - MADE - {MARK} if MARK in there else there)
+    foreign += [path.name for path in results if folder.resolve() in path.resolve().parents]
+    if foreign:
+        raise ValueError(
+            f"{folder} would be emptied, but holds {', '.join(dict.fromkeys(foreign))}, which no "
+            "reproduction made; give another folder as --output"
+        )
+
+
+def _cleared(folder: Path) -> Path:
+    """The folder without what an earlier reproduction made there: all is run from scratch."""
+    if folder.exists():
+        shutil.rmtree(folder.resolve())
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
+    return folder

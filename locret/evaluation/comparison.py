@@ -42,19 +42,26 @@ def compare(table: str, row: str, pairs: Sequence[tuple[Scores, Scores]]) -> Com
     """A row of a table, again.
 
     Args:
-        pairs: for every task the committed scores, and those of the slice.
+        pairs: for every task the committed scores, and those of the slice. Samples that were not
+            committed are left out.
+
+    Raises:
+        ValueError: no sample of a task was committed.
     """
     same, now, draws = [], [], []
-    equal = 0
+    equal = count = 0
     for seed, (old, new) in enumerate(pairs):
         by_sample = dict(zip(old["samples"], old["scores"], strict=True))
-        known = [(by_sample[s], v) for s, v in zip(new["samples"], new["scores"], strict=True)]
+        asked = zip(new["samples"], new["scores"], strict=True)
+        known = [(by_sample[sample], score) for sample, score in asked if sample in by_sample]
+        if not known:
+            raise ValueError(f"{table}, {row}: none of the samples asked is among those committed")
+        count += len(known)
         same.append(sum(a for a, _ in known) / len(known))
         now.append(sum(b for _, b in known) / len(known))
         equal += sum(abs(a - b) < 1e-6 for a, b in known)
         draws.append(drawn_means(old["scores"], len(known), seed))
     low, high = interval(torch.stack(draws).mean(0))
-    count = sum(len(new["samples"]) for _, new in pairs)
     return Comparison(table, row, count, _mean(same), _mean(now), low, high, equal)
 
 

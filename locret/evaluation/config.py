@@ -3,18 +3,23 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from locret.evaluation.rows import Row, expand
 from locret.evaluation.tasks import TASKS, Task, TaskSettings, task_names
+from locret.models import Dtype
+from locret.quantities import is_whole
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CACHE = "~/.cache/locret"
 
 LISTS: dict[str, Any] = {"tasks": str, "rows": Mapping, "lengths": int}
 """Values that are lists, and of what; one entry may stand for a list of it."""
+
+TEXTS = ("model", "output", "adapter", "heads", "device", "attention", "data_dir", "cache_dir")
+"""Values that are texts."""
 
 KINDS = {str: "names", Mapping: "names and values", int: "whole numbers"}
 
@@ -90,10 +95,25 @@ class EvalConfig:
         return config
 
     def _check(self) -> None:
+        for name in TEXTS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} is {value!r}; expected a text")
         for name in ("limit", "batch_size", "max_length"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not is_whole(value, 1):
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+        if not all(is_whole(length, 1) for length in self.lengths):
+            raise ValueError(f"lengths are {self.lengths}; expected whole numbers of at least 1")
+        if not is_whole(self.seed, 0):
+            raise ValueError(f"seed is {self.seed!r}; expected a whole number of at least 0")
+        if not isinstance(self.chat_template, bool):
+            raise ValueError(f"chat_template is {self.chat_template!r}; expected true or false")
+        if self.dtype not in get_args(Dtype):
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {get_args(Dtype)}")
+        wrong = [name for name, path in self.data.items() if not isinstance(path, str)]
+        if wrong:
+            raise ValueError(f"data: {', '.join(wrong)} is no path; expected a text for each")
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -171,5 +191,7 @@ def overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
     result = dict(values)
     for name, value in overrides.items():
         outer, _, inner = name.partition(".")
+        if inner and not isinstance(result.get(outer) or {}, Mapping):
+            raise ValueError(f"{name}: {outer} is {result[outer]!r}, and has no values by name")
         result[outer] = overridden(result.get(outer) or {}, {inner: value}) if inner else value
     return result

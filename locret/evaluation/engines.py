@@ -1,5 +1,6 @@
 """The engine of a row and budget, made when it is asked for."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,7 @@ from locret.heads import RetainingHeads
 from locret.merging import describe_merging
 from locret.models import LoadedModel
 from locret.policies import POLICIES, LocretPolicy, Policy
+from locret.quantization import scheme_of
 
 SHOWN = ("chunk_size", "stabilizers", "positions", "budget", "query_aware", "backend", "graphs")
 """Settings of an engine that are told beside figures."""
@@ -65,6 +67,30 @@ def are_query_aware(row: Row, heads: RetainingHeads | None) -> bool:
     """Whether the row's heads want the question in front of the context."""
     uses_them = row.policy == LocretPolicy.name and not row.keeps_all
     return bool(uses_them and heads is not None and heads.config.query_tokens)
+
+
+def check_row(row: Row, settings: Mapping[str, Any]) -> None:
+    """Refuse what the row's engine would refuse, before there is a model.
+
+    Args:
+        settings: of the engine, for all rows.
+
+    Raises:
+        ValueError: settings that engines do not have, arguments that the policy does not take, or a
+            quantization that cannot be.
+    """
+    known = set(inspect.signature(Engine).parameters) - {"model", "policy", "heads", "progress"}
+    unknown = sorted({*settings, *row.engine} - known)
+    if unknown:
+        raise ValueError(
+            f"row {row.label}: engine settings {', '.join(unknown)} are unknown; expected some of "
+            f"{', '.join(sorted(known))}"
+        )
+    try:
+        _policy(row)
+    except TypeError as error:
+        raise ValueError(f"row {row.label}: policy_args: {error}") from error
+    scheme_of(row.quantization)
 
 
 def _policy(row: Row) -> str | Policy:

@@ -17,7 +17,7 @@ import torch
 from locret.evaluation import needle
 from locret.evaluation.files import write_whole
 from locret.evaluation.needle import NeedleSettings
-from locret.evaluation.provenance import environment
+from locret.evaluation.provenance import environment, source
 from locret.evaluation.synthetic import SyntheticSample
 from locret.heads import RetainingHeads
 from locret.models import LoadedModel
@@ -110,7 +110,8 @@ def run_grid(
 
 
 def manifest_of(loaded: LoadedModel, heads: str | None) -> dict[str, Any]:
-    """What the answers depend on beside the settings: model, adapter and heads, by name."""
+    """What the answers depend on beside the settings: model, adapter and heads, by name and, so
+    that others under the same name are told apart, by content."""
     return {
         "model": loaded.name,
         "revision": loaded.revision,
@@ -119,6 +120,7 @@ def manifest_of(loaded: LoadedModel, heads: str | None) -> dict[str, Any]:
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "attention": loaded.model.config._attn_implementation,
         "protocol": PROTOCOL,
+        "sources": {"adapter": source(loaded.adapter), "heads": source(heads)},
     }
 
 
@@ -184,6 +186,8 @@ def _earlier_results(out: Path, record: dict[str, Any]) -> list[Cell]:
     try:
         earlier = json.loads(out.read_text(encoding="utf-8"))
         different = [n for n in ("kind", "settings", "manifest") if earlier.get(n) != record[n]]
+        if different == ["manifest"]:
+            _check_sources(out, earlier["manifest"], record["manifest"])
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{out} is there but holds no needle grid: {error}") from error
     if different:
@@ -192,6 +196,21 @@ def _earlier_results(out: Path, record: dict[str, Any]) -> list[Cell]:
             "begun with, or write to another file"
         )
     return earlier["results"]
+
+
+def _check_sources(out: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say it where only the contents of adapter and heads differ, or are not known.
+
+    Raises:
+        ValueError: nothing else differs.
+    """
+    if {**earlier, "sources": None} != {**now, "sources": None}:
+        return
+    if "sources" not in earlier:
+        why = "does not say which contents its adapter and heads had"
+    else:
+        why = "holds answers of an adapter or heads that have changed since under the same name"
+    raise ValueError(f"{out} {why}; write to another file")
 
 
 def shares(results: Sequence[Cell], policy: str, ratio: int) -> dict[tuple[int, int], float | None]:

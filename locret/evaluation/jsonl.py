@@ -32,3 +32,8 @@ def _row(line: str, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{place} holds a {type(row).__name__}; expected an object")
     return row
+
+
+def are_texts(value: Any) -> bool:
+    """Whether this is a list of texts, at least one. A text alone would be read by its letters."""
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)

@@ -24,7 +24,7 @@ from typing import Any
 
 from locret import hub
 from locret.evaluation import metrics
-from locret.evaluation.jsonl import read_rows
+from locret.evaluation.jsonl import are_texts, read_rows
 
 JUDGED = ("human", "LLM")
 """Values of `evaluation` in rows that people or language models are to judge."""
@@ -284,9 +284,16 @@ def find_data(task: str, data: str | Path) -> Path:
 def _asked(row: dict[str, Any], place: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Questions and references of a row in either form."""
     if isinstance(row.get("context"), str) and isinstance(row.get("qa"), list):
-        pairs = [(qa.get("question"), qa.get("answers")) for qa in row["qa"]]
+        pairs = [
+            (qa.get("question"), qa.get("answers")) if isinstance(qa, dict) else (None, None)
+            for qa in row["qa"]
+        ]
     elif isinstance(row.get("input"), str) and {"instructions", "outputs"} <= row.keys():
         asked, answered = row["instructions"], row["outputs"]
+        if not isinstance(asked, list) or not isinstance(answered, list):
+            raise ValueError(
+                f"{place}: instructions and outputs are no lists; expected lists of texts"
+            )
         if len(asked) != len(answered):
             raise ValueError(
                 f"{place} has {len(asked)} instructions and {len(answered)} outputs; expected as "
@@ -299,12 +306,11 @@ def _asked(row: dict[str, Any], place: str) -> Iterator[tuple[str, tuple[str, ..
             "context and qa"
         )
     for question, answers in pairs:
-        if (
-            not isinstance(question, str)
-            or not answers
-            or not all(isinstance(answer, str) for answer in answers)
-        ):
-            raise ValueError(f"{place} has a question without text or without answers")
+        if answers is None or not isinstance(question, str) or not are_texts(answers):
+            raise ValueError(
+                f"{place} has a question without text or without answers: {question!r}, "
+                f"{answers!r}; expected a text and a list of texts"
+            )
         yield question, tuple(answers)
 
 

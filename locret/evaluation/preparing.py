@@ -9,7 +9,7 @@ import torch
 
 from locret import hub
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.engines import are_query_aware
+from locret.evaluation.engines import are_query_aware, check_row
 from locret.evaluation.files import file_hash
 from locret.evaluation.prompts import Renderer
 from locret.evaluation.provenance import source
@@ -53,21 +53,28 @@ def prepare(config: EvalConfig) -> Prepared:
         ValueError: unknown tasks, rows that cannot be, missing data or heads; in one line.
     """
     rows, tasks = config.table_rows(), config.make_tasks()
+    for row in rows:
+        check_row(row, config.engine)
     check_adapter(config.adapter)
     heads = _load_heads(config, rows)
     renderer = Renderer(load_tokenizer(config.model), config.chat_template)
-    sources = _sources(config, heads, tasks, renderer)
+    data = {task.label: _hashes(task) for task in tasks}
+    sources = _sources(config, heads, renderer)
     window = getattr(load_config(config.model), "max_position_embeddings", None)
     prompts = []
     for task in tasks:
         samples = task.samples(config.limit, renderer.measure, renderer.fingerprint)
+        if not samples:
+            files = ", ".join(map(str, task.files())) or "no file"
+            raise ValueError(f"task {task.label} has no samples: there are none in {files}")
         prompts.append(Prompts(samples, renderer, task.max_new_tokens, config.max_length, window))
     asked = [
         question
         for row in rows
         for task, of_task in zip(tasks, prompts, strict=True)
-        for question in questions(config, row, task, of_task, sources)
+        for question in questions(config, row, task, of_task, sources | {"data": data[task.label]})
     ]
+    sources["data"] = dict(sorted(pair for hashes in data.values() for pair in hashes.items()))
     return Prepared(config, heads, sources, renderer, asked)
 
 
@@ -103,19 +110,31 @@ def _load_heads(config: EvalConfig, rows: Sequence[Row]) -> dict[str, RetainingH
     return heads
 
 
+def _hashes(task: Task) -> dict[str, str]:
+    """The task's data files, by content."""
+    return {path.name: file_hash(path) for path in task.files()}
+
+
+def _recorded(heads: RetainingHeads) -> dict[str, Any]:
+    """The engine settings that heads bring with them."""
+    record = heads.config
+    return {
+        "defaults": dict(record.defaults),
+        "positions": record.positions,
+        "longrope": record.longrope,
+    }
+
+
 def _sources(
-    config: EvalConfig,
-    heads: dict[str, RetainingHeads],
-    tasks: Sequence[Task],
-    renderer: Renderer,
+    config: EvalConfig, heads: dict[str, RetainingHeads], renderer: Renderer
 ) -> dict[str, Any]:
-    files = {path for task in tasks for path in task.files()}
     on = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "model": config.model,
         "dtype": config.dtype if config.dtype != "auto" else f"auto on {on.partition(':')[0]}",
         "adapter": source(config.adapter),
-        "heads": {name: source(name) for name in heads},
+        "heads": {
+            name: (source(name) or {}) | {"records": _recorded(own)} for name, own in heads.items()
+        },
         "tokenizer": renderer.fingerprint,
-        "data": {path.name: file_hash(path) for path in sorted(files)},
     }

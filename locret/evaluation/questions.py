@@ -14,6 +14,7 @@ from locret.evaluation.config import EvalConfig
 from locret.evaluation.prompts import Prompt, Renderer
 from locret.evaluation.rows import Row
 from locret.evaluation.tasks import Sample, Task
+from locret.policies import LocretPolicy
 
 NOT_OF_ANSWERS = frozenset(
     {"rows", "tasks", "output", "batch_size", "limit", "lengths", "smoke", "cache_dir", "device"}
@@ -73,15 +74,30 @@ class Question:
 
 
 def settings_of(config: EvalConfig, row: Row, task: Task, sources: dict[str, Any]) -> str:
-    """Recognises everything that an answer depends on but the sample."""
+    """Recognises everything that an answer depends on but the sample: of the run's heads and data
+    those of this row and task alone, so that others may come and go.
+
+    Args:
+        sources: what model, adapter, heads and this task's data are, by content.
+    """
     values = {
         "config": {k: v for k, v in config.to_dict().items() if k not in NOT_OF_ANSWERS},
-        "sources": sources,
-        "row": row.to_dict() | {"engine": {**config.engine, **row.engine}},
+        "sources": {**sources, "heads": _heads_of(row, sources["heads"], config.heads)},
+        "row": row.to_dict() | {"engine": {**config.engine, **row.engine}, "heads": None},
         "task": [task.name, task.length, task.version, task.max_new_tokens, list(task.stop)],
     }
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _heads_of(row: Row, sources: dict[str, Any], default: str | None) -> Any:
+    """What of its heads a row's answers depend on. An engine takes the settings that they record
+    under every policy; the weights only where they rank."""
+    found = sources.get(row.heads or default or "")
+    if found is None:
+        return None
+    ranks = row.policy == LocretPolicy.name
+    return found["records"], (found["sha256"] or found["source"]) if ranks else None
 
 
 class Prompts:
@@ -130,7 +146,7 @@ def questions(
 
     Args:
         prompts: of the task.
-        sources: what model, adapter and heads are, by content.
+        sources: what model, adapter, heads and this task's data are, by content.
     """
     settings = settings_of(config, row, task, sources)
     for sample, prompt in prompts.rendered(_needs_window(config, row)):

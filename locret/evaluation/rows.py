@@ -10,6 +10,7 @@ An entry with lists stands for all their combinations. The full cache is a row o
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import NoneType
 from typing import Any, get_args
 
 from locret.evaluation.prompts import Protocol
@@ -83,7 +84,7 @@ def expand(entries: Sequence[Mapping[str, Any]]) -> list[Row]:
     """
     rows = [row for entry in entries for row in _combinations(entry)]
     full = [row for row in rows if row.label == FULL] or [Row(FULL)]
-    rows = full[:1] + [row for row in rows if row.label != FULL]
+    rows = full + [row for row in rows if row.label != FULL]
     labels = [row.label for row in rows]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
@@ -94,6 +95,15 @@ def expand(entries: Sequence[Mapping[str, Any]]) -> list[Row]:
     return rows
 
 
+EXPECTED = {
+    "policy": "a policy's name",
+    "heads": "a folder or Hub id",
+    "name": "a name",
+    "engine": "settings by name",
+    "policy_args": "arguments by name",
+}
+
+
 def _combinations(entry: Mapping[str, Any]) -> list[Row]:
     known = set(Row.__dataclass_fields__)
     if not isinstance(entry, Mapping) or "policy" not in entry or set(entry) - known:
@@ -101,6 +111,8 @@ def _combinations(entry: Mapping[str, Any]) -> list[Row]:
             f"rows: {entry} is no row; expected a policy and some of {', '.join(sorted(known))}"
         )
     lists = [_listed(entry[key]) for key in CROSSED if key in entry]
+    if not all(lists):
+        raise ValueError(f"rows: {entry} has an empty list; expected at least one value")
     keys = [key for key in CROSSED if key in entry]
     return [
         _checked(Row(**{**entry, **dict(zip(keys, values, strict=True))}))
@@ -113,6 +125,11 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _checked(row: Row) -> Row:
+    kinds: dict[str, Any] = {"policy": str, "heads": (str, NoneType), "name": str}
+    kinds |= {"engine": Mapping, "policy_args": Mapping}
+    for key, kind in kinds.items():
+        if not isinstance(getattr(row, key), kind):
+            raise ValueError(f"rows: {key} is {getattr(row, key)!r}; expected {EXPECTED[key]}")
     if row.policy not in POLICIES:
         raise ValueError(
             f"rows: policy {row.policy!r} is unknown; expected one of {sorted(POLICIES)}"

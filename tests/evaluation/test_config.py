@@ -34,6 +34,13 @@ def test_values_are_replaced_also_within_others():
         ({"engine": 3}, "engine is 3; expected names and values"),
         ({"limit": 0}, "limit is 0; expected a whole number of at least 1"),
         ({"batch_size": "8"}, "batch_size is '8'"),
+        ({"limit": True}, "limit is True; expected a whole number"),
+        ({"lengths": [0]}, "lengths are"),
+        ({"seed": "abc"}, "seed is 'abc'"),
+        ({"chat_template": "maybe"}, "chat_template is 'maybe'; expected true or false"),
+        ({"dtype": "foo"}, "dtype is 'foo'; expected one of"),
+        ({"output": 5}, "output is 5; expected a text"),
+        ({"data": {"words": 5}}, "data: words is no path"),
     ],
 )
 def test_what_is_no_configuration_is_refused(changes, complaint):

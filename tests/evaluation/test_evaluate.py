@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from locret import cli
@@ -20,6 +21,7 @@ from locret.evaluation.questions import batches, share
 from locret.evaluation.ranks import Ranks
 from locret.evaluation.records import Records
 from locret.evaluation.tasks.ruler.needles import NeedleTask
+from locret.heads import RetainingHeads
 from tests.evaluation.eval_data import DATA, write_artifacts, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,6 +207,37 @@ def test_other_settings_are_asked_anew(config):
     assert [cell["count"] for cell in more["cells"]] == [4, 4]
 
 
+def test_other_tasks_and_other_heads_leave_answers_as_they_are(config, folder, monkeypatch):
+    asked = []
+    real = evaluate.Asker.ask
+
+    def ask(self, batch):
+        asked.extend((question.row.label, question.task.name) for question in batch)
+        return real(self, batch)
+
+    monkeypatch.setattr(evaluate.Asker, "ask", ask)
+    row = {"policy": "locret", "budget": 20}
+    small = replace(config, tasks=("fairytaleqa",), rows=(row,), limit=1)
+    evaluate.run(small)
+    assert len(asked) == 2
+    asked.clear()
+    more = replace(small, tasks=("fairytaleqa", "ruler_niah_single_1"))
+    evaluate.run(more)
+    assert {task for _, task in asked} == {"ruler_niah_single_1"}
+    asked.clear()
+    other = str(folder / "other_heads")
+    heads = RetainingHeads.from_pretrained(folder / "heads")
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.neg_()
+    heads.save_pretrained(other)
+    evaluate.run(replace(small, rows=(row, {**row, "heads": other, "name": "b"})))
+    assert asked == [("b 20 query_agnostic", "fairytaleqa")]
+    asked.clear()
+    evaluate.run(replace(small, heads=other))  # the row's heads are others now
+    assert asked == [("locret 20 query_agnostic", "fairytaleqa")]
+
+
 def test_rows_that_merge(config):
     rows = (
         {"policy": "keydiff", "budget": 20},
@@ -304,6 +337,11 @@ BAD = [
     (["--set", "nosuch=1"], "unknown nosuch"),
     (["--set", "nosuch"], "--set nosuch is no NAME=VALUE"),
     (["--adapter", "no/such/adapter"], "no/such/adapter"),
+    (["--set", "tasks=[a"], "is no YAML value"),
+    (["--set", "limit.x=1"], "limit is 3, and has no values by name"),
+    (["--set", "engine.chunksize=256"], "engine settings chunksize are unknown"),
+    (["--set", "rows=[{policy: snapkv, budget: 8x, policy_args: {windows: 3}}]"], "windows"),
+    (["--set", "rows=[{policy: snapkv, budget: 8x, quantization: kivi4}]"], "kivi4"),
 ]
 
 

@@ -46,6 +46,15 @@ def record(*cells, lengths=(300, 500), depths=2):
     return {"settings": {"lengths": list(lengths), "depths": depths}, "results": list(cells)}
 
 
+def test_other_heads_of_the_same_name_are_told_apart(loaded, heads, tmp_path):
+    name = str(heads.save_pretrained(tmp_path / "heads"))
+    before = grid.manifest_of(loaded, name)
+    assert before == grid.manifest_of(loaded, name)
+    tiny_heads(loaded.model, width=8).save_pretrained(name)
+    after = grid.manifest_of(loaded, name)
+    assert after["heads"] == before["heads"] and after != before
+
+
 def test_every_cell_is_asked_under_every_policy(out):
     written = json.loads(out.read_text())
     assert written["kind"] == "needle_grid"

@@ -153,6 +153,9 @@ def test_a_hub_repository_is_searched_too(tmp_path, monkeypatch):
         ('{"context": "a", "qa": [{"question": "b", "answers": []}]}', "without answers"),
         ('{"context": "a", "qa": [{"question": null, "answers": ["c"]}]}', "without text"),
         ('{"input": "a", "instructions": ["b"], "outputs": []}', "1 instructions and 0 outputs"),
+        ('{"input": "a", "instructions": "b", "outputs": "c"}', "no lists"),
+        ('{"context": "a", "qa": [{"question": "b", "answers": "c"}]}', "list of texts"),
+        ('{"context": "a", "qa": ["b"]}', "without text"),
     ],
 )
 def test_bad_rows_name_file_and_line(line, says, tmp_path):

@@ -89,6 +89,30 @@ def test_tasks_without_their_data_are_left_out_and_said(committed, folder, tmp_p
     assert "nothing could be run again" in capsys.readouterr().err
 
 
+def test_no_file_of_others_is_removed(committed, folder, tmp_path, capsys):
+    output = tmp_path / "again"
+    args = [
+        "reproduce",
+        str(committed),
+        "--data-dir",
+        str(folder / "data"),
+        "--output",
+        str(output),
+    ]
+    assert cli.main(args) == 0
+    assert cli.main(args) == 0  # what it made itself is made anew
+    precious = output / "tales" / "precious.txt"
+    precious.write_text("mine")
+    assert cli.main(args) == 2
+    assert "holds precious.txt" in capsys.readouterr().err and precious.read_text() == "mine"
+
+
+def test_more_samples_than_were_committed_are_left_out(committed, folder, tmp_path, capsys):
+    args = ["--data-dir", str(folder / "data"), "--output", str(tmp_path / "again")]
+    assert cli.main(["reproduce", str(committed), *args, "--limit", "5"]) == 0
+    assert "all 2 rows reproduced" in capsys.readouterr().out
+
+
 def test_a_needle_grid_is_asked_again_at_its_shortest_length(folder, tmp_path):
     loaded = load_model(str(folder / "backbone"), dtype="float32", device="cpu")
     heads = RetainingHeads.from_pretrained(folder / "heads")

@@ -27,6 +27,8 @@ def test_a_full_cache_may_be_given_and_is_one_row():
     assert [row.label for row in rows] == ["full", "random 8 query_agnostic"]
     assert rows[0].engine == {"a": 1}
     assert expand([]) == [Row("full")]
+    with pytest.raises(ValueError, match="rows full are given twice"):
+        expand([{"policy": "full"}, {"policy": "full", "engine": {"a": 1}}])
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,10 @@ def test_without_a_limit_the_protocol_makes_no_difference():
         ({"policy": "random", "budget": "1x"}, "budget of random is '1x'"),
         ({"policy": "random", "budget": True}, "budget of random is True"),
         ({"policy": "random", "protocol": "blind"}, "protocol 'blind' is unknown"),
+        ({"policy": []}, "has an empty list"),
+        ({"policy": [["random"]], "budget": 8}, "expected a policy's name"),
+        ({"policy": "random", "budget": 8, "engine": 5}, "engine is 5; expected settings by name"),
+        ({"policy": "locret", "budget": 8, "heads": 5}, "heads is 5; expected a folder"),
         ({"policy": "random", "budget": [8, 8]}, "random 8 query_agnostic are given twice"),
     ],
 )

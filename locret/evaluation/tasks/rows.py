@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from locret.evaluation.jsonl import read_rows
+from locret.evaluation.jsonl import are_texts, read_rows
 
 
 def read_contexts(path: Path) -> Iterator[dict[str, Any]]:
@@ -17,7 +17,7 @@ def read_contexts(path: Path) -> Iterator[dict[str, Any]]:
         if not _is_context(row):
             raise ValueError(
                 f'{where} has no "context" with a list "qa" of questions and answers; expected '
-                '{"id", "context", "qa": [{"question", "answers": [...]}]}'
+                '{"id", "context", "qa": [{"question", "answers": ["text", ...]}]}'
             )
         yield {"id": str(number)} | row
 
@@ -26,6 +26,10 @@ def _is_context(row: dict[str, Any]) -> bool:
     asked = row.get("qa")
     fields = {"question", "answers"}
     right = isinstance(asked, list) and all(
-        isinstance(qa, dict) and fields <= set(qa) for qa in asked
+        isinstance(qa, dict)
+        and fields <= set(qa)
+        and isinstance(qa["question"], str)
+        and are_texts(qa["answers"])
+        for qa in asked
     )
     return right and isinstance(row.get("context"), str)
