@@ -72,15 +72,18 @@ def _check(folder: Path, results: Sequence[Path]) -> None:
     foreign += [path.name for path in results if folder.resolve() in path.resolve().parents]
     if foreign:
         raise ValueError(
-            f"{folder} would be emptied, but holds {', '.join(dict.fromkeys(foreign))}, which no "
-            "reproduction made; give another folder as --output"
+            f"{folder} would be emptied, but holds {', '.join(dict.fromkeys(foreign))}; give "
+            "another folder as --output"
         )
 
 
 def _cleared(folder: Path) -> Path:
     """The folder without what an earlier reproduction made there: all is run from scratch."""
-    if folder.exists():
-        shutil.rmtree(folder.resolve())
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     (folder / MARK).touch()
     return folder

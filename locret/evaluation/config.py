@@ -1,6 +1,6 @@
 """What an evaluation is: a YAML file, with any value overridden on the command line."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -18,10 +18,30 @@ CACHE = "~/.cache/locret"
 LISTS: dict[str, Any] = {"tasks": str, "rows": Mapping, "lengths": int}
 """Values that are lists, and of what; one entry may stand for a list of it."""
 
-TEXTS = ("model", "output", "adapter", "heads", "device", "attention", "data_dir", "cache_dir")
-"""Values that are texts."""
-
 KINDS = {str: "names", Mapping: "names and values", int: "whole numbers"}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return is_whole(value, 1)
+
+
+TEXTS = ("model", "output", "adapter", "heads", "device", "attention", "data_dir", "cache_dir")
+EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(TEXTS, (_is_text, "a text")),
+    **dict.fromkeys(
+        ("limit", "batch_size", "max_length"), (_is_count, "a whole number of at least 1")
+    ),
+    "lengths": (lambda given: all(map(_is_count, given)), "whole numbers of at least 1"),
+    "seed": (lambda given: is_whole(given, 0), "a whole number of at least 0"),
+    "chat_template": (lambda given: isinstance(given, bool), "true or false"),
+    "dtype": (lambda given: given in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}"),
+    "data": (lambda given: all(map(_is_text, given.values())), "a path for each name"),
+}
+"""What a value must be, unless it is None."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +96,7 @@ class EvalConfig:
             ValueError: a name that is unknown or missing, or a value of the wrong kind.
         """
         known = {entry.name for entry in fields(cls)}
+        given = {name: value for name, value in given.items() if value is not None}
         unknown, needed = set(given) - known, {"model", "tasks", "rows", "output"} - set(given)
         if unknown or needed:
             wrong = [f"unknown {', '.join(sorted(unknown))}"] * bool(unknown)
@@ -90,30 +111,15 @@ class EvalConfig:
         for name in ("data", "engine", "smoke"):
             if not isinstance(values.get(name) or {}, Mapping):
                 raise ValueError(f"{name} is {values[name]!r}; expected names and values")
-        config = cls(**{name: value for name, value in values.items() if value is not None})
+        config = cls(**values)
         config._check()
         return config
 
     def _check(self) -> None:
-        for name in TEXTS:
+        for name, (is_right, expected) in EXPECTED.items():
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"{name} is {value!r}; expected a text")
-        for name in ("limit", "batch_size", "max_length"):
-            value = getattr(self, name)
-            if value is not None and not is_whole(value, 1):
-                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
-        if not all(is_whole(length, 1) for length in self.lengths):
-            raise ValueError(f"lengths are {self.lengths}; expected whole numbers of at least 1")
-        if not is_whole(self.seed, 0):
-            raise ValueError(f"seed is {self.seed!r}; expected a whole number of at least 0")
-        if not isinstance(self.chat_template, bool):
-            raise ValueError(f"chat_template is {self.chat_template!r}; expected true or false")
-        if self.dtype not in get_args(Dtype):
-            raise ValueError(f"dtype is {self.dtype!r}; expected one of {get_args(Dtype)}")
-        wrong = [name for name, path in self.data.items() if not isinstance(path, str)]
-        if wrong:
-            raise ValueError(f"data: {', '.join(wrong)} is no path; expected a text for each")
+            if value is not None and not is_right(value):
+                raise ValueError(f"{name} is {value!r}; expected {expected}")
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -129,13 +135,14 @@ class EvalConfig:
         """The tasks, one for each length where they are made to a length.
 
         Raises:
-            ValueError: an unknown task, or a data file that is not there.
+            ValueError: an unknown task, or a data file or package that is not there.
         """
         kinds = [TASKS[name] for name in task_names(self.tasks)]
         made = [kind(self._settings(length)) for kind in kinds for length in self.lengths]
         by_label = {task.label: task for task in made}
         for task in by_label.values():
             task.files()
+            task.check_packages()
         return list(by_label.values())
 
     def _settings(self, length: int) -> TaskSettings:

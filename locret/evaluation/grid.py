@@ -185,11 +185,14 @@ def _key(cell: Cell) -> tuple[Any, ...]:
 def _earlier_results(out: Path, record: dict[str, Any]) -> list[Cell]:
     try:
         earlier = json.loads(out.read_text(encoding="utf-8"))
-        different = [n for n in ("kind", "settings", "manifest") if earlier.get(n) != record[n]]
-        if different == ["manifest"]:
-            _check_sources(out, earlier["manifest"], record["manifest"])
+        different = [n for n in ("kind", "settings") if earlier.get(n) != record[n]]
+        then, now = _with_sources(earlier.get("manifest")), _with_sources(record["manifest"])
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{out} is there but holds no needle grid: {error}") from error
+    if then != now:
+        if not different:
+            _check_sources(out, then, now)
+        different.append("manifest")
     if different:
         raise ValueError(
             f"{out} holds answers of other {' and '.join(different)}; go on with those it was "
@@ -198,18 +201,24 @@ def _earlier_results(out: Path, record: dict[str, Any]) -> list[Cell]:
     return earlier["results"]
 
 
-def _check_sources(out: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+def _with_sources(manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """A manifest of a time when contents were not recorded: they are known where there are none."""
+    named = manifest or {}
+    nothing = not (named.get("adapter") or named.get("heads"))
+    return ({"sources": {"adapter": None, "heads": None}} if nothing else {}) | named
+
+
+def _check_sources(out: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """Say it where only the contents of adapter and heads differ, or are not known.
 
     Raises:
         ValueError: nothing else differs.
     """
-    if {**earlier, "sources": None} != {**now, "sources": None}:
+    if {**then, "sources": None} != {**now, "sources": None}:
         return
-    if "sources" not in earlier:
-        why = "does not say which contents its adapter and heads had"
-    else:
-        why = "holds answers of an adapter or heads that have changed since under the same name"
+    why = "holds answers of an adapter or heads that have changed since, under the same name"
+    if "sources" not in then:
+        why = "does not say which contents its adapter and heads had, only their names"
     raise ValueError(f"{out} {why}; write to another file")
 
 

@@ -245,7 +245,7 @@ def load_questions(task: str, data: str | Path) -> tuple[list[LEvalQuestion], in
         if row.get("evaluation") in JUDGED:
             left_out += len(asked)
             continue
-        document = row["context"] if "context" in row else row["input"]
+        document = row["context"] if _is_ours(row) else row["input"]
         for i, (question, references) in enumerate(asked):
             asked_of = (str(number), f"{number}-{i}")
             questions += _questions(task, asked_of, document, question, references)
@@ -281,9 +281,13 @@ def find_data(task: str, data: str | Path) -> Path:
     return found[0]
 
 
+def _is_ours(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("context"), str) and isinstance(row.get("qa"), list)
+
+
 def _asked(row: dict[str, Any], place: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Questions and references of a row in either form."""
-    if isinstance(row.get("context"), str) and isinstance(row.get("qa"), list):
+    if _is_ours(row):
         pairs = [
             (qa.get("question"), qa.get("answers")) if isinstance(qa, dict) else (None, None)
             for qa in row["qa"]

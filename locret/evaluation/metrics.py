@@ -112,10 +112,19 @@ def _f1(prediction: str, reference: str) -> float:
     return 2 * common / (len(given) + len(wanted)) if common else 0.0
 
 
-@cache
-def _rouge_scorer() -> Any:
+def check_rouge() -> None:
+    """Refuse ROUGE where it cannot be computed.
+
+    Raises:
+        ValueError: the package rouge-score is not installed.
+    """
     if importlib.util.find_spec("rouge_score") is None:
         raise ValueError("ROUGE needs the package rouge-score: pip install 'locret[eval]'")
+
+
+@cache
+def _rouge_scorer() -> Any:
+    check_rouge()
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(list(ROUGE), use_stemmer=False)

@@ -35,12 +35,15 @@ def test_values_are_replaced_also_within_others():
         ({"limit": 0}, "limit is 0; expected a whole number of at least 1"),
         ({"batch_size": "8"}, "batch_size is '8'"),
         ({"limit": True}, "limit is True; expected a whole number"),
-        ({"lengths": [0]}, "lengths are"),
+        ({"lengths": [0]}, r"lengths is \(0,\); expected whole numbers of at least 1"),
+        ({"lengths": [True]}, r"lengths is \(True,\)"),
+        ({"device": 0}, "device is 0; expected a text"),
+        ({"model": None}, "missing model"),
         ({"seed": "abc"}, "seed is 'abc'"),
         ({"chat_template": "maybe"}, "chat_template is 'maybe'; expected true or false"),
         ({"dtype": "foo"}, "dtype is 'foo'; expected one of"),
         ({"output": 5}, "output is 5; expected a text"),
-        ({"data": {"words": 5}}, "data: words is no path"),
+        ({"data": {"words": 5}}, "data is {'words': 5}; expected a path for each name"),
     ],
 )
 def test_what_is_no_configuration_is_refused(changes, complaint):
@@ -48,6 +51,20 @@ def test_what_is_no_configuration_is_refused(changes, complaint):
         EvalConfig.from_dict(LEAST | changes)
     with pytest.raises(ValueError, match="missing rows, tasks"):
         EvalConfig.from_dict({"model": "m", "output": "o"})
+
+
+def test_a_value_within_one_that_has_none_is_refused():
+    with pytest.raises(ValueError, match="model.x: model is 'm', and has no values by name"):
+        overridden(LEAST, {"model.x": 1})
+
+
+def test_a_score_whose_package_is_missing_is_told_before_anything_is_asked(tmp_path, monkeypatch):
+    (tmp_path / "leval_news_summ.jsonl").write_text("{}\n")
+    config = EvalConfig.from_dict(LEAST | {"tasks": "leval_news_summ", "data_dir": str(tmp_path)})
+    assert [task.name for task in config.make_tasks()] == ["leval_news_summ"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="ROUGE needs the package rouge-score"):
+        config.make_tasks()
 
 
 def test_a_file_is_found_by_its_path_or_its_name(tmp_path):

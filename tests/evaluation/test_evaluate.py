@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -236,6 +237,47 @@ def test_other_tasks_and_other_heads_leave_answers_as_they_are(config, folder, m
     asked.clear()
     evaluate.run(replace(small, heads=other))  # the row's heads are others now
     assert asked == [("locret 20 query_agnostic", "fairytaleqa")]
+
+
+def test_settings_that_heads_record_count_under_every_policy(config, folder):
+    """An engine takes its chunk size from the heads, whoever ranks."""
+    small = replace(config, tasks=("fairytaleqa",), engine={}, limit=1)
+    small = replace(small, rows=({"policy": "random", "budget": 20},))
+    heads = RetainingHeads.from_pretrained(folder / "heads")
+    heads.config.defaults["chunk_size"] = 16
+    other = replace(small, heads=str(heads.save_pretrained(folder / "other_settings")))
+    with torch.no_grad():
+        next(heads.parameters()).neg_()
+    retrained = replace(small, heads=str(heads.save_pretrained(folder / "retrained")))
+    keys = [{question.key for question in prepare(c).asked} for c in (small, other, retrained)]
+    assert not keys[0] & keys[1]
+    assert keys[1] == keys[2]  # no row ranks by their weights
+
+
+@pytest.mark.parametrize("rows", ["", '{"context": "a", "qa": []}\n'])
+def test_a_task_without_samples_is_refused(rows, config, tmp_path):
+    path = tmp_path / "none.jsonl"
+    path.write_text(rows)
+    with pytest.raises(ValueError, match="task fairytaleqa has no samples: .*none.jsonl"):
+        prepare(replace(config, tasks=("fairytaleqa",), data={"fairytaleqa": str(path)}))
+
+
+def test_answers_that_are_no_list_name_file_and_line(config, tmp_path):
+    path = tmp_path / "text.jsonl"
+    row = {"context": "a", "qa": [{"question": "Where?", "answers": "Paris"}]}
+    path.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="text.jsonl:1 has no .*\"answers\": \\[\"text\""):
+        prepare(replace(config, tasks=("fairytaleqa",), data={"fairytaleqa": str(path)}))
+
+
+def test_options_may_be_given_again(config, tmp_path, capsys):
+    args = ["evaluate", "--config", written(config, tmp_path), "--dry-run"]
+    args += ["--tasks", "fairytaleqa", "--tasks", "ruler_niah_single_1"]
+    args += ["--lengths", "900", "--lengths", "1000", "--set", "limit=2", "--set", "seed=7"]
+    assert cli.main(args) == 0
+    out = capsys.readouterr().out
+    for label in ("fairytaleqa", "ruler_niah_single_1@900", "ruler_niah_single_1@1000"):
+        assert re.search(rf"{label} +2 samples", out)
 
 
 def test_rows_that_merge(config):

@@ -107,6 +107,24 @@ def test_no_file_of_others_is_removed(committed, folder, tmp_path, capsys):
     assert "holds precious.txt" in capsys.readouterr().err and precious.read_text() == "mine"
 
 
+def test_the_answers_of_an_evaluation_are_not_removed(committed, folder, tmp_path, capsys):
+    args = ["--data-dir", str(folder / "data"), "--output"]
+    run = tmp_path / "tales"
+    (run / "predictions").mkdir(parents=True)
+    assert cli.main(["reproduce", str(committed), *args, str(tmp_path)]) == 2
+    assert "tales would be emptied, but holds predictions" in capsys.readouterr().err
+    assert (run / "predictions").is_dir()
+    result = tmp_path / "x" / "x.json"
+    result.parent.mkdir()
+    result.write_text((committed / "tales.json").read_text())
+    assert cli.main(["reproduce", str(result), *args, str(tmp_path)]) == 2
+    assert "holds x.json" in capsys.readouterr().err and result.is_file()
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "tales").write_text("")
+    assert cli.main(["reproduce", str(committed), *args, str(tmp_path / "file")]) == 2
+    assert "tales is no folder" in capsys.readouterr().err
+
+
 def test_more_samples_than_were_committed_are_left_out(committed, folder, tmp_path, capsys):
     args = ["--data-dir", str(folder / "data"), "--output", str(tmp_path / "again")]
     assert cli.main(["reproduce", str(committed), *args, "--limit", "5"]) == 0

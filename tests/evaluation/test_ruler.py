@@ -8,7 +8,7 @@ import pytest
 
 from locret.evaluation.prompts import Renderer
 from locret.evaluation.tasks import GROUPS, TASKS, TaskSettings, task_names
-from locret.evaluation.tasks.ruler.haystack import sentences_of
+from locret.evaluation.tasks.ruler.haystack import essay_words, sentences_of
 from tests.evaluation.eval_data import DATA, write_data
 
 RULER = GROUPS["ruler"]
@@ -190,3 +190,10 @@ def test_prose_repeats_where_it_is_short():
     words = ["It", "rains.", "Mr.", "Fox", "sleeps."]
     assert sentences_of(words, 5) == ["It rains.", "Mr. Fox sleeps."]
     assert sentences_of(words, 8) == ["It rains.", "Mr. Fox sleeps.", "It rains.", "Mr."]
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
+def test_a_haystack_without_words_is_refused(name, settings, tmp_path):
+    (tmp_path / name).write_text("\n")
+    with pytest.raises(ValueError, match=f"{name} holds no words; expected running text"):
+        essay_words(dataclasses.replace(settings, data={"haystack": str(tmp_path / name)}))

@@ -108,6 +108,14 @@ class Task(ABC):
         """
         return []
 
+    def check_packages(self) -> None:
+        """Refuse to be asked where the scores cannot be computed.
+
+        Raises:
+            ValueError: a package that they need is not installed; says which.
+        """
+        return
+
     @abstractmethod
     def samples(self, limit: int | None, measure: Measure, fingerprint: str) -> list[Sample]:
         """The first `limit` samples, or all. The same ones first, however many are asked for.

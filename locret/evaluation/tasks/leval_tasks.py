@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar
 
-from locret.evaluation import leval
+from locret.evaluation import leval, metrics
 from locret.evaluation.tasks.base import Measure, Sample, Task
 
 
@@ -18,6 +18,10 @@ class LEvalTask(Task):
         if place is None:
             raise ValueError(f"{self.name} needs data: give its folder with --data-dir")
         return [leval.find_data(self.of, place)]
+
+    def check_packages(self) -> None:
+        if self.metrics == metrics.ROUGE:
+            metrics.check_rouge()
 
     def samples(self, limit: int | None, measure: Measure, fingerprint: str) -> list[Sample]:
         """The questions, one of each document, then another of each, and so on."""

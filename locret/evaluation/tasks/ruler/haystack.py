@@ -28,14 +28,22 @@ def essay_files(settings: TaskSettings) -> list[Path]:
 
 def essay_words(settings: TaskSettings) -> list[str]:
     """Words of the haystack, in order: a text file's, those of a JSONL file's contexts, or the
-    language reference that ships with CPython."""
+    language reference that ships with CPython.
+
+    Raises:
+        ValueError: the file holds none, or a row that is no context.
+    """
     files = essay_files(settings)
     if not files:
         return " ".join(load_haystack(None).sentences).split()
     name = files[0].name
     if name.endswith((".jsonl", ".jsonl.gz")):
-        return " ".join(row["context"] for row in read_contexts(files[0])).split()
-    return files[0].read_text(encoding="utf-8", errors="replace").split()
+        words = " ".join(row["context"] for row in read_contexts(files[0])).split()
+    else:
+        words = files[0].read_text(encoding="utf-8", errors="replace").split()
+    if not words:
+        raise ValueError(f"data 'haystack': {files[0]} holds no words; expected running text")
+    return words
 
 
 def sentences_of(words: list[str], count: int) -> list[str]:
