@@ -266,7 +266,7 @@ def test_answers_that_are_no_list_name_file_and_line(config, tmp_path):
     path = tmp_path / "text.jsonl"
     row = {"context": "a", "qa": [{"question": "Where?", "answers": "Paris"}]}
     path.write_text(json.dumps(row))
-    with pytest.raises(ValueError, match="text.jsonl:1 has no .*\"answers\": \\[\"text\""):
+    with pytest.raises(ValueError, match='text.jsonl:1 has no .*"answers": \\["text"'):
         prepare(replace(config, tasks=("fairytaleqa",), data={"fairytaleqa": str(path)}))
 
 

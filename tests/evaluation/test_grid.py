@@ -55,6 +55,33 @@ def test_other_heads_of_the_same_name_are_told_apart(loaded, heads, tmp_path):
     assert after["heads"] == before["heads"] and after != before
 
 
+def test_a_grid_goes_on_with_the_heads_it_was_begun_with_alone(loaded, heads, out, tmp_path):
+    name = str(heads.save_pretrained(tmp_path / "heads"))
+    now, path = grid.manifest_of(loaded, name), tmp_path / "grid.json"
+    begun = json.loads(out.read_text()) | {"manifest": now}
+    path.write_text(json.dumps(begun))
+    again = grid.run_grid(loaded, POLICIES, SETTINGS, path, heads, now)
+    assert again["results"] == begun["results"]
+    other = now | {"sources": now["sources"] | {"heads": {"source": name, "sha256": "other"}}}
+    with pytest.raises(ValueError, match="heads that have changed since, under the same name"):
+        grid.run_grid(loaded, POLICIES, SETTINGS, path, heads, other)
+    path.write_text(json.dumps(begun | {"manifest": without(now, "sources")}))
+    with pytest.raises(ValueError, match="does not say which contents its adapter and heads had"):
+        grid.run_grid(loaded, POLICIES, SETTINGS, path, heads, now)
+
+
+def test_an_earlier_grid_without_heads_goes_on(loaded, tmp_path):
+    path, now = tmp_path / "grid.json", grid.manifest_of(loaded, None)
+    short = dataclasses.replace(SETTINGS, lengths=(300,))
+    grid.run_grid(loaded, ["full"], short, path, manifest=without(now, "sources"))
+    before = json.loads(path.read_text())["results"]
+    assert grid.run_grid(loaded, ["full"], short, path, manifest=now)["results"] == before
+
+
+def without(values, name):
+    return {key: value for key, value in values.items() if key != name}
+
+
 def test_every_cell_is_asked_under_every_policy(out):
     written = json.loads(out.read_text())
     assert written["kind"] == "needle_grid"

@@ -7,7 +7,7 @@ import pytest
 
 from locret import cli
 from locret.evaluation import byte_grid, evaluate, grid, needle
-from locret.evaluation.comparison import Comparison, as_table, drawn_means
+from locret.evaluation.comparison import Comparison, as_table, compare, drawn_means
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.reproduce import reproduce, result_files
 from locret.heads import RetainingHeads
@@ -165,6 +165,14 @@ def test_a_grid_at_equal_bytes_is_asked_again_at_one_budget(folder, tmp_path):
     found = reproduce(path, tmp_path / "again", {})
     assert [one.row for one in found.compared] == ["locret 4x in 16 bits", "locret 4x in 4 bits"]
     assert found.reproduced and all(one.equal == one.count == 1 for one in found.compared)
+
+
+def test_samples_that_both_have_are_compared():
+    committed = {"samples": ["a", "b"], "scores": [1.0, 0.0]}
+    one = compare("t", "row", [(committed, {"samples": ["b", "c"], "scores": [0.0, 1.0]})])
+    assert (one.count, one.committed, one.again, one.equal) == (1, 0.0, 0.0, 1)
+    with pytest.raises(ValueError, match="t, row: none of the samples asked"):
+        compare("t", "row", [(committed, {"samples": ["c"], "scores": [1.0]})])
 
 
 def test_what_is_allowed_is_what_so_many_draws_give():
