@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 from locret.backbone import Backbone
 from locret.models import Dtype, load_model, load_tokenizer
 from locret.packing import PackedAttention
-from trainers.figures import looked_at
+from trainers.figures import averaged, looked_at
 from trainers.optimizer import adamw, restart_schedule
 
 
@@ -89,8 +89,8 @@ class AdapterModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss, correct = self._loss(batch)
-        figures = {"train/loss": loss.detach(), "train/token_accuracy": correct}
-        self.figures = figures if looked_at(self.trainer) else {}
+        figures = {"train/loss": loss, "train/token_accuracy": correct}
+        self.figures = averaged(figures, self.trainer) if looked_at(self.trainer) else {}
         self.log_dict(self.figures, prog_bar=True, batch_size=len(batch["segments"]))
         return loss
 

@@ -26,7 +26,7 @@ from locret.segments import with_query_in_front
 from locret.settings import Settings
 from locret.weight_quantization import Quantization
 from trainers.averaging import average, make_equal, start_average, takes_over
-from trainers.figures import looked_at
+from trainers.figures import averaged, looked_at
 from trainers.metrics import RankCorrelation, TopOverlap, top_overlap
 from trainers.optimizer import adamw, restart_schedule
 from trainers.sharding import shard_backbone, shards_of
@@ -261,10 +261,8 @@ class HeadsModule(LightningModule):
         """What is logged of a training step: means over processes."""
         self.layer_overlap = self._overlap_by_layer(result)
         figures = {**_losses(result), "top10_overlap": self.layer_overlap.mean()}
-        values = torch.stack([value.float() for value in figures.values()])
-        if self.trainer.world_size > 1:
-            average([values])  # one collective, and no barrier, for all of them
-        return {f"train/{name}": value for name, value in zip(figures, values, strict=True)}
+        named = {f"train/{name}": value for name, value in figures.items()}
+        return averaged(named, self.trainer)
 
     def _overlap_by_layer(self, result: Distilled) -> Tensor:
         """Top-10% overlap of each layer [layers], over the row's answers; on our device."""

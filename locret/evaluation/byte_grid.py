@@ -10,7 +10,7 @@ processes take the samples in turn, each with a file of its own.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -350,4 +350,14 @@ def as_table(record: dict[str, Any]) -> str:
             f"{row.policy:<20}{f'{row.ratio}x':>6}{row.bits:>6}{budget:>8}"
             f"{row.total_bytes / 1024:>10,.0f}{f'{row.found}/{row.count}':>10}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes(record)])
+
+
+def notes(record: Mapping[str, Any]) -> list[str]:
+    """What is to be said beside a grid's figures: whether its bytes are equal at all."""
+    if record["manifest"].get("dtype") != "float32":
+        return []
+    return [
+        "The model computes in float32: what is not quantized takes twice the bytes of the 16 bits "
+        "that budgets are reckoned in. With --dtype bfloat16 bytes are equal."
+    ]

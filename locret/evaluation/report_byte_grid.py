@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from locret.evaluation import byte_grid_figure
-from locret.evaluation.byte_grid import ByteSummary, summarize
+from locret.evaluation.byte_grid import ByteSummary, notes, summarize
 from locret.evaluation.report_blocks import Block, Paragraph, Table
 from locret.evaluation.report_evaluation import per_cent
 from locret.evaluation.report_needle import MIB, PROTOCOL, wilson
@@ -32,6 +32,7 @@ def blocks(record: Mapping[str, Any]) -> Iterator[Block]:
         "Rows of one ratio take the bytes of so many prompt tokens a unit in 16 bits. Per cent "
         "found, 95 % Wilson intervals."
     )
+    yield from map(Paragraph, notes(record))
 
 
 def _line(row: ByteSummary, tasks: list[str]) -> list[str]:

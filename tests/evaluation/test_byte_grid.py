@@ -154,6 +154,13 @@ def test_table_and_figure(out, tmp_path):
         byte_grid_figure.figure({"results": []})
 
 
+def test_a_table_of_a_model_in_float32_says_that_its_bytes_differ(out):
+    record = json.loads(out.read_text())
+    for dtype, said in (("float32", True), ("bfloat16", False)):
+        table = byte_grid.as_table(record | {"manifest": {"dtype": dtype}})
+        assert ("twice the bytes" in table) == said
+
+
 def test_bits_that_a_scheme_lacks_are_refused():
     with pytest.raises(ValueError, match="bits is 3"):
         ByteGridSettings(NeedleSettings(), bits=(16, 3))
