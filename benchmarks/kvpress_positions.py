@@ -145,13 +145,13 @@ def compare(ours: Any, theirs: Any) -> dict[str, Any]:
     }
 
 
-def run_there(folder: Path, kvpress: Path | None) -> dict[str, Any]:
-    """`kept_by_kvpress` in a process of its own, with `kvpress` in front of its search path."""
-    if kvpress is None:
-        return {"kept": kept_by_kvpress(folder), "versions": versions()}
+def run_there(script: Path, folder: Path, kvpress: Path | None) -> dict[str, Any]:
+    """What a script's `--there FOLDER --out FILE` writes, in a process of its own, with the folder
+    `kvpress` in front of its search path."""
     out = folder / "kvpress.json"
-    command = [sys.executable, str(Path(__file__)), "--there", str(folder), "--out", str(out)]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(kvpress)})
+    command = [sys.executable, str(script), "--there", str(folder), "--out", str(out)]
+    environment = os.environ | ({"PYTHONPATH": str(kvpress)} if kvpress else {})
+    subprocess.run(command, check=True, env=environment)
     return json.loads(out.read_text())
 
 
@@ -175,7 +175,7 @@ def main() -> None:
     for name, settings in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             make_model(settings, Path(folder))
-            found = run_there(Path(folder), given.kvpress)
+            found = run_there(Path(__file__), Path(folder), given.kvpress)
             theirs = found["kept"]
             ours = kept_by_locret(Path(folder), theirs)
             figures[name] = {policy: compare(ours[policy], theirs[policy]) for policy in NAMES}
