@@ -1,3 +1,4 @@
+import argparse
 import json
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 
 import locret
 from locret.cli import main
+from locret.commands.shared import Listed
 from locret.evaluation.needle import NeedleSettings
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -148,11 +150,9 @@ def test_convert_there_and_back_is_bit_identical(folder, tmp_path, capsys):
         (["needle", "--policies", "full", "--task", "nosuch"], "nosuch"),
         (["needle", "--policies", "full,best"], "best"),
         (["needle", "--policies", "full", "--grid"], "--json-out"),
-        (["needle", "--policies", "full", "--grid", "--json-out", "o", "--lengths", "a"], "128K"),
         (["needle", "--policies", "full", "--grid", "--json-out", "o", "--lengths", "9,8"], "asc"),
         (["needle", "--policies", "full", "--ratios", "0"], "ratio 1 is 0"),
         (["needle", "--policies", "full", "--count", "0"], "count is 0"),
-        (["needle", "--policies", ","], "no policies"),
         (["needle", "--policies", "full", "--plot", "a.png"], "--grid"),
         (["needle", "--policies", "full", "--json-out", "{folder}"], "give a file"),
         (["needle", "--policies", "full", "--device", "foo"], "'foo' is unknown"),
@@ -174,7 +174,24 @@ def test_a_mistake_gives_one_line_on_stderr(args, says, folder, capsys):
     assert says in error
 
 
-def test_a_setting_that_is_no_number_is_refused(folder, capsys):
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["generate", "--prompt-file", "{prompt}", "--budget", "abc"], "abc"),
+        (["needle", "--grid", "--json-out", "o", "--lengths", "1K,a"], "'a' is not a number"),
+        (["needle", "--policies", ","], "there are no policies"),
+        (["grid", "--json-out", "o", "--bits", "16,4.5"], "'4.5' is no whole number"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(args, says, folder, capsys):
     with pytest.raises(SystemExit):
-        run(folder, "generate", "--prompt-file", str(folder / "prompt.txt"), "--budget", "abc")
-    assert "abc" in capsys.readouterr().err
+        run(folder, *(arg.format(prompt=folder / "prompt.txt") for arg in args))
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["a,b", "a b", "a,b,", "a --names b"])
+def test_lists_are_written_with_spaces_or_commas(given):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--names", action=Listed, default=["c"])
+    assert parser.parse_args(["--names", *given.split()]).names == ["a", "b"]
+    assert parser.parse_args([]).names == ["c"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from locret.commands.shared import DTYPES, Bar
+from locret.commands.shared import DTYPES, Bar, Listed
+from locret.quantities import parse_tokens
 
 if TYPE_CHECKING:
     from locret.evaluation.config import EvalConfig
@@ -22,9 +23,9 @@ LISTS = ("tasks", "lengths")
 def add_to(commands: Any) -> None:
     command = commands.add_parser("evaluate", help="benchmarks under several policies and budgets")
     command.add_argument("--config", help="a YAML file, or a name in configs/eval")
-    command.add_argument("--tasks", nargs="+", action="extend", help="tasks or groups of tasks")
+    command.add_argument("--tasks", action=Listed, help="tasks or groups of tasks")
     command.add_argument(
-        "--lengths", nargs="+", type=int, action="extend", help="of tasks made to a length"
+        "--lengths", action=Listed, each=parse_tokens, help="of tasks made to a length, such as 4K"
     )
     command.add_argument("--limit", type=int, help="samples a task")
     command.add_argument("--data-dir", help="folder of the tasks' data files")

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from locret.commands.shared import Bar, add_model, load, load_heads
+from locret.commands.shared import Bar, Listed, add_model, load, load_heads, whole_number
 from locret.policies import POLICIES
 
 TEXTS = ("model", "heads", "adapter", "dtype", "device", "quantization", "haystack", "json_out")
@@ -27,15 +27,19 @@ FLAGS = ("no_answer_prefix", "query_aware", "one_shot")
 def add_to(commands: Any) -> None:
     command = commands.add_parser("grid", help="policies, bits and budgets at equal bytes")
     add_model(command)
-    command.add_argument("--policies", nargs="+", default=["full", "snapkv", "locret"])
-    command.add_argument("--bits", nargs="+", type=int, default=[16, 8, 4])
+    command.add_argument("--policies", action=Listed, default=["full", "snapkv", "locret"])
+    command.add_argument("--bits", action=Listed, each=whole_number, default=[16, 8, 4])
     command.add_argument(
-        "--ratios", nargs="+", type=int, default=[128, 64, 32], help="tokens a unit of 16 bits"
+        "--ratios",
+        action=Listed,
+        each=whole_number,
+        default=[128, 64, 32],
+        help="tokens a unit of 16 bits",
     )
     command.add_argument("--quantization", default="kivi", help="the scheme below 16 bits")
     command.add_argument("--group", type=int, default=64)
     command.add_argument("--residual", type=int, default=0, help="units in full precision")
-    command.add_argument("--tasks", nargs="+", default=["niah_single"])
+    command.add_argument("--tasks", action=Listed, default=["niah_single"])
     command.add_argument("--tokens", type=int, default=4096, help="length of the prompts")
     command.add_argument("--count", type=int, default=10, help="samples a task")
     command.add_argument("--seed", type=int, default=1_000_000)

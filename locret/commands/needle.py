@@ -5,21 +5,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from locret.commands.shared import Bar, add_model, load, load_heads, names
+from locret.commands.shared import Bar, Listed, add_model, load, load_heads, whole_number
 from locret.heads import RetainingHeads
 from locret.policies import POLICIES
+from locret.quantities import parse_tokens
 
 
 def add_to(commands: Any) -> None:
     command = commands.add_parser("needle", help="needles under several policies")
     add_model(command)
-    command.add_argument(
-        "--policies", nargs="+", type=names, default=[["full", "streaming_llm", "locret"]]
-    )
-    command.add_argument("--tasks", nargs="+", default=["niah_single"])
+    command.add_argument("--policies", action=Listed, default=["full", "streaming_llm", "locret"])
+    command.add_argument("--tasks", action=Listed, default=["niah_single"])
     command.add_argument("--tokens", type=int, default=3000, help="length of the prompts")
     command.add_argument("--count", type=int, help="samples a task, spread over depths")
-    command.add_argument("--ratios", nargs="+", type=int, default=[8], help="tokens a budget unit")
+    command.add_argument(
+        "--ratios", action=Listed, each=whole_number, default=[8], help="tokens a budget unit"
+    )
     command.add_argument("--seed", type=int, default=1_000_000)
     command.add_argument("--max-new-tokens", type=int, default=32)
     command.add_argument("--haystack", default="noise", help="noise, reference, or a text file")
@@ -30,7 +31,13 @@ def add_to(commands: Any) -> None:
     command.add_argument("--json-out", type=Path, help="write every answer to this file")
     grid = command.add_argument_group("grid of lengths and depths (--json-out is needed)")
     grid.add_argument("--grid", action="store_true", help="ask at --lengths x --depths")
-    grid.add_argument("--lengths", default="1K,2K,4K", help="of the prompts, such as 1024,2K")
+    grid.add_argument(
+        "--lengths",
+        action=Listed,
+        each=parse_tokens,
+        default=[1024, 2048, 4096],
+        help="of the prompts, such as 1024,2K",
+    )
     grid.add_argument("--depths", type=int, default=10)
     grid.add_argument("--plot", type=Path, help="write the heat maps to this file")
     command.set_defaults(run=_needle)
@@ -40,14 +47,12 @@ def _needle(given: argparse.Namespace) -> None:
     from locret.evaluation import needle
     from locret.evaluation.files import check_file, write_whole
 
-    policies = [name for names in given.policies for name in names]
+    policies = given.policies
     unknown = sorted(set(policies) - set(POLICIES))
     if unknown:
         raise ValueError(f"policies {unknown} are unknown; expected some of {sorted(POLICIES)}")
     if not given.heads and "locret" in policies:
         raise ValueError("policy locret needs --heads; train some with python -m trainers.fit")
-    if not policies:
-        raise ValueError(f"there are no policies; expected some of {sorted(POLICIES)}")
     if given.batch_size < 1:
         raise ValueError(f"batch_size is {given.batch_size}; expected at least 1")
     if given.plot and not given.grid:
@@ -89,14 +94,13 @@ def _needle_grid(
     given: argparse.Namespace, policies: list[str], settings: Any, heads: RetainingHeads | None
 ) -> None:
     from locret.evaluation import figures, grid, heatmap
-    from locret.quantities import parse_tokens
 
     if given.json_out is None:
         raise ValueError("a grid needs --json-out FILE: answers are kept there as they come")
     if given.plot:
         figures.check(given.plot)  # better now than after hours
     asked = grid.GridSettings(
-        lengths=tuple(parse_tokens(length) for length in given.lengths.split(",")),
+        lengths=tuple(given.lengths),
         depths=given.depths,
         samples_per_cell=1 if given.count is None else given.count,
         needle=settings,

@@ -1,6 +1,7 @@
 """What several commands have in common: the model they are for, and how far they are."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from locret.heads import RetainingHeads
@@ -29,9 +30,44 @@ def load(given: argparse.Namespace) -> LoadedModel:
     return load_model(given.model, dtype=given.dtype, device=given.device, adapter=given.adapter)
 
 
-def names(text: str) -> list[str]:
-    """Names with commas between them."""
-    return [name for name in text.split(",") if name]
+class Listed(argparse.Action):
+    """An argument of several values, with spaces or commas between them; given twice, it goes on.
+
+    Args:
+        each: makes a value of its text; a ValueError of it ends the command with usage and reason.
+    """
+
+    def __init__(self, *, each: Callable[[str], Any] = str, **kwargs: Any) -> None:
+        super().__init__(nargs="+", **kwargs)
+        self.each = each
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        texts = [text for value in values for text in value.split(",") if text]
+        if not texts:
+            parser.error(f"argument {option_string}: there are no {self.dest}")
+        try:
+            made = [self.each(text) for text in texts]
+        except ValueError as error:
+            parser.error(f"argument {option_string}: {error}")
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, made if before is self.default else [*before, *made])
+
+
+def whole_number(text: str) -> int:
+    """
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no whole number") from None
 
 
 def size_of(size: int) -> str:
