@@ -43,6 +43,14 @@ def test_generate_streams_and_says_what_the_cache_took(folder, capsys):
     assert "MiB" in out
 
 
+def test_generate_streams_the_answer_without_special_tokens(folder, capsys):
+    args = ["--prompt-file", str(folder / "prompt.txt"), "--policy", "full"]
+    assert run(folder, "generate", *args, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)["answer"]
+    assert run(folder, "generate", *args) == 0
+    assert capsys.readouterr().out.partition("\n[full:")[0].rstrip("\n") == answer.rstrip("\n")
+
+
 def test_generate_json_obeys_the_recorded_settings(folder, capsys):
     args = ["--heads", str(folder / "heads"), "--prompt-file", str(folder / "prompt.txt")]
     assert run(folder, "generate", *args, "--json", "--max-new-tokens", "5") == 0

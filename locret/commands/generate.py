@@ -88,12 +88,13 @@ def run(given: argparse.Namespace) -> None:
         quantization=quantization,
         progress=Bar("reading"),
     )
+    shown = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = _prompt_ids(loaded.tokenizer, text, raw=given.raw).to(loaded.model.device)
     started = time.perf_counter()
     output = engine.generate(
         ids,
         max_new_tokens=given.max_new_tokens,
-        streamer=None if given.json else TextStreamer(loaded.tokenizer, skip_prompt=True),
+        streamer=None if given.json else shown,
         do_sample=False,
         return_dict_in_generate=True,
     )
