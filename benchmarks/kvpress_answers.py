@@ -21,6 +21,7 @@ from typing import Any
 RATIO = 0.875  # of the units that go
 NEW_TOKENS = 12
 WINDOW, KERNEL, SINKS, FUTURE = 32, 5, 4, 512
+PYRAMID_WINDOW = 8  # small beside the budget, else kvpress gives all layers the same
 NAMES = (
     "full",
     "expected_attention",
@@ -57,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"{run:<36}{result['alike']} of {result['count']} alike, {result['right']} right")
     settings = {n: getattr(given, n) for n in ("model", "adapter", "tokens", "count", "seed")}
     settings |= {"ratio": RATIO, "window": WINDOW, "kernel": KERNEL, "sinks": SINKS}
-    settings |= {"future": FUTURE, "new_tokens": NEW_TOKENS}
+    settings |= {"pyramid_window": PYRAMID_WINDOW, "future": FUTURE, "new_tokens": NEW_TOKENS}
     record.write(given.out, settings, figures | {"kvpress_versions": versions})
 
 
@@ -98,7 +99,7 @@ def answers_of_kvpress(folder: Path) -> dict[str, Any]:
         "expected_attention": kvpress.ExpectedAttentionPress(RATIO, FUTURE, SINKS),
         "keydiff": kvpress.KeyDiffPress(RATIO),
         "knorm": kvpress.KnormPress(RATIO),
-        "pyramidkv": kvpress.PyramidKVPress(RATIO, WINDOW, KERNEL),
+        "pyramidkv": kvpress.PyramidKVPress(RATIO, PYRAMID_WINDOW, KERNEL),
         "snapkv": kvpress.SnapKVPress(RATIO, WINDOW, KERNEL),
         "streaming_llm": kvpress.StreamingLLMPress(RATIO, SINKS),
         "tova": kvpress.TOVAPress(RATIO),
@@ -106,6 +107,7 @@ def answers_of_kvpress(folder: Path) -> dict[str, Any]:
     model, tokenizer = load(folder)
     answers: Answers = {}
     for name, protocol in product(NAMES, PROTOCOLS):
+        print(f"kvpress: {name}, {protocol}", flush=True)
         answers[f"{name} {protocol}"] = [
             _answer_of_kvpress(model, tokenizer, presses[name], prompt, rest(prompt, protocol))
             for prompt in read_prompts(folder)
@@ -145,13 +147,14 @@ def answers_of_locret(folder: Path, theirs: Answers) -> Answers:
 
     policies: dict[str, Any] = {
         "expected_attention": ExpectedAttentionPolicy(FUTURE, SINKS),
-        "pyramidkv": PyramidKVPolicy(WINDOW, KERNEL, "avg"),
+        "pyramidkv": PyramidKVPolicy(PYRAMID_WINDOW, KERNEL, "avg"),
         "snapkv": SnapKVPolicy(WINDOW, KERNEL),
         "streaming_llm": StreamingLLMPolicy(SINKS),
     }
     model, tokenizer = load(folder)
     answers: Answers = {}
     for name, protocol in product(NAMES, PROTOCOLS):
+        print(f"locret: {name}, {protocol}", flush=True)
         run = f"{name} {protocol}"
         answers[run] = [
             _answer_of_locret(

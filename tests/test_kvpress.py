@@ -1,13 +1,16 @@
-"""One-shot policies keep the units that kvpress keeps (`benchmarks/kvpress_positions.py`)."""
+"""One-shot policies keep the units that kvpress keeps (`benchmarks/kvpress_positions.py`), and a
+real model answers alike (`benchmarks/kvpress_answers.py`)."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks import kvpress_answers
 from benchmarks import kvpress_positions as comparison
 
-RECORDED = Path(__file__).parent.parent / "docs" / "results" / "kvpress_positions.json"
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+RECORDED = RESULTS / "kvpress_positions.json"
 
 
 @pytest.mark.parametrize("name", comparison.MODELS)
@@ -31,3 +34,18 @@ def test_kept_units_are_those_of_kvpress(name, tmp_path):
     ours = comparison.kept_by_locret(tmp_path, theirs)
     for policy in comparison.NAMES:
         assert comparison.compare(ours[policy], theirs[policy])["same"], policy
+
+
+def test_the_recorded_answers_are_those_of_kvpress():
+    figures = json.loads((RESULTS / "kvpress_answers.json").read_text())["figures"]
+    for policy in kvpress_answers.NAMES:
+        for protocol in kvpress_answers.PROTOCOLS:
+            found = figures[f"{policy} {protocol}"]
+            assert found["alike"] == found["count"] >= 10, (policy, protocol)
+
+
+def test_answers_are_compared():
+    ours, theirs = [{"answer": "1"}, {"answer": "2"}], [{"answer": "1"}, {"answer": "3"}]
+    theirs[0]["units"] = [4]
+    found = kvpress_answers.compare(ours, theirs, ["1", "3"])
+    assert (found["count"], found["alike"], found["right"], found["units"]) == (2, 1, 1, [4])
