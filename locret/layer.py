@@ -320,7 +320,8 @@ class RetainedLayer(CacheLayerMixin):
         that one layer at a time is held twice; this one is new."""
         units: Any = [row.units for row in rows]
         self.units = type(self.units).stack(units)
-        self.rotated = rows[0].rotated
+        # A row without a context has read nothing, and was never asked to rotate it.
+        self.rotated = next((row.rotated for row in rows if row.held), rows[0].rotated)
         self.settled = max(row.settled for row in rows)
         self.empty = _stack_empty(rows)
         self.shift = tuple(row.shift[0] for row in rows)

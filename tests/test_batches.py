@@ -77,9 +77,11 @@ def test_query_aware_rows():
     assert_each_row_as_alone(engine, (40, 23, 4, 7))
 
 
-def test_stock_left_padding_agrees_without_a_budget():
+@pytest.mark.parametrize("lengths", [(40, 17, 3), (3, 40, 17), (5, 40), (1, 3, 5)])
+def test_stock_left_padding_agrees_without_a_budget(lengths):
+    """Rows that are no longer than the local tokens have no context, wherever they stand."""
     model = tiny_model("llama")
-    ids, mask = padded((40, 17, 3))
+    ids, mask = padded(lengths)
     stock = model.generate(ids, attention_mask=mask, **GREEDY)
     ours = locret.Engine(model, "full", chunk_size=7, local_tokens=5).generate(
         ids, attention_mask=mask, **GREEDY
