@@ -1,5 +1,6 @@
 """What users give `prefill` and `generate`: what is refused, and how stock `generate` takes it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,6 +61,12 @@ def left_padding(
             "(tokenizer.padding_side = 'left')"
         )
     return (~mask).sum(dim=1).tolist()
+
+
+def left_mask(ids: Tensor, padding: Sequence[int]) -> Tensor:
+    """[B, n] long: zeros for so many leading tokens of each row of `ids`, ones for the others."""
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    return (columns >= torch.tensor(padding, device=ids.device)[:, None]).long()
 
 
 def unpadded(input_ids: Tensor, padding: list[int]) -> list[Tensor]:

@@ -8,7 +8,7 @@ eviction.
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from locret.arguments import (
     check_decoding,
     check_ids,
     given,
+    left_mask,
     left_padding,
     longest,
     setting,
@@ -41,7 +42,7 @@ from locret.retention import RetainedAttention
 from locret.rotary import LongRopeRule
 from locret.settings import Auto, Budget, Settings, memory_budget
 from locret.sizing import Sizing
-from locret.steps import GraphedSteps, seen_through, why_not_graphed
+from locret.steps import GraphedSteps, seen_through, why_not_graphed, without_mask
 
 DEFAULT_NEW_TOKENS = 64
 MOST_ROOM = 8192  # tokens of an answer for which storage is made at once
@@ -347,7 +348,9 @@ class Engine:
                 if length:
                     kwargs[name] = length + front
         sequence = torch.cat([prompt[:, tokens - front :], prompt], dim=1)
-        return self._generate(sequence, cache, front, kwargs)
+        # What stands in front of padding is repeated behind it, and need not count.
+        leading = [count + front if count else 0 for count in padding]
+        return self._generate(sequence, cache, front, leading, kwargs)
 
     def _answer_questions(
         self,
@@ -361,10 +364,13 @@ class Engine:
         the tokens are `context`."""
         if any(padding):
             sequence = self._read_questions(cache, questions, padding)
-            output = self._generate(sequence, cache, sequence.shape[1], kwargs)
+            output = self._generate(
+                sequence, cache, sequence.shape[1], cache.padding or padding, kwargs
+            )
             return after_questions(questions, output)
         sequence = torch.cat([context, questions], dim=1)
-        return self._generate(sequence, cache, context.shape[1], kwargs)
+        padding = list(cache.padding or padding)
+        return self._generate(sequence, cache, context.shape[1], padding, kwargs)
 
     @property
     def asks_together(self) -> bool:
@@ -488,9 +494,19 @@ class Engine:
         return torch.cat([ids, cache.unread_ids], dim=1).to(input_ids.device)
 
     def _generate(
-        self, sequence: Tensor, cache: RetainedCache, context: int, kwargs: dict[str, Any]
+        self,
+        sequence: Tensor,
+        cache: RetainedCache,
+        context: int,
+        padding: Sequence[int],
+        kwargs: dict[str, Any],
     ) -> Any:
-        """Stock generate over a sequence whose first tokens `cache` has seen."""
+        """Stock generate over a sequence [B, n] whose first tokens `cache` has seen.
+
+        Args:
+            context: first tokens that are not returned.
+            padding: how many leading tokens of each row stand for nothing.
+        """
         beams, returned = (setting(self.model, kwargs, name) or 1 for name in BRANCHING)
         last = longest(self.model, kwargs, sequence)
         self._bound_answer(cache, last)
@@ -500,6 +516,8 @@ class Engine:
         kwargs = kwargs | stock_settings(self.model, kwargs)
         cache.room = min(max(last - cache.seen, DECODE_ROOM), MOST_ROOM)
         model: Any = self.model
+        if any(padding):
+            model = seen_through(self.backbone.model, without_mask)
         takes_steps = all(layer.takes_steps for layer in cache.layers)
         if beams == 1 and cache.eviction is None and takes_steps and self.fast_steps:
             model = seen_through(
@@ -507,7 +525,7 @@ class Engine:
             )
         output = model.generate(
             sequence,
-            attention_mask=torch.ones_like(sequence),
+            attention_mask=left_mask(sequence, padding),
             past_key_values=cache,
             **kwargs,
         )

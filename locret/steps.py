@@ -136,10 +136,10 @@ class GraphedSteps:
         self._eager = 0
 
     def __call__(self, run: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        """The model's outputs for `inputs`; `run(**inputs)` where this is no step of ours."""
+        """The model's outputs for `inputs`, as of any model where this is no step of ours."""
         ids = inputs.get("input_ids")
         if not self._is_step(ids, inputs):
-            return run(**inputs)
+            return without_mask(run, inputs)
         assert ids is not None
         if self._steps is None or self._steps.room == 0:
             self._prepare()
@@ -194,13 +194,19 @@ class GraphedSteps:
         self._graph = graph
 
 
-def seen_through(model: Any, steps: GraphedSteps) -> Any:
-    """`model`, whose calls go through `steps` first. The model itself is left as it is: what is
-    returned is another object of a subclass, with the same attributes."""
+def without_mask(run: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """A model's outputs for `inputs` whose `attention_mask` is stock `generate`'s to know: which
+    slots of a row are empty, the cache knows."""
+    return run(**inputs | {"attention_mask": None})
+
+
+def seen_through(model: Any, through: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> Any:
+    """`model`, whose calls go through `through(run, inputs)` first. The model itself is left as it
+    is: what is returned is another object of a subclass, with the same attributes."""
     kind: Any = type(model)
     seen: Any = object.__new__(_seen_class(kind))
     object.__setattr__(seen, "__dict__", model.__dict__)
-    object.__setattr__(seen, "_steps", steps)  # a slot of its own, not the model's attribute
+    object.__setattr__(seen, "_through", through)  # a slot of its own, not the model's attribute
     return seen
 
 
@@ -208,9 +214,9 @@ def seen_through(model: Any, steps: GraphedSteps) -> Any:
 def _seen_class(kind: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(kind.__call__, self)
-        return run(*args, **kwargs) if args else self._steps(run, kwargs)
+        return run(*args, **kwargs) if args else self._through(run, kwargs)
 
-    body = {"__call__": call, "__slots__": ("_steps",), "__module__": kind.__module__}
+    body = {"__call__": call, "__slots__": ("_through",), "__module__": kind.__module__}
     return type(kind.__name__, (kind,), body)
 
 

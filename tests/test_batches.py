@@ -89,6 +89,45 @@ def test_stock_left_padding_agrees_without_a_budget(lengths):
     assert torch.equal(ours, stock)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"num_beams": 3, "num_return_sequences": 2, "repetition_penalty": 1.5},
+        {"do_sample": True, "num_return_sequences": 2, "repetition_penalty": 1.5},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_stock_processors_know_what_is_padding(settings):
+    """Scores of all tokens, that of the padding included: often it is a token that ends answers."""
+    model = tiny_model("llama")
+    ids, mask = padded((40, 17, 3))
+    given = GREEDY | {"return_dict_in_generate": True, "output_scores": True} | settings
+    engine, answers = locret.Engine(model, "full", chunk_size=7, local_tokens=5), []
+    for generate in (engine.generate, model.generate):
+        torch.manual_seed(0)
+        answers.append(generate(ids, attention_mask=mask, **given))
+    ours, stock = answers
+    assert torch.equal(ours.sequences, stock.sequences)
+    for own, other in zip(ours.scores, stock.scores, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_later_question_knows_what_was_padding():
+    model = tiny_model("llama")
+    engine = locret.Engine(model, "full", chunk_size=7, local_tokens=5)
+    ids, mask = padded((40, 17))
+    question = prompt(6, batch=2, seed=9)
+    told = torch.cat([ids, question], dim=1)
+    told_mask = torch.cat([mask, torch.ones_like(question)], dim=1)
+    given = GREEDY | {"repetition_penalty": 1.5, "pad_token_id": 0}
+    cache = engine.prefill(ids, attention_mask=mask)
+    ours = engine.generate(question, cache=cache, **given)
+    stock = model.generate(told, attention_mask=told_mask, **given)
+    assert torch.equal(ours, stock[:, 40:])
+
+
 def test_padded_in_common():
     model = tiny_model("llama")
     engine = locret.Engine(model, heads=tiny_heads(model), **SMALL)
