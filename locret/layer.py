@@ -154,7 +154,8 @@ class RetainedLayer(CacheLayerMixin):
         self.settled = self.held
         if empty is not None:
             self.empty = empty
-            self.shift = tuple(max(slots - count, 0) for slots in self.shift)
+            firsts = tuple(empty.amin(dim=1).tolist())
+            self.shift = firsts if len(set(firsts)) > 1 else firsts[:1]
         elif self.empty is not None:
             self.empty = (self.empty - count).clamp(min=0)
             self.shift = tuple(max(empty - count, 0) for empty in self.shift)

@@ -445,6 +445,14 @@ def test_padded_rows_are_answered_as_alone(lengths, positions):
     assert_each_row_as_alone(engine, lengths)
 
 
+@pytest.mark.parametrize("lengths", [(33, 33), (90, 60, 60), (60, 90, 5)])
+@pytest.mark.parametrize("core", ["tova", "keydiff"])
+@pytest.mark.parametrize("shared", [AdaptiveHeads, SharedLayers])
+def test_rows_that_keep_different_numbers_recall_at_their_own_slots(shared, core, lengths):
+    engine = recalling(tiny_model("llama"), shared(core))
+    assert_each_row_as_alone(engine, lengths)
+
+
 def test_padded_rows_recall_everything_while_answers_evict():
     model = tiny_model("llama")
     engine = recalling(model, "random", ALL, positions="original", decode_interval=4)
