@@ -126,7 +126,9 @@ class Engine:
         graphs: bool | Auto = "auto",
         progress: Progress | None = None,
     ) -> None:
-        record = heads.config if heads is not None else None
+        core = policy.core if isinstance(policy, Policy) else None
+        scoring = core.heads if isinstance(core, LocretPolicy) else heads
+        record = scoring.config if scoring is not None else None
         if longrope == "auto":
             longrope = record.longrope if record else "long"  # type: ignore[assignment]
         if positions == "auto":
@@ -147,9 +149,8 @@ class Engine:
             decode_interval,
         )
         self.query_tokens = 0
-        core = self.policy.core
-        if isinstance(core, LocretPolicy):
-            self.query_tokens = core.heads.config.query_tokens
+        if isinstance(self.policy.core, LocretPolicy):
+            self.query_tokens = self.policy.core.heads.config.query_tokens
         self.merging = merging_of(merging)
         shape = self.backbone.geometry
         self.settings.check(self.query_tokens, shape.num_layers)
@@ -387,7 +388,7 @@ class Engine:
             [B, n] long: all that the cache knows then, padded on the left, and the last tokens.
         """
         one = questions.shape[1] - max(padding) + cache.unread_ids.shape[1] == 1
-        if one or not self.asks_together:
+        if one or not self.asks_together or cache.recall is not None:
             what = "a question of one token" if one else "with decode_interval or recall, questions"
             raise ValueError(
                 f"attention_mask holds zeros: {what} cannot be asked together with longer ones; "

@@ -250,7 +250,8 @@ class HostBlocks:
 
         Args:
             query: [B, H*G, T, D]; keys: [B, H, S, D], both rotated; values: [B, H, S, D].
-            empty: [B, H] long: leading slots of a head that hold nothing; None = none.
+            empty: [B, H] long: leading slots of a head that hold nothing; None = none. More than S
+                where padding goes on among the tokens that follow.
         """
         recalled = self.come_back(query)
         if recalled is None:
@@ -260,13 +261,14 @@ class HostBlocks:
         if recalled.valid is None and empty is None:
             return keys, values, None
         came, slots = recalled.keys.shape[2], torch.arange(keys.shape[2], device=keys.device)
+        beyond = 0 if empty is None else (empty - (len(slots) - came)).clamp(min=0)
         valid = slots >= (0 if empty is None else empty[..., None] + came)
         valid = valid.expand(*keys.shape[:3]).clone()
         valid[:, :, :came] = True if recalled.valid is None else recalled.valid
         order = valid.byte().argsort(dim=-1, stable=True)
         none = [x[:, :, :0] for x in (keys, values)]
         keys, values = gather_units((keys, values), none, order)
-        return keys, values, (~valid).sum(dim=-1)
+        return keys, values, (~valid).sum(dim=-1) + beyond
 
     def come_back(self, query: Tensor) -> Recalled | None:
         """The most relevant blocks and the units that wait; None if nothing was evicted.

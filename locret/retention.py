@@ -225,13 +225,13 @@ class RetainedAttention:
         eviction: Eviction,
     ) -> None:
         held, tokens = layer.held, call.key.shape[2]
-        assert call.retained_idx is not None
-        new = NewUnits(
-            rotated_key if layer.rotated else call.key,
-            call.value,
-            scores[:, :, held:],
-            torch.arange(layer.seen, layer.seen + tokens, device=scores.device),
-        )
+        assert call.retained_idx is not None and call.cache is not None
+        positions = torch.arange(layer.seen, layer.seen + tokens, device=scores.device)
+        if call.cache.padding is not None:  # each row counts its own tokens
+            padding = torch.tensor(call.cache.padding, device=scores.device)
+            positions = positions - padding[:, None, None]
+        key = rotated_key if layer.rotated else call.key
+        new = NewUnits(key, call.value, scores[:, :, held:], positions)
         if held:
             layer.units.replace_scores(scores[:, :, :held])
         if self.policy.waits:
@@ -337,7 +337,7 @@ class RetainedAttention:
         )
         if before is None:
             surprisal[:, 0] = torch.inf
-        elif cache.padding is not None:
+        if cache.padding is not None:
             tokens = input_ids.shape[1]
             column = torch.arange(layer.seen - tokens, layer.seen, device=hidden.device)
             own = column - torch.tensor(cache.padding, device=hidden.device)[:, None]

@@ -111,7 +111,7 @@ class Settings:
                     f"budget is {budget}; a share of the context is between 0 and 1, and a number "
                     "of units is a whole one"
                 )
-        elif isinstance(budget, int):
+        elif isinstance(budget, int) and not isinstance(budget, bool):
             if budget < 1:
                 raise ValueError(f"budget is {budget}; expected at least 1, or None for no limit")
         elif isinstance(budget, str) or not isinstance(budget, Sequence):

@@ -167,3 +167,28 @@ def test_no_layer_is_left_with_nothing(merging):
         merging=merging,
     )
     assert min(engine.prefill(prompt(60)).report()["units"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: AdaptiveHeads("locret"), "needs heads here: give LocretPolicy"),
+        (lambda: AdaptiveHeads("nope"), "policy is 'nope'; expected a Policy, or one of"),
+        (lambda: PyramidLayers(None), "policy is None; expected"),
+        (lambda: PyramidLayers("keydiff", beta=float("nan")), "beta is nan"),
+        (lambda: SharedLayers(AdaptiveHeads("keydiff")), "turn them round"),
+    ],
+)
+def test_what_cannot_be_composed_is_refused(made, message):
+    with pytest.raises(ValueError, match=message):
+        made()
+
+
+@pytest.mark.parametrize("composed", [lambda policy: policy, AdaptiveHeads], ids=["alone", "heads"])
+def test_heads_of_a_policy_bring_their_record(composed):
+    model = tiny_model("llama")
+    recorded = {"budget": 32, "chunk_size": 16, "stabilizers": 2, "local_tokens": 4}
+    heads = tiny_heads(model, defaults=recorded, positions="original")
+    engine = locret.Engine(model, composed(LocretPolicy(heads)))
+    assert {name: getattr(engine, name) for name in recorded} == recorded
+    assert engine.positions == "original"

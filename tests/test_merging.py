@@ -222,6 +222,14 @@ def test_rows_as_alone(rule, positions):
         assert_each_row_as_alone(engine, (60, 33, 4), vocab=8192, max_new_tokens=12)
 
 
+@pytest.mark.parametrize("local_tokens", [40, 8])
+def test_first_tokens_of_rows_without_a_context_receive_nothing(local_tokens):
+    model = tiny_model("llama", vocab_size=8192)
+    few = {"budget": 9, "chunk_size": 8, "stabilizers": 0, "decode_interval": 1}
+    engine = locret.Engine(model, "keydiff", merging="similar", local_tokens=local_tokens, **few)
+    assert_each_row_as_alone(engine, (30, 10), vocab=8192, max_new_tokens=12)
+
+
 def test_off_costs_nothing_and_changes_nothing(model):
     ids = prompt(60)
     plain = locret.Engine(model, "keydiff", **SMALL)

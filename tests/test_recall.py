@@ -464,6 +464,22 @@ def test_padded_rows_recall_everything_while_answers_evict():
         assert torch.equal(given[row, 70:], stock[0, length:])
 
 
+@pytest.mark.parametrize("lengths", [(30, 3), (3, 30), (2, 4)])
+def test_rows_without_a_context_see_no_padding_while_answers_evict(lengths):
+    engine = recalling(tiny_model("llama"), "streaming_llm", ALL, decode_interval=1)
+    assert_each_row_as_alone(engine, lengths, max_new_tokens=4)
+
+
+def test_an_engine_without_recall_asks_of_a_cache_with_it_as_the_cache_needs():
+    model = tiny_model("llama")
+    ids, mask = padded((60, 40))
+    cache = recalling(model, "knorm").prefill(ids, attention_mask=mask)
+    questions, their_mask = padded((6, 3))
+    other = locret.Engine(model, "knorm", **SMALL)
+    with pytest.raises(ValueError, match="cannot be asked together"):
+        other.generate(questions, attention_mask=their_mask, cache=cache, **GREEDY)
+
+
 def test_questions_of_different_lengths_are_not_asked_together():
     engine = recalling(tiny_model("llama"), "h2o")
     cache = engine.prefill(prompt(40, batch=2))

@@ -22,12 +22,15 @@ class Composed(Policy):
 
     Args:
         policy: a name of `POLICIES`, for those that need no arguments, or a `Policy`.
+
+    Raises:
+        ValueError: it is neither.
     """
 
     label = "composed"
 
     def __init__(self, policy: str | Policy) -> None:
-        self.policy = POLICIES[policy]() if isinstance(policy, str) else policy
+        self.policy = _made(policy)
         self.name = f"{self.policy.name}+{self.label}"  # type: ignore[misc]
         self.evicts = self.policy.evicts  # type: ignore[misc]
         self.waits = self.policy.waits  # type: ignore[misc]
@@ -62,8 +65,22 @@ class Composed(Policy):
         ]
 
 
+def _made(policy: object) -> Policy:
+    if isinstance(policy, Policy):
+        return policy
+    if policy == "locret":
+        raise ValueError("policy 'locret' needs heads here: give LocretPolicy(heads)")
+    if not isinstance(policy, str) or policy not in POLICIES:
+        raise ValueError(
+            f"policy is {policy!r}; expected a Policy, or one of "
+            f"{sorted(name for name in POLICIES if name != 'locret')}"
+        )
+    return POLICIES[policy]()
+
+
 class PyramidLayers(Composed):
-    """Budgets that fall linearly with depth (PyramidKV, arXiv 2406.02069), same total.
+    """Budgets that fall linearly with depth (PyramidKV, arXiv 2406.02069), same total but for
+    layers that would get nothing and get 1.
 
     Args:
         policy: see `Composed`.
@@ -75,7 +92,7 @@ class PyramidLayers(Composed):
 
     def __init__(self, policy: str | Policy, beta: float = 20, window: int = 0) -> None:
         super().__init__(policy)
-        if beta < 1 or window < 0:
+        if not 1 <= beta < float("inf") or window < 0:
             raise ValueError(f"beta is {beta} and window {window}; expected at least 1 and 0")
         self.beta = beta
         self.window = window
@@ -129,6 +146,11 @@ class SharedLayers(Composed):
 
     def __init__(self, policy: str | Policy, floor: float = 0.2) -> None:
         super().__init__(policy)
+        if isinstance(self.policy, AdaptiveHeads):
+            raise ValueError(
+                "SharedLayers gives all heads of a layer alike and would undo AdaptiveHeads: turn "
+                "them round, AdaptiveHeads(SharedLayers(...))"
+            )
         self.floor = _checked_floor(floor)
         self.waits = True  # type: ignore[misc]
 

@@ -52,6 +52,6 @@ class LayerQuantScheme(Scheme):
         allowed = most_bytes(base, budget, head_size, element_size)
         schemes = [self.for_layer(layer) for layer in range(num_layers)]
         return [
-            budget if each == base else units_within(each, allowed, head_size, element_size)
+            budget if each == base else max(units_within(each, allowed, head_size, element_size), 1)
             for each in schemes
         ]
