@@ -22,7 +22,7 @@ from locret.quantities import format_bytes
 from locret.quantization import NO_SCHEME, Scheme, make_scheme
 from locret.quantization.costs import costs_of
 from locret.settings import PAPER
-from locret.sizing import Sizing
+from locret.sizing import MARK_BYTES, Sizing
 
 SCHEMES = (NO_SCHEME, *(make_scheme("kivi", bits=bits) for bits in (8, 4, 2)), make_scheme("fp8"))
 """The ways to store keys and values that are told of, with their default options."""
@@ -63,6 +63,7 @@ class Plan:
         geometry: of the attention layers.
         parameters, weights_bytes: of the backbone, tied ones once.
         heads_bytes: of retaining heads, 0 without.
+        sliding_layers, sliding_bytes: layers with a window, which hold it whatever the budget is.
         chunk_bytes: what reading one chunk needs beside the cache.
         reserve_bytes: see `RESERVE`.
         schemes: one for each of `SCHEMES`.
@@ -78,6 +79,8 @@ class Plan:
     parameters: int
     weights_bytes: int
     heads_bytes: int
+    sliding_layers: int
+    sliding_bytes: int
     chunk_bytes: int
     reserve_bytes: int
     left_bytes: int
@@ -123,13 +126,17 @@ def make_plan(
     dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    geometry = Backbone(model).geometry
+    backbone = Backbone(model)
+    geometry = backbone.geometry
     weights = sum(parameter.nbytes for parameter in model.parameters())
     heads = _heads_parameters(geometry, head_width) * dtype.itemsize
     chunk = _chunk_bytes(geometry, config, min(chunk_size, context), dtype, head_width)
     reserve = round(memory * RESERVE)
-    left = memory - weights - heads - chunk - reserve
     after = PAPER["local_tokens"] + new_tokens
+    windows = [min(window - 1, context + after) for window in backbone.windows if window]
+    a_unit = _layer_elements(geometry) * dtype.itemsize + geometry.num_kv_heads * MARK_BYTES
+    sliding = sum(windows) * a_unit
+    left = memory - weights - heads - sliding - chunk - reserve
     return Plan(
         memory=memory,
         context=context,
@@ -141,6 +148,8 @@ def make_plan(
         parameters=model.num_parameters(),
         weights_bytes=weights,
         heads_bytes=heads,
+        sliding_layers=len(windows),
+        sliding_bytes=sliding,
         chunk_bytes=chunk,
         reserve_bytes=reserve,
         left_bytes=left,
@@ -212,13 +221,16 @@ def as_text(plan: Plan, name: str) -> str:
     """The plan for people."""
     shape = plan.geometry
     lines = [
-        f"{name}: {plan.parameters / 1e9:.2f}B parameters, {shape.num_layers} layers, "
+        f"{name}: {plan.parameters / 1e9:.2f}B parameters, "
+        f"{shape.num_layers + plan.sliding_layers} layers, "
         f"{shape.num_kv_heads} KV heads of {shape.head_size}, {plan.dtype}",
         f"{format_bytes(plan.memory)} of memory, a context of {plan.context:,} tokens\n",
     ]
+    windows = [("windows", plan.sliding_bytes, f"of {plan.sliding_layers} sliding layers")]
     for part, size, note in (
         ("weights", plan.weights_bytes, ""),
         ("heads", plan.heads_bytes, ""),
+        *(windows if plan.sliding_layers else []),
         ("chunk", plan.chunk_bytes, f"{plan.chunk_size:,} tokens read at a time; an estimate"),
         ("reserve", plan.reserve_bytes, f"{RESERVE:.0%} for all else"),
         ("left", plan.left_bytes, "for the cache"),
@@ -250,6 +262,6 @@ def _notes(plan: Plan) -> list[str]:
     if min(best + plan.chunk_size, plan.context) > plan.window:
         notes.append(
             f"The model's window is {plan.window:,} positions: budget and chunk together must stay "
-            "within it."
+            "within it, and budget, local tokens and answer."
         )
     return notes

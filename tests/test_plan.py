@@ -183,3 +183,16 @@ def test_what_is_no_amount_is_refused(text):
 )
 def test_sizes_are_readable(size, text):
     assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma2"])
+def test_windows_of_sliding_layers_are_counted(family):
+    config = tiny_config(family)
+    planned = make_plan(config, memory=GIB, context=10_000, dtype=torch.float32)
+    model = tiny_model(family)
+    cache = locret.Engine(model, "full").prefill(prompt(400))
+    sliding = [layer for layer in cache.layers if layer.window]
+    assert planned.sliding_layers == len(sliding) > 0
+    assert planned.sliding_bytes == sum(layer.nbytes for layer in sliding)
+    text = as_text(planned, "tiny")
+    assert f"{len(cache.layers)} layers" in text and f"of {len(sliding)} sliding layers" in text
