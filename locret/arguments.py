@@ -95,10 +95,10 @@ def check_decoding(model: Any, kwargs: dict[str, Any], with_cache: bool) -> None
 
 
 def setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
-    """What stock `generate` goes by: its argument, else its configuration's."""
-    config = kwargs.get("generation_config") or model.generation_config
-    value = kwargs.get(name)
-    return value if value is not None else getattr(config, name, None)
+    """What stock `generate` goes by: its argument, else that of the configuration passed to it,
+    else the model's own."""
+    value = given(kwargs, name)
+    return value if value is not None else getattr(model.generation_config, name, None)
 
 
 def given(kwargs: dict[str, Any], name: str) -> Any:

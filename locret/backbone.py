@@ -104,6 +104,12 @@ class Backbone:
         if config is None or not (hasattr(stock, "get_decoder") and hasattr(stock, "generate")):
             raise ValueError(f"expected a transformers causal language model, got {type(model)}")
         check_supported(config)
+        adapter = getattr(model, "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                f"the model carries a {adapter.peft_type.value} adapter, which puts learned units "  # type: ignore[union-attr]
+                "in front of the prompt; expected one that changes weights, such as LoRA"
+            )
         self.model: Any = stock
         self.decoder: Any = stock.get_decoder()
         self.config = self.decoder.config

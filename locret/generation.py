@@ -465,7 +465,7 @@ class Engine:
                 f"query_ids has {query_ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they "
                 "must match"
             )
-        if self.budget is None:
+        if self.budget is None or not self.sizing.num_layers:
             return None
         # All of it behind the context, as much as the heads learned with in front.
         return query_ids[:, -self.query_tokens :].to(input_ids.device)

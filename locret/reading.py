@@ -6,7 +6,6 @@ each row's last ones by themselves.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -204,8 +203,9 @@ class Reader:
             recall=self.recall,
         )
 
-    @functools.cached_property
+    @property
     def _description(self) -> dict[str, Any]:
+        # Each time: adapters are switched between contexts.
         return describe(self.backbone.model)
 
 

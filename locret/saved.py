@@ -50,6 +50,8 @@ def _weights_print(model: Any) -> str:
     some = [chosen[0], chosen[len(chosen) // 2], chosen[-1]]
     for layer in _adapted(model):
         digest.update(repr(layer.active_adapters).encode())
+        if layer.disable_adapters:
+            digest.update(b"disabled")
         base = set(layer.base_layer.parameters())
         some += [owners[p] for p in layer.parameters() if p in owners and p not in base]
     for module, name in some:

@@ -180,3 +180,11 @@ def test_without_peft_the_package_is_named(folder, monkeypatch):
     )
     with pytest.raises(ValueError, match="needs the package peft: pip install peft"):
         load(folder, adapter=str(folder / "lora"))
+
+
+def test_prompt_learning_is_refused_by_the_engine_too():
+    peft = pytest.importorskip("peft")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(tiny_model("llama"), settings)
+    with pytest.raises(ValueError, match="PROMPT_TUNING adapter, which puts learned units"):
+        locret.Engine(model, "keydiff", budget=20)

@@ -179,6 +179,20 @@ def test_generation_config_object():
     assert answer.shape == (2, 66)
 
 
+@pytest.mark.parametrize(
+    "own", [{"use_cache": False}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str
+)
+def test_a_passed_configuration_leaves_the_rest_to_the_models_own(own):
+    model = tiny_model("llama")
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    ids = prompt(40, batch=2)
+    config = GenerationConfig(max_new_tokens=6, pad_token_id=0)
+    stock = model.generate(ids, generation_config=config)
+    engine = locret.Engine(model, "full", chunk_size=7, local_tokens=3)
+    assert torch.equal(engine.generate(ids, generation_config=config), stock)
+
+
 def test_generation_config_object_with_beams():
     config = GenerationConfig(max_new_tokens=6, num_beams=3, pad_token_id=0)
     assert_same_as_stock(generation_config=config)

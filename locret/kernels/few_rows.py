@@ -107,7 +107,7 @@ def attend_few_rows(
             ENTRIES=_entries(nbytes, chunk, packed.bits, packed.group),
             BYTES=nbytes,
             CHUNK=chunk,
-            UNITS=max(16, min(UNITS, UNITS * 64 // nbytes)),
+            UNITS=max(16, min(UNITS, UNITS * 64 // nbytes) // 16 * 16),  # whole tiles of 16
             KC_S=key_codes.stride(2),
             VC_S=value_codes.stride(2),
             VS_S=value_scale.stride(2),

@@ -40,7 +40,7 @@ def test_kernel_equals_twin(heads, rows, size, count, group, bits, device):
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("size", "group"), [(128, 64), (96, 32)])
+@pytest.mark.parametrize(("size", "group"), [(128, 64), (96, 32), (96, 64), (160, 64), (192, 64)])
 def test_half_precision(bits, dtype, size, group, device):
     packed = random_units(1, 1, 70, size, bits, group, device)
     compare(torch.randn(1, 4, 1, size, device=device).to(dtype), packed, 21, 40)
