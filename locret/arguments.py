@@ -11,11 +11,9 @@ from locret.cache import DECODE_ROOM
 BRANCHING = ("num_beams", "num_return_sequences")
 """Arguments that let stock `generate` run several sequences for one prompt."""
 
-LENGTHS = ("max_length", "min_length")
-"""Arguments that count the prompt's tokens too."""
-
 REFUSED = (
     "assistant_model",
+    "adapter_names",
     "guidance_scale",
     "inputs_embeds",
     "prompt_lookup_num_tokens",
@@ -26,8 +24,15 @@ REFUSED = (
 def check_ids(input_ids: Tensor) -> None:
     """
     Raises:
-        ValueError: not [batch, tokens], or nothing at all.
+        ValueError: no tensor of whole numbers, not [batch, tokens], or nothing at all.
     """
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(
+            f"input_ids is a {type(input_ids).__name__}; expected a tensor [batch, tokens]: take "
+            "tokenizer(..., return_tensors='pt').input_ids"
+        )
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids holds {input_ids.dtype}; expected token ids, of torch.long")
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}; expected [batch, tokens] with at least "
@@ -101,6 +106,16 @@ def setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
     return value if value is not None else getattr(model.generation_config, name, None)
 
 
+def prompt_lengths(model: Any, kwargs: dict[str, Any]) -> dict[str, int]:
+    """What counts the prompt's tokens too, of what stock `generate` goes by."""
+    # A model's own max_length gives way to max_new_tokens, which the engine always has then.
+    counts = {
+        "max_length": given(kwargs, "max_length"),
+        "min_length": setting(model, kwargs, "min_length"),
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
 def given(kwargs: dict[str, Any], name: str) -> Any:
     """What the call itself says: its argument, else that of the configuration passed to it."""
     value = kwargs.get(name)
@@ -115,6 +130,23 @@ def stock_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if setting(model, kwargs, "cache_implementation") is not None:
         kept["cache_implementation"] = None
     return kept
+
+
+class ShowingPrompt:
+    """A streamer that is first given the prompt, as it was given to us: the last `tokens` ones of
+    what stock `generate` begins with, which may be a whole context and more."""
+
+    def __init__(self, streamer: Any, tokens: int) -> None:
+        self._streamer = streamer
+        self._tokens: int | None = tokens
+
+    def put(self, value: Tensor) -> None:
+        if self._tokens is not None:
+            value, self._tokens = value[..., -self._tokens :], None
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()
 
 
 def longest(model: Any, kwargs: dict[str, Any], sequence: Tensor) -> int:

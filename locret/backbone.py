@@ -116,6 +116,7 @@ class Backbone:
         attentions = [layer.self_attn for layer in self.decoder.layers]
         apply = sys.modules[type(attentions[0]).__module__].apply_rotary_pos_emb
         self._rotaries = _rotaries(self.decoder.rotary_emb, apply, longrope)
+        self.longrope = next((r.longrope for r in self._rotaries.values() if r.longrope), None)
         self.windows = _windows(self.config)
         self.layers = _layers(attentions, self.config, self._rotaries, self.windows)
 

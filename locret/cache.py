@@ -85,7 +85,10 @@ class RetainedCache(Cache):
         room: units expected to come after the prompt was read, for which storage is made at once.
         prompt_lengths: tokens of each row's first prompt (they decide LongRoPE's `by_length`
             rule); one for all rows if they agree.
+        longrope: the LongRoPE rule that keys are rotated by; None where the backbone has none.
         query_length: tokens of the question that were read in front of the prompt (Locret-Q).
+        answered: tokens were read without eviction while a budget holds, so that slots are fixed
+            and units without a score are held.
         token_ids: [B, seen] long, on the CPU: the tokens read so far, evicted ones included; rows
             of a batch are padded on the left.
         unread_ids: [B, 0 or 1] long, on the CPU: the last token of the answer, which ends a call
@@ -156,7 +159,9 @@ class RetainedCache(Cache):
         self.eviction: Eviction | None = None
         self.room = DECODE_ROOM
         self.prompt_lengths: tuple[int, ...] = (0,)
+        self.longrope: str | None = None
         self.query_length = 0
+        self.answered = False
         self.token_ids: Tensor | None = None
         self.unread_ids = torch.empty(0, 0, dtype=torch.long)
         self.padding: tuple[int, ...] | None = None
@@ -272,15 +277,26 @@ class RetainedCache(Cache):
         """
         stock = model.get_base_model() if hasattr(model, "get_base_model") else model
         record, tensors = saved.read(path, stock)
-        recall = record.get("recall")
         # Layers that are elsewhere take their units there when they run.
         device = "cpu" if stock.device.type == "meta" else stock.device
+        try:
+            return cls._of_record(record, tensors, device)
+        except (KeyError, IndexError, TypeError) as error:
+            file = Path(path) / saved.CONTEXT
+            raise ValueError(f"{file} is damaged ({error}); save the context again") from error
+
+    @classmethod
+    def _of_record(
+        cls, record: dict[str, Any], tensors: dict[str, Tensor], device: Any
+    ) -> "RetainedCache":
+        """What `save` wrote."""
+        recall = record["recall"]
         cache = cls(
             len(record["seen"]),
             positions=record["positions"],
-            windows=record.get("windows", ()),
-            scheme=scheme_of(record.get("quantization")),
-            merging=merging_of(record.get("merging")),
+            windows=record["windows"],
+            scheme=scheme_of(record["quantization"]),
+            merging=merging_of(record["merging"]),
             recall=Recall(**recall) if recall else None,
         )
         for name in _RECORDED:
@@ -330,7 +346,9 @@ class RetainedCache(Cache):
         first = rows[0]
         batch = first._emptied()
         batch.budget = max(rows, key=lambda row: row.shifted(row.seen)[0]).budget  # the longest's
+        batch.longrope = first.longrope
         batch.query_length = max(row.query_length for row in rows)
+        batch.answered = any(row.answered for row in rows)
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
         batch.padding = tuple(padded_to - row.shifted(row.seen)[0] for row in rows)
         for layer, *of_rows in zip(batch.layers, *(row.layers for row in rows), strict=True):
@@ -421,15 +439,6 @@ def _layer_schemes(
         retained += window is None
 
 
-_RECORDED = ("model", "budget", "positions", "prompt_lengths", "query_length", "padding")
-
-_FIELDS = (
-    "budget",
-    "eviction",
-    "room",
-    "prompt_lengths",
-    "query_length",
-    "token_ids",
-    "unread_ids",
-    "padding",
-)
+_REQUEST = ("budget", "prompt_lengths", "longrope", "query_length", "answered", "padding")
+_RECORDED = ("model", "positions", *_REQUEST)
+_FIELDS = ("eviction", "room", "token_ids", "unread_ids", *_REQUEST)

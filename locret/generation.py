@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from locret.arguments import (
     BRANCHING,
-    LENGTHS,
+    ShowingPrompt,
     after_questions,
     check_decoding,
     check_ids,
-    given,
     left_mask,
     left_padding,
     longest,
+    prompt_lengths,
     setting,
     stock_settings,
     unpadded,
@@ -40,6 +40,7 @@ from locret.reading import Progress, Reader, one_if_equal
 from locret.recall import Recall, recall_of
 from locret.retention import RetainedAttention
 from locret.rotary import LongRopeRule
+from locret.saved import check_model, describe
 from locret.settings import Auto, Budget, Settings, memory_budget
 from locret.sizing import Sizing
 from locret.steps import GraphedSteps, seen_through, why_not_graphed, without_mask
@@ -328,6 +329,8 @@ class Engine:
             max_new_tokens = DEFAULT_NEW_TOKENS
         if max_new_tokens is not None:
             kwargs["max_new_tokens"] = max_new_tokens
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = ShowingPrompt(kwargs["streamer"], input_ids.shape[1])
         with self:
             if cache is None:
                 return self._answer_prompt(input_ids, padding, kwargs)
@@ -344,10 +347,8 @@ class Engine:
         # What was read in front of the prompt, for stock generate's bookkeeping.
         front = cache.seen - (tokens - min(self._unread, tokens))
         if front:
-            for name in LENGTHS:
-                length = given(kwargs, name)
-                if length:
-                    kwargs[name] = length + front
+            for name, length in prompt_lengths(self.model, kwargs).items():
+                kwargs[name] = length + front
         sequence = torch.cat([prompt[:, tokens - front :], prompt], dim=1)
         # What stands in front of padding is repeated behind it, and need not count.
         leading = [count + front if count else 0 for count in padding]
@@ -423,6 +424,14 @@ class Engine:
         rows = unpadded(input_ids, padding)
         contexts = [row[:, : max(row.shape[1] - unread, 0)] for row in rows]
         queries = [self._query_of(row, c) for row, c in zip(rows, contexts, strict=True)]
+        if (
+            self.settings.decode_interval
+            and len({0 if q is None else q.shape[1] for q in queries}) > 1
+        ):
+            raise ValueError(
+                "decode_interval: some rows are too short for query-aware heads to read a question "
+                "in front, which is never evicted, and others are not; ask one row at a time"
+            )
         lengths = [row.shape[1] for row in rows]
         cache = self._reader.read_rows(contexts, lengths, queries, width - unread)
         heads, device = self.backbone.geometry.num_kv_heads, input_ids.device
@@ -492,6 +501,12 @@ class Engine:
                 f"the cache has {ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they must "
                 "match"
             )
+        check_model("the cache", cache.model, describe(self.backbone.model))
+        if cache.longrope != self.backbone.longrope:
+            raise ValueError(
+                f"the cache was read with longrope={cache.longrope!r} and this engine has "
+                f"{self.backbone.longrope!r}; use one with the same"
+            )
         return torch.cat([ids, cache.unread_ids], dim=1).to(input_ids.device)
 
     def _generate(
@@ -555,10 +570,11 @@ class Engine:
         interval = self.settings.decode_interval
         if interval is None or cache.budget is None:
             return
-        if self.positions == "compact" and any(layer.rotated for layer in cache.layers):
+        if cache.answered:
             raise ValueError(
-                "decode_interval: this cache answered without eviction before, so that its slots "
-                "are fixed; go on with the engine it came from, or read its context again"
+                "decode_interval: this cache answered without eviction before, so that it holds "
+                "units without a score; go on with the engine it came from, or read its context "
+                "again"
             )
         whole = max(cache.prompt_lengths)
         budgets = self.settings.answer_budgets(self.policy, self.sizing, whole, last)

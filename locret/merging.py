@@ -35,6 +35,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from locret.quantities import check_whole
+
 Receiver = Literal["similar", "adjacent"]
 
 BLOCK = 256  # evicted units whose similarities to all that stay are in memory at a time
@@ -71,8 +73,7 @@ class Merging:
             raise ValueError(
                 f"merging threshold is {bound!r}; expected a cosine from -1 to 1, 'mean' or None"
             )
-        if not isinstance(self.sinks, int) or self.sinks < 0:
-            raise ValueError(f"merging sinks is {self.sinks!r}; expected zero or more")
+        check_whole("merging sinks", self.sinks, 0)
 
 
 MergingChoice = Merging | str | Mapping[str, Any] | None

@@ -1,7 +1,8 @@
 """Amounts as people write them: 24GiB of memory, 128K tokens."""
 
+import math
 import re
-from numbers import Integral
+from numbers import Integral, Real
 
 KIBI = 1024
 BYTES = {
@@ -19,6 +20,26 @@ TOKENS = {"": 1, "K": KIBI, "M": KIBI**2}
 def is_whole(value: object, least: int) -> bool:
     """Whether this is a whole number, and at least `least`."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def check_whole(what: str, value: object, least: int) -> None:
+    """
+    Raises:
+        ValueError: `value`, which is called `what`, is no whole number, or below `least`.
+    """
+    if not is_whole(value, least):
+        raise ValueError(f"{what} is {value!r}; expected a whole number of at least {least}")
+
+
+def check_between(what: str, value: object, least: float, most: float = math.inf) -> None:
+    """
+    Raises:
+        ValueError: `value`, which is called `what`, is no finite number of `least` to `most`.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and least <= value <= most):  # type: ignore[operator]
+        bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{what} is {value!r}; expected a number {bounds}")
 
 
 def parse_bytes(text: str) -> int:

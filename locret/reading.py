@@ -8,7 +8,7 @@ each row's last ones by themselves.
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,8 @@ class Reader:
     def _opened(self, readings: Sequence[Reading]) -> RetainedCache:
         """An empty cache for readings that go together."""
         cache = self._empty(readings[0].budgets)
-        cache.model = self._description
+        cache.model = describe(self.backbone.model)
+        cache.longrope = self.backbone.longrope
         lengths = tuple(reading.prompt_length for reading in readings)
         cache.prompt_lengths = lengths if len(set(lengths)) > 1 else lengths[:1]
         cache.query_length = readings[0].query_length
@@ -184,9 +185,6 @@ class Reader:
     def _closed(self, cache: RetainedCache, reading: Reading) -> RetainedCache:
         """The cache after the last chunk, to be asked."""
         cache.eviction = None
-        if reading.drop:
-            for layer in cache.layers:
-                layer.state = {}  # of a question that was given up
         cache.token_ids = reading.ids[:, : reading.ids.shape[1] - reading.drop].cpu()
         cache.unread_ids = cache.token_ids[:, :0]
         return cache
@@ -202,11 +200,6 @@ class Reader:
             merging=self.merging if budgets else None,
             recall=self.recall,
         )
-
-    @property
-    def _description(self) -> dict[str, Any]:
-        # Each time: adapters are switched between contexts.
-        return describe(self.backbone.model)
 
 
 def one_if_equal(budgets: tuple[int, ...] | None) -> int | tuple[int, ...] | None:

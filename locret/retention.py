@@ -67,6 +67,7 @@ class RetainedAttention:
         if layer.window is not None:
             output = self._slide(call, layer, layer.window, cache, leave)
         elif cache.steps is not None:
+            cache.answered = cache.budget is not None
             output = cache.steps.attend(call, layer)
         elif cache.eviction is None:
             output = self._answer(call, layer, cache, leave)
@@ -96,6 +97,7 @@ class RetainedAttention:
         self, call: LayerCall, layer: RetainedLayer, cache: RetainedCache, leave: bool
     ) -> Tensor | None:
         """Nothing is evicted any more."""
+        cache.answered = cache.budget is not None
         layer.state = {}  # the policy does not see these tokens, so what it remembers goes stale
         lengths, starts = cache.prompt_lengths, _first_slots(layer, cache)
         layer.freeze(lambda keys: call.rotate(keys, layer.own_slots(0), lengths), cache.room)
@@ -203,6 +205,7 @@ class RetainedAttention:
             rotated_key=key,
             held=held,
             state=layer.state,
+            drop=cache.eviction.drop if cache.eviction else 0,
             empty=layer.empty,
             padding=torch.tensor(cache.padding, device=key.device) if cache.padding else None,
             rotate=rotate,
@@ -297,7 +300,8 @@ class RetainedAttention:
         eviction, layers = cache.eviction, cache.retained_layers
         surprisal = functools.partial(self._surprisal, cache, input_ids, hidden)
         ranked = self.policy.reconsider([layer.scores for layer in layers], surprisal)
-        layers[0].state["last_hidden"] = hidden[:, -1].to(layers[0].scores.device, copy=True)
+        last = hidden[:, -1 - eviction.drop]
+        layers[0].state["last_hidden"] = last.to(layers[0].scores.device, copy=True)
         for layer, scores in zip(layers, ranked, strict=True):
             layer.units.replace_scores(scores.float())
             if eviction.drop:

@@ -128,6 +128,9 @@ class Rotary:
         longrope: which LongRoPE rule to follow; without effect for other RoPE types.
         layer_type: whose rotation, where layers of different types rotate differently: the module
             then takes it as its third argument.
+
+    Attributes:
+        longrope: the rule that is followed; None for other RoPE types.
     """
 
     def __init__(
@@ -140,8 +143,8 @@ class Rotary:
         if longrope not in get_args(LongRopeRule):
             raise ValueError(f"longrope is {longrope!r}; expected 'long' or 'by_length'")
         self._apply = apply
-        self._longrope = longrope
         self._switch = longrope_switch(module, layer_type)
+        self.longrope = None if self._switch is None else longrope
         self._short = self._long = PinnedRotary(module, 0, layer_type)
         if self._switch is not None:
             self._long = PinnedRotary(module, self._switch, layer_type)
@@ -214,7 +217,7 @@ class Rotary:
     def _is_long(self, prompt_length: int) -> bool:
         if self._switch is None:
             return False
-        return self._longrope == "long" or prompt_length > self._switch
+        return self.longrope == "long" or prompt_length > self._switch
 
 
 def longrope_switch(module: Any, layer_type: str | None = None) -> int | None:

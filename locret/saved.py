@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from locret.artifact import written_aside
 
-SCHEMA = 1
+SCHEMA = 2
 UNITS, CONTEXT = "units.safetensors", "context.json"
 
 
@@ -88,7 +88,8 @@ def write(path: str | Path, record: dict[str, Any], tensors: dict[str, Tensor]) 
         raise ValueError(f"{path} exists and is not a saved context; choose another path")
     with written_aside(path) as aside:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, aside / UNITS)
-        text = json.dumps({"schema": SCHEMA} | record, indent=1)
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        text = json.dumps({"schema": SCHEMA} | record | {"tensors": shapes}, indent=1)
         (aside / CONTEXT).write_text(text, encoding="utf-8")
 
 
@@ -100,8 +101,16 @@ def read(path: str | Path, model: Any) -> tuple[dict[str, Any], dict[str, Tensor
     """
     path = Path(path)
     record = _read_record(path)
-    _check_model(path, record.get("model", {}), describe(model))
-    return record, _read_tensors(path)
+    check_model(path, record["model"], describe(model))
+    tensors = _read_tensors(path)
+    expected, found = record["tensors"], {n: [*t.shape] for n, t in tensors.items()}
+    if expected != found:
+        differing = [n for n in expected | found if expected.get(n) != found.get(n)]
+        raise ValueError(
+            f"{path / UNITS} does not go with {CONTEXT}: {', '.join(sorted(differing)[:3])} of "
+            f"{len(differing)} tensors that differ; save the context again"
+        )
+    return record, tensors
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -115,6 +124,9 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged ({error}); save the context again") from None
     if schema != SCHEMA:
         raise ValueError(f"{file} has schema {schema}; this version reads {SCHEMA}")
+    for name in ("model", "tensors"):
+        if not isinstance(record.get(name), dict):
+            raise ValueError(f"{file} is damaged (no {name}); save the context again")
     return record
 
 
@@ -127,14 +139,19 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged or cut ({error}); save the context again") from None
 
 
-def _check_model(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+def check_model(context: str | Path, recorded: dict[str, Any], given: dict[str, Any]) -> None:
+    """Whether a context belongs to the model `given`, by what `describe` says of both.
+
+    Raises:
+        ValueError: it does not; says in what they differ.
+    """
     differences = [
-        f"{what} {saved.get(what)!r} there, {given[what]!r} here"
+        f"{what} {recorded.get(what)!r} there, {given[what]!r} here"
         for what in given
-        if what != "name" and saved.get(what) != given[what]
+        if what != "name" and recorded.get(what) != given[what]
     ]
     if differences:
         raise ValueError(
-            f"{path} is a context of another model ({saved.get('name') or 'not named'}; this one "
-            f"is {given['name'] or 'not named'}): {'; '.join(differences)}"
+            f"{context} is a context of another model ({recorded.get('name') or 'not named'}; "
+            f"this one is {given['name'] or 'not named'}): {'; '.join(differences)}"
         )

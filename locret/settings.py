@@ -180,8 +180,8 @@ def _smallest(budget: Any) -> int | None:
     """The smallest budget of any layer; None where it is not known, or there is none."""
     if isinstance(budget, int):
         return budget
-    unknown = budget is None or isinstance(budget, (str, float, Memory))
-    return None if unknown else min(budget)
+    known = isinstance(budget, Sequence) and not isinstance(budget, str) and len(budget) > 0
+    return min(budget) if known and all(is_whole(units, 0) for units in budget) else None
 
 
 def memory_budget(budget: Any, budget_bytes: int | str | None) -> Any:
@@ -198,6 +198,8 @@ def memory_budget(budget: Any, budget_bytes: int | str | None) -> Any:
         )
     if isinstance(budget_bytes, str):
         return Memory(parse_bytes(budget_bytes))
-    if budget_bytes < 1:
-        raise ValueError(f"budget_bytes is {budget_bytes}; expected at least 1, or such as '2GiB'")
+    if not is_whole(budget_bytes, 1):
+        raise ValueError(
+            f"budget_bytes is {budget_bytes!r}; expected at least 1, or such as '2GiB'"
+        )
     return Memory(budget_bytes)

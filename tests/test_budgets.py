@@ -85,13 +85,21 @@ def test_answers_of_any_length_stay_bounded(model, positions):
     assert max(sizes) <= 26 * 2 * 2 * (2 * 8 * 4 + 12)
 
 
-def test_eviction_while_answering_needs_slots_that_may_move(model):
-    plain = locret.Engine(model, "random", budget=20, **SMALL)
-    bounded = locret.Engine(model, "random", budget=20, decode_interval=6, **SMALL)
+@pytest.mark.parametrize("settings", [{}, {"positions": "original"}, {"quantization": "kvquant"}])
+def test_eviction_while_answering_needs_scores_of_all_units(model, settings, tmp_path):
+    settings = {"budget": 20, **SMALL, **settings}
+    plain = locret.Engine(model, "random", **settings)
+    bounded = locret.Engine(model, "random", decode_interval=6, **settings)
     cache = plain.prefill(prompt(60))
+    read = cache.snapshot()
     plain.generate(prompt(3), cache=cache, max_new_tokens=2)
-    with pytest.raises(ValueError, match="slots are fixed"):
-        bounded.generate(prompt(3), cache=cache, max_new_tokens=2)
+    cache.save(tmp_path / "answered")
+    loaded = locret.RetainedCache.load(tmp_path / "answered", model)
+    for answered in (cache, loaded):
+        with pytest.raises(ValueError, match="holds units without a score"):
+            bounded.generate(prompt(3), cache=answered, max_new_tokens=2)
+    cache.restore(read)
+    assert bounded.generate(prompt(3), cache=cache, max_new_tokens=2).shape == (1, 5)
 
 
 @pytest.mark.parametrize("interval", [0, -3])

@@ -150,7 +150,7 @@ def test_over_trained_heads(model):
 @pytest.mark.parametrize("compose", [AdaptiveHeads, SharedLayers])
 @pytest.mark.parametrize("floor", [-0.1, 1.1])
 def test_floors_are_shares(compose, floor):
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match="from 0 to 1"):
         compose("knorm", floor=floor)
 
 

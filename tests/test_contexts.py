@@ -176,3 +176,61 @@ def test_a_context_belongs_to_the_adapter_and_dtype_it_was_read_with(tmp_path):
     for other in (adapted(2), tiny_model("llama"), adapted(1, torch.bfloat16)):
         with pytest.raises(ValueError, match="context of another model"):
             locret.RetainedCache.load(tmp_path / "context", other)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_context_is_asked_through_the_model_that_read_it(engine, seed):
+    cache = engine.prefill(prompt(60))
+    read = cache.seen
+    for other in (tiny_model("qwen3", seed=seed), tiny_model("llama", seed=1)):
+        with pytest.raises(ValueError, match="the cache is a context of another model"):
+            locret.Engine(other, "full").generate(prompt(4), cache=cache, **GREEDY)
+    assert cache.seen == read
+
+
+def test_a_context_is_asked_by_the_longrope_rule_it_was_read_by(tmp_path):
+    phi3 = tiny_model("phi3")
+    long, by_length = (locret.Engine(phi3, "full", longrope=r) for r in ("long", "by_length"))
+    cache = long.prefill(prompt(30))
+    cache.save(tmp_path / "context")
+    for each in (cache, locret.RetainedCache.load(tmp_path / "context", phi3)):
+        with pytest.raises(ValueError, match="read with longrope='long' and this engine"):
+            by_length.generate(prompt(4), cache=each, **GREEDY)
+        assert long.generate(prompt(4), cache=each, **GREEDY).shape == (1, 12)
+
+
+def damaged(path, change):
+    record = json.loads((path / "context.json").read_text())
+    change(record)
+    (path / "context.json").write_text(json.dumps(record))
+
+
+def test_records_that_lack_something_are_refused_by_name(engine, model, tmp_path):
+    path = tmp_path / "context"
+    engine.prefill(prompt(30)).save(path)
+    whole = (path / "context.json").read_text()
+    for name in json.loads(whole):
+        damaged(path, lambda record, name=name: record.pop(name))
+        with pytest.raises(ValueError, match="context.json is damaged"):
+            locret.RetainedCache.load(path, model)
+        (path / "context.json").write_text(whole)
+    assert locret.RetainedCache.load(path, model).seen == 30
+
+
+def test_units_of_another_context_are_refused(engine, model, tmp_path):
+    for length in (20, 30):
+        engine.prefill(prompt(length)).save(tmp_path / str(length))
+    file = "units.safetensors"
+    (tmp_path / "20" / file).write_bytes((tmp_path / "30" / file).read_bytes())
+    with pytest.raises(ValueError, match="does not go with context.json: token_ids of 1 tensors"):
+        locret.RetainedCache.load(tmp_path / "20", model)
+    damaged(tmp_path / "30", lambda record: record["tensors"].update({"1.keys": [1, 2, 3, 4]}))
+    with pytest.raises(ValueError, match="does not go with context.json: 1.keys"):
+        locret.RetainedCache.load(tmp_path / "30", model)
+
+
+@pytest.mark.parametrize("given", [[[1, 2, 3]], prompt(5).float(), prompt(5).bool()])
+def test_what_is_no_token_ids_is_refused(engine, given):
+    for ask in (engine.prefill, engine.generate):
+        with pytest.raises(ValueError, match="expected a tensor|expected token ids"):
+            ask(given)

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"identity", "kernels", "segments", "features", "targets", "losses", "card"},
+    {"identity", "kernels", "segments", "features", "targets", "losses", "card", "quantities"},
     {"merging", "sparse_prefill"},
-    {"quantities", "columns", "host_pool", "recall"},
+    {"columns", "host_pool", "recall"},
     {"quantization", "units", "selection", "rotary", "host_blocks"},
     {"weight_quantization"},
     {"coded", "sizing", "models"},

@@ -201,10 +201,13 @@ WRONG = [
     (SnapKVPolicy, {"kernel": 4}, "an odd number"),
     (SnapKVPolicy, {"pooling": "sum"}, "'avg' or 'max'"),
     (PyramidKVPolicy, {"beta": 0.5}, "beta is 0.5"),
-    (H2OPolicy, {"recent_share": 1.5}, "0 to 1"),
+    (H2OPolicy, {"recent_share": 1.5}, "from 0 to 1"),
     (H2OPolicy, {"block": 0}, "at least 1"),
-    (SirLLMPolicy, {"sinks": -1}, "zero or more"),
+    (SirLLMPolicy, {"sinks": -1}, "at least 0"),
     (SirLLMPolicy, {"decay": 0.0}, "above 0"),
+    (SirLLMPolicy, {"recent": 3.5}, "a whole number"),
+    (SnapKVPolicy, {"kernel": 5.0}, "a whole number"),
+    (PyramidKVPolicy, {"beta": float("inf")}, "a number of at least 1"),
     (ExpectedAttentionPolicy, {"future": 0}, "at least 1"),
 ]
 
@@ -300,6 +303,26 @@ def test_without_eviction_a_question_seen_leaves_no_trace(model, name):
     assert cache.report()["units"] == [30, 30]
     asked = engine.generate(ids[:, 30:], cache=cache, max_new_tokens=9, do_sample=False)
     assert torch.equal(asked, stock[:, 30:])
+
+
+@pytest.mark.parametrize("chunk_size", [10, None])
+@pytest.mark.parametrize("name", ["sirllm", "expected_attention", "snapkv"])
+def test_of_a_question_given_up_nothing_is_remembered(model, name, chunk_size):
+    ids = distinct_prompt(37, VOCAB)
+    context, question = ids[:, :30], ids[:, 30:]
+    settings = {"budget": 400, "chunk_size": chunk_size, "decode_interval": 4}
+    plain = locret.Engine(model, name, **settings).prefill(context)
+    aware = locret.Engine(model, name, query_aware=True, **settings)
+    for layer, seen in zip(
+        aware.prefill(context, query_ids=question).layers, plain.layers, strict=True
+    ):
+        assert seen.state or name == "sirllm"  # which remembers in the first layer alone
+        assert sorted(layer.state) == sorted(seen.state)
+        for what, value in layer.state.items():
+            expected = seen.state[what].clone()
+            if what == "window_queries":
+                expected[:, :, :7] = 0  # a question takes its share of the window
+            assert torch.allclose(value, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(set(TRAINING_FREE) - {"random"}))

@@ -247,7 +247,7 @@ def test_the_answer_is_streamed(model, heads):
     streamer = Collecting()
     engine = locret.Engine(model, heads=heads, **SMALL)
     answer = engine.generate(prompt(60), streamer=streamer, **GREEDY)
-    assert streamer.tokens[-8:] == answer[0, 60:].tolist()
+    assert streamer.tokens == answer[0].tolist()
 
 
 # --- unchanged without ---
@@ -299,3 +299,19 @@ def test_the_question_in_front_counts_for_no_length(model, heads, blind):
         ends = int(engine.generate(prompt(65), max_new_tokens=2)[0, 65])
         lengths = {"max_length": 90, "min_length": 70, "eos_token_id": ends}
         assert engine.generate(prompt(65), do_sample=False, **lengths).shape[1] >= 70
+
+
+def test_a_length_of_the_models_own_does_not_count_the_question_either(heads):
+    model = tiny_model("llama", vocab_size=512)
+    engine = locret.Engine(model, heads=heads, **SMALL)
+    model.generation_config.eos_token_id = int(engine.generate(prompt(65), **GREEDY)[0, 65])
+    model.generation_config.min_length = 70
+    assert engine.generate(prompt(65), **GREEDY).shape[1] >= 70
+
+
+def test_rows_with_and_without_a_question_do_not_evict_answers_together(model, heads):
+    engine = locret.Engine(model, heads=heads, decode_interval=2, **SMALL)
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[1, :-4] = 0
+    with pytest.raises(ValueError, match="ask one row at a time"):
+        engine.generate(prompt(60, batch=2), attention_mask=mask, **GREEDY)

@@ -49,6 +49,8 @@ class LayerChunk:
         state: what the policy remembers of this layer and request, by name; [B, ...] tensors whose
             shape does not depend on the tokens read, zeros = nothing. The only place for it: a
             policy object serves many requests.
+        drop: how many of the last new tokens are given up after this chunk, a question that will be
+            asked later: scores may tell of them, `state` may not.
         empty: [B, H] long: leading slots of a row and head that hold nothing; None = all hold
             something. They are never kept while there is something to keep; only policies that
             relate units to each other need to look.
@@ -68,6 +70,7 @@ class LayerChunk:
     rotated_key: Tensor
     held: HeldUnits | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+    drop: int = 0
     empty: Tensor | None = None
     padding: Tensor | None = None
     rotate: Callable[[Tensor, int], Tensor] = _cannot_rotate

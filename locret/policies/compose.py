@@ -13,6 +13,7 @@ from torch import Tensor
 from locret.policies import POLICIES
 from locret.policies.base import LayerChunk, Policy
 from locret.policies.pyramidkv import pyramid
+from locret.quantities import check_between, check_whole
 
 CERTAIN = 1e30  # policies give such scores to units that they keep in any case
 
@@ -92,8 +93,8 @@ class PyramidLayers(Composed):
 
     def __init__(self, policy: str | Policy, beta: float = 20, window: int = 0) -> None:
         super().__init__(policy)
-        if not 1 <= beta < float("inf") or window < 0:
-            raise ValueError(f"beta is {beta} and window {window}; expected at least 1 and 0")
+        check_between("beta", beta, 1)
+        check_whole("window", window, 0)
         self.beta = beta
         self.window = window
 
@@ -208,6 +209,5 @@ def _normalized(scores: Tensor) -> Tensor:
 
 
 def _checked_floor(floor: float) -> float:
-    if not 0 <= floor <= 1:
-        raise ValueError(f"floor is {floor}; expected a share between 0 and 1")
+    check_between("floor", floor, 0, 1)
     return floor

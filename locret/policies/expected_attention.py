@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from locret.policies.base import LayerChunk, Policy
+from locret.quantities import check_between, check_whole
 
 
 class ExpectedAttentionPolicy(Policy):
@@ -36,10 +37,9 @@ class ExpectedAttentionPolicy(Policy):
         value_norm: bool = True,
         epsilon: float = 0.0,
     ) -> None:
-        if future < 1 or sinks < 0:
-            raise ValueError(
-                f"future is {future} and sinks {sinks}; expected at least 1 and at least 0"
-            )
+        check_whole("future", future, 1)
+        check_whole("sinks", sinks, 0)
+        check_between("epsilon", epsilon, 0)
         self.future = future
         self.sinks = sinks
         self.covariance = covariance
@@ -48,8 +48,10 @@ class ExpectedAttentionPolicy(Policy):
 
     def rank(self, chunk: LayerChunk) -> Tensor:
         is_sink = self._sinks(chunk)
-        self._take_in(chunk)
-        logits = self._logits(chunk)
+        read = chunk.key.shape[2]
+        seen = self._taken_in(chunk, read)
+        logits = self._logits(chunk, seen)
+        chunk.state.update(self._taken_in(chunk, read - chunk.drop) if chunk.drop else seen)
         left_out = is_sink if chunk.empty is None else is_sink | ~chunk.filled()  # type: ignore
         logits = logits.masked_fill(left_out[:, :, None], -torch.inf)
         # Nothing but sinks and empty slots: softmax of nothing, and any finite score will do.
@@ -66,22 +68,22 @@ class ExpectedAttentionPolicy(Policy):
         old = chunk.held.scores == torch.finfo(torch.float32).max
         return torch.cat([old, new], dim=2)
 
-    def _take_in(self, chunk: LayerChunk) -> None:
-        """Count, sum and sum of products of the queries so far."""
-        query = chunk.query.float()
-        used = (chunk.own_positions >= self.sinks)[:, None, :, None].expand(
+    def _taken_in(self, chunk: LayerChunk, new: int) -> dict[str, Tensor]:
+        """Count, sum and sum of products of the queries so far and the first `new` ones."""
+        query = chunk.query[:, :, :new].float()
+        used = (chunk.own_positions >= self.sinks)[:, None, :new, None].expand(
             query.shape[0], 1, -1, 1
         )
         query = torch.where(used, query, 0.0)
-        state, new = chunk.state, {"queries": used.sum(dim=2).float(), "query_sum": query.sum(2)}
+        sums = {"queries": used.sum(dim=2).float(), "query_sum": query.sum(2)}
         if self.covariance:
-            new["query_products"] = query.transpose(2, 3) @ query
-        for name, value in new.items():
-            state[name] = state[name] + value if name in state else value
+            sums["query_products"] = query.transpose(2, 3) @ query
+        before = chunk.state
+        return {n: before[n] + value if n in before else value for n, value in sums.items()}
 
-    def _logits(self, chunk: LayerChunk) -> Tensor:
-        """z of held and new units, [B, H, G, S + T] float32."""
-        keys, state = chunk.all_keys().float(), chunk.state
+    def _logits(self, chunk: LayerChunk, state: dict[str, Tensor]) -> Tensor:
+        """z of held and new units by what was taken in, [B, H, G, S + T] float32."""
+        keys = chunk.all_keys().float()
         batch, heads, _, size = keys.shape
         turn = self._average_rotation(chunk)
         count = state["queries"].clamp(min=1)

@@ -5,6 +5,7 @@ from torch.nn.functional import pad
 
 from locret.policies.attention import attention_received
 from locret.policies.base import LayerChunk, Policy
+from locret.quantities import check_between, check_whole
 
 
 class H2OPolicy(Policy):
@@ -22,10 +23,8 @@ class H2OPolicy(Policy):
     name = "h2o"
 
     def __init__(self, recent_share: float = 0.5, block: int = 128) -> None:
-        if not 0 <= recent_share <= 1:
-            raise ValueError(f"recent_share is {recent_share}; expected 0 to 1")
-        if block < 1:
-            raise ValueError(f"block is {block}; expected at least 1")
+        check_between("recent_share", recent_share, 0, 1)
+        check_whole("block", block, 1)
         self.recent_share = recent_share
         self.block = block
 

@@ -1,6 +1,7 @@
 """PyramidKV (arXiv 2406.02069): SnapKV's scores, and budgets that fall with depth."""
 
 from locret.policies.snapkv import Pooling, SnapKVPolicy
+from locret.quantities import check_between
 
 
 class PyramidKVPolicy(SnapKVPolicy):
@@ -20,8 +21,7 @@ class PyramidKVPolicy(SnapKVPolicy):
         self, window: int = 8, kernel: int = 7, pooling: Pooling = "max", beta: float = 20
     ) -> None:
         super().__init__(window, kernel, pooling)
-        if beta < 1:
-            raise ValueError(f"beta is {beta}; expected at least 1")
+        check_between("beta", beta, 1)
         self.beta = beta
 
     def budgets(self, budget: int, num_layers: int, context: int) -> list[int]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from locret.policies.base import LayerChunk, Policy
+from locret.quantities import check_between, check_whole
 from locret.units import unscored
 
 HIGHEST = torch.finfo(torch.float32).max  # finite, so that stabilizers rank higher
@@ -29,9 +30,10 @@ class SirLLMPolicy(Policy):
     waits = True
 
     def __init__(self, sinks: int = 4, recent: int = 512, decay: float = 1.0) -> None:
-        if sinks < 0 or recent < 0:
-            raise ValueError(f"sinks is {sinks} and recent {recent}; expected zero or more")
-        if not 0 < decay <= 1:
+        check_whole("sinks", sinks, 0)
+        check_whole("recent", recent, 0)
+        check_between("decay", decay, 0, 1)
+        if not decay:
             raise ValueError(f"decay is {decay}; expected above 0 and at most 1")
         self.sinks = sinks
         self.recent_units = recent

@@ -8,6 +8,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from locret.policies.attention import attention_weights
 from locret.policies.base import LayerChunk, Policy
+from locret.quantities import check_whole
 
 Pooling = Literal["avg", "max"]
 
@@ -30,9 +31,9 @@ class SnapKVPolicy(Policy):
     name = "snapkv"
 
     def __init__(self, window: int = 32, kernel: int = 5, pooling: Pooling = "avg") -> None:
-        if window < 1:
-            raise ValueError(f"window is {window}; expected at least 1")
-        if kernel < 1 or kernel % 2 == 0:
+        check_whole("window", window, 1)
+        check_whole("kernel", kernel, 1)
+        if kernel % 2 == 0:
             raise ValueError(f"kernel is {kernel}; expected an odd number")
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling is {pooling!r}; expected 'avg' or 'max'")
@@ -59,21 +60,24 @@ class SnapKVPolicy(Policy):
         new = chunk.query[:, :, -self.window :]
         before = chunk.state.get("window_queries")
         earlier = min(self.window - new.shape[2], 0 if before is None else chunk.num_held)
-        chunk.state["window_queries"] = self._remembered(before, new)
+        chunk.state["window_queries"] = self._remembered(before, chunk)
         if earlier <= 0 or before is None:
             return chunk.rotated_query[:, :, -self.window :]
         # What is held last are the very units of these queries: they were recent.
         rotated = chunk.rotate(before[:, :, -earlier:], -earlier)
         return torch.cat([rotated, chunk.rotated_query[:, :, -self.window :]], dim=2)
 
-    def _remembered(self, before: Tensor | None, new: Tensor) -> Tensor:
+    def _remembered(self, before: Tensor | None, chunk: LayerChunk) -> Tensor:
         """The last `window` queries before RoPE, zeros in front where there were fewer."""
+        new = chunk.query[:, :, : chunk.query.shape[2] - chunk.drop][:, :, -self.window :]
         missing = self.window - new.shape[2]
-        if missing == 0:
-            return new.clone()
         if before is None:
-            return pad(new, (0, 0, missing, 0))
-        return torch.cat([before[:, :, -missing:], new], dim=2)
+            remembered = pad(new, (0, 0, missing, 0))
+        else:
+            remembered = torch.cat([before[:, :, self.window - missing :], new], dim=2)
+        # A question takes its share of the window: so many more units in front may be evicted.
+        remembered[:, :, : chunk.drop] = 0
+        return remembered
 
     def _pooled(self, received: Tensor) -> Tensor:
         """[B, H, G, S] in, [B, H, G, S] out."""

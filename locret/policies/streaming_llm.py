@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from locret.policies.base import LayerChunk, Policy
+from locret.quantities import check_whole
 
 
 class StreamingLLMPolicy(Policy):
@@ -16,8 +17,7 @@ class StreamingLLMPolicy(Policy):
     name = "streaming_llm"
 
     def __init__(self, sinks: int = 4) -> None:
-        if sinks < 0:
-            raise ValueError(f"sinks is {sinks}; expected zero or more")
+        check_whole("sinks", sinks, 0)
         self.sinks = sinks
 
     def score(self, chunk: LayerChunk) -> Tensor:

@@ -45,7 +45,7 @@ class Scheme:
     residual: int = 16
 
     def __post_init__(self) -> None:
-        if self.bits not in self.widths:
+        if not is_whole(self.bits, 1) or self.bits not in self.widths:
             raise ValueError(
                 f"bits is {self.bits!r}; {self.name} takes {', '.join(map(str, self.widths))}"
             )

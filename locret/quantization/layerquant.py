@@ -7,6 +7,7 @@ the bytes it would take at `bits`. The published setting: 8 bits in the first 4 
 
 from dataclasses import dataclass
 
+from locret.quantities import check_whole
 from locret.quantization.base import Scheme
 from locret.quantization.costs import most_bytes, units_within
 from locret.quantization.kivi import KiviScheme
@@ -29,11 +30,8 @@ class LayerQuantScheme(Scheme):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bits(self.quant_layers_bits)
-        if not 0 <= self.quant_begin_layers <= self.quant_end_layers:
-            raise ValueError(
-                f"quant_begin_layers is {self.quant_begin_layers} and quant_end_layers "
-                f"{self.quant_end_layers}; expected 0 <= begin <= end"
-            )
+        check_whole("quant_begin_layers", self.quant_begin_layers, 0)
+        check_whole("quant_end_layers", self.quant_end_layers, self.quant_begin_layers)
 
     def for_layer(self, layer: int) -> Scheme:
         inside = self.quant_begin_layers <= layer < self.quant_end_layers

@@ -10,6 +10,8 @@ plane are zero.
 import torch
 from torch import Tensor
 
+from locret.quantities import is_whole
+
 BITS = (2, 4, 8)
 
 
@@ -23,7 +25,7 @@ def check_bits(bits: int) -> None:
     Raises:
         ValueError: `bits` is not a width that codes are packed in.
     """
-    if bits not in BITS:
+    if not is_whole(bits, 1) or bits not in BITS:
         raise ValueError(f"bits is {bits!r}; expected one of {', '.join(map(str, BITS))}")
 
 
