@@ -6,6 +6,8 @@ import torch
 import locret
 from locret.backends import attend, attend_past, available
 from locret.generation import Engine
+from locret.policies import POLICIES
+from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
 from tests.tiny_models import FAMILIES, MIXED, distinct_prompt, prompt, tiny_heads, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -43,6 +45,48 @@ def test_units_are_recalled_as_on_the_cpu(positions, interval):
     assert all(layer.host.view().pool.segments[0].columns[0].is_pinned() for layer in cache.layers)
     given = engine.generate(ids.cuda(), **GREEDY)
     assert torch.equal(given.cpu(), expected)
+
+
+def alike(policy, rows=(300, 211, 90), given=GREEDY, **settings):
+    """Assert that a GPU answers padded rows as a CPU does."""
+    model = tiny_model("llama", vocab_size=512)
+    ids = torch.cat([distinct_prompt(max(rows), 512, seed) for seed in range(len(rows))])
+    mask = torch.stack([torch.arange(max(rows)) >= max(rows) - length for length in rows]).long()
+    answers = []
+    for device in ("cpu", "cuda"):
+        engine = Engine(model.to(device), policy, **SMALL | settings)
+        answers.append(engine.generate(ids.to(device), mask.to(device), **given).cpu())
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("chunk_size", [17, None])
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"locret"}))
+def test_policies_keep_what_they_keep_on_the_cpu(name, chunk_size):
+    alike(name, chunk_size=chunk_size)
+    alike(name, chunk_size=chunk_size, query_aware=True)
+
+
+@pytest.mark.parametrize("name", ["keydiff", "sirllm", "expected_attention", "snapkv"])
+def test_answers_are_evicted_as_on_the_cpu(name):
+    alike(name, decode_interval=4)
+
+
+@pytest.mark.parametrize("into", ["similar", "adjacent"])
+@pytest.mark.parametrize("interval", [None, 4])
+def test_values_are_merged_as_on_the_cpu(into, interval):
+    alike("keydiff", merging=into, decode_interval=interval)
+
+
+@pytest.mark.parametrize(
+    "policy", [AdaptiveHeads("keydiff"), SharedLayers("keydiff"), PyramidLayers("keydiff")]
+)
+@pytest.mark.parametrize("interval", [None, 4])
+def test_shared_budgets_are_shared_as_on_the_cpu(policy, interval):
+    alike(policy, decode_interval=interval)
+
+
+def test_stock_processors_leave_padding_out_as_on_the_cpu():
+    alike("keydiff", given=GREEDY | {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2})
 
 
 @pytest.mark.parametrize("family", GRAPHED)

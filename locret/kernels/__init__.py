@@ -10,6 +10,7 @@ Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 from locret.kernels.compact import gather_units
 from locret.kernels.decode import decode_attention
 from locret.kernels.decode_quantized import PackedUnits, decode_attention_quantized
+from locret.kernels.expand import expand_units
 from locret.kernels.merge import merge_parts
 from locret.kernels.rotate import rotate_at_slots
 from locret.kernels.select import threshold_select
@@ -19,6 +20,7 @@ __all__ = [
     "PackedUnits",
     "decode_attention",
     "decode_attention_quantized",
+    "expand_units",
     "gather_units",
     "merge_parts",
     "rotate_at_slots",

@@ -27,6 +27,7 @@ from locret.kernels.dispatch import (
     tl,
     triton,
 )
+from locret.kernels.expand import expand_units_reference
 from locret.kernels.few_rows import ANY_NUMBER, attend_few_rows, run_of, takes_few_rows
 from locret.kernels.packed_units import PackedUnits
 from locret.kernels.parts import Parts, average, log_sum, number_of_parts, weigh
@@ -95,22 +96,13 @@ def decode_attention_quantized_reference(
 
 def expand_reference(packed: PackedUnits, size: int) -> tuple[Tensor, Tensor]:
     """Keys and values float32 [B, H, P, D = size] of packed units, in plain PyTorch."""
-    unit = torch.arange(packed.count, dtype=torch.int32, device=packed.key_codes.device)
-    ends = packed.key_starts[..., 1:].contiguous()
-    run = torch.searchsorted(ends, unit.expand(*ends.shape[:2], -1).contiguous(), right=True)
-    run = run[..., None].expand(-1, -1, -1, size)
-    group = torch.arange(size, device=unit.device) // packed.group
-    keys = _codes_reference(packed.key_codes, packed.bits, size)
-    values = _codes_reference(packed.value_codes, packed.bits, size)
+    how = (packed.bits, packed.group, size)
     return (
-        packed.key_minimum.float().gather(2, run) + packed.key_scale.float().gather(2, run) * keys,
-        packed.value_minimum[..., group].float() + packed.value_scale[..., group].float() * values,
+        expand_units_reference(
+            packed.key_codes, packed.key_scale, packed.key_minimum, *how, packed.key_starts
+        ),
+        expand_units_reference(packed.value_codes, packed.value_scale, packed.value_minimum, *how),
     )
-
-
-def _codes_reference(packed: Tensor, bits: int, size: int) -> Tensor:
-    planes = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-    return torch.cat(planes, dim=-1)[..., :size].float()
 
 
 def _check(packed: PackedUnits, keys: Tensor) -> None:

@@ -90,3 +90,18 @@ class Scheme:
     def decode_values(self, units: Parts, head_size: int) -> Tensor:
         """float32 [..., D] from what `encode_values` returned."""
         raise NotImplementedError(f"{type(self).__name__} must implement decode_values()")
+
+    def expand_keys(self, units: Parts, rows: Parts, starts: Tensor, out: Tensor) -> bool:
+        """Write all keys of a layer to `out` [B, H, P, D] at once, where a kernel can.
+
+        Args:
+            units, rows, starts: those of `locret.quantization.packed.PackedKeys`.
+
+        Returns:
+            Whether it did; False = `decode_keys` is to be asked.
+        """
+        return False
+
+    def expand_values(self, units: Parts, out: Tensor) -> bool:
+        """Likewise for values."""
+        return False

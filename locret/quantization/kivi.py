@@ -9,6 +9,8 @@ share a scale along the channels of one token, so that an error stays with its t
 from torch import Tensor
 from torch.nn.functional import pad
 
+from locret.kernels import expand_units
+from locret.kernels.dispatch import takes_triton
 from locret.quantization.affine import dequantize, quantize
 from locret.quantization.base import Parts, Scheme
 from locret.quantization.packing import pack, unpack
@@ -41,6 +43,20 @@ class KiviScheme(Scheme):
         grouped = self._grouped(unpack(codes, self.bits, head_size))
         x = dequantize(grouped, scale[..., None], minimum[..., None])
         return x.flatten(-2)[..., :head_size]
+
+    def expand_keys(self, units: Parts, rows: Parts, starts: Tensor, out: Tensor) -> bool:
+        if not takes_triton(out):
+            return False
+        (codes,), (scale, minimum) = units, rows
+        expand_units(codes, scale, minimum, self.bits, self.group, out, starts)
+        return True
+
+    def expand_values(self, units: Parts, out: Tensor) -> bool:
+        if not takes_triton(out):
+            return False
+        codes, scale, minimum = units
+        expand_units(codes, scale, minimum, self.bits, self.group, out)
+        return True
 
     def _grouped(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., groups, group], padded with zeros."""

@@ -65,7 +65,15 @@ class PackedKeys:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[B, H, P, D] in `dtype`."""
-        return _expand(self, dtype)
+        return _expanded(self, dtype)
+
+    def write(self, out: Tensor) -> None:
+        """Write all keys to `out` [B, H, P, D]."""
+        done = self.outliers is None and self.scheme.expand_keys(
+            self.units, self.rows, self.starts, out
+        )
+        if not done:
+            _write_slabs(self, out)
 
     def select_batch(self, rows: Tensor) -> "PackedKeys":
         """The batch rows `rows` [B'] (long)."""
@@ -111,7 +119,12 @@ class PackedValues:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[B, H, P, D] in `dtype`."""
-        return _expand(self, dtype)
+        return _expanded(self, dtype)
+
+    def write(self, out: Tensor) -> None:
+        """Write all values to `out` [B, H, P, D]."""
+        if self.outliers is not None or not self.scheme.expand_values(self.units, out):
+            _write_slabs(self, out)
 
     def select_batch(self, rows: Tensor) -> "PackedValues":
         """The batch rows `rows` [B'] (long)."""
@@ -191,12 +204,16 @@ def _with_outliers(x: Tensor, outliers: Outliers | None, scheme: Scheme, flat: T
     return x
 
 
-def _expand(packed: PackedKeys | PackedValues, dtype: torch.dtype) -> Tensor:
-    batch, heads, count, _ = packed.units[0].shape
-    device = packed.units[0].device
-    out = torch.empty(batch, heads, count, packed.head_size, dtype=dtype, device=device)
-    head = torch.arange(batch * heads, device=device).view(batch, heads, 1)
-    for start in range(0, count, SLAB):
-        unit = torch.arange(start, min(start + SLAB, count), device=device)
-        out[:, :, start : start + SLAB] = packed.at(*torch.broadcast_tensors(head, unit))
+def _expanded(packed: PackedKeys | PackedValues, dtype: torch.dtype) -> Tensor:
+    like = packed.units[0]
+    out = torch.empty(*like.shape[:3], packed.head_size, dtype=dtype, device=like.device)
+    packed.write(out)
     return out
+
+
+def _write_slabs(packed: PackedKeys | PackedValues, out: Tensor) -> None:
+    batch, heads, count, _ = packed.units[0].shape
+    head = torch.arange(batch * heads, device=out.device).view(batch, heads, 1)
+    for start in range(0, count, SLAB):
+        unit = torch.arange(start, min(start + SLAB, count), device=out.device)
+        out[:, :, start : start + SLAB] = packed.at(*torch.broadcast_tensors(head, unit))

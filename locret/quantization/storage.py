@@ -198,4 +198,10 @@ def _whole(
     packed: PackedKeys | PackedValues | None, rest: Tensor, dtype: torch.dtype | None
 ) -> Tensor:
     dtype = dtype or rest.dtype
-    return torch.cat([packed.dequantize(dtype), rest.to(dtype)], 2) if packed else rest.to(dtype)
+    if packed is None:
+        return rest.to(dtype)
+    batch, heads, units, size = rest.shape
+    whole = rest.new_empty(batch, heads, packed.count + units, size, dtype=dtype)
+    packed.write(whole[:, :, : packed.count])
+    whole[:, :, packed.count :] = rest
+    return whole

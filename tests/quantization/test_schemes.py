@@ -160,7 +160,11 @@ def test_what_cannot_be_stored_is_refused(name, quantize, bad):
         ("kivi", {"group": 0}, "group is 0"),
         ("kivi", {"residual": -1}, "residual is -1"),
         ("kivi", {"nbits": 4}, "'kivi' has no option nbits; it has bits, group, residual"),
-        ("layerquant", {"quant_begin_layers": 5}, "expected 0 <= begin <= end"),
+        (
+            "layerquant",
+            {"quant_begin_layers": 5},
+            "quant_end_layers is 4; expected a whole number of at least 5",
+        ),
         ("layerquant", {"quant_layers_bits": 5}, "bits is 5"),
     ],
 )
