@@ -60,7 +60,7 @@ def alike(policy, rows=(300, 211, 90), given=GREEDY, **settings):
 
 
 @pytest.mark.parametrize("chunk_size", [17, None])
-@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"locret"}))
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"locret", "pyramidkv"}))  # it pools ties
 def test_policies_keep_what_they_keep_on_the_cpu(name, chunk_size):
     alike(name, chunk_size=chunk_size)
     alike(name, chunk_size=chunk_size, query_aware=True)

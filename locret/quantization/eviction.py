@@ -38,7 +38,8 @@ def select_keys(packed: PackedKeys, others: Tensor, index: Tensor, limit: int) -
     old = index < packed.count
     survivors = torch.zeros_like(packed.starts[..., 1:], dtype=torch.long)
     survivors.scatter_add_(2, owners(packed.starts, packed.count).gather(2, there), old.long())
-    runs = arrange(survivors, (~old).sum(2), packed.scheme.group, limit)
+    fresh, most = (~old).sum(2), min(others.shape[2], index.shape[2])
+    runs = arrange(survivors, fresh, most, packed.scheme.group, limit)
     units = _gathered(packed.units, there)
     rows = _gathered(packed.rows, runs.kept.clamp(min=0))
     outliers = _outliers(packed, others, index)
@@ -97,11 +98,12 @@ def _decoded(
     packed: PackedKeys | PackedValues, others: Tensor, head: Tensor, slot: Tensor
 ) -> Tensor:
     """float32 [..., D]: the units at `slot` [...] of the flattened B * H heads `head` [...]."""
-    out = others.new_empty(*slot.shape, others.shape[-1], dtype=torch.float32)
-    old = slot < packed.count
-    out[old] = packed.at(head[old], slot[old])
-    out[~old] = others.flatten(0, 1)[head[~old], slot[~old] - packed.count].float()
-    return out
+    # Both for every unit: to ask which ones are packed would be to wait for the device.
+    old = packed.at(head, slot.clamp(max=packed.count - 1))
+    if not others.shape[2]:
+        return old
+    new = others.flatten(0, 1)[head, (slot - packed.count).clamp(min=0)].float()
+    return torch.where((slot < packed.count)[..., None], old, new)
 
 
 def _gathered(parts: Parts, index: Tensor) -> Parts:

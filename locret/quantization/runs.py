@@ -56,19 +56,20 @@ def owners_at(starts: Tensor, unit: Tensor) -> Tensor:
     return torch.searchsorted((ends + before).flatten(), unit, right=True)
 
 
-def arrange(survivors: Tensor, fresh: Tensor, group: int, limit: int) -> Runs:
+def arrange(survivors: Tensor, fresh: Tensor, most: int, group: int, limit: int) -> Runs:
     """The runs after an eviction.
 
     Args:
         survivors: long [B, H, G], units left of each former run.
         fresh: long [B, H], units that come after them and are in no run yet.
+        most: as many as `fresh` holds at most, known without asking the device.
         group: most units of a run.
         limit: most runs of a head, enough for all its units in full runs.
 
     Returns:
         Runs over survivors and fresh units together, at most `limit` that are not empty.
     """
-    new = aligned(fresh, group, -(-int(fresh.max()) // group))
+    new = aligned(fresh, group, -(-most // group))
     former = torch.arange(survivors.shape[-1], device=fresh.device).expand(survivors.shape)
     runs = _trimmed(
         Runs(torch.cat([survivors, new], -1), pad(former, (0, new.shape[-1]), value=-1))

@@ -18,14 +18,15 @@ def evictions(draw):
     total = int(survivors.sum(-1).max()) + draw(st.integers(1, 3 * group))
     fresh = total - survivors.sum(-1)  # every head keeps as many
     fewest = -(-total // group)
-    return survivors, fresh, group, fewest + draw(st.integers(0, 2 * fewest))
+    most = int(fresh.max()) + draw(st.integers(0, 2 * group))
+    return survivors, fresh, most, group, fewest + draw(st.integers(0, 2 * fewest))
 
 
 @settings(max_examples=300)
 @given(evictions())
 def test_runs_cover_the_units_and_untouched_ones_stay(case):
-    survivors, fresh, group, limit = case
-    runs = arrange(survivors, fresh, group, limit)
+    survivors, fresh, most, group, limit = case
+    runs = arrange(survivors, fresh, most, group, limit)
     assert torch.equal(runs.sizes.sum(-1), survivors.sum(-1) + fresh)
     assert ((runs.sizes >= 0) & (runs.sizes <= group)).all()
     assert ((runs.sizes > 0).sum(-1) <= limit).all()
@@ -45,14 +46,14 @@ def test_runs_cover_the_units_and_untouched_ones_stay(case):
 
 def test_few_units_are_touched():
     survivors = torch.tensor([[[64, 64, 64, 64, 3, 2, 4, 1, 64, 60, 64, 64]]])
-    runs = arrange(survivors, torch.tensor([[0]]), 64, 11)
+    runs = arrange(survivors, torch.tensor([[0]]), 0, 64, 11)
     assert runs.sizes.tolist() == [[[64, 64, 64, 64, 10, 64, 60, 64, 64]]]
     assert runs.kept.tolist() == [[[0, 1, 2, 3, -1, 8, 9, 10, 11]]]
 
 
 def test_heads_within_the_limit_are_left_alone():
     survivors = torch.tensor([[[1, 1, 1, 1, 1, 1, 2, 0], [4, 4, 0, 0, 0, 0, 0, 0]]])
-    runs = arrange(survivors, torch.tensor([[0, 0]]), 4, 3)
+    runs = arrange(survivors, torch.tensor([[0, 0]]), 9, 4, 3)
     assert runs.kept[0, 1].tolist() == [0, 1] and (runs.kept[0, 0] == -1).all()
     assert runs.sizes.tolist() == [[[4, 4], [4, 4]]]
 
