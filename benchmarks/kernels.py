@@ -25,6 +25,7 @@ from locret.kernels import (
     PackedUnits,
     decode_attention,
     decode_attention_quantized,
+    expand_units,
     gather_units,
     rotate_at_slots,
     store_units,
@@ -33,6 +34,7 @@ from locret.kernels import (
 from locret.kernels.compact import gather_units_reference
 from locret.kernels.decode import decode_attention_reference
 from locret.kernels.decode_quantized import decode_attention_quantized_reference
+from locret.kernels.expand import expand_units_reference
 from locret.kernels.rotate import rotate_at_slots_reference
 from locret.kernels.select import threshold_select_reference
 from locret.kernels.store import store_units_reference
@@ -178,6 +180,27 @@ def _check_quantized() -> Iterator[str]:
             )
 
 
+def _check_expand() -> Iterator[str]:
+    for (heads, _, size), (count, bits), channels, dtype in _some(
+        HEADS, ((63, 8), (63, 4), (5000, 4), (5000, 2)), (32, 64), DTYPES
+    ):
+        packed = _packed(2, heads, count, size, bits, channels)
+        for parts, starts in _parts(packed):
+            out = torch.full((2, heads, count, size), torch.nan, dtype=dtype, device="cuda")
+            expand_units(*parts, bits, channels, out, starts)
+            expected = expand_units_reference(*parts, bits, channels, size, starts).to(dtype)
+            same = torch.equal(out, expected)
+            yield "" if same else f"{(heads, size, count, bits, channels, dtype)}: differs"
+
+
+def _parts(packed: PackedUnits) -> tuple[tuple[tuple[Tensor, ...], Tensor | None], ...]:
+    """Codes, scale and minimum, with the starts of runs: of the keys and of the values."""
+    return (
+        ((packed.key_codes, packed.key_scale, packed.key_minimum), packed.key_starts),
+        ((packed.value_codes, packed.value_scale, packed.value_minimum), None),
+    )
+
+
 def _check_store() -> Iterator[str]:
     for (heads, _, size), dtype, slot in _some(HEADS, DTYPES, (0, 17, 62)):
         storage = _random(2, 2, heads, 63, size, dtype=dtype)
@@ -216,6 +239,7 @@ CHECKS: dict[str, Callable[[], Iterator[str]]] = {
     "gather_units": _check_gather,
     "decode_attention": _check_decode,
     "decode_quantized": _check_quantized,
+    "expand_units": _check_expand,
     "store_units": _check_store,
     "threshold_select": _check_select,
 }
@@ -297,6 +321,21 @@ def _timed(given: argparse.Namespace) -> Iterator[tuple[str, Timed]]:
             + 4 * heads * 256 * size,
         ),
     )
+
+    whole = torch.empty(1, heads, given.packed, size, dtype=torch.bfloat16, device="cuda")
+    for what, i in (("keys", 0), ("values", 1)):
+        sides = [_parts(each)[i] for each in packed]
+        yield (
+            f"expand_units, {what}",
+            Timed(
+                [_call(expand_units, *parts, 4, 64, whole, starts) for parts, starts in sides],
+                [
+                    _call(expand_units_reference, *parts, 4, 64, size, starts)
+                    for parts, starts in sides
+                ],
+                sum(part.nbytes for part in sides[0][0]) + whole.nbytes,
+            ),
+        )
 
     key = query[:, :heads]
     yield (

@@ -14,6 +14,9 @@ from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton
 
 _ELEMENTS = 4096  # codes' bytes that a program expands
 
+ANY_NUMBER = ("count", "runs", "steps", "st_b", "st_h")
+"""Numbers that differ from chunk to chunk, for which nothing is compiled anew."""
+
 
 def expand_units(
     codes: Tensor,
@@ -138,7 +141,7 @@ def _launch(
         )
 
 
-@triton.jit(do_not_specialize=["count", "runs", "steps"])
+@triton.jit(do_not_specialize=ANY_NUMBER)
 def _expand(  # type: ignore[no-untyped-def]
     codes,
     scale,
