@@ -340,6 +340,7 @@ def test_mask_of_ones_is_welcome(model):
 @pytest.mark.parametrize(
     "kwargs",
     [
+        {"adapter_names": ["default"]},
         {"prompt_lookup_num_tokens": 3},
         {"assistant_model": object()},
         {"cache_implementation": "static"},

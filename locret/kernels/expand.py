@@ -189,10 +189,13 @@ def _expand(  # type: ignore[no-untyped-def]
         row = tl.zeros((UNITS,), tl.int32)
         last = row + runs
         for _ in range(steps):
-            open_ = there & (row < last)
+            undecided = there & (row < last)
             middle = (row + last) // 2
-            before = tl.load(ends + middle.to(tl.int64) * st_r, mask=open_, other=0) <= unit
-            row, last = tl.where(open_ & before, middle + 1, row), tl.where(before, last, middle)
+            before = tl.load(ends + middle.to(tl.int64) * st_r, mask=undecided, other=0) <= unit
+            row, last = (
+                tl.where(undecided & before, middle + 1, row),
+                tl.where(before, last, middle),
+            )
     unit = unit.to(tl.int64)
     row = row.to(tl.int64)
     byte = tl.arange(0, BYTE_BLOCK)
