@@ -67,8 +67,8 @@ class Engine:
             for each layer; None = nothing is ever evicted.
         budget_bytes: the budget as memory instead, a number of bytes or "2GiB": what fits into it
             of one row's keys, values, scores and source positions, in all layers, as they are
-            stored. Outliers (kvquant), what is recalled, windows of sliding layers, the local
-            tokens and the answer come on top.
+            stored. Outliers (kvquant), what is recalled, the local tokens and the answer come on
+            top.
         chunk_size: tokens of the prompt read at a time; None = all at once.
         stabilizers: last units that survive every eviction but the final one.
         local_tokens: last tokens of the prompt that are read after the final eviction.
@@ -162,6 +162,7 @@ class Engine:
             shape.head_size,
             self.backbone.model.dtype.itemsize,
             self.merging is not None,
+            tuple(window for window in self.backbone.windows if window),
         )
         self.recall = recall_of(recall)
         RetainedCache(  # do they agree?

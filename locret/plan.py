@@ -22,7 +22,7 @@ from locret.quantities import format_bytes
 from locret.quantization import NO_SCHEME, Scheme, make_scheme
 from locret.quantization.costs import costs_of
 from locret.settings import PAPER
-from locret.sizing import MARK_BYTES, Sizing
+from locret.sizing import Sizing
 
 SCHEMES = (NO_SCHEME, *(make_scheme("kivi", bits=bits) for bits in (8, 4, 2)), make_scheme("fp8"))
 """The ways to store keys and values that are told of, with their default options."""
@@ -133,9 +133,8 @@ def make_plan(
     chunk = _chunk_bytes(geometry, config, min(chunk_size, context), dtype, head_width)
     reserve = round(memory * RESERVE)
     after = PAPER["local_tokens"] + new_tokens
-    windows = [min(window - 1, context + after) for window in backbone.windows if window]
-    a_unit = _layer_elements(geometry) * dtype.itemsize + geometry.num_kv_heads * MARK_BYTES
-    sliding = sum(windows) * a_unit
+    windows = tuple(window for window in backbone.windows if window)
+    sliding = sizing_of(NO_SCHEME, geometry, dtype, windows).window_bytes(context + after)
     left = memory - weights - heads - sliding - chunk - reserve
     return Plan(
         memory=memory,
@@ -157,10 +156,17 @@ def make_plan(
     )
 
 
-def sizing_of(scheme: Scheme, geometry: Geometry, dtype: torch.dtype) -> Sizing:
-    """What a cache of that backbone takes."""
+def sizing_of(
+    scheme: Scheme, geometry: Geometry, dtype: torch.dtype, windows: tuple[int, ...] = ()
+) -> Sizing:
+    """What a cache of that backbone takes, with the sliding windows of layers beside it."""
     return Sizing(
-        scheme, geometry.num_layers, geometry.num_kv_heads, geometry.head_size, dtype.itemsize
+        scheme,
+        geometry.num_layers,
+        geometry.num_kv_heads,
+        geometry.head_size,
+        dtype.itemsize,
+        windows=windows,
     )
 
 

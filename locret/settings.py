@@ -139,12 +139,13 @@ class Settings:
             return sizing.shared(policy.budgets(average, sizing.num_layers, context))
 
         if isinstance(budget, Memory):
-            nbytes = budget.nbytes
-            budget = sizing.units_within(nbytes, max(context, 1), of_layers)
+            nbytes, windows = budget.nbytes, sizing.window_bytes(context)
+            budget = sizing.units_within(nbytes - windows, max(context, 1), of_layers)
             if not budget:
+                also = f", sliding windows {format_bytes(windows)}" if windows else ""
                 raise ValueError(
                     f"budget_bytes is {format_bytes(nbytes)}; one unit in every KV head takes "
-                    f"{format_bytes(sizing.cache_bytes(of_layers(1)))}"
+                    f"{format_bytes(sizing.cache_bytes(of_layers(1)))}{also}"
                 )
         if isinstance(budget, float):
             budget = max(1, round(budget * context))

@@ -26,6 +26,7 @@ class Sizing:
         num_layers, num_kv_heads, head_size: of the backbone.
         element_size: bytes of a number in full precision.
         weighs: units hold a weight (`locret.merging`).
+        windows: sliding windows of the layers that hold one, beside those counted above.
     """
 
     scheme: Scheme
@@ -34,6 +35,7 @@ class Sizing:
     head_size: int
     element_size: int = 2
     weighs: bool = False
+    windows: tuple[int, ...] = ()
 
     def layer_bytes(self, layer: int, units: int) -> int:
         """Most bytes of a layer that holds `units` units in every KV head after a chunk."""
@@ -44,6 +46,11 @@ class Sizing:
     def cache_bytes(self, budgets: Sequence[int]) -> int:
         """Most bytes of layers that hold so many units."""
         return sum(self.layer_bytes(layer, units) for layer, units in enumerate(budgets))
+
+    def window_bytes(self, tokens: int) -> int:
+        """Bytes of the layers with a window after so many tokens, as they are stored: in full."""
+        units = sum(min(max(window - 1, 1), tokens) for window in self.windows)
+        return units * self.num_kv_heads * (2 * self.head_size * self.element_size + MARK_BYTES)
 
     def shared(self, budgets: Sequence[int]) -> list[int]:
         """What each layer may keep by the scheme's own rule, where a policy gives it `budgets`:

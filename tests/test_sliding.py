@@ -39,6 +39,19 @@ def test_each_kind_of_layer_keeps_its_own(family, chunk_size, positions):
     assert held(cache.layers[1])[20:] == list(range(90, seen))
 
 
+@pytest.mark.parametrize("family", sorted(MIXED))
+def test_a_budget_in_bytes_holds_the_windows_too(family):
+    model, nbytes = tiny_model(family), 40_000
+    settings = {"chunk_size": 50, "stabilizers": 3, "local_tokens": 5}
+    for length in (400, 10):
+        engine = locret.Engine(model, "random", budget_bytes=nbytes, **settings)
+        report = engine.prefill(prompt(length)).report()
+        assert report["total_bytes"] <= nbytes
+        assert report["total_bytes"] > 0.9 * nbytes or report["units"][1] == length
+    with pytest.raises(ValueError, match="one unit in every KV head takes.*sliding windows"):
+        locret.Engine(model, "random", budget_bytes=500, **settings).prefill(prompt(60))
+
+
 @pytest.mark.parametrize("family", SLIDING)
 def test_a_backbone_of_windows_alone_is_bounded_whatever_the_budget(family):
     model = tiny_model(family)
