@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks import record
 from benchmarks.answer_clock import AnswerClock, OutOfTime
 from locret import Engine, RetainingHeads
+from locret.cache_names import cache_of
 from locret.evaluation.needle import needle_prompt
 from locret.evaluation.synthetic import make_sample
 from locret.models import LoadedModel, load_model
@@ -105,7 +106,7 @@ def _ask(
     )
     record.synchronize(clock.device)
     answer = tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
-    held = output.past_key_values.report()
+    held = cache_of(output).report()
     result = {
         "depth": depth,
         "status": "ok",

@@ -21,6 +21,7 @@ from transformers import QuantizedCache
 
 from benchmarks import record
 from locret import Engine
+from locret.cache_names import as_argument
 from locret.evaluation import needle
 from locret.evaluation.report_needle import wilson
 from locret.models import LoadedModel, load_model
@@ -108,7 +109,7 @@ def _stock(loaded: LoadedModel, given: argparse.Namespace, make_cache: Callable[
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=make_cache(),
+            **as_argument(model, make_cache(), "generate"),
             max_new_tokens=given.max_new_tokens,
             do_sample=False,
         )

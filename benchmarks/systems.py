@@ -19,6 +19,7 @@ from transformers import DynamicCache, QuantizedCache
 from benchmarks.answer_clock import AnswerClock
 from locret import Engine, HeadsConfig, RetainingHeads
 from locret.backbone import Backbone
+from locret.cache_names import as_argument, cache_of, with_old_name
 from locret.policies import LocretPolicy
 from locret.quantization.baselines import transformers_backends
 
@@ -61,7 +62,7 @@ def full(model: Any, setting: Setting) -> Answer:
     def answer(ids: Tensor, clock: AnswerClock) -> Any:
         mask = torch.ones_like(ids)
         output = model.generate(ids, attention_mask=mask, streamer=clock, **setting.stock())
-        return output.past_key_values
+        return cache_of(output)
 
     return answer
 
@@ -82,7 +83,7 @@ def kvpress(model: Any, setting: Setting) -> Answer:
         ratio = max(0.0, 1 - (setting.budget + 0.5) / ids.shape[1])
         with press_type(compression_ratio=ratio)(model):
             hidden = model.model(
-                input_ids=ids, past_key_values=cache, cache_position=positions
+                input_ids=ids, cache_position=positions, **as_argument(model.model, cache)
             ).last_hidden_state
         tokens = model.lm_head(hidden[:, -1]).argmax(-1)
         del hidden
@@ -90,7 +91,7 @@ def kvpress(model: Any, setting: Setting) -> Answer:
         for position in range(ids.shape[1], ids.shape[1] + setting.new_tokens - 1):
             logits = model(
                 input_ids=tokens[:, None],
-                past_key_values=cache,
+                **as_argument(model, cache),
                 position_ids=torch.full_like(tokens[:, None], position),
             ).logits
             tokens = logits[:, -1].argmax(-1)
@@ -112,7 +113,7 @@ def locret(model: Any, setting: Setting) -> Answer:
 
     def answer(ids: Tensor, clock: AnswerClock) -> Any:
         engine.progress = clock.check
-        return engine.generate(ids, streamer=clock, **setting.stock()).past_key_values
+        return cache_of(engine.generate(ids, streamer=clock, **setting.stock()))
 
     return answer
 
@@ -142,11 +143,11 @@ def stock_4bit(backend: str) -> Callable[[Any, Setting], Answer]:
             output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **as_argument(model, cache, "generate"),
                 streamer=clock,
                 **setting.stock(),
             )
-            return output.past_key_values
+            return cache_of(output)
 
         return answer
 
@@ -182,21 +183,28 @@ def snapkv_press() -> Any:
     """
     spec = importlib.util.find_spec("kvpress")
     if spec is None or spec.submodule_search_locations is None:
-        raise ValueError(
-            "system kvpress needs the package kvpress: pip install 'locret[bench]', or the newest "
-            "by pip install --no-deps kvpress"
-        )
+        raise ValueError("system kvpress needs the package kvpress: pip install 'locret[bench]'")
     name = "kvpress.presses.snapkv_press"
     if "kvpress" in sys.modules:
-        return importlib.import_module(name).SnapKVPress
+        return _knows_new_names(importlib.import_module(name).SnapKVPress)
     bare = types.ModuleType("kvpress")
     bare.__path__ = list(spec.submodule_search_locations)
     sys.modules["kvpress"] = bare
     try:
-        return importlib.import_module(name).SnapKVPress
+        return _knows_new_names(importlib.import_module(name).SnapKVPress)
     finally:  # whoever imports kvpress afterwards gets all of it
         for loaded in [m for m in sys.modules if m.partition(".")[0] == "kvpress"]:
             del sys.modules[loaded]
+
+
+def _knows_new_names(press: Any) -> Any:
+    """A press whose hook finds the cache under the name that newer transformers give it too."""
+
+    class Press(press):  # type: ignore[misc]
+        def forward_hook(self, module: Any, input: Any, kwargs: Any, output: Any) -> Any:
+            return super().forward_hook(module, input, with_old_name(kwargs), output)
+
+    return Press
 
 
 def held(cache: Any) -> dict[str, Any]:

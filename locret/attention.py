@@ -30,7 +30,7 @@ class LayerCall:
         hidden: [B, T, hidden size], the layer's input.
         scaling: softmax scale.
         rotary: the backbone's rotation; None for a layer without RoPE.
-        cache: what the backbone was given as `past_key_values`.
+        cache: what the backbone was given.
         output: the layer's output projection, if it has one by the usual name.
         rotated: query and key carry their rotation already, or the layer has no RoPE.
         weighting: what else decides the attention weights.

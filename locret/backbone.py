@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from locret.attention import IMPLEMENTATION, LayerCall, LayerFunction, register
 from locret.backends import Backend, Weighting
 from locret.cache import RetainedCache
+from locret.cache_names import cache_in
 from locret.heads import Geometry
 from locret.identity import identity_tables
 from locret.rotary import ApplyRotary, LongRopeRule, Rotary
@@ -239,7 +240,7 @@ def _hand_over(
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of an attention layer: our rotation in, our layer function in."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     if isinstance(cache, RetainedCache):
         cache.layers[layer.layer_idx].expect_hand_over()
     elif cache is not None:
@@ -290,7 +291,7 @@ def _finish(
     """Forward hook of the decoder."""
     ids = args[0] if args else kwargs.get("input_ids")
     assert ids is not None, "an attached decoder reads tokens, not embeddings"
-    finish(kwargs.get("past_key_values"), ids, output.last_hidden_state)
+    finish(cache_in(kwargs), ids, output.last_hidden_state)
 
 
 def check_supported(config: Any) -> None:

@@ -31,6 +31,7 @@ from locret.arguments import (
 from locret.backbone import Backbone
 from locret.backends import Backend, available, fastest
 from locret.cache import DECODE_ROOM, Eviction, Positions, RetainedCache
+from locret.cache_names import as_argument
 from locret.heads import RetainingHeads
 from locret.kernels.dispatch import AVAILABLE
 from locret.merging import MergingChoice, merging_of
@@ -53,8 +54,9 @@ class Engine:
     """Generation within a bounded cache, for a stock model.
 
     Attached to the model only while a call runs, or inside `with engine:` (where
-    `model.generate(..., past_key_values=cache)` works too). One engine serves any number of
-    requests in turn: all state of a request lives in its cache.
+    `model.generate(..., cache=cache)` works too; before transformers 5.24 it is called
+    `past_key_values`). One engine serves any number of requests in turn: all state of a request
+    lives in its cache.
 
     "auto" takes what the heads record, else the paper's value. With a smaller budget than recorded,
     `stabilizers="auto"` keeps the recorded proportion of stabilizers to budget.
@@ -543,7 +545,7 @@ class Engine:
         output = model.generate(
             sequence,
             attention_mask=left_mask(sequence, padding),
-            past_key_values=cache,
+            **as_argument(self.backbone.model, cache, "generate"),
             **kwargs,
         )
         for layer in cache.layers:

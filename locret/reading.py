@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from locret.backbone import Backbone
 from locret.cache import Eviction, RetainedCache
+from locret.cache_names import as_argument
 from locret.merging import Merging
 from locret.policies import Policy
 from locret.recall import Recall
@@ -102,10 +103,11 @@ class Reader:
         """Run a chunk [B, n] through the layers, for what they store of it."""
         # Devices that share a model put layers back after use; they must be let finish.
         spread = getattr(self.backbone.model, "hf_device_map", None)
+        decoder = self.backbone.decoder
         cache.takes_in = not spread and not self.policy.waits
         try:
             with contextlib.suppress(TakenIn):
-                self.backbone.decoder(input_ids=chunk, past_key_values=cache, use_cache=True)
+                decoder(input_ids=chunk, use_cache=True, **as_argument(decoder, cache))
         finally:
             cache.takes_in = False
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from locret.attention import LayerCall
 from locret.backbone import Backbone
 from locret.cache import RetainedCache
+from locret.cache_names import as_argument, cache_in
 from locret.kernels.decode import decode_attention
 from locret.kernels.decode_quantized import decode_attention_quantized
 from locret.kernels.store import store_units
@@ -160,7 +161,7 @@ class GraphedSteps:
         asked = any(inputs.get(name) for name in ("output_hidden_states", "output_attentions"))
         cache = self._cache
         frozen = all(layer.rotated and layer.held for layer in cache.layers)
-        ours = inputs.get("past_key_values") is cache and cache.eviction is None and frozen
+        ours = cache_in(inputs) is cache and cache.eviction is None and frozen
         return ids is not None and ids.shape[1] == 1 and ours and not asked
 
     def _prepare(self) -> None:
@@ -177,7 +178,7 @@ class GraphedSteps:
             outputs = run(
                 input_ids=ids,
                 position_ids=torch.zeros_like(ids),
-                past_key_values=self._cache,
+                **as_argument(self._backbone.model, self._cache),
                 use_cache=True,
                 return_dict=True,
             )

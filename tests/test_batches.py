@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import locret
+from locret.cache_names import cache_of
 from tests.tiny_models import FAMILIES, VOCAB, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -266,6 +267,6 @@ def test_a_share_of_rows_that_evict_their_answers_is_that_of_the_longest(lengths
     engine = locret.Engine(tiny_model("llama"), "streaming_llm", decode_interval=8, **settings)
     ids, mask = padded(lengths)
     output = engine.generate(ids, mask, return_dict_in_generate=True, **GREEDY)
-    report = output.past_key_values.report()
+    report = cache_of(output).report()
     assert report["budget"] == 150
     assert max(report["units"]) <= 150 + 8

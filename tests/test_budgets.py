@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import locret
+from locret.cache_names import cache_of
 from tests.reference import Settings, answer
 from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
 
@@ -115,7 +116,7 @@ def test_prompts_without_a_context_have_their_budget_while_answers_are_evicted(s
     engine = locret.Engine(model, "streaming_llm", decode_interval=8, **given)
     greedy = {"max_new_tokens": 40, "do_sample": False}
     output = engine.generate(prompt(20), return_dict_in_generate=True, **greedy)
-    report = output.past_key_values.report()
+    report = cache_of(output).report()
     if "budget" in settings:
         assert report["budget"] == 10
         assert max(report["units"]) <= 10 + 8

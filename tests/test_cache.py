@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import locret
 from locret import RetainedCache
 from locret.cache import Eviction
+from locret.cache_names import as_argument, cache_in
 from locret.layer import RetainedLayer
 from locret.policies import Policy
 from locret.units import Units, unscored
@@ -120,7 +121,7 @@ class watched:  # noqa: N801 - reads as a context manager
 
     def __enter__(self):
         def look(module, args, kwargs):
-            self.policy.cache = kwargs["past_key_values"]
+            self.policy.cache = cache_in(kwargs)
 
         self.hook = self.decoder.register_forward_pre_hook(look, with_kwargs=True)
 
@@ -210,7 +211,8 @@ def test_reset_makes_it_new():
         for given in (cache, RetainedCache(2, budget=20)):
             given.eviction = Eviction((20, 20), 3)
             given.prompt_lengths = (30,)
-            engine.backbone.decoder(input_ids=prompt(30), past_key_values=given, use_cache=True)
+            decoder = engine.backbone.decoder
+            decoder(input_ids=prompt(30), use_cache=True, **as_argument(decoder, given))
             assert given.report()["units"] == [20, 20]
 
 

@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import locret
 from locret.backbone import Backbone
+from locret.cache_names import as_argument, cache_of
 from locret.features import FEATURES
 from locret.generation import DEFAULT_NEW_TOKENS
 from locret.policies import POLICIES, LocretPolicy, Policy
@@ -431,7 +432,7 @@ def test_stock_generate_goes_on_from_a_cache_within_the_block(model, heads):
     expected = engine.generate(ids[:, 50:], cache=engine.prefill(ids[:, :50]), **GREEDY)
     with engine:
         cache = engine.prefill(ids[:, :50])
-        answer = model.generate(ids, past_key_values=cache, **GREEDY)
+        answer = model.generate(ids, **as_argument(model, cache, "generate"), **GREEDY)
     assert torch.equal(answer[:, 50:], expected)
 
 
@@ -440,7 +441,7 @@ def test_cache_outside_the_block_is_refused_and_still_usable(model):
     cache = engine.prefill(ids[:, :50])
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="no engine is attached to"):
-            call(ids[:, 50:] if call is model else ids, past_key_values=cache)
+            call(ids[:, 50:] if call is model else ids, **as_argument(model, cache))
     expected = engine.generate(ids[:, 50:], cache=engine.prefill(ids[:, :50]), **GREEDY)
     assert torch.equal(engine.generate(ids[:, 50:], cache=cache, **GREEDY), expected)
 
@@ -452,7 +453,9 @@ def test_stock_caches_within_the_block_are_refused(model):
         with pytest.raises(ValueError, match="leave out use_cache=False"):
             model(prompt(10), use_cache=False)
         with pytest.raises(ValueError, match="4D attention mask"):
-            model(prompt(2), attention_mask=torch.zeros(1, 1, 2, 2), past_key_values=new_cache())
+            model(
+                prompt(2), attention_mask=torch.zeros(1, 1, 2, 2), **as_argument(model, new_cache())
+            )
 
 
 def test_padding_within_the_block_is_refused(model):
@@ -462,9 +465,14 @@ def test_padding_within_the_block_is_refused(model):
     with engine:
         cache = engine.prefill(ids[:, :20])
         with pytest.raises(ValueError, match="padding; engine.generate does"):
-            model.generate(ids, attention_mask=padded, past_key_values=cache, **GREEDY)
+            model.generate(
+                ids, attention_mask=padded, **as_argument(model, cache, "generate"), **GREEDY
+            )
         answer = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **GREEDY
+            ids,
+            attention_mask=torch.ones_like(ids),
+            **as_argument(model, cache, "generate"),
+            **GREEDY,
         )
     assert answer.shape == (1, 38)
 
@@ -551,7 +559,7 @@ def test_cache_advanced_outside_is_refused(model):
     engine = small_engine(model)
     cache = engine.prefill(prompt(20))
     with engine, torch.no_grad():
-        model(prompt(1), past_key_values=cache)
+        model(prompt(1), **as_argument(model, cache))
     with pytest.raises(ValueError, match="seen 21 tokens but knows the ids of 20"):
         engine.generate(prompt(3), cache=cache, **GREEDY)
 
@@ -588,7 +596,7 @@ def test_cache_of_beams_is_refused_afterwards(model):
         prompt(30), num_beams=2, num_return_sequences=2, return_dict_in_generate=True, **GREEDY
     )
     with pytest.raises(ValueError, match="by beams"):
-        engine.generate(prompt(3, 2), cache=output.past_key_values, **GREEDY)
+        engine.generate(prompt(3, 2), cache=cache_of(output), **GREEDY)
 
 
 class Stopped(Exception):

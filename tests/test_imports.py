@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
+    {"cache_names"},
     {"identity", "kernels", "segments", "features", "targets", "losses", "card", "quantities"},
     {"merging", "sparse_prefill"},
     {"columns", "host_pool", "recall"},

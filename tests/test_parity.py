@@ -10,6 +10,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import locret
+from locret.cache_names import as_argument, cache_of
 from locret.policies import Policy
 from tests.tiny_models import FAMILIES, PHI3_WINDOW, SLIDING, prompt, tiny_model
 
@@ -99,13 +100,13 @@ def test_decoding_across_the_longrope_window_keeps_the_cache(longrope):
     output = engine.generate(ids, **given, **SPOKEN)
     counting.remove()
     assert sum(read) == length + 11  # every token but the last is read, once
-    assert output.past_key_values.get_seq_length() == length + 11
+    assert cache_of(output).get_seq_length() == length + 11
     # The same answer as a rotation by the same factors all along, one token more at a time.
     with engine:
         for step in range(12):
             cache = engine._reader.read(output.sequences[:, : length + step - 1], length)
             last = output.sequences[:, length + step - 1 : length + step]
-            logits = model(last, past_key_values=cache).logits[:, -1]
+            logits = model(last, **as_argument(model, cache)).logits[:, -1]
             assert (logits - output.logits[step]).abs().max() < 1e-4
 
 
@@ -251,7 +252,7 @@ def test_scores_and_hidden_states_in_the_dict():
     wanted = {"output_scores": True, "output_hidden_states": True, "return_dict_in_generate": True}
     stock = model.generate(ids, **GREEDY, **wanted)
     ours = full_engine(model).generate(ids, **GREEDY, **wanted)
-    assert isinstance(ours.past_key_values, locret.RetainedCache)
+    assert isinstance(cache_of(ours), locret.RetainedCache)
     for a, b in zip(stock.scores, ours.scores, strict=True):
         assert (a - b).abs().max() < 1e-4
     # The prompt but its local tokens was read before; from there on they are the same.
@@ -335,7 +336,7 @@ def use_engine(model, how):
     elif how == "with fails":
         with pytest.raises(KeyError), engine:
             cache = engine.prefill(ids)
-            model(ids[:, :3], past_key_values=cache)
+            model(ids[:, :3], **as_argument(model, cache))
             raise KeyError
     elif how == "closed":
         engine.__enter__()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import locret
+from locret.cache_names import cache_of
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.quantization import SCHEMES, make_scheme, scheme_of
@@ -44,7 +45,7 @@ def answer(engine, ids, steps=1, **kwargs):
         output_logits=True,
         **kwargs,
     )
-    return torch.stack(output.logits), output.past_key_values
+    return torch.stack(output.logits), cache_of(output)
 
 
 def distance(one, other):

@@ -6,6 +6,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import locret
+from locret.cache_names import cache_of
 from locret.distillation import Distillation
 from locret.policies import LocretPolicy
 from locret.segments import Segment, with_query_in_front
@@ -156,7 +157,7 @@ def test_the_answer_follows_the_prompt_without_the_repeated_query(model, heads, 
     )
     assert output.sequences.shape == (batch, 68)
     assert torch.equal(output.sequences[:, :60], ids)
-    cache = output.past_key_values
+    cache = cache_of(output)
     assert cache.query_length == QUERY
     assert cache.seen == QUERY + 60 + 7
     whole = torch.cat([ids[:, -QUERY:], output.sequences], dim=1)

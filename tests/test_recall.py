@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import locret
 from locret import Recall, RetainedCache
 from locret.backends import attend
+from locret.cache_names import cache_of
 from locret.evaluation.engines import Engines
 from locret.evaluation.rows import expand
 from locret.host_blocks import HostBlocks
@@ -249,9 +250,7 @@ def test_device_bytes_are_bounded_but_for_one_key_a_block():
     engine = recalling(tiny_model("llama"))
     device, host = [], []
     for length in (99, 99 + 160, 99 + 320):  # as many units wait
-        cache = engine.generate(
-            prompt(length), return_dict_in_generate=True, **GREEDY
-        ).past_key_values
+        cache = cache_of(engine.generate(prompt(length), return_dict_in_generate=True, **GREEDY))
         report = cache.report()
         assert report["recall"]["recalled_units"] <= 3 * 4 + 3
         assert report["total_bytes"] == sum(report["bytes"]) == cache.nbytes

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from locret.cache_names import cache_of
 from locret.commands.shared import BYTES_PER_MIB, Bar, add_model, load, load_heads
 from locret.policies import POLICIES
 from locret.quantities import parse_bytes
@@ -105,7 +106,7 @@ def run(given: argparse.Namespace) -> None:
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(answer),
         "seconds": round(time.perf_counter() - started, 3),
-        "cache": output.past_key_values.report(),
+        "cache": cache_of(output).report(),
     }
     print(json.dumps(result) if given.json else _summary(result))
 

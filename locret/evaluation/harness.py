@@ -32,6 +32,7 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from locret.cache import RetainedCache
+from locret.cache_names import as_argument
 from locret.evaluation.contexts import ContextFinder, tokens_after
 from locret.evaluation.engines import Engines, are_query_aware
 from locret.evaluation.harness_stops import HarnessStops
@@ -297,7 +298,8 @@ class LocretLM(HFLM):
     ) -> Scored:
         """Log-likelihood of a continuation of `before`, and whether greedy decoding gives it."""
         ids = self._tensor([*before, *continuation][:-1])
-        logits = self.model(ids, past_key_values=cache, use_cache=cache is not None).logits
+        given = {} if cache is None else as_argument(self.model, cache)
+        logits = self.model(ids, use_cache=cache is not None, **given).logits
         logs = log_softmax(logits[0, -len(continuation) :], dim=-1, dtype=self.softmax_dtype)
         wanted = torch.tensor(continuation, device=logs.device)
         found = logs.gather(1, wanted[:, None]).sum()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locret.cache_names import cache_of
 from locret.evaluation.held import held_of
 from locret.evaluation.padding import padded
 from locret.evaluation.synthetic import SyntheticSample, make_sample, prompt_text
@@ -206,7 +207,7 @@ def ask(
     )
     seconds = (time.perf_counter() - started) / len(samples)
     answers = tokenizer.batch_decode(output.sequences[:, ids.shape[1] :], skip_special_tokens=True)
-    cache, results = output.past_key_values, []
+    cache, results = cache_of(output), []
     for row, ((seed, sample), answer) in enumerate(zip(samples, answers, strict=True)):
         held = held_of(cache, row, len(samples))
         results.append(

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from locret.cache import Eviction, RetainedCache
+from locret.cache_names import as_argument
 from locret.generation import Engine
 
 
@@ -35,7 +36,7 @@ def rolling_log_likelihood(engine: Engine, ids: Tensor) -> tuple[float, Retained
             cache.eviction = Eviction(budgets, settings.stabilizers_for(budgets))
             chunk = ids[:, start : min(start + size, length - 1)]
             following = ids[0, start + 1 : start + 1 + chunk.shape[1]]
-            logits = model(input_ids=chunk, past_key_values=cache, use_cache=True).logits[0]
+            logits = model(input_ids=chunk, use_cache=True, **as_argument(model, cache)).logits[0]
             logs = log_softmax(logits.float(), dim=-1)
             total += float(logs.gather(1, following[:, None]).sum())
     cache.eviction = None

@@ -10,8 +10,9 @@ kvpress reads the whole context at once, compresses each layer after its attenti
 keys rotated at their source positions: `locret.Engine` with `chunk_size=None`, `stabilizers=0` and
 `positions="original"` keeps the same units. The bounded peak memory is the engine's alone.
 
-Written for kvpress 0.5, whose other presses and wrappers (AdaKVPress, ChunkPress, ...) need a
-transformers below 5.3; LocretPress alone, in kvpress's pipeline too, also runs on newer ones.
+Written for kvpress 0.5. Version 0.5.2 installs beside locret (extra `bench`); newer ones ask for a
+transformers below 5.3, which other presses and wrappers (AdaKVPress, ChunkPress, ...) need to run.
+LocretPress, in kvpress's pipeline too, runs on the transformers that locret needs.
 Importing kvpress wraps the attention functions of transformers, for all models.
 """
 
@@ -23,16 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locret.cache_names import cache_in, with_old_name
 from locret.features import FEATURES
 from locret.generation import Engine
 from locret.heads import RetainingHeads
 from locret.policies import LocretPolicy
 
 if importlib.util.find_spec("kvpress") is None:
-    raise ImportError(
-        "LocretPress needs the package kvpress: pip install --no-deps kvpress, and pip install "
-        "cachetools datasets fire (kvpress itself asks for an older transformers than locret)"
-    )
+    raise ImportError("LocretPress needs the package kvpress: pip install 'locret[bench]'")
 
 from kvpress import ScorerPress
 from kvpress.presses.base_press import SUPPORTED_MODELS
@@ -99,12 +98,13 @@ class LocretPress(ScorerPress):
     def forward_hook(
         self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: list[Any]
     ) -> list[Any]:
-        """As kvpress does it, on a transformers that hands layers no `cache_position` too."""
+        """As kvpress does it, on a transformers that hands layers no `cache_position`, or the cache
+        under another name, too."""
         if "cache_position" not in kwargs:
-            cache, new = kwargs["past_key_values"], kwargs["hidden_states"].shape[1]
+            cache, new = cache_in(kwargs), kwargs["hidden_states"].shape[1]
             end = cache.get_seq_length(module.layer_idx)
             kwargs = {**kwargs, "cache_position": torch.arange(end - new, end)}
-        return super().forward_hook(module, input, kwargs, output)
+        return super().forward_hook(module, input, with_old_name(kwargs), output)
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def test_kvpress_within_its_budget_answers_as_full_does():
 
 def test_a_missing_kvpress_is_told_before_anything_runs(bench, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install --no-deps kvpress"):
+    with pytest.raises(ValueError, match="pip install 'locret\[bench\]'"):
         bench(systems="kvpress")
 
 

@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from locret import cli  # noqa: E402
+from locret.cache_names import as_argument  # noqa: E402
 from locret.commands.lm_eval import PLUGIN, TASK_FILES, with_our_tasks  # noqa: E402
 from locret.evaluation import harness  # noqa: E402
 from locret.evaluation.harness import LocretLM  # noqa: E402
@@ -277,12 +278,12 @@ def token_by_token(model, context, continuation):
     total, best = 0.0, True
     with engine, torch.no_grad():
         cache = engine.prefill(torch.tensor([ids[:-rest]]), query_ids=torch.tensor([ids[-rest:]]))
-        logits = model.model(torch.tensor([ids[-rest:]]), past_key_values=cache).logits
+        logits = model.model(torch.tensor([ids[-rest:]]), **as_argument(model.model, cache)).logits
         for token in wanted:
             logs = logits[0, -1].log_softmax(-1)
             total += float(logs[token])
             best = best and int(logs.argmax()) == token
-            logits = model.model(torch.tensor([[token]]), past_key_values=cache).logits
+            logits = model.model(torch.tensor([[token]]), **as_argument(model.model, cache)).logits
     return total, best
 
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed")
 
 import locret  # noqa: E402
+from locret.cache_names import as_argument  # noqa: E402
 from locret.integrations.kvpress import LocretPress  # noqa: E402
 from tests.tiny_models import VOCAB, distinct_prompt, prompt, tiny_heads, tiny_model  # noqa: E402
 
@@ -24,14 +25,14 @@ ENGINE_WORKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 1
 def compressed(press, model, ids):
     cache = DynamicCache()
     with torch.no_grad(), press(model):
-        model.model(input_ids=ids, past_key_values=cache)
+        model.model(input_ids=ids, **as_argument(model.model, cache))
     return cache
 
 
 def full_cache(model, ids):
     cache = DynamicCache()
     with torch.no_grad():
-        model.model(input_ids=ids, past_key_values=cache)
+        model.model(input_ids=ids, **as_argument(model.model, cache))
     return cache
 
 
@@ -81,10 +82,10 @@ def test_decoding_does_not_compress_again():
     press = LocretPress(compression_ratio=0.75, heads=tiny_heads(model))
     cache = DynamicCache()
     with torch.no_grad(), press(model):
-        model.model(input_ids=IDS, past_key_values=cache)
+        model.model(input_ids=IDS, **as_argument(model.model, cache))
         model.model(
             input_ids=prompt(1, seed=2),
-            past_key_values=cache,
+            **as_argument(model, cache),
             position_ids=torch.tensor([[CONTEXT]]),
         )
     assert [layer.keys.shape[2] for layer in cache.layers] == [KEPT + 1] * 2

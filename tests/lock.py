@@ -1,0 +1,62 @@
+"""The versions that locret is tested with: `python -m tests.lock lowest | newer`.
+
+lowest   the lower bounds of pyproject.toml as pins, for `pip install --constraint`
+newer    what is installed in a newer version than constraints.txt names, one line a package
+"""
+
+import importlib.metadata
+import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def direct(extras: dict[str, list[str]] = PROJECT["optional-dependencies"]) -> list[Requirement]:
+    """What pyproject.toml asks for itself, of all extras or of those given."""
+    asked = [*PROJECT["dependencies"], *(each for extra in extras.values() for each in extra)]
+    return [Requirement(text) for text in dict.fromkeys(asked)]
+
+
+def lock() -> list[Requirement]:
+    """The pins of constraints.txt, each perhaps for some machines or Pythons only."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def locked_here() -> dict[str, str]:
+    """Version by package that constraints.txt gives this machine and Python."""
+    here = [pin for pin in lock() if pin.marker is None or pin.marker.evaluate()]
+    return {canonicalize_name(pin.name): version_of(pin, "==") for pin in here}
+
+
+def version_of(requirement: Requirement, operator: str) -> str:
+    """The one version that a requirement names with this operator."""
+    (version,) = [each.version for each in requirement.specifier if each.operator == operator]
+    return version
+
+
+def lowest() -> list[str]:
+    """The lower bounds as pins."""
+    return [f"{each.name}=={version_of(each, '>=')}" for each in direct()]
+
+
+def newer() -> list[str]:
+    """What is installed in a newer version than the lock names."""
+    packages = importlib.metadata.distributions()
+    found = {canonicalize_name(each.metadata["Name"]): each.version for each in packages}
+    return [
+        f"{name} {found[name]}, tested with {version}"
+        for name, version in sorted(locked_here().items())
+        # What a build appends to its version (2.13.0+cpu) makes it no newer.
+        if name in found and Version(Version(found[name]).public) > Version(version)
+    ]
+
+
+if __name__ == "__main__":
+    print("\n".join({"lowest": lowest, "newer": newer}[sys.argv[1]]()))
