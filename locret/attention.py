@@ -1,14 +1,17 @@
-"""How stock attention layers reach us: the registered functions, and a layer's call as a value.
+"""How stock attention layers reach us: the registered functions, a layer's call as a value, and how
+compiled models run uncompiled.
 
 B batch, H KV heads, G query heads a KV head, T new tokens, S slots, D head size.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from locret.backends import PLAIN, Weighting
@@ -26,7 +29,7 @@ class LayerCall:
         layer_idx: the layer, counted among all.
         retained_idx: the layer, counted among those whose units are scored and evicted; None for
             one that attends within a sliding window, which bounds its cache by itself.
-        query: [B, H*G, T, D]; key, value: [B, H, T, D]; before RoPE unless `rotated`.
+        query: [B, H*G, T, D]; key, value: [B, H, T, D]; of one dtype; before RoPE unless `rotated`.
         hidden: [B, T, hidden size], the layer's input.
         scaling: softmax scale.
         rotary: the backbone's rotation; None for a layer without RoPE.
@@ -59,7 +62,9 @@ class LayerCall:
         if hasattr(self.output, "base_layer"):  # an adapter adds to the weight that it wraps
             return None
         weight = getattr(self.output, "weight", None)
-        if weight is None or type(weight) not in (nn.Parameter, Tensor):
+        # Quantized tensors that know their way back say so by a method of their own.
+        whole = type(weight) in (nn.Parameter, Tensor)
+        if weight is None or not (whole or type(weight).dequantize is not Tensor.dequantize):
             return None
         return weight if weight.is_floating_point() and weight.device.type != "meta" else None
 
@@ -67,6 +72,13 @@ class LayerCall:
         """The same call, for some of its tokens."""
         heads = {name: getattr(self, name)[:, :, start:end] for name in ("query", "key", "value")}
         return replace(self, **heads, hidden=self.hidden[:, start:end])
+
+    def to(self, dtype: torch.dtype) -> "LayerCall":
+        """The same call with query, key and value in `dtype`."""
+        if self.value.dtype == dtype:
+            return self
+        heads = {name: getattr(self, name).to(dtype) for name in ("query", "key", "value")}
+        return replace(self, **heads)
 
     def rotate(self, x: Tensor, starts: Sequence[int], prompt_lengths: Sequence[int]) -> Tensor:
         """`x` [B, heads, S, D] at the slots from each row's start on (one start: of all rows);
@@ -128,3 +140,49 @@ def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> 
             "attention_mask holds zeros: inside `with engine:` the attached model takes no "
             "padding; engine.generate does"
         )
+
+
+def without_compiling(module: Any) -> Any:
+    """The module that `torch.compile(module)` wraps; any other module as it is."""
+    while isinstance(module, OptimizedModule):
+        module = module._orig_mod
+    return module
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether a call of the module runs compiled code: by `torch.compile(module)`,
+    `module.compile()` or a compiled `forward`."""
+    return (
+        isinstance(module, OptimizedModule)
+        or module._compiled_call_impl is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+
+
+class RunningUncompiled:
+    """A context in which compiled modules run as they are written.
+
+    Compiled code does not call hooks that were added later, so that layers would not reach us, and
+    our Python cannot be compiled. The compiler's stance is one for all threads, which may enter and
+    leave in any order: the first changes it and the last changes it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def __exit__(self, *exception: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.__exit__(*exception)
+
+
+running_uncompiled = RunningUncompiled()

@@ -17,10 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def direct(extras: dict[str, list[str]] = PROJECT["optional-dependencies"]) -> list[Requirement]:
-    """What pyproject.toml asks for itself, of all extras or of those given."""
-    asked = [*PROJECT["dependencies"], *(each for extra in extras.values() for each in extra)]
-    return [Requirement(text) for text in dict.fromkeys(asked)]
+def direct() -> list[Requirement]:
+    """What pyproject.toml asks for itself, in all extras."""
+    extras = PROJECT["optional-dependencies"].values()
+    asked = [*PROJECT["dependencies"], *(each for extra in extras for each in extra)]
+    found = [Requirement(text) for text in dict.fromkeys(asked)]
+    return [each for each in found if each.name != PROJECT["name"]]
 
 
 def lock() -> list[Requirement]:
