@@ -21,7 +21,7 @@ HEADS := $(DEMO)/heads/heads.safetensors
 .DELETE_ON_ERROR:
 
 demo: $(HEADS)
-	@echo "== Asking 10 needles in 3,000-token prompts, an eighth of the cache: full, streaming_llm, locret"
+	@echo "== Asking 10 needles in 3,000-token prompts, an eighth of the context kept: full, streaming_llm, locret"
 	@$(BIN)/python -m locret needle --model embedded:smollm2 --heads $(DEMO)/heads \
 		--json-out $(DEMO)/needle.json
 	@echo "(make clean forgets the trained heads, so that make demo trains them again)"

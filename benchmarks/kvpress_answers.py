@@ -187,7 +187,7 @@ def _answer_of_locret(
         positions="original",
     )
     ids = torch.tensor([prompt["ids"]])
-    output = engine.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    output = engine.generate(ids, torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
     return {"answer": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)}
 
 

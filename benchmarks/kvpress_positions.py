@@ -160,11 +160,7 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kvpress", type=Path, help="folder that kvpress is installed in")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--there", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = _parser().parse_args()
     if given.there is not None:
         found = {"kept": kept_by_kvpress(given.there), "versions": versions()}
         given.out.write_text(json.dumps(found))
@@ -184,6 +180,14 @@ def main() -> None:
     write(given.out, settings | {"sinks": SINKS, "future": FUTURE}, figures)
     for name in MODELS:
         print(name, {policy: result["heads_equal"] for policy, result in figures[name].items()})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kvpress", type=Path, help="folder that kvpress is installed in")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--there", type=Path, help=argparse.SUPPRESS)
+    return parser
 
 
 if __name__ == "__main__":

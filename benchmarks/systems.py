@@ -19,7 +19,7 @@ from transformers import DynamicCache, QuantizedCache
 from benchmarks.answer_clock import AnswerClock
 from locret import Engine, HeadsConfig, RetainingHeads
 from locret.backbone import Backbone
-from locret.cache_names import as_argument, cache_of, with_old_name
+from locret.cache_names import as_argument, as_before, cache_of
 from locret.policies import LocretPolicy
 from locret.quantization.baselines import transformers_backends
 
@@ -113,7 +113,8 @@ def locret(model: Any, setting: Setting) -> Answer:
 
     def answer(ids: Tensor, clock: AnswerClock) -> Any:
         engine.progress = clock.check
-        return cache_of(engine.generate(ids, streamer=clock, **setting.stock()))
+        mask = torch.ones_like(ids)  # random tokens: one of them may be the padding token
+        return cache_of(engine.generate(ids, mask, streamer=clock, **setting.stock()))
 
     return answer
 
@@ -198,11 +199,11 @@ def snapkv_press() -> Any:
 
 
 def _knows_new_names(press: Any) -> Any:
-    """A press whose hook finds the cache under the name that newer transformers give it too."""
+    """A press whose hook runs on newer transformers too."""
 
     class Press(press):  # type: ignore[misc]
         def forward_hook(self, module: Any, input: Any, kwargs: Any, output: Any) -> Any:
-            return super().forward_hook(module, input, with_old_name(kwargs), output)
+            return super().forward_hook(module, input, as_before(module, kwargs), output)
 
     return Press
 

@@ -68,8 +68,10 @@ class CachedEncoder:
 
     def path(self, conversation: Conversation) -> Path:
         """The file of a conversation, whether it is there or not."""
-        texts = [[m["role"], m["content"]] for m in conversation.messages]
-        name = _digest([self._settings, texts])
+        content: list[Any] = [[m["role"], m["content"]] for m in conversation.messages]
+        if conversation.tools or any(len(m) > 2 for m in conversation.messages):
+            content = [conversation.messages, conversation.tools]
+        name = _digest([self._settings, content])
         return self.folder / name[:2] / name[2:]
 
     def _write(self, path: Path, sample: Sample) -> None:

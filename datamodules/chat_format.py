@@ -2,16 +2,19 @@
 
 The tokens of a conversation are those that the model will meet in use: the template over all
 messages but the last, with the generation prompt, then the last answer and the token that ends a
-turn. Earlier answers are found again in these tokens, never re-tokenised into them.
+turn. Earlier answers are found again in these tokens, never re-tokenised into them. An answer that
+calls tools is what the template writes for it.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.conversations import Message, SkippedRow
+from datamodules.conversations import Message, SkippedRow, Tool
 from datamodules.cutting import Span
+from datamodules.tools import missing_from
 
 # Beside their own errors, templates fail as Python does: on a missing key, on adding to None.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError)
@@ -32,7 +35,20 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.end_of_turn_id = end_of_turn_id(tokenizer)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def check_tools(self, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
+        """Refuse a conversation whose tools the format would leave out.
+
+        Raises:
+            SkippedRow: says whether the template takes no tools, no calls or no results.
+        """
+        if not tools and not any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
+            return
+        if self.tokenizer.chat_template is None:
+            raise SkippedRow("no chat template, which tools need")
+        if missing := missing_from(self._written, messages, tools):
+            raise SkippedRow(f"the chat template takes no {missing}")
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Tokens of the messages, up to where the assistant begins to speak.
 
         Raises:
@@ -43,24 +59,37 @@ class ChatFormat:
             ids = list(self.tokenizer(text, verbose=False)["input_ids"])
             # Some tokenizers close every text with eos; here the text goes on with the answer.
             return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
-        try:
-            found = self.tokenizer.apply_chat_template(
-                [{"role": m["role"], "content": m["content"]} for m in messages],
-                add_generation_prompt=True,
-                tokenizer_kwargs={"verbose": False},
-            )
-        except _TEMPLATE_ERRORS as error:
-            raise SkippedRow("refused by the chat template") from error
-        # A BatchEncoding in transformers 5, plain ids in 4.
-        return list(found["input_ids"] if isinstance(found, Mapping) else found)
+        return self._template_ids(messages, tools, add_generation_prompt=True)
 
-    def answer_ids(self, text: str) -> list[int]:
-        """Tokens of an answer by itself, with the end of the turn."""
-        ids = self._text_ids(text)
-        return ids if self.end_of_turn_id is None else [*ids, self.end_of_turn_id]
+    def answer_ids(
+        self, messages: Sequence[Message], tools: Sequence[Tool], prompt: Sequence[int]
+    ) -> list[int]:
+        """Tokens of the last message, an answer, with the end of the turn.
+
+        Args:
+            prompt: tokens of what stands before it (`prompt_ids`).
+
+        Raises:
+            SkippedRow: the answer calls tools, and the template writes it in another way behind a
+                prompt than in a conversation.
+        """
+        if not messages[-1].get("tool_calls"):
+            return self._answer_ids(messages[-1]["content"])
+        whole = self._template_ids(messages, tools, add_generation_prompt=False)
+        if whole[: len(prompt)] != list(prompt):
+            raise SkippedRow("tool call not written behind its prompt")
+        answer = whole[len(prompt) :]
+        special = special_ids(self.tokenizer)
+        # Behind the end of the turn many templates write a line break, which nobody generates.
+        last = max((i for i, token in enumerate(answer) if token in special), default=len(answer))
+        return answer[: last + 1]
 
     def find_answer(
-        self, messages: Sequence[Message], index: int, ids: Sequence[int]
+        self,
+        messages: Sequence[Message],
+        index: int,
+        ids: Sequence[int],
+        tools: Sequence[Tool] = (),
     ) -> Span | None:
         """Where the answer `messages[index]` lies in `ids`, the tokens of a longer conversation.
 
@@ -69,18 +98,57 @@ class ChatFormat:
         in another way once it has gone on, or tokens merge across the border: None.
         """
         try:
-            prompt = self.prompt_ids(messages[:index])
+            prompt = self.prompt_ids(messages[:index], tools)
+            start = len(prompt)
+            if not prompt or list(ids[:start]) != prompt:
+                return None
+            for answer in self._ways_to_write(messages[: index + 1], tools, prompt):
+                if answer and list(ids[start : start + len(answer)]) == answer:
+                    return start, start + len(answer)
         except SkippedRow:
-            return None  # a conversation that may not stop here, though it may go on
-        start, text = len(prompt), messages[index]["content"]
-        if not prompt or list(ids[:start]) != prompt:
-            return None
-        for written in dict.fromkeys((text, text.strip())):  # many templates strip
-            has_template = self.tokenizer.chat_template is not None
-            answer = self.answer_ids(written) if has_template else self._text_ids(written)
-            if answer and list(ids[start : start + len(answer)]) == answer:
-                return start, start + len(answer)
+            pass  # a conversation that may not stop here, though it may go on
         return None
+
+    def _ways_to_write(
+        self, messages: Sequence[Message], tools: Sequence[Tool], prompt: Sequence[int]
+    ) -> list[list[int]]:
+        """Tokens that the last message, an earlier answer, may have in a longer conversation."""
+        if messages[-1].get("tool_calls"):
+            return [self.answer_ids(messages, tools, prompt)]
+        text = messages[-1]["content"]
+        texts = dict.fromkeys((text, text.strip()))  # many templates strip
+        has_template = self.tokenizer.chat_template is not None
+        return [self._answer_ids(t) if has_template else self._text_ids(t) for t in texts]
+
+    def _answer_ids(self, text: str) -> list[int]:
+        ids = self._text_ids(text)
+        return ids if self.end_of_turn_id is None else [*ids, self.end_of_turn_id]
+
+    def _template_ids(
+        self, messages: Sequence[Message], tools: Sequence[Tool], **options: Any
+    ) -> list[int]:
+        try:
+            found: Any = self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                tools=list(tools) or None,
+                tokenizer_kwargs={"verbose": False},
+                **options,
+            )
+        except _TEMPLATE_ERRORS as error:
+            raise SkippedRow("refused by the chat template") from error
+        # A BatchEncoding in transformers 5, plain ids in 4.
+        return list(found["input_ids"] if isinstance(found, Mapping) else found)
+
+    def _written(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str | None:
+        """The text of a conversation; None if the template refuses it."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(m) for m in messages], tools=list(tools) or None, tokenize=False
+                )
+            )
+        except _TEMPLATE_ERRORS:
+            return None
 
     def _text_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -99,7 +167,12 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         except _TEMPLATE_ERRORS:
             text = ""  # a template of an unusual shape: eos is the best guess left
         tail = tokenizer(text.rpartition(marker)[2], add_special_tokens=False)["input_ids"]
-        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        special = special_ids(tokenizer)
         if found := [i for i in tail if i in special]:
             return int(found[0])
     return tokenizer.eos_token_id
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that stand for no text of their own: ends of turns, roles and the like."""
+    return {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}

@@ -1,16 +1,32 @@
 """What flows from a source to a batch: a conversation, its sample, or the reason it gives none."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from torch import LongTensor
 
+Tool = dict[str, Any]
+"""A function that the assistant may call, as chat templates take it (`datamodules.tools`)."""
 
-class Message(TypedDict):
-    """One turn. `role` is "system", "user" or "assistant"."""
 
+class _Text(TypedDict):
     role: str
     content: str
+
+
+class Message(_Text, total=False):
+    """One turn.
+
+    Attributes:
+        role: "system", "user", "assistant" or, for what a call returned, "tool".
+        content: the text; may be empty where there are calls.
+        tool_calls: of the assistant; left out where there are none (`datamodules.tools`).
+        tool_call_id, name: of a tool's result, if the row says them.
+    """
+
+    tool_calls: list[Any]
+    tool_call_id: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -23,12 +39,14 @@ class Conversation:
         source: the data set that it comes from.
         id: a name within the source, for messages to people.
         place: where to find it, such as file:line; empty where there is no such place.
+        tools: what the assistant may call.
     """
 
     messages: tuple[Message, ...]
     source: str = ""
     id: str = ""
     place: str = ""
+    tools: tuple[Tool, ...] = ()
 
     def __post_init__(self) -> None:
         roles = [m["role"] for m in self.messages]

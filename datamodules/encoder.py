@@ -7,13 +7,14 @@ sample.input_ids[:start]      # what the cache holds when the first answer begin
 sample.input_ids[start:end]   # the answer, whose attention labels the tokens before it
 """
 
+import json
 from typing import get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.chat_format import ChatFormat
-from datamodules.conversations import Conversation, Message, Sample, SkippedRow
+from datamodules.conversations import Conversation, Message, Sample, SkippedRow, Tool
 from datamodules.cutting import Cut, Span, cut_spans, cut_window
 
 
@@ -60,7 +61,7 @@ class ConversationEncoder:
 
         Raises:
             SkippedRow: if the last answer or the prompt is blank, the chat template refuses the
-                roles, or a text cannot be written as UTF-8.
+                roles or leaves tools out, or a text cannot be written as UTF-8.
         """
         try:
             return self._encode(conversation)
@@ -69,13 +70,14 @@ class ConversationEncoder:
             raise SkippedRow(error.reason, where) from error.__cause__
 
     def _encode(self, conversation: Conversation) -> Sample:
-        messages = conversation.messages
-        _check(messages)
-        prompt = self.format.prompt_ids(messages[:-1])
-        answer = self.format.answer_ids(messages[-1]["content"])
+        messages, tools = conversation.messages, conversation.tools
+        _check(messages, tools)
+        self.format.check_tools(messages, tools)
+        prompt = self.format.prompt_ids(messages[:-1], tools)
+        answer = self.format.answer_ids(messages, tools, prompt)
         if not prompt or not answer:
             raise SkippedRow("no token")
-        earlier, unmatched = self._earlier_answers(messages, prompt)
+        earlier, unmatched = self._earlier_answers(messages, prompt, tools)
         window = cut_window(len(prompt), self.max_prompt_tokens, self.cut, earlier)
         kept = prompt[: window[0]] + prompt[window[1] :]
         if not kept:
@@ -95,7 +97,7 @@ class ConversationEncoder:
         )
 
     def _earlier_answers(
-        self, messages: tuple[Message, ...], prompt: list[int]
+        self, messages: tuple[Message, ...], prompt: list[int], tools: tuple[Tool, ...]
     ) -> tuple[tuple[Span, ...], int]:
         """Spans of the answers before the last one, and how many were not found again."""
         found: list[Span] = []
@@ -103,9 +105,9 @@ class ConversationEncoder:
         for i, message in enumerate(messages[:-1]):
             if message["role"] != "assistant" or not _asked(messages[:i]):
                 continue  # a greeting answers nothing
-            if not message["content"].strip():
+            if _is_blank(message):
                 continue
-            span = self.format.find_answer(messages, i, prompt)
+            span = self.format.find_answer(messages, i, prompt, tools)
             if span is not None and (not found or span[0] >= found[-1][1]):
                 found.append(span)
             else:
@@ -117,13 +119,18 @@ def _asked(messages: tuple[Message, ...]) -> bool:
     return any(m["role"] != "assistant" and m["content"].strip() for m in messages)
 
 
-def _check(messages: tuple[Message, ...]) -> None:
-    if not messages[-1]["content"].strip():
+def _is_blank(message: Message) -> bool:
+    return not message["content"].strip() and not message.get("tool_calls")
+
+
+def _check(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> None:
+    if _is_blank(messages[-1]):
         raise SkippedRow("no answer")
     if not _asked(messages[:-1]):
         raise SkippedRow("empty prompt")
     # JSON can escape half a surrogate pair, which no tokenizer takes.
-    if not all(is_unicode(text) for m in messages for text in (m["role"], m["content"])):
+    rest = json.dumps([tools, *({**m, "content": ""} for m in messages)], ensure_ascii=False)
+    if not all(map(is_unicode, (rest, *(m["content"] for m in messages)))):
         raise SkippedRow("not valid Unicode")
 
 

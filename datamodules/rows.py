@@ -1,19 +1,24 @@
 """Rows of the known schemas, and the conversations that they hold."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from datamodules.conversations import Conversation, Message
+from datamodules.tools import calls_of, tools_of
 
 SCHEMAS = (
-    '{"context", "qa": [{"question", "answers": [..]}]}, {"messages": [{"role", "content"}]}, '
+    '{"context", "qa": [{"question", "answers": [..]}]}, '
+    '{"messages": [{"role", "content"}][, "tools"]}, '
     '{"conversations": [{"from", "value"}]} or {"instruction", "output"[, "input"]}'
 )
 FIELDS = (
     *("id", "source", "context", "qa", "messages", "conversations"),
-    *("instruction", "input", "output"),
+    *("instruction", "input", "output", "tools"),
 )
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+PARTS = ("image", "image_url", "audio", "input_audio", "video", "file", "refusal")
+"""Kinds of content parts that are known and not text."""
 
 # A hundred times any context window: tokenising such a text takes seconds and gigabytes, once each
 # time that it is drawn.
@@ -41,9 +46,11 @@ def parse_row(row: Mapping[str, Any]) -> list[Conversation]:
 def messages_to_conversation(
     row: Mapping[str, Any], messages: Iterable[Message], part: str = ""
 ) -> Conversation:
-    """A conversation with the row's "source" and "id"; `part` is appended to the latter."""
+    """A conversation with the row's "source", "id" and "tools"; `part` is appended to the id."""
     source, name = (_name(row.get(key)) for key in ("source", "id"))
-    return Conversation(tuple(messages), source, name + part)
+    tools = tools_of(row.get("tools"))
+    _text(json.dumps(tools), "tools")
+    return Conversation(tuple(messages), source, name + part, tools=tools)
 
 
 def exchange(prompt: str, answer: str) -> tuple[Message, Message]:
@@ -98,9 +105,45 @@ def _parse_chat(row: Mapping[str, Any]) -> list[Conversation]:
 
 def _parse_turn(turn: Mapping[str, Any]) -> Message:
     role = _text(turn.get("role") or turn.get("from"), "role").lower()
+    if turn.get("function_call") is not None:
+        raise ValueError("function_call is there; expected tool_calls")
     # Parquet knows no missing fields: those of the other schema are null.
     content = turn["content"] if turn.get("content") is not None else turn.get("value")
-    return {"role": ROLES.get(role, role), "content": _text(content, "content")}
+    calls = calls_of(turn.get("tool_calls"))
+    if calls and content is None:
+        content = ""  # a turn may be nothing but calls
+    message: Message = {"role": ROLES.get(role, role), "content": _content(content)}
+    if calls:
+        _text(json.dumps(calls), "tool_calls")
+        message["tool_calls"] = calls
+    if message["role"] == "tool":
+        _add_names(message, turn)
+    return message
+
+
+def _content(value: Any) -> str:
+    """The text of a message; text parts stand on lines of their own, as servers join them."""
+    if not isinstance(value, list):
+        return _text(value, "content")
+    return _text("\n".join(map(_part, value)), "content")
+
+
+def _part(part: Any) -> str:
+    if not isinstance(part, Mapping):
+        raise ValueError("content is not text")
+    kind = part.get("type")
+    if kind != "text":
+        known = isinstance(kind, str) and kind in PARTS
+        raise ValueError(f"content has {kind if known else 'a part that is unknown'}, not text")
+    return _text(part.get("text"), "text of a content part")
+
+
+def _add_names(message: Message, turn: Mapping[str, Any]) -> None:
+    """Which call a tool's result answers, if the row says it."""
+    if turn.get("tool_call_id") is not None:
+        message["tool_call_id"] = _text(turn["tool_call_id"], "tool_call_id")
+    if turn.get("name") is not None:
+        message["name"] = _text(turn["name"], "name")
 
 
 def _parse_instruction(row: Mapping[str, Any]) -> list[Conversation]:

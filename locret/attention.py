@@ -4,6 +4,7 @@ compiled models run uncompiled.
 B batch, H KV heads, G query heads a KV head, T new tokens, S slots, D head size.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -140,6 +141,15 @@ def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> 
             "attention_mask holds zeros: inside `with engine:` the attached model takes no "
             "padding; engine.generate does"
         )
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which tensors of `device` keep their dtypes: PyTorch refuses to put float16 ones
+    side by side under autocast to bfloat16, and tables of codes are such."""
+    known = torch.amp.is_autocast_available(device.type)  # "meta" is not
+    if not known or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def without_compiling(module: Any) -> Any:

@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locret.attention import IMPLEMENTATION, LayerCall, LayerFunction, register
+from locret.attention import (
+    IMPLEMENTATION,
+    LayerCall,
+    LayerFunction,
+    is_compiled,
+    register,
+    running_uncompiled,
+    without_compiling,
+)
 from locret.backends import Backend, Weighting
 from locret.cache import RetainedCache
 from locret.cache_names import cache_in
@@ -79,13 +87,31 @@ class AttentionLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes."""
+        """Where the layer computes.
+
+        Raises:
+            ValueError: nowhere: its weights are on the meta device, without values elsewhere.
+        """
         for tensor in self.module.parameters():
             if tensor.device.type != "meta":
                 return tensor.device
         hooks = (getattr(module, "_hf_hook", None) for module in self.module.modules())
         places = (getattr(hook, "execution_device", None) for hook in hooks)
-        return torch.device(next(place for place in places if place is not None))
+        place = next((place for place in places if place is not None), None)
+        if place is None:
+            raise ValueError(
+                "the model was made on the meta device, where weights have no values; load it with "
+                "from_pretrained, or give it values with to_empty and load_state_dict"
+            )
+        return torch.device(place)
+
+    def key_bias(self, size: int) -> Tensor | None:
+        """What the layer's projection adds to all keys, `size` numbers; None if nothing."""
+        bias = getattr(getattr(self.module, "k_proj", None), "bias", None)
+        fused = getattr(getattr(self.module, "qkv_proj", None), "bias", None)
+        if isinstance(fused, Tensor):  # of queries, keys and values
+            bias = fused[-2 * size : -size]
+        return bias if isinstance(bias, Tensor) and bias.device.type != "meta" else None
 
 
 class Backbone:
@@ -100,7 +126,9 @@ class Backbone:
     """
 
     def __init__(self, model: Any, longrope: LongRopeRule = "long") -> None:
-        stock: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model = stock = without_compiling(model)
+        if hasattr(model, "get_base_model"):
+            stock = without_compiling(model.get_base_model())
         config = getattr(stock, "config", None)
         if config is None or not (hasattr(stock, "get_decoder") and hasattr(stock, "generate")):
             raise ValueError(f"expected a transformers causal language model, got {type(model)}")
@@ -112,9 +140,9 @@ class Backbone:
                 "in front of the prompt; expected one that changes weights, such as LoRA"
             )
         self.model: Any = stock
-        self.decoder: Any = stock.get_decoder()
+        self.decoder: Any = without_compiling(stock.get_decoder())
         self.config = self.decoder.config
-        attentions = [layer.self_attn for layer in self.decoder.layers]
+        attentions = [without_compiling(layer.self_attn) for layer in self.decoder.layers]
         apply = sys.modules[type(attentions[0]).__module__].apply_rotary_pos_emb
         self._rotaries = _rotaries(self.decoder.rotary_emb, apply, longrope)
         self.longrope = next((r.longrope for r in self._rotaries.values() if r.longrope), None)
@@ -150,6 +178,13 @@ class Backbone:
         return {layer.device for layer in self.layers}
 
     @property
+    def key_biases(self) -> list[Tensor]:
+        """What the layers that are retained add to all their keys, [H * D] each that does."""
+        size = self.geometry.num_kv_heads * self.geometry.head_size
+        biases = (layer.key_bias(size) for layer in self.retained)
+        return [bias for bias in biases if bias is not None]
+
+    @property
     def plain(self) -> bool:
         """All layers retain their units, rotate alike and weigh by an ordinary softmax."""
         names = ("attn_logit_softcapping", "sinks")
@@ -159,7 +194,7 @@ class Backbone:
     @property
     def backend(self) -> Backend:
         """The attention backend that matches the one the model was loaded with."""
-        # Models that SDPA alone cannot compute load as eager; that is nobody's wish.
+        # Models that SDPA alone cannot compute load as eager, though no caller wants it.
         eager = self.config._attn_implementation == "eager" and self.model._supports_sdpa
         return "eager" if eager else "sdpa"
 
@@ -187,6 +222,8 @@ class Backbone:
             )
         register()
         with contextlib.ExitStack() as stack:
+            if any(map(is_compiled, self._on_the_way)):
+                stack.enter_context(running_uncompiled)
             stack.callback(self.model.set_attn_implementation, before)
             self.model.set_attn_implementation(IMPLEMENTATION)
             for layer in self.layers:
@@ -198,6 +235,14 @@ class Backbone:
                 handle = self.decoder.register_forward_hook(after, with_kwargs=True)
                 stack.callback(handle.remove)
             yield
+
+    @property
+    def _on_the_way(self) -> Iterator[Any]:
+        """The modules whose calls lead to an attention layer, itself included, as they are now."""
+        modules = dict(self.model.named_modules())
+        ours = {layer.module for layer in self.layers}
+        for parts in [name.split(".") for name, module in modules.items() if module in ours]:
+            yield from (modules[".".join(parts[:count])] for count in range(len(parts) + 1))
 
     def surprise(self, hidden: Tensor, next_ids: Tensor) -> Tensor:
         """-log p of the tokens that came next, [B, T] float32.
@@ -263,6 +308,8 @@ def _hand_over(
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
+        # Under autocast projections give half precision; rotations and norms, float32 again.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         return run(
             LayerCall(
                 layer.layer_idx,

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 NAMES = ("cache", "past_key_values")
@@ -20,10 +21,12 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[name] for name in NAMES if arguments.get(name) is not None), None)
 
 
-def with_old_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of an attention layer with the cache under its old name too, for hooks of libraries
-    that know no other."""
-    return {**arguments, NAMES[-1]: cache_in(arguments)}
+def as_before(layer: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What an attention layer ran with, as transformers 5.2 would have called it: with
+    `past_key_values` and `cache_position`. For hooks of libraries written for it."""
+    cache, new = cache_in(arguments), arguments["hidden_states"].shape[1]
+    end = cache.get_seq_length(layer.layer_idx)
+    return {"cache_position": torch.arange(end - new, end), **arguments, NAMES[-1]: cache}
 
 
 def cache_of(output: Any) -> Any:
@@ -47,11 +50,12 @@ def as_argument(module: nn.Module, cache: Any, method: str = "forward") -> dict[
     """
     # Stock `generate` takes any keyword and hands it on to this.
     takes = "prepare_inputs_for_generation" if method == "generate" else method
-    return {_name(type(module), takes): cache}
+    kind: Any = type(module)
+    return {_name(kind, takes): cache}
 
 
 @functools.cache
-def _name(kind: type, method: str) -> str:
+def _name(kind: Any, method: str) -> str:
     """A wrapper of `**kwargs` alone says nothing, so that its base classes are asked."""
     for each in kind.__mro__:
         if method in vars(each):

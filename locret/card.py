@@ -102,7 +102,8 @@ def _base_model(record: Mapping[str, Any]) -> str | None:
     """The backbone's Hub id, if it has one."""
     backbone = str(record.get("backbone") or "")
     backbone = _HUB_IDS.get(backbone, backbone)
-    return backbone if _HUB_ID.fullmatch(backbone) else None
+    is_file = backbone.lower().endswith(".gguf")
+    return backbone if _HUB_ID.fullmatch(backbone) and not is_file else None
 
 
 def _introduction(record: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from locret import interrupts
 from locret.commands import (
     artifacts,
     evaluate,
@@ -27,23 +28,25 @@ from locret.commands import (
     plan,
     report,
     reproduce,
+    shared,
 )
 
 COMMANDS = (generate, needle, grid, evaluate, reproduce, lm_eval, artifacts, report, plan)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status. Errors of the user print one line to stderr."""
+    """Run a command; returns the exit status (`locret.interrupts`)."""
+    shared.replace_unprintable()
     given = _parsed(sys.argv[1:] if args is None else args)
-    try:
-        given.run(given)
-    except (ValueError, OSError) as error:
-        print(f"locret {given.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    return 0
+    note = "stopped"
+    if _keeps_answers(given):
+        note += "; the same command goes on where it stopped"
+    return interrupts.run_command(f"locret {given.command}", lambda: given.run(given), note=note)
+
+
+def _keeps_answers(given: argparse.Namespace) -> bool:
+    """Whether answers are written as they come, and asked for once: not so by a plain `needle`."""
+    return given.command in ("evaluate", "grid") or getattr(given, "grid", False)
 
 
 def _parsed(args: Sequence[str]) -> argparse.Namespace:

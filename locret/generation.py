@@ -8,6 +8,7 @@ eviction.
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from locret.arguments import (
     after_questions,
     check_decoding,
     check_ids,
+    check_not_repeated,
+    inferred_mask,
     left_mask,
     left_padding,
     longest,
@@ -28,6 +31,7 @@ from locret.arguments import (
     stock_settings,
     unpadded,
 )
+from locret.attention import without_autocast
 from locret.backbone import Backbone
 from locret.backends import Backend, available, fastest
 from locret.cache import DECODE_ROOM, Eviction, Positions, RetainedCache
@@ -37,6 +41,7 @@ from locret.kernels.dispatch import AVAILABLE
 from locret.merging import MergingChoice, merging_of
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.quantization import Quantization, scheme_of
+from locret.quantization.fp8 import Fp8Scheme, key_bias_warning
 from locret.reading import Progress, Reader, one_if_equal
 from locret.recall import Recall, recall_of
 from locret.retention import RetainedAttention
@@ -44,7 +49,7 @@ from locret.rotary import LongRopeRule
 from locret.saved import check_model, describe
 from locret.settings import Auto, Budget, Settings, memory_budget
 from locret.sizing import Sizing
-from locret.steps import GraphedSteps, seen_through, why_not_graphed, without_mask
+from locret.steps import GraphedSteps, StepCounts, seen_through, why_not_graphed, without_mask
 
 DEFAULT_NEW_TOKENS = 64
 MOST_ROOM = 8192  # tokens of an answer for which storage is made at once
@@ -101,6 +106,10 @@ class Engine:
             needs policy="full" and chunk_size=None.
         graphs: run the steps of an answer from a CUDA graph; "auto" = where that works.
         progress: called after every chunk.
+
+    Attributes:
+        last_steps: how the one-token steps of the last answer ran (`locret.steps.StepCounts`); None
+            before the first.
 
     Raises:
         ValueError: an unsupported model, heads of another backbone, or settings that cannot work
@@ -166,6 +175,10 @@ class Engine:
             self.merging is not None,
             tuple(window for window in self.backbone.windows if window),
         )
+        if isinstance(self.sizing.scheme, Fp8Scheme):
+            told = key_bias_warning(self.backbone.key_biases)
+            if told is not None:
+                warnings.warn(told, stacklevel=2)
         self.recall = recall_of(recall)
         RetainedCache(  # do they agree?
             0,
@@ -197,6 +210,7 @@ class Engine:
             query_aware,
             progress,
         )
+        self.last_steps: StepCounts | None = None
         self._attached: contextlib.ExitStack | None = None
         self._depth = 0
 
@@ -260,6 +274,7 @@ class Engine:
         """An empty cache for a context of that many tokens, and what each layer keeps of it."""
         return self._reader.new_cache(context)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def prefill(
         self,
@@ -272,7 +287,8 @@ class Engine:
 
         Args:
             input_ids: [B, n] long; rows of different lengths are padded on the left.
-            attention_mask: [B, n], zeros where a row is padded; None = no padding.
+            attention_mask: [B, n], zeros where a row is padded; None = where `pad_token_id` is, if
+                stock `generate` would infer that.
             query_ids: [B, q] long: what will be asked. Query-aware heads (Locret-Q) need it: it is
                 read in front of the context, once more, and never evicted; and so does an engine
                 with `query_aware`, which reads it behind the context and does not keep it. Without
@@ -286,6 +302,8 @@ class Engine:
                 given to no use.
         """
         check_ids(input_ids)
+        if attention_mask is None:
+            attention_mask = inferred_mask(self.model, {}, input_ids)
         padding = left_padding(attention_mask, input_ids)
         query_ids = self._checked_query(query_ids, input_ids)
         rows = unpadded(input_ids, padding)
@@ -296,6 +314,7 @@ class Engine:
             queries = [None] * len(rows) if query_ids is None else query_ids.split(1)
             return self._reader.read_rows(rows, lengths, queries, input_ids.shape[1])
 
+    @torch.compiler.disable
     @torch.no_grad()
     def generate(
         self,
@@ -311,27 +330,38 @@ class Engine:
         Args:
             input_ids: [B, n] long: the prompt, or with `cache` only what follows its context. Rows
                 of different lengths are padded on the left.
-            attention_mask: [B, n], zeros where a row is padded; None = no padding.
+            attention_mask: [B, n], zeros where a row is padded; None = where `pad_token_id` is, if
+                stock `generate` would infer that.
             cache: a cache of `prefill` or of an earlier `generate`. It goes on from where it is,
                 and holds question and answer afterwards; if the call fails, what it held before.
-            max_new_tokens: default 64, unless `max_length` or a `generation_config` is given.
-            **kwargs: of stock `generate`: streamer, sampling, stopping criteria, ...
+            max_new_tokens: None = what the `generation_config` passed or the model's own says, 64
+                if neither has `max_new_tokens` nor `max_length`. The latter counts the whole
+                sequence, as stock does: what the cache has read, too.
+            **kwargs: of stock `generate`: streamer, sampling, stopping criteria, ... Hidden states
+                are those of the local tokens (the question, with `cache`) and the answer.
 
         Returns:
             What stock `generate` returns: `input_ids` followed by the answer.
 
         Raises:
             ValueError: an empty prompt, padding elsewhere than on the left, questions of lengths
-                that do not go together, or a decoding method that needs to roll back the cache.
+                that do not go together or that repeat what the cache has read, or a decoding method
+                that needs to roll back the cache.
         """
         check_ids(input_ids)
         context = input_ids[:, :0] if cache is None else self._context_ids(cache, input_ids)
+        if attention_mask is None:
+            attention_mask = inferred_mask(self.model, kwargs, input_ids)
         padding = left_padding(attention_mask, input_ids, context.shape[1])
+        if cache is not None:
+            check_not_repeated(cache, input_ids, padding)
         check_decoding(self.model, kwargs, with_cache=cache is not None)
-        if max_new_tokens is None and not any(map(kwargs.get, ("max_length", "generation_config"))):
-            max_new_tokens = DEFAULT_NEW_TOKENS
         if max_new_tokens is not None:
             kwargs["max_new_tokens"] = max_new_tokens
+        elif not any(
+            setting(self.model, kwargs, name) for name in ("max_new_tokens", "max_length")
+        ):
+            kwargs["max_new_tokens"] = DEFAULT_NEW_TOKENS
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = ShowingPrompt(kwargs["streamer"], input_ids.shape[1])
         with self:
@@ -349,9 +379,7 @@ class Engine:
         cache, tokens = self._read_prompt(prompt, padding), prompt.shape[1]
         # What was read in front of the prompt, for stock generate's bookkeeping.
         front = cache.seen - (tokens - min(self._unread, tokens))
-        if front:
-            for name, length in prompt_lengths(self.model, kwargs).items():
-                kwargs[name] = length + front
+        self._lengthen(kwargs, front)
         sequence = torch.cat([prompt[:, tokens - front :], prompt], dim=1)
         # What stands in front of padding is repeated behind it, and need not count.
         leading = [count + front if count else 0 for count in padding]
@@ -367,6 +395,7 @@ class Engine:
     ) -> Any:
         """What stock generate returns for questions [B, n] about what `cache` has read, of which
         the tokens are `context`."""
+        self._lengthen(kwargs, cache.query_length)
         if any(padding):
             sequence = self._read_questions(cache, questions, padding)
             output = self._generate(
@@ -376,6 +405,12 @@ class Engine:
         sequence = torch.cat([context, questions], dim=1)
         padding = list(cache.padding or padding)
         return self._generate(sequence, cache, context.shape[1], padding, kwargs)
+
+    def _lengthen(self, kwargs: dict[str, Any], front: int) -> None:
+        """Make lengths that count the prompt count `front` tokens read in front of it too."""
+        if front:
+            for name, length in prompt_lengths(self.model, kwargs).items():
+                kwargs[name] = length + front
 
     @property
     def asks_together(self) -> bool:
@@ -534,22 +569,20 @@ class Engine:
             cache.token_ids = None  # whose rows are the beams' no more
         kwargs = kwargs | stock_settings(self.model, kwargs)
         cache.room = min(max(last - cache.seen, DECODE_ROOM), MOST_ROOM)
-        model: Any = self.model
-        if any(padding):
-            model = seen_through(self.backbone.model, without_mask)
-        takes_steps = all(layer.takes_steps for layer in cache.layers)
-        if beams == 1 and cache.eviction is None and takes_steps and self.fast_steps:
-            model = seen_through(
-                self.backbone.model, GraphedSteps(self.backbone, cache, self.graphs)
-            )
+        model, steps = self._answering(cache, any(padding), beams)
+        seen = cache.seen
         output = model.generate(
             sequence,
             attention_mask=left_mask(sequence, padding),
             **as_argument(self.backbone.model, cache, "generate"),
             **kwargs,
         )
-        for layer in cache.layers:
-            layer.units.settle()
+        with without_autocast(sequence.device):
+            for layer in cache.layers:
+                layer.units.settle()
+        # Beside those of new tokens, the call that reads what is left of a prompt, if that is one.
+        taken = cache.seen - sequence.shape[1] + (sequence.shape[1] - seen == 1)
+        self.last_steps = StepCounts(taken, *((steps.fast, steps.replayed) if steps else ()))
         plain = isinstance(output, Tensor)
         sequences = output if plain else output.sequences
         if beams == 1:  # else the cache's rows are the last beams, not the sequences returned
@@ -559,6 +592,16 @@ class Engine:
             return sequences[:, context:]
         output.sequences = sequences[:, context:]
         return output
+
+    def _answering(
+        self, cache: RetainedCache, padded: bool, beams: int
+    ) -> tuple[Any, GraphedSteps | None]:
+        """The model whose `generate` answers, and what takes its one-token steps, if anything."""
+        takes_steps = all(layer.takes_steps for layer in cache.layers)
+        if beams == 1 and cache.eviction is None and takes_steps and self.fast_steps:
+            steps = GraphedSteps(self.backbone, cache, self.graphs)
+            return seen_through(self.backbone.model, steps), steps
+        return seen_through(self.backbone.model, without_mask) if padded else self.model, None
 
     @property
     def fast_steps(self) -> bool:

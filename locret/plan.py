@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from locret.backbone import Backbone
 from locret.heads import Geometry
-from locret.quantities import format_bytes
+from locret.quantities import MOST, format_bytes
 from locret.quantization import NO_SCHEME, Scheme, make_scheme
 from locret.quantization.costs import costs_of
 from locret.settings import PAPER
@@ -121,8 +121,8 @@ def make_plan(
         ("new_tokens", new_tokens, 0),
         ("head_width", head_width, 0),
     ):
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected at least {least}")
+        if not least <= value <= MOST:
+            raise ValueError(f"{name} is {value}; expected at least {least}, and at most {MOST}")
     dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)

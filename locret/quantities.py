@@ -16,6 +16,9 @@ BYTES = {
 TOKENS = {"": 1, "K": KIBI, "M": KIBI**2}
 """Tokens by unit; lengths of contexts are counted in powers of two."""
 
+MOST = 2**60
+"""No amount is larger: more is a slip of the hand, and sums of it would not be exact."""
+
 
 def is_whole(value: object, least: int) -> bool:
     """Whether this is a whole number, and at least `least`."""
@@ -75,7 +78,12 @@ def _parse(text: str, units: dict[str, int], expected: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].lower() not in by_name:
         raise ValueError(f"{text!r} is not {expected}")
-    amount = float(found[1]) * by_name[found[2].lower()]
+    unit = by_name[found[2].lower()]
+    amount = float(found[1]) * unit
     if amount < 1:
         raise ValueError(f"{text!r} is less than 1; expected {expected}")
+    if amount > MOST:
+        raise ValueError(f"{text!r} is more than there is anywhere; expected {expected}")
+    if unit == 1 and amount % 1:
+        raise ValueError(f"{text!r} is not a whole number; expected {expected}")
     return int(amount)

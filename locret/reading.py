@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from locret.attention import without_autocast
 from locret.backbone import Backbone
 from locret.cache import Eviction, RetainedCache
 from locret.cache_names import as_argument
@@ -117,7 +118,8 @@ class Reader:
         ids = [row.token_ids for row in rows if row.token_ids is not None]
         assert len(ids) == len(rows)
         heads, device = self.backbone.geometry.num_kv_heads, self.backbone.model.device
-        cache = RetainedCache.stack(list(rows), padded_to, heads, device)
+        with without_autocast(device):
+            cache = RetainedCache.stack(list(rows), padded_to, heads, device)
         cache.token_ids = torch.cat(
             [nn.functional.pad(i, (padded_to - i.shape[1], 0)) for i in ids]
         )

@@ -10,13 +10,13 @@ whatever is read or answered, and no policy is asked.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from locret.attention import LayerCall
+from locret.attention import LayerCall, without_autocast
 from locret.backends import Backend, attend, attend_past
 from locret.cache import DECODE_ROOM, Eviction, RetainedCache
 from locret.layer import RetainedLayer
@@ -62,21 +62,18 @@ class RetainedAttention:
             )
         layer: RetainedLayer = cache.layers[call.layer_idx]
         layer.place(call.key.device)
+        own = call.value.dtype
+        call = call.to(_dtype_of(layer, own, cache.eviction))
         leave = cache.takes_in and call.layer_idx == len(cache.layers) - 1
-        output = None
-        if layer.window is not None:
-            output = self._slide(call, layer, layer.window, cache, leave)
-        elif cache.steps is not None:
-            cache.answered = cache.budget is not None
-            output = cache.steps.attend(call, layer)
-        elif cache.eviction is None:
-            output = self._answer(call, layer, cache, leave)
-        else:
+        if layer.window is None and cache.steps is None and cache.eviction is not None:
             output = self._read(call, layer, cache, cache.eviction, leave)
+        else:
+            with without_autocast(call.key.device):
+                output = self._append(call, layer, cache, leave)
         layer.seen += call.key.shape[2] - (cache.eviction.drop if cache.eviction else 0)
         if output is None:
             raise TakenIn
-        return output
+        return output.to(own)
 
     def rotation(
         self, layer_idx: int, hidden: Tensor, cache: RetainedCache | None, rotary: Rotary | None
@@ -92,6 +89,17 @@ class RetainedAttention:
             return cache.steps.rotation(layer_idx)
         starts = _first_slots(layer, cache)
         return rotary.cos_sin(starts, hidden.shape[1], cache.prompt_lengths, hidden)
+
+    def _append(
+        self, call: LayerCall, layer: RetainedLayer, cache: RetainedCache, leave: bool
+    ) -> Tensor | None:
+        """No policy is asked."""
+        if layer.window is not None:
+            return self._slide(call, layer, layer.window, cache, leave)
+        if cache.steps is not None:
+            cache.answered = cache.budget is not None
+            return cache.steps.attend(call, layer)
+        return self._answer(call, layer, cache, leave)
 
     def _answer(
         self, call: LayerCall, layer: RetainedLayer, cache: RetainedCache, leave: bool
@@ -173,7 +181,8 @@ class RetainedAttention:
             rotate = None if layer.rotated else functools.partial(_at_first_slot, call, cache)
             held_keys = held.keys if held else None
             layer.host.look(query, held_keys, key, rotate, at_once=self.policy.waits)
-        self._store(layer, call, key, scores, eviction)
+        with without_autocast(key.device):
+            self._store(layer, call, key, scores, eviction)
         if layer.host is not None and not self.policy.waits:
             layer.host.forget_look()
         return output
@@ -302,6 +311,13 @@ class RetainedAttention:
         ranked = self.policy.reconsider([layer.scores for layer in layers], surprisal)
         last = hidden[:, -1 - eviction.drop]
         layers[0].state["last_hidden"] = last.to(layers[0].scores.device, copy=True)
+        with without_autocast(hidden.device):
+            self._evict_ranked(layers, ranked, eviction)
+
+    def _evict_ranked(
+        self, layers: list[RetainedLayer], ranked: Sequence[Tensor], eviction: Eviction
+    ) -> None:
+        """Hold what a policy that waited ranks highest, by scores [B, H, S] of every layer."""
         for layer, scores in zip(layers, ranked, strict=True):
             layer.units.replace_scores(scores.float())
             if eviction.drop:
@@ -401,6 +417,18 @@ def _without_padding(layer: RetainedLayer, key: Tensor, value: Tensor) -> tuple[
     own = new.maximum((layer.empty - layer.held)[..., None]).clamp(max=key.shape[2] - 1)
     index = own[..., None].expand_as(key)
     return key.gather(2, index), value.gather(2, index)
+
+
+def _dtype_of(layer: RetainedLayer, new: torch.dtype, eviction: Eviction | None) -> torch.dtype:
+    """What a layer computes in: that of the units held, else of `new` ones. They differ where
+    autocast was turned on or off between a context and its question."""
+    held = layer.units.tail[0].dtype if layer.held else new
+    if held != new and eviction is not None:
+        raise ValueError(
+            f"the cache holds {held} and the model now gives {new}: autocast was turned on or off "
+            "since, and units of both are to be ranked; keep it as it was while units are evicted"
+        )
+    return held
 
 
 def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ Python never reads the counters; it keeps its own, which move in step.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,20 @@ from locret.kernels.store import store_units
 from locret.layer import RetainedLayer
 
 EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces
+
+
+class StepCounts(NamedTuple):
+    """How the one-token steps of an answer ran.
+
+    Attributes:
+        taken: calls of the model with one token a row.
+        fast: those of them with counters on the device.
+        replayed: those of the fast ones that a CUDA graph ran.
+    """
+
+    taken: int
+    fast: int = 0
+    replayed: int = 0
 
 
 class Steps:
@@ -124,6 +138,9 @@ class GraphedSteps:
     Args:
         backbone: attached.
         cache: of the request; its prompt is read by calls that this object declines.
+
+    Attributes:
+        fast, replayed: see `StepCounts`.
     """
 
     def __init__(self, backbone: Backbone, cache: RetainedCache, graphs: bool) -> None:
@@ -135,6 +152,8 @@ class GraphedSteps:
         self._ids: Tensor | None = None
         self._outputs: Any = None
         self._eager = 0
+        self.fast = 0
+        self.replayed = 0
 
     def __call__(self, run: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """The model's outputs for `inputs`, as of any model where this is no step of ours."""
@@ -142,6 +161,7 @@ class GraphedSteps:
         if not self._is_step(ids, inputs):
             return without_mask(run, inputs)
         assert ids is not None
+        self.fast += 1
         if self._steps is None or self._steps.room == 0:
             self._prepare()
         if self._graph is None and (not self._graphs or self._eager < EAGER_STEPS):
@@ -155,6 +175,7 @@ class GraphedSteps:
         assert self._ids is not None
         self._ids.copy_(ids)
         self._graph.replay()
+        self.replayed += 1
         return self._outputs
 
     def _is_step(self, ids: Tensor | None, inputs: dict[str, Any]) -> bool:

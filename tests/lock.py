@@ -48,15 +48,22 @@ def lowest() -> list[str]:
     return [f"{each.name}=={version_of(each, '>=')}" for each in direct()]
 
 
+def installed() -> dict[str, Version]:
+    """Version by package. What a build appends (2.13.0+cpu) makes it no other version."""
+    packages = importlib.metadata.distributions()
+    return {
+        canonicalize_name(each.metadata["Name"]): Version(Version(each.version).public)
+        for each in packages
+    }
+
+
 def newer() -> list[str]:
     """What is installed in a newer version than the lock names."""
-    packages = importlib.metadata.distributions()
-    found = {canonicalize_name(each.metadata["Name"]): each.version for each in packages}
+    found = installed()
     return [
         f"{name} {found[name]}, tested with {version}"
         for name, version in sorted(locked_here().items())
-        # What a build appends to its version (2.13.0+cpu) makes it no newer.
-        if name in found and Version(Version(found[name]).public) > Version(version)
+        if name in found and found[name] > Version(version)
     ]
 
 

@@ -2,11 +2,16 @@
 
 import copy
 import importlib.util
+import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import locret
+from locret.adapters import Adapter
 from locret.backbone import Backbone
 from locret.distillation import Distillation
 from locret.models import load_model
@@ -180,6 +185,234 @@ def test_without_peft_the_package_is_named(folder, monkeypatch):
     )
     with pytest.raises(ValueError, match="needs the package peft: pip install peft"):
         load(folder, adapter=str(folder / "lora"))
+
+
+# --- an adapter of another model ---
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def saved(path, family="llama", config=None, **overrides):
+    """A tiny model and an adapter of it, in folders of `path`; returns the two as PEFT has them."""
+    model = tiny_model(family, **overrides)
+    model.save_pretrained(path / "backbone")
+    tiny_tokenizer().save_pretrained(path / "backbone")
+    config = config or peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        adapted = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(path / "lora")
+    return adapted
+
+
+def lora(**given):
+    return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"]} | given)
+
+
+def change(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def refused(folder, adapter):
+    """What is said of an adapter, in one line and before any weight is loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loaded")
+        )
+        with pytest.raises(ValueError) as error:
+            load(folder, adapter=str(adapter))
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+A, B = (f"model.layers.{i}.self_attn.q_proj.lora_A.weight" for i in (2, 3))
+MISFITS = {
+    "deeper": ({"num_hidden_layers": 4}, ["does not fit the model: extra ", A, B]),
+    "shallower": ({"num_hidden_layers": 1}, [": missing ", "model.layers.1.self_attn.q_proj"]),
+    "wider": ({"hidden_size": 128}, ["misshapen", "lora_A.weight is (4, 128), expected (4, 64)"]),
+    "more heads": ({"num_attention_heads": 16}, ["lora_B.weight is (128, 4), expected (64, 4)"]),
+    "both": (
+        {"num_hidden_layers": 3, "hidden_size": 128},
+        ["; misshapen ", "(4, 128)", "extra model.layers.2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_an_adapter_of_another_model_is_refused(kind, folder, tmp_path):
+    overrides, says = MISFITS[kind]
+    saved(tmp_path, **overrides)
+    said = refused(folder, tmp_path / "lora")
+    assert said.startswith(f"adapter {tmp_path / 'lora'} does not fit the model: ")
+    assert all(part in said for part in says), said
+
+
+def test_many_tensors_are_counted(folder, tmp_path):
+    saved(tmp_path, config=lora(target_modules=ALL), num_hidden_layers=5)
+    assert f"and {3 * 7 * 2 - 6} more" in refused(folder, tmp_path / "lora")
+
+
+def test_layers_that_the_model_lacks_are_told_in_a_line(folder, tmp_path):
+    saved(tmp_path, config=lora(layers_to_transform=[3]), num_hidden_layers=4)
+    assert "does not fit the model" in refused(folder, tmp_path / "lora")
+
+
+def test_a_module_of_the_adapter_s_own_is_compared_too(folder, tmp_path):
+    saved(tmp_path, config=lora(modules_to_save=["lm_head"]))
+    said = refused(folder, tmp_path / "lora")  # the folder's backbone knows more tokens
+    assert "misshapen lm_head.modules_to_save.weight is (128, 64), expected (" in said
+    name = "base_model.model.lm_head.weight"
+    change(tmp_path / "lora" / WEIGHTS, lambda tensors: tensors.pop(name))
+    assert ": missing lm_head.weight" in refused(tmp_path, tmp_path / "lora")
+
+
+def test_values_that_are_no_numbers_are_refused(tmp_path):
+    saved(tmp_path)
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    change(tmp_path / "lora" / WEIGHTS, lambda tensors: tensors[name][0].fill_(float("nan")))
+    said = refused(tmp_path, tmp_path / "lora")
+    assert said.endswith("not a number in model.layers.1.self_attn.q_proj.lora_B.weight")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: (path / WEIGHTS).unlink(), "has none of the files adapter_model.safetensors"),
+        (lambda path: (path / WEIGHTS).write_bytes(b"abc"), "could not be read"),
+        (
+            lambda path: (path / WEIGHTS).rename(path / "adapter_model.bin"),
+            "could not be read",
+        ),
+        (lambda path: (path / "adapter_config.json").unlink(), "has no adapter_config.json"),
+        (lambda path: (path / "adapter_config.json").write_text("{"), "is not one that this"),
+        (
+            lambda path: (path / "adapter_config.json").write_text('{"peft_type": "NEW"}'),
+            "is not one that this version of PEFT reads",
+        ),
+    ],
+    ids=["no weights", "cut", "not a torch file", "no record", "cut record", "unknown type"],
+)
+def test_files_that_are_no_adapter_are_told_in_a_line(spoil, says, tmp_path):
+    saved(tmp_path)
+    spoil(tmp_path / "lora")
+    assert says in refused(tmp_path, tmp_path / "lora")
+
+
+FITTING = {
+    "all linear": ("llama", lambda: lora(target_modules="all-linear")),
+    "regex": ("llama", lambda: lora(target_modules=r".*layers\.1\.self_attn\.(q|v)_proj")),
+    "some layers": ("llama", lambda: lora(layers_to_transform=[1])),
+    "own modules": ("llama", lambda: lora(modules_to_save=["lm_head", "input_layernorm"])),
+    "embeddings": ("llama", lambda: lora(target_modules=["q_proj", "embed_tokens"])),
+    "tied": ("llama3.2", lambda: lora(modules_to_save=["lm_head"])),
+    "some tokens": ("llama", lambda: lora(trainable_token_indices=[1, 5])),
+    "biases": ("qwen2.5", lambda: lora(bias="all")),
+    "dora, ranks": ("llama", lambda: lora(use_dora=True, rank_pattern={"q_proj": 2})),
+    "pissa": ("llama", lambda: lora(init_lora_weights="pissa")),
+    "task": ("llama", lambda: lora(task_type="CAUSAL_LM")),
+    "experts": ("qwen3_moe", lambda: lora(target_parameters=["mlp.experts.down_proj"])),
+    "fused": ("phi3", lambda: lora(target_modules=["qkv_proj"])),
+    "ia3": ("llama", lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])),
+    "adalora": (
+        "llama",
+        lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"]),
+    ),
+    "norms": ("llama", lambda: peft.LNTuningConfig(target_modules=["input_layernorm"])),
+    "vectors": (
+        "llama",
+        lambda: peft.VBLoRAConfig(
+            r=4,
+            num_vectors=8,
+            vector_length=8,
+            save_only_topk_weights=True,  # the others are saved as infinite
+            target_modules=["q_proj"],
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FITTING)
+def test_adapters_of_all_kinds_fit_their_model(kind, tmp_path):
+    family, make = FITTING[kind]
+    config = make()
+    if getattr(config, "init_lora_weights", None) is True:
+        config.init_lora_weights = False  # random, not zero
+    adapted = saved(tmp_path, family, config)
+    loaded = load(tmp_path, adapter=str(tmp_path / "lora")).model
+    ids = prompt(40)
+    assert (logits(loaded, ids) - logits(adapted, ids)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "adalora"])
+def test_comparing_draws_no_random_numbers(kind, tmp_path):
+    family, make = FITTING[kind]
+    config = saved(tmp_path, family, make()).config
+    before = torch.get_rng_state()
+    Adapter.find(str(tmp_path / "lora")).check_fit(config)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_embeddings_saved_for_more_tokens_are_the_model_s(tmp_path):
+    adapted = saved(tmp_path)
+    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "lora" / WEIGHTS)
+    load(tmp_path, adapter=str(tmp_path / "lora"))
+    saved(tmp_path / "larger", vocab_size=256)
+    assert "misshapen" in refused(tmp_path / "larger", tmp_path / "lora")
+
+
+def test_weights_that_torch_saved_fit_too(tmp_path):
+    adapted = saved(tmp_path)
+    adapted.save_pretrained(tmp_path / "torch", safe_serialization=False)
+    loaded = load(tmp_path, adapter=str(tmp_path / "torch")).model
+    ids = prompt(40)
+    assert (logits(loaded, ids) - logits(adapted, ids)).abs().max() < 1e-4
+
+
+def test_an_evaluation_refuses_it_before_a_question_is_made(folder, tmp_path):
+    from locret.evaluation.config import EvalConfig
+    from locret.evaluation.preparing import prepare
+
+    saved(tmp_path, num_hidden_layers=4)
+    config = EvalConfig(
+        model=str(folder / "backbone"),
+        adapter=str(tmp_path / "lora"),
+        tasks=("ruler_niah_single_1",),
+        rows=({"policy": "full"},),
+        output=str(tmp_path / "out"),
+        lengths=(300,),
+    )
+    with pytest.raises(ValueError, match="does not fit the model: extra"):
+        prepare(config)
+
+
+def test_a_training_of_heads_refuses_it(folder, tmp_path):
+    module = pytest.importorskip("trainers.module")
+    saved(tmp_path, num_hidden_layers=4)
+    training = module.HeadsModule(str(folder / "backbone"), adapter=str(tmp_path / "lora"))
+    with pytest.raises(ValueError, match="does not fit the model: extra"):
+        training.configure_model()
+
+
+def test_lm_eval_refuses_it(folder, tmp_path):
+    pytest.importorskip("lm_eval")
+    from locret.evaluation.harness import LocretLM
+
+    saved(tmp_path, num_hidden_layers=4)
+    with pytest.raises(ValueError, match="does not fit the model: extra"):
+        LocretLM(str(folder / "backbone"), adapter=str(tmp_path / "lora"), device="cpu")
+
+
+def test_a_checkpoint_without_all_weights_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "backbone", tmp_path / "backbone")
+    config = json.loads((tmp_path / "backbone" / "config.json").read_text())
+    config |= {"num_hidden_layers": 3}
+    config.pop("layer_types", None)
+    (tmp_path / "backbone" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lacks 9 of its tensors: model.layers.2.input_layern"):
+        load(tmp_path)
 
 
 def test_prompt_learning_is_refused_by_the_engine_too():

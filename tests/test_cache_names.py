@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import locret
-from locret.cache_names import NAMES, as_argument, cache_in, cache_of, with_old_name
+from locret.cache_names import NAMES, as_argument, as_before, cache_in, cache_of
 from locret.generation import Engine
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 
@@ -108,8 +108,12 @@ def test_the_cache_is_found_under_either_name():
     for name in NAMES:
         assert cache_in({name: 1, "use_cache": True}) == 1
         assert cache_of(SimpleNamespace(**{name: 1})) == 1
-        assert with_old_name({name: 1})["past_key_values"] == 1
     assert cache_in({}) is None
+    layer = tiny_model("llama").model.layers[1].self_attn
+    cache, hidden = SimpleNamespace(get_seq_length=[4, 7].__getitem__), torch.zeros(1, 3, 2)
+    before = as_before(layer, {"cache": cache, "hidden_states": hidden})
+    assert before["past_key_values"] is cache
+    assert before["cache_position"].tolist() == [4, 5, 6]
     with pytest.raises(AttributeError):
         cache_of(SimpleNamespace())
     with pytest.raises(ValueError, match="Linear.forward takes no cache"):
@@ -135,4 +139,4 @@ def test_nothing_of_ours_uses_a_deprecated_name():
         text=True,
         check=True,
     )
-    assert "deprecated" not in done.stderr, done.stderr
+    assert "past_key_values" not in done.stderr, done.stderr

@@ -15,6 +15,7 @@ from locret.features import FEATURES
 from locret.generation import DEFAULT_NEW_TOKENS
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.settings import PAPER
+from tests.test_batches import padded
 from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -361,11 +362,22 @@ def test_decoding_that_brings_its_own_cache_is_refused(model, kwargs):
     assert engine.generate(prompt(30), **GREEDY).shape == (1, 38)
 
 
-def test_training_mode_with_gradient_checkpointing_is_refused():
+def test_gradient_checkpointing_in_training_mode_answers_as_without_or_is_refused():
+    expected = small_engine(tiny_model("llama")).generate(prompt(30), **GREEDY)
     model = tiny_model("llama").train()
     model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="gradient checkpointing"):
-        small_engine(model).prefill(prompt(30))
+    engine = small_engine(model)
+    if "cache" in as_argument(model, None):  # from 5.24 on a cache is kept where no gradients are
+        assert torch.equal(engine.generate(prompt(30), **GREEDY), expected)
+        cache = engine.prefill(prompt(30))
+    else:
+        with pytest.raises(ValueError, match="turn gradient checkpointing off or call model.eval"):
+            engine.prefill(prompt(30))
+        cache = engine.new_cache(30)[0]
+    with engine, pytest.raises(ValueError, match="turn gradient checkpointing off or call"):
+        model(prompt(3), **as_argument(model, cache))  # with gradients
+    model.eval()
+    assert torch.equal(engine.generate(prompt(30), **GREEDY), expected)
 
 
 # --- attaching ---
@@ -501,6 +513,81 @@ def test_turns_without_a_budget_equal_the_whole_conversation(family, positions):
         conversation = whole
     assert cache.seen == conversation.shape[1] - 1
     assert torch.equal(cache.token_ids, conversation[:, :-1])
+
+
+REPEATED = "input_ids begins with all {} tokens that the cache has read"
+
+
+@pytest.mark.parametrize("following", [0, 1, 6])
+@pytest.mark.parametrize("turns", [0, 1])
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_a_whole_conversation_after_what_the_cache_has_read_is_refused(
+    model, heads, positions, turns, following
+):
+    engine = small_engine(model, "locret", heads=heads, positions=positions)
+    cache = engine.prefill(prompt(40))
+    conversation, question = prompt(40), prompt(6, seed=1)
+    for _ in range(turns):
+        answer = engine.generate(question, cache=cache, **GREEDY)
+        conversation = torch.cat([conversation, answer], dim=1)
+    whole = torch.cat([conversation, prompt(following, seed=2)], dim=1)
+    untouched = cache.snapshot()
+    refused = REPEATED.format(cache.seen) + ".*; give only what follows them"
+    for mask in (None, torch.ones_like(whole)):
+        with pytest.raises(ValueError, match=refused):
+            engine.generate(whole, mask, cache=cache, **GREEDY)
+    assert cache.seen == untouched.layers[0].seen
+    assert engine.generate(question, cache=cache, **GREEDY).shape == (1, 14)
+
+
+def test_a_whole_conversation_is_refused_in_any_row(model):
+    (context, mask), engine = padded((30, 17, 6), vocab=512), small_engine(model)
+    cache = engine.prefill(context, mask)
+    for row, length in enumerate((30, 17, 6)):
+        own = prompt(length, seed=row, vocab=512)
+        rows = [prompt(3 + i, seed=9 + i) for i in range(3)]
+        rows[row] = torch.cat([own, rows[row]], dim=1)
+        width = max(each.shape[1] for each in rows)
+        ids = torch.cat(
+            [torch.nn.functional.pad(each, (width - each.shape[1], 0)) for each in rows]
+        )
+        with pytest.raises(ValueError, match=REPEATED.format(length)):
+            engine.generate(ids, (ids > 0).long(), cache=cache, **GREEDY)
+    question = prompt(5, batch=3, seed=5)
+    assert engine.generate(question, cache=cache, **GREEDY).shape == (3, 13)
+
+
+def test_a_whole_conversation_after_a_question_read_in_front_is_refused(model):
+    engine = small_engine(model, "locret", heads=tiny_heads(model, query_tokens=3))
+    question = prompt(4, seed=1)
+    cache = engine.prefill(prompt(30), query_ids=question)
+    with pytest.raises(ValueError, match=REPEATED.format(30)):
+        engine.generate(torch.cat([prompt(30), question], dim=1), cache=cache, **GREEDY)
+    assert engine.generate(question, cache=cache, **GREEDY).shape == (1, 12)
+
+
+@pytest.mark.parametrize("common", [1, 3, 29])
+def test_a_question_may_begin_as_its_context_does(model, common, recwarn):
+    engine, context = small_engine(model), distinct_prompt(30, 512)
+    question = torch.cat([context[:, :common], distinct_prompt(30, 512, seed=1)], dim=1)
+    answer = engine.generate(question, cache=engine.prefill(context), **GREEDY)
+    assert answer.shape[1] == question.shape[1] + 8
+    assert not recwarn
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_question_that_begins_with_a_context_of_a_few_tokens_is_taken_with_a_warning(
+    model, length
+):
+    engine, question = small_engine(model), prompt(9)
+    cache = engine.prefill(question[:, :length])
+    with pytest.warns(UserWarning, match=REPEATED.format(length)) as told:
+        answer = engine.generate(question, cache=cache, **GREEDY)
+    assert told[0].filename == __file__
+    assert answer.shape == (1, 17)
+    twice = torch.cat([question[:, :length], question], dim=1)
+    whole = full_engine(model).generate(twice, **GREEDY)
+    assert torch.equal(answer, whole[:, length:])
 
 
 def test_turns_after_sampling_several_answers(model):

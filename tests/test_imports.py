@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"cache_names"},
+    {"cache_names", "interrupts", "config_files"},
     {"identity", "kernels", "segments", "features", "targets", "losses", "card", "quantities"},
     {"merging", "sparse_prefill"},
     {"columns", "host_pool", "recall"},
     {"quantization", "units", "selection", "rotary", "host_blocks"},
-    {"weight_quantization"},
+    {"weight_quantization", "hub"},
+    {"adapters", "gguf"},
     {"coded", "sizing", "models"},
-    {"hub"},
     {"artifact"},
     {"heads", "saved", "layer"},
     {"policies", "cache", "backends"},

@@ -53,6 +53,12 @@ def needed_here():
     return {name for name, *_ in found}
 
 
+def is_locked_environment():
+    found = lock.installed()
+    return all(found.get(name, Version(pin)) == Version(pin) for name, pin in LOCKED.items())
+
+
+@pytest.mark.skipif(not is_locked_environment(), reason="other versions bring other packages along")
 def test_every_package_that_comes_along_is_pinned():
     assert needed_here() - set(LOCKED) - {"pip"} == set()
 

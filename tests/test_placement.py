@@ -113,6 +113,9 @@ def test_weights_of_few_bits(kind, tmp_path):
     given = Distillation(Backbone(model), heads.requires_grad_(True).train())(prompt(40), row)
     given.loss.backward()
     assert all(p.grad.abs().max() > 0 for p in heads.parameters())
+    weighted = Distillation(Backbone(model), tiny_heads(model, label="value_weighted"))
+    if kind == "torchao":  # whose weights can be expanded
+        assert weighted(prompt(40), row).loss.isfinite()
+        return
     with pytest.raises(ValueError, match="it is quantized"):
-        heads = tiny_heads(model, label="value_weighted")
-        Distillation(Backbone(model), heads)(prompt(40), row)
+        weighted(prompt(40), row)

@@ -129,6 +129,9 @@ def test_a_window_that_is_too_short_is_said():
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"new_tokens": -1}, "new_tokens is -1"),
         ({"head_width": -1}, "head_width is -1"),
+        ({"context": 2**63}, "context is 9223372036854775808; expected at least 1, and at most"),
+        ({"new_tokens": 10**30}, "new_tokens is 1000"),
+        ({"memory": 10**400}, "memory is 1000"),
     ],
 )
 def test_numbers_out_of_range_are_refused(settings, says):
@@ -153,7 +156,8 @@ def test_the_command_needs_only_a_config(tmp_path, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert (plan["context"], plan["chunk_size"], plan["dtype"]) == (CONTEXT, 1024, "float16")
     assert plan["schemes"][0]["bytes_per_token"] == 131072
-    assert main([*args[:3], "--memory", "lots", "--context", "128K"]) == 2
+    with pytest.raises(SystemExit):
+        main([*args[:3], "--memory", "lots", "--context", "128K"])
     assert "24GiB" in capsys.readouterr().err
 
 
@@ -170,7 +174,9 @@ def test_numbers_of_tokens(text, tokens):
     assert parse_tokens(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "24 parsecs", "0", "1e3", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1GiB", "24 parsecs", "0", "1e3", "nan", "1.5", "9" * 400]
+)
 def test_what_is_no_amount_is_refused(text):
     with pytest.raises(ValueError, match="memory"):
         parse_bytes(text)

@@ -1,15 +1,25 @@
 """A cache in few bits works wherever one in full precision does, and says what it really takes."""
 
+import warnings
+
 import pytest
 import torch
 
 import locret
+from locret.backbone import Backbone
 from locret.cache_names import cache_of
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.quantization import SCHEMES, make_scheme, scheme_of
 from tests.test_batches import padded
-from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
+from tests.tiny_models import (
+    FAMILIES,
+    HEAD_SIZE,
+    distinct_prompt,
+    prompt,
+    tiny_heads,
+    tiny_model,
+)
 
 VOCAB = 4096  # so many words that no two tokens of a prompt are equal and score alike
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -356,3 +366,68 @@ def test_scheme_of_gives_back_schemes():
     scheme = make_scheme("kivi", bits=2)
     assert scheme_of(scheme) is scheme
     assert scheme_of({"name": "kivi", "bits": 2}) == scheme
+
+
+# --- key biases ---
+
+
+def biased_model(family, largest, name="k_proj"):
+    """Key biases of about 0.2, but for one of the second layer."""
+    model = tiny_model(family)
+    size, generator = 2 * HEAD_SIZE, torch.Generator().manual_seed(0)
+    for i, layer in enumerate(model.model.layers):
+        projection = getattr(layer.self_attn, name)
+        bias = 0.2 * torch.randn(projection.out_features, generator=generator)
+        if name == "qkv_proj":
+            bias[:-size] *= 1000  # of queries, and of keys below
+            bias[-2 * size : -size] /= 1000
+            bias[-size:] *= 1000  # of values
+        first = 0 if name == "k_proj" else -2 * size
+        bias[first + 3] = largest if i else 0.2
+        projection.bias = torch.nn.Parameter(bias)
+    return model
+
+
+@pytest.mark.parametrize(("family", "name"), [("qwen2", "k_proj"), ("phi3", "qkv_proj")])
+def test_fp8_is_warned_of_beside_large_key_biases_once_an_engine(family, name):
+    for largest in (354.0, -354.0):
+        model = biased_model(family, largest, name)
+        with pytest.warns(UserWarning, match="the largest key bias of this model, 354") as told:
+            engine = engine_of(model, quantization="fp8")
+        assert len(told) == 1
+        text = str(told[0].message)
+        assert "times its typical one, 0.1" in text
+        assert "from 100 % to 9.4 %" in text and "'kivi' of 8 and 4 bits kept 100 %" in text
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(2):
+                engine.generate(prompt(40), **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("family", "largest", "scheme"),
+    [
+        ("qwen2", 5.0, "fp8"),  # as in most layers of Qwen2.5
+        ("qwen2", 354.0, "kivi"),
+        ("qwen2", 354.0, None),
+        ("qwen2", 354.0, {"name": "fp8", "bits": 16}),
+        ("qwen2", None, "fp8"),  # biases of zero
+        ("llama", None, "fp8"),
+        ("qwen3", None, "fp8"),
+        ("phi3", None, "fp8"),
+    ],
+    ids=str,
+)
+def test_nothing_is_said_without_large_key_biases_or_fp8(family, largest, scheme):
+    model = tiny_model(family) if largest is None else biased_model(family, largest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine_of(model, quantization=scheme)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_key_biases_are_those_of_the_layers_that_are_retained(family):
+    backbone = Backbone(tiny_model(family))
+    biases = backbone.key_biases
+    assert len(biases) in (0, len(backbone.retained))
+    assert {tuple(bias.shape) for bias in biases} <= {(2 * HEAD_SIZE,)}

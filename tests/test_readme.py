@@ -3,14 +3,17 @@
 import gzip
 import importlib.util
 import json
+import logging
 import re
 import shlex
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from peft import LoraConfig, get_peft_model
 
@@ -74,8 +77,24 @@ def workplace(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def no_deprecations():
+    """What users see of deprecated names: FutureWarnings, and what transformers logs once."""
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    transformers.utils.logging.warning_once.cache_clear()
+    logging.getLogger("transformers").addHandler(handler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        yield
+    logging.getLogger("transformers").removeHandler(handler)
+    told += [str(each.message) for each in caught if each.category is FutureWarning]
+    assert not [text for text in told if "deprecated" in text]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_shown_command_runs(command, workplace, tmp_path, monkeypatch, capsys):
+def test_a_shown_command_runs(command, workplace, tmp_path, monkeypatch, capsys, no_deprecations):
     words = shlex.split(command)
     if words[0] == "make":
         if shutil.which("make") is None:
@@ -129,7 +148,7 @@ def run_training(training, args, tmp_path):
     assert (made / "training.yaml").is_file()
 
 
-def test_the_shown_code_runs(workplace, monkeypatch):
+def test_the_shown_code_runs(workplace, monkeypatch, no_deprecations):
     monkeypatch.chdir(workplace)
     model = load_model("backbone", device="cpu").model
     names = {

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import locret
+from locret.cache_names import cache_of
 from locret.generation import Engine
 from locret.kernels import decode_attention_quantized
-from tests.tiny_models import FAMILIES, prompt, tiny_heads, tiny_model
+from locret.steps import EAGER_STEPS, StepCounts
+from tests.tiny_models import FAMILIES, MIXED, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
@@ -39,6 +41,126 @@ def test_same_answers(both, family, positions):
 
     plain, fast = both(work)
     assert torch.equal(plain, fast)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Every engine takes fast steps; the plain twins stand in for the kernels."""
+    monkeypatch.setattr(Engine, "fast_steps", property(lambda self: True))
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in MIXED])
+def test_every_step_of_an_answer_is_fast(fast, family, positions):
+    model = tiny_model(family)
+    engine = locret.Engine(model, heads=tiny_heads(model), positions=positions, **SMALL)
+    assert engine.last_steps is None
+    engine.generate(prompt(60, batch=2), **GREEDY)
+    assert engine.last_steps == StepCounts(taken=11, fast=11, replayed=0)
+    cache = engine.prefill(prompt(60))
+    # The first call after a context fixes the slots, unless they are fixed already.
+    first = positions == "original"
+    engine.generate(prompt(1, seed=1), cache=cache, **GREEDY)
+    assert engine.last_steps == StepCounts(taken=12, fast=11 + first)
+    for tokens in (1, 4):  # and what the last answer left unread
+        engine.generate(prompt(tokens, seed=1), cache=cache, **GREEDY)
+        assert engine.last_steps == StepCounts(taken=11, fast=11)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        ({}, {}),
+        ({"budget": None}, {}),
+        ({"budget": [9, 30]}, {}),
+        ({"quantization": {"name": "kivi", "group": 16, "residual": 3}}, {}),
+        ({}, {"num_return_sequences": 2, "do_sample": True}),
+        ({}, {"repetition_penalty": 1.2, "output_logits": True, "return_dict_in_generate": True}),
+        ({}, {"max_new_tokens": None, "max_length": 72}),
+        ({}, {"generation_config": GenerationConfig(pad_token_id=0)}),
+    ],
+    ids=str,
+)
+def test_every_step_is_fast_whatever_the_answer_is_asked_with(fast, settings, given):
+    model = tiny_model("llama")
+    ids = prompt(60, batch=2)
+    mask = torch.ones_like(ids)
+    for padded in (0, 30, 57):
+        mask[1, :padded] = 0
+        engine = locret.Engine(model, "random", **SMALL | settings)
+        engine.generate(ids, mask, **GREEDY | given)
+        assert engine.last_steps == StepCounts(taken=11, fast=11)
+
+
+def test_steps_go_on_as_storage_runs_out_and_after_restoring(fast, monkeypatch):
+    monkeypatch.setattr("locret.generation.DECODE_ROOM", 3)
+    engine = locret.Engine(tiny_model("llama"), "random", **SMALL)
+    cache = engine.prefill(prompt(60))
+    context = cache.snapshot()
+    for _ in range(2):
+        for tokens in (12, 30):
+            engine.generate(prompt(4), cache=cache, max_new_tokens=tokens, do_sample=False)
+            assert engine.last_steps == StepCounts(taken=tokens - 1, fast=tokens - 1)
+        cache.restore(context)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        ({"decode_interval": 4}, {}),
+        ({"quantization": "fp8"}, {}),
+        ({"recall": {}}, {}),
+        ({}, {"num_beams": 2}),
+        ({}, {"output_hidden_states": True, "return_dict_in_generate": True}),
+    ],
+    ids=str,
+)
+def test_steps_that_are_not_fast_are_counted_as_such(fast, settings, given):
+    engine = locret.Engine(tiny_model("llama"), "random", **SMALL | settings)
+    engine.generate(prompt(60), **GREEDY | given)
+    assert engine.last_steps == StepCounts(taken=11, fast=0)
+
+
+@pytest.mark.parametrize("family", sorted(MIXED))
+def test_architectures_without_fast_steps_say_so(family):
+    engine = locret.Engine(tiny_model(family), "random", **SMALL)
+    assert not engine.fast_steps
+    engine.generate(prompt(60), **GREEDY)
+    assert engine.last_steps == StepCounts(taken=11, fast=0)
+
+
+def test_compiled_models_take_fast_steps_too(fast):
+    model = tiny_model("llama")
+    expected = locret.Engine(model, "random", **SMALL).generate(prompt(60), **GREEDY)
+    model.compile(backend="eager")
+    engine = locret.Engine(model, "random", **SMALL)
+    assert torch.equal(engine.generate(prompt(60), **GREEDY), expected)
+    assert engine.last_steps == StepCounts(taken=11, fast=11)
+
+
+def test_steps_under_autocast(fast):
+    engine = locret.Engine(tiny_model("llama"), "random", **SMALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = engine.generate(prompt(60), return_dict_in_generate=True, **GREEDY)
+    assert engine.last_steps == StepCounts(taken=11, fast=11)
+    assert cache_of(output).layers[0].keys.dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_on_a_gpu_are_replayed_from_a_graph(compiled, autocast):
+    model = tiny_model("llama", num_attention_heads=4, head_dim=64).to("cuda")
+    if compiled:
+        model.compile(backend="eager")
+    answers = []
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+        for graphs in (False, "auto"):
+            engine = locret.Engine(model, "random", graphs=graphs, **SMALL)
+            answers.append(engine.generate(prompt(60, batch=2).cuda(), **GREEDY))
+            replayed = 11 - EAGER_STEPS if graphs else 0
+            assert engine.last_steps == StepCounts(taken=11, fast=11, replayed=replayed)
+    assert torch.equal(*answers)
 
 
 @pytest.mark.parametrize("budget", [20, [9, 30]])

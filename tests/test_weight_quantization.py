@@ -79,6 +79,16 @@ def test_an_adapter_is_carried(scheme, folder, tmp_path):
     assert not torch.allclose(plain.targets[0], adapted.targets[0], rtol=1e-2)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_adapter_of_another_model_is_refused(scheme, folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    deeper = tiny_model("llama", **SIZES, num_hidden_layers=4)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(deeper, config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not fit the model: extra model.layers.2"):
+        load_model(folder, device="cpu", adapter=str(tmp_path), quantization=scheme)
+
+
 def test_an_unknown_scheme_and_missing_packages_are_named(monkeypatch):
     with pytest.raises(ValueError, match=r"'int3' is unknown; expected one of \['int8', 'nf4'\]"):
         quantization_config("int3", None)

@@ -12,8 +12,8 @@ from trainers.adapter import AdapterModule
 from trainers.callbacks import ExportAdapter
 
 
-def main(args: list[str] | None = None) -> Path:
-    """Run a training; returns the folder of the adapter."""
+def main(args: list[str] | None = None) -> Path | None:
+    """Run a training; returns the folder of the adapter, None after a check (`trainers.cli`)."""
     return cli.run(cli.build(AdapterModule, ExportAdapter, args))
 
 

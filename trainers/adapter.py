@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
+from locret.adapters import without_old_names
 from locret.backbone import Backbone
 from locret.models import Dtype, load_model, load_tokenizer
 from locret.packing import PackedAttention
@@ -78,7 +79,8 @@ class AdapterModule(LightningModule):
             target_modules=list(given["target_modules"]),
             task_type="CAUSAL_LM",
         )
-        adapted = get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
+        with without_old_names():
+            adapted = get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
         # Past nn.Module's bookkeeping: checkpoints hold the adapter, never the backbone.
         object.__setattr__(self, "_adapted", adapted)
         # What PEFT put there. The frozen backbone was loaded to read as in use, and goes on so.

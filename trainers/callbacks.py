@@ -32,6 +32,7 @@ class Export(SaveConfigCallback):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.history: dict[str, list[float]] = {name: [] for name in ("step", *self.plotted)}
+        self.written = False
 
     @property
     def folder(self) -> Path:
@@ -56,8 +57,16 @@ class Export(SaveConfigCallback):
             for name in self.plotted:
                 self.history[name].append(float(pl_module.figures[name]))
 
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.write(trainer, pl_module)
+
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write all that is left behind."""
+        self._write(trainer, pl_module)
+        self.written = True
+
+    @rank_zero_only
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.export(trainer, pl_module, self.folder)
         command = f"# command: {shlex.join(['python', *sys.orig_argv[1:]])}\n"
         text = command + self.parser.dump(self.config, skip_none=False)

@@ -2,9 +2,10 @@
 
 A bare config name is looked up in configs/. Any value can be overridden on the command line
 (`--model.lr 1e-3`, `--trainer.max_steps 100`); `--help` lists them all, `--print_config` shows what
-would run. Ctrl-C is safe: `--ckpt_path last` goes on from the last checkpoint.
+would run. Ctrl-C and SIGTERM are safe: `--ckpt_path last` goes on from the last checkpoint.
 """
 
+import logging
 import sys
 import tempfile
 import warnings
@@ -20,10 +21,13 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.datamodule import ConversationDataModule
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from locret.config_files import find_config
+from locret.interrupts import Stopped, run_command
+from trainers.callbacks import Export
+from trainers.stopping import StopBetweenSteps, signal_behind, where_it_stopped
 
 
 class TrainingCLI(LightningCLI):
@@ -45,8 +49,7 @@ def build(
     module: type[LightningModule], export: type[SaveConfigCallback], args: list[str] | None
 ) -> TrainingCLI:
     """Parse the command line (`args`, or the process's own) and make trainer, module and data."""
-    # A run without validation data is no mistake.
-    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+    _silence()
     return TrainingCLI(
         module,
         ConversationDataModule,
@@ -55,37 +58,80 @@ def build(
         save_config_callback=export,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
+        trainer_defaults={"callbacks": [StopBetweenSteps()]},
     )
 
 
+def _silence() -> None:
+    """What Lightning tells users of a run that they cannot change."""
+    # A run without validation data is no mistake.
+    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    # An advertisement.
+    told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    told.addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
 def status(name: str, main: Callable[[], object]) -> int:
-    """Run a training as a command: the exit status. Errors of the user print one line to stderr."""
-    try:
-        main()
-    except (ValueError, OSError, MisconfigurationException) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    return 0
+    """Run a training as a command; returns the exit status (`locret.interrupts`)."""
+    errors = (ValueError, OSError, MisconfigurationException)
+    note = "" if rank_zero_only.rank else "stopped before the first step; nothing was saved yet"
+    return run_command(name, main, errors=errors, note=note)
 
 
-def run(cli: TrainingCLI) -> Path:
-    """Train, say what was made, and return its folder.
+def run(cli: TrainingCLI) -> Path | None:
+    """Train, say what was made, and return its folder; None after a check (`fast_dev_run`).
 
     Raises:
-        ValueError: no output folder is given, or nothing can be written there.
+        ValueError: no output folder is given, nothing can be written there, or no step was taken.
+        Stopped: a signal came; tells how to go on.
     """
-    output = _made(cli.config.output)
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
-    cli.datamodule.gather_counts()
-    if cli.trainer.is_global_zero:
-        figures = {name: round(float(v), 4) for name, v in cli.trainer.callback_metrics.items()}
-        print(_data_table(cli.datamodule.report()))
-        print(f"figures   {figures}")
+    output, trainer = _made(cli.config.output), cli.trainer
+    try:
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
+        if not trainer.fast_dev_run:
+            _export(cli)
+        cli.datamodule.gather_counts()
+    except BaseException as error:
+        number = signal_behind(error, trainer)
+        if number is None:
+            raise
+        raise Stopped(number, where_it_stopped(trainer, cli.config.ckpt_path)) from error
+    if trainer.is_global_zero:
+        _tell(cli, output)
+    return None if trainer.fast_dev_run else output
+
+
+def _export(cli: TrainingCLI) -> None:
+    """Write what was trained, if the training has not done so at its end: one that goes on from its
+    own last step takes no step, and does not end.
+
+    Raises:
+        ValueError: no step was ever taken.
+    """
+    trainer = cli.trainer
+    if trainer.global_step == 0:
+        raise ValueError(
+            "nothing was trained, and nothing is written: no step was taken with "
+            f"max_steps {trainer.max_steps}, max_epochs {trainer.max_epochs} and "
+            f"limit_train_batches {trainer.limit_train_batches}; give numbers above 0 (-1 steps or "
+            "epochs: no limit)"
+        )
+    for callback in trainer.callbacks:
+        if isinstance(callback, Export) and not callback.written:
+            callback.write(trainer, cli.model)
+
+
+def _tell(cli: TrainingCLI, output: Path) -> None:
+    """What was used, what came of it, and where it is."""
+    steps = cli.trainer.global_step
+    figures = {name: round(float(v), 4) for name, v in cli.trainer.callback_metrics.items()}
+    print(_data_table(cli.datamodule.report()))
+    print(f"figures   {figures}")
+    if cli.trainer.fast_dev_run:
+        print(f"checked   steps run: {steps}; fast_dev_run only checks, nothing is written")
+    else:
         print(f"made      {output.resolve()}")
-    return output
 
 
 def _made(output: str | None) -> Path:
@@ -123,20 +169,7 @@ def _with_config_paths(args: list[str]) -> list[str]:
         if flag not in ("--config", "-c"):
             continue
         if equals:
-            found[i] = f"{flag}={config_path(value)}"
+            found[i] = f"{flag}={find_config(value)}"
         elif i + 1 < len(args):
-            found[i + 1] = str(config_path(args[i + 1]))
+            found[i + 1] = str(find_config(args[i + 1]))
     return found
-
-
-def config_path(name: str) -> Path:
-    """The config file of this name: a path as it is, or a name in configs/, with or without .yaml.
-
-    Raises:
-        ValueError: no such file; lists the configs there are.
-    """
-    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
-    raise ValueError(f"config {name!r} is no file, here or in {CONFIGS}; there are: {known}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from locret.commands.shared import DTYPES, Bar, Listed
+from locret.commands.progress import Progress
+from locret.commands.shared import DTYPES, MODEL, Listed
 from locret.quantities import parse_tokens
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def add_to(commands: Any) -> None:
     command.add_argument("--limit", type=int, help="samples a task")
     command.add_argument("--data-dir", help="folder of the tasks' data files")
     command.add_argument("--output", help="folder for predictions and results")
-    command.add_argument("--model", help="Hub id, folder, or embedded:smollm2")
+    command.add_argument("--model", help=MODEL)
     command.add_argument("--adapter", help="PEFT adapter of the model: folder or Hub id")
     command.add_argument("--heads", help="artifact folder, .bin file, or Hub id")
     command.add_argument("--dtype", choices=("auto", *DTYPES))
@@ -95,7 +96,7 @@ def run(given: argparse.Namespace) -> None:
         print(_plan(prepared))
         return
     command = "python -m locret " + shlex.join(sys.argv[1:])
-    progress = Bar("asking") if ranks.rank == 0 else None
+    progress = Progress("asking") if ranks.rank == 0 else None
     if given.processes > 1 and ranks.world == 1:
         run_processes(prepared, _arguments(given), given.processes, progress)
     else:

@@ -3,16 +3,25 @@
 import argparse
 import json
 import re
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from locret.cache_names import cache_of
-from locret.commands.shared import BYTES_PER_MIB, Bar, add_model, load, load_heads
+from locret.commands.progress import Progress
+from locret.commands.shared import (
+    BYTES_PER_MIB,
+    add_model,
+    argument,
+    load,
+    load_heads,
+    read_text,
+    whole,
+)
 from locret.policies import POLICIES
 from locret.quantities import parse_bytes
 from locret.quantization import SCHEMES, Scheme, scheme_of
+
+BUDGETS = "units (6000), a share of the prompt (0.25), memory (512MiB), none for no limit, or auto"
 
 
 def add_to(commands: Any) -> None:
@@ -22,42 +31,44 @@ def add_to(commands: Any) -> None:
     command.add_argument("--policy", default=None, choices=sorted(POLICIES))
     command.add_argument(
         "--budget",
-        type=_budget,
+        type=argument(_budget),
         default={},
         metavar="N",
-        help="units a KV head keeps; a share of the prompt (0.25); memory (512MiB); or none",
+        help=f"what a KV head keeps: {BUDGETS}",
     )
-    auto = {"type": _setting, "default": "auto", "metavar": "N"}
-    command.add_argument("--chunk-size", **auto, help="tokens read at a time, or none")
-    command.add_argument("--stabilizers", **auto, help="last units that survive evictions")
-    command.add_argument("--local-tokens", **auto, help="last tokens, read after the evictions")
+    for name, kind, text in (
+        ("--chunk-size", whole(1, none=None, auto="auto"), "tokens read at a time, or none"),
+        ("--stabilizers", whole(0, auto="auto"), "last units that survive evictions"),
+        ("--local-tokens", whole(1, auto="auto"), "last tokens, read after the evictions"),
+    ):
+        command.add_argument(name, type=kind, default="auto", metavar="N", help=text)
     command.add_argument(
         "--query-aware", action="store_true", help="see the question before the final eviction"
     )
     command.add_argument("--quantization", choices=sorted(SCHEMES), help="of keys and values")
-    command.add_argument("--bits", type=int, help="of the quantization")
-    command.add_argument("--max-new-tokens", type=int, default=128)
+    command.add_argument("--bits", type=whole(1), help="of the quantization")
+    command.add_argument("--max-new-tokens", type=whole(1), default=128)
     command.add_argument("--raw", action="store_true", help="do not apply the chat template")
     command.add_argument("--json", action="store_true", help="print one JSON object at the end")
     command.set_defaults(run=run)
 
 
 def _budget(text: str) -> dict[str, Any]:
-    """The engine's budget, by the name of its argument."""
-    if text.lower() == "auto":
-        return {}
-    if text.lower() == "none":
-        return {"budget": None}
-    if text.isdigit():
+    """The engine's budget, by the name of its argument.
+
+    Raises:
+        ValueError: it has none of the forms.
+    """
+    words: dict[str, dict[str, Any]] = {"auto": {}, "none": {"budget": None}}
+    if text.lower() in words:
+        return words[text.lower()]
+    if text.isdecimal() and int(text) > 0:
         return {"budget": int(text)}
-    share = re.fullmatch(r"0?\.\d+", text)
-    return {"budget": float(text)} if share else {"budget_bytes": parse_bytes(text)}
-
-
-def _setting(text: str) -> int | None | str:
-    """An engine setting: a number, none, or auto (what the heads record, else the paper's)."""
-    words: dict[str, str | None] = {"none": None, "auto": "auto"}
-    return words[text.lower()] if text.lower() in words else int(text)
+    if re.fullmatch(r"0?\.\d+", text) and 0 < float(text) < 1:
+        return {"budget": float(text)}
+    if re.fullmatch(r"[\d.]+ *[kmgt]?i?b", text, re.IGNORECASE):  # a plain number counts units
+        return {"budget_bytes": parse_bytes(text)}
+    raise ValueError(f"{text!r} is not a budget; expected {BUDGETS}")
 
 
 def run(given: argparse.Namespace) -> None:
@@ -71,7 +82,7 @@ def run(given: argparse.Namespace) -> None:
     from locret.generation import Engine
 
     # What is cheap to get wrong is checked before a model is loaded.
-    text = sys.stdin.read() if given.prompt_file == "-" else _read_text(given.prompt_file)
+    text = read_text(given.prompt_file)
     if not text.strip():
         raise ValueError(f"there is no text in {given.prompt_file}; give a prompt")
     quantization = _quantization(given)
@@ -87,13 +98,14 @@ def run(given: argparse.Namespace) -> None:
         local_tokens=given.local_tokens,
         query_aware=given.query_aware,
         quantization=quantization,
-        progress=Bar("reading"),
+        progress=Progress("reading", "tokens"),
     )
     shown = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = _prompt_ids(loaded.tokenizer, text, raw=given.raw).to(loaded.model.device)
     started = time.perf_counter()
     output = engine.generate(
         ids,
+        ids.new_ones(ids.shape),  # every token counts, the padding token too
         max_new_tokens=given.max_new_tokens,
         streamer=None if given.json else shown,
         do_sample=False,
@@ -127,13 +139,6 @@ def _summary(result: dict[str, Any]) -> str:
         f"new ones, {result['seconds']:.1f} s; cache {report['total_bytes'] / BYTES_PER_MIB:.1f} "
         f"MiB, a full one {report['full_cache_bytes'] / BYTES_PER_MIB:.1f} MiB]"
     )
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _prompt_ids(tokenizer: Any, text: str, raw: bool) -> Any:

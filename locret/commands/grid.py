@@ -6,7 +6,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from locret.commands.shared import Bar, Listed, add_model, load, load_heads, whole_number
+from locret.commands.progress import Progress, report_of, say_next
+from locret.commands.shared import Listed, add_model, load, load_heads, whole_number
 from locret.policies import POLICIES
 
 TEXTS = ("model", "heads", "adapter", "dtype", "device", "quantization", "haystack", "json_out")
@@ -80,6 +81,7 @@ def run(given: argparse.Namespace) -> None:
     if given.plot:
         figures.check(given.plot)  # better now than at the end
     ranks = Ranks.of_environment()
+    out = _part(given.json_out, ranks.rank) if ranks.world > 1 else given.json_out
     if given.merge:
         record = byte_grid.merge(given.merge, given.json_out)
     elif given.processes > 1:
@@ -92,19 +94,22 @@ def run(given: argparse.Namespace) -> None:
             loaded,
             given.policies,
             _settings(given),
-            _part(given.json_out, ranks.rank) if ranks.world > 1 else given.json_out,
+            out,
             heads,
             manifest=grid.manifest_of(loaded, given.heads) | {"protocol": _protocol(given)},
             ranks=ranks,
             minutes=given.minutes,
-            progress=Bar("asking"),
+            progress=Progress("asking") if ranks.rank == 0 else None,
             batch_size=given.batch_size,
         )
     print(byte_grid.as_table(record))
-    if ranks.world == 1:
-        print(f"\nanswers  {given.json_out.resolve()}")
-        if given.plot:
-            print(f"figure   {byte_grid_figure.draw(record, given.plot).resolve()}")
+    print(f"\nanswers  {out.resolve()}")
+    if ranks.world > 1:
+        print(f"         of process {ranks.rank} of {ranks.world}; --merge gathers those of all")
+        return
+    if given.plot:
+        print(f"figure   {byte_grid_figure.draw(record, given.plot).resolve()}")
+    say_next([report_of(out)])
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -162,7 +167,7 @@ def _in_processes(given: argparse.Namespace) -> dict[str, Any]:
 
     parts = [_part(given.json_out, rank) for rank in range(given.processes)]
     total = len(byte_grid.runs(given.policies, _settings(given))) * given.count * len(given.tasks)
-    asking = Bar("asking")
+    asking = Progress("asking")
 
     def tell() -> None:
         there = [byte_grid.read(part)["results"] for part in parts if part.exists()]

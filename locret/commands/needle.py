@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from locret.commands.shared import Bar, Listed, add_model, load, load_heads, whole_number
+from locret.commands.progress import Progress, report_of, say_next
+from locret.commands.shared import Listed, add_model, load, load_heads, whole_number
 from locret.heads import RetainingHeads
 from locret.policies import POLICIES
 from locret.quantities import parse_tokens
@@ -44,7 +45,7 @@ def add_to(commands: Any) -> None:
 
 
 def _needle(given: argparse.Namespace) -> None:
-    from locret.evaluation import needle
+    from locret.evaluation import needle, needle_table
     from locret.evaluation.files import check_file, write_whole
 
     policies = given.policies
@@ -74,20 +75,24 @@ def _needle(given: argparse.Namespace) -> None:
         return
     loaded = load(given)
     total = len(needle.runs(policies, settings.ratios)) * settings.count * len(settings.tasks)
-    bar, results = Bar("asking"), []
+    progress, results = Progress("asking"), []
+    progress(0, total)
     for result in needle.run_needles(loaded, policies, settings, heads, given.batch_size):
         results.append(result)
-        bar(len(results), total)
+        progress(len(results), total)
+    sizes = sorted({result.prompt_tokens for result in results})
     print(
         f"{settings.count} samples of {', '.join(settings.tasks)} in prompts of "
-        f"{results[0].prompt_tokens} tokens ({given.model})\n"
+        f"{' to '.join(f'{size:,}' for size in dict.fromkeys((sizes[0], sizes[-1])))} tokens "
+        f"({given.model})\n"
     )
-    print(needle.as_table(needle.summarize(results)))
+    print(f"{needle_table.as_table(settings, results)}\n")
     if given.heads:
-        print(f"\nheads    {Path(given.heads).resolve()}")
+        print(f"heads    {Path(given.heads).resolve()}")
     if given.json_out:
         write_whole(given.json_out, json.dumps(needle.as_json(settings, results), indent=1))
         print(f"answers  {given.json_out.resolve()}")
+    _say_next(given)
 
 
 def _needle_grid(
@@ -113,10 +118,23 @@ def _needle_grid(
         given.json_out,
         heads,
         manifest=grid.manifest_of(loaded, given.heads),
-        progress=Bar("asking"),
+        progress=Progress("asking"),
         batch_size=given.batch_size,
     )
     print(grid.as_table(record))
     print(f"\nanswers  {given.json_out.resolve()}")
     if given.plot:
         print(f"figure   {heatmap.draw(record, given.plot).resolve()}")
+    _say_next(given)
+
+
+def _say_next(given: argparse.Namespace) -> None:
+    commands = []
+    if given.heads:
+        names = ("model", "adapter", "heads")
+        named = [(f"--{name}", getattr(given, name)) for name in names if getattr(given, name)]
+        words = [word for pair in named for word in pair]
+        commands.append(["generate", *words, "--prompt-file", "FILE"])
+    if given.json_out:
+        commands.append(report_of(given.json_out))
+    say_next(commands)

@@ -4,19 +4,24 @@ import argparse
 import json
 from typing import Any
 
-from locret.commands.shared import DTYPES
+from locret.commands.shared import DTYPES, MODEL, argument, whole
 from locret.models import load_config
+from locret.quantities import parse_bytes, parse_tokens
 
 
 def add_to(commands: Any) -> None:
     command = commands.add_parser("plan", help="what fits into a given memory")
-    command.add_argument("--model", required=True, help="Hub id, folder, or embedded:smollm2")
+    command.add_argument("--model", required=True, help=MODEL)
     command.add_argument("--revision", help="of the Hub repository")
-    command.add_argument("--memory", required=True, help="such as 24GiB")
-    command.add_argument("--context", required=True, help="tokens, such as 128K")
-    command.add_argument("--chunk-size", type=int, help="tokens read at a time")
-    command.add_argument("--new-tokens", type=int, help="answer tokens to leave room for")
-    command.add_argument("--head-width", type=int, help="of the retaining heads; 0 = none")
+    command.add_argument(
+        "--memory", required=True, type=argument(parse_bytes), help="such as 24GiB"
+    )
+    command.add_argument(
+        "--context", required=True, type=argument(parse_tokens), help="tokens, such as 128K"
+    )
+    command.add_argument("--chunk-size", type=whole(1), help="tokens read at a time")
+    command.add_argument("--new-tokens", type=whole(0), help="answer tokens to leave room for")
+    command.add_argument("--head-width", type=whole(0), help="of the retaining heads; 0 = none")
     command.add_argument("--dtype", choices=DTYPES)
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
     command.set_defaults(run=_plan)
@@ -26,9 +31,8 @@ def _plan(given: argparse.Namespace) -> None:
     import torch
 
     from locret import plan
-    from locret.quantities import parse_bytes, parse_tokens
 
-    asked = {"memory": parse_bytes(given.memory), "context": parse_tokens(given.context)}
+    asked = {"memory": given.memory, "context": given.context}
     for name in ("chunk_size", "new_tokens", "head_width"):
         if getattr(given, name) is not None:
             asked[name] = getattr(given, name)

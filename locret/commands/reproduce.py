@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from locret.commands.shared import Bar
+from locret.commands.progress import Progress
 
 MARK = ".reproduced"
 """A file that tells a reproduction's folder from one of `evaluate`, whose answers took hours."""
@@ -42,7 +42,7 @@ def run(given: argparse.Namespace) -> None:
         _check(given.output / path.stem, paths)
     for path in paths:
         folder = _cleared(given.output / path.stem)
-        found = again.reproduce(path, folder, changes, Bar(path.stem))
+        found = again.reproduce(path, folder, changes, Progress(path.stem))
         compared += found.compared
         left_out += [f"{path.stem}: {reason}" for reason in found.left_out]
     for reason in left_out:

@@ -1,7 +1,9 @@
-"""What several commands have in common: the model they are for, and how far they are."""
+"""What several commands have in common: their model, their input and output, how far they are."""
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from locret.heads import RetainingHeads
@@ -9,11 +11,13 @@ from locret.models import LoadedModel, load_model
 
 DTYPES = ("float32", "bfloat16", "float16")
 BYTES_PER_MIB = 2**20
+MODEL = "Hub id, folder, .gguf file, or embedded:smollm2"
+STANDARD_INPUT = "-"
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
     """Arguments that name a model, and the heads and adapter for it."""
-    command.add_argument("--model", required=True, help="Hub id, folder, or embedded:smollm2")
+    command.add_argument("--model", required=True, help=MODEL)
     command.add_argument("--heads", help="artifact folder, .bin file, or Hub id")
     command.add_argument("--adapter", help="PEFT adapter of the model: folder or Hub id")
     command.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
@@ -28,6 +32,64 @@ def load_heads(given: argparse.Namespace) -> RetainingHeads | None:
 def load(given: argparse.Namespace) -> LoadedModel:
     """The model named, with its adapter."""
     return load_model(given.model, dtype=given.dtype, device=given.device, adapter=given.adapter)
+
+
+def read_text(source: str) -> str:
+    """The text of a file; of standard input for `-`.
+
+    Raises:
+        ValueError: it is not UTF-8, or there is no standard input.
+        OSError: there is no such file, or it cannot be read.
+    """
+    if source != STANDARD_INPUT:
+        name, content = source, Path(source).read_bytes()
+    elif sys.stdin is None:  # a process that was started without one
+        raise ValueError("there is no standard input to read; name a file instead of -")
+    else:
+        name, content = "standard input", sys.stdin.buffer.read()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def replace_unprintable() -> None:
+    """Let standard output show `?` for what the terminal's encoding lacks, not end the command."""
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` as the type of an argument: a ValueError of it ends the command with its reason."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+def whole(least: int, **words: Any) -> Callable[[str], Any]:
+    """The type of an argument: a whole number of at least `least`, or a word that stands for a
+    value."""
+    forms = ", ".join([f"a whole number of at least {least}", *list(words)[:-1]])
+    forms += "".join(f" or {word}" for word in list(words)[-1:])
+
+    def parse(text: str) -> Any:
+        if text.lower() in words:
+            return words[text.lower()]
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise ValueError(f"{text!r} is not {forms}")
+        return value
+
+    return argument(parse)
 
 
 class Listed(argparse.Action):
@@ -75,21 +137,3 @@ def size_of(size: int) -> str:
     if size < BYTES_PER_MIB:
         return f"{size:,} B"
     return f"{size / BYTES_PER_MIB:,.1f} MiB"
-
-
-class Bar:
-    """A progress bar on stderr; silent where stderr is no terminal."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.bar: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if self.bar is None:
-            self.bar = tqdm(total=total, desc=self.label, disable=None, leave=False)
-        self.bar.update(done - self.bar.n)
-        if done == total:
-            self.bar.close()
-            self.bar = None

@@ -9,6 +9,7 @@ processes take the samples in turn, each with a file of its own.
 """
 
 import json
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from locret.backbone import Backbone
-from locret.evaluation import needle
+from locret.evaluation import local_needles, needle
 from locret.evaluation.files import write_whole
 from locret.evaluation.needle import NeedleSettings
 from locret.evaluation.padding import padded
@@ -122,7 +123,8 @@ def run_byte_grid(
         manifest: what else the answers depend on.
         ranks: of several processes, this one asks every `world`-th sample.
         minutes: ask no more after that time.
-        progress: called after every batch with the answers there are and those there will be.
+        progress: called at the start and after every batch with the answers there are and those
+            there will be.
         batch_size: samples that are asked together.
 
     Returns:
@@ -139,6 +141,8 @@ def run_byte_grid(
     done = {_key(cell) for cell in results}
     samples = _samples(loaded, settings, ranks or Ranks())
     all_runs = runs(policies, settings)
+    if progress is not None:
+        progress(len(results), len(samples) * len(all_runs))
     engine_of = lru_cache(maxsize=None)(lambda run: make_engine(loaded, run, settings, heads))
     for start in range(0, len(samples), batch_size):
         for run in all_runs:
@@ -234,11 +238,12 @@ def make_engine(
 
 
 class Asked(NamedTuple):
-    """A sample, its seed and its prompt's tokens."""
+    """A sample, its seed, its prompt's tokens, and whether no policy can evict its needle."""
 
     seed: int
     sample: SyntheticSample
     ids: list[int]
+    needle_is_local: bool
 
 
 def _samples(loaded: LoadedModel, settings: ByteGridSettings, ranks: Ranks) -> list[Asked]:
@@ -250,7 +255,10 @@ def _samples(loaded: LoadedModel, settings: ByteGridSettings, ranks: Ranks) -> l
     mixed = [sample for of_tasks in by_place for sample in of_tasks]
     return [
         Asked(
-            seed, sample, needle.needle_prompt(sample, tokenizer, asked.answer_prefix)[0].tolist()
+            seed,
+            sample,
+            needle.needle_prompt(sample, tokenizer, asked.answer_prefix)[0].tolist(),
+            needle.needle_is_local(sample, tokenizer, asked),
         )
         for seed, sample in mixed[ranks.rank :: ranks.world]
     ]
@@ -272,7 +280,8 @@ def _ask(
     )
     held = cache.report()
     limit = settings.needle.max_new_tokens
-    output = engine.generate(question, cache=cache, max_new_tokens=limit, do_sample=False)
+    mask = torch.ones_like(question)
+    output = engine.generate(question, mask, cache=cache, max_new_tokens=limit, do_sample=False)
     answers = loaded.tokenizer.batch_decode(output[:, local:], skip_special_tokens=True)
     seconds = (time.perf_counter() - started) / rows
     return [
@@ -288,10 +297,12 @@ def _ask(
             "units": held["units"],
             "kv_bytes": held["kv_bytes"] // rows,
             "total_bytes": held["total_bytes"] // rows,
+            "full_bytes": held["full_cache_bytes"] // rows,
             "prompt_tokens": len(ids),
             "seconds": seconds,
+            local_needles.FIELD: is_local,
         }
-        for (seed, sample, ids), answer in zip(batch, answers, strict=True)
+        for (seed, sample, ids, is_local), answer in zip(batch, answers, strict=True)
     ]
 
 
@@ -301,7 +312,10 @@ def _key(cell: Cell) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class ByteSummary:
-    """A run over all its samples: share found, `budget` and mean bytes after the context."""
+    """A run over all its samples: share found, `budget` and mean bytes after the context.
+
+    `local`: samples whose needles no policy can evict (`locret.evaluation.local_needles`).
+    """
 
     policy: str
     ratio: int
@@ -312,6 +326,7 @@ class ByteSummary:
     kv_bytes: float
     total_bytes: float
     by_task: dict[str, float]
+    local: int = 0
 
 
 def summarize(results: Sequence[Cell]) -> list[ByteSummary]:
@@ -338,26 +353,49 @@ def _summary(run: ByteRun, cells: Sequence[Cell]) -> ByteSummary:
         kv_bytes=sum(cell["kv_bytes"] for cell in cells) / len(cells),
         total_bytes=sum(cell["total_bytes"] for cell in cells) / len(cells),
         by_task={task: sum(found) / len(found) for task, found in of_task.items()},
+        local=sum(bool(cell.get(local_needles.FIELD)) for cell in cells),
     )
 
 
+def times_smaller(row: ByteSummary, rows: Sequence[ByteSummary]) -> str:
+    """How many times smaller the context is than the full cache in the most bits; - without it."""
+    whole = [other for other in rows if other.budget is None]
+    if not whole:
+        return "-"
+    full = max(whole, key=lambda other: other.bits)
+    return f"{full.total_bytes / row.total_bytes:.1f}x"
+
+
 def as_table(record: dict[str, Any]) -> str:
-    """A plain-text table of the runs."""
-    lines = [f"{'policy':<20}{'ratio':>6}{'bits':>6}{'budget':>8}{'KiB':>10}{'found':>10}"]
-    for row in summarize(record["results"]):
-        budget = "all" if row.budget is None else row.budget
-        lines.append(
-            f"{row.policy:<20}{f'{row.ratio}x':>6}{row.bits:>6}{budget:>8}"
-            f"{row.total_bytes / 1024:>10,.0f}{f'{row.found}/{row.count}':>10}"
-        )
-    return "\n".join([*lines, *notes(record)])
+    """A plain-text table of the runs, and what its columns say."""
+    rows = summarize(record["results"])
+    head = f"{'policy':<20}{'asked':>6}{'bits':>6}{'budget':>8}{'KiB':>10}{'real':>7}{'found':>10}"
+    lines = [head, *(_table_line(row, rows) for row in rows), ""]
+    return "\n".join([*lines, *(textwrap.fill(note, 100) for note in notes(record))])
+
+
+def _table_line(row: ByteSummary, rows: Sequence[ByteSummary]) -> str:
+    budget = "all" if row.budget is None else row.budget
+    found = f"{row.found}/{row.count}" + (local_needles.MARK if row.local else "")
+    return (
+        f"{row.policy:<20}{f'{row.ratio}x':>6}{row.bits:>6}{budget:>8}"
+        f"{row.total_bytes / 1024:>10,.0f}{times_smaller(row, rows):>7}{found:>10}"
+    )
 
 
 def notes(record: Mapping[str, Any]) -> list[str]:
-    """What is to be said beside a grid's figures: whether its bytes are equal at all."""
-    if record["manifest"].get("dtype") != "float32":
-        return []
-    return [
-        "The model computes in float32: what is not quantized takes twice the bytes of the 16 bits "
-        "that budgets are reckoned in. With --dtype bfloat16 bytes are equal."
+    """What is to be said beside a grid's figures: what is counted, whether bytes are equal at all,
+    and which samples no policy can lose."""
+    local = record["settings"]["needle"].get("local_tokens", NeedleSettings.local_tokens)
+    said = [
+        "Asked: tokens of the prompt for every unit in 16 bits; fewer bits get as many units as "
+        "fit into the same bytes. Bytes are those of the compressed context; the prompt's last "
+        f"{local} tokens, with the question, and the answer come on top, whole under every policy. "
+        "Real: bytes of the context under policy full in the most bits / those of the row."
     ]
+    if record["manifest"].get("dtype") == "float32":
+        said.append(
+            "The model computes in float32: what is not quantized takes twice the bytes of the 16 "
+            "bits that budgets are reckoned in. With --dtype bfloat16 bytes are equal."
+        )
+    return said + local_needles.notes(record["results"], local)

@@ -7,12 +7,12 @@ from typing import Any, get_args
 
 import yaml
 
+from locret import config_files
 from locret.evaluation.rows import Row, expand
 from locret.evaluation.tasks import TASKS, Task, TaskSettings, task_names
 from locret.models import Dtype
 from locret.quantities import is_whole
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CACHE = "~/.cache/locret"
 
 LISTS: dict[str, Any] = {"tasks": str, "rows": Mapping, "lengths": int}
@@ -164,17 +164,12 @@ def _listed(name: str, value: Any, kind: Any) -> tuple[Any, ...]:
 
 
 def find_config(name: str) -> Path:
-    """The file of this name: a path as it is, or a name in configs/ or configs/eval/.
+    """The file of this name: the user's own, or one in configs/eval/ or configs/.
 
     Raises:
         ValueError: no such file; lists the configurations there are.
     """
-    candidates = [Path(name), CONFIGS / name, CONFIGS / "eval" / name]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        known = sorted(path.name for path in (CONFIGS / "eval").glob("*.yaml"))
-        raise ValueError(f"{name} is no file, nor one of configs/eval: {', '.join(known)}")
-    return found
+    return config_files.find_config(name, ("eval", "."))
 
 
 def read_config(name: str, overrides: Mapping[str, Any]) -> EvalConfig:

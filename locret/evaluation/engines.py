@@ -12,6 +12,7 @@ from locret.merging import describe_merging
 from locret.models import LoadedModel
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.quantization import scheme_of
+from locret.settings import Settings
 
 SHOWN = ("chunk_size", "stabilizers", "positions", "budget", "query_aware", "backend", "graphs")
 """Settings of an engine that are told beside figures."""
@@ -76,8 +77,8 @@ def check_row(row: Row, settings: Mapping[str, Any]) -> None:
         settings: of the engine, for all rows.
 
     Raises:
-        ValueError: settings that engines do not have, arguments that the policy does not take, or a
-            quantization that cannot be.
+        ValueError: settings that engines do not have or that cannot work, arguments that the policy
+            does not take, or a quantization that cannot be.
     """
     known = set(inspect.signature(Engine).parameters) - {"model", "policy", "heads", "progress"}
     unknown = sorted({*settings, *row.engine} - known)
@@ -91,6 +92,24 @@ def check_row(row: Row, settings: Mapping[str, Any]) -> None:
     except TypeError as error:
         raise ValueError(f"row {row.label}: policy_args: {error}") from error
     scheme_of(row.quantization)
+    try:
+        _check_values(row, {**settings, **row.engine})
+    except ValueError as error:
+        raise ValueError(f"row {row.label}: {error}") from error
+
+
+def _check_values(row: Row, settings: Mapping[str, Any]) -> None:
+    """Refuse numbers that work with no model and no heads."""
+    positions = settings.get("positions", "auto")
+    Settings.resolve(
+        {},
+        row.engine_budget(None),
+        settings.get("chunk_size", "auto"),
+        settings.get("stabilizers", "auto"),
+        settings.get("local_tokens", "auto"),
+        "compact" if positions == "auto" else positions,
+        settings.get("decode_interval"),
+    ).check(query_tokens=0, num_layers=1)
 
 
 def _policy(row: Row) -> str | Policy:

@@ -7,14 +7,15 @@ so that a run that was killed goes on where it was. One seed asks the same at ev
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from locret.evaluation import needle
+from locret.evaluation import local_needles, needle
 from locret.evaluation.files import write_whole
 from locret.evaluation.needle import NeedleSettings
 from locret.evaluation.provenance import environment, source
@@ -33,6 +34,13 @@ Cell = dict[str, Any]
 `error`: None, or why there is no answer (`found` is then None too)."""
 
 Progress = Callable[[int, int], None]
+
+ASKED = "Asked: tokens of the prompt for every unit of the budget."
+REAL = (
+    "Real: MiB of the whole cache under policy full / under that of the row; the prompt's last "
+    "{local} tokens and the answer, which no policy evicts, are part of both."
+)
+"""What the columns of tables say."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,8 @@ def run_grid(
         out: a JSON file; one that exists must be of the same settings and manifest. Policies may be
             added to it.
         manifest: what else the answers depend on (`manifest_of`).
-        progress: called after every batch with the answers there are and those there will be.
+        progress: called at the start and after every batch with the answers there are and those
+            there will be.
         batch_size: samples of one length and run that are asked together.
 
     Returns:
@@ -101,6 +110,8 @@ def run_grid(
     record["results"] = results
     done = {_key(cell) for cell in results}
     total = len(needle.runs(policies, settings.needle.ratios)) * _samples_a_run(settings)
+    if progress is not None:
+        progress(min(len(results), total), total)
     for cells in _ask_all(loaded, policies, settings, heads, done, batch_size):
         results.extend(cells)
         write_whole(out, json.dumps(record, indent=1) + "\n")
@@ -174,8 +185,9 @@ def _ask(
         return [cell for part in parts for cell in _ask(loaded, run, engine, part, settings)]
     (seed, sample), (policy, ratio) = samples[0], run
     nothing = {"policy": policy, "ratio": ratio, "task": sample.task, "seed": seed, "found": None}
-    depth = {"depth": sample.depth, "length": settings.tokens}
-    return [nothing | depth | {"error": "out of memory"}]
+    local = needle.needle_is_local(sample, loaded.tokenizer, settings)
+    place = {"depth": sample.depth, "length": settings.tokens, local_needles.FIELD: local}
+    return [nothing | place | {"error": "out of memory"}]
 
 
 def _key(cell: Cell) -> tuple[Any, ...]:
@@ -238,14 +250,68 @@ def runs_of(results: Sequence[Cell]) -> list[tuple[str, int]]:
     return list(dict.fromkeys((cell["policy"], cell["ratio"]) for cell in results))
 
 
+def local_tokens_of(record: Mapping[str, Any]) -> int:
+    """Last tokens of the prompts that are never evicted."""
+    return record["settings"].get("needle", {}).get("local_tokens", NeedleSettings.local_tokens)
+
+
+def places_with_local_needles(results: Sequence[Cell]) -> set[tuple[int, int]]:
+    """(length, row) of the samples whose needles no policy can evict."""
+    return {(c["length"], c["row"]) for c in results if c.get(local_needles.FIELD)}
+
+
+def times_smaller(results: Sequence[Cell], policy: str, ratio: int) -> dict[int, float]:
+    """Bytes of the full cache for one byte of a run's, by length, where both are known."""
+    full, own = _bytes_by_length(results, "full", 1), _bytes_by_length(results, policy, ratio)
+    return {length: full[length] / own[length] for length in own if length in full}
+
+
+def _bytes_by_length(results: Sequence[Cell], policy: str, ratio: int) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for cell in results:
+        if (cell["policy"], cell["ratio"]) == (policy, ratio) and cell.get("bytes"):
+            found[cell["length"]] = max(found.get(cell["length"], 0), cell["bytes"])
+    return found
+
+
 def as_table(record: dict[str, Any]) -> str:
-    """A line a run: the share found at each length, over all depths; - where nothing ran."""
+    """The share found at each length, a line a run, then the size of the whole cache; - where
+    nothing ran."""
     lengths, results = record["settings"]["lengths"], record["results"]
-    lines = [f"{'policy':<20}{'ratio':>6}" + "".join(f"{length:>9,}" for length in lengths)]
-    for policy, ratio in runs_of(results):
-        found = shares(results, policy, ratio)
-        lines.append(f"{policy:<20}{f'{ratio}x':>6}")
-        for length in lengths:
-            column = [v for (of, _), v in found.items() if of == length and v is not None]
-            lines[-1] += f"{sum(column) / len(column):>9.2f}" if column else f"{'-':>9}"
+    places = places_with_local_needles(results)
+    marks = {n: local_needles.MARK for n in lengths if any(n == of for of, _ in places)}
+    runs = runs_of(results)
+    found = {
+        run: {n: f"{v:.2f}{marks.get(n, '')}" for n, v in _found_by_length(record, *run).items()}
+        for run in runs
+    }
+    smaller = {
+        run: {n: f"{v:.1f}x" for n, v in times_smaller(results, *run).items()} for run in runs
+    }
+    local = local_tokens_of(record)
+    tables, said = [_table("share found", lengths, found)], [ASKED]
+    if any(smaller.values()):
+        tables.append(_table("real", lengths, smaller))
+        said.append(REAL.format(local=local))
+    said += local_needles.notes(results, local)
+    return "\n\n".join([*tables, "\n".join(textwrap.fill(line, 100) for line in said)])
+
+
+def _found_by_length(record: Mapping[str, Any], policy: str, ratio: int) -> dict[int, float]:
+    """Mean over the depths that got answers."""
+    found = shares(record["results"], policy, ratio)
+    columns = {
+        length: [v for (of, _), v in found.items() if of == length and v is not None]
+        for length in record["settings"]["lengths"]
+    }
+    return {length: sum(column) / len(column) for length, column in columns.items() if column}
+
+
+def _table(
+    title: str, lengths: Sequence[int], rows: Mapping[tuple[str, int], Mapping[int, str]]
+) -> str:
+    lines = [f"{title:<20}{'asked':>6}" + "".join(f"{length:>9,}" for length in lengths)]
+    for (policy, ratio), values in rows.items():
+        cells = "".join(f"{values.get(length, '-'):>9}" for length in lengths)
+        lines.append(f"{policy:<20}{f'{ratio}x':>6}{cells}")
     return "\n".join(lines)

@@ -241,13 +241,16 @@ class LocretLM(HFLM):
         cache = self._compressed(engine, ids, rest) if rest < ids.shape[1] else None
         given: dict[str, Any] = {} if cache is None else {"cache": cache}
         asked = ids if cache is None else ids[:, -rest:]
-        output = engine.generate(asked, max_new_tokens=new, **given, **settings)
+        # Every token counts, the padding token too: rows are asked without their padding.
+        mask = torch.ones_like(asked)
+        output = engine.generate(asked, mask, max_new_tokens=new, **given, **settings)
         return output[:, asked.shape[1] :]
 
     def _compressed(self, engine: Engine, ids: Tensor, rest: int) -> RetainedCache:
         aware = self.row.protocol == "query_aware" and not self.row.keeps_all
         query = {"query_ids": ids[:, -rest:]} if aware else {}
-        cache = engine.prefill(ids[:, :-rest], **query)
+        context = ids[:, :-rest]
+        cache = engine.prefill(context, torch.ones_like(context), **query)
         self._note(cache, len(ids))
         return cache
 

@@ -1,10 +1,11 @@
 """Heat maps of needle grids: length across, depth down, one panel a policy and ratio."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from locret.evaluation import grid
+from locret.evaluation import grid, local_needles
 
 COLUMNS = 4  # panels in a row
 
@@ -45,6 +46,10 @@ def figure(record: dict[str, Any]) -> Any:
     for axis in axes[:, 0]:
         axis.set_ylabel("depth of the needle", fontsize=8)
     made.colorbar(image, ax=axes, label="share found", shrink=0.8)
+    said = local_needles.notes(record["results"], grid.local_tokens_of(record))
+    if said:
+        lines = [textwrap.fill(line, 45 * across) for line in said]
+        made.supxlabel("\n".join(lines), fontsize=7, x=0.01, ha="left")
     return made
 
 
@@ -54,13 +59,23 @@ def _panel(axis: Any, record: dict[str, Any], run: tuple[str, int]) -> Any:
     found = grid.shares(record["results"], *run)
     values = [[_value(found.get((length, row))) for length in lengths] for row in range(depths)]
     axis.set_facecolor("lightgrey")
+    _mark_local_needles(axis, record)
     image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     policy, ratio = run
-    axis.set_title(policy if ratio == 1 else f"{policy}, {ratio}x fewer units", fontsize=10)
+    budget = "" if ratio == 1 else f", budget 1/{ratio} of the prompt"
+    axis.set_title(f"{policy}{budget}", fontsize=9)
     axis.set_xticks(range(len(lengths)), [_thousands(n) for n in lengths], fontsize=8)
     axis.set_yticks(range(depths), _depth_labels(depths), fontsize=8)
     axis.set_xlabel("tokens", fontsize=8)
     return image
+
+
+def _mark_local_needles(axis: Any, record: dict[str, Any]) -> None:
+    """Cells that say nothing about the policy."""
+    lengths = record["settings"]["lengths"]
+    for length, row in grid.places_with_local_needles(record["results"]):
+        place = lengths.index(length), row
+        axis.text(*place, local_needles.MARK, color="red", ha="center", va="center", fontsize=14)
 
 
 def _value(share: float | None) -> float:

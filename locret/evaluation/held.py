@@ -22,3 +22,13 @@ def held_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
         "bytes": report["total_bytes"] // rows,
         "full_bytes": report["full_cache_bytes"] // rows,
     }
+
+
+def bytes_without(cache: RetainedCache, rest: int, rows: int) -> int:
+    """A row's share of the storage without that of the last `rest` units and without spare room:
+    what a context takes, where question and answer are the rest."""
+    total = 0.0
+    for layer in cache.layers:
+        slots = layer.held + layer.units.spare
+        total += layer.nbytes * max(layer.held - rest, 0) / max(slots, 1)
+    return round(total) // rows

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from locret.cache_names import cache_of
-from locret.evaluation.held import held_of
+from locret.evaluation.held import bytes_without, held_of
+from locret.evaluation.local_needles import is_local
 from locret.evaluation.padding import padded
 from locret.evaluation.synthetic import SyntheticSample, make_sample, prompt_text
 from locret.generation import Engine
@@ -73,6 +74,9 @@ class NeedleResult:
     batch, its share of bytes and seconds.
 
     `found`: every expected string is in the answer. `ratio` is 1 for a policy that keeps all.
+    `needle_is_local`: no policy can evict it (`locret.evaluation.local_needles`). Of the prompt,
+    `context_tokens` are compressed, to `context_units` and `context_bytes`; `rest_tokens` (local
+    tokens with the question, answer) are kept as they are. `full_bytes`: keys and values of all.
     """
 
     policy: str
@@ -87,13 +91,21 @@ class NeedleResult:
     bytes: int
     prompt_tokens: int
     seconds: float
+    needle_is_local: bool
+    context_tokens: int
+    context_units: int
+    context_bytes: int
+    rest_tokens: int
+    full_bytes: int
 
 
 @dataclass(frozen=True)
 class PolicySummary:
-    """A policy at a ratio, over all samples.
+    """A policy at a ratio, over all samples: the largest tokens, units and bytes of one.
 
-    `of_full`: found among those that the full cache finds. `by_task`: share found.
+    `of_full`: found among those that the full cache finds. `by_task`: share found. `local`: samples
+    whose needles no policy can evict. `smaller`: bytes of the full cache for one of this cache; the
+    full cache is the policy `full`, or if that did not run, the keys and values alone.
     """
 
     policy: str
@@ -105,16 +117,32 @@ class PolicySummary:
     bytes: int
     seconds: float
     by_task: dict[str, float]
+    local: int
+    context_tokens: int
+    context_units: int
+    context_bytes: int
+    rest_tokens: int
+    smaller: float
+
+
+def needle_text(sample: SyntheticSample, tokenizer: Any, answer_prefix: bool) -> str:
+    """The chat prompt of a sample, with the answer's first words if asked for."""
+    messages = [{"role": "user", "content": prompt_text(sample)}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return f"{text}{sample.answer_prefix if answer_prefix else ''}"
 
 
 def needle_prompt(sample: SyntheticSample, tokenizer: Any, answer_prefix: bool) -> Tensor:
-    """[1, n] long: the chat prompt of a sample, with the answer's first words if asked for."""
-    messages = [{"role": "user", "content": prompt_text(sample)}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if answer_prefix:
-        text += sample.answer_prefix
+    """[1, n] long: the tokens of `needle_text`."""
+    text = needle_text(sample, tokenizer, answer_prefix)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return torch.tensor([ids], dtype=torch.long)
+
+
+def needle_is_local(sample: SyntheticSample, tokenizer: Any, settings: NeedleSettings) -> bool:
+    """Whether a sample's needle is never evicted (`locret.evaluation.local_needles`)."""
+    text = needle_text(sample, tokenizer, settings.answer_prefix)
+    return is_local(sample, text, tokenizer, settings.local_tokens)
 
 
 def make_samples(settings: NeedleSettings, tokenizer: Any) -> list[tuple[int, SyntheticSample]]:
@@ -206,10 +234,13 @@ def ask(
         return_dict_in_generate=True,
     )
     seconds = (time.perf_counter() - started) / len(samples)
-    answers = tokenizer.batch_decode(output.sequences[:, ids.shape[1] :], skip_special_tokens=True)
+    new = output.sequences[:, ids.shape[1] :]
+    answers = tokenizer.batch_decode(new, skip_special_tokens=True)
     cache, results = cache_of(output), []
     for row, ((seed, sample), answer) in enumerate(zip(samples, answers, strict=True)):
         held = held_of(cache, row, len(samples))
+        local = min(settings.local_tokens, len(prompts[row]))
+        rest = local + new.shape[1] - 1  # the last token of an answer is not read
         results.append(
             NeedleResult(
                 policy=run[0],
@@ -224,6 +255,12 @@ def ask(
                 bytes=held["bytes"],
                 prompt_tokens=len(prompts[row]),
                 seconds=seconds,
+                needle_is_local=needle_is_local(sample, tokenizer, settings),
+                context_tokens=len(prompts[row]) - local,
+                context_units=max(held["units"][1] - rest, 0),
+                context_bytes=bytes_without(cache, rest, len(samples)),
+                rest_tokens=rest,
+                full_bytes=held["full_bytes"],
             )
         )
     return results
@@ -234,7 +271,9 @@ def summarize(results: Iterable[NeedleResult]) -> list[PolicySummary]:
     by_run: dict[tuple[str, int], list[NeedleResult]] = {}
     for result in results:
         by_run.setdefault((result.policy, result.ratio), []).append(result)
-    full = {(r.task, r.seed) for r in by_run.get(("full", 1), []) if r.found}
+    whole = by_run.get(("full", 1), [])
+    full = {(r.task, r.seed) for r in whole if r.found}
+    full_bytes = max((r.bytes for r in whole), default=0)
     return [
         PolicySummary(
             policy=policy,
@@ -246,6 +285,12 @@ def summarize(results: Iterable[NeedleResult]) -> list[PolicySummary]:
             bytes=max(r.bytes for r in rows),
             seconds=sum(r.seconds for r in rows),
             by_task=_by_task(rows),
+            local=sum(r.needle_is_local for r in rows),
+            context_tokens=max(r.context_tokens for r in rows),
+            context_units=max(r.context_units for r in rows),
+            context_bytes=max(r.context_bytes for r in rows),
+            rest_tokens=max(r.rest_tokens for r in rows),
+            smaller=_smaller(rows, full_bytes),
         )
         for (policy, ratio), rows in by_run.items()
     ]
@@ -257,19 +302,10 @@ def _by_task(rows: Sequence[NeedleResult]) -> dict[str, float]:
     return {task: sum(found) / len(found) for task, found in of_task.items()}
 
 
-def as_table(summaries: Sequence[PolicySummary]) -> str:
-    """A plain-text table of the rows."""
-    full = next((row.found for row in summaries if row.policy == "full"), None)
-    lines = [
-        f"{'policy':<15}{'ratio':>6}{'found':>9}{'of full':>9}{'units':>8}{'MiB':>8}{'seconds':>9}"
-    ]
-    for row in summaries:
-        of_full = "-" if full is None else f"{row.of_full}/{full}"
-        lines.append(
-            f"{row.policy:<15}{f'{row.ratio}x':>6}{f'{row.found}/{row.count}':>9}{of_full:>9}"
-            f"{row.units:>8}{row.bytes / 2**20:>8.1f}{row.seconds:>9.1f}"
-        )
-    return "\n".join(lines)
+def _smaller(rows: Sequence[NeedleResult], full_bytes: int) -> float:
+    """How many times smaller the cache is than the full one."""
+    full = full_bytes or max(row.full_bytes for row in rows)
+    return full / max(1, *(row.bytes for row in rows))
 
 
 def as_json(settings: NeedleSettings, results: Sequence[NeedleResult]) -> dict[str, Any]:

@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 
-from locret import hub
+from locret.adapters import Adapter
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.engines import are_query_aware, check_row
 from locret.evaluation.files import file_hash
 from locret.evaluation.prompts import Renderer
 from locret.evaluation.provenance import source
 from locret.evaluation.questions import Prompts, Question, questions
+from locret.evaluation.ranks import Ranks
 from locret.evaluation.rows import Row
 from locret.evaluation.tasks import Task
 from locret.heads import RetainingHeads
-from locret.models import load_config, load_tokenizer
+from locret.models import file_revision, find_device, load_config, load_tokenizer
 from locret.policies import LocretPolicy
-
-ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,20 @@ def prepare(config: EvalConfig) -> Prepared:
     """Check everything that can be checked without the model, and make the questions.
 
     Raises:
-        ValueError: unknown tasks, rows that cannot be, missing data or heads; in one line.
+        ValueError: unknown tasks, rows that cannot be, missing data or heads, an adapter of another
+            model, or a device that is not there; in one line.
     """
+    find_device(Ranks.of_environment().device(config.device))
     rows, tasks = config.table_rows(), config.make_tasks()
     for row in rows:
         check_row(row, config.engine)
-    check_adapter(config.adapter)
+    model = load_config(config.model)
+    check_adapter(config.adapter, model)
     heads = _load_heads(config, rows)
     renderer = Renderer(load_tokenizer(config.model), config.chat_template)
     data = {task.label: _hashes(task) for task in tasks}
     sources = _sources(config, heads, renderer)
-    window = getattr(load_config(config.model), "max_position_embeddings", None)
+    window = getattr(model, "max_position_embeddings", None)
     prompts = []
     for task in tasks:
         samples = task.samples(config.limit, renderer.measure, renderer.fingerprint)
@@ -78,19 +80,20 @@ def prepare(config: EvalConfig) -> Prepared:
     return Prepared(config, heads, sources, renderer, asked)
 
 
-def check_adapter(name: str | None) -> None:
-    """Refuse an adapter that is not there.
+def check_adapter(name: str | None, model: Any = None) -> None:
+    """Refuse an adapter that is not there, or not one of this model.
+
+    Args:
+        model: its config; None = any model will do.
 
     Raises:
-        ValueError: a folder without an adapter, or neither a folder nor a Hub repository with one.
+        ValueError: see `locret.adapters`.
     """
     if name is None:
         return
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = hub.download(name, patterns=[ADAPTER, "adapter_model*"], revision=None, token=None)
-    if not (folder / ADAPTER).is_file():
-        raise ValueError(f"adapter {name} has no {ADAPTER}; expected the folder of a PEFT adapter")
+    adapter = Adapter.find(name)
+    if model is not None:
+        adapter.check_fit(model)
 
 
 def _load_heads(config: EvalConfig, rows: Sequence[Row]) -> dict[str, RetainingHeads]:
@@ -129,8 +132,10 @@ def _sources(
     config: EvalConfig, heads: dict[str, RetainingHeads], renderer: Renderer
 ) -> dict[str, Any]:
     on = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    content = file_revision(config.model)
     return {
         "model": config.model,
+        **({} if content is None else {"revision": content}),
         "dtype": config.dtype if config.dtype != "auto" else f"auto on {on.partition(':')[0]}",
         "adapter": source(config.adapter),
         "heads": {

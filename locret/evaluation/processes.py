@@ -5,19 +5,18 @@ whose time goes into launching kernels.
 """
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from locret import interrupts
 from locret.evaluation.preparing import Prepared
 from locret.evaluation.records import Records
 
 POLL_SECONDS = 1.0
+PATIENCE_SECONDS = 10.0  # for processes that are asked to end
 TOLD = 2000  # characters of what a failed process said
 
 
@@ -41,7 +40,7 @@ def run_together(
 ) -> None:
     """Run `python -m locret ARGUMENTS` in so many processes, which know their ranks.
 
-    SIGTERM, which schedulers send, ends them too, and this process with status 143.
+    SIGTERM, which schedulers send, and SIGINT end them too, and this process (`locret.interrupts`).
 
     Args:
         folder: what they say goes there, a file each.
@@ -53,10 +52,11 @@ def run_together(
     folder.mkdir(parents=True, exist_ok=True)
     logs = [folder / f"{rank}.txt" for rank in range(count)]
     running: list[subprocess.Popen[bytes]] = []
-    with _leaving_at_sigterm():
+    with interrupts.raised():
         try:
             for rank, log in enumerate(logs):
-                running.append(_start(arguments, rank, count, log))
+                with interrupts.held():  # a process that is started must also be in the list
+                    running.append(_start(arguments, rank, count, log))
             while any(process.poll() is None for process in running):
                 _refuse_failed(running, logs)
                 tell()
@@ -64,29 +64,21 @@ def run_together(
             _refuse_failed(running, logs)
             tell()
         finally:
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.wait()
+            with interrupts.held():
+                _end(running)
 
 
-@contextmanager
-def _leaving_at_sigterm() -> Iterator[None]:
-    """SIGTERM raises SystemExit, so that what is to be done at the end is done. In the main thread
-    only: Python handles signals in no other."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one would break off what is done at last
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+def _end(running: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """End processes, whatever they are doing."""
+    for process in running:
+        process.terminate()
+    last = time.monotonic() + PATIENCE_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0.0, last - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()  # such as one that waits for a device, and handles no signals meanwhile
+            process.wait()
 
 
 def _start(arguments: Sequence[str], rank: int, count: int, log: Path) -> subprocess.Popen[bytes]:

@@ -44,8 +44,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
 def commit() -> str | None:
     """The commit of this source tree, marked if files differ from it; None where none is known."""
     root = Path(__file__).resolve().parents[2]
-    head = _git(root, "rev-parse", "HEAD")
-    if head is None:
+    head = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
+    if head is None:  # installed; a repository around the environment is another one
         return None
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     return f"{head} with changes" if changed else head

@@ -1,10 +1,11 @@
 """The part of a report about grids at equal bytes (`python -m locret grid`)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from locret.evaluation import byte_grid_figure
-from locret.evaluation.byte_grid import ByteSummary, notes, summarize
+from locret.evaluation.byte_grid import ByteSummary, notes, summarize, times_smaller
+from locret.evaluation.local_needles import MARK
 from locret.evaluation.report_blocks import Block, Paragraph, Table
 from locret.evaluation.report_evaluation import per_cent
 from locret.evaluation.report_needle import MIB, PROTOCOL, wilson
@@ -23,26 +24,24 @@ def blocks(record: Mapping[str, Any]) -> Iterator[Block]:
     yield Paragraph(f"{', '.join(parts)}. {AWARE if settings.get('query_aware') else PROTOCOL}")
     rows = summarize(record["results"])
     names = list(dict.fromkeys(task for row in rows for task in row.by_task))
-    header = ["policy", "ratio", "bits", "units", "MiB", "found", "n", *names]
-    lines = [_line(row, names) for row in rows]
+    header = ["policy", "asked", "bits", "units", "MiB", "real", "found", "n", *names]
+    lines = [_line(row, rows, names) for row in rows]
     if all(row.budget is not None for row in rows):
-        lines.insert(0, ["full", "1x", *["-"] * 3, "not in this run", *["-"] * (1 + len(names))])
+        lines.insert(0, ["full", "1x", *["-"] * 4, "not in this run", *["-"] * (1 + len(names))])
     yield Table(header, lines)
-    yield Paragraph(
-        "Rows of one ratio take the bytes of so many prompt tokens a unit in 16 bits. Per cent "
-        "found, 95 % Wilson intervals."
-    )
+    yield Paragraph("Per cent found, 95 % Wilson intervals.")
     yield from map(Paragraph, notes(record))
 
 
-def _line(row: ByteSummary, tasks: list[str]) -> list[str]:
+def _line(row: ByteSummary, rows: Sequence[ByteSummary], tasks: list[str]) -> list[str]:
     return [
         row.policy,
         f"{row.ratio}x",
         str(row.bits),
         "all" if row.budget is None else f"{row.budget:,}",
         f"{row.total_bytes / MIB:,.1f}",
-        per_cent(row.found / row.count, wilson(row.found, row.count)),
+        times_smaller(row, rows),
+        per_cent(row.found / row.count, wilson(row.found, row.count)) + (MARK if row.local else ""),
         str(row.count),
         *(f"{100 * row.by_task[task]:.1f}" if task in row.by_task else "-" for task in tasks),
     ]

@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from locret.evaluation import grid, heatmap
+from locret.evaluation import grid, heatmap, local_needles, needle
 from locret.evaluation.report_blocks import Block, Paragraph, Table
 from locret.evaluation.report_evaluation import per_cent
 
 PROTOCOL = "Query-agnostic: the question is read after the context was compressed."
 Z = 1.959964  # of a 95 % interval
 MIB = 2**20
+HELD = ("context kept", "units", "MiB")
 
 
 def wilson(found: int, count: int) -> tuple[float, float]:
@@ -29,12 +30,18 @@ def run_blocks(result: Mapping[str, Any]) -> Iterator[Block]:
     yield Paragraph(f"Prompts of {settings['tokens']:,} tokens, tasks {tasks}. {PROTOCOL}")
     summary = sorted(result["summary"], key=lambda row: row["policy"] != "full")
     names = list(dict.fromkeys(task for row in summary for task in row["by_task"]))
-    header = ["policy", "ratio", "found", "n", "of full's", "units", "MiB", *names]
+    header = ["policy", "asked", "real", "found", "n", "of full's", *HELD, *names]
     rows = [_summary_row(row, names, summary) for row in summary]
     if not summary or summary[0]["policy"] != "full":
-        rows.insert(0, ["full", "1x", "not in this run", *["-"] * (len(header) - 3)])
+        rows.insert(0, ["full", "1x", "-", "not in this run", *["-"] * (len(header) - 4)])
     yield Table(header, rows)
-    yield Paragraph("Per cent found, 95 % Wilson intervals.")
+    local = settings.get("local_tokens", needle.NeedleSettings.local_tokens)
+    yield Paragraph(
+        f"Per cent found, 95 % Wilson intervals. {grid.ASKED} {grid.REAL.format(local=local)} "
+        "Context kept: units in each KV head, of the tokens that were compressed. Units and MiB "
+        "are those of the whole cache."
+    )
+    yield from map(Paragraph, local_needles.notes(result["results"], local))
 
 
 def _summary_row(row: Mapping[str, Any], tasks: list[str], summary: list[Any]) -> list[str]:
@@ -42,13 +49,22 @@ def _summary_row(row: Mapping[str, Any], tasks: list[str], summary: list[Any]) -
     return [
         row["policy"],
         f"{row['ratio']}x",
-        per_cent(row["found"] / row["count"], wilson(row["found"], row["count"])),
+        f"{summary[0]['bytes'] / row['bytes']:.1f}x" if full is not None else "-",
+        per_cent(row["found"] / row["count"], wilson(row["found"], row["count"]))
+        + (local_needles.MARK if row.get("local") else ""),
         str(row["count"]),
         f"{row['of_full']}/{full}" if full is not None else "-",
-        f"{row['units']:,}",
-        f"{row['bytes'] / MIB:,.1f}",
+        *_held(row),
         *(f"{100 * row['by_task'][task]:.1f}" if task in row["by_task"] else "-" for task in tasks),
     ]
+
+
+def _held(row: Mapping[str, Any]) -> list[str]:
+    """What is held, for `HELD`; runs before the context was told apart lack it."""
+    context = "-"
+    if "context_units" in row:
+        context = f"{row['context_units']:,}/{row['context_tokens']:,}"
+    return [context, f"{row['units']:,}", f"{row['bytes'] / MIB:,.1f}"]
 
 
 def grid_blocks(record: Mapping[str, Any]) -> Iterator[Block]:
@@ -63,21 +79,37 @@ def grid_blocks(record: Mapping[str, Any]) -> Iterator[Block]:
     rows = [[policy, f"{ratio}x", *_over_depths(record, policy, ratio)] for policy, ratio in runs]
     if not runs or runs[0][0] != "full":
         rows.insert(0, ["full", "1x", *["not in this run"] * len(lengths)])
-    yield Table(["policy", "ratio", *(f"{length:,}" for length in lengths)], rows)
-    yield Paragraph("Per cent found over all depths, 95 % Wilson intervals.")
+    local = grid.local_tokens_of(record)
+    header = ["policy", "asked", *(f"{length:,}" for length in lengths)]
+    yield Table(header, rows)
+    yield Paragraph(f"Per cent found over all depths, 95 % Wilson intervals. {grid.ASKED}")
+    if smaller := [row for run in runs if (row := _smaller(record, *run))]:
+        yield Table(["real", *header[1:]], smaller)
+        yield Paragraph(grid.REAL.format(local=local))
+    yield from map(Paragraph, local_needles.notes(record["results"], local))
+
+
+def _smaller(record: Mapping[str, Any], policy: str, ratio: int) -> list[str] | None:
+    """Of a run that evicts; None if nothing is known."""
+    found = grid.times_smaller(record["results"], policy, ratio)
+    if ratio == 1 or not found:
+        return None
+    sizes = (found.get(length) for length in record["settings"]["lengths"])
+    return [policy, f"{ratio}x", *("-" if size is None else f"{size:.1f}x" for size in sizes)]
 
 
 def _over_depths(record: Mapping[str, Any], policy: str, ratio: int) -> Iterator[str]:
     for length in record["settings"]["lengths"]:
         column = [
-            cell["found"]
+            cell
             for cell in record["results"]
             if (cell["policy"], cell["ratio"], cell["length"]) == (policy, ratio, length)
         ]
-        answered = [found for found in column if found is not None]
+        answered = [cell["found"] for cell in column if cell["found"] is not None]
         if answered:
             found = sum(answered)
-            yield per_cent(found / len(answered), wilson(found, len(answered)))
+            share = per_cent(found / len(answered), wilson(found, len(answered)))
+            yield local_needles.marked(share, column)
         else:
             yield "does not fit" if column else "-"
 

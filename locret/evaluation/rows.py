@@ -138,7 +138,7 @@ def _checked(row: Row) -> Row:
         raise ValueError(
             f"rows: protocol {row.protocol!r} is unknown; expected one of {get_args(Protocol)}"
         )
-    if POLICIES[row.policy].evicts and not _is_budget(row.budget):
+    if not _is_budget(row.budget):
         raise ValueError(
             f"rows: budget of {row.policy} is {row.budget!r}; expected a number of units, a share "
             "such as 0.125, a factor above 1 such as 8x, or null for no limit"
@@ -151,7 +151,7 @@ def _is_budget(budget: Any) -> bool:
         return True
     if isinstance(budget, str):
         digits = budget[:-1]
-        return budget.endswith("x") and digits.isdigit() and int(digits) > 1
+        return budget.endswith("x") and digits.isdecimal() and int(digits) > 1
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         return False
     return budget >= 1 if isinstance(budget, int) else 0 < budget < 1

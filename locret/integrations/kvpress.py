@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from locret.cache_names import cache_in, with_old_name
+from locret.cache_names import as_before
 from locret.features import FEATURES
 from locret.generation import Engine
 from locret.heads import RetainingHeads
@@ -98,13 +97,8 @@ class LocretPress(ScorerPress):
     def forward_hook(
         self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: list[Any]
     ) -> list[Any]:
-        """As kvpress does it, on a transformers that hands layers no `cache_position`, or the cache
-        under another name, too."""
-        if "cache_position" not in kwargs:
-            cache, new = cache_in(kwargs), kwargs["hidden_states"].shape[1]
-            end = cache.get_seq_length(module.layer_idx)
-            kwargs = {**kwargs, "cache_position": torch.arange(end - new, end)}
-        return super().forward_hook(module, input, with_old_name(kwargs), output)
+        """As kvpress does it, on newer transformers too."""
+        return super().forward_hook(module, input, as_before(module, kwargs), output)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ code = e4m3(x / scale), scale = largest |x| / 448, 448 being e4m3's largest numb
 2 ** -4 of |x| or, near zero, 2 ** -10 of the scale.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from locret.quantization.base import Parts, Scheme
 
 LAST = 448.0
 SMALLEST_SCALE = 2.0**-14  # float16's smallest normal: below it a scale would lose precision
+LARGE_BIAS = 100  # times the typical one; Qwen2.5's largest is some 1,400 times, others up to 50
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,27 @@ def _encode(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def _decode(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn).float() * scale.float()
+
+
+def key_bias_warning(biases: Sequence[Tensor]) -> str | None:
+    """Why keys may not survive the rounding: it is relative to a key's size, so that beside a large
+    bias it takes away by what keys differ. None where no bias is large.
+
+    Args:
+        biases: what each layer's key projection adds, [H * D]; none where it adds nothing.
+    """
+    if not biases:
+        return None
+    largest = torch.stack([bias.detach().abs().max().float().cpu() for bias in biases])
+    sizes = torch.cat([bias.detach().abs().float().cpu() for bias in biases])
+    typical = sizes[sizes > 0].median()  # not a number where there are none, which is not large
+    if not largest.max() > LARGE_BIAS * typical:
+        return None
+    return (
+        f"quantization 'fp8' keeps 4 significant bits of a key, its bias included, and the largest "
+        f"key bias of this model, {largest.max():.3g}, is {largest.max() / typical:.0f} times its "
+        f"typical one, {typical:.2g}: what tells keys apart may be lost. Measured on "
+        "Qwen2.5-Coder-1.5B, whose key biases are such: RULER needles found fell from 100 % to "
+        "9.4 % with nothing evicted, and quantization 'kivi' of 8 and 4 bits kept 100 %; use it "
+        "instead"
+    )

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from benchmarks.shapes import SHAPES, random_model
-from locret.backbone import Backbone
 
 BILLIONS = {
     "llama-3.1-8b": 8.030,
@@ -27,8 +26,9 @@ def test_a_shape_has_the_parameters_and_heads_of_its_model(shape):
     model = random_model(shape, torch.device("meta"))
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     assert count == pytest.approx(BILLIONS[shape], rel=1e-3)
-    geometry = Backbone(model).geometry
-    assert (geometry.num_kv_heads, geometry.head_size) == KV_HEADS_AND_SIZE[shape]
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert (config.num_key_value_heads, size) == KV_HEADS_AND_SIZE[shape]
 
 
 def test_no_token_ends_a_random_model():

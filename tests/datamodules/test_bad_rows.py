@@ -128,7 +128,7 @@ def test_each_kind_is_counted_with_its_first_place(tmp_path):
         "no message of the assistant": (1, f"{path}:7"),
         "not valid Unicode": (1, f"{path}:8"),
         "empty prompt": (1, f"{path}:9"),
-        "refused by the chat template": (1, f"{path}:10"),
+        "the chat template takes no tool results": (1, f"{path}:10"),
         "not UTF-8": (1, f"{path}:14"),
     }
     assert (report["rows"], report["answers_cut"] > 0) == (14, True)

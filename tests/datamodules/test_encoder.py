@@ -100,7 +100,7 @@ def test_a_long_answer_loses_its_end(tokenizer):
         (Conversation(({"role": "assistant", "content": "A"},)), "empty prompt"),
         (
             Conversation(
-                ({"role": "tool", "content": "Q"}, {"role": "assistant", "content": "A"}), id="t"
+                ({"role": "poet", "content": "Q"}, {"role": "assistant", "content": "A"}), id="t"
             ),
             "refused by the chat template",
         ),

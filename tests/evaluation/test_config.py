@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from locret.evaluation.config import CONFIGS, EvalConfig, find_config, overridden, read_config
+from locret.config_files import CONFIGS
+from locret.evaluation.config import EvalConfig, find_config, overridden, read_config
 
 LEAST = {"model": "m", "tasks": "ruler_vt", "rows": {"policy": "full"}, "output": "o"}
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from locret.evaluation import needle
+from locret.evaluation import needle, needle_table
 from locret.evaluation.needle import NeedleResult, NeedleSettings
 from locret.models import LoadedModel
 from tests.tiny_models import tiny_heads, tiny_model
@@ -37,6 +37,13 @@ def results(loaded, heads):
     return list(needle.run_needles(loaded, ["full", "locret"], SETTINGS, heads))
 
 
+HELD = {
+    "units": 5, "bytes": 2**20, "prompt_tokens": 50, "seconds": 0.5, "needle_is_local": False,
+    "context_tokens": 46, "context_units": 3, "context_bytes": 2**19, "rest_tokens": 2,
+    "full_bytes": 2**22,
+}  # fmt: skip
+
+
 def result(policy="full", ratio=1, task="a", seed=0, found=True, **values):
     return NeedleResult(
         policy=policy,
@@ -47,7 +54,7 @@ def result(policy="full", ratio=1, task="a", seed=0, found=True, **values):
         found=found,
         answer="",
         expected=("x",),
-        **{"units": 5, "bytes": 2**20, "prompt_tokens": 50, "seconds": 0.5} | values,
+        **HELD | values,
     )
 
 
@@ -142,17 +149,76 @@ def test_a_summary_tells_tasks_and_ratios_apart():
     assert (four.units, four.bytes, four.seconds) == (9, 2**20, 3.5)
 
 
+def test_the_context_and_the_rest_make_the_cache(results, loaded):
+    pairs = 2 * 2 * 2 * 8 * 4  # keys and values of two layers with two heads of 8 numbers
+    per_unit = pairs + 2 * 2 * (4 + 8)  # scores and positions
+    for one in results:
+        new = SETTINGS.max_new_tokens - 1
+        assert one.context_tokens == one.prompt_tokens - SETTINGS.local_tokens
+        assert one.rest_tokens == SETTINGS.local_tokens + new
+        assert one.context_units + one.rest_tokens == one.units
+        assert one.context_bytes == one.context_units * per_unit < one.bytes
+        assert one.full_bytes == (one.prompt_tokens + new) * pairs
+        if one.policy == "full":
+            assert one.context_units == one.context_tokens
+        else:
+            assert one.context_units <= SETTINGS.tokens // one.ratio
+
+
+def test_the_context_of_a_batch_is_that_of_its_rows(loaded, results):
+    together = needle.run_needles(loaded, ["random"], SETTINGS, batch_size=4)
+    for one in together:
+        assert one.context_units <= SETTINGS.tokens // one.ratio
+        assert one.context_tokens + SETTINGS.local_tokens == one.prompt_tokens
+        assert 0 < one.context_bytes < one.bytes < one.full_bytes * 3
+
+
+def table(*results, **settings):
+    settings = dataclasses.replace(SETTINGS, **settings)
+    return needle_table.as_table(settings, results).splitlines()
+
+
 def test_the_table_has_a_row_a_policy_and_ratio():
-    summaries = needle.summarize([result(), result("locret", 4, found=False), result("locret", 8)])
-    head, *rows = needle.as_table(summaries).splitlines()
-    assert head.split()[:3] == ["policy", "ratio", "found"]
-    assert [row.split()[:4] for row in rows] == [
-        ["full", "1x", "1/1", "1/1"],
-        ["locret", "4x", "0/1", "0/1"],
-        ["locret", "8x", "1/1", "1/1"],
+    found = [result(), result("locret", 4, found=False, bytes=2**18, context_bytes=2**16)]
+    head, *rows = table(*found, result("locret", 8, bytes=2**19))[:4]
+    assert " ".join(head.split()) == (
+        "policy asked real found of full context kept MiB rest MiB cache MiB seconds"
+    )
+    assert [row.split()[:9] for row in rows] == [
+        ["full", "1x", "1.0x", "1/1", "1/1", "3/46", "0.5", "2", "0.5"],
+        ["locret", "4x", "4.0x", "0/1", "0/1", "3/46", "0.1", "2", "0.2"],
+        ["locret", "8x", "2.0x", "1/1", "1/1", "3/46", "0.5", "2", "0.0"],
     ]
-    (alone,) = needle.as_table(needle.summarize([result("locret", 8)])).splitlines()[1:]
-    assert alone.split()[3] == "-"
+
+
+def test_the_table_says_what_its_columns_are():
+    lines = table(result(), result("locret", 8))
+    legend = "\n".join(lines[4:])
+    for term in ("asked", "real", "of full", "context kept", "rest"):
+        assert f"\n{term}  " in f"\n{legend}"
+    assert "of policy full / cache MiB of the row" in legend and "last 20" in legend
+    assert max(map(len, lines)) <= 100
+
+
+def test_without_the_full_cache_the_ratio_is_to_all_keys_and_values():
+    head, alone, _, *legend = table(result("locret", 8))
+    assert alone.split()[1:5] == ["8x", "4.0x", "1/1", "-"]
+    assert "keys and values of all tokens / cache MiB" in "\n".join(legend)
+    assert not any(line.startswith("of full") for line in legend)
+
+
+def test_samples_that_no_policy_can_lose_are_marked():
+    found = [
+        result(policy, ratio, seed=seed, needle_is_local=seed == 1)
+        for policy, ratio in (("full", 1), ("locret", 8))
+        for seed in (0, 1)
+    ]
+    lines = table(*found)
+    assert [line.split()[3] for line in lines[1:3]] == ["2/2*", "2/2*"]
+    assert "* 1 of 2 samples has its needle" in "\n".join(lines)
+    assert "says nothing about the policy" in " ".join(" ".join(lines).split())
+    assert not any("*" in line for line in table(*found[::2]))
+    assert needle.summarize(found)[1].local == 1
 
 
 def test_everything_goes_to_json(results):

@@ -147,7 +147,7 @@ def test_what_is_missing_or_cut_is_said(report):
 
 def test_a_needle_grid_is_one_figure_and_says_what_does_not_fit(report, tmp_path):
     rows = table_rows(report(grid_record()))
-    assert rows[0] == ["policy", "ratio", "1,024", "2,048"]
+    assert rows[0] == ["policy", "asked", "1,024", "2,048"]
     assert rows[1][:2] == ["full", "1x"] and rows[1][3] == "does not fit"
     assert rows[2][2] == "100.0 (34.2-100.0)"
     assert figures(tmp_path) == ["00-result0-map.png"]
@@ -180,10 +180,11 @@ def test_a_grid_at_equal_bytes_is_a_table_and_a_figure(report, tmp_path):
     head, *rows = table_rows(text)
     assert head == [
         "policy",
-        "ratio",
+        "asked",
         "bits",
         "units",
         "MiB",
+        "real",
         "found",
         "n",
         "niah_single",
@@ -195,7 +196,7 @@ def test_a_grid_at_equal_bytes_is_a_table_and_a_figure(report, tmp_path):
         ["knorm", "8x", "16", "100", "1.5"],
         ["knorm", "8x", "4", "400", "1.5"],
     ]
-    assert rows[0][5:] == ["66.7 (30.0-90.3)", "6", "66.7", "66.7"]
+    assert rows[0][5:] == ["1.0x", "66.7 (30.0-90.3)", "6", "66.7", "66.7"]
     assert figures(tmp_path) == ["00-result0-bytes.png"]
 
 

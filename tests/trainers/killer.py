@@ -1,4 +1,4 @@
-"""A callback that ends the process the hard way, as a preempted job does."""
+"""A callback that ends the process as a preempted job is ended, or asks it to end."""
 
 import os
 import signal
@@ -6,19 +6,25 @@ import signal
 from lightning.pytorch import Callback
 
 
-class KillAt(Callback):
-    """Kills once `step` optimizer steps are done, in the hook of this name."""
+class SignalAt(Callback):
+    """Sends this process a signal once `step` optimizer steps are done, in the hook of this name.
 
-    def __init__(self, step: int, hook: str = "on_train_batch_start") -> None:
-        self.step = step
-        setattr(self, hook, self._kill)
+    Args:
+        rank: of the only process that gets it; None = each of them.
+    """
 
-    def _kill(self, trainer, *args, **kwargs):
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def __init__(
+        self, step: int, hook: str, number: int = signal.SIGKILL, rank: int | None = None
+    ) -> None:
+        self.step, self.number, self.rank = step, number, rank
+        setattr(self, hook, self._send)
+
+    def _send(self, trainer, *args, **kwargs):
+        if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
+            os.kill(os.getpid(), self.number)
 
 
-def kill_at(step, hook="on_train_batch_start"):
+def kill_at(step, hook="on_train_batch_start", number=signal.SIGKILL, rank=None):
     """The callback as configs name it."""
-    given = {"step": step, "hook": hook}
-    return {"class_path": "tests.trainers.killer.KillAt", "init_args": given}
+    given = {"step": step, "hook": hook, "number": int(number), "rank": rank}
+    return {"class_path": "tests.trainers.killer.SignalAt", "init_args": given}

@@ -1,5 +1,4 @@
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +6,7 @@ import yaml
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 import locret
+from locret.config_files import CONFIGS
 from locret.models import load_model
 from tests.trainers.killer import kill_at
 from tests.trainers.runs import (
@@ -19,7 +19,7 @@ from tests.trainers.runs import (
     weights,
 )
 from trainers.callbacks import ExportHeads
-from trainers.cli import CONFIGS, build, config_path, status
+from trainers.cli import build, status
 from trainers.fit import main
 from trainers.module import HeadsModule
 
@@ -183,7 +183,7 @@ def test_a_run_without_an_output_is_refused(backbones, rows, tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--config=nosuch"], "config 'nosuch' is no file"),
+        (["--config=nosuch"], "config nosuch is no file"),
         (["--ckpt_path=/nope"], "/nope"),
         (["--model.label=nothing"], "label 'nothing' is unknown"),
     ],
@@ -205,7 +205,7 @@ def test_errors_of_programming_keep_their_traceback():
 def test_the_command_ends_with_status_two():
     done = run_in_process(["--config=nosuch"])
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("trainers.fit: config 'nosuch'")
+    assert done.stderr.splitlines()[-1].startswith("trainers.fit: config nosuch")
     assert "Traceback" not in done.stderr
 
 
@@ -222,15 +222,3 @@ def test_the_command_ends_with_status_two():
 def test_engine_settings_that_no_engine_takes_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):
         HeadsModule("no/such", **settings)
-
-
-def test_an_unknown_config_names_those_there_are():
-    with pytest.raises(ValueError, match=r"nosuch.*phi3\.yaml"):
-        config_path("nosuch.yaml")
-
-
-def test_a_config_of_the_users_own_wins(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("phi3.yaml").write_text("model: {}\n")
-    assert config_path("phi3.yaml") == Path("phi3.yaml")
-    assert config_path("qwen3") == CONFIGS / "qwen3.yaml"

@@ -1,0 +1,111 @@
+"""Evaluations and grids that a signal stops: the status, what they say, and that they go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.evaluation.eval_data import DATA, write_artifacts, write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+SAYS = "stopped; the same command goes on where it stopped"
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
+    write_data(folder / "data")
+    return write_artifacts(folder)
+
+
+def evaluation(folder, out):
+    """Its command line, and what counts the answers there are."""
+    config = {
+        "model": str(folder / "backbone"),
+        "tasks": ["ruler_niah_single_1"],
+        "rows": [{"policy": ["full", "knorm", "random"], "budget": "8x"}],
+        "output": str(out),
+        "dtype": "float32",
+        "device": "cpu",
+        "data_dir": str(folder / "data"),
+        "data": DATA,
+        "lengths": [1300],
+        "limit": 12,
+        "cache_dir": str(folder / "cache"),
+        "engine": {"chunk_size": 64},
+    }
+    path = out.parent / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+
+    def keys():
+        lines = [p.read_text().splitlines() for p in (out / "predictions").glob("*.jsonl")]
+        return [line for of_file in lines for line in of_file if line.endswith("}")]
+
+    return ["evaluate", "--config", str(path)], keys
+
+
+def grid(folder, out):
+    args = ["grid", "--model", str(folder / "backbone"), "--device", "cpu", "--count", "12"]
+    args += ["--policies", "full", "knorm", "--bits", "16", "--ratios", "8", "--tokens", "700"]
+    args += ["--max-new-tokens", "8", "--json-out", str(out / "grid.json")]
+
+    def keys():
+        files = [json.loads(path.read_text())["results"] for path in out.glob("*.json")]
+        return [(c["policy"], c["seed"]) for of_file in files for c in of_file]
+
+    return args, keys
+
+
+def start(args):
+    """In a group of its own, so that what is left of it can be found."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "locret", *args],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+ASKED = {evaluation: 36, grid: 24}
+
+
+def stopped(args, keys, number):
+    """The answers of a run that is stopped once there are some. No process is left of it."""
+    process = start(args)
+    while not keys():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == STATUS[number], error
+    assert error.splitlines()[-1] == f"locret {args[0]}: {SAYS}" and "Traceback" not in error
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    return set(keys())
+
+
+@pytest.mark.parametrize(("kind", "processes"), [(evaluation, 1), (grid, 2)])
+def test_a_run_that_sigterm_stops_goes_on(kind, processes, folder, tmp_path):
+    args, keys = kind(folder, tmp_path / "out")
+    args += ["--processes", str(processes)]
+    before = stopped(args, keys, signal.SIGTERM)
+    done = start(args)
+    _, error = done.communicate()
+    assert done.returncode == 0, error
+    assert before < set(keys()) and len(set(keys())) == ASKED[kind]
+
+
+def test_ctrl_c_ends_the_processes_too(folder, tmp_path):
+    args, keys = evaluation(folder, tmp_path / "out")
+    assert len(stopped([*args, "--processes", "2"], keys, signal.SIGINT)) < ASKED[evaluation]

@@ -1,0 +1,243 @@
+"""What users type, pipe and name: every mistake is one sentence, before a model is loaded."""
+
+import io
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import locret
+from locret.cli import main
+from locret.commands import generate
+from locret.commands.shared import read_text, replace_unprintable
+from locret.evaluation.engines import check_row
+from locret.evaluation.rows import Row
+from locret.models import find_device, load_model
+from tests.tiny_models import prompt, tiny_config, tiny_heads, tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny backbone, and prompts."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=8192)
+    model.save_pretrained(folder / "backbone")
+    tokenizer.save_pretrained(folder / "backbone")
+    (folder / "prompt.txt").write_text("One quiet otter. " * 40, encoding="utf-8")
+    (folder / "latin1.txt").write_bytes(b"caf\xe9 x")
+    return folder
+
+
+def run(folder, *args):
+    return main([args[0], "--model", str(folder / "backbone"), *args[1:]])
+
+
+def pipe(monkeypatch, content):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    monkeypatch.setattr(generate, "load", lambda given: pytest.fail("loaded"))
+
+
+# --- text ---
+
+
+def test_input_that_is_not_utf8_is_refused_before_a_model_is_loaded(
+    folder, nothing_is_loaded, monkeypatch, capsys
+):
+    said = []
+    for name in (str(folder / "latin1.txt"), "-"):
+        pipe(monkeypatch, b"caf\xe9 x")
+        assert run(folder, "generate", "--prompt-file", name) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        said.append(line.replace(name, "standard input") if name != "-" else line)
+    assert said[0] == said[1]
+    assert said[0].startswith("locret generate: standard input is not UTF-8 text: ")
+
+
+def test_text_is_the_same_from_a_file_and_from_standard_input(tmp_path, monkeypatch):
+    content = "caf\u00e9\r\n\U0001f9a6\rx\n".encode()
+    (tmp_path / "a.txt").write_bytes(content)
+    pipe(monkeypatch, content)
+    assert read_text("-") == read_text(str(tmp_path / "a.txt")) == "caf\u00e9\n\U0001f9a6\nx\n"
+
+
+def test_a_process_without_standard_input_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="there is no standard input to read; name a file"):
+        read_text("-")
+
+
+def test_an_answer_is_printed_where_the_terminal_lacks_its_characters(folder, monkeypatch):
+    """A random model's bytes are seldom UTF-8, so that its answer has characters beyond ASCII."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    args = ["--prompt-file", str(folder / "prompt.txt"), "--max-new-tokens", "64"]
+    assert run(folder, "generate", "--device", "cpu", *args) == 0
+    sys.stdout.flush()
+    assert b"?" in shown.getvalue() and b"new ones" in shown.getvalue()
+
+
+def test_unprintable_characters_are_replaced(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    replace_unprintable()
+    print("an otter: \U0001f9a6", flush=True)
+    assert shown.getvalue() == b"an otter: ?\n"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # not every output has an encoding
+    replace_unprintable()
+    monkeypatch.setattr(sys, "stdout", None)
+    replace_unprintable()
+
+
+# --- numbers ---
+
+BUDGETS = "expected units (6000), a share of the prompt (0.25), memory (512MiB), none for no limit"
+GENERATE = [
+    *(
+        ("--budget", text, f"{text!r} is not a budget; {BUDGETS}")
+        for text in ("abc", "1.5", "0", "0.0", "1.0", "-5", "8x", "1e3", "50%", "²", "", "12K")
+    ),
+    ("--budget", "0MiB", "'0MiB' is less than 1; expected an amount of memory"),
+    ("--chunk-size", "abc", "'abc' is not a whole number of at least 1, none or auto"),
+    ("--chunk-size", "0", "'0' is not a whole number of at least 1"),
+    ("--stabilizers", "x", "'x' is not a whole number of at least 0 or auto"),
+    ("--stabilizers", "-1", "'-1' is not a whole number of at least 0"),
+    ("--stabilizers", "none", "'none' is not a whole number of at least 0"),
+    ("--local-tokens", "0", "'0' is not a whole number of at least 1 or auto"),
+    ("--local-tokens", "1.5", "'1.5' is not a whole number"),
+    ("--max-new-tokens", "0", "'0' is not a whole number of at least 1"),
+    ("--max-new-tokens", "-1", "'-1' is not a whole number of at least 1"),
+    ("--max-new-tokens", "many", "'many' is not a whole number of at least 1"),
+    ("--bits", "x", "'x' is not a whole number of at least 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "says"), GENERATE)
+def test_a_number_that_cannot_be_is_one_sentence(name, text, says, folder, capsys):
+    args = ["--prompt-file", str(folder / "prompt.txt"), f"{name}={text}"]
+    with pytest.raises(SystemExit):
+        run(folder, "generate", *args)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"locret generate: error: argument {name}: {says}")
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("auto", {}),
+        ("None", {"budget": None}),
+        ("512", {"budget": 512}),
+        ("0.25", {"budget": 0.25}),
+        (".5", {"budget": 0.5}),
+        ("512MiB", {"budget_bytes": 512 * 2**20}),
+        ("1.5 kib", {"budget_bytes": 1536}),
+        ("600 B", {"budget_bytes": 600}),
+    ],
+)
+def test_budgets_have_these_forms(text, budget):
+    assert generate._budget(text) == budget
+
+
+def test_bits_that_no_scheme_has_are_told(folder, nothing_is_loaded, capsys):
+    args = ["--prompt-file", str(folder / "prompt.txt"), "--quantization", "kivi", "--bits", "7"]
+    assert run(folder, "generate", *args) == 2
+    assert capsys.readouterr().err == "locret generate: bits is 7; kivi takes 2, 4, 8\n"
+
+
+PLAN = [
+    ("--memory", "abc", "'abc' is not an amount of memory such as 24GiB"),
+    ("--memory", "1.5", "'1.5' is not a whole number; expected an amount of memory"),
+    ("--memory", "9" * 400, "is more than there is anywhere; expected an amount of memory"),
+    ("--context", "xyz", "'xyz' is not a number of tokens such as 4096, 128K (131072) or 1M"),
+    ("--context", "1.5", "'1.5' is not a whole number; expected a number of tokens"),
+    ("--context", "9" * 30, "is more than there is anywhere; expected a number of tokens"),
+    ("--chunk-size", "abc", "'abc' is not a whole number of at least 1"),
+    ("--new-tokens", "-1", "'-1' is not a whole number of at least 0"),
+    ("--head-width", "wide", "'wide' is not a whole number of at least 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "says"), PLAN)
+def test_a_plan_of_what_cannot_be_is_one_sentence(name, text, says, folder, capsys):
+    given = {"--memory": "1GiB", "--context": "1K"} | {name: text}
+    with pytest.raises(SystemExit):
+        run(folder, "plan", *(f"{name}={value}" for name, value in given.items()))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"locret plan: error: argument {name}: ") and says in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"chunk_size": "abc"}, "chunk_size is 'abc'; expected at least 1, or None"),
+        ({"stabilizers": "x"}, "stabilizers is 'x'; expected zero or more"),
+        ({"stabilizers": 99}, "stabilizers is 99 but the budget is 32"),
+        ({"local_tokens": 0}, "local_tokens is 0; expected at least 1"),
+        ({"positions": "here"}, "positions is 'here'; expected 'compact' or 'original'"),
+        ({"decode_interval": 0}, "decode_interval is 0; expected at least 1"),
+    ],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_engine_settings_of_an_evaluation_are_checked_without_a_model(settings, says, own):
+    row = Row("streaming_llm", 32, engine=settings if own else {})
+    with pytest.raises(ValueError) as error:
+        check_row(row, {} if own else settings)
+    assert str(error.value).startswith(f"row streaming_llm 32 query_agnostic: {says}")
+
+
+def test_engine_settings_that_can_be_pass():
+    words = {"chunk_size": None, "stabilizers": "auto", "positions": "auto"}
+    for row in (Row("full"), Row("streaming_llm", "8x"), Row("streaming_llm", 0.25)):
+        check_row(row, words)
+    check_row(Row("full"), {"stabilizers": 99})
+
+
+# --- where and in what a model computes ---
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("foo", "device 'foo' is unknown; expected cpu, cuda or cuda:N"),
+        ("cuda:99", "device 'cuda:99' is not there: torch sees"),
+        ("meta", "device 'meta' holds no values; expected"),
+        ("hpu", "device 'hpu' cannot be used by this torch; expected"),
+        ("vulkan", "device 'vulkan' cannot be used by this torch; expected"),
+        *(
+            (name, f"device {name!r} cannot be used by this torch; expected")
+            for name, there in (
+                ("mps", torch.backends.mps.is_available()),
+                ("xpu", torch.xpu.is_available()),
+            )
+            if not there
+        ),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_line(name, says, folder, capsys):
+    with pytest.raises(ValueError, match=says):
+        find_device(name)
+    args = ["--prompt-file", str(folder / "prompt.txt"), "--device", name]
+    assert run(folder, "generate", *args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"locret generate: {says}")
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int8", "Tensor", "", None, torch.float32])
+def test_a_dtype_that_models_are_not_loaded_in_is_refused(dtype, folder):
+    with pytest.raises(ValueError, match="is unknown; expected one of auto, float32, bfloat16"):
+        load_model(str(folder / "backbone"), dtype=dtype)
+
+
+@pytest.mark.parametrize("policy", ["full", "keydiff", "locret"])
+def test_a_model_without_weights_is_refused(policy):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    heads = tiny_heads(tiny_model("llama")) if policy == "locret" else None
+    with pytest.raises(ValueError, match="made on the meta device.*load it with from_pretrained"):
+        locret.Engine(model, policy, heads=heads, budget=20, stabilizers=3).prefill(prompt(60))

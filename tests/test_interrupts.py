@@ -1,0 +1,169 @@
+"""What SIGINT and SIGTERM do to a command, and with which status it leaves."""
+
+import argparse
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from locret import cli, interrupts
+from locret.interrupts import Stopped, held, raised, run_command
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+both = pytest.mark.parametrize("number", STATUS)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Those of a process that a user starts; this one may ignore Ctrl-C, in the background."""
+    ours = {number: signal.getsignal(number) for number in STATUS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in ours.items():
+        signal.signal(number, handler)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0)  # where Python looks for signals
+
+
+@both
+def test_a_signal_ends_a_command_with_its_status_and_one_line(number, capsys):
+    assert run_command("name", lambda: send(number), note="stopped here") == STATUS[number]
+    assert capsys.readouterr().err == "name: stopped here\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@both
+def test_what_fails_on_the_way_out_does_not_hide_the_signal(number, capsys):
+    def command():
+        try:
+            send(number)
+        finally:
+            raise ValueError("torn down halfway")
+
+    assert run_command("name", command) == STATUS[number]
+    assert capsys.readouterr().err == "name: stopped\n"
+
+
+def test_a_library_that_makes_an_exit_of_ctrl_c_does_not_hide_it(capsys):
+    def command():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1) from None
+
+    assert run_command("name", command) == 130
+
+
+def test_other_exits_and_errors_are_as_before(capsys):
+    def leave():
+        raise SystemExit(5)
+
+    with pytest.raises(SystemExit, match="5"):
+        run_command("name", leave)
+    with pytest.raises(TypeError):
+        run_command("name", lambda: len(5))
+    assert run_command("name", lambda: int("x")) == 2
+    assert capsys.readouterr().err.startswith("name: invalid literal")
+    assert run_command("name", lambda: None) == 0
+
+
+def lost(number):
+    """A signal whose exception goes no further, as in `__del__`."""
+    with pytest.raises(Stopped):
+        send(number)
+
+
+@both
+def test_a_signal_comes_through_after_one_that_was_lost(number, monkeypatch):
+    monkeypatch.setattr(interrupts, "REPEAT_SECONDS", 0)
+
+    def command():
+        lost(number)
+        send(number)
+
+    assert run_command("name", command) == STATUS[number]
+
+
+def test_a_signal_sent_twice_at_once_breaks_nothing_off():
+    """As `timeout` sends it: to the process, and to its group."""
+
+    def command():
+        lost(signal.SIGTERM)
+        send(signal.SIGTERM)
+
+    assert run_command("name", command) == 0
+
+
+@both
+def test_a_signal_waits_for_what_must_not_be_broken_off(number):
+    done = []
+    with raised():
+        with pytest.raises(Stopped), held():
+            send(number)
+            done.append(True)
+        assert done
+
+
+@both
+def test_a_signal_that_the_process_was_started_to_ignore_is_ignored(number):
+    signal.signal(number, signal.SIG_IGN)
+    assert run_command("name", lambda: send(number)) == 0
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+@both
+def test_a_forked_process_ends_as_others_do(number):
+    """Lest those that load data for a training leave with a status that Torch takes for a crash."""
+    with raised():
+        child = os.fork()
+        if child == 0:
+            try:
+                send(number)
+            except KeyboardInterrupt:
+                os._exit(7)
+            finally:
+                os._exit(8)
+        status = os.waitpid(child, 0)[1]
+    if number == signal.SIGINT:
+        assert os.WEXITSTATUS(status) == 7
+    else:
+        assert os.WTERMSIG(status) == signal.SIGTERM
+
+
+def test_a_command_runs_in_a_thread_too():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run_command("name", lambda: None)))
+    thread.start()
+    thread.join()
+    assert found == [0]
+
+
+GOES_ON = "stopped; the same command goes on where it stopped"
+
+
+@both
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"command": "generate"}, "stopped"),
+        ({"command": "needle", "grid": False}, "stopped"),
+        ({"command": "needle", "grid": True}, GOES_ON),
+        ({"command": "grid"}, GOES_ON),
+        ({"command": "evaluate"}, GOES_ON),
+        ({"command": "lm_eval"}, "stopped"),
+        ({"command": "reproduce"}, "stopped"),
+    ],
+    ids=lambda given: "_".join(map(str, given.values())) if isinstance(given, dict) else "",
+)
+def test_every_command_says_whether_it_goes_on(number, given, says, monkeypatch, capsys):
+    namespace = argparse.Namespace(run=lambda _: send(number), **given)
+    monkeypatch.setattr(cli, "_parsed", lambda _: namespace)
+    assert cli.main([]) == STATUS[number]
+    assert capsys.readouterr().err == f"locret {given['command']}: {says}\n"
