@@ -65,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def write_model_and_prompts(given: argparse.Namespace, folder: Path) -> None:
     """What both are given: float32 weights with the adapter in them, and tokens."""
     from locret.evaluation.needle import NeedleSettings, make_samples, needle_prompt
-    from locret.models import load_model
+    from locret.model.loading import load_model
 
     loaded = load_model(given.model, dtype="float32", device="cpu", adapter=given.adapter or None)
     config = copy.deepcopy(loaded.model.config)

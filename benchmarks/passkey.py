@@ -16,11 +16,11 @@ from typing import Any
 from benchmarks import record
 from benchmarks.answer_clock import AnswerClock, OutOfTime
 from locret import Engine, RetainingHeads
-from locret.cache_names import cache_of
 from locret.evaluation.needle import needle_prompt
-from locret.evaluation.synthetic import make_sample
-from locret.models import LoadedModel, load_model
+from locret.model.cache_names import cache_of
+from locret.model.loading import LoadedModel, load_model
 from locret.policies import POLICIES, LocretPolicy
+from locret.tasks.synthetic import make_sample
 
 GPU_TOKENS, CPU_TOKENS = 1_000_000, 65_536
 REPORT_EVERY = 10.0  # seconds

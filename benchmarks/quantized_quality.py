@@ -2,7 +2,7 @@
 
     python -m benchmarks.quantized_quality --tokens 3000 --count 20 --out r.json
 
-Every system answers the same needle prompts (`locret.evaluation.synthetic`), greedily:
+Every system answers the same needle prompts (`locret.tasks.synthetic`), greedily:
   full          stock generate with the full cache
   none          locret without eviction and quantization: the same tokens as `full`
   kivi-4        locret, nothing evicted, keys and values by a scheme in so many bits
@@ -21,10 +21,10 @@ from transformers import QuantizedCache
 
 from benchmarks import record
 from locret import Engine
-from locret.cache_names import as_argument
 from locret.evaluation import needle
 from locret.evaluation.report_needle import wilson
-from locret.models import LoadedModel, load_model
+from locret.model.cache_names import as_argument
+from locret.model.loading import LoadedModel, load_model
 from locret.quantization.baselines import transformers_backends
 
 Answer = Callable[[Tensor], Tensor]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from locret.evaluation.files import write_whole
 from locret.evaluation.provenance import commit, versions
+from locret.system.files import write_whole
 
 PACKAGES = (
     "torch",

@@ -13,10 +13,10 @@ import torch
 
 from benchmarks import record
 from benchmarks.shapes import SHAPES, random_model
-from locret.backbone import Backbone
-from locret.distillation import Distillation
-from locret.heads import HeadsConfig, RetainingHeads
-from locret.segments import Segment
+from locret.heads.heads import HeadsConfig, RetainingHeads
+from locret.model.backbone import Backbone
+from locret.training.distill import Distillation
+from locret.training.segments import Segment
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from datamodules.dataset import Item
-from locret.segments import Segment
+from locret.training.segments import Segment
 
 
 class SampleInfo(NamedTuple):
@@ -30,7 +30,7 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
 
     Returns:
         input_ids: int64 [1, N], the samples one after the other; each may attend to itself only.
-        segments: list of `locret.segments.Segment`, one a sample, offsets in the row.
+        segments: list of `locret.training.segments.Segment`, one a sample, offsets in the row.
         cut: int64 [samples], tokens removed from each prompt.
         samples: list of `SampleInfo`, for `ConversationDataModule.count`.
         skipped: list of `Skipped` : conversations that gave no sample, with the place and why.

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.conversations import Conversation, SkippedRow
 from datamodules.rows import exchange
-from locret.evaluation.synthetic import TASKS, make_sample, prompt_text
+from locret.tasks.synthetic import TASKS, make_sample, prompt_text
 
 PROBES = 8  # samples of a task tried at the least length: how much text they need differs
 
@@ -16,7 +16,7 @@ class SyntheticSource:
     """Synthetic tasks, made when asked for and the same for one index everywhere.
 
     Args:
-        tasks: names in `locret.evaluation.synthetic.TASKS`, taken in turn.
+        tasks: names in `locret.tasks.synthetic.TASKS`, taken in turn.
         tokens: tokens of the user message, or the (least, most) of lengths to draw from evenly. The
             chat template comes on top: leave it room below the data module's max_prompt_tokens.
         size: number of samples.

@@ -17,7 +17,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from locret import interrupts
 from locret.commands import (
     artifacts,
     evaluate,
@@ -30,12 +29,13 @@ from locret.commands import (
     reproduce,
     shared,
 )
+from locret.system import interrupts
 
 COMMANDS = (generate, needle, grid, evaluate, reproduce, lm_eval, artifacts, report, plan)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (`locret.interrupts`)."""
+    """Run a command; returns the exit status (`locret.system.interrupts`)."""
     shared.replace_unprintable()
     given = _parsed(sys.argv[1:] if args is None else args)
     note = "stopped"

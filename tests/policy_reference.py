@@ -363,8 +363,8 @@ def evict(units, scores, budget, protected, drop):
 
 
 def merge(units, kept, merging, query=0):
-    """Value merging as `locret.merging` says it, into the units of `kept`, one evicted unit after
-    the other."""
+    """Value merging as `locret.cache.merging` says it, into the units of `kept`, one evicted unit
+    after the other."""
     takers = [unit for unit in kept if unit.position >= max(merging.sinks, query)]
     slot = {unit.position: i for i, unit in enumerate(units)}
     stay = {unit.position for unit in kept}

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import locret
-from locret.adapters import Adapter
-from locret.backbone import Backbone
-from locret.distillation import Distillation
-from locret.models import load_model
-from locret.segments import Segment
+from locret.model.adapters import Adapter
+from locret.model.backbone import Backbone
+from locret.model.loading import load_model
+from locret.training.distill import Distillation
+from locret.training.segments import Segment
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -398,7 +398,7 @@ def test_a_training_of_heads_refuses_it(folder, tmp_path):
 
 def test_lm_eval_refuses_it(folder, tmp_path):
     pytest.importorskip("lm_eval")
-    from locret.evaluation.harness import LocretLM
+    from locret.integrations.lm_eval.model import LocretLM
 
     saved(tmp_path, num_hidden_layers=4)
     with pytest.raises(ValueError, match="does not fit the model: extra"):

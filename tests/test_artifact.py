@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 
 import locret
-from locret import RetainingHeads, artifact
+from locret import RetainingHeads
+from locret.heads import files as artifact
 from tests.tiny_models import tiny_heads, tiny_model
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.backends import PLAIN, Weighting, attend
+from locret.model.attend import PLAIN, Weighting, attend
 
 
 def naive(query, key, value, scaling, weighting=PLAIN, empty=None):
@@ -96,7 +96,7 @@ def test_windows_softcaps_sinks_and_empty_slots(
 
 
 def test_many_queries_in_blocks(monkeypatch):
-    from locret import backends
+    from locret.model import attend as backends
 
     inputs = random_inputs(2, 2, 2, 9, 20)
     whole = attend(*inputs, 0.5, "eager")

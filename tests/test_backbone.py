@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 import locret
-from locret.backbone import SUPPORTED, Backbone, check_supported
+from locret.model.backbone import SUPPORTED, Backbone, check_supported
 from tests.tiny_models import FAMILIES, MIXED, prompt, tiny_config, tiny_model
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import locret
-from locret.cache_names import cache_of
+from locret.model.cache_names import cache_of
 from tests.tiny_models import FAMILIES, VOCAB, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -212,7 +212,7 @@ def test_rows_that_chunks_are_read_with_change_nothing(monkeypatch):
     ids, mask = padded((60, 59, 33, 33, 5))
     together = engine.generate(ids, mask, **GREEDY)
     assert len(chunks) < 20
-    monkeypatch.setattr("locret.reading.TOGETHER", 1)
+    monkeypatch.setattr("locret.engine.reading.TOGETHER", 1)
     chunks.clear()
     assert torch.equal(engine.generate(ids, mask, **GREEDY), together)
     assert len(chunks) == 8 + 8 + 4 + 4

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 import locret
 from locret import RetainedCache
-from locret.cache import Eviction
-from locret.cache_names import as_argument, cache_in
-from locret.layer import RetainedLayer
+from locret.cache.cache import Eviction
+from locret.cache.layer import RetainedLayer
+from locret.cache.units import Units, unscored
+from locret.model.cache_names import as_argument, cache_in
 from locret.policies import Policy
-from locret.units import Units, unscored
 from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import locret
-from locret.cache_names import NAMES, as_argument, as_before, cache_in, cache_of
-from locret.generation import Engine
+from locret.engine.engine import Engine
+from locret.model.cache_names import NAMES, as_argument, as_before, cache_in, cache_of
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,7 @@ def test_nothing_of_ours_uses_a_deprecated_name():
     code = (
         "import locret, torch\n"
         "from tests.tiny_models import prompt, tiny_heads, tiny_model\n"
-        "from locret.cache_names import cache_of\n"
+        "from locret.model.cache_names import cache_of\n"
         "model = tiny_model('llama')\n"
         "engine = locret.Engine(model, heads=tiny_heads(model), budget=20, stabilizers=3)\n"
         "output = engine.generate(prompt(150), max_new_tokens=4, return_dict_in_generate=True)\n"

@@ -7,8 +7,9 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from locret import RetainingHeads, artifact
-from locret.card import REPEAT_COMMAND, Facts, escape, is_generated, model_card
+from locret import RetainingHeads
+from locret.heads import files as artifact
+from locret.heads.card import REPEAT_COMMAND, Facts, escape, is_generated, model_card
 from tests.tiny_models import tiny_heads, tiny_model
 
 TRAINING = {

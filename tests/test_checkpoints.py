@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import locret
-from locret.models import load_model
+from locret.model.loading import load_model
 
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints"
 LIMIT = 16 * 2**20

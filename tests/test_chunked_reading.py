@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from locret.backbone import Backbone
-from locret.distillation import Distillation
-from locret.segments import Segment
+from locret.model.backbone import Backbone
+from locret.training.distill import Distillation
+from locret.training.segments import Segment
 from tests.tiny_models import FAMILIES, PHI3_WINDOW, prompt, tiny_heads, tiny_model
 
 ROW = [  # two conversations of one answer, one of two
@@ -168,7 +168,8 @@ def peak_bytes(model, segments, chunk_size):
 def attention_of_no_memory(monkeypatch):
     """SDPA's CPU kernels take memory that grows with the row; this takes what GPUs' kernels do."""
     monkeypatch.setattr(
-        "locret.row_loss.attend", lambda query, *_, **__: query.transpose(1, 2).contiguous()
+        "locret.training.row_loss.attend",
+        lambda query, *_, **__: query.transpose(1, 2).contiguous(),
     )
 
 

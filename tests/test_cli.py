@@ -90,7 +90,7 @@ def test_generate_within_units_a_share_or_bytes(args, units, folder, capsys):
 
 
 def test_generate_without_heads_or_budget_is_stock(folder, capsys):
-    from locret.models import load_model
+    from locret.model.loading import load_model
 
     args = ["--prompt-file", str(folder / "prompt.txt"), "--json", "--max-new-tokens", "8", "--raw"]
     assert run(folder, "generate", *args, "--budget", "none") == 0

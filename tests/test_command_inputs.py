@@ -13,7 +13,7 @@ from locret.commands import generate
 from locret.commands.shared import read_text, replace_unprintable
 from locret.evaluation.engines import check_row
 from locret.evaluation.rows import Row
-from locret.models import find_device, load_model
+from locret.model.loading import find_device, load_model
 from tests.tiny_models import prompt, tiny_config, tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 

@@ -10,12 +10,12 @@ from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
 import locret
-from locret.attention import RunningUncompiled
-from locret.backbone import Backbone
-from locret.cache_names import as_argument
-from locret.distillation import Distillation
+from locret.model.backbone import Backbone
+from locret.model.cache_names import as_argument
+from locret.model.hooks import RunningUncompiled
 from locret.policies import Policy
-from locret.segments import Segment
+from locret.training.distill import Distillation
+from locret.training.segments import Segment
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}

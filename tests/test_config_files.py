@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from locret.config_files import CONFIGS, find_config
 from locret.evaluation import config as evaluation
+from locret.system.config_files import CONFIGS, find_config
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3.yaml"])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import smooth_l1_loss
 
-from locret.backbone import Backbone
-from locret.distillation import Distillation
-from locret.segments import Segment
+from locret.model.backbone import Backbone
+from locret.training.distill import Distillation
+from locret.training.segments import Segment
 from tests.stock_logits import stock_prompt_labels
 from tests.tiny_models import FAMILIES, prompt, tiny_heads, tiny_model
 
@@ -162,7 +162,7 @@ def test_other_places_of_the_model_still_see_plain_causal_attention(family):
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_runs_on_the_backend_of_the_model(backend, monkeypatch):
-    from locret import row_loss
+    from locret.training import row_loss
 
     used = []
 

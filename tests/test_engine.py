@@ -9,12 +9,12 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import locret
-from locret.backbone import Backbone
-from locret.cache_names import as_argument, cache_of
-from locret.features import FEATURES
-from locret.generation import DEFAULT_NEW_TOKENS
+from locret.engine.config import PAPER
+from locret.engine.engine import DEFAULT_NEW_TOKENS
+from locret.heads.features import FEATURES
+from locret.model.backbone import Backbone
+from locret.model.cache_names import as_argument, cache_of
 from locret.policies import POLICIES, LocretPolicy, Policy
-from locret.settings import PAPER
 from tests.test_batches import padded
 from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
 
@@ -744,7 +744,7 @@ def test_out_of_memory_in_the_first_layer_leaves_the_context_as_it_was(model, mo
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr("locret.retention.attend", out_of_memory)
+        patch.setattr("locret.engine.attention.attend", out_of_memory)
         engine.generate(prompt(5, seed=3), cache=cache, **GREEDY)
     assert torch.equal(engine.generate(prompt(5, seed=3), cache=cache, **GREEDY), expected)
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import locret
-from locret.backbone import Backbone
-from locret.distillation import Distillation
-from locret.features import FEATURES
-from locret.heads import HeadsConfig, RetainingHeads
-from locret.losses import LOSSES
-from locret.segments import Segment
-from locret.targets import LABELS
+from locret.heads.features import FEATURES
+from locret.heads.heads import HeadsConfig, RetainingHeads
+from locret.heads.losses import LOSSES
+from locret.heads.targets import LABELS
+from locret.model.backbone import Backbone
+from locret.training.distill import Distillation
+from locret.training.segments import Segment
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}

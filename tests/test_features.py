@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import locret
-from locret.backbone import Backbone
-from locret.backends import attend
-from locret.distillation import Distillation
-from locret.features import FEATURES
+from locret.heads.features import FEATURES
+from locret.model.attend import attend
+from locret.model.backbone import Backbone
 from locret.policies import LocretPolicy
-from locret.segments import Segment
+from locret.training.distill import Distillation
+from locret.training.segments import Segment
 from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
 
 

@@ -14,7 +14,7 @@ import locret
 from locret.cli import main
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.preparing import prepare
-from locret.models import file_revision, load_config, load_model, load_tokenizer
+from locret.model.loading import file_revision, load_config, load_model, load_tokenizer
 from tests.evaluation.eval_data import DATA, write_data
 from tests.tiny_models import prompt, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -256,7 +256,7 @@ def test_evaluate_records_the_hash_and_asks_a_changed_file_again(file, tmp_path)
 
 def test_lm_eval(file):
     pytest.importorskip("lm_eval")
-    from locret.evaluation.harness import LocretLM
+    from locret.integrations.lm_eval.model import LocretLM
 
     model = LocretLM(str(file), policy="keydiff", budget=32, device="cpu", dtype="float32")
     info = model.get_model_info()

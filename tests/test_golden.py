@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import locret
-from locret.backbone import Backbone
-from locret.distillation import Distillation
+from locret.model.backbone import Backbone
 from locret.policies import LocretPolicy
-from locret.segments import Segment
+from locret.training.distill import Distillation
+from locret.training.segments import Segment
 from tests.stock_logits import stock_prompt_labels
 
 GOLDEN = Path(__file__).parent / "golden"

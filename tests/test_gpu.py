@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import locret
-from locret.backends import attend, attend_past, available
-from locret.generation import Engine
+from locret.engine.engine import Engine
+from locret.model.attend import attend, attend_past, available
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
 from tests.tiny_models import FAMILIES, MIXED, distinct_prompt, prompt, tiny_heads, tiny_model

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from locret.backbone import Backbone
-from locret.heads import SCHEMA_VERSION, Geometry, HeadsConfig, RetainingHead, RetainingHeads
+from locret.heads.heads import SCHEMA_VERSION, Geometry, HeadsConfig, RetainingHead, RetainingHeads
+from locret.model.backbone import Backbone
 from tests.tiny_models import FAMILIES, tiny_heads, tiny_model
 
 GEOMETRY = Geometry(

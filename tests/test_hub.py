@@ -16,8 +16,9 @@ import pytest
 import torch
 from huggingface_hub.utils import _http
 
-from locret import RetainingHeads, artifact
+from locret import RetainingHeads
 from locret.cli import main
+from locret.heads import files as artifact
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer
 from tests.tiny_models import tiny_heads, tiny_model
 

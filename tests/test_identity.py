@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.backbone import Backbone
-from locret.identity import IdentityTable, identity_tables
+from locret.model.backbone import Backbone
+from locret.model.identity import IdentityTable, identity_tables
 from tests.tiny_models import FAMILIES, tiny_model
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from locret import cli, interrupts
-from locret.interrupts import Stopped, held, raised, run_command
+from locret import cli
+from locret.system import interrupts
+from locret.system.interrupts import Stopped, held, raised, run_command
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 both = pytest.mark.parametrize("number", STATUS)

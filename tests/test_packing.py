@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.backbone import Backbone
-from locret.distillation import Distillation
-from locret.packing import PackedAttention
-from locret.segments import Segment, with_query_in_front
+from locret.model.backbone import Backbone
+from locret.training.distill import Distillation
+from locret.training.packing import PackedAttention
+from locret.training.segments import Segment, with_query_in_front
 from tests.tiny_models import FAMILIES, PHI3_WINDOW, prompt, tiny_heads, tiny_model
 
 ALPHA = 0.5  # far above the paper's, so that smoothness shows in every comparison

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import locret
-from locret.backbone import AttentionLayer, Backbone
-from locret.distillation import Distillation
-from locret.segments import Segment
+from locret.model.backbone import AttentionLayer, Backbone
+from locret.training.distill import Distillation
+from locret.training.segments import Segment
 from tests.tiny_models import MIXED, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}

@@ -10,9 +10,9 @@ from transformers import AutoConfig
 
 import locret
 from benchmarks.shapes import SHAPES
-from locret.backbone import Backbone
 from locret.cli import main
-from locret.plan import SCHEMES, as_text, make_plan, sizing_of
+from locret.engine.plan import SCHEMES, as_text, make_plan, sizing_of
+from locret.model.backbone import Backbone
 from locret.quantities import format_bytes, parse_bytes, parse_tokens
 from tests.tiny_models import prompt, tiny_config, tiny_heads, tiny_model
 

@@ -6,10 +6,10 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import locret
-from locret.cache_names import cache_of
-from locret.distillation import Distillation
+from locret.model.cache_names import cache_of
 from locret.policies import LocretPolicy
-from locret.segments import Segment, with_query_in_front
+from locret.training.distill import Distillation
+from locret.training.segments import Segment, with_query_in_front
 from tests import reference
 from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
 

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 import locret
 from benchmarks import longcontext
 from locret import cli
-from locret.models import load_model
+from locret.model.loading import load_model
 from tests.evaluation.eval_data import DATA, write_data
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -165,7 +165,7 @@ def test_the_shown_code_runs(workplace, monkeypatch, no_deprecations):
 
 
 def test_the_supported_families_are_those_of_the_code():
-    from locret.backbone import SUPPORTED
+    from locret.model.backbone import SUPPORTED
 
     shown = README.split("**Supported**")[1].split("---")[0].lower()
     plain = re.sub(r"[-_ \n]", "", shown)

@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 
 import locret
 from locret import Recall, RetainedCache
-from locret.backends import attend
-from locret.cache_names import cache_of
+from locret.cache.host_blocks import HostBlocks
+from locret.cache.merging import Merging
+from locret.cache.recall import block_relevance, mean_logits
 from locret.evaluation.engines import Engines
 from locret.evaluation.rows import expand
-from locret.host_blocks import HostBlocks
-from locret.merging import Merging
-from locret.models import LoadedModel
+from locret.model.attend import attend
+from locret.model.cache_names import cache_of
+from locret.model.loading import LoadedModel
 from locret.policies import POLICIES, Policy
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.quantization import make_scheme
-from locret.recall import block_relevance, mean_logits
 from tests.test_batches import assert_each_row_as_alone, padded
 from tests.tiny_models import FAMILIES, MIXED, SLIDING, prompt, tiny_heads, tiny_model
 

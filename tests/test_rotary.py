@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from locret.backbone import Backbone
 from locret.kernels import rotate_at_slots
-from locret.rotary import _TABLES_KEPT, Rotary, longrope_switch
+from locret.model.backbone import Backbone
+from locret.model.rotary import _TABLES_KEPT, Rotary, longrope_switch
 from tests.tiny_models import FAMILIES, HEAD_SIZE, PHI3_WINDOW, tiny_model
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from locret.segments import Segment, check_segments
+from locret.training.segments import Segment, check_segments
 
 
 @pytest.mark.parametrize(

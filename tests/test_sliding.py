@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import locret
-from locret.backbone import Backbone
-from locret.distillation import Distillation
-from locret.heads import HeadsConfig
-from locret.segments import Segment
+from locret.heads.heads import HeadsConfig
+from locret.model.backbone import Backbone
+from locret.training.distill import Distillation
+from locret.training.segments import Segment
 from tests.test_batches import assert_each_row_as_alone
 from tests.tiny_models import MIXED, SLIDING, WINDOW, prompt, tiny_heads, tiny_model
 

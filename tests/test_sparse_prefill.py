@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import locret
-from locret import sparse_prefill
-from locret.backends import attend, available
+from locret.model import sparse_prefill
+from locret.model.attend import attend, available
 from tests.tiny_models import prompt, tiny_model
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

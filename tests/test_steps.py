@@ -5,10 +5,10 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import locret
-from locret.cache_names import cache_of
-from locret.generation import Engine
+from locret.engine.engine import Engine
+from locret.engine.steps import EAGER_STEPS, StepCounts
 from locret.kernels import decode_attention_quantized
-from locret.steps import EAGER_STEPS, StepCounts
+from locret.model.cache_names import cache_of
 from tests.tiny_models import FAMILIES, MIXED, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -93,7 +93,7 @@ def test_every_step_is_fast_whatever_the_answer_is_asked_with(fast, settings, gi
 
 
 def test_steps_go_on_as_storage_runs_out_and_after_restoring(fast, monkeypatch):
-    monkeypatch.setattr("locret.generation.DECODE_ROOM", 3)
+    monkeypatch.setattr("locret.engine.engine.DECODE_ROOM", 3)
     engine = locret.Engine(tiny_model("llama"), "random", **SMALL)
     cache = engine.prefill(prompt(60))
     context = cache.snapshot()
@@ -188,7 +188,7 @@ def test_steps_over_packed_units(both, monkeypatch, name, bits, positions):
     mask = torch.ones_like(ids)
     mask[1, :30], mask[2, :57] = 0, 0
     seen = []
-    monkeypatch.setattr("locret.steps.decode_attention_quantized", spied(seen))
+    monkeypatch.setattr("locret.engine.steps.decode_attention_quantized", spied(seen))
     scheme = {"name": name, "bits": bits, "group": 16, "residual": 3}
 
     def work():
@@ -211,7 +211,7 @@ def spied(seen):
 @pytest.mark.parametrize("name", ["kivi", "kvquant", "fp8"])
 def test_long_answers_are_packed_now_and_then(both, monkeypatch, name):
     model = tiny_model("llama")
-    monkeypatch.setattr("locret.coded.STEPS", 11)
+    monkeypatch.setattr("locret.cache.coded.STEPS", 11)
     scheme = {"name": name, "bits": 8, "group": 4, "residual": 3}
 
     def work():
@@ -241,7 +241,7 @@ def test_long_answers_are_packed_now_and_then(both, monkeypatch, name):
 def test_turns_snapshots_and_storage_that_runs_out(both, monkeypatch):
     model = tiny_model("llama")
     heads = tiny_heads(model)
-    monkeypatch.setattr("locret.generation.DECODE_ROOM", 3)
+    monkeypatch.setattr("locret.engine.engine.DECODE_ROOM", 3)
 
     def work():
         engine = locret.Engine(model, heads=heads, **SMALL)

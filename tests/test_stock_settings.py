@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 import locret
-from locret.generation import DEFAULT_NEW_TOKENS
+from locret.engine.engine import DEFAULT_NEW_TOKENS
 from tests.test_batches import padded
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 

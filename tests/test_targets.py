@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret import targets
-from locret.targets import LABELS, AnswerView, max_logit, max_prob, value_weighted
+from locret.heads import targets
+from locret.heads.targets import LABELS, AnswerView, max_logit, max_prob, value_weighted
 
 HIDDEN = 11
 

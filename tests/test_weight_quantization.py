@@ -5,11 +5,11 @@ import importlib.util
 import pytest
 import torch
 
-from locret.backbone import Backbone
-from locret.distillation import Distillation
-from locret.models import load_model
-from locret.segments import Segment
-from locret.weight_quantization import PACKAGES, quantization_config
+from locret.model.backbone import Backbone
+from locret.model.loading import load_model
+from locret.model.weight_quantization import PACKAGES, quantization_config
+from locret.training.distill import Distillation
+from locret.training.segments import Segment
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from locret.backbone import SUPPORTED
-from locret.heads import HeadsConfig, RetainingHeads
+from locret.heads.heads import HeadsConfig, RetainingHeads
+from locret.model.backbone import SUPPORTED
 
 VOCAB = 128
 WINDOW = 16
@@ -164,7 +164,7 @@ def tiny_model(
 
 def tiny_heads(model: Any, seed: int = 0, width: int = 16, **record: Any) -> RetainingHeads:
     """Random heads that fit the model."""
-    from locret.backbone import Backbone
+    from locret.model.backbone import Backbone
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

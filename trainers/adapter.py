@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from locret.adapters import without_old_names
-from locret.backbone import Backbone
-from locret.models import Dtype, load_model, load_tokenizer
-from locret.packing import PackedAttention
+from locret.model.adapters import without_old_names
+from locret.model.backbone import Backbone
+from locret.model.loading import Dtype, load_model, load_tokenizer
+from locret.training.packing import PackedAttention
 from trainers.figures import averaged, looked_at
 from trainers.optimizer import adamw, restart_schedule
 

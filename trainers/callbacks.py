@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from locret.artifact import write_card, written_aside
+from locret.heads.files import write_card, written_aside
 from trainers.plot import draw
 
 TRAINING_CONFIG = "training.yaml"

@@ -24,9 +24,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.datamodule import ConversationDataModule
-from locret.config_files import find_config
-from locret.interrupts import Stopped, run_command
+from locret.system.config_files import find_config
+from locret.system.interrupts import Stopped, run_command
 from trainers.callbacks import Export
+from trainers.progress import PlainProgress
 from trainers.stopping import StopBetweenSteps, signal_behind, where_it_stopped
 
 
@@ -58,7 +59,7 @@ def build(
         save_config_callback=export,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [StopBetweenSteps()]},
+        trainer_defaults={"callbacks": [StopBetweenSteps(), PlainProgress()]},
     )
 
 
@@ -73,7 +74,7 @@ def _silence() -> None:
 
 
 def status(name: str, main: Callable[[], object]) -> int:
-    """Run a training as a command; returns the exit status (`locret.interrupts`)."""
+    """Run a training as a command; returns the exit status (`locret.system.interrupts`)."""
     errors = (ValueError, OSError, MisconfigurationException)
     note = "" if rank_zero_only.rank else "stopped before the first step; nothing was saved yet"
     return run_command(name, main, errors=errors, note=note)

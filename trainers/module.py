@@ -1,6 +1,7 @@
 """LightningModule that trains retaining heads on a frozen backbone (paper section 3.2).
 
-Thin: the loss, its gradients and the labels are `locret.distillation`'s. The backbone is held, not
+Thin: the loss, its gradients and the labels are `locret.training.distill`'s. The backbone is held,
+not
 registered: Lightning neither flips its mode nor moves, optimizes or saves it.
 """
 
@@ -15,16 +16,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
-from locret.backbone import Backbone
-from locret.cache import Positions
-from locret.distillation import Distillation
-from locret.heads import HeadsConfig, RetainingHeads
-from locret.models import Dtype, load_model, load_tokenizer
-from locret.rotary import LongRopeRule
-from locret.row_loss import Distilled, Share
-from locret.segments import with_query_in_front
-from locret.settings import Settings
-from locret.weight_quantization import Quantization
+from locret.cache.cache import Positions
+from locret.engine.config import Settings
+from locret.heads.heads import HeadsConfig, RetainingHeads
+from locret.model.backbone import Backbone
+from locret.model.loading import Dtype, load_model, load_tokenizer
+from locret.model.rotary import LongRopeRule
+from locret.model.weight_quantization import Quantization
+from locret.training.distill import Distillation
+from locret.training.row_loss import Distilled, Share
+from locret.training.segments import with_query_in_front
 from trainers.averaging import average, make_equal, start_average, takes_over
 from trainers.figures import averaged, looked_at
 from trainers.metrics import RankCorrelation, TopOverlap, top_overlap
@@ -42,11 +43,11 @@ class HeadsModule(LightningModule):
     Args:
         model: the backbone: a Hub id, a folder, or `embedded:smollm2`.
         adapter: a PEFT adapter of the backbone, merged into its weights unless they are quantized.
-        quantization: of the backbone's weights: "int8", "nf4" (`locret.weight_quantization`).
+        quantization: of the backbone's weights: "int8", "nf4" (`locret.model.weight_quantization`).
         width: hidden width of a head (the paper's d_R).
-        tap: what a head reads (`locret.features.FEATURES`).
-        label: label definition (`locret.targets.LABELS`).
-        loss: main loss (`locret.losses.LOSSES`).
+        tap: what a head reads (`locret.heads.features.FEATURES`).
+        label: label definition (`locret.heads.targets.LABELS`).
+        loss: main loss (`locret.heads.losses.LOSSES`).
         alpha: weight of the smoothness loss.
         query_tokens: Locret-Q: repeat so many of the question's tokens in front of the prompt.
         lr: peak learning rate of AdamW.

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import distributed
 
-from locret.interrupts import Repeats, Stopped, handlers, stop_behind
+from locret.system.interrupts import Repeats, Stopped, handlers, stop_behind
 
 
 class StopBetweenSteps(Callback):

@@ -6,9 +6,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from locret import artifact, hub
 from locret.commands.shared import size_of
-from locret.heads import RetainingHeads
+from locret.heads import files as artifact
+from locret.heads import hub
+from locret.heads.heads import RetainingHeads
 
 CARD_LINES = 16  # of the card, shown before a push
 ODD_RATIO = 10  # norms further than this from the layers' median are remarked on

@@ -120,7 +120,7 @@ def _arguments(given: argparse.Namespace) -> list[str]:
 
 
 def _tasks() -> str:
-    from locret.evaluation.tasks import GROUPS, TASKS
+    from locret.tasks import GROUPS, TASKS
 
     groups = [f"{name:<28} {names[0]} ... {names[-1]}" for name, names in GROUPS.items()]
     tasks = [f"{name:<28} scored by {', '.join(task.metrics)}" for name, task in TASKS.items()]

@@ -6,7 +6,6 @@ import re
 import time
 from typing import Any
 
-from locret.cache_names import cache_of
 from locret.commands.progress import Progress
 from locret.commands.shared import (
     BYTES_PER_MIB,
@@ -17,6 +16,7 @@ from locret.commands.shared import (
     read_text,
     whole,
 )
+from locret.model.cache_names import cache_of
 from locret.policies import POLICIES
 from locret.quantities import parse_bytes
 from locret.quantization import SCHEMES, Scheme, scheme_of
@@ -79,7 +79,7 @@ def run(given: argparse.Namespace) -> None:
     """
     from transformers import TextStreamer
 
-    from locret.generation import Engine
+    from locret.engine.engine import Engine
 
     # What is cheap to get wrong is checked before a model is loaded.
     text = read_text(given.prompt_file)

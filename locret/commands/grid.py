@@ -114,7 +114,7 @@ def run(given: argparse.Namespace) -> None:
 
 def _check(given: argparse.Namespace) -> None:
     from locret.evaluation import byte_grid
-    from locret.evaluation.files import check_file
+    from locret.system.files import check_file
 
     unknown = sorted(set(given.policies) - set(POLICIES))
     if unknown:

@@ -9,13 +9,13 @@ before its command line runs; this does, and puts our task files on its include 
 
 import importlib.util
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 NAME = "lm_eval"
-TASK_FILES = Path(__file__).parents[1] / "evaluation" / "tasks"
-PLUGIN = TASK_FILES / "locret.yaml"
+PLUGIN = Path(__file__).parents[1] / "integrations" / "lm_eval" / "locret.yaml"
 INCLUDE = "--include_path"
 
 
@@ -37,17 +37,25 @@ def run(args: Sequence[str]) -> None:
         raise ValueError("lm_eval needs the package lm-eval: pip install 'locret[eval]'")
     from lm_eval.__main__ import cli_evaluate
 
-    import locret.evaluation.harness  # noqa: F401 - registers the model
+    import locret.integrations.lm_eval.model  # noqa: F401 - registers the model
 
-    own, sys.argv = sys.argv, ["lm_eval", *with_our_tasks(args)]  # where it looks
-    try:
-        cli_evaluate()
-    finally:
-        sys.argv = own
+    with tempfile.TemporaryDirectory(prefix="locret-tasks-") as folder:
+        own, sys.argv = sys.argv, ["lm_eval", *with_our_tasks(args, folder)]  # where it looks
+        try:
+            cli_evaluate()
+        finally:
+            sys.argv = own
 
 
-def with_our_tasks(args: Sequence[str]) -> list[str]:
-    """The arguments, with our task files on the include path if they name no other one."""
+def with_our_tasks(args: Sequence[str], folder: str) -> list[str]:
+    """The arguments, with our task files on the include path if they name no other one.
+
+    Args:
+        folder: where the files are written.
+    """
     named = any(arg.partition("=")[0] == INCLUDE for arg in args)
-    only_help = not args or {"-h", "--help"} & set(args)
-    return [*args] if named or only_help else [*args, INCLUDE, str(TASK_FILES)]
+    if named or not args or {"-h", "--help"} & set(args):
+        return [*args]
+    from locret.integrations.lm_eval.task_files import write_task_files
+
+    return [*args, INCLUDE, str(write_task_files(Path(folder)))]

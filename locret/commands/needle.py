@@ -7,7 +7,7 @@ from typing import Any
 
 from locret.commands.progress import Progress, report_of, say_next
 from locret.commands.shared import Listed, add_model, load, load_heads, whole_number
-from locret.heads import RetainingHeads
+from locret.heads.heads import RetainingHeads
 from locret.policies import POLICIES
 from locret.quantities import parse_tokens
 
@@ -46,7 +46,7 @@ def add_to(commands: Any) -> None:
 
 def _needle(given: argparse.Namespace) -> None:
     from locret.evaluation import needle, needle_table
-    from locret.evaluation.files import check_file, write_whole
+    from locret.system.files import check_file, write_whole
 
     policies = given.policies
     unknown = sorted(set(policies) - set(POLICIES))

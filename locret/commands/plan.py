@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from locret.commands.shared import DTYPES, MODEL, argument, whole
-from locret.models import load_config
+from locret.model.loading import load_config
 from locret.quantities import parse_bytes, parse_tokens
 
 
@@ -30,7 +30,7 @@ def add_to(commands: Any) -> None:
 def _plan(given: argparse.Namespace) -> None:
     import torch
 
-    from locret import plan
+    from locret.engine import plan
 
     asked = {"memory": given.memory, "context": given.context}
     for name in ("chunk_size", "new_tokens", "head_width"):

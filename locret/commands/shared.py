@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from locret.heads import RetainingHeads
-from locret.models import LoadedModel, load_model
+from locret.heads.heads import RetainingHeads
+from locret.model.loading import LoadedModel, load_model
 
 DTYPES = ("float32", "bfloat16", "float16")
 BYTES_PER_MIB = 2**20

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locret.cache import RetainedCache
+from locret.cache.cache import RetainedCache
+from locret.engine.engine import Engine
 from locret.evaluation.engines import Engines
 from locret.evaluation.held import held_of
 from locret.evaluation.padding import padded
 from locret.evaluation.questions import Question
 from locret.evaluation.records import Record
 from locret.evaluation.stopping import StopStrings, before_stop
-from locret.generation import Engine
-from locret.models import LoadedModel
+from locret.model.loading import LoadedModel
 
 
 class Asker:

@@ -3,9 +3,9 @@
     python -m locret grid --model embedded:smollm2 --policies snapkv,keydiff --bits 16,8,4 ...
 
 A ratio says how many units 16-bit keys and values get, prompt tokens for every unit. Fewer bits get
-as many units more as fit into the same bytes (`locret.sizing`: codes, scales, scores and source
-positions counted). Every answer is stored as it comes; a run that was stopped goes on. Several
-processes take the samples in turn, each with a file of its own.
+as many units more as fit into the same bytes (`locret.cache.sizing`: codes, scales, scores and
+source positions counted). Every answer is stored as it comes; a run that was stopped goes on.
+Several processes take the samples in turn, each with a file of its own.
 """
 
 import json
@@ -19,20 +19,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from locret.backbone import Backbone
+from locret.cache.sizing import Sizing
+from locret.engine.engine import Engine
 from locret.evaluation import local_needles, needle
-from locret.evaluation.files import write_whole
 from locret.evaluation.needle import NeedleSettings
 from locret.evaluation.padding import padded
 from locret.evaluation.provenance import environment
 from locret.evaluation.ranks import Ranks
-from locret.evaluation.synthetic import SyntheticSample
-from locret.generation import Engine
-from locret.heads import RetainingHeads
-from locret.models import LoadedModel
+from locret.heads.heads import RetainingHeads
+from locret.model.backbone import Backbone
+from locret.model.loading import LoadedModel
 from locret.policies import POLICIES
 from locret.quantization import NO_SCHEME, Scheme, scheme_of
-from locret.sizing import Sizing
+from locret.system.files import write_whole
+from locret.tasks.synthetic import SyntheticSample
 
 KIND = "byte_grid"
 """What the JSON calls itself."""

@@ -7,11 +7,11 @@ from typing import Any, get_args
 
 import yaml
 
-from locret import config_files
 from locret.evaluation.rows import Row, expand
-from locret.evaluation.tasks import TASKS, Task, TaskSettings, task_names
-from locret.models import Dtype
+from locret.model.loading import Dtype
 from locret.quantities import is_whole
+from locret.system import config_files
+from locret.tasks import TASKS, Task, TaskSettings, task_names
 
 CACHE = "~/.cache/locret"
 
@@ -55,7 +55,7 @@ class EvalConfig:
         output: folder for predictions and results.
         dtype, device, attention: of the model; attention is transformers' `attn_implementation`.
         chat_template: put prompts into the tokenizer's chat template.
-        data_dir, data: where the tasks' data lies (`locret.evaluation.tasks.TaskSettings`).
+        data_dir, data: where the tasks' data lies (`locret.tasks.TaskSettings`).
         lengths: prompt lengths for tasks that are made to a length.
         limit: samples of a task; None = all.
         seed: of generated samples.

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from locret.cache.merging import describe_merging
+from locret.engine.config import Settings
+from locret.engine.engine import Engine
 from locret.evaluation.rows import Row
-from locret.generation import Engine
-from locret.heads import RetainingHeads
-from locret.merging import describe_merging
-from locret.models import LoadedModel
+from locret.heads.heads import RetainingHeads
+from locret.model.loading import LoadedModel
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.quantization import scheme_of
-from locret.settings import Settings
 
 SHOWN = ("chunk_size", "stabilizers", "positions", "budget", "query_aware", "backend", "graphs")
 """Settings of an engine that are told beside figures."""

@@ -21,14 +21,14 @@ from locret.evaluation import results
 from locret.evaluation.asking import Asker
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.engines import Engines
-from locret.evaluation.files import as_json, write_whole
 from locret.evaluation.manifest import manifest
 from locret.evaluation.preparing import Prepared, prepare
 from locret.evaluation.questions import Question, batches, share
 from locret.evaluation.ranks import Ranks
 from locret.evaluation.records import Records
 from locret.evaluation.sessions import Session
-from locret.models import load_model
+from locret.model.loading import load_model
+from locret.system.files import as_json, write_whole
 
 RESULT = "result.json"
 TABLE = "result.md"

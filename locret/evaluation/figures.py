@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from locret.evaluation.files import check_file
+from locret.system.files import check_file
 
 
 def plotting() -> Any:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from locret.evaluation import local_needles, needle
-from locret.evaluation.files import write_whole
 from locret.evaluation.needle import NeedleSettings
 from locret.evaluation.provenance import environment, source
-from locret.evaluation.synthetic import SyntheticSample
-from locret.heads import RetainingHeads
-from locret.models import LoadedModel
+from locret.heads.heads import RetainingHeads
+from locret.model.loading import LoadedModel
+from locret.system.files import write_whole
+from locret.tasks.synthetic import SyntheticSample
 
 KIND = "needle_grid"
 """What the JSON calls itself."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from locret.cache import RetainedCache
+from locret.cache.cache import RetainedCache
 
 
 def held_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from locret.evaluation.synthetic import SyntheticSample
+from locret.tasks.synthetic import SyntheticSample
 
 FIELD = "needle_is_local"
 MARK = "*"

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locret.cache_names import cache_of
+from locret.engine.engine import Engine
 from locret.evaluation.held import bytes_without, held_of
 from locret.evaluation.local_needles import is_local
 from locret.evaluation.padding import padded
-from locret.evaluation.synthetic import SyntheticSample, make_sample, prompt_text
-from locret.generation import Engine
-from locret.heads import RetainingHeads
-from locret.models import LoadedModel
+from locret.heads.heads import RetainingHeads
+from locret.model.cache_names import cache_of
+from locret.model.loading import LoadedModel
 from locret.policies import POLICIES
 from locret.quantities import is_whole
+from locret.tasks.synthetic import SyntheticSample, make_sample, prompt_text
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class NeedleSettings:
     """What is asked.
 
     Attributes:
-        tasks: of `locret.evaluation.synthetic.TASKS`.
+        tasks: of `locret.tasks.synthetic.TASKS`.
         tokens: length of the prompt's text.
         count: how many samples a task; their depths are spread evenly.
         ratios: prompt tokens for every unit of the budget; each ratio is one run.

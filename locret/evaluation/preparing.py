@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from locret.adapters import Adapter
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.engines import are_query_aware, check_row
-from locret.evaluation.files import file_hash
 from locret.evaluation.prompts import Renderer
 from locret.evaluation.provenance import source
 from locret.evaluation.questions import Prompts, Question, questions
 from locret.evaluation.ranks import Ranks
 from locret.evaluation.rows import Row
-from locret.evaluation.tasks import Task
-from locret.heads import RetainingHeads
-from locret.models import file_revision, find_device, load_config, load_tokenizer
+from locret.heads.heads import RetainingHeads
+from locret.model.adapters import Adapter
+from locret.model.loading import file_revision, find_device, load_config, load_tokenizer
 from locret.policies import LocretPolicy
+from locret.system.files import file_hash
+from locret.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def check_adapter(name: str | None, model: Any = None) -> None:
         model: its config; None = any model will do.
 
     Raises:
-        ValueError: see `locret.adapters`.
+        ValueError: see `locret.model.adapters`.
     """
     if name is None:
         return

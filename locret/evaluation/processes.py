@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from locret import interrupts
 from locret.evaluation.preparing import Prepared
 from locret.evaluation.records import Records
+from locret.system import interrupts
 
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 10.0  # for processes that are asked to end
@@ -40,7 +40,8 @@ def run_together(
 ) -> None:
     """Run `python -m locret ARGUMENTS` in so many processes, which know their ranks.
 
-    SIGTERM, which schedulers send, and SIGINT end them too, and this process (`locret.interrupts`).
+    SIGTERM, which schedulers send, and SIGINT end them too, and this process
+    (`locret.system.interrupts`).
 
     Args:
         folder: what they say goes there, a file each.

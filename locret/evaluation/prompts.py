@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from locret.evaluation.tasks import Sample
+from locret.tasks import Sample
 
 Protocol = Literal["query_agnostic", "query_aware"]
 """What is known when the context is compressed.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from locret.evaluation.files import file_hash, folder_hash
+from locret.system.files import file_hash, folder_hash
 
 PACKAGES = ("locret", "torch", "transformers", "tokenizers", "peft", "lm_eval", "triton")
 

@@ -13,8 +13,8 @@ from typing import Any
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.prompts import Prompt, Renderer
 from locret.evaluation.rows import Row
-from locret.evaluation.tasks import Sample, Task
 from locret.policies import LocretPolicy
+from locret.tasks import Sample, Task
 
 NOT_OF_ANSWERS = frozenset(
     {"rows", "tasks", "output", "batch_size", "limit", "lengths", "smoke", "cache_dir", "device"}

@@ -20,7 +20,7 @@ from locret.evaluation.comparison import Comparison, compare
 from locret.evaluation.config import EvalConfig, overridden
 from locret.evaluation.evaluate import Progress
 from locret.evaluation.reproduce_grid import byte_grid_again, grid_again
-from locret.evaluation.tasks import task_names
+from locret.tasks import task_names
 
 GRIDS = {grid.KIND: grid_again, byte_grid.KIND: byte_grid_again}
 ON_A_CPU = {"device": "cpu", "dtype": "float32", "batch_size": 1}

@@ -8,8 +8,8 @@ from locret.evaluation import byte_grid, grid
 from locret.evaluation.comparison import Comparison, Scores, compare
 from locret.evaluation.needle import NeedleSettings
 from locret.evaluation.rows import FULL
-from locret.heads import RetainingHeads
-from locret.models import LoadedModel, load_model
+from locret.heads.heads import RetainingHeads
+from locret.model.loading import LoadedModel, load_model
 
 GRID_POLICIES = (FULL, "locret")
 BYTE_POLICIES = ("keydiff", "locret")

@@ -7,7 +7,7 @@ from typing import Any
 
 from locret.evaluation import provenance
 from locret.evaluation.asking import Asker
-from locret.evaluation.files import write_whole
+from locret.system.files import write_whole
 
 FOLDER = "sessions"
 

@@ -23,10 +23,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from locret.cache_names import as_before
-from locret.features import FEATURES
-from locret.generation import Engine
-from locret.heads import RetainingHeads
+from locret.engine.engine import Engine
+from locret.heads.features import FEATURES
+from locret.heads.heads import RetainingHeads
+from locret.model.cache_names import as_before
 from locret.policies import LocretPolicy
 
 if importlib.util.find_spec("kvpress") is None:
@@ -103,7 +103,8 @@ class LocretPress(ScorerPress):
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's tensors for `locret.features`, queries and keys before RoPE, made when asked."""
+    """A layer's tensors for `locret.heads.features`, queries and keys before RoPE, made when
+    asked."""
 
     module: nn.Module
     hidden: Tensor

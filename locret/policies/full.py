@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from locret.cache.units import unscored
 from locret.policies.base import LayerChunk, Policy
-from locret.units import unscored
 
 
 class FullPolicy(Policy):

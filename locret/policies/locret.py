@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from locret.features import FEATURES
-from locret.heads import RetainingHeads
+from locret.heads.features import FEATURES
+from locret.heads.heads import RetainingHeads
 from locret.policies.base import LayerChunk, Policy
 
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from locret.cache.units import unscored
 from locret.policies.base import LayerChunk, Policy
 from locret.quantities import check_between, check_whole
-from locret.units import unscored
 
 HIGHEST = torch.finfo(torch.float32).max  # finite, so that stabilizers rank higher
 

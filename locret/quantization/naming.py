@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from locret.columns import Columns
 from locret.quantization.base import Parts, Scheme
+from locret.quantization.columns import Columns
 from locret.quantization.outliers import Outliers
 from locret.quantization.packed import PackedKeys, PackedValues
 from locret.quantization.storage import QuantizedUnits

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from locret.columns import Columns
 from locret.quantization.base import Parts
+from locret.quantization.columns import Columns
 from locret.quantization.eviction import fetch
 from locret.quantization.outliers import Outliers
 from locret.quantization.packed import PackedKeys, PackedValues

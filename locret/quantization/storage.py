@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from locret.columns import Columns, ColumnsView
 from locret.quantization.base import Scheme
+from locret.quantization.columns import Columns, ColumnsView
 from locret.quantization.costs import costs_of, run_limit
 from locret.quantization.eviction import fetch, select_keys, select_values
 from locret.quantization.packed import PackedKeys, PackedValues, quantize_keys, quantize_values

@@ -12,7 +12,7 @@ from datamodules.loader import ResumableLoader
 from datamodules.sampler import ResumableSampler
 from datamodules.sources import SyntheticSource
 from datamodules.tally import Tally
-from locret.segments import Segment
+from locret.training.segments import Segment
 from tests.tiny_tokenizer import tiny_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # quiet about the workers' fork

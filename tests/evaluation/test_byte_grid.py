@@ -5,16 +5,16 @@ import json
 
 import pytest
 
-from locret.backbone import Backbone
+from locret.cache.sizing import Sizing
 from locret.cli import main
+from locret.engine.engine import Engine
 from locret.evaluation import byte_grid, byte_grid_figure
 from locret.evaluation.byte_grid import ByteGridSettings, ByteRun
 from locret.evaluation.needle import NeedleSettings
 from locret.evaluation.ranks import Ranks
-from locret.generation import Engine
-from locret.models import LoadedModel
+from locret.model.backbone import Backbone
+from locret.model.loading import LoadedModel
 from locret.quantization import NO_SCHEME
-from locret.sizing import Sizing
 from tests.tiny_models import tiny_model
 
 SETTINGS = ByteGridSettings(

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from locret.config_files import CONFIGS
 from locret.evaluation.config import EvalConfig, find_config, overridden, read_config
+from locret.system.config_files import CONFIGS
 
 LEAST = {"model": "m", "tasks": "ruler_vt", "rows": {"policy": "full"}, "output": "o"}
 

@@ -21,8 +21,8 @@ from locret.evaluation.preparing import prepare
 from locret.evaluation.questions import batches, share
 from locret.evaluation.ranks import Ranks
 from locret.evaluation.records import Records
-from locret.evaluation.tasks.ruler.needles import NeedleTask
-from locret.heads import RetainingHeads
+from locret.heads.heads import RetainingHeads
+from locret.tasks.ruler.needles import NeedleTask
 from tests.evaluation.eval_data import DATA, write_artifacts, write_data
 
 ROOT = Path(__file__).resolve().parents[2]

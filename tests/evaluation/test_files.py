@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locret.evaluation.files import as_json, file_hash, folder_hash, write_whole
+from locret.system.files import as_json, file_hash, folder_hash, write_whole
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text('a[]{},\n\\" ', max_size=6),

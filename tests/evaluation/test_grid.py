@@ -9,7 +9,7 @@ import torch
 from locret.evaluation import grid, heatmap, needle
 from locret.evaluation.grid import GridSettings
 from locret.evaluation.needle import NeedleSettings
-from locret.models import LoadedModel
+from locret.model.loading import LoadedModel
 from tests.tiny_models import tiny_heads, tiny_model
 
 SETTINGS = GridSettings(

@@ -19,12 +19,14 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from locret import cli  # noqa: E402
-from locret.cache_names import as_argument  # noqa: E402
-from locret.commands.lm_eval import PLUGIN, TASK_FILES, with_our_tasks  # noqa: E402
-from locret.evaluation import harness  # noqa: E402
-from locret.evaluation.harness import LocretLM  # noqa: E402
-from locret.generation import Engine  # noqa: E402
-from locret.models import load_model  # noqa: E402
+from locret.commands.lm_eval import PLUGIN, with_our_tasks  # noqa: E402
+from locret.engine.engine import Engine  # noqa: E402
+from locret.integrations.lm_eval import model as harness  # noqa: E402
+from locret.integrations.lm_eval.model import LocretLM  # noqa: E402
+from locret.integrations.lm_eval.task_files import harness_name, write_task_files  # noqa: E402
+from locret.model.cache_names import as_argument  # noqa: E402
+from locret.model.loading import load_model  # noqa: E402
+from locret.tasks import TASKS  # noqa: E402
 from tests.evaluation.eval_data import DATA, NOUNS, TRAITS, write_artifacts, write_data  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -326,13 +328,22 @@ def test_a_mistake_shows_before_a_model_is_loaded(settings, complaint, folder, m
         LocretLM("backbone", **{"heads": str(folder / "heads"), "budget": 40} | settings)
 
 
-def test_our_task_files_are_known_to_the_harness(folder):
-    manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False)
-    names = {"offline_ruler", "offline_ruler_vt", "offline_fairytaleqa", "leval_tpo"}
-    assert names <= set(manager.all_tasks)
-    assert with_our_tasks(["run"]) == ["run", "--include_path", str(TASK_FILES)]
-    assert with_our_tasks(["--include_path=x"]) == ["--include_path=x"]
-    assert with_our_tasks([]) == []
+@pytest.fixture(scope="module")
+def task_files(tmp_path_factory):
+    return str(write_task_files(tmp_path_factory.mktemp("harness") / "tasks"))
+
+
+def test_our_task_files_are_known_to_the_harness(task_files):
+    manager = TaskManager(include_path=task_files, include_defaults=False)
+    assert {harness_name(name) for name in TASKS} | {"offline_ruler"} <= set(manager.all_tasks)
+
+
+def test_our_tasks_are_where_the_harness_looks(tmp_path):
+    there = str(tmp_path / "tasks")
+    assert with_our_tasks(["run"], there) == ["run", "--include_path", there]
+    assert (tmp_path / "tasks" / "offline_ruler_vt.yaml").is_file()
+    assert with_our_tasks(["--include_path=x"], there) == ["--include_path=x"]
+    assert with_our_tasks([], there) == []
 
 
 def metadata(folder, **more):
@@ -340,9 +351,9 @@ def metadata(folder, **more):
     return data | {"pretrained": str(folder / "backbone"), "cache_dir": str(folder)} | more
 
 
-def test_our_tasks_run_in_the_harness(loaded, folder):
+def test_our_tasks_run_in_the_harness(loaded, folder, task_files):
     manager = TaskManager(
-        include_path=str(TASK_FILES), include_defaults=False, metadata=metadata(folder)
+        include_path=task_files, include_defaults=False, metadata=metadata(folder)
     )
     results = lm_eval.simple_evaluate(
         model=bounded(loaded, folder, budget="8x", protocol="query_agnostic"),
@@ -360,9 +371,9 @@ def test_our_tasks_run_in_the_harness(loaded, folder):
     assert prompt.endswith("mentioned in the provided text is")
 
 
-def test_missing_data_says_how_to_give_it(folder):
+def test_missing_data_says_how_to_give_it(folder, task_files):
     nothing = metadata(folder, data_dir=None, data=None)
-    manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=nothing)
+    manager = TaskManager(include_path=task_files, include_defaults=False, metadata=nothing)
     with pytest.raises(ValueError, match=r"squad_dev.* --metadata '\{\"data_dir\": \"FOLDER\""):
         manager.load(["offline_ruler_qa_1"])
 

@@ -1,16 +1,14 @@
 """L-Eval's tasks: how rows become questions, and scores computed by hand."""
 
 import gzip
-import importlib.util
 import json
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 
-from locret.evaluation import leval
-
-TASK_FILES = Path(leval.__file__).parent / "tasks" / "leval"
+from locret.integrations.lm_eval import documents
+from locret.integrations.lm_eval.task_files import write_task_files
+from locret.tasks import leval
 
 
 def write(path, *rows):
@@ -189,8 +187,9 @@ def tasks(tmp_path_factory):
     for task in leval.TASKS:
         answer = "True [fact: True]" if task == "sci_fi" else "A"
         write(folder / f"{task}.jsonl", row(("Who?", answer)))
+    files = write_task_files(tmp_path_factory.mktemp("harness"))
     manager = TaskManager(
-        include_path=str(TASK_FILES), include_defaults=False, metadata={"leval_data": str(folder)}
+        include_path=str(files), include_defaults=False, metadata={"leval_data": str(folder)}
     )
     return manager.load([f"leval_{task}" for task in leval.TASKS])["tasks"]
 
@@ -203,15 +202,12 @@ def test_the_harness_reads_every_task_file(tasks):
         assert tuple(metric["metric"] for metric in task.config.metric_list) == kind.metrics
         doc = task.test_docs()[0]
         assert task.doc_to_text(doc) == doc["context"] + doc["question"]
-        right = task.process_results(doc, [doc["references"][0]])
-        assert right == leval.score(doc["leval_task"], doc["references"][0], doc["references"])
+        right = task.process_results(doc, [doc["answers"][0]])
+        assert right == leval.score(name.removeprefix("leval_"), doc["answers"][0], doc["answers"])
         assert set(right) == set(kind.metrics)
 
 
 def test_the_harness_is_told_that_data_is_needed():
     pytest.importorskip("datasets")
-    spec = importlib.util.spec_from_file_location("harness", TASK_FILES / "harness.py")
-    harness = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(harness)
     with pytest.raises(ValueError, match="leval_data"):
-        harness.dataset("tpo", version=1.0)
+        documents.dataset("leval_tpo", version=1.0)

@@ -13,8 +13,8 @@ from locret.evaluation.grid import GridSettings
 from locret.evaluation.needle import NeedleSettings
 from locret.evaluation.report import make_report
 from locret.evaluation.report_blocks import Paragraph, Table
-from locret.evaluation.synthetic import make_sample
-from locret.models import LoadedModel
+from locret.model.loading import LoadedModel
+from locret.tasks.synthetic import make_sample
 from tests.tiny_models import tiny_model
 
 LOCAL = 150

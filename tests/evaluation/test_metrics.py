@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locret.evaluation import metrics
+from locret.tasks import metrics
 
 TEXTS = st.text(alphabet="ab the.AB 1\n", max_size=30)
 

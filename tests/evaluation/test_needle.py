@@ -7,7 +7,7 @@ import pytest
 
 from locret.evaluation import needle, needle_table
 from locret.evaluation.needle import NeedleResult, NeedleSettings
-from locret.models import LoadedModel
+from locret.model.loading import LoadedModel
 from tests.tiny_models import tiny_heads, tiny_model
 
 SETTINGS = NeedleSettings(

@@ -3,7 +3,7 @@
 import pytest
 
 from locret.evaluation.prompts import Renderer
-from locret.evaluation.tasks import Sample
+from locret.tasks import Sample
 from tests.tiny_tokenizer import tiny_tokenizer
 
 SAMPLE = Sample(

@@ -10,8 +10,8 @@ from locret.evaluation import byte_grid, evaluate, grid, needle
 from locret.evaluation.comparison import Comparison, as_table, compare, drawn_means
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.reproduce import reproduce, result_files
-from locret.heads import RetainingHeads
-from locret.models import load_model
+from locret.heads.heads import RetainingHeads
+from locret.model.loading import load_model
 from tests.evaluation.eval_data import DATA, write_artifacts, write_data
 
 

@@ -8,7 +8,7 @@ from zlib import crc32
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from locret.evaluation.synthetic import (
+from locret.tasks.synthetic import (
     TASKS,
     SyntheticSample,
     load_haystack,

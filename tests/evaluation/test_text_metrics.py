@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locret.evaluation.text_metrics import (
+from locret.tasks.text_metrics import (
     rouge_l,
     string_match_all,
     string_match_part,

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 import locret
-from locret.models import load_model
+from locret.model.loading import load_model
 from tests.trainers.runs import logged, run_forked, source, tiny_run
 from trainers import adapt, fit
 from trainers.adapter import AdapterModule

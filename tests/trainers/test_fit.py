@@ -6,8 +6,8 @@ import yaml
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 import locret
-from locret.config_files import CONFIGS
-from locret.models import load_model
+from locret.model.loading import load_model
+from locret.system.config_files import CONFIGS
 from tests.trainers.killer import kill_at
 from tests.trainers.runs import (
     callbacks,

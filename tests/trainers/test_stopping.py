@@ -9,7 +9,7 @@ import time
 import pytest
 
 import locret
-from locret.interrupts import Stopped
+from locret.system.interrupts import Stopped
 from tests.trainers.killer import kill_at
 from tests.trainers.runs import ROOT, callbacks, run_forked, source, tiny_run, weights
 from trainers import adapt, fit
@@ -165,7 +165,7 @@ def test_a_second_signal_does_not_wait_for_the_step(monkeypatch):
     stopping = StopBetweenSteps()
     stopping._note(signal.SIGINT, None)
     stopping._note(signal.SIGINT, None)  # at once: the same one, sent to the group too
-    monkeypatch.setattr("locret.interrupts.REPEAT_SECONDS", 0)
+    monkeypatch.setattr("locret.system.interrupts.REPEAT_SECONDS", 0)
     with pytest.raises(Stopped):
         stopping._note(signal.SIGINT, None)
 

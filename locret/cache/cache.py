@@ -1,0 +1,444 @@
+"""The compressed cache of one request: a transformers `Cache` that holds a bounded set of units.
+
+`get_seq_length()` is the number of tokens **seen**, so stock `generate()` slices its inputs
+rightly; the number of units **held** is separate and stays within the budget while a prompt is
+read. Everything a request needs to go on is here; nothing of it is kept on the model.
+
+Positions (`Positions`):
+  compact   units held fill the slots 0 .. S-1 in order, and keys are stored unrotated until
+            decoding begins; as released. Any input length fits the backbone's window.
+  original  keys are rotated once, at their source position; bounded by the backbone's window.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from locret.cache import files as saved
+from locret.cache.host_blocks import HostBlocks
+from locret.cache.layer import LayerView, RetainedLayer
+from locret.cache.merging import Merging, describe_merging, merging_of
+from locret.cache.recall import Recall
+from locret.quantization import NO_SCHEME, SCHEMES, Scheme, describe_scheme, scheme_of
+
+Positions = Literal["compact", "original"]
+
+DECODE_ROOM = 256  # units of spare storage a growing layer takes, so that decoding appends in place
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """What layers do after attending: keep `budgets[layer]` units.
+
+    The last `stabilizers` units and the first `query` ones are among them whatever they scored.
+    A layer evicts when it holds more than `slack` units above its budget. The last `drop` tokens
+    of the chunk are read for the policy to see and not kept: a question that will be asked later.
+    The values of evicted units are merged into others by the rule `merging`; None = they are lost.
+    """
+
+    budgets: tuple[int, ...]
+    stabilizers: int
+    query: int = 0
+    slack: int = 0
+    drop: int = 0
+    merging: Merging | None = None
+
+    def protected(self, layer_idx: int, recent: int = 0) -> tuple[int, int]:
+        """Protected units at the (tail, head) of a layer, the policy's `recent` ones included: a
+        small budget protects fewer."""
+        head = min(self.query, self.budgets[layer_idx])
+        return min(max(self.stabilizers, recent), self.budgets[layer_idx] - head), head
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a cache was at some moment (`RetainedCache.snapshot`). It holds no copy of the units."""
+
+    layers: tuple[LayerView, ...]
+    fields: dict[str, Any]
+
+
+class RetainedCache(Cache):
+    """The cache of one request.
+
+    Args:
+        num_layers: layers of the backbone.
+        budget: units a KV head keeps while the prompt is read, or those of every layer; None = all.
+        positions: see the file's head.
+        windows: the sliding window of each layer (`RetainedLayer`), None for those without; empty =
+            no layer has one.
+        scheme: how keys and values are stored, but for layers with a window: they hold theirs as
+            they are.
+        merging: how the values of evicted units are merged into others; None = they are lost.
+        recall: what comes back of evicted units (`locret.cache.recall`); None = nothing. Does not
+            go with merging.
+
+    Attributes:
+        eviction: what layers do after attending now; None = nothing is evicted.
+        room: units expected to come after the prompt was read, for which storage is made at once.
+        prompt_lengths: tokens of each row's first prompt (they decide LongRoPE's `by_length`
+            rule); one for all rows if they agree.
+        longrope: the LongRoPE rule that keys are rotated by; None where the backbone has none.
+        query_length: tokens of the question that were read in front of the prompt (Locret-Q).
+        answered: tokens were read without eviction while a budget holds, so that slots are fixed
+            and units without a score are held.
+        token_ids: [B, seen] long, on the CPU: the tokens read so far, evicted ones included; rows
+            of a batch are padded on the left.
+        unread_ids: [B, 0 or 1] long, on the CPU: the last token of the answer, which ends a call
+            without being read; the next turn reads it first.
+        padding: how many leading tokens of each row are padding; None = none.
+        takes_in: a chunk of a context is read, and its output is not wanted.
+        steps: computes the layers of a one-token step just now (`locret.engine.steps`); else None.
+        model: what the cache belongs to (`locret.cache.files.describe`), for `save`.
+    """
+
+    layers: list[RetainedLayer]  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        num_layers: int,
+        budget: int | tuple[int, ...] | None = None,
+        positions: Positions = "compact",
+        windows: Sequence[int | None] = (),
+        scheme: Scheme = NO_SCHEME,
+        merging: Merging | None = None,
+        recall: Recall | None = None,
+    ) -> None:
+        if positions not in get_args(Positions):
+            raise ValueError(f"positions is {positions!r}; expected 'compact' or 'original'")
+        if positions == "original" and scheme.packs and scheme.keys_are == "unrotated":
+            raise ValueError(
+                f"quantization {scheme.name!r} holds keys before their rotation and original "
+                "positions hold them after it; use positions='compact', or another quantization"
+            )
+        if merging is not None and scheme.packs:
+            raise ValueError(
+                f"merging changes values of units that stay, and quantization {scheme.name!r} does "
+                "not encode again what it has packed, so that errors never add up; leave one out"
+            )
+        if recall is not None and scheme.packs:
+            raise ValueError(
+                f"recall keeps evicted units as they are in host memory and quantization "
+                f"{scheme.name!r} has only codes of them; leave one of the two out"
+            )
+        if recall is not None and merging is not None:
+            raise ValueError(
+                "merging keeps what is evicted in units that stay and recall brings it back, so "
+                "that it would count twice; leave one of the two out"
+            )
+        super().__init__(
+            layers=[
+                RetainedLayer(
+                    positions == "original",
+                    window,
+                    of_layer,
+                    merges=merging is not None,
+                    recall=recall,
+                )
+                for window, of_layer in _layer_schemes(windows or [None] * num_layers, scheme)
+            ]
+        )
+        self.scheme = scheme
+        self.merging = merging
+        self.recall = recall
+        self.budget = budget
+        self.positions = positions
+        self.model: dict[str, Any] = {}
+        self.takes_in = False
+        self.steps: Any = None
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self.eviction: Eviction | None = None
+        self.room = DECODE_ROOM
+        self.prompt_lengths: tuple[int, ...] = (0,)
+        self.longrope: str | None = None
+        self.query_length = 0
+        self.answered = False
+        self.token_ids: Tensor | None = None
+        self.unread_ids = torch.empty(0, 0, dtype=torch.long)
+        self.padding: tuple[int, ...] | None = None
+
+    def shifted(self, column: int) -> tuple[int, ...]:
+        """The position of token `column` in each row, or one for all rows if they agree."""
+        if self.padding is None:
+            return (column,)
+        return tuple(column - padding for padding in self.padding)
+
+    def __bool__(self) -> bool:
+        """False, so that stock Phi-3 keeps the cache; ask `cache is None` or `cache.seen` instead.
+
+        Phi-3's generation code drops a true cache, to read everything again, when a sequence grows
+        past LongRoPE's original window. Here the factors are fixed for a request: nothing has to be
+        read again, and what was evicted could not be. No other stock code asks.
+        """
+        return False
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen."""
+        return self.get_seq_length()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any layer holds keys and values in few bits."""
+        return any(layer.quantized for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storage on the device: keys and values or their codes, tables and outliers,
+        scores, positions, spare room; what is recalled, and what finds it."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def hosts(self) -> list[HostBlocks]:
+        """The evicted units of the layers that recall them."""
+        return [layer.host for layer in self.layers if layer.host is not None]
+
+    @property
+    def retained_layers(self) -> list[RetainedLayer]:
+        """The layers that a budget bounds, not a sliding window."""
+        return [layer for layer in self.layers if layer.window is None]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer; None for those without."""
+        return tuple(layer.window for layer in self.layers)
+
+    def reset(self) -> None:
+        super().reset()
+        self._start_anew()
+
+    def snapshot(self) -> Snapshot:
+        """What the cache is now, to come back to with `restore`: ask a question, restore, ask the
+        next one. Nothing is copied; the storage lives as long as the snapshot or the cache."""
+        fields = {name: copy.copy(getattr(self, name)) for name in _FIELDS}
+        return Snapshot(tuple(layer.view() for layer in self.layers), fields)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Be again what the cache was when `snapshot` was taken of it.
+
+        Raises:
+            ValueError: a snapshot of a cache with another number of layers.
+        """
+        if len(snapshot.layers) != len(self.layers):
+            raise ValueError(
+                f"the snapshot is of a cache of {len(snapshot.layers)} layers; this one has "
+                f"{len(self.layers)}. Restore it where it was taken"
+            )
+        for layer, view in zip(self.layers, snapshot.layers, strict=True):
+            layer.restore(view)
+        for name, value in snapshot.fields.items():
+            setattr(self, name, copy.copy(value))
+
+    def save(self, path: str | Path) -> None:
+        """Write the context to the folder `path`: safetensors and JSON (`locret.cache.files`).
+
+        Raises:
+            ValueError: nothing was read yet, the path is taken by something else, or a scheme of
+                your own that `locret.quantization.SCHEMES` does not know stores the units.
+        """
+        if not self.seen or self.token_ids is None:
+            raise ValueError("the cache holds no context to save, or one that beams have mixed up")
+        if SCHEMES.get(self.scheme.name) is not type(self.scheme):
+            raise ValueError(
+                f"{type(self.scheme).__name__} is not in locret.quantization.SCHEMES, where "
+                "loading looks for it; add it there under its name"
+            )
+        tensors = {"token_ids": self.token_ids, "unread_ids": self.unread_ids}
+        for i, layer in enumerate(self.layers):
+            tensors |= {f"{i}.{name}": tensor for name, tensor in layer.named_tensors().items()}
+        record = {name: getattr(self, name) for name in _RECORDED}
+        record |= {
+            "seen": [layer.seen for layer in self.layers],
+            "rotated": [layer.rotated for layer in self.layers],
+            "windows": list(self.windows),
+            "quantization": describe_scheme(self.scheme),
+            "merging": describe_merging(self.merging),
+            "recall": dataclasses.asdict(self.recall) if self.recall else None,
+            "shift": [layer.shift for layer in self.layers],
+            "settled": [layer.settled for layer in self.layers],
+        }
+        saved.write(path, record, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any) -> "RetainedCache":
+        """The context saved at `path`, to be used with `model`, which it was read with.
+
+        Raises:
+            ValueError: no context there, a damaged one, or one of another model; says which.
+        """
+        stock = model.get_base_model() if hasattr(model, "get_base_model") else model
+        record, tensors = saved.read(path, stock)
+        # Layers that are elsewhere take their units there when they run.
+        device = "cpu" if stock.device.type == "meta" else stock.device
+        try:
+            return cls._of_record(record, tensors, device)
+        except (KeyError, IndexError, TypeError) as error:
+            file = Path(path) / saved.CONTEXT
+            raise ValueError(f"{file} is damaged ({error}); save the context again") from error
+
+    @classmethod
+    def _of_record(
+        cls, record: dict[str, Any], tensors: dict[str, Tensor], device: Any
+    ) -> "RetainedCache":
+        """What `save` wrote."""
+        recall = record["recall"]
+        cache = cls(
+            len(record["seen"]),
+            positions=record["positions"],
+            windows=record["windows"],
+            scheme=scheme_of(record["quantization"]),
+            merging=merging_of(record["merging"]),
+            recall=Recall(**recall) if recall else None,
+        )
+        for name in _RECORDED:
+            value = record[name]
+            setattr(cache, name, tuple(value) if isinstance(value, list) else value)
+        cache.token_ids, cache.unread_ids = tensors.pop("token_ids"), tensors.pop("unread_ids")
+        for i, layer in enumerate(cache.layers):
+            layer.seen, layer.rotated = record["seen"][i], record["rotated"][i]
+            layer.shift, layer.settled = tuple(record["shift"][i]), record["settled"][i]
+            start = f"{i}."
+            layer.take_tensors(
+                {
+                    name.removeprefix(start): tensor
+                    for name, tensor in tensors.items()
+                    if name.startswith(start)
+                },
+                device,
+            )
+        return cache
+
+    def _emptied(self) -> "RetainedCache":
+        """A cache of the same settings and model that has read nothing."""
+        made = type(self)(
+            len(self.layers),
+            self.budget,
+            self.positions,
+            self.windows,
+            self.scheme,
+            merging=self.merging,
+            recall=self.recall,
+        )
+        made.model = self.model
+        return made
+
+    @classmethod
+    def stack(
+        cls, rows: "Sequence[RetainedCache]", padded_to: int, num_heads: int, device: torch.device
+    ) -> "RetainedCache":
+        """Caches of one row each as one batch, aligned at their last unit. Empties `rows`.
+
+        Args:
+            rows: caches of the same settings, that of a padded row with its `padding`.
+            padded_to: tokens of the longest row; shorter ones count as padded on the left.
+            num_heads: KV heads of the backbone.
+            device: where the new tensors go.
+        """
+        first = rows[0]
+        batch = first._emptied()
+        batch.budget = max(rows, key=lambda row: row.shifted(row.seen)[0]).budget  # the longest's
+        batch.longrope = first.longrope
+        batch.query_length = max(row.query_length for row in rows)
+        batch.answered = any(row.answered for row in rows)
+        batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
+        batch.padding = tuple(padded_to - row.shifted(row.seen)[0] for row in rows)
+        for layer, *of_rows in zip(batch.layers, *(row.layers for row in rows), strict=True):
+            layer.take_rows(of_rows, num_heads, device)
+            layer.seen = padded_to
+        return batch
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, one after the other, for the beams of stock `generate`."""
+        held = next((layer for layer in self.layers if layer.held), None)
+        batch = len(self.padding or ()) or (held.scores.shape[0] if held else 1)
+        known = [row for row in range(batch) for _ in range(repeats)]
+        for layer in self.layers:
+            layer.select_rows(torch.tensor(known), known)
+        if self.padding is not None:
+            self.padding = tuple(self.padding[row] for row in known)
+        if len(self.prompt_lengths) > 1:
+            self.prompt_lengths = tuple(self.prompt_lengths[row] for row in known)
+
+    def rows(self, indices: Sequence[int]) -> "RetainedCache":
+        """Some rows as a cache of their own; this one stays as it is."""
+        part = self._emptied()
+        part.restore(self.snapshot())
+        device = next((layer.scores.device for layer in self.layers if layer.held), None)
+        on_device = torch.tensor(indices, device=device)
+        for layer in part.layers:
+            layer.select_rows(on_device, indices)
+        if len(self.prompt_lengths) > 1:
+            part.prompt_lengths = tuple(self.prompt_lengths[i] for i in indices)
+        if self.padding is not None:
+            part.padding = tuple(self.padding[i] for i in indices)
+        if self.token_ids is not None:
+            part.token_ids = self.token_ids[list(indices)]
+            part.unread_ids = self.unread_ids[list(indices)]
+        return part
+
+    def report(self) -> dict[str, Any]:
+        """What is held, in units and real bytes, against what a full cache would take.
+
+        Returns:
+            `seen_tokens`, `budget`, `positions`, `quantization` (None or the scheme with its
+            options), `merging` (likewise), per layer `windows` (None where the budget holds),
+            `units` (held in each head) and `bytes` (storage of keys, values, their scales and
+            outliers, scores, positions, weights, spare room), their sum `total_bytes`, `kv_bytes`
+            (the part of it for keys and values), `full_cache_bytes` (keys and values of every token
+            seen, or of a window) and `ratio` = total / full. `recall` is None, or its options with
+            `host_units` (evicted), `host_bytes` and `recalled_units` (attended to beside `units` in
+            the last step or chunk), all in the layer or head that has most but for the bytes, which
+            are of all; what it takes of the device is part of `bytes`.
+        """
+        full = sum(
+            layer.units.full_bytes * min(layer.seen, layer.window or layer.seen)
+            for layer in self.layers
+        )
+        return {
+            "seen_tokens": self.seen,
+            "budget": self.budget,
+            "positions": self.positions,
+            "quantization": describe_scheme(self.scheme) if self.quantized else None,
+            "merging": describe_merging(self.merging),
+            "windows": list(self.windows),
+            "units": [layer.held for layer in self.layers],
+            "recall": self._report_recall(),
+            "bytes": [layer.nbytes for layer in self.layers],
+            "total_bytes": self.nbytes,
+            "kv_bytes": sum(layer.units.kv_bytes for layer in self.layers),
+            "full_cache_bytes": full,
+            "ratio": self.nbytes / full if full else 0.0,
+        }
+
+    def _report_recall(self) -> dict[str, Any] | None:
+        if self.recall is None:
+            return None
+        return dataclasses.asdict(self.recall) | {
+            "host_units": max((host.units for host in self.hosts), default=0),
+            "host_bytes": sum(host.host_bytes for host in self.hosts),
+            "recalled_units": max((host.recalled for host in self.hosts), default=0),
+        }
+
+
+def _layer_schemes(
+    windows: Sequence[int | None], scheme: Scheme
+) -> Iterator[tuple[int | None, Scheme]]:
+    """Each layer's window and scheme. Schemes count the layers that a budget bounds."""
+    retained = 0
+    for window in windows:
+        yield window, scheme.for_layer(retained) if window is None else NO_SCHEME
+        retained += window is None
+
+
+_REQUEST = ("budget", "prompt_lengths", "longrope", "query_length", "answered", "padding")
+_RECORDED = ("model", "positions", *_REQUEST)
+_FIELDS = ("eviction", "room", "token_ids", "unread_ids", *_REQUEST)

@@ -1,0 +1,255 @@
+"""The cache units of one layer with keys and values in few bits: `locret.cache.units.Units` over a
+quantized store (`docs/quantization.md`). Scores and source positions stay as they are.
+
+Keys and values are expanded when they are asked for, a layer at a time.
+
+Shapes: B batch, H KV heads, S units held, T new units, D head size.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from locret.cache.units import NewUnits, Units, number_spare
+from locret.kernels import PackedUnits
+from locret.quantization import QuantizedUnits, Scheme
+from locret.quantization.columns import Columns, ColumnsView
+from locret.quantization.kivi import KiviScheme
+from locret.quantization.naming import named_tensors, store_of
+from locret.quantization.stacking import stack_stores
+from locret.quantization.storage import QuantizedView
+
+MARKS = ("scores", "source_positions")
+STEPS = 256
+"""Most units that an answer holds in full precision before they are packed, where its steps come
+from a CUDA graph: packing makes new tensors, and so a new graph."""
+
+
+class CodedView(NamedTuple):
+    """What a layer held at some moment."""
+
+    store: QuantizedView
+    marks: ColumnsView
+
+
+class CodedUnits:
+    """Keys and values [B, H, S, D] in a quantized store, scores [B, H, S] float32, source positions
+    [B, H, S] long.
+
+    Args:
+        scheme: how keys and values are packed.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.store = QuantizedUnits(scheme)
+        self._marks = Columns()
+
+    @property
+    def held(self) -> int:
+        """S."""
+        return self._marks.held
+
+    @property
+    def keys(self) -> Tensor:
+        """All keys, expanded."""
+        return self.store.keys()
+
+    @property
+    def values(self) -> Tensor:
+        """All values, expanded."""
+        return self.store.values()
+
+    @property
+    def scores(self) -> Tensor:
+        return self._marks[0]
+
+    @property
+    def source_positions(self) -> Tensor:
+        return self._marks[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All storage, spare room included: what the memory is really spent on."""
+        return *self.store.tensors, *self._marks.tensors
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether `locret.engine.steps` can write new units in place and attend to all: by KIVI's
+        formula, with rotated keys."""
+        scheme = self.store.scheme
+        return isinstance(scheme, KiviScheme) and scheme.outliers is None
+
+    @property
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """Storage [B, H, C, D] of the residual, where new units are written behind `filled`."""
+        keys, values = self.store.residual.tensors
+        return keys, values
+
+    @property
+    def filled(self) -> int:
+        """Units in the residual."""
+        return self.store.residual.held
+
+    @property
+    def packed(self) -> PackedUnits | None:
+        """The units before the residual, for the kernel."""
+        keys, values, scheme = self.store.packed_keys, self.store.packed_values, self.store.scheme
+        if keys is None or values is None:
+            return None
+        (codes,), (scale, minimum) = keys.units, keys.rows
+        value_codes, value_scale, value_minimum = values.units
+        return PackedUnits(
+            key_codes=codes,
+            key_scale=scale,
+            key_minimum=minimum,
+            key_starts=keys.starts,
+            value_codes=value_codes,
+            value_scale=value_scale,
+            value_minimum=value_minimum,
+            bits=scheme.bits,
+            group=scheme.group,
+        )
+
+    @property
+    def spare(self) -> int:
+        """Units that can be written in place."""
+        store, marks = self.store.residual, self._marks
+        return min(store.capacity - store.held, marks.capacity - marks.held)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storage: codes, tables, outliers, residual, scores, positions, spare
+        room."""
+        return self.store.nbytes + self._marks.nbytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the storage of keys and values alone: codes, tables, outliers, residual."""
+        return self.store.nbytes
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of one token's keys and values as they come."""
+        return self.store.full_bytes if self.held else 0
+
+    def append(
+        self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, room: int = 0
+    ) -> None:
+        """Add T new units after those held, in full precision until they are settled.
+
+        Args:
+            keys, values, scores, positions: see `NewUnits`; scores: higher = keep.
+            room: units that are expected to come.
+        """
+        new = NewUnits(keys, values, scores, positions).prepared()
+        scheme = self.store.scheme
+        self.store.append(*new[:2], min(room, scheme.residual + scheme.group))
+        self._marks.append(new[2:], room)
+
+    def append_selected(self, new: NewUnits, index: Tensor) -> None:
+        """Hold those units at `index` [B, H, K] (long, ascending) that held and new ones are
+        together: evict, then pack.
+
+        Raises:
+            ValueError: a key or value cannot be stored.
+        """
+        keys, values, *marks = new.prepared()
+        self.store.append(keys, values)
+        self.store.select(index)
+        self._marks.append_selected(marks, index)
+
+    def select(self, index: Tensor) -> None:
+        """Hold only the units at `index` [B, H, K] (long, ascending): evict, then pack."""
+        self.store.select(index)
+        self._marks.select(index)
+
+    def settle(self, tight: bool = False) -> None:
+        """What was appended has been attended to: pack it as far as it fills runs; if `tight`, all
+        but the scheme's residual, so that the bytes are those of an eviction."""
+        if tight:
+            every = torch.arange(self.held, device=self.scores.device)
+            self.store.select(every.expand(*self.scores.shape[:2], -1))
+        else:
+            self.store.pack(room=self.store.scheme.group)
+
+    def rebuild(self, keys: Tensor, room: int, empty: Tensor | None = None) -> None:
+        """Hold the same units with other `keys` [B, H, S, D], in a storage with `room` to spare.
+        The first `empty` [B, H] slots hold nothing."""
+        if empty is not None:  # what stands there must not widen the range of its run
+            slot = torch.arange(self.held, device=keys.device)
+            filled = slot.maximum(empty[..., None]).clamp(max=self.held - 1)
+            keys = keys.gather(2, filled[..., None].expand_as(keys))
+        scheme = self.store.scheme
+        self.store.rebuild(keys, min(room, scheme.residual + scheme.group))
+
+    def make_room(self, room: int, first_position: int) -> None:
+        """Let units be written to the residual in place: pack what fills runs, and have room for at
+        most `STEPS` units, whose scores are zero and whose source positions go on from
+        `first_position`. They are packed when the next are asked for, or by `settle`."""
+        self.store.pack()
+        self.store.residual = self.store.residual.with_room(min(room, STEPS))
+        self._marks = self._marks.with_room(min(room, STEPS))
+        scores, positions = self._marks.tensors
+        number_spare(scores, positions, self.held, first_position)
+
+    def note_written(self) -> None:
+        """A unit was written to the residual."""
+        self.store.residual.held += 1
+        self._marks.held += 1
+
+    def replace_scores(self, scores: Tensor) -> None:
+        """Give the units held other `scores` [B, H, S]."""
+        self._marks.replace(0, scores)
+
+    def view(self) -> CodedView:
+        """What is held now, for `restore`."""
+        return CodedView(self.store.view(), self._marks.view())
+
+    def restore(self, view: CodedView) -> None:
+        """Hold again what was held when `view` was taken."""
+        self.store.restore(view.store)
+        self._marks.restore(view.marks)
+
+    def move(self, device: torch.device) -> None:
+        """Be on `device`."""
+        moved = {name: tensor.to(device) for name, tensor in self.named_tensors().items()}
+        self.take_tensors(moved)
+
+    def select_batch(self, rows: Tensor) -> None:
+        """Hold only the batch rows `rows` [B'] (long); rows may repeat."""
+        self.store.select_batch(rows)
+        self._marks.select_batch(rows)
+
+    def clear(self) -> None:
+        self.store.clear()
+        self._marks.clear()
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """What is held, by name, without spare room."""
+        marks = dict(zip(MARKS, self._marks, strict=True)) if self.held else {}
+        return marks | named_tensors(self.store)
+
+    def take_tensors(self, named: dict[str, Tensor]) -> None:
+        """Hold what `named_tensors` gave, which may be among other things."""
+        self.store = store_of(self.store.scheme, named)
+        self._marks = Columns([named[name] for name in MARKS if name in named])
+
+    @staticmethod
+    def stack(rows: "Sequence[CodedUnits]") -> "CodedUnits":
+        """The rows of a batch, of one row each, as one, aligned at their last unit."""
+        stacked = CodedUnits(rows[0].store.scheme)
+        stacked.store = stack_stores([row.store for row in rows])
+        stacked._marks = Columns.stack([row._marks for row in rows])
+        return stacked
+
+
+LayerUnits = Units | CodedUnits
+"""What a layer holds, one way or the other."""
+
+
+def units_for(scheme: Scheme, weighs: bool = False) -> LayerUnits:
+    """Empty units of a layer stored by `scheme`, or as they are and perhaps with weights."""
+    assert not (scheme.packs and weighs), "packed values cannot be merged"
+    return CodedUnits(scheme) if scheme.packs else Units(weighs)

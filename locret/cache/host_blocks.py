@@ -1,0 +1,450 @@
+"""The evicted units of a layer: those that wait to fill a block, and the blocks in host memory.
+
+Recalled units all stand at one slot, the oldest one held (InfLLM, section 3.3), in compact
+positions; at their own in original ones. Units that do not fill a block yet wait on the device and
+are attended to with every chunk and step.
+
+B batch, H KV heads, G query heads a KV head, T new tokens, S units held, D head size, n units a
+block, N blocks, R recalled units.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from locret.cache.host_pool import HostPool
+from locret.cache.recall import Recall, block_relevance, mean_logits
+from locret.kernels import gather_units
+
+WAITING = ("keys", "values", "positions", "scores")
+BLOCK = WAITING[:3]
+
+
+class Recalled(NamedTuple):
+    """What came back: keys, rotated, and values [B, H, R, D]; source positions [B, H, R] long;
+    which of them are units at all, bool [B, H, R], None = all."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    valid: Tensor | None
+
+
+class Evicted(NamedTuple):
+    """Units that a layer gives up: keys and values [B, H, E, D], positions and representative
+    scores [B, H, E]. Each head's `counts` first ones, long [B, H] on the CPU, are units."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scores: Tensor
+    counts: Tensor
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        return tuple(self[:4])
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """All that was evicted in one layer. Never changed where it stands.
+
+    Attributes:
+        waiting: `WAITING` of units that fill no block yet, [B, H, W, D] or [B, H, W], on the
+            device, each head's at the front; the oldest first.
+        counts: how many a head has of them, long [B, H] on the CPU.
+        table: the pool's row of every block of a head, in the order they came, long [B, H, N] on
+            the CPU; -1 behind a head's last.
+        means: mean keys of the blocks' representatives, [B, H, N, D] on the device.
+        pool: the blocks.
+    """
+
+    waiting: tuple[Tensor, ...]
+    counts: Tensor
+    table: Tensor
+    means: Tensor
+    pool: HostPool
+
+    @classmethod
+    def nothing(cls, like: Sequence[Tensor], counts: Tensor) -> "_Stored":
+        """No units, in tensors like these `WAITING`."""
+        waiting = tuple(column[:, :, :0] for column in like)
+        table = torch.empty(*counts.shape, 0, dtype=torch.long)
+        return cls(waiting, torch.zeros_like(counts), table, waiting[0], HostPool())
+
+    @property
+    def blocks(self) -> Tensor:
+        """Blocks of each head, long [B, H] on the CPU."""
+        return (self.table >= 0).sum(dim=-1)
+
+
+class HostBlocks:
+    """The evicted units of one layer.
+
+    Args:
+        recall: what comes back of them.
+    """
+
+    def __init__(self, recall: Recall) -> None:
+        self.recall = recall
+        self.clear()
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self.restore(None)
+
+    def view(self) -> Any:
+        """What is held now, for `restore`. Nothing is copied."""
+        return self._stored
+
+    def restore(self, view: Any) -> None:
+        """Hold again what was held when `view` was taken."""
+        self._stored: _Stored | None = view
+        self._looked: Callable[[], Tensor] | None = None
+        self._rotate: Callable[[Tensor], Tensor] | None = None
+        self._forget_fetched()
+
+    def _forget_fetched(self) -> None:
+        self._fetched: tuple[Tensor, ...] = ()  # columns `BLOCK` of [B * H * blocks, n, ...]
+        self._rows = torch.empty(0, 0, 0, dtype=torch.long)  # of the pool, [B, H, blocks]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device: units that wait, mean keys, and the blocks that came back last."""
+        on_device = self._fetched
+        if self._stored is not None:
+            on_device = (*on_device, *self._stored.waiting, self._stored.means)
+        return sum(tensor.nbytes for tensor in on_device)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory."""
+        return 0 if self._stored is None else self._stored.pool.nbytes
+
+    @property
+    def units(self) -> int:
+        """Evicted units, in the head that has most."""
+        if self._stored is None:
+            return 0
+        filled = self._stored.blocks * self.recall.block_size
+        return int((filled + self._stored.counts).max())
+
+    @property
+    def recalled(self) -> int:
+        """Units that came back last and that wait to fill a block, each in the head that has
+        most."""
+        if self._stored is None:
+            return 0
+        blocks = (self._rows >= 0).sum(dim=-1)
+        blocks_at_most = int(blocks.max()) if blocks.numel() else 0
+        return blocks_at_most * self.recall.block_size + int(self._stored.counts.max())
+
+    def look(
+        self,
+        query: Tensor,
+        held: Tensor | None,
+        key: Tensor,
+        rotate: Callable[[Tensor], Tensor] | None,
+        at_once: bool,
+    ) -> None:
+        """Note how a chunk looks at the units that may be evicted after it.
+
+        Args:
+            query: [B, H*G, T, D]; held: keys [B, H, S, D], None = none; key: [B, H, T, D]; all of
+                them rotated.
+            rotate: rotates stored keys [B, H, any, D] at the one slot of recalled units; None =
+                they are stored as they are attended to.
+            at_once: what comes is decided only after other layers ran.
+        """
+        looked: Callable[[], Tensor] = lambda: mean_logits(query, held, key)  # noqa: E731
+        if at_once:
+            scores = looked()
+            looked = lambda: scores  # noqa: E731
+        self._looked, self._rotate = looked, rotate
+
+    def forget_look(self) -> None:
+        """The chunk is done with: keep none of its tensors."""
+        self._looked = self._rotate = None
+
+    def take(
+        self,
+        held: Sequence[Tensor],
+        new: Sequence[Tensor],
+        kept: Tensor,
+        fillers: Tensor | None,
+        empty: Tensor | None,
+    ) -> None:
+        """Take those of held and new units that are not kept.
+
+        Args:
+            held: keys, values [B, H, S, D] as stored, and source positions [B, H, S]; new: the same
+                of T units, which may be fewer than `look` was shown.
+            kept: indices [B, H, K] long, ascending, of held and new units together.
+            fillers: how many leading ones of a head's `kept` keep nothing, [B, H]; None = none.
+            empty: leading slots of a head that hold nothing, [B, H]; None = none.
+        """
+        assert self._looked is not None, "a chunk is looked at before it is evicted from"
+        scores = self._looked()[:, :, : held[0].shape[2] + new[0].shape[2]]
+        index, counts = _not_kept(scores.shape[2], kept, fillers, empty)
+        if not index.shape[2]:
+            return
+        keys, values, positions = gather_units(held, new, index)
+        if self._rotate is not None:
+            keys = self._rotate(keys)
+        self.add(Evicted(keys, values, positions, scores.gather(2, index), counts))
+        self.forget_look()
+
+    def add(self, evicted: Evicted) -> None:
+        """Take evicted units: full blocks go to the host, what is left waits."""
+        stored = self._stored or _Stored.nothing(evicted.columns, evicted.counts)
+        size, device = self.recall.block_size, evicted.keys.device
+        total = stored.counts + evicted.counts
+        order = _in_front(stored.counts, evicted.counts, stored.waiting[0], evicted.keys)
+        full = total // size
+        most, left = int(full.max()), total - full * size
+        pool, table, means = stored.pool, stored.table, stored.means
+        if most:
+            index = order[:, :, : most * size].contiguous()
+            blocks = gather_units(stored.waiting, evicted.columns, index)
+            place = (torch.arange(most) < full[..., None]).nonzero().unbind(dim=1)
+            at = tuple(x.to(device) for x in place)
+            keys, *others, scores = (x.unflatten(2, (most, size))[at] for x in blocks)
+            table, means = self._listed(stored, full, place, self._mean_keys(keys, scores))
+            pool = pool.with_blocks([keys, *others])
+        step = torch.arange(int(left.max()))
+        rest = (full[..., None] * size + step).clamp(max=order.shape[2] - 1).to(device)
+        waiting = gather_units(stored.waiting, evicted.columns, order.gather(2, rest))
+        self._stored = _Stored(waiting, left, table, means, pool)
+
+    def _mean_keys(self, keys: Tensor, scores: Tensor) -> Tensor:
+        """[rows, D], of the representatives of blocks with keys [rows, n, D], scores [rows, n]."""
+        chosen = scores.topk(self.recall.representatives, dim=-1).indices
+        chosen = chosen[..., None].expand(*chosen.shape, keys.shape[-1])
+        return keys.gather(1, chosen).float().mean(dim=1).to(keys.dtype)
+
+    def _listed(
+        self, stored: _Stored, more: Tensor, place: Sequence[Tensor], new_means: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Table and means with `more` [B, H] blocks; the new ones are blocks `place` of these."""
+        row, head, which = place
+        blocks = stored.blocks
+        count = int((blocks + more).max())
+        grow = count - stored.table.shape[2]
+        table = pad(stored.table, (0, grow), value=-1)
+        means = pad(stored.means, (0, 0, 0, grow))
+        at = blocks[row, head] + which
+        table[row, head, at] = stored.pool.count + torch.arange(len(row))
+        device = means.device
+        means[row.to(device), head.to(device), at.to(device)] = new_means
+        return table, means
+
+    def in_front(
+        self, query: Tensor, keys: Tensor, values: Tensor, empty: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [B, H, R + S, D] that `query` attends to: what it recalls, before those
+        given, which stay in order; and how many leading slots hold nothing, as `empty` before.
+
+        Args:
+            query: [B, H*G, T, D]; keys: [B, H, S, D], both rotated; values: [B, H, S, D].
+            empty: [B, H] long: leading slots of a head that hold nothing; None = none. More than S
+                where padding goes on among the tokens that follow.
+        """
+        recalled = self.come_back(query)
+        if recalled is None:
+            return keys, values, empty
+        keys = torch.cat([recalled.keys, keys], dim=2)
+        values = torch.cat([recalled.values, values], dim=2)
+        if recalled.valid is None and empty is None:
+            return keys, values, None
+        came, slots = recalled.keys.shape[2], torch.arange(keys.shape[2], device=keys.device)
+        beyond = 0 if empty is None else (empty - (len(slots) - came)).clamp(min=0)
+        valid = slots >= (0 if empty is None else empty[..., None] + came)
+        valid = valid.expand(*keys.shape[:3]).clone()
+        valid[:, :, :came] = True if recalled.valid is None else recalled.valid
+        order = valid.byte().argsort(dim=-1, stable=True)
+        none = [x[:, :, :0] for x in (keys, values)]
+        keys, values = gather_units((keys, values), none, order)
+        return keys, values, (~valid).sum(dim=-1) + beyond
+
+    def come_back(self, query: Tensor) -> Recalled | None:
+        """The most relevant blocks and the units that wait; None if nothing was evicted.
+
+        Args:
+            query: [B, H*G, T, D], rotated.
+        """
+        stored = self._stored
+        if stored is None:
+            return None
+        waiting, counts = stored.waiting[:3], stored.counts
+        self._fetch(stored, self._choose(stored, query))
+        blocks = [x[:, :, :0] for x in waiting]
+        if self._rows.shape[2]:
+            shape = (*self._rows.shape[:2], -1)
+            blocks = [x.reshape(*shape, *x.shape[2:]) for x in self._fetched]
+        keys, values, positions = (torch.cat(two, 2) for two in zip(blocks, waiting, strict=True))
+        filled = (self._rows >= 0).repeat_interleave(self.recall.block_size, dim=2)
+        step = torch.arange(waiting[0].shape[2])
+        valid = torch.cat([filled, step < counts[..., None]], dim=2)
+        some = None if bool(valid.all()) else valid.to(query.device)
+        return Recalled(keys, values, positions, some)
+
+    def _choose(self, stored: _Stored, query: Tensor) -> Tensor:
+        """The pool's rows of each head's most relevant blocks, in the order they came, long
+        [B, H, blocks at most] on the CPU; -1 at the end of heads that have fewer."""
+        count = stored.table.shape[2]
+        if count <= self.recall.blocks:
+            return stored.table
+        relevance = block_relevance(query, stored.means)
+        blocks = stored.blocks
+        if int(blocks.min()) < count:
+            beyond = torch.arange(count) >= blocks[..., None]
+            relevance = relevance.masked_fill(beyond.to(relevance.device), -torch.inf)
+        # Of blocks that are equally relevant the oldest, on every device.
+        order = relevance.sort(dim=-1, descending=True, stable=True).indices
+        chosen = order[..., : self.recall.blocks].sort(dim=-1).values
+        return stored.table.gather(2, chosen.cpu())
+
+    def _fetch(self, stored: _Stored, rows: Tensor) -> None:
+        """Have the blocks on `rows` [B, H, blocks] on the device. Those there are not copied."""
+        if torch.equal(rows, self._rows) or not rows.numel():
+            self._rows = rows
+            return
+        device, wanted = stored.means.device, rows.flatten().tolist()
+        there = {row: i for i, row in enumerate(self._rows.flatten().tolist()) if row >= 0}
+        missing = sorted({row for row in wanted if row >= 0} - set(there))
+        columns = self._fetched
+        if missing:
+            fetched = stored.pool.fetch(missing, device)
+            before = len(self._fetched[0]) if self._fetched else 0
+            there |= {row: before + i for i, row in enumerate(missing)}
+            columns = fetched
+            if before:
+                columns = tuple(map(torch.cat, zip(self._fetched, fetched, strict=True)))
+        # A head with fewer blocks has any block in the places of those that it has not.
+        index = torch.tensor([there.get(row, 0) for row in wanted], device=device)
+        self._fetched = tuple(column.index_select(0, index) for column in columns)
+        self._rows = rows
+
+    def move(self, device: torch.device) -> None:
+        """Be on `device`, but for what is in host memory."""
+        if self._stored is None:
+            return
+        waiting = tuple(column.to(device) for column in self._stored.waiting)
+        means, pool = self._stored.means.to(device), self._stored.pool
+        if device.type == "cuda":
+            pool = pool.pinned()
+        self.restore(replace(self._stored, waiting=waiting, means=means, pool=pool))
+
+    def select_batch(self, rows: Tensor, known: Sequence[int]) -> None:
+        """Hold only the batch rows `rows` [B'] (long), which Python knows as `known`; rows may
+        repeat, and then share blocks."""
+        if self._stored is None:
+            return
+        at = torch.tensor(known)
+        table = self._stored.table[at]
+        most = int((table >= 0).sum(dim=-1).max())  # blocks of the rows that are left
+        self._stored = replace(
+            self._stored,
+            waiting=tuple(column.index_select(0, rows) for column in self._stored.waiting),
+            counts=self._stored.counts[at],
+            table=table[:, :, :most],
+            means=self._stored.means.index_select(0, rows)[:, :, :most],
+        )
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """What is held, by name; the names that begin with `host` are of host memory."""
+        stored = self._stored
+        if stored is None:
+            return {}
+        named = {f"waiting.{name}": x for name, x in zip(WAITING, stored.waiting, strict=True)}
+        named |= {"means": stored.means, "host.counts": stored.counts}
+        rows, table = stored.table.unique(return_inverse=True)
+        used = rows[rows >= 0]
+        named["host.table"] = table - (len(rows) - len(used))
+        if len(used):
+            blocks = stored.pool.fetch(used.tolist(), torch.device("cpu"))
+            named |= {f"host.{name}": x for name, x in zip(BLOCK, blocks, strict=True)}
+        return named
+
+    def take_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Hold what `named_tensors` gave, those of host memory on the CPU."""
+        if "means" not in named:
+            return
+        pool = HostPool()
+        if "host.keys" in named:
+            pool = pool.with_blocks([named[f"host.{name}"] for name in BLOCK])
+        waiting = tuple(named[f"waiting.{name}"] for name in WAITING)
+        means = named["means"]
+        if means.is_cuda:
+            pool = pool.pinned()
+        self.restore(_Stored(waiting, named["host.counts"], named["host.table"], means, pool))
+
+    @staticmethod
+    def stack(rows: "Sequence[HostBlocks]") -> "HostBlocks":
+        """The rows of a batch, of one row each, as one."""
+        stacked = HostBlocks(rows[0].recall)
+        some = next((row._stored for row in rows if row._stored is not None), None)
+        if some is None:
+            return stacked
+        parts = [row._stored or _Stored.nothing(some.waiting, some.counts) for row in rows]
+        pool, tables = HostPool(), []
+        for part in parts:
+            pool, moved = pool.joined(part.pool)
+            there = part.table >= 0
+            tables.append(part.table.masked_scatter(there, moved[part.table[there]]))
+        waiting = zip(*(part.waiting for part in parts), strict=True)
+        stacked._stored = _Stored(
+            tuple(_stack(columns) for columns in waiting),
+            torch.cat([part.counts for part in parts]),
+            _stack(tables, -1),
+            _stack([part.means for part in parts]),
+            pool,
+        )
+        return stacked
+
+
+def _not_kept(
+    size: int, kept: Tensor, fillers: Tensor | None, empty: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Indices [B, H, E] of those of `size` units that are not kept and hold something, ascending;
+    each head's first `counts` [B, H] (on the CPU) count."""
+    shape, device = kept.shape[:2], kept.device
+    if fillers is not None:
+        kept = kept.masked_fill(
+            torch.arange(kept.shape[2], device=device) < fillers[..., None], size
+        )
+    slot = torch.arange(size, device=device).expand(*shape, size)
+    gone = torch.ones(*shape, size + 1, dtype=torch.bool, device=device)
+    gone = gone.scatter_(2, kept, False)[..., :size]  # noqa: FBT003
+    if empty is not None:
+        gone = gone & (slot >= empty[..., None])
+    if fillers is None and empty is None:
+        counts = torch.full(shape, size - kept.shape[2])
+    else:
+        counts = gone.sum(dim=-1).cpu()
+    index = slot.masked_fill(~gone, size).sort(dim=-1).values[..., : int(counts.max())]
+    return index.clamp(max=max(size - 1, 0)).contiguous(), counts
+
+
+def _in_front(first: Tensor, second: Tensor, like: Tensor, other: Tensor) -> Tensor:
+    """The order [B, H, W + E] in which the units that count come before the others: of `like`
+    [B, H, W, D] each head's `first`, of `other` [B, H, E, D] its `second` first ones."""
+    widths, device = (like.shape[2], other.shape[2]), other.device
+    counted = torch.cat(
+        [torch.arange(w) < c[..., None] for w, c in zip(widths, (first, second), strict=True)], -1
+    )
+    if bool(counted.all()):
+        return torch.arange(sum(widths), device=device).expand(*first.shape, sum(widths))
+    return (~counted).byte().argsort(dim=-1, stable=True).to(device)
+
+
+def _stack(columns: Sequence[Tensor], filler: int = 0) -> Tensor:
+    """Tensors [1, H, any, ...] as one batch, filled up behind."""
+    longest = max(column.shape[2] for column in columns)
+    return torch.cat(
+        [pad(x, (*[0, 0] * (x.dim() - 3), 0, longest - x.shape[2]), value=filler) for x in columns]
+    )

@@ -1,0 +1,83 @@
+"""Bytes of a cache, told from how it is stored, and the units that fit into bytes.
+
+Counted are keys and values (codes, tables and residual, `locret.quantization.costs`), scores,
+source positions and weights. Outliers depend on the data and are not.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from locret.quantization import Scheme
+from locret.quantization.costs import most_bytes
+
+MARK_BYTES = 12
+"""Of a unit in a KV head: its score (float32) and source position (int64)."""
+WEIGHT_BYTES = 4
+"""Of a unit in a KV head, where evicted values are merged: its weight (float32)."""
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What the units of one row of a batch take.
+
+    Attributes:
+        scheme: how keys and values are stored.
+        num_layers, num_kv_heads, head_size: of the backbone.
+        element_size: bytes of a number in full precision.
+        weighs: units hold a weight (`locret.cache.merging`).
+        windows: sliding windows of the layers that hold one, beside those counted above.
+    """
+
+    scheme: Scheme
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    element_size: int = 2
+    weighs: bool = False
+    windows: tuple[int, ...] = ()
+
+    def layer_bytes(self, layer: int, units: int) -> int:
+        """Most bytes of a layer that holds `units` units in every KV head after a chunk."""
+        stored = most_bytes(self.scheme.for_layer(layer), units, self.head_size, self.element_size)
+        marks = MARK_BYTES + WEIGHT_BYTES * self.weighs
+        return self.num_kv_heads * (stored + marks * units)
+
+    def cache_bytes(self, budgets: Sequence[int]) -> int:
+        """Most bytes of layers that hold so many units."""
+        return sum(self.layer_bytes(layer, units) for layer, units in enumerate(budgets))
+
+    def window_bytes(self, tokens: int) -> int:
+        """Bytes of the layers with a window after so many tokens, as they are stored: in full."""
+        units = sum(min(max(window - 1, 1), tokens) for window in self.windows)
+        return units * self.num_kv_heads * (2 * self.head_size * self.element_size + MARK_BYTES)
+
+    def shared(self, budgets: Sequence[int]) -> list[int]:
+        """What each layer may keep by the scheme's own rule, where a policy gives it `budgets`:
+        layers that are stored in more bits keep fewer units, at the same bytes."""
+        by_budget = {
+            budget: self.scheme.budgets(budget, self.num_layers, self.head_size, self.element_size)
+            for budget in set(budgets)
+        }
+        return [by_budget[budget][layer] for layer, budget in enumerate(budgets)]
+
+    def units_within(
+        self,
+        nbytes: int,
+        most: int,
+        budgets: Callable[[int], Sequence[int]] | None = None,
+        slot_bytes: int = 0,
+    ) -> int:
+        """Units, `most` at most, that fit into `nbytes`; 0 = not even one does.
+
+        Args:
+            budgets: what each layer holds where the average is so many; default the scheme's rule
+                for equal budgets.
+            slot_bytes: what else one more unit costs.
+        """
+
+        def needed(units: int) -> int:
+            of_layers = budgets(units) if budgets else self.shared([units] * self.num_layers)
+            return self.cache_bytes(of_layers) + units * slot_bytes
+
+        return bisect_right(range(1, most + 1), nbytes, key=needed)

@@ -1,0 +1,241 @@
+"""What users give `prefill` and `generate`: what is refused, and how stock `generate` takes it."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locret.cache.cache import DECODE_ROOM, RetainedCache
+
+BRANCHING = ("num_beams", "num_return_sequences")
+"""Arguments that let stock `generate` run several sequences for one prompt."""
+
+REFUSED = (
+    "assistant_model",
+    "adapter_names",
+    "guidance_scale",
+    "inputs_embeds",
+    "output_attentions",
+    "position_ids",
+    "prompt_lookup_num_tokens",
+)
+"""Arguments of stock `generate` that need a cache of their own, roll ours back, or ask for what is
+not there: weights of all tokens, or positions other than the cache's."""
+
+SURELY_REPEATED = 4
+"""Tokens of a context from which on a question that begins with all of them repeats it. Shorter
+ones may be no more than the first token and a role's header, with which any question begins."""
+
+
+def check_ids(input_ids: Tensor) -> None:
+    """
+    Raises:
+        ValueError: no tensor of whole numbers, not [batch, tokens], or nothing at all.
+    """
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(
+            f"input_ids is a {type(input_ids).__name__}; expected a tensor [batch, tokens]: take "
+            "tokenizer(..., return_tensors='pt').input_ids"
+        )
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids holds {input_ids.dtype}; expected token ids, of torch.long")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; expected [batch, tokens] with at least "
+            "one token"
+        )
+
+
+def left_padding(
+    attention_mask: Tensor | None, input_ids: Tensor, context_length: int = 0
+) -> list[int]:
+    """How many leading tokens of each row are padding.
+
+    Args:
+        attention_mask: of `input_ids` [B, n], or of as many tokens of a context before them too.
+
+    Raises:
+        ValueError: a mask of another shape, zeros elsewhere than on the left, or a row of nothing.
+    """
+    rows, new = input_ids.shape
+    if attention_mask is None:
+        return [0] * rows
+    if attention_mask.shape not in ((rows, new), (rows, context_length + new)):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected that of input_ids, "
+            f"{tuple(input_ids.shape)}"
+        )
+    mask = attention_mask[:, -new:].bool()
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
+        raise ValueError(
+            "attention_mask holds zeros after ones: pad prompts on the left "
+            "(tokenizer.padding_side = 'left')"
+        )
+    return (~mask).sum(dim=1).tolist()
+
+
+def inferred_mask(model: Any, kwargs: dict[str, Any], input_ids: Tensor) -> Tensor | None:
+    """The mask [B, n] that stock `generate` infers for `input_ids` where none is given: zeros where
+    `pad_token_id` is, unless that may also end an answer. None = no padding.
+
+    Raises:
+        ValueError: it is not padding on the left.
+    """
+    pads, ends = (_token_ids(setting(model, kwargs, f"{name}_token_id")) for name in ("pad", "eos"))
+    if not pads or set(pads) & set(ends):
+        return None
+    mask = ~torch.isin(input_ids, torch.tensor(pads, device=input_ids.device))
+    if bool(mask.all()):
+        return None
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
+        raise ValueError(
+            f"input_ids holds pad_token_id ({pads[0]}) after other tokens, or nothing else in a "
+            "row, and no attention_mask is given, so that stock generate would take it for "
+            "padding; pass attention_mask, ones if it counts, or pad prompts on the left"
+        )
+    return mask
+
+
+def _token_ids(value: Any) -> list[int]:
+    """Token ids given as a number, several, a tensor or None."""
+    return [] if value is None else torch.as_tensor(value).flatten().tolist()
+
+
+def check_not_repeated(cache: RetainedCache, input_ids: Tensor, padding: Sequence[int]) -> None:
+    """Refuse a question that begins with all that its cache has read.
+
+    Args:
+        input_ids: [B, n] long, rows with so much `padding` on the left.
+
+    Raises:
+        ValueError: says how many tokens would be read twice.
+    """
+    assert cache.token_ids is not None
+    skips = cache.padding or (0,) * len(padding)
+    # A question in front of the context is no part of what the user has given as context.
+    contexts = [
+        ids[skip + cache.query_length :] for ids, skip in zip(cache.token_ids, skips, strict=True)
+    ]
+    if input_ids.shape[1] < min(map(len, contexts)):
+        return  # the usual case: nothing is fetched from the device
+    questions = [ids[skip:] for ids, skip in zip(input_ids.cpu(), padding, strict=True)]
+    repeated = max(map(_repeated, contexts, questions))
+    what = f"input_ids begins with all {repeated} tokens that the cache has read"
+    if repeated >= SURELY_REPEATED:
+        raise ValueError(f"{what}, so that they would be read twice; give only what follows them")
+    if repeated:
+        # The caller of `Engine.generate` and of what wraps it.
+        warnings.warn(f"{what}; they are read again. Give only what follows them", stacklevel=5)
+
+
+def _repeated(context: Tensor, question: Tensor) -> int:
+    """Tokens of a context, if a question begins with all of them; else 0."""
+    count = len(context)
+    return count if count <= len(question) and torch.equal(question[:count], context) else 0
+
+
+def left_mask(ids: Tensor, padding: Sequence[int]) -> Tensor:
+    """[B, n] long: zeros for so many leading tokens of each row of `ids`, ones for the others."""
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    return (columns >= torch.tensor(padding, device=ids.device)[:, None]).long()
+
+
+def unpadded(input_ids: Tensor, padding: list[int]) -> list[Tensor]:
+    """Each row [1, n] without its padding."""
+    return [input_ids[row : row + 1, skip:] for row, skip in enumerate(padding)]
+
+
+def check_decoding(model: Any, kwargs: dict[str, Any], with_cache: bool) -> None:
+    """Refuse ways to generate that a compressed cache cannot follow.
+
+    Raises:
+        ValueError: says which argument, and what to do instead.
+    """
+    wanted = {name: setting(model, kwargs, name) for name in REFUSED}
+    wanted["cache_implementation"] = given(kwargs, "cache_implementation")
+    for name, value in wanted.items():
+        harmless = value is False or (name == "guidance_scale" and value == 1)
+        if value is not None and not harmless:
+            raise ValueError(f"{name} does not work with a compressed cache; leave it out")
+    if kwargs.get("use_cache") is False:
+        raise ValueError("use_cache=False leaves nothing to compress; leave it out")
+    if "past_key_values" in kwargs:
+        raise ValueError("pass the cache as cache=..., not past_key_values=...")
+    if with_cache and (setting(model, kwargs, "num_beams") or 1) > 1:
+        raise ValueError("beam search would mix up the cache given; pass the whole prompt instead")
+
+
+def setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """What stock `generate` goes by: its argument, else that of the configuration passed to it,
+    else the model's own."""
+    value = given(kwargs, name)
+    if value is not None or name in kwargs:  # an argument of None overrides what is configured
+        return value
+    return getattr(model.generation_config, name, None)
+
+
+def prompt_lengths(model: Any, kwargs: dict[str, Any]) -> dict[str, int]:
+    """What counts the prompt's tokens too, of what stock `generate` goes by."""
+    names = ["min_length"]
+    if setting(model, kwargs, "max_new_tokens") is None:  # else max_length gives way to it
+        names.append("max_length")
+    counts = {name: setting(model, kwargs, name) for name in names}
+    return {name: count for name, count in counts.items() if count}
+
+
+def given(kwargs: dict[str, Any], name: str) -> Any:
+    """What the call itself says: its argument, else that of the configuration passed to it."""
+    if name in kwargs:
+        return kwargs[name]
+    return getattr(kwargs.get("generation_config"), name, None)
+
+
+def stock_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that keep configurations from asking for no cache, or another, or for what is left
+    of a prompt in chunks: some versions would read it from its beginning then."""
+    kept: dict[str, Any] = {}
+    if not setting(model, kwargs, "use_cache"):
+        kept["use_cache"] = True
+    for name in ("cache_implementation", "prefill_chunk_size"):
+        if setting(model, kwargs, name) is not None:
+            kept[name] = None
+    return kept
+
+
+class ShowingPrompt:
+    """A streamer that is first given the prompt, as it was given to us: the last `tokens` ones of
+    what stock `generate` begins with, which may be a whole context and more."""
+
+    def __init__(self, streamer: Any, tokens: int) -> None:
+        self._streamer = streamer
+        self._tokens: int | None = tokens
+
+    def put(self, value: Tensor) -> None:
+        if self._tokens is not None:
+            value, self._tokens = value[..., -self._tokens :], None
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()
+
+
+def longest(model: Any, kwargs: dict[str, Any], sequence: Tensor) -> int:
+    """Tokens of the longest sequence that stock `generate` may make after one [B, n]."""
+    new = setting(model, kwargs, "max_new_tokens")
+    if new is not None:
+        return int(sequence.shape[1] + new)
+    return int(setting(model, kwargs, "max_length") or sequence.shape[1] + DECODE_ROOM)
+
+
+def after_questions(questions: Tensor, output: Any) -> Any:
+    """What stock `generate` returned for answers alone, with the questions [B, q] before them."""
+    plain = isinstance(output, Tensor)
+    answers = output if plain else output.sequences
+    asked = questions.repeat_interleave(len(answers) // len(questions), dim=0)
+    answers = torch.cat([asked, answers], dim=1)
+    if plain:
+        return answers
+    output.sequences = answers
+    return output

@@ -1,0 +1,273 @@
+"""What fits into a given memory, from a model's config alone: no weight is loaded.
+
+    python -m locret plan --model meta-llama/Llama-3.1-8B-Instruct --memory 24GiB --context 128K
+
+Counted are the weights, the retaining heads, the cache with its scores and source positions, what
+one chunk needs while a layer computes, and a reserve for everything else. Weights and cache are
+exact (thin runs of quantized keys as far as they may go, outliers not counted); the chunk is an
+estimate of the largest tensors that live at once, with attention that
+materialises no T x S matrix: on Llama-3.1-8B's shapes (one H200, budgets 16K and 48K) prefill took
+at most what is said here and 95 % of it at least. B is 1.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from locret.cache.sizing import Sizing
+from locret.engine.config import PAPER
+from locret.heads.heads import Geometry
+from locret.model.backbone import Backbone
+from locret.quantities import MOST, format_bytes
+from locret.quantization import NO_SCHEME, Scheme, make_scheme
+from locret.quantization.costs import costs_of
+
+SCHEMES = (NO_SCHEME, *(make_scheme("kivi", bits=bits) for bits in (8, 4, 2)), make_scheme("fp8"))
+"""The ways to store keys and values that are told of, with their default options."""
+
+RESERVE = 0.05  # of the memory: the device's own context, fragmentation, logits
+HEAD_WIDTH = 1024  # the paper's
+DEFAULT_NEW_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class SchemePlan:
+    """What fits with one way to store keys and values.
+
+    Attributes:
+        name, bits: of the scheme; "none" stores elements as they are.
+        bytes_per_token: of keys and values with their scales, all layers and KV heads, in full
+            runs.
+        context_bytes: the cache if nothing of the context is evicted, bookkeeping included.
+        budget: units a KV head can keep, at most the context; 0 = nothing fits.
+        compression: tokens of the context for every unit of the budget; None if nothing fits.
+    """
+
+    name: str
+    bits: int
+    bytes_per_token: float
+    context_bytes: int
+    budget: int
+    compression: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the memory goes. All sizes in bytes; `left_bytes` is for the cache (below 0: too big).
+
+    Attributes:
+        memory, context, chunk_size, new_tokens, dtype: as asked for.
+        window: the model's `max_position_embeddings`.
+        geometry: of the attention layers.
+        parameters, weights_bytes: of the backbone, tied ones once.
+        heads_bytes: of retaining heads, 0 without.
+        sliding_layers, sliding_bytes: layers with a window, which hold it whatever the budget is.
+        chunk_bytes: what reading one chunk needs beside the cache.
+        reserve_bytes: see `RESERVE`.
+        schemes: one for each of `SCHEMES`.
+    """
+
+    memory: int
+    context: int
+    chunk_size: int
+    new_tokens: int
+    dtype: str
+    window: int
+    geometry: Geometry
+    parameters: int
+    weights_bytes: int
+    heads_bytes: int
+    sliding_layers: int
+    sliding_bytes: int
+    chunk_bytes: int
+    reserve_bytes: int
+    left_bytes: int
+    schemes: tuple[SchemePlan, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(
+    config: Any,
+    *,
+    memory: int,
+    context: int,
+    dtype: torch.dtype | None = None,
+    chunk_size: int = PAPER["chunk_size"],
+    new_tokens: int = DEFAULT_NEW_TOKENS,
+    head_width: int = HEAD_WIDTH,
+) -> Plan:
+    """Say what fits.
+
+    Args:
+        config: of a transformers causal language model.
+        memory: bytes that the process may use on the device.
+        context: tokens to be read.
+        dtype: of weights and unquantized cache; default the config's, else bfloat16.
+        chunk_size: tokens read at a time.
+        new_tokens: answer tokens to leave room for, beside the paper's local tokens.
+        head_width: hidden width of the retaining heads, with tap `qkv`; 0 = no heads.
+
+    Raises:
+        ValueError: the architecture is not supported, or a number is out of range.
+    """
+    for name, value, least in (
+        ("memory", memory, 1),
+        ("context", context, 1),
+        ("chunk_size", chunk_size, 1),
+        ("new_tokens", new_tokens, 0),
+        ("head_width", head_width, 0),
+    ):
+        if not least <= value <= MOST:
+            raise ValueError(f"{name} is {value}; expected at least {least}, and at most {MOST}")
+    dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    backbone = Backbone(model)
+    geometry = backbone.geometry
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    heads = _heads_parameters(geometry, head_width) * dtype.itemsize
+    chunk = _chunk_bytes(geometry, config, min(chunk_size, context), dtype, head_width)
+    reserve = round(memory * RESERVE)
+    after = PAPER["local_tokens"] + new_tokens
+    windows = tuple(window for window in backbone.windows if window)
+    sliding = sizing_of(NO_SCHEME, geometry, dtype, windows).window_bytes(context + after)
+    left = memory - weights - heads - sliding - chunk - reserve
+    return Plan(
+        memory=memory,
+        context=context,
+        chunk_size=chunk_size,
+        new_tokens=new_tokens,
+        dtype=str(dtype).removeprefix("torch."),
+        window=config.max_position_embeddings,
+        geometry=geometry,
+        parameters=model.num_parameters(),
+        weights_bytes=weights,
+        heads_bytes=heads,
+        sliding_layers=len(windows),
+        sliding_bytes=sliding,
+        chunk_bytes=chunk,
+        reserve_bytes=reserve,
+        left_bytes=left,
+        schemes=tuple(_scheme(scheme, geometry, dtype, left, context, after) for scheme in SCHEMES),
+    )
+
+
+def sizing_of(
+    scheme: Scheme, geometry: Geometry, dtype: torch.dtype, windows: tuple[int, ...] = ()
+) -> Sizing:
+    """What a cache of that backbone takes, with the sliding windows of layers beside it."""
+    return Sizing(
+        scheme,
+        geometry.num_layers,
+        geometry.num_kv_heads,
+        geometry.head_size,
+        dtype.itemsize,
+        windows=windows,
+    )
+
+
+def _scheme(
+    scheme: Scheme, geometry: Geometry, dtype: torch.dtype, left: int, context: int, after: int
+) -> SchemePlan:
+    sizing = sizing_of(scheme, geometry, dtype)
+    # A slot costs its units in all layers, and its share of the one layer that is at work.
+    units = sizing.units_within(left, context + after, slot_bytes=_working_slot(geometry, dtype))
+    budget = max(0, min(context, units - after))
+    heads = geometry.num_layers * geometry.num_kv_heads
+    return SchemePlan(
+        name=scheme.name,
+        bits=scheme.bits if scheme.packs else 8 * dtype.itemsize,
+        bytes_per_token=heads * costs_of(scheme, geometry.head_size, dtype.itemsize).packed,
+        context_bytes=sizing.cache_bytes([context] * geometry.num_layers),
+        budget=budget,
+        compression=context / budget if budget else None,
+    )
+
+
+def _layer_elements(geometry: Geometry) -> int:
+    return 2 * geometry.num_kv_heads * geometry.head_size
+
+
+def _working_slot(geometry: Geometry, dtype: torch.dtype) -> int:
+    """Bytes a slot takes in the layer at work: grown storage, rotated keys, what is gathered."""
+    return _layer_elements(geometry) * dtype.itemsize * 5 // 2
+
+
+def _heads_parameters(geometry: Geometry, width: int) -> int:
+    a_layer = width * (geometry.feature_width("qkv") + geometry.num_kv_heads)
+    return geometry.num_layers * a_layer
+
+
+def _chunk_bytes(
+    geometry: Geometry, config: Any, tokens: int, dtype: torch.dtype, head_width: int
+) -> int:
+    """The larger of what attention and MLP hold of a chunk, and the layer's slots of its units."""
+    queries = geometry.num_query_heads * geometry.head_size
+    # queries before and after rotation, the output, the heads' features and hidden layer twice
+    features = geometry.feature_width("qkv") if head_width else 0
+    attention = _layer_elements(geometry) + 3 * queries + features + 2 * head_width
+    mlp = 3 * _mlp_width(config)  # gate, up and their product
+    residuals = 2 * geometry.hidden_size  # the residual stream and its normed copy
+    activations = (residuals + max(attention, mlp)) * dtype.itemsize
+    return tokens * (activations + _working_slot(geometry, dtype))
+
+
+def _mlp_width(config: Any) -> int:
+    """Width of the MLP that a token goes through: of all its experts together."""
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    expert = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return max(config.intermediate_size, experts * expert)
+
+
+def as_text(plan: Plan, name: str) -> str:
+    """The plan for people."""
+    shape = plan.geometry
+    lines = [
+        f"{name}: {plan.parameters / 1e9:.2f}B parameters, "
+        f"{shape.num_layers + plan.sliding_layers} layers, "
+        f"{shape.num_kv_heads} KV heads of {shape.head_size}, {plan.dtype}",
+        f"{format_bytes(plan.memory)} of memory, a context of {plan.context:,} tokens\n",
+    ]
+    windows = [("windows", plan.sliding_bytes, f"of {plan.sliding_layers} sliding layers")]
+    for part, size, note in (
+        ("weights", plan.weights_bytes, ""),
+        ("heads", plan.heads_bytes, ""),
+        *(windows if plan.sliding_layers else []),
+        ("chunk", plan.chunk_bytes, f"{plan.chunk_size:,} tokens read at a time; an estimate"),
+        ("reserve", plan.reserve_bytes, f"{RESERVE:.0%} for all else"),
+        ("left", plan.left_bytes, "for the cache"),
+    ):
+        lines.append(f"{part:<10}{format_bytes(size):>12}  {note}".rstrip())
+    lines.append(
+        f"\n{'cache':<14}{'bytes/token':>12}{'whole context':>15}{'budget':>10}{'ratio':>8}"
+    )
+    lines += [_scheme_line(scheme, plan) for scheme in plan.schemes]
+    lines += [f"\n{note}" for note in _notes(plan)]
+    return "\n".join(lines)
+
+
+def _scheme_line(scheme: SchemePlan, plan: Plan) -> str:
+    whole = scheme.budget == plan.context
+    return (
+        f"{f'{scheme.name} {scheme.bits} bit':<14}{scheme.bytes_per_token:>12,.0f}"
+        f"{format_bytes(scheme.context_bytes):>15}"
+        f"{'all' if whole else f'{scheme.budget:,}' if scheme.budget else '-':>10}"
+        f"{f'{scheme.compression:.1f}x' if scheme.compression else '-':>8}"
+    )
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = []
+    best = max(scheme.budget for scheme in plan.schemes)
+    if not best:
+        notes.append("Nothing fits: more memory, a smaller model or a smaller chunk is needed.")
+    if min(best + plan.chunk_size, plan.context) > plan.window:
+        notes.append(
+            f"The model's window is {plan.window:,} positions: budget and chunk together must stay "
+            "within it, and budget, local tokens and answer."
+        )
+    return notes

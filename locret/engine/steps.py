@@ -1,0 +1,258 @@
+"""One-token steps near the bandwidth limit: fixed shapes, counters on the device, a CUDA graph.
+
+While an answer is generated nothing moves any more: every step writes one unit behind those held
+and attends to them. `Steps` keeps the number of units held on the device, so that the same kernel
+launches serve every step; `GraphedSteps` records them once and replays them.
+
+Python never reads the counters; it keeps its own, which move in step.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from locret.cache.cache import RetainedCache
+from locret.cache.layer import RetainedLayer
+from locret.kernels.decode import decode_attention
+from locret.kernels.decode_quantized import decode_attention_quantized
+from locret.kernels.store import store_units
+from locret.model.backbone import Backbone
+from locret.model.cache_names import as_argument, cache_in
+from locret.model.hooks import LayerCall
+
+EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces
+
+
+class StepCounts(NamedTuple):
+    """How the one-token steps of an answer ran.
+
+    Attributes:
+        taken: calls of the model with one token a row.
+        fast: those of them with counters on the device.
+        replayed: those of the fast ones that a CUDA graph ran.
+    """
+
+    taken: int
+    fast: int = 0
+    replayed: int = 0
+
+
+class Steps:
+    """One-token attention with counters on the device.
+
+    Args:
+        backbone: attached.
+        cache: a cache whose prompt is read; gets room for the steps. Its storage must not move
+            while this lives.
+    """
+
+    def __init__(self, backbone: Backbone, cache: RetainedCache) -> None:
+        self.cache = cache
+        self._rotary = backbone.rotary
+        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._now: dict[Any, tuple[Tensor, Tensor]] = {}
+        device = cache.layers[0].scores.device
+        for layer in cache.layers:
+            layer.units.make_room(cache.room, layer.seen)
+        held = [layer.held for layer in cache.layers]
+        filled = [layer.units.filled for layer in cache.layers]
+        self._slots = torch.tensor(held, dtype=torch.int32, device=device)
+        self._filled = torch.tensor(filled, dtype=torch.int32, device=device)
+        self._lengths = self._filled + 1
+        self._group = [self._group_of(layer) for layer in cache.layers]
+        self._empty = [
+            None if layer.empty is None else layer.empty.to(torch.int32) for layer in cache.layers
+        ]
+        self._like = torch.empty(0, dtype=cache.layers[0].units.tail[0].dtype, device=device)
+
+    @property
+    def room(self) -> int:
+        """Steps for which there is storage."""
+        return min(layer.units.spare for layer in self.cache.layers)
+
+    def _group_of(self, layer: RetainedLayer) -> tuple[int, tuple[int, ...]]:
+        """Units held, and the position of slot 0 in each row: one look-up rotates for all layers
+        that agree in both."""
+        if self.cache.positions == "original":
+            return layer.held, self.cache.shifted(layer.seen - layer.held)
+        return layer.held, layer.own_slots(0)
+
+    def begin(self) -> None:
+        """Before the layers of a step run."""
+        self._now = {}
+
+    def rotation(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [1 or B, 1, rotary size] at a layer's next slot."""
+        group = self._group[layer_idx]
+        if group not in self._now:
+            cos, sin = self._table(group[1])
+            slot = self._slots[layer_idx : layer_idx + 1]
+            self._now[group] = cos.index_select(1, slot), sin.index_select(1, slot)
+        return self._now[group]
+
+    def _table(self, starts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        if starts not in self._tables:
+            capacity = max(layer.held + layer.units.spare for layer in self.cache.layers)
+            self._tables[starts] = self._rotary.cos_sin(
+                starts, capacity, self.cache.prompt_lengths, self._like
+            )
+        return self._tables[starts]
+
+    def attend(self, call: LayerCall, layer: RetainedLayer) -> Tensor:
+        """Store the new unit and attend, [B, 1, H*G, D]."""
+        i, units = call.layer_idx, layer.units
+        keys, values = units.tail
+        store_units(keys, values, call.key, call.value, self._filled[i : i + 1])
+        length = self._lengths[i : i + 1]
+        if units.packed is None:
+            output = decode_attention(
+                call.query, keys, values, length, call.scaling, self._empty[i]
+            )
+        else:
+            output = decode_attention_quantized(
+                call.query, units.packed, keys, values, length, call.scaling, self._empty[i]
+            )
+        units.note_written()
+        return output.transpose(1, 2)
+
+    def end(self) -> None:
+        """After the layers of a step ran: move the device's counters."""
+        self._slots += 1
+        self._filled += 1
+        self._lengths += 1
+        self._now = {}
+
+    def advance(self) -> None:
+        """Python's counters, after a replay."""
+        for layer in self.cache.layers:
+            layer.units.note_written()
+            layer.seen += 1
+
+
+class GraphedSteps:
+    """Runs a model's one-token steps from a CUDA graph.
+
+    Args:
+        backbone: attached.
+        cache: of the request; its prompt is read by calls that this object declines.
+
+    Attributes:
+        fast, replayed: see `StepCounts`.
+    """
+
+    def __init__(self, backbone: Backbone, cache: RetainedCache, graphs: bool) -> None:
+        self._backbone = backbone
+        self._cache = cache
+        self._graphs = graphs
+        self._steps: Steps | None = None
+        self._graph: Any = None
+        self._ids: Tensor | None = None
+        self._outputs: Any = None
+        self._eager = 0
+        self.fast = 0
+        self.replayed = 0
+
+    def __call__(self, run: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """The model's outputs for `inputs`, as of any model where this is no step of ours."""
+        ids = inputs.get("input_ids")
+        if not self._is_step(ids, inputs):
+            return without_mask(run, inputs)
+        assert ids is not None
+        self.fast += 1
+        if self._steps is None or self._steps.room == 0:
+            self._prepare()
+        if self._graph is None and (not self._graphs or self._eager < EAGER_STEPS):
+            self._eager += 1
+            return self._step(run, ids)
+        if self._graph is None:
+            self._record(run, ids)
+        else:
+            assert self._steps is not None
+            self._steps.advance()
+        assert self._ids is not None
+        self._ids.copy_(ids)
+        self._graph.replay()
+        self.replayed += 1
+        return self._outputs
+
+    def _is_step(self, ids: Tensor | None, inputs: dict[str, Any]) -> bool:
+        asked = any(inputs.get(name) for name in ("output_hidden_states", "output_attentions"))
+        cache = self._cache
+        frozen = all(layer.rotated and layer.held for layer in cache.layers)
+        ours = cache_in(inputs) is cache and cache.eviction is None and frozen
+        return ids is not None and ids.shape[1] == 1 and ours and not asked
+
+    def _prepare(self) -> None:
+        self._steps = Steps(self._backbone, self._cache)
+        self._graph = self._outputs = self._ids = None
+        self._eager = 0
+
+    def _step(self, run: Callable[..., Any], ids: Tensor) -> Any:
+        assert self._steps is not None
+        self._cache.steps = self._steps
+        try:
+            self._steps.begin()
+            # Positions are the cache's business; the stock rotary module only needs a shape.
+            outputs = run(
+                input_ids=ids,
+                position_ids=torch.zeros_like(ids),
+                **as_argument(self._backbone.model, self._cache),
+                use_cache=True,
+                return_dict=True,
+            )
+            self._steps.end()
+        finally:
+            self._cache.steps = None
+        return outputs
+
+    def _record(self, run: Callable[..., Any], ids: Tensor) -> None:
+        self._ids = ids.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), self._backbone.fixed_frequencies():
+            self._outputs = self._step(run, self._ids)
+        self._graph = graph
+
+
+def without_mask(run: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """A model's outputs for `inputs` whose `attention_mask` is stock `generate`'s to know: which
+    slots of a row are empty, the cache knows."""
+    return run(**inputs | {"attention_mask": None})
+
+
+def seen_through(model: Any, through: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> Any:
+    """`model`, whose calls go through `through(run, inputs)` first. The model itself is left as it
+    is: what is returned is another object of a subclass, with the same attributes."""
+    kind: Any = type(model)
+    seen: Any = object.__new__(_seen_class(kind))
+    object.__setattr__(seen, "__dict__", model.__dict__)
+    object.__setattr__(seen, "_through", through)  # a slot of its own, not the model's attribute
+    return seen
+
+
+@functools.cache
+def _seen_class(kind: type) -> type:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(kind.__call__, self)
+        return run(*args, **kwargs) if args else self._through(run, kwargs)
+
+    body = {"__call__": call, "__slots__": ("_through",), "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), body)
+
+
+def why_not_graphed(backbone: Backbone) -> str | None:
+    """Why the model's steps cannot be recorded as a CUDA graph; None if they can."""
+    model, config = backbone.model, backbone.config
+    if model.device.type != "cuda":
+        return f"the model is on {model.device}"
+    if len(set(map(str, getattr(model, "hf_device_map", {}).values()))) > 1:
+        return "the model is spread over several devices"
+    if not backbone.plain:
+        return "the model has sliding windows, softcaps, sinks or more than one RoPE"
+    if getattr(model, "hf_quantizer", None) is not None:
+        return "the model's weights are quantized"
+    if any(getattr(config, name, 0) for name in ("num_local_experts", "num_experts")):
+        return "mixtures of experts choose their kernels on the host"
+    return None

@@ -1,0 +1,360 @@
+"""Files of a heads artifact: our folder, the released `.bin`, and the Hub. Tensors in, tensors out.
+
+Ours is a folder with `heads.safetensors` (`layers.{i}.fc1.weight`, `layers.{i}.fc2.weight`),
+`config.json` (`locret.heads.heads.HeadsConfig`) and a model card; beside them may lie
+`training.yaml`, `training.png` and small files with figures, which are published too. The released
+format is a torch file with `model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`, alone or in a
+whole-model dict.
+
+Loading never executes code. Saving writes aside and renames: a failed save changes nothing.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from locret.heads import hub
+from locret.heads.card import Facts, is_generated, model_card
+
+WEIGHTS = "heads.safetensors"
+RECORD = "config.json"
+CARD = "README.md"
+TRAINING = "training.yaml"
+PLOT = "training.png"
+FIGURES = (".png", ".json", ".csv")
+MAX_FIGURE_BYTES = 4 * 2**20
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_OURS = re.compile(r"layers\.(\d+)\.(fc[12])\.weight")
+_RELEASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.(fc[12])\.weight")
+_COMMAND = re.compile(r"^# command: (.+)$", re.MULTILINE)
+
+
+def load(
+    source: str | Path, *, revision: str | None = None, token: str | None = None
+) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """Read an artifact folder, a released `.bin`, or a Hub repository with either.
+
+    Returns:
+        The record (None for the released format, which has none) and the tensors under our names.
+
+    Raises:
+        ValueError: nothing usable there; says what was looked for.
+    """
+    path = locate(source, revision=revision, token=token)
+    if path.is_file():
+        return None, _load_released(path)
+    if (path / WEIGHTS).is_file():
+        return _load_record(path / RECORD), _load_weights(path / WEIGHTS)
+    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    released = [name for name in names if name.endswith(".bin")]
+    if len(released) == 1:
+        return None, _load_released(path / released[0])
+    raise ValueError(
+        f"{source}: neither {WEIGHTS} nor a single .bin file in this folder; found {names}"
+    )
+
+
+def locate(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The file or folder of an artifact on this machine, downloaded if `source` is a Hub id."""
+    path = Path(source)
+    if path.exists():
+        return path
+    patterns = [WEIGHTS, RECORD, "*.bin"]
+    return hub.download(str(source), patterns=patterns, revision=revision, token=token)
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Compare names, shapes and values with what heads need.
+
+    Raises:
+        ValueError: names every tensor missing, extra, misshapen or not finite.
+    """
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"extra {name}" for name in tensors if name not in expected]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            continue
+        if tuple(tensor.shape) != expected[name]:
+            problems.append(f"{name} is {tuple(tensor.shape)}, expected {expected[name]}")
+        elif tensor.dtype not in _DTYPES:
+            problems.append(f"{name} is {tensor.dtype}, expected one of {_DTYPES}")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{name} holds values that are not finite numbers")
+    if problems:
+        raise ValueError(f"heads from {source} do not fit their config: {'; '.join(problems)}")
+
+
+def save_folder(
+    folder: str | Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Path:
+    """Write the artifact folder. A failure changes nothing.
+
+    Other files in it are left alone, and so is a card that somebody wrote or edited.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; expected a folder to write the heads to")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+    with written_aside(folder) as aside:
+        try:
+            save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # also what a full disk gives
+            raise OSError(f"could not write {folder / WEIGHTS}: {error}") from error
+        (aside / RECORD).write_text(text, encoding="utf-8")
+        if not has_own_card(folder):
+            (aside / CARD).write_text(model_card(record), encoding="utf-8")
+        # safetensors writes files that only their owner may read
+        (aside / WEIGHTS).chmod((aside / RECORD).stat().st_mode)
+    return folder
+
+
+def save_released(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Write the released format: a torch dict of `model.layers.{i}.self_attn.fc{1,2}.weight`."""
+    path = Path(path)
+    named = {}
+    for name, tensor in tensors.items():
+        match = _OURS.fullmatch(name)
+        assert match, name
+        key = f"model.layers.{match[1]}.self_attn.{match[2]}.weight"
+        named[key] = tensor.detach().cpu().contiguous()
+    with written_aside(path.parent) as aside:
+        try:
+            torch.save(named, aside / path.name)
+        except RuntimeError as error:  # also what a full disk gives
+            reason = str(error).partition("\n")[0]
+            raise OSError(f"could not write {path}: {reason}") from error
+    return path
+
+
+def has_own_card(folder: Path) -> bool:
+    """Whether a folder's card was written or edited by somebody, and is theirs to change."""
+    card = folder / CARD
+    return card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace"))
+
+
+def write_card(folder: str | Path, repo_id: str | None = None) -> None:
+    """Write the card anew with what lies beside the heads by now, unless it is somebody's own."""
+    folder = Path(folder)
+    if not has_own_card(folder):
+        with written_aside(folder) as aside:
+            (aside / CARD).write_text(_card(folder, repo_id), encoding="utf-8")
+
+
+def publishable(folder: str | Path, repo_id: str) -> tuple[list[hub.Upload], dict[str, str]]:
+    """What of an artifact folder goes to the Hub, and what does not.
+
+    Returns:
+        The files to upload, the card with the address that they will have; and by name the reason
+        why another file of the folder stays.
+
+    Raises:
+        ValueError: no artifact folder.
+    """
+    folder = Path(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(
+            f"{folder} is no artifact folder: it has no {WEIGHTS}. Heads from elsewhere become one "
+            f"with python -m locret convert {folder} FOLDER"
+        )
+    files, left_out = [], {}
+    for path in sorted(folder.iterdir()):
+        reason = _reason_to_stay(path)
+        if reason:
+            left_out[path.name] = reason
+        elif path.name != CARD:
+            files.append(hub.Upload(path.name, path))
+    own = has_own_card(folder)
+    card = (folder / CARD).read_bytes() if own else _card(folder, repo_id).encode("utf-8")
+    return [hub.Upload(CARD, card), *files], left_out
+
+
+def push(
+    repo_id: str,
+    folder: str | Path,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Upload an artifact folder in one commit; returns its address. Arguments: `hub.upload`.
+
+    The folder itself stays as it is. Whether its heads are sound is the caller's to check.
+
+    Raises:
+        ValueError: no artifact folder, or the Hub did not take it; says why.
+    """
+    files, _ = publishable(folder, repo_id)
+    return hub.upload(
+        repo_id, files, message="Upload heads", private=private, token=token, revision=revision
+    )
+
+
+def inventory(source: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Figures of heads and of the files that they were read from.
+
+    Args:
+        source: the file or folder.
+        tensors: `layers.{i}.fc{1,2}.weight`.
+
+    Returns:
+        `parameters`, `bytes`, `dtypes`, `files` (bytes by name), and `layers`: for each the
+        Frobenius norms of `fc1` and `fc2`.
+    """
+    path = Path(source)
+    found = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    layers: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        match = _OURS.fullmatch(name)
+        assert match, name
+        layer = layers.setdefault(int(match[1]), {"layer": int(match[1])})
+        layer[match[2]] = tensor.double().norm().item()
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+        "files": {file.name: file.stat().st_size for file in found},
+        "layers": [layers[i] for i in sorted(layers)],
+    }
+
+
+@contextlib.contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A scratch folder: its files move into `folder` when the block ends well, else vanish."""
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
+            yield Path(aside)
+            _move_in(Path(aside), folder)
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _move_in(aside: Path, folder: Path) -> None:
+    """Move all files of `aside` into `folder`, or, if one fails, put back what was there."""
+    files = sorted(aside.iterdir())
+    before = aside / "before"
+    before.mkdir()
+    with contextlib.ExitStack() as undo:
+        for file in files:
+            target = folder / file.name
+            if target.exists():
+                shutil.copy2(target, before / file.name)
+                put_back = functools.partial(os.replace, before / file.name, target)
+            else:
+                put_back = functools.partial(target.unlink, missing_ok=True)
+            os.replace(file, target)
+            undo.callback(put_back)
+        undo.pop_all()
+
+
+def _reason_to_stay(path: Path) -> str | None:
+    """Why a file of an artifact folder is not published; None if it is."""
+    if not path.is_file():
+        return "not a file"
+    if path.name in (WEIGHTS, RECORD, CARD, TRAINING):
+        return None
+    if path.name.startswith(".") or path.suffix not in FIGURES:
+        return "not part of an artifact"
+    if path.stat().st_size > MAX_FIGURE_BYTES:
+        return f"over {MAX_FIGURE_BYTES // 2**20} MiB"
+    return None
+
+
+def _card(folder: Path, repo_id: str | None) -> str:
+    """The card of the artifact in a folder, with what lies beside it."""
+    return model_card(_load_record(folder / RECORD), _facts(folder, repo_id))
+
+
+def _facts(folder: Path, repo_id: str | None) -> Facts:
+    training, command = _load_training(folder / TRAINING)
+    figures = (
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.name not in (RECORD, PLOT) and _reason_to_stay(path) is None
+    )
+    return Facts(
+        repo_id=repo_id,
+        training=training,
+        command=command,
+        plot=PLOT if (folder / PLOT).is_file() else None,
+        files=tuple(name for name in figures if Path(name).suffix in FIGURES),
+    )
+
+
+def _load_training(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """The resolved config of the training run and the command that started it, where known.
+
+    The command is a line `# command: ...` of the file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        training = yaml.safe_load(text)
+    except FileNotFoundError:
+        return None, None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    command = _COMMAND.search(text)
+    return (training if isinstance(training, dict) else None), (command[1] if command else None)
+
+
+def _load_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} has {WEIGHTS} but no {RECORD}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds {type(record).__name__}; expected a JSON object")
+    return record
+
+
+def _load_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or corrupted: {error}") from error
+
+
+def _load_released(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        raise ValueError(
+            f"{path} is not a torch file of plain tensors (truncated, or it holds code, "
+            f"which is never run): {error}"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds {type(state).__name__}; expected a dict of tensors")
+    heads: dict[str, Tensor] = {}
+    for name, value in state.items():
+        match = _RELEASED.fullmatch(name) if isinstance(name, str) else None
+        if match and isinstance(value, Tensor):
+            heads[f"layers.{match[1]}.{match[2]}.weight"] = value
+    if not heads:
+        raise ValueError(
+            f"{path} has no tensor named like model.layers.0.self_attn.fc1.weight; "
+            f"its first names: {list(state)[:3]}"
+        )
+    return heads

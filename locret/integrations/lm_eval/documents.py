@@ -1,0 +1,95 @@
+"""Our tasks in the terms of lm-evaluation-harness: what its task files call (`task_files`).
+
+Where data lies and how long prompts are comes from the harness's `--metadata`, a JSON object:
+`data_dir`, `data` (paths by name), `leval_data`, `length`, `samples`, `cache_dir`; the tokenizer is
+the model's.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from locret.evaluation.config import CACHE
+from locret.evaluation.prompts import Renderer
+from locret.evaluation.stopping import before_stop
+from locret.model.loading import load_tokenizer
+from locret.tasks import TASKS, Sample, TaskSettings
+
+TOKENIZER_KEYS = ("tokenizer", "pretrained", "model")
+"""Model arguments that name the tokenizer, as in the harness's own generated tasks."""
+
+
+def dataset(
+    locret_task: str,
+    data_dir: str | None = None,
+    data: dict[str, str] | None = None,
+    length: int | None = None,
+    samples: int | None = None,
+    cache_dir: str = CACHE,
+    leval_data: str | None = None,
+    **metadata: Any,
+) -> dict[str, Any]:
+    """The split `test` of a task of `locret.tasks`: one row a sample.
+
+    Args:
+        leval_data: where L-Eval's data is, if not in `data_dir`: a file, a folder or a Hub
+            repository.
+
+    Raises:
+        ValueError: data is missing, or no tokenizer is named; says what to give.
+    """
+    import datasets
+
+    settings = TaskSettings(
+        data_dir=Path(data_dir).expanduser() if data_dir else None,
+        data=(data or {}) | ({} if leval_data is None else {"leval": leval_data}),
+        length=length,
+        cache_dir=Path(cache_dir).expanduser(),
+    )
+    task = TASKS[locret_task](settings)
+    try:
+        task.files()
+    except ValueError as error:
+        hint = 'here: --metadata \'{"data_dir": "FOLDER", "data": {"NAME": "PATH"}}\''
+        if task.name.startswith("leval"):
+            hint = 'here: --metadata \'{"leval_data": "PLACE"}\': a file, folder or Hub repository'
+        raise ValueError(f"{error}; {hint}") from error
+    if task.length is None:
+        made = task.samples(samples, _unmeasured, "")
+    else:
+        renderer = _renderer(locret_task, metadata)
+        made = task.samples(samples, renderer.measure, renderer.fingerprint)
+    return {"test": datasets.Dataset.from_list([_document(locret_task, s) for s in made])}
+
+
+def _unmeasured(sample: Sample) -> int:
+    raise AssertionError(f"{sample.id} is not made to a length")
+
+
+def _renderer(task: str, metadata: dict[str, Any]) -> Renderer:
+    names = (metadata.get(key) for key in TOKENIZER_KEYS)
+    name = next((name for name in names if isinstance(name, str) and name), None)
+    if name is None:
+        raise ValueError(
+            f"task {task} measures its prompts by the model's tokenizer: name it with "
+            '--metadata \'{"tokenizer": "NAME"}\''
+        )
+    tokenizer = load_tokenizer(name)
+    return Renderer(tokenizer, chat=bool(tokenizer.chat_template))
+
+
+def _document(task: str, sample: Sample) -> dict[str, Any]:
+    return {
+        "locret_task": task,
+        "id": sample.id,
+        "context": sample.context,
+        "question": sample.question,
+        "gen_prefix": sample.answer_prefix.strip(),
+        "answers": list(sample.answers),
+    }
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """The scores of one answer by name."""
+    task = TASKS[doc["locret_task"]](TaskSettings())
+    sample = Sample(doc["id"], doc["context"], doc["question"], tuple(doc["answers"]))
+    return task.score(sample, before_stop(results[0], task.stop)[0])

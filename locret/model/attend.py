@@ -1,0 +1,286 @@
+"""Causal attention of new tokens over slots: one interface, several ways to compute it.
+
+eager       plain PyTorch, the twin that tests compare the others with; takes T x S memory a head.
+sdpa        PyTorch's scaled_dot_product_attention, lower-right causal; runs everywhere.
+cudnn       the past in full and the new tokens in a causal square, two cuDNN calls merged by
+            log-sum-exp: the fastest on NVIDIA GPUs from Ampere on, in half precision.
+flash_attn  the flash-attn package (extra `flash`).
+minference  a whole prompt sparsely (`locret.model.sparse_prefill`), anything else by SDPA: a
+baseline.
+
+Whatever the backend, layers with a softcap or with sinks are computed in plain PyTorch, a block of
+queries at a time, and those with a window in blocks of one window by SDPA.
+
+B batch, H KV heads, G query heads a KV head, T new tokens, S slots, D head size.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from locret.kernels.merge import merge_parts
+from locret.model import sparse_prefill
+
+Backend = Literal["eager", "sdpa", "cudnn", "flash_attn", "minference"]
+
+SPLIT_FROM = 128  # new tokens; below that two calls and a merge cost more than one call
+
+_BLOCK_ELEMENTS = 2**28  # of the logits that the eager backend has in memory at a time
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """What else decides a layer's attention weights, beside the softmax scale.
+
+    Attributes:
+        window: a query sees its own slot and the window - 1 before it; None = all.
+        softcap: logits become softcap * tanh(logit / softcap); None = they stay as they are.
+        sinks: [H*G], a logit for each query head that takes weight and gives no value; None = none.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.window is None and not self.bends
+
+    @property
+    def bends(self) -> bool:
+        """The softmax itself is another one, which fused attention does not compute."""
+        return self.softcap is not None or self.sinks is not None
+
+
+PLAIN = Weighting()
+
+
+def available(backend: Backend, device: torch.device, dtype: torch.dtype, size: int) -> str | None:
+    """Why a backend cannot run heads of `size` channels there; None if it can.
+
+    Raises:
+        ValueError: no backend of that name.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r} is unknown; expected one of {get_args(Backend)}")
+    if backend in ("eager", "sdpa"):
+        return None
+    if backend == "minference":
+        return sparse_prefill.why_not(device, dtype, size)
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs a CUDA device and half precision, and the model is {dtype} on {device}"
+    if backend == "flash_attn":
+        found = importlib.util.find_spec("flash_attn") is not None
+        return None if found else "the package flash-attn is not installed (extra 'flash')"
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return "cuDNN attention needs an NVIDIA GPU of compute capability 8.0 or newer"
+    if size % 8 or size > 128:
+        return f"cuDNN attention needs heads of at most 128 channels, in eights; these have {size}"
+    return None
+
+
+def fastest(device: torch.device, dtype: torch.dtype, size: int) -> Backend:
+    """The backend to use where nobody chose one."""
+    return "sdpa" if available("cudnn", device, dtype, size) else "cudnn"
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    backend: Backend,
+    empty: Tensor | None = None,
+    weighting: Weighting = PLAIN,
+) -> Tensor:
+    """Causal attention of the last T of S slots.
+
+    Query t sees the slots 0 .. S - T + t (lower-right causal), but for the empty ones.
+
+    Args:
+        query: [B, H*G, T, D], rotated. key, value: [B, H, S, D], S >= T, rotated.
+        scaling: softmax scale.
+        backend: see the file's head.
+        empty: [B, H] long: leading slots that hold nothing. A query always sees its own slot.
+        weighting: what else decides the weights.
+
+    Returns:
+        [B, T, H*G, D].
+    """
+    window = weighting.window
+    if window is not None and key.shape[2] <= window:
+        weighting = replace(weighting, window=None)
+    elif window is not None and query.shape[2] > window:
+        return _attend_blocks(query, key, value, scaling, backend, empty, weighting, window)
+    if backend == "eager" or weighting.bends:
+        output = _attend_eager(query, key, value, scaling, empty, weighting)
+    elif backend == "flash_attn" and empty is None and weighting.plain:
+        return _attend_flash(query, key, value, scaling)
+    elif (
+        backend == "minference"
+        and empty is None
+        and weighting.plain
+        and sparse_prefill.takes(query, key)
+    ):
+        return sparse_prefill.attend_sparsely(query, key, value, scaling)
+    else:
+        output = _attend_sdpa(query, key, value, scaling, empty, weighting.window)
+    return output.transpose(1, 2).contiguous()
+
+
+def _attend_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    backend: Backend,
+    empty: Tensor | None,
+    weighting: Weighting,
+    window: int,
+) -> Tensor:
+    """A window's worth of queries at a time: none looks further back than another one."""
+    new, slots = query.shape[2], key.shape[2]
+    outputs = []
+    for start in range(0, new, window):
+        own = slots - new + start
+        first, last = max(own - window + 1, 0), min(own + window, slots)
+        left = None if empty is None else (empty - first).clamp(min=0)
+        part = query[:, :, start : start + window]
+        keys, values = key[:, :, first:last], value[:, :, first:last]
+        outputs.append(attend(part, keys, values, scaling, backend, left, weighting))
+    return torch.cat(outputs, dim=1)
+
+
+def attend_past(
+    query: Tensor,
+    past: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    scaling: float,
+    backend: Backend,
+    empty: Tensor | None = None,
+    weighting: Weighting = PLAIN,
+) -> Tensor:
+    """`attend` where keys and values of the past [B, H, S - T, D] and of the new tokens
+    [B, H, T, D] lie apart."""
+    tokens, held = query.shape[2], past[0].shape[2]
+    if not held:
+        return attend(query, *new, scaling, backend, empty, weighting)
+    if backend == "cudnn" and tokens >= SPLIT_FROM and empty is None and weighting.plain:
+        return merge_parts(
+            *_cudnn(query, *past, scaling, causal=False), *_cudnn(query, *new, scaling, causal=True)
+        )
+    keys, values = (torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
+    return attend(query, keys, values, scaling, backend, empty, weighting)
+
+
+def _cudnn(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H*G, T, D] and log-sum-exp [B, H*G, T] (natural, float32)."""
+    output, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, False, scale=scaling
+    )
+    return output, logsumexp.reshape(query.shape[:3])
+
+
+def _attend_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    empty: Tensor | None,
+    window: int | None,
+) -> Tensor:
+    new, slots = query.shape[2], key.shape[2]
+    # SDPA's own is_causal is aligned upper-left, which is right only for a square.
+    square = new == slots and new > 1
+    mask: Any = None if square or new == 1 else causal_lower_right(new, slots)
+    if empty is not None or window is not None:
+        mask, square = _visible(query, key, empty, window), False
+        if mask.dim() == 4:
+            mask = mask.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        if query.is_cuda:  # no kernel takes a mask and groups, and the fallback takes T x S memory
+            group = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=square, scale=scaling, enable_gqa=True
+    )
+
+
+def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    run = _flash_function()
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return run(q, k, v, softmax_scale=scaling, causal=True)  # lower-right causal by itself
+
+
+@functools.cache
+def _flash_function() -> Callable[..., Tensor]:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func
+
+
+def _attend_eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    empty: Tensor | None,
+    weighting: Weighting = PLAIN,
+) -> Tensor:
+    """[B, H*G, T, D], so many queries at a time that their logits fit `_BLOCK_ELEMENTS`."""
+    new, slots = query.shape[2], key.shape[2]
+    rows = max(1, _BLOCK_ELEMENTS // (query[:, :, 0, 0].numel() * slots))
+    outputs = []
+    for start in range(0, new, rows):
+        end = min(start + rows, new)
+        last = slots - new + end  # later slots are the future of all of them
+        part, keys, values = query[:, :, start:end], key[:, :, :last], value[:, :, :last]
+        outputs.append(_eager_block(part, keys, values, scaling, empty, weighting))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _eager_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    empty: Tensor | None,
+    weighting: Weighting,
+) -> Tensor:
+    batch, heads, slots, size = key.shape
+    new = query.shape[2]
+    grouped = query.reshape(batch, heads, -1, new, size)
+    logits = torch.matmul(grouped, key[:, :, None].transpose(-1, -2)) * scaling
+    if weighting.softcap is not None:
+        logits = torch.tanh(logits / weighting.softcap) * weighting.softcap
+    visible = _visible(query, key, empty, weighting.window)
+    if visible.dim() == 4:
+        visible = visible[:, :, None]
+    logits = logits.masked_fill(~visible, -torch.inf)
+    if weighting.sinks is not None:
+        sinks = weighting.sinks.to(logits.dtype).reshape(1, heads, -1, 1, 1)
+        logits = torch.cat([logits, sinks.expand(*logits.shape[:-1], 1)], dim=-1)
+    weights = logits.softmax(dim=-1, dtype=torch.float32)[..., :slots]
+    output = torch.matmul(weights.to(value.dtype), value[:, :, None])
+    return output.reshape(batch, -1, new, size)
+
+
+def _visible(query: Tensor, key: Tensor, empty: Tensor | None, window: int | None) -> Tensor:
+    """Which slots each query sees: bool [T, S], or [B, H, T, S] where some are empty."""
+    new, slots = query.shape[2], key.shape[2]
+    slot = torch.arange(slots, device=key.device)
+    own = slot[slots - new :, None]
+    mask = slot <= own
+    if window is not None:
+        mask = mask & (slot > own - window)
+    if empty is not None:
+        mask = (slot == own) | (mask & (slot >= empty[:, :, None, None]))
+    return mask

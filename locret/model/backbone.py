@@ -1,0 +1,425 @@
+"""The only file that knows architectures: what is supported, why not, and how to attach.
+
+While attached, every attention layer of a stock model gets, through one forward pre-hook,
+  - identity position embeddings (cos = 1, sin = 0), so that whatever the architecture does to its
+    queries and keys (fused projections, q/k norms), they arrive **unrotated**;
+  - the layer function that does the rest of the layer (`locret.model.hooks`).
+No method is reassigned and nothing is left behind after detaching.
+"""
+
+import contextlib
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locret.cache.cache import RetainedCache
+from locret.heads.heads import Geometry
+from locret.model.attend import Backend, Weighting
+from locret.model.cache_names import cache_in
+from locret.model.hooks import (
+    IMPLEMENTATION,
+    LayerCall,
+    LayerFunction,
+    is_compiled,
+    register,
+    running_uncompiled,
+    without_compiling,
+)
+from locret.model.identity import identity_tables
+from locret.model.rotary import ApplyRotary, LongRopeRule, Rotary
+
+SUPPORTED = (
+    "cohere",
+    "exaone4",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "gpt_oss",
+    "granite",
+    "helium",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+"""`config.model_type` of the architectures that the parity tests cover."""
+
+
+Rotation = Callable[[int, Tensor, Any, Rotary | None], tuple[Tensor, Tensor] | None]
+"""Given layer index, hidden states, cache and rotary: the tables with which the layer may rotate by
+itself, or None if it must hand over queries and keys unrotated."""
+
+Finish = Callable[[Any, Tensor, Tensor], None]
+"""Given the cache, input_ids [B, T] and the decoder's output [B, T, hidden size]."""
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """An attention layer, and what it does differently from others.
+
+    Attributes:
+        layer_idx, retained_idx: see `LayerCall`.
+        module: the layer.
+        rotary: its rotation; None for a layer without RoPE.
+        window: it attends to so many tokens, its own included; None = all.
+    """
+
+    layer_idx: int
+    retained_idx: int | None
+    module: Any
+    rotary: Rotary | None
+    window: int | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes.
+
+        Raises:
+            ValueError: nowhere: its weights are on the meta device, without values elsewhere.
+        """
+        for tensor in self.module.parameters():
+            if tensor.device.type != "meta":
+                return tensor.device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.module.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        place = next((place for place in places if place is not None), None)
+        if place is None:
+            raise ValueError(
+                "the model was made on the meta device, where weights have no values; load it with "
+                "from_pretrained, or give it values with to_empty and load_state_dict"
+            )
+        return torch.device(place)
+
+    def key_bias(self, size: int) -> Tensor | None:
+        """What the layer's projection adds to all keys, `size` numbers; None if nothing."""
+        bias = getattr(getattr(self.module, "k_proj", None), "bias", None)
+        fused = getattr(getattr(self.module, "qkv_proj", None), "bias", None)
+        if isinstance(fused, Tensor):  # of queries, keys and values
+            bias = fused[-2 * size : -size]
+        return bias if isinstance(bias, Tensor) and bias.device.type != "meta" else None
+
+
+class Backbone:
+    """A stock causal language model, seen as a stack of attention layers.
+
+    Args:
+        model: a stock transformers model, or one that carries a PEFT adapter.
+        longrope: LongRoPE rule (`locret.model.rotary`).
+
+    Raises:
+        ValueError: the architecture is not supported; says why, and which are.
+    """
+
+    def __init__(self, model: Any, longrope: LongRopeRule = "long") -> None:
+        model = stock = without_compiling(model)
+        if hasattr(model, "get_base_model"):
+            stock = without_compiling(model.get_base_model())
+        config = getattr(stock, "config", None)
+        if config is None or not (hasattr(stock, "get_decoder") and hasattr(stock, "generate")):
+            raise ValueError(f"expected a transformers causal language model, got {type(model)}")
+        check_supported(config)
+        adapter = getattr(model, "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                f"the model carries a {adapter.peft_type.value} adapter, which puts learned units "  # type: ignore[union-attr]
+                "in front of the prompt; expected one that changes weights, such as LoRA"
+            )
+        self.model: Any = stock
+        self.decoder: Any = without_compiling(stock.get_decoder())
+        self.config = self.decoder.config
+        attentions = [without_compiling(layer.self_attn) for layer in self.decoder.layers]
+        apply = sys.modules[type(attentions[0]).__module__].apply_rotary_pos_emb
+        self._rotaries = _rotaries(self.decoder.rotary_emb, apply, longrope)
+        self.longrope = next((r.longrope for r in self._rotaries.values() if r.longrope), None)
+        self.windows = _windows(self.config)
+        self.layers = _layers(attentions, self.config, self._rotaries, self.windows)
+
+    @property
+    def retained(self) -> list[AttentionLayer]:
+        """The layers whose units are scored and evicted."""
+        return [layer for layer in self.layers if layer.retained_idx is not None]
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the layers that are retained: those with a sliding window have no heads."""
+        config = self.config
+        return Geometry(
+            num_layers=len(self.retained),
+            num_query_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_size=int(self.layers[0].module.head_dim),
+            hidden_size=config.hidden_size,
+            activation=getattr(config, "hidden_act", None) or config.hidden_activation,
+        )
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotation of all layers that have one, where they agree (`plain`)."""
+        return next(iter(self._rotaries.values()))
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the layers compute."""
+        return {layer.device for layer in self.layers}
+
+    @property
+    def key_biases(self) -> list[Tensor]:
+        """What the layers that are retained add to all their keys, [H * D] each that does."""
+        size = self.geometry.num_kv_heads * self.geometry.head_size
+        biases = (layer.key_bias(size) for layer in self.retained)
+        return [bias for bias in biases if bias is not None]
+
+    @property
+    def plain(self) -> bool:
+        """All layers retain their units, rotate alike and weigh by an ordinary softmax."""
+        names = ("attn_logit_softcapping", "sinks")
+        bent = any(getattr(x.module, name, None) is not None for x in self.layers for name in names)
+        return not (any(self.windows) or bent or len(self._rotaries) > 1)
+
+    @property
+    def backend(self) -> Backend:
+        """The attention backend that matches the one the model was loaded with."""
+        # Models that SDPA alone cannot compute load as eager, though no caller wants it.
+        eager = self.config._attn_implementation == "eager" and self.model._supports_sdpa
+        return "eager" if eager else "sdpa"
+
+    @contextlib.contextmanager
+    def attached(
+        self,
+        run: LayerFunction,
+        rotation: Rotation | None = None,
+        finish: Finish | None = None,
+    ) -> Iterator[None]:
+        """Let `run` compute every attention layer, until the block ends, however it ends.
+
+        Args:
+            run: the layer function.
+            rotation: when layers may rotate by themselves; None = never.
+            finish: called after the last layer; None = nothing is.
+
+        Raises:
+            ValueError: something is attached to this model already.
+        """
+        before = self.config._attn_implementation
+        if before == IMPLEMENTATION:
+            raise ValueError(
+                "this model already has an engine attached; leave its `with` block or close() it"
+            )
+        register()
+        with contextlib.ExitStack() as stack:
+            if any(map(is_compiled, self._on_the_way)):
+                stack.enter_context(running_uncompiled)
+            stack.callback(self.model.set_attn_implementation, before)
+            self.model.set_attn_implementation(IMPLEMENTATION)
+            for layer in self.layers:
+                hook = functools.partial(_hand_over, run, rotation, layer)
+                handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            if finish is not None:
+                after = functools.partial(_finish, finish)
+                handle = self.decoder.register_forward_hook(after, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    @property
+    def _on_the_way(self) -> Iterator[Any]:
+        """The modules whose calls lead to an attention layer, itself included, as they are now."""
+        modules = dict(self.model.named_modules())
+        ours = {layer.module for layer in self.layers}
+        for parts in [name.split(".") for name, module in modules.items() if module in ours]:
+            yield from (modules[".".join(parts[:count])] for count in range(len(parts) + 1))
+
+    def surprise(self, hidden: Tensor, next_ids: Tensor) -> Tensor:
+        """-log p of the tokens that came next, [B, T] float32.
+
+        Args:
+            hidden: the decoder's output, [B, T, hidden size].
+            next_ids: [B, T] long.
+        """
+        logits = self.model.get_output_embeddings()(hidden).float()
+        logits = logits * getattr(self.model, "logit_scale", 1)  # Cohere
+        logits = logits / getattr(self.config, "logits_scaling", 1)  # Granite
+        softcap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        chosen = logits.gather(-1, next_ids[..., None].to(logits.device))[..., 0]
+        return logits.logsumexp(dim=-1) - chosen
+
+    @contextlib.contextmanager
+    def fixed_frequencies(self) -> Iterator[None]:
+        """Keep the stock rotary module from choosing its factors by length until the block ends:
+        that would wait for the device, which nothing may do while a graph is recorded."""
+        module = self.decoder.rotary_emb
+        before = getattr(module, "rope_type", None)
+        if before != "longrope":
+            yield
+            return
+        module.rope_type = "default"
+        try:
+            yield
+        finally:
+            module.rope_type = before
+
+
+def _hand_over(
+    run: LayerFunction,
+    rotation: Rotation | None,
+    layer: AttentionLayer,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of an attention layer: our rotation in, our layer function in."""
+    cache = cache_in(kwargs)
+    if isinstance(cache, RetainedCache):
+        cache.layers[layer.layer_idx].expect_hand_over()
+    elif cache is not None:
+        raise ValueError(
+            f"the attached model was given a {type(cache).__name__}; expected a RetainedCache "
+            "(engine.prefill makes one)"
+        )
+
+    hidden = args[0] if args else kwargs["hidden_states"]
+    tables = None
+    if rotation is not None:
+        tables = rotation(layer.layer_idx, hidden, cache, layer.rotary)
+    rotated = tables is not None
+
+    def compute(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        # Under autocast projections give half precision; rotations and norms, float32 again.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        return run(
+            LayerCall(
+                layer.layer_idx,
+                layer.retained_idx,
+                query,
+                key,
+                value,
+                hidden,
+                scaling,
+                layer.rotary,
+                cache,
+                getattr(module, "o_proj", None),
+                rotated,
+                Weighting(layer.window, softcap, sinks),
+            )
+        )
+
+    if tables is None:
+        tables = identity_tables(*kwargs["position_embeddings"])
+    return args, {**kwargs, "position_embeddings": tables, "retained": compute}
+
+
+def _finish(
+    finish: Finish, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Forward hook of the decoder."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    assert ids is not None, "an attached decoder reads tokens, not embeddings"
+    finish(cache_in(kwargs), ids, output.last_hidden_state)
+
+
+def check_supported(config: Any) -> None:
+    """Refuse what locret does not cover.
+
+    Raises:
+        ValueError: says why, and lists what is supported.
+    """
+    reason = _why_not(config)
+    if reason is not None:
+        raise ValueError(
+            f"model_type {config.model_type!r} is not supported: {reason}. "
+            f"Supported: {', '.join(SUPPORTED)}"
+        )
+
+
+def _why_not(config: Any) -> str | None:
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder; locret needs a causal decoder"
+    if getattr(config, "kv_lora_rank", None):
+        return "multi-head latent attention (MLA) caches no keys and values to keep or evict"
+    if hasattr(config, "text_config"):
+        return "it reads more than text; load its language model alone"
+    if config.model_type not in SUPPORTED:
+        layer_types = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
+        if layer_types:
+            return f"it has {', '.join(layer_types)} layers, which need a cache of their own"
+        return "its attention has not been tested against locret's"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "it attends to later tokens as well; locret needs a causal decoder"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if any("dynamic" in str(each.get("rope_type")) for each in (rope, *_by_type(rope).values())):
+        return "dynamic NTK RoPE changes with the length, so that cached keys go stale"
+    return None
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """The sliding window of each layer; None where it spans all that the model can read."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window >= config.max_position_embeddings:
+        window = None
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return (window,) * config.num_hidden_layers
+    return tuple(window if each == "sliding_attention" else None for each in types)
+
+
+def _by_type(rope: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """RoPE parameters by layer type, where layers of different types rotate differently."""
+    return {name: each for name, each in rope.items() if isinstance(each, dict)}
+
+
+def _rotaries(module: Any, apply: ApplyRotary, longrope: LongRopeRule) -> dict[str | None, Rotary]:
+    """A backbone's rotations by layer type, or that of all layers as None."""
+    types: list[str | None] = [*_by_type(module.config.rope_parameters or {})]
+    return {each: Rotary(module, apply, longrope, each) for each in types or [None]}
+
+
+def _layers(
+    attentions: list[Any],
+    config: Any,
+    rotaries: dict[str | None, Rotary],
+    windows: tuple[int | None, ...],
+) -> list[AttentionLayer]:
+    layers, retained = [], itertools.count()
+    types = getattr(config, "layer_types", None) or [None] * len(attentions)
+    for i, (attention, window) in enumerate(zip(attentions, windows, strict=True)):
+        rotary = rotaries.get(types[i]) or rotaries.get(None)
+        layers.append(
+            AttentionLayer(
+                i,
+                next(retained) if window is None else None,
+                attention,
+                rotary if _uses_rope(attention, config) else None,
+                window,
+            )
+        )
+    return layers
+
+
+def _uses_rope(attention: Any, config: Any) -> bool:
+    if config.model_type == "exaone4":  # hybrid ones rotate in sliding layers only
+        return attention.sliding_window is None or attention.is_sliding
+    return bool(getattr(attention, "use_rope", True))

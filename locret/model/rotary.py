@@ -1,0 +1,230 @@
+"""Rotate queries and keys at chosen slots with the backbone's own rotary embedding.
+
+The rotary module and `apply_rotary_pos_emb` are the architecture's; this file only decides *where*
+a unit is rotated and, for LongRoPE, with which factors.
+
+LongRoPE rules (`LongRopeRule`):
+  long       the long factors at every length, as the released Locret does for Phi-3.
+  by_length  the short factors up to the original window and the long ones beyond it, as stock
+             transformers does; decided once per request, by the length of its prompt.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from locret.heads.heads import LongRopeRule
+from locret.kernels import rotate_at_slots
+from locret.kernels.rotate import Pairing
+
+ApplyRotary = Callable[..., tuple[Tensor, Tensor]]
+
+_TABLES_KEPT = 4  # a chunk needs two ranges (all keys, new queries), the same in every layer
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How an architecture's `apply_rotary_pos_emb` turns pairs of channels.
+
+    Channel d becomes x[d] * cos[cos_index[d]] + x[partner of d] * sign[d] * sin[sin_index[d]].
+    """
+
+    pairing: Pairing
+    cos_index: Tensor
+    sin_index: Tensor
+    sign: Tensor
+
+    def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotary module's tables [B, S, R] as `rotate_at_slots` takes them: one column for each
+        channel, signs in the sines."""
+        index = self.cos_index.to(cos.device)
+        if not torch.equal(self.cos_index, torch.arange(cos.shape[-1])):
+            cos = cos.index_select(-1, index)
+            sin = sin.index_select(-1, self.sin_index.to(sin.device))
+        return cos, sin * self.sign.to(sin.device, sin.dtype)
+
+
+class PinnedRotary:
+    """A copy of a rotary module, with the frequencies that it uses when it sees `position`.
+
+    Args:
+        module: the rotary module. It is copied: modules that update their frequencies in place
+            never see our positions.
+        position: see above.
+        layer_type: whose frequencies, where layers of different types rotate differently.
+    """
+
+    def __init__(self, module: Any, position: int, layer_type: str | None = None) -> None:
+        # The config is large and shared; the copy needs only frequency buffers of its own.
+        pinned = copy.deepcopy(module, {id(module.config): module.config})
+        self._module = pinned
+        self._which = () if layer_type is None else (layer_type,)
+        self.inv_freq: Tensor = getattr(pinned, "_".join([*self._which, "inv_freq"]))
+        probe = torch.tensor([[position]], device=self.inv_freq.device)
+        self(probe.float(), probe)
+        self.inv_freq = getattr(pinned, "_".join([*self._which, "inv_freq"]))
+        # From here on the frequencies stay as they are.
+        pinned.rope_type = "default" if layer_type is None else {layer_type: "default"}
+
+    def __call__(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, S, columns] at `positions` [1, S], on the device of `like`."""
+        # The class's forward: hooks and wrappers on the instance are the backbone's business.
+        module = self._module
+        return type(module).forward(module, like, positions, *self._which)
+
+    @property
+    def size(self) -> int:
+        """Channels that are turned."""
+        return 2 * self.inv_freq.shape[-1]
+
+
+def find_pattern(apply: ApplyRotary, module: PinnedRotary) -> Pattern | None:
+    """The pattern of an architecture's rotation, found by asking its function; None if it is none
+    of those that the fused kernel knows."""
+    device, size = module.inv_freq.device, module.size
+    like, positions = torch.zeros(1, device=device), torch.zeros(1, 1, device=device).long()
+    columns = module(like, positions)[0].shape[-1]
+    channels = torch.arange(1.0, size + 1)
+    count, zero, one = torch.arange(1.0, columns + 1), torch.zeros(columns), torch.ones(columns)
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.view(1, 1, 1, size)
+        return apply(x, x[:, :0], cos.view(1, 1, columns), sin.view(1, 1, columns))[0].flatten()
+
+    ones = torch.ones(size)
+    cos_index = turned(ones, count, zero).long() - 1
+    sines, partners = turned(ones, zero, count), turned(channels, zero, one)
+    sin_index, partner = sines.abs().long() - 1, partners.abs().long() - 1
+    channel = torch.arange(size)
+    pairings: dict[Pairing, Tensor] = {
+        "half": (channel + size // 2) % size,
+        "interleaved": channel ^ 1,
+    }
+    for pairing, expected in pairings.items():
+        if torch.equal(partner, expected):
+            return Pattern(pairing, cos_index, sin_index, sines.sign())
+    return None
+
+
+class Tables(NamedTuple):
+    """cos and sin [1 or B, S, R] as the backbone's module makes them, and as the fused kernel takes
+    them, where it is used."""
+
+    cos: Tensor
+    sin: Tensor
+    fused: tuple[Tensor, Tensor] | None
+
+
+class Rotary:
+    """Rotation at contiguous slots, with the backbone's own frequencies and layout.
+
+    Args:
+        module: the backbone's rotary module, `(x, position_ids [1, S]) -> (cos, sin)`.
+        apply: the architecture's `apply_rotary_pos_emb(q, k, cos, sin)`.
+        longrope: which LongRoPE rule to follow; without effect for other RoPE types.
+        layer_type: whose rotation, where layers of different types rotate differently: the module
+            then takes it as its third argument.
+
+    Attributes:
+        longrope: the rule that is followed; None for other RoPE types.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        apply: ApplyRotary,
+        longrope: LongRopeRule = "long",
+        layer_type: str | None = None,
+    ) -> None:
+        if longrope not in get_args(LongRopeRule):
+            raise ValueError(f"longrope is {longrope!r}; expected 'long' or 'by_length'")
+        self._apply = apply
+        self._switch = longrope_switch(module, layer_type)
+        self.longrope = None if self._switch is None else longrope
+        self._short = self._long = PinnedRotary(module, 0, layer_type)
+        if self._switch is not None:
+            self._long = PinnedRotary(module, self._switch, layer_type)
+        self._tables: dict[tuple, Tables] = {}
+        self._pattern = find_pattern(apply, self._short)
+
+    def rotate(self, x: Tensor, starts: Sequence[int], prompt_lengths: Sequence[int]) -> Tensor:
+        """Rotate `x` [B, heads, S, D] at the slots start .. start + S - 1.
+
+        `starts` and `prompt_lengths` are the rows', or one for all; only LongRoPE's `by_length`
+        rule reads the latter.
+        """
+        return self._turn(x, self._for_rows(starts, x.shape[2], prompt_lengths, x))
+
+    def cos_sin(
+        self, starts: Sequence[int], count: int, prompt_lengths: Sequence[int], like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The tables [1 or B, count, rotary size] for the slots from each start on, as the
+        backbone's own rotary module makes them, in the dtype and on the device of `like`."""
+        tables = self._for_rows(starts, count, prompt_lengths, like)
+        return tables.cos, tables.sin
+
+    def _for_rows(
+        self, starts: Sequence[int], count: int, prompt_lengths: Sequence[int], like: Tensor
+    ) -> "Tables":
+        rows = max(len(starts), len(prompt_lengths))
+        starts, lengths = ([*x] * (rows // len(x)) for x in (starts, prompt_lengths))
+        ranges = tuple((s, s + count, n) for s, n in zip(starts, lengths, strict=True))
+        if len({(start, self._is_long(length)) for start, _, length in ranges}) == 1:
+            ranges = ranges[:1]
+        return self._tables_of(ranges, like, dim=0)
+
+    def rotate_packed(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Rotate `x` [B, heads, S, D], in which sequences of these lengths stand one after the
+        other, each from slot 0 on."""
+        ranges = tuple((0, length, length) for length in lengths)
+        return self._turn(x, self._tables_of(ranges, x, dim=1))
+
+    def _turn(self, x: Tensor, tables: "Tables") -> Tensor:
+        if tables.fused is not None and self._pattern is not None:
+            return rotate_at_slots(x, *tables.fused, self._pattern.pairing)
+        cos, sin = tables.cos, tables.sin
+        turned, rest = x[..., : self._short.size], x[..., self._short.size :]
+        # The architecture's function takes a pair; we turn one tensor, so the other is empty.
+        turned, _ = self._apply(turned, turned[:, :0], cos, sin)
+        return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
+
+    def _tables_of(
+        self, ranges: tuple[tuple[int, int, int], ...], like: Tensor, dim: int
+    ) -> "Tables":
+        """For slots start .. stop - 1 of requests of some length: one range a row (`dim` 0), or one
+        range after the other (`dim` 1)."""
+        choices = tuple((start, stop, self._is_long(length)) for start, stop, length in ranges)
+        key = (choices, like.device, like.dtype, dim)
+        found = self._tables.get(key)
+        if found is None:
+            parts = [self._compute(*choice, like) for choice in choices]
+            cos, sin = (torch.cat(each, dim) for each in zip(*parts, strict=True))
+            fused = self._pattern.tables(cos, sin) if self._pattern and like.is_cuda else None
+            found = Tables(cos, sin, fused)
+            # A new dict instead of a changed one: threads may share an engine.
+            self._tables = dict([*self._tables.items()][1 - _TABLES_KEPT :]) | {key: found}
+        return found
+
+    def _compute(self, start: int, stop: int, long: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+        module = self._long if long else self._short
+        positions = torch.arange(start, stop, device=like.device)[None]
+        return module(like, positions)
+
+    def _is_long(self, prompt_length: int) -> bool:
+        if self._switch is None:
+            return False
+        return self.longrope == "long" or prompt_length > self._switch
+
+
+def longrope_switch(module: Any, layer_type: str | None = None) -> int | None:
+    """The length above which a LongRoPE module uses its long factors; None for other types."""
+    parameters = getattr(module.config, "rope_parameters", None) or {}
+    if layer_type is not None:
+        parameters = parameters[layer_type]
+    if parameters.get("rope_type") != "longrope":
+        return None
+    return int(parameters["original_max_position_embeddings"])

@@ -1,0 +1,36 @@
+"""Evaluation tasks by name."""
+
+from collections.abc import Sequence
+
+from locret.tasks.base import Measure, Sample, Task, TaskSettings
+from locret.tasks.fairytaleqa import FairytaleQATask
+from locret.tasks.leval_tasks import LEVAL_TASKS
+from locret.tasks.ruler import RULER_TASKS
+
+__all__ = ["GROUPS", "TASKS", "Measure", "Sample", "Task", "TaskSettings", "task_names"]
+
+_ALL: tuple[type[Task], ...] = (*RULER_TASKS, FairytaleQATask, *LEVAL_TASKS)
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
+"""A task's class by the name of the task."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "ruler": tuple(task.name for task in RULER_TASKS),
+    "leval": tuple(task.name for task in LEVAL_TASKS),
+}
+"""Names that stand for several tasks."""
+
+
+def task_names(names: Sequence[str]) -> list[str]:
+    """Names with groups spelt out, each once, in order.
+
+    Raises:
+        ValueError: a name that is no task and no group.
+    """
+    unknown = [name for name in names if name not in TASKS and name not in GROUPS]
+    if unknown:
+        raise ValueError(
+            f"tasks {', '.join(unknown)} are unknown; expected some of "
+            f"{', '.join([*GROUPS, *TASKS])}"
+        )
+    return list(dict.fromkeys(name for given in names for name in GROUPS.get(given, (given,))))

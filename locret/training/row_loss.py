@@ -1,0 +1,250 @@
+"""What one row of samples gives: labels, losses and gradients, layer by layer.
+
+In every layer the answer's queries and the prompt's keys give the labels, the prompt's features
+give the predictions, and the layer's loss and its gradients are taken on the spot: nothing of a
+layer is kept after its loss.
+
+B batch (1), H KV heads, G query heads a KV head, T tokens, D head size, P prompt tokens.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from locret.heads import losses
+from locret.heads.features import LayerTensors
+from locret.heads.heads import RetainingHead, RetainingHeads
+from locret.heads.targets import AnswerView, Label
+from locret.model.attend import Backend, attend
+from locret.model.hooks import LayerCall
+from locret.training.segments import Segment
+
+PromptKeys = Literal["rotated", "unrotated"]
+Share = Callable[[Sequence[Tensor]], Callable[[], None]]
+"""Begins to change gradients in place, such as to average them over processes, while the backbone
+reads on; they are used after what it returns was called."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How heads learn.
+
+    Attributes:
+        heads: what is trained.
+        features: what a head reads of a layer's tokens.
+        label: label definition.
+        loss: main loss, of predictions and labels.
+        alpha: weight of the smoothness loss.
+        backend: attention of the backbone.
+        keep_scores: keep predictions and labels of every layer.
+        prompt_keys: how the answer meets the prompt's keys.
+    """
+
+    heads: RetainingHeads
+    features: Callable[[LayerTensors], Tensor]
+    label: Label
+    loss: Callable[[Tensor, Tensor], Tensor]
+    alpha: float
+    backend: Backend
+    keep_scores: bool
+    prompt_keys: PromptKeys
+
+
+@dataclass
+class Distilled:
+    """What one row of samples gave.
+
+    Attributes:
+        loss: scalar, mean over samples; its backward gives the heads their gradients, once.
+        regression: scalar, the main loss, mean over layers.
+        smoothness: scalar, summed over layers, before weighting.
+        predictions, targets: a [B, H, P] tensor for each layer and answer, detached, if asked for;
+            those of a layer stand together.
+    """
+
+    loss: Tensor
+    regression: Tensor
+    smoothness: Tensor
+    predictions: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+
+
+class RowLoss:
+    """Collects the losses and gradients of one row that is read at once.
+
+    Args:
+        recipe: how heads learn.
+        segments: the samples in the row.
+        share: what becomes of each layer's gradients; None leaves them as they are.
+    """
+
+    def __init__(
+        self, recipe: Recipe, segments: Sequence[Segment], share: Share | None = None
+    ) -> None:
+        self.recipe = recipe
+        self.segments = segments
+        self.share = share
+        self.shared: list[Callable[[], None]] = []
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+        self.regression: list[Tensor] = []
+        self.smoothness: list[Tensor] = []
+        self.predictions: list[Tensor] = []
+        self.targets: list[Tensor] = []
+
+    def reading(self, decoder: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Entered while `decoder` reads the row."""
+        return contextlib.nullcontext()
+
+    def layer(self, call: LayerCall) -> Tensor:
+        """The layer function: a layer's loss on the way, and its plain causal attention."""
+        outputs, targets = [], []
+        lengths = [segment.end - segment.start for segment in self.segments]
+        query = call.rotate_packed(call.query, lengths).split(lengths, dim=2)
+        key = call.rotate_packed(call.key, lengths).split(lengths, dim=2)
+        for i, segment in enumerate(self.segments):
+            part = call.part(segment.start, segment.end)
+            output, labels = self._read(part, query[i], key[i], segment)
+            outputs.append(output)
+            targets.append(labels)
+        if call.retained_idx is not None:
+            self.learn(call.retained_idx, self.recipe.features(call), targets)
+        return torch.cat(outputs, dim=1)
+
+    def learn(
+        self, retained_idx: int, features: Tensor, targets: Sequence[Sequence[Tensor]]
+    ) -> None:
+        """Take a layer's loss and its gradients.
+
+        Args:
+            retained_idx: the layer, of those that have heads.
+            features: [B, T, input width] of the whole row.
+            targets: for each segment and each of its answers, labels [B, H, P].
+        """
+        head, layers = self.recipe.heads[retained_idx], len(self.recipe.heads.layers)
+        main, smooth, samples = [], [], len(self.segments)
+        device = head.fc1.weight.device  # not always that of the layer
+        with torch.set_grad_enabled(self.recipe.heads.training):
+            for segment, labels in zip(self.segments, targets, strict=True):
+                read = features[:, segment.start : segment.last_prompt_end].to(device)
+                predictions = self.predict(head, read).float()
+                for label in (each.to(device) for each in labels):
+                    predicted = predictions[..., : label.shape[-1]]
+                    main.append(self.recipe.loss(predicted, label) / (samples * len(labels)))
+                    self._keep(predicted, label)
+                smooth.append(losses.smoothness(predictions) / samples)
+            regression, smoothness = torch.stack(main).sum(), torch.stack(smooth).sum()
+            loss = regression / layers + self.recipe.alpha * smoothness
+        if loss.requires_grad:
+            parameters = [p for p in head.parameters() if p.requires_grad]
+            taken = [g.contiguous() for g in torch.autograd.grad(loss, parameters)]
+            self.gradients.update(zip(parameters, taken, strict=True))
+            if self.share is not None:
+                self.shared.append(self.share(taken))
+        self.regression.append(regression.detach())
+        self.smoothness.append(smoothness.detach())
+
+    def predict(self, head: RetainingHead, features: Tensor) -> Tensor:
+        """Scores [B, H, T] of features [B, T, input width]."""
+        return head(features)
+
+    def result(self) -> Distilled:
+        """Of the whole row, once every layer has been read."""
+        regression = _stacked(self.regression).mean()
+        smoothness = _stacked(self.smoothness).sum()
+        loss = regression + self.recipe.alpha * smoothness
+        for finish in self.shared:
+            finish()
+        if self.gradients:
+            parameters = list(self.gradients)
+            loss = _WithGradients.apply(loss, *parameters, *self.gradients.values())
+            self.gradients = {}
+        return Distilled(loss, regression, smoothness, self.predictions, self.targets)
+
+    def label(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """An answer's labels [B, H, P].
+
+        Args:
+            call: of the layer.
+            query: [B, H*G, A, D], the answer's, rotated.
+            key, value: [B, H, P + A, D], of prompt and answer, keys rotated.
+        """
+        weighting = call.weighting
+        view = AnswerView(
+            query,
+            key,
+            value,
+            call.scaling,
+            call.output_weight,
+            weighting.softcap,
+            weighting.sinks,
+        )
+        return self.recipe.label(view)
+
+    def attend(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention output [B, T, H*G, D] as the layer weighs it."""
+        backend = self.recipe.backend
+        return attend(query, key, value, call.scaling, backend, weighting=call.weighting)
+
+    def _read(
+        self, call: LayerCall, query: Tensor, key: Tensor, segment: Segment
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Attention output of one segment, rotated already, and the labels of each answer."""
+        if call.retained_idx is None:
+            return self.attend(call, query, key, call.value), []
+        spans = [(start - segment.start, end - segment.start) for start, end in segment.answers]
+        if self.recipe.prompt_keys == "unrotated":
+            return self._read_as_released(call, query, key, spans[0][0])
+        labels = [
+            self.label(call, query[:, :, start:end], key[:, :, :end], call.value[:, :, :end])
+            for start, end in spans
+        ]
+        return self.attend(call, query, key, call.value), labels
+
+    def _read_as_released(
+        self, call: LayerCall, query: Tensor, key: Tensor, prompt: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The released Phi-3 label pass: the answer meets the prompt's keys before RoPE."""
+        value = call.value
+        mixed = torch.cat([call.key[:, :, :prompt], key[:, :, prompt:]], dim=2)
+        answer = query[:, :, prompt:]
+        labels = self.label(call, answer, mixed, value)
+        read = self.attend(call, *(x[:, :, :prompt] for x in (query, key, value)))
+        said = self.attend(call, answer, mixed, value)
+        return torch.cat([read, said], dim=1), [labels]
+
+    def _keep(self, predictions: Tensor, targets: Tensor) -> None:
+        if self.recipe.keep_scores:
+            self.predictions.append(predictions.detach())
+            self.targets.append(targets)
+
+
+def _stacked(values: list[Tensor]) -> Tensor:
+    return torch.stack([value.to(values[0].device) for value in values])
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known already.
+
+    Each layer's gradients are taken while its tensors live. Handing them over in backward leaves
+    the outer loop as everyone knows it: one loss, scaled, accumulated and clipped by the trainer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters_and_gradients: Tensor) -> Tensor:
+        half = len(parameters_and_gradients) // 2
+        ctx.gradients = list(parameters_and_gradients[half:])
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (scale,) = grad_outputs
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("backward of this loss a second time; its gradients are handed over")
+        # One at a time, each freed once scaled: all of them twice would be the step's peak.
+        scaled = [scale.to(gradients[0].device) * gradients.pop(0) for _ in range(len(gradients))]
+        return None, *scaled, *([None] * len(scaled))
