@@ -15,6 +15,7 @@ import pytest
 
 from locret.evaluation.prompts import Renderer
 from locret.tasks import GROUPS, TASKS, TaskSettings, synthetic
+from locret.tasks.haystack import load_haystack
 from tests.evaluation.eval_data import DATA, NOUNS, TRAITS, write_data
 
 LENGTHS = (900, 1500, 3000)
@@ -124,7 +125,7 @@ def test_synthetic_samples_stay(task, tokenizer, folder):
 
 def test_the_language_reference_is_cleaned_as_it_was(monkeypatch):
     monkeypatch.setattr("pydoc_data.topics.topics", TOPICS)
-    found = synthetic.load_haystack.__wrapped__(None).sentences
+    found = load_haystack.__wrapped__(None).sentences
     assert len(found) > 10
     assert sha(found) == HASHES["language reference"]
 
