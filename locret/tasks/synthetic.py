@@ -1,9 +1,9 @@
 """Seeded long-context tasks over ordinary prose: needles in a haystack, chains, quotations.
 
 Every sample is a pure function of (task, tokens, rng_seed, depth, tokenizer, haystack), in this
-process and in any other. The wording of the needle and variable tasks follows RULER (Hsieh et al.,
-2024), so that scores can be compared in kind; the haystack is the language reference that ships
-inside CPython (`pydoc_data.topics`) or a text file.
+process and in any other: heads were trained on them, so that they may not change. The needle and
+variable tasks are worded as RULER's (`locret.tasks.wording`), so that scores can be compared in
+kind; the haystack (`locret.tasks.haystack`) is CPython's language reference or a text file.
 
     sample = make_sample("niah_single", tokens=4096, tokenizer=tokenizer, rng_seed=0)
     prompt_text(sample), sample.answer, sample.score("... 7301942")
@@ -12,6 +12,7 @@ inside CPython (`pydoc_data.topics`) or a text file.
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from random import Random
@@ -48,17 +49,6 @@ NOUNS = _words(
     "thimble ticket tunnel turnip violin wagon walnut whistle willow window"
 )
 N_KEYS = 4  # keys of multikey and multiquery, values of multivalue (RULER's default)
-NOISE = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-)
-"""The haystack `noise`: the passkey test's own filler (RULER's niah_single_1 uses it too)."""
-
-SENTENCE_CHARS = (24, 220)  # shorter is mostly debris, longer makes the prompt length coarse
-MIN_SENTENCES = 8
 
 
 @dataclass(frozen=True)
@@ -119,9 +109,6 @@ def prompt_text(sample: SyntheticSample) -> str:
 
 # ---- tasks ---------------------------------------------------------------------------------------
 
-MANY = wording.MANY | {"kind": "numbers"}
-ONE = wording.ONE | {"kind": "number"}
-
 
 def _depths(rng: Random, n: int, depth: float | None) -> list[float]:
     """n depths in reading order; a given depth is the first, the others follow it."""
@@ -155,33 +142,18 @@ def _niah(
         (wording.NEEDLE.format(kind="numbers", key=names[i // values], value=value), places[i])
         for i, value in enumerate(numbers)
     ]
-    asked, expected = wording.listing(names[:queries]), numbers[:n_asked]
-    words = ONE if n_asked == 1 else MANY
+    expected = numbers[:n_asked]
+    words = wording.needle_words("numbers", names[:queries], single=n_asked == 1)
+    answer = wording.NEEDLE_ANSWER.format(**words)
     return _Quiz(
-        intro=wording.NEEDLE_INTRO.format(**MANY, it="them"),
+        intro=wording.NEEDLE_INTRO.format(**wording.MANY, kind="numbers", it="them"),
         needles=tuple(sorted(needles, key=lambda needle: needle[1])),
-        question=wording.NEEDLE_QUESTION.format(**words, keys=asked),
-        answer=f"{wording.NEEDLE_ANSWER.format(**words, keys=asked)} {wording.listing(expected)}.",
+        question=wording.NEEDLE_QUESTION.format(**words),
+        answer=f"{answer} {wording.listing(expected)}.",
         expected=tuple(expected),
         depth=places[0],
         anchor=rng.randrange(len(hay.sentences)),
     )
-
-
-def _niah_single(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
-    return _niah(rng, hay, depth, keys=1, values=1, queries=1)
-
-
-def _niah_multikey(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
-    return _niah(rng, hay, depth, keys=N_KEYS, values=1, queries=1)
-
-
-def _niah_multivalue(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
-    return _niah(rng, hay, depth, keys=1, values=N_KEYS, queries=1)
-
-
-def _niah_multiquery(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
-    return _niah(rng, hay, depth, keys=N_KEYS, values=1, queries=N_KEYS)
 
 
 def _variable_tracking(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
@@ -218,10 +190,10 @@ def _next_sentence(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
 
 TASKS: dict[str, Callable[[Random, Haystack, float | None], _Quiz]] = {
     "passkey": _passkey,
-    "niah_single": _niah_single,
-    "niah_multikey": _niah_multikey,
-    "niah_multivalue": _niah_multivalue,
-    "niah_multiquery": _niah_multiquery,
+    "niah_single": partial(_niah, keys=1, values=1, queries=1),
+    "niah_multikey": partial(_niah, keys=N_KEYS, values=1, queries=1),
+    "niah_multivalue": partial(_niah, keys=1, values=N_KEYS, queries=1),
+    "niah_multiquery": partial(_niah, keys=N_KEYS, values=1, queries=N_KEYS),
     "variable_tracking": _variable_tracking,
     "next_sentence": _next_sentence,
 }

@@ -37,6 +37,12 @@ def listing(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
+def needle_words(kinds: str, keys: Sequence[str], single: bool) -> dict[str, str]:
+    """What fills question and answer when values of these kinds are asked for, or a single one."""
+    kind = kinds.removesuffix("s") if single else kinds
+    return (ONE if single else MANY) | {"kind": kind, "keys": listing(keys)}
+
+
 def assignments(names: Sequence[str], value: str) -> list[str]:
     """The first name gets the value, each other one the name before it."""
     sources = [value, *(f"VAR {name}" for name in names)]

@@ -72,15 +72,10 @@ class NeedleTask(RulerTask):
         text = self._prose(rng, size, needles) if self._essay else self._lines(rng, size, needles)
         asked = rng.sample(range(given.keys), given.queries)
         single = given.queries * given.values == 1
-        kind = given.value[:-1] if single else given.value
-        words = (wording.ONE if single else wording.MANY) | {
-            "kind": kind,
-            "keys": wording.listing([keys[i] for i in asked]),
-            "it": "it",
-        }
+        words = wording.needle_words(given.value, [keys[i] for i in asked], single)
         return Sample(
             id=str(index),
-            context=CONTEXT.format(text=text, **words),
+            context=CONTEXT.format(text=text, it="it", **words),
             question=QUESTION.format(**words),
             answers=tuple(value for i in asked for value in values[i]),
             answer_prefix=ANSWER.format(**words),
