@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from locret.tasks.base import Measure, Sample, Task, TaskSettings
 from locret.tasks.fairytaleqa import FairytaleQATask
-from locret.tasks.leval_tasks import LEVAL_TASKS
+from locret.tasks.leval import LEVAL_TASKS
 from locret.tasks.ruler import RULER_TASKS
 
 __all__ = ["GROUPS", "TASKS", "Measure", "Sample", "Task", "TaskSettings", "task_names"]

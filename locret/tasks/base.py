@@ -6,7 +6,8 @@ words of its answer.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +37,18 @@ class Sample:
     answer_prefix: str = ""
     group: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+def in_turns(samples: Iterable[Sample]) -> list[Sample]:
+    """The first question about every context, then the second about every one, and so on."""
+    asked: Counter[str] = Counter()
+    turns: list[tuple[int, Sample]] = []
+    for sample in samples:
+        context = sample.group or sample.id
+        turns.append((asked[context], sample))
+        asked[context] += 1
+    # Sorting is stable: contexts stay in order.
+    return [sample for _, sample in sorted(turns, key=lambda turn: turn[0])]
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,19 @@ Data: JSON Lines, a file or a folder with one file a task, or a Hub repository t
 
 Where this differs from the released scorer: the instructions are worded anew; an answer without any
 option letter is wrong (there it counts as A, and an empty one as a quarter); questions meant for
-judges (`evaluation` is `human` or `LLM`) are left out here too, but their number is told.
+judges (`evaluation` is `human` or `LLM`) are left out here too.
 """
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from locret.heads import hub
 from locret.tasks import metrics
-from locret.tasks.jsonl import are_texts, read_rows
+from locret.tasks.base import Measure, Sample, Task, in_turns
+from locret.tasks.rows import are_texts, read_rows
 
 JUDGED = ("human", "LLM")
 """Values of `evaluation` in rows that people or language models are to judge."""
@@ -49,25 +50,6 @@ class Kind:
     score: Callable[[str, Sequence[str]], dict[str, float]]
 
 
-@dataclass(frozen=True)
-class LEvalQuestion:
-    """One question.
-
-    Attributes:
-        id: unique within the task.
-        group: of the document; empty where none is given.
-        context: instruction and document; empty for a question that is to be answered without.
-        question: what follows it, to the end of the user's turn.
-        references: right answers, as in the data.
-    """
-
-    id: str
-    group: str
-    context: str
-    question: str
-    references: tuple[str, ...]
-
-
 def _exact(
     read_answer: Callable[[str], str],
     read_reference: Callable[[str], str],
@@ -75,48 +57,10 @@ def _exact(
 ) -> Callable[[str, Sequence[str]], dict[str, float]]:
     def score(answer: str, references: Sequence[str]) -> dict[str, float]:
         given = read_answer(answer)
-        found = max(compare(given, read_reference(wanted)) for wanted in references)
+        found = metrics.best(lambda wanted: compare(given, read_reference(wanted)), references)
         return {"exact_match": found}
 
     return score
-
-
-def _reference_options(reference: str) -> str:
-    """`(C) He could not` -> `C`."""
-    first = reference.split()[0] if reference.split() else ""
-    return re.sub("[^A-D]", "", first)
-
-
-def _truth(text: str) -> str:
-    """The first word that says true or false."""
-    found = re.search("true|false", text.lower())
-    return found[0] if found else ""
-
-
-def _plain_code(text: str) -> str:
-    """Program output without what people write differently: commas, quotes, `.0`, white space."""
-    text = re.sub(r"[,'\\]", "", " ".join(text.split())).replace(".0", "")
-    return re.sub(r"(?<=[\[\]]) (?=[\[\]])", "", text)
-
-
-def _code_score(answer: str, references: Sequence[str]) -> dict[str, float]:
-    return {"exact_match": max(_code_found(answer, wanted) for wanted in references)}
-
-
-def _code_found(answer: str, reference: str) -> float:
-    """Whether the output stands where an answer says its result: after "the final output", or last.
-
-    As many words as the reference has, and three more, are looked at.
-    """
-    window = len(reference.split()) + 3
-    text = re.sub(
-        "will be|of the code|is|would be|the value of|the result of|printed",
-        "",
-        _plain_code(answer),
-    )
-    _, said, after = text.rpartition("the final output")
-    words = after.split()[:window] if said else text.split()[-window:]
-    return metrics.contains(" ".join(words), [_plain_code(reference)])
 
 
 LETTER = "Reply with the letter of the right option alone."
@@ -126,7 +70,7 @@ OPTIONS = Kind(
     LETTER,
     32,
     ("exact_match",),
-    _exact(metrics.option_letter, _reference_options, metrics.options_score),
+    _exact(metrics.option_letter, metrics.reference_options, metrics.options_score),
 )
 SEVERAL_OPTIONS = Kind(
     "Read the long document below. Questions about it with several options will follow; one option "
@@ -134,7 +78,7 @@ SEVERAL_OPTIONS = Kind(
     "Reply with the letters of all right options alone, for example A or BD.",
     32,
     ("exact_match",),
-    _exact(metrics.option_letters, _reference_options, metrics.options_score),
+    _exact(metrics.option_letters, metrics.reference_options, metrics.options_score),
 )
 NUMBER = Kind(
     "Below are problems with worked answers. Solve the last problem in the same manner, and end "
@@ -150,7 +94,7 @@ CODE = Kind(
     'End with "the final output" and the output itself.',
     512,
     ("exact_match",),
-    _code_score,
+    _exact(str, str, metrics.code_found),
 )
 JUDGEMENT = Kind(
     "Read the science fiction below. Statements about it will follow; judge them by the text, not "
@@ -158,7 +102,7 @@ JUDGEMENT = Kind(
     'Reply with "True" or "False" alone.',
     32,
     ("exact_match",),
-    _exact(_truth, _truth, lambda given, wanted: float(given == wanted != "")),
+    _exact(metrics.truth, metrics.truth, lambda given, wanted: float(given == wanted != "")),
 )
 TOPIC = Kind(
     "Below is the record of a conversation about many topics, one after the other. Each begins "
@@ -221,14 +165,11 @@ def score(task: str, answer: str, references: Sequence[str]) -> dict[str, float]
     Raises:
         ValueError: an unknown task, no references, or a metric's package is missing.
     """
-    kind = check_task(task)
-    if not references:
-        raise ValueError(f"L-Eval {task}: no reference was given for {answer!r}")
-    return kind.score(answer.strip(), references)
+    return check_task(task).score(answer.strip(), references)
 
 
-def load_questions(task: str, data: str | Path) -> tuple[list[LEvalQuestion], int]:
-    """The questions of a task, and how many were left out because judges are to score them.
+def load_questions(task: str, data: str | Path) -> list[Sample]:
+    """The questions of a task, but for those that judges are to score.
 
     Args:
         task: of `TASKS`.
@@ -238,20 +179,21 @@ def load_questions(task: str, data: str | Path) -> tuple[list[LEvalQuestion], in
         ValueError: an unknown task, no such data, or rows that are not as described.
     """
     check_task(task)
-    questions: list[LEvalQuestion] = []
-    left_out = 0
+    questions: list[Sample] = []
     for number, (place, row) in enumerate(read_rows(find_data(task, data))):
         asked = list(_asked(row, place))
         if row.get("evaluation") in JUDGED:
-            left_out += len(asked)
             continue
         document = row["context"] if _is_ours(row) else row["input"]
-        for i, (question, references) in enumerate(asked):
-            asked_of = (str(number), f"{number}-{i}")
-            questions += _questions(task, asked_of, document, question, references)
+        for i, (question, answers) in enumerate(asked):
+            sample = Sample(f"{number}-{i}", document.strip(), question, answers, group=str(number))
+            questions += _worded(task, sample)
     if not questions:
-        raise ValueError(f"{data} holds no questions for L-Eval {task}")
-    return questions, left_out
+        raise ValueError(
+            f"{data} holds no questions for L-Eval {task} that are scored without judges; give "
+            "another file"
+        )
+    return questions
 
 
 def find_data(task: str, data: str | Path) -> Path:
@@ -287,29 +229,7 @@ def _is_ours(row: dict[str, Any]) -> bool:
 
 def _asked(row: dict[str, Any], place: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Questions and references of a row in either form."""
-    if _is_ours(row):
-        pairs = [
-            (qa.get("question"), qa.get("answers")) if isinstance(qa, dict) else (None, None)
-            for qa in row["qa"]
-        ]
-    elif isinstance(row.get("input"), str) and {"instructions", "outputs"} <= row.keys():
-        asked, answered = row["instructions"], row["outputs"]
-        if not isinstance(asked, list) or not isinstance(answered, list):
-            raise ValueError(
-                f"{place}: instructions and outputs are no lists; expected lists of texts"
-            )
-        if len(asked) != len(answered):
-            raise ValueError(
-                f"{place} has {len(asked)} instructions and {len(answered)} outputs; expected as "
-                "many of one as of the other"
-            )
-        pairs = [(question, [answer]) for question, answer in zip(asked, answered, strict=True)]
-    else:
-        raise ValueError(
-            f"{place} has fields {sorted(row)}; expected input, instructions and outputs, or "
-            "context and qa"
-        )
-    for question, answers in pairs:
+    for question, answers in _our_pairs(row) if _is_ours(row) else _their_pairs(row, place):
         if answers is None or not isinstance(question, str) or not are_texts(answers):
             raise ValueError(
                 f"{place} has a question without text or without answers: {question!r}, "
@@ -318,23 +238,46 @@ def _asked(row: dict[str, Any], place: str) -> Iterator[tuple[str, tuple[str, ..
         yield question, tuple(answers)
 
 
-def _questions(
-    task: str, names: tuple[str, str], document: str, question: str, references: tuple[str, ...]
-) -> Iterator[LEvalQuestion]:
-    """One question of the data: one to ask, or two in science fiction. `names`: group and id."""
-    kind, (group, name) = TASKS[task], names
-    context = f"{kind.instruction}\n\n{document.strip()}\n\n"
+def _our_pairs(row: dict[str, Any]) -> list[tuple[Any, Any]]:
+    return [
+        (qa.get("question"), qa.get("answers")) if isinstance(qa, dict) else (None, None)
+        for qa in row["qa"]
+    ]
+
+
+def _their_pairs(row: dict[str, Any], place: str) -> list[tuple[Any, Any]]:
+    if not isinstance(row.get("input"), str) or not {"instructions", "outputs"} <= row.keys():
+        raise ValueError(
+            f"{place} has fields {sorted(row)}; expected input, instructions and outputs, or "
+            "context and qa"
+        )
+    asked, answered = row["instructions"], row["outputs"]
+    if not isinstance(asked, list) or not isinstance(answered, list):
+        raise ValueError(f"{place}: instructions and outputs are no lists; expected lists of texts")
+    if len(asked) != len(answered):
+        raise ValueError(
+            f"{place} has {len(asked)} instructions and {len(answered)} outputs; expected as many "
+            "of one as of the other"
+        )
+    return [(question, [answer]) for question, answer in zip(asked, answered, strict=True)]
+
+
+def _worded(task: str, asked: Sample) -> Iterator[Sample]:
+    """A document and question of the data as they are put; in science fiction there are two
+    questions, by the story and, without it, by what is so.
+    """
+    kind = TASKS[task]
+    context = f"{kind.instruction}\n\n{asked.context}\n\n"
+    ending = kind.ending.format(words=len(asked.answers[0].split()))
+    text = _with_ending(asked.question, ending)
     if kind is not JUDGEMENT:
-        words = len(references[0].split())
-        text = _with_ending(question, kind.ending.format(words=words))
-        yield LEvalQuestion(name, group, context, text, references)
+        yield replace(asked, context=context, question=text)
         return
-    # Two answers stand in each reference: by the text, and (without it) by what is so.
-    by_text, facts = zip(*(_judgements(wanted, task, name) for wanted in references), strict=True)
-    text = _with_ending(question, kind.ending)
-    yield LEvalQuestion(f"{name}-text", group, context, text, by_text)
-    of_world = _with_ending(question.replace(STORY_WORLD, REAL_WORLD), kind.ending)
-    yield LEvalQuestion(f"{name}-fact", "", "", of_world, facts)
+    judged = (_judgements(wanted, task, asked.id) for wanted in asked.answers)
+    by_text, facts = zip(*judged, strict=True)
+    of_world = _with_ending(asked.question.replace(STORY_WORLD, REAL_WORLD), ending)
+    yield replace(asked, id=f"{asked.id}-text", context=context, question=text, answers=by_text)
+    yield Sample(f"{asked.id}-fact", "", of_world, facts)
 
 
 STORY_WORLD = "based on the world described in the document"
@@ -353,3 +296,41 @@ def _judgements(reference: str, task: str, name: str) -> tuple[str, str]:
 
 def _with_ending(question: str, ending: str) -> str:
     return f"{question.strip()}\n{ending}" if ending else question.strip()
+
+
+class LEvalTask(Task):
+    """One of L-Eval's tasks; its data is `leval_TASK.jsonl` or the like in the data folder, or
+    what `data.leval` names: a file or folder."""
+
+    of: ClassVar[str]
+
+    def files(self) -> list[Path]:
+        place = self.settings.data.get("leval") or self.settings.data_dir
+        if place is None:
+            raise ValueError(f"{self.name} needs data: give its folder with --data-dir")
+        return [find_data(self.of, place)]
+
+    def check_packages(self) -> None:
+        if self.metrics == metrics.ROUGE:
+            metrics.check_rouge()
+
+    def samples(self, limit: int | None, measure: Measure, fingerprint: str) -> list[Sample]:
+        """Questions go round the documents."""
+        return in_turns(load_questions(self.of, self.files()[0]))[:limit]
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        return score(self.of, answer, sample.answers)
+
+
+def _task(of: str, kind: Kind) -> type[LEvalTask]:
+    values = {
+        "__doc__": f"L-Eval's {of}.",
+        "of": of,
+        "name": f"leval_{of}",
+        "metrics": kind.metrics,
+        "max_new_tokens": kind.max_new_tokens,
+    }
+    return type(f"LEval_{of}", (LEvalTask,), values)
+
+
+LEVAL_TASKS: tuple[type[LEvalTask], ...] = tuple(_task(of, kind) for of, kind in TASKS.items())

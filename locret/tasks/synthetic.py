@@ -1,24 +1,27 @@
 """Seeded long-context tasks over ordinary prose: needles in a haystack, chains, quotations.
 
 Every sample is a pure function of (task, tokens, rng_seed, depth, tokenizer, haystack), in this
-process and in any other. The wording of the needle and variable tasks follows RULER (Hsieh et al.,
-2024), so that scores can be compared in kind; the haystack is the language reference that ships
-inside CPython (`pydoc_data.topics`) or a text file.
+process and in any other: heads were trained on them, so that they may not change. The needle and
+variable tasks are worded as RULER's (`locret.tasks.wording`), so that scores can be compared in
+kind; the haystack (`locret.tasks.haystack`) is CPython's language reference or a text file.
 
     sample = make_sample("niah_single", tokens=4096, tokenizer=tokenizer, rng_seed=0)
     prompt_text(sample), sample.answer, sample.score("... 7301942")
 """
 
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
+
+from locret.tasks import wording
+from locret.tasks.haystack import Haystack, load_haystack
+from locret.tasks.metrics import whole_words_found
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,21 +48,7 @@ NOUNS = _words(
     "pigeon pillow planet quilt rabbit ribbon river rocket saddle sparrow spoon stable teapot "
     "thimble ticket tunnel turnip violin wagon walnut whistle willow window"
 )
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
 N_KEYS = 4  # keys of multikey and multiquery, values of multivalue (RULER's default)
-N_VARIABLES = 5  # variables of one chain: four hops (RULER's default)
-NOISE = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-)
-"""The haystack `noise`: the passkey test's own filler (RULER's niah_single_1 uses it too)."""
-
-SENTENCE_CHARS = (24, 220)  # shorter is mostly debris, longer makes the prompt length coarse
-MIN_SENTENCES = 8
 
 
 @dataclass(frozen=True)
@@ -91,14 +80,7 @@ class SyntheticSample:
 
     def score(self, generated: str) -> float:
         """Fraction of `expected` found in a generated answer, 0 to 1."""
-        return score(generated, self.expected)
-
-
-@dataclass(frozen=True)
-class Haystack:
-    """Sentences of prose, each one different from the others, in reading order."""
-
-    sentences: tuple[str, ...]
+        return whole_words_found(generated, self.expected)
 
 
 @dataclass(frozen=True)
@@ -125,135 +107,7 @@ def prompt_text(sample: SyntheticSample) -> str:
     return f"{sample.context}\n\n{sample.question}"
 
 
-def score(generated: str, expected: Sequence[str]) -> float:
-    """Fraction of the expected strings that a generated text contains, 0 to 1.
-
-    Case and white space do not matter. A string counts only as a whole word, and a number only as a
-    whole number: "123" is found neither in "1234" nor in "5,123" nor in "123.4".
-
-    Raises:
-        ValueError: if nothing is expected.
-    """
-    if not expected:
-        raise ValueError("expected is empty: a score needs at least one string to look for")
-    text = " ".join(generated.split()).casefold()
-    return sum(_contains(text, " ".join(e.split()).casefold()) for e in expected) / len(expected)
-
-
-def _contains(text: str, wanted: str) -> bool:
-    before = (
-        r"(?<!\w)(?<!\d[.,])"
-        if wanted[:1].isdigit()
-        else r"(?<!\w)"
-        if wanted[:1].isalpha()
-        else ""
-    )
-    after = (
-        r"(?!\w)(?![.,]\d)" if wanted[-1:].isdigit() else r"(?!\w)" if wanted[-1:].isalpha() else ""
-    )
-    return re.search(before + re.escape(wanted) + after, text) is not None
-
-
-# ---- haystack ------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=8)
-def load_haystack(path: str | Path | None = None) -> Haystack:
-    """Read a haystack: "noise", a UTF-8 text file, or CPython's language reference when None.
-
-    The language reference differs between Python versions, so samples over it are reproducible
-    within one version.
-
-    Raises:
-        ValueError: if the file is missing or holds too few sentences.
-    """
-    if path is None:
-        return Haystack(_sentences(_topics_paragraphs()))
-    if path == "noise":
-        return Haystack(NOISE)
-    if not Path(path).is_file():
-        raise ValueError(
-            f"haystack {str(path)!r} is not a file; give the path of a text file, 'noise', or none "
-            "for the language reference that ships with CPython"
-        )
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    found = _sentences([" ".join(p.split()) for p in re.split(r"\n\s*\n", text)])
-    if len(found) < MIN_SENTENCES:
-        raise ValueError(
-            f"haystack {str(path)!r} holds {len(found)} different sentences of "
-            f"{SENTENCE_CHARS[0]} to {SENTENCE_CHARS[1]} characters, expected "
-            f"at least {MIN_SENTENCES}; give a longer text"
-        )
-    return Haystack(found)
-
-
-def _topics_paragraphs() -> list[str]:
-    """Prose of the language reference, without headings, grammar, code and footnotes."""
-    from pydoc_data.topics import topics  # 460 KB: loaded only by those who use it
-
-    blocks = (b for name in sorted(topics) for b in re.split(r"\n\s*\n", topics[name]))
-    return [_strip_markup(b) for b in blocks if _is_prose(b)]
-
-
-def _is_prose(block: str) -> bool:
-    text = block.strip()
-    if re.search(r"::|>>>|^\s*\.\.|[*=\-~^]{4,}|^\[\d+\]| \| |\n {8,}\S", text):
-        return False
-    letters = sum(c.isalpha() or c.isspace() for c in text)
-    return text[-1:] in ".:" and letters >= 0.85 * len(text)
-
-
-def _strip_markup(block: str) -> str:
-    text = " ".join(block.split()).removeprefix("* ")
-    text = re.sub(r"\*{1,2}(\w[^*\"]*)\*{1,2}", r"\1", text)
-    text = re.sub(r"\s*\[\d+\]", "", text)
-    return text.translate(str.maketrans("“”‘’", "\"\"''", "`"))
-
-
-def _sentences(paragraphs: Sequence[str]) -> tuple[str, ...]:
-    """Split into sentences; of equal ones the first stays, so that each has one place."""
-    # A full stop after "e.g", "i.e", "etc", "vs" or an initial ends no sentence.
-    not_end = r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bvs\.)(?<!\b[A-Z]\.)"
-    end = not_end + r"(?<=[.!?])\s+(?=[\"'(]?[A-Z])"
-    low, high = SENTENCE_CHARS
-    pieces = (s.strip() for p in paragraphs for s in re.split(end, p))
-    return tuple(dict.fromkeys(s for s in pieces if low <= len(s) <= high and s[-1] in ".!?\"'"))
-
-
 # ---- tasks ---------------------------------------------------------------------------------------
-
-NIAH_INTRO = (
-    "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
-    "I will quiz you about the numbers afterwards."
-)
-NIAH_NEEDLE = "One of the special magic numbers for {key} is: {value}."
-NIAH_ONE = (
-    "What is the special magic number for {keys} mentioned in the provided text?",
-    "The special magic number for {keys} mentioned in the provided text is {values}.",
-)
-NIAH_MANY = (
-    "What are all the special magic numbers for {keys} mentioned in the provided text?",
-    "The special magic numbers for {keys} mentioned in the provided text are {values}.",
-)
-
-
-def _number(rng: Random, digits: int) -> str:
-    return str(rng.randrange(10 ** (digits - 1), 10**digits))
-
-
-def _distinct(draw: Callable[[], str], n: int) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < n:
-        found[draw()] = None
-    return list(found)
-
-
-def _keys(rng: Random, n: int) -> list[str]:
-    return _distinct(lambda: f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}", n)
-
-
-def _listing(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
 def _depths(rng: Random, n: int, depth: float | None) -> list[float]:
@@ -263,7 +117,7 @@ def _depths(rng: Random, n: int, depth: float | None) -> list[float]:
 
 
 def _passkey(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
-    key, (place,) = _number(rng, 5), _depths(rng, 1, depth)
+    key, (place,) = wording.number(rng, 5), _depths(rng, 1, depth)
     return _Quiz(
         intro="There is an important info hidden inside a lot of irrelevant text. Find it and "
         "memorize it. I will quiz you about the important information there.",
@@ -280,54 +134,38 @@ def _niah(
     rng: Random, hay: Haystack, depth: float | None, keys: int, values: int, queries: int
 ) -> _Quiz:
     """`keys` keys with `values` numbers each; the question asks for the first `queries` keys."""
-    names = _keys(rng, keys)
-    numbers = _distinct(lambda: _number(rng, 7), keys * values)
+    names = wording.distinct(lambda: wording.key(rng, ADJECTIVES, NOUNS), keys)
+    numbers = wording.distinct(lambda: wording.number(rng, 7), keys * values)
     n_asked = queries * values
     places = _depths(rng, n_asked, depth) + [rng.random() for _ in numbers[n_asked:]]
     needles = [
-        (NIAH_NEEDLE.format(key=names[i // values], value=number), places[i])
-        for i, number in enumerate(numbers)
+        (wording.NEEDLE.format(kind="numbers", key=names[i // values], value=value), places[i])
+        for i, value in enumerate(numbers)
     ]
-    asked, expected = _listing(names[:queries]), numbers[:n_asked]
-    question, answer = NIAH_ONE if n_asked == 1 else NIAH_MANY
+    expected = numbers[:n_asked]
+    words = wording.needle_words("numbers", names[:queries], single=n_asked == 1)
+    answer = wording.NEEDLE_ANSWER.format(**words)
     return _Quiz(
-        intro=NIAH_INTRO,
+        intro=wording.NEEDLE_INTRO.format(**wording.MANY, kind="numbers", it="them"),
         needles=tuple(sorted(needles, key=lambda needle: needle[1])),
-        question=question.format(keys=asked),
-        answer=answer.format(keys=asked, values=_listing(expected)),
+        question=wording.NEEDLE_QUESTION.format(**words),
+        answer=f"{answer} {wording.listing(expected)}.",
         expected=tuple(expected),
         depth=places[0],
         anchor=rng.randrange(len(hay.sentences)),
     )
 
 
-def _niah_single(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
-    return _niah(rng, hay, depth, keys=1, values=1, queries=1)
-
-
-def _niah_multikey(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
-    return _niah(rng, hay, depth, keys=N_KEYS, values=1, queries=1)
-
-
-def _niah_multivalue(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
-    return _niah(rng, hay, depth, keys=1, values=N_KEYS, queries=1)
-
-
-def _niah_multiquery(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
-    return _niah(rng, hay, depth, keys=N_KEYS, values=1, queries=N_KEYS)
-
-
 def _variable_tracking(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
-    value, places = _number(rng, 5), _depths(rng, N_VARIABLES, depth)
-    names = _distinct(lambda: "".join(rng.choices(LETTERS, k=5)), N_VARIABLES)
-    sources = [value, *(f"VAR {name}" for name in names)]
-    needles = [(f"VAR {n} = {s}.", d) for n, s, d in zip(names, sources, places, strict=False)]
+    value, places = wording.number(rng, 5), _depths(rng, wording.VARIABLES, depth)
+    names = wording.made_up_words(rng, wording.VARIABLES, letters=5)
+    needles = [f"{assigned}." for assigned in wording.assignments(names, value)]
+    answer = wording.CHAIN_ANSWER.format(count=wording.VARIABLES, assigned="assigned", value=value)
     return _Quiz(
-        intro="Memorize and track the chain(s) of variable assignment hidden in this text.",
-        needles=tuple(needles),
-        question=f"Find all variables that are assigned the value {value} in the text above.",
-        answer=f"According to the chain(s) of variable assignment in the text above, {N_VARIABLES} "
-        f"variables are assigned the value {value}, they are: {_listing(names)}.",
+        intro=wording.CHAIN_INTRO.format(this="this"),
+        needles=tuple(zip(needles, places, strict=True)),
+        question=wording.CHAIN_QUESTION.format(value=value),
+        answer=f"{answer} {wording.listing(names)}.",
         expected=tuple(names),
         depth=places[0],
         anchor=rng.randrange(len(hay.sentences)),
@@ -352,10 +190,10 @@ def _next_sentence(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
 
 TASKS: dict[str, Callable[[Random, Haystack, float | None], _Quiz]] = {
     "passkey": _passkey,
-    "niah_single": _niah_single,
-    "niah_multikey": _niah_multikey,
-    "niah_multivalue": _niah_multivalue,
-    "niah_multiquery": _niah_multiquery,
+    "niah_single": partial(_niah, keys=1, values=1, queries=1),
+    "niah_multikey": partial(_niah, keys=N_KEYS, values=1, queries=1),
+    "niah_multivalue": partial(_niah, keys=1, values=N_KEYS, queries=1),
+    "niah_multiquery": partial(_niah, keys=N_KEYS, values=1, queries=N_KEYS),
     "variable_tracking": _variable_tracking,
     "next_sentence": _next_sentence,
 }
@@ -402,9 +240,8 @@ def make_sample(
 def _sample(task: str, quiz: _Quiz, hay: Haystack, n: int) -> SyntheticSample:
     """The sample with n sentences of filler."""
     filler = [hay.sentences[i] for i in _filler(quiz, len(hay.sentences), n)]
-    # From the last to the first: an insertion moves only what stands behind it.
-    for text, place in reversed(quiz.needles):
-        filler.insert(round(place * n), text)
+    places = [round(depth * n) for _, depth in quiz.needles]
+    wording.insert_all(filler, places, [text for text, _ in quiz.needles])
     context = f"{quiz.intro}\n\n{' '.join(filler)}"
     return SyntheticSample(task, context, quiz.question, quiz.answer, quiz.expected, quiz.depth)
 

@@ -59,10 +59,19 @@ def test_a_value_within_one_that_has_none_is_refused():
         overridden(LEAST, {"model.x": 1})
 
 
-def test_a_score_whose_package_is_missing_is_told_before_anything_is_asked(tmp_path, monkeypatch):
-    (tmp_path / "leval_news_summ.jsonl").write_text("{}\n")
-    config = EvalConfig.from_dict(LEAST | {"tasks": "leval_news_summ", "data_dir": str(tmp_path)})
-    assert [task.name for task in config.make_tasks()] == ["leval_news_summ"]
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("leval_news_summ", "leval_news_summ.jsonl"),
+        ("fairytaleqa", "fairytaleqa_val.jsonl.gz"),
+    ],
+)
+def test_a_score_whose_package_is_missing_is_told_before_anything_is_asked(
+    name, file, tmp_path, monkeypatch
+):
+    (tmp_path / file).write_text("{}\n")
+    config = EvalConfig.from_dict(LEAST | {"tasks": name, "data_dir": str(tmp_path)})
+    assert [task.name for task in config.make_tasks()] == [name]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="ROUGE needs the package rouge-score"):
         config.make_tasks()

@@ -77,29 +77,28 @@ def test_both_forms_of_rows_ask_the_same(tmp_path):
         ],
     }
     zipped = write(tmp_path / "ours.jsonl.gz", ours)
-    questions, left_out = leval.load_questions("natural_question", own)
-    assert (questions, left_out) == leval.load_questions("natural_question", zipped)
-    assert left_out == 0
-    assert [q.references for q in questions] == [("A fox",), ("At dawn",)]
+    questions = leval.load_questions("natural_question", own)
+    assert questions == leval.load_questions("natural_question", zipped)
+    assert [q.answers for q in questions] == [("A fox",), ("At dawn",)]
     assert len({q.id for q in questions}) == 2
     assert len({q.group for q in questions}) == 1
 
 
 def test_the_question_stands_after_the_context(tmp_path):
     data = write(tmp_path / "a.jsonl", row(("Who came?", "The old red fox")))
-    (asked,) = leval.load_questions("multidoc_qa", data)[0]
+    (asked,) = leval.load_questions("multidoc_qa", data)
     assert asked.context.endswith("A long tale.\n\n")
     assert "Who came?" not in asked.context
     assert asked.question == "Who came?\nUse about 4 words."
-    (exam,) = leval.load_questions("tpo", data)[0]
+    (exam,) = leval.load_questions("tpo", data)
     assert "words" not in exam.question  # closed-ended: nothing about the reference is told
 
 
 def test_science_fiction_is_asked_by_the_text_and_by_the_world(tmp_path):
     question = "Can one travel in time, based on the world described in the document."
     data = write(tmp_path / "a.jsonl", row((question, "True [fact: False]")))
-    by_text, fact = leval.load_questions("sci_fi", data)[0]
-    assert (by_text.references, fact.references) == (("True",), ("False",))
+    by_text, fact = leval.load_questions("sci_fi", data)
+    assert (by_text.answers, fact.answers) == (("True",), ("False",))
     assert by_text.context and not fact.context
     assert "described in the document" in by_text.question
     assert "described in the document" not in fact.question
@@ -108,14 +107,13 @@ def test_science_fiction_is_asked_by_the_text_and_by_the_world(tmp_path):
         leval.load_questions("sci_fi", bad)
 
 
-def test_questions_for_judges_are_left_out_and_counted(tmp_path):
+def test_questions_for_judges_are_left_out(tmp_path):
     data = write(
         tmp_path / "a.jsonl",
         row(("Who?", "A fox"), evaluation="f1"),
         row(("Who?", "A fox"), ("When?", "At dawn"), evaluation="LLM"),
     )
-    questions, left_out = leval.load_questions("financial_qa", data)
-    assert (len(questions), left_out) == (1, 2)
+    assert len(leval.load_questions("financial_qa", data)) == 1
 
 
 def test_a_folder_is_searched_for_the_task(tmp_path):
@@ -124,7 +122,7 @@ def test_a_folder_is_searched_for_the_task(tmp_path):
     write(deep / "tpo.jsonl", row(("Who?", "A")))
     write(tmp_path / "leval_quality.jsonl.gz", row(("Who?", "B")))
     assert leval.find_data("tpo", tmp_path) == deep / "tpo.jsonl"
-    assert leval.load_questions("quality", tmp_path)[0][0].references == ("B",)
+    assert leval.load_questions("quality", tmp_path)[0].answers == ("B",)
     with pytest.raises(ValueError, match=r"no file for L-Eval gsm100; expected gsm100\.jsonl"):
         leval.find_data("gsm100", tmp_path)
 

@@ -41,6 +41,48 @@ def test_rouge_takes_the_best_reference_for_each_score():
 
 
 @pytest.mark.parametrize(
+    ("answer", "references", "score"),
+    [
+        ("the cat sat", ["the cat sat"], 1),
+        ("the cat sat", ["The dog, sat!"], 2 / 3),
+        ("a b c d", ["d c b a"], 1 / 4),
+        ("b", ["a b c"], 1 / 2),
+        ("x", ["y", "x"], 1),
+        ("", ["y"], 0),
+    ],
+)
+def test_rouge_l(answer, references, score):
+    assert metrics.rouge(answer, references)["rougeL"] == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "found"),
+    [
+        ("It is 1234567.", ["1234567"], 1),
+        ("It is 12345678.", ["1234567"], 0),
+        ("It is 01234567", ["1234567"], 0),
+        ("It is 9,123", ["123"], 0),
+        ("It is 123.4", ["123"], 0),
+        ("numbers 11, 22,and 33", ["11", "22", "44"], 2 / 3),
+        ("abcde, fghij", ["ABCDE", "FGHIJ"], 1),
+        ("ABCDEF", ["ABCDE"], 0),
+        ("so the  Cat\nsat.  Yes", ["the cat sat."], 1),
+        ("", ["1"], 0),
+    ],
+)
+def test_whole_words_are_found(answer, references, found):
+    assert metrics.whole_words_found(answer, references) == pytest.approx(found)
+
+
+def test_matches_of_ruler():
+    assert metrics.string_match_all("I saw 12 and 34.", ["12", "34", "56", "78"]) == 0.5
+    assert metrics.string_match_all("FOX", ["fox"]) == 1
+    assert metrics.string_match_part("It was the fox", ["a hare", "The Fox"]) == 1
+    assert metrics.string_match_part("", ["a hare"]) == 0
+    assert metrics.without_controls(" a\tb\x00c\n") == "a\nb\nc"
+
+
+@pytest.mark.parametrize(
     ("answer", "letter", "letters"),
     [
         ("B", "B", "B"),
@@ -106,6 +148,7 @@ def test_a_text_matches_itself(text):
 
 @pytest.mark.parametrize("references", [[], "a text"])
 def test_references_must_be_a_list(references):
-    for score in (metrics.token_f1, metrics.contains, metrics.rouge):
+    matches = (metrics.whole_words_found, metrics.string_match_all, metrics.string_match_part)
+    for score in (metrics.token_f1, metrics.contains, metrics.rouge, *matches):
         with pytest.raises(ValueError, match="expected a list"):
             score("a", references)

@@ -8,7 +8,7 @@ import pytest
 
 from locret.evaluation.prompts import Renderer
 from locret.tasks import GROUPS, TASKS, TaskSettings, task_names
-from locret.tasks.ruler.haystack import essay_words, sentences_of
+from locret.tasks.haystack import essay_words, sentences_of
 from tests.evaluation.eval_data import DATA, write_data
 
 RULER = GROUPS["ruler"]

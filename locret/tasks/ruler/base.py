@@ -12,8 +12,8 @@ from random import Random
 from typing import ClassVar
 
 from locret.tasks.base import Measure, Sample, Task, TaskSettings
+from locret.tasks.metrics import string_match_all, without_controls
 from locret.tasks.ruler.stored import stored_samples
-from locret.tasks.text_metrics import string_match_all, without_controls
 
 DEFAULT_LENGTH = 4096
 DEFAULT_SAMPLES = 500

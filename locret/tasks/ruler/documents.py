@@ -5,18 +5,16 @@ from random import Random
 from typing import ClassVar
 
 from locret.tasks.base import Sample
+from locret.tasks.metrics import string_match_part
 from locret.tasks.rows import read_contexts
 from locret.tasks.ruler.base import RulerTask
-from locret.tasks.text_metrics import string_match_part
 
-CONTEXT = (
+REQUEST = (
     "Answer the question based on the given documents. Only give me the answer and do not output "
-    "any other words.\n\nThe following are given documents.\n\n{documents}"
+    "any other words.\n\n"
 )
-QUESTION = (
-    "\n\nAnswer the question based on the given documents. Only give me the answer and do not "
-    "output any other words.\n\nQuestion: {question}"
-)
+CONTEXT = REQUEST + "The following are given documents.\n\n{documents}"
+QUESTION = "\n\n" + REQUEST + "Question: {question}"
 ANSWER = " Answer:"
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from random import Random
 from typing import ClassVar, Literal
 
+from locret.tasks import wording
 from locret.tasks.base import Sample
-from locret.tasks.ruler.base import RulerTask
-from locret.tasks.ruler.haystack import (
+from locret.tasks.haystack import (
     NOISE,
     essay_files,
     essay_words,
@@ -16,18 +16,13 @@ from locret.tasks.ruler.haystack import (
     sentences_of,
     word_files,
 )
+from locret.tasks.ruler.base import RulerTask
 
 Kind = Literal["numbers", "words", "uuids"]
 
-NEEDLE = "One of the special magic {kind} for {key} is: {value}."
-CONTEXT = (
-    "{Some} special magic {kind} {are} hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the {kind} afterwards.\n{text}"
-)
-QUESTION = "\nWhat {are_all} the special magic {kind} for {query} mentioned in the provided text?"
-ANSWER = " The special magic {kind} for {query} mentioned in the provided text {are}"
-ONE = {"Some": "A", "are": "is", "are_all": "is"}
-MANY = {"Some": "Some", "are": "are", "are_all": "are all"}
+CONTEXT = wording.NEEDLE_INTRO + "\n{text}"
+QUESTION = f"\n{wording.NEEDLE_QUESTION}"
+ANSWER = f" {wording.NEEDLE_ANSWER}"
 
 DEPTHS = [round(100 * i / 39) for i in range(40)]  # per cent: where needles may stand in prose
 
@@ -76,33 +71,31 @@ class NeedleTask(RulerTask):
         rng.shuffle(needles)
         text = self._prose(rng, size, needles) if self._essay else self._lines(rng, size, needles)
         asked = rng.sample(range(given.keys), given.queries)
-        query = _listing([keys[i] for i in asked])
         single = given.queries * given.values == 1
-        kind = given.value[:-1] if single else given.value
-        words = (ONE if single else MANY) | {"kind": kind, "query": query}
+        words = wording.needle_words(given.value, [keys[i] for i in asked], single)
         return Sample(
             id=str(index),
-            context=CONTEXT.format(text=text, **words),
+            context=CONTEXT.format(text=text, it="it", **words),
             question=QUESTION.format(**words),
             answers=tuple(value for i in asked for value in values[i]),
             answer_prefix=ANSWER.format(**words),
         )
 
     def _needle(self, key: str, value: str) -> str:
-        return NEEDLE.format(kind=self.needles.value, key=key, value=value)
+        return wording.NEEDLE.format(kind=self.needles.value, key=key, value=value)
 
     def _draw(self, rng: Random, kind: Kind) -> str:
         if kind == "numbers":
-            return str(rng.randint(10**6, 10**7 - 1))
+            return wording.number(rng, 7)
         if kind == "uuids":
             return str(uuid.UUID(int=rng.getrandbits(128), version=4))
         adjectives, nouns = self._lists
-        return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
+        return wording.key(rng, adjectives, nouns)
 
     def _prose(self, rng: Random, size: int, needles: list[str]) -> str:
         sentences = sentences_of(self._essay, size)
         depths = sorted(rng.sample(DEPTHS, len(needles)))
-        # From the last to the first: an insertion moves only what stands behind it.
+        # A place is a share of the text with the needles behind it.
         for depth, needle in reversed(list(zip(depths, needles, strict=True))):
             sentences.insert(len(sentences) * depth // 100, needle)
         return " ".join(sentences)
@@ -110,20 +103,14 @@ class NeedleTask(RulerTask):
     def _lines(self, rng: Random, size: int, needles: list[str]) -> str:
         given = self.needles
         lines = [
-            NOISE
+            " ".join(NOISE)
             if given.haystack == "noise"
             else self._needle(self._draw(rng, given.key), self._draw(rng, given.value))
             for _ in range(size)
         ]
-        for place, needle in zip(
-            sorted(rng.sample(range(size), len(needles)), reverse=True), needles, strict=True
-        ):
-            lines.insert(place, needle)
+        places = sorted(rng.sample(range(size), len(needles)))
+        wording.insert_all(lines, places, needles[::-1])  # the last needle stands first
         return "\n".join(lines)
-
-
-def _listing(items: list[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
 class NiahSingle1(NeedleTask):

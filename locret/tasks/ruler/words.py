@@ -5,9 +5,10 @@ import string
 from pathlib import Path
 from random import Random
 
+from locret.tasks import wording
 from locret.tasks.base import Sample
+from locret.tasks.haystack import read_words, word_files
 from locret.tasks.ruler.base import RulerTask
-from locret.tasks.ruler.haystack import read_words, word_files
 
 COMMON_CONTEXT = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
@@ -31,6 +32,7 @@ FREQUENT_ANSWER = (
 )
 NOISE_WORD = "..."  # the most frequent one, to be ignored
 CODED_LETTERS = 6
+ASKED = 3  # coded words
 ALPHA = 2.0
 ZETA_OF_ALPHA = math.pi**2 / 6
 
@@ -83,7 +85,11 @@ class FrequentWords(RulerTask):
 
     def draft(self, rng: Random, index: int, size: int) -> Sample:
         assert self.length is not None
-        vocabulary = [NOISE_WORD, *_made_up(rng, self.length // 50 - 1)]
+        coded = max(self.length // 50 - 1, ASKED)
+        vocabulary = [
+            NOISE_WORD,
+            *wording.made_up_words(rng, coded, CODED_LETTERS, string.ascii_lowercase),
+        ]
         words = [
             word
             for rank, word in enumerate(vocabulary, start=1)
@@ -94,13 +100,6 @@ class FrequentWords(RulerTask):
             id=str(index),
             context=FREQUENT_CONTEXT.format(words=" ".join(words)),
             question=FREQUENT_QUESTION,
-            answers=tuple(vocabulary[1:4]),
+            answers=tuple(vocabulary[1 : 1 + ASKED]),
             answer_prefix=FREQUENT_ANSWER,
         )
-
-
-def _made_up(rng: Random, count: int) -> list[str]:
-    made: dict[str, None] = {}
-    while len(made) < max(count, 3):
-        made["".join(rng.choices(string.ascii_lowercase, k=CODED_LETTERS))] = None
-    return list(made)
