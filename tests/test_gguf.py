@@ -276,3 +276,8 @@ def test_heads_trained_on_it_record_the_hash(file, tmp_path):
     record = locret.RetainingHeads.from_pretrained(output).config
     assert (record.backbone, record.backbone_revision) == (str(file), file_revision(str(file)))
     assert record.model_type == "qwen2"
+
+
+def test_an_empty_folder_is_told_in_a_line(tmp_path):
+    with pytest.raises(ValueError, match="has no config.json, and no .gguf file"):
+        load_model(str(tmp_path))

@@ -3,8 +3,11 @@
 import argparse
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,7 @@ from locret import cli
 from locret.system import interrupts
 from locret.system.interrupts import Stopped, held, raised, run_command
 
+ROOT = Path(__file__).resolve().parents[1]
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 both = pytest.mark.parametrize("number", STATUS)
 
@@ -144,6 +148,26 @@ def test_a_command_runs_in_a_thread_too():
     thread.start()
     thread.join()
     assert found == [0]
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.5])
+@pytest.mark.parametrize("module", ["locret", "trainers.fit"])
+def test_an_interrupted_start_leaves_no_traceback(module, seconds):
+    """While packages are imported, which takes seconds."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Not ignored, as it is in the background of a shell.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    time.sleep(seconds)
+    child.send_signal(signal.SIGINT)
+    _, told = child.communicate(timeout=120)
+    assert child.returncode in (-signal.SIGINT, 130, 0)
+    assert "Traceback" not in told
 
 
 GOES_ON = "stopped; the same command goes on where it stopped"

@@ -404,6 +404,14 @@ def test_fp8_is_warned_of_beside_large_key_biases_once_an_engine(family, name):
                 engine.generate(prompt(40), **GREEDY)
 
 
+def test_fp8_is_warned_of_where_all_key_biases_are_large():
+    model = tiny_model("qwen2")
+    for layer in model.model.layers:
+        torch.nn.init.constant_(layer.self_attn.k_proj.bias, 300.0)
+    with pytest.warns(UserWarning, match="key bias of this model, 300, is far above what a token"):
+        engine_of(model, quantization="fp8")
+
+
 @pytest.mark.parametrize(
     ("family", "largest", "scheme"),
     [

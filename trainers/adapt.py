@@ -7,9 +7,12 @@ the full cache does not find. See `trainers.cli` for the options every training 
 import sys
 from pathlib import Path
 
-from trainers import cli
-from trainers.adapter import AdapterModule
-from trainers.callbacks import ExportAdapter
+from locret.system.interrupts import ends_at_once
+
+with ends_at_once():
+    from trainers import cli
+    from trainers.adapter import AdapterModule
+    from trainers.callbacks import ExportAdapter
 
 
 def main(args: list[str] | None = None) -> Path | None:

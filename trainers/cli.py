@@ -9,6 +9,7 @@ import logging
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def run(cli: TrainingCLI) -> Path | None:
         Stopped: a signal came; tells how to go on.
     """
     output, trainer = _made(cli.config.output), cli.trainer
+    _check_checkpoint(cli.config.ckpt_path)
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
         if not trainer.fast_dev_run:
@@ -96,11 +98,33 @@ def run(cli: TrainingCLI) -> Path | None:
     except BaseException as error:
         number = signal_behind(error, trainer)
         if number is None:
-            raise
+            refusal = _refusal(error, cli.config.ckpt_path)
+            if refusal is None:
+                raise
+            raise ValueError(refusal) from error
         raise Stopped(number, where_it_stopped(trainer, cli.config.ckpt_path)) from error
     if trainer.is_global_zero:
         _tell(cli, output)
     return None if trainer.fast_dev_run else output
+
+
+def _check_checkpoint(ckpt_path: str | None) -> None:
+    """Refuse a file that no training wrote.
+
+    Raises:
+        ValueError: the file is there and is not a checkpoint.
+    """
+    if ckpt_path is not None and Path(ckpt_path).is_file() and not zipfile.is_zipfile(ckpt_path):
+        raise ValueError(f"checkpoint {ckpt_path} is damaged, or was never one; name another")
+
+
+def _refusal(error: BaseException, ckpt_path: str | None) -> str | None:
+    """What to tell the user of an error that means that a checkpoint cannot be gone on from."""
+    if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
+        return f"checkpoint {ckpt_path} is of a training with other settings: " + " ".join(
+            str(error).split()
+        )
+    return None
 
 
 def _export(cli: TrainingCLI) -> None:

@@ -3,9 +3,12 @@
 import sys
 from pathlib import Path
 
-from trainers import cli
-from trainers.callbacks import ExportHeads
-from trainers.module import HeadsModule
+from locret.system.interrupts import ends_at_once
+
+with ends_at_once():
+    from trainers import cli
+    from trainers.callbacks import ExportHeads
+    from trainers.module import HeadsModule
 
 
 def main(args: list[str] | None = None) -> Path | None:

@@ -1,4 +1,4 @@
-"""A training that SIGINT or SIGTERM stops: when, and what it leaves to go on from.
+"""Stop a training on SIGINT or SIGTERM, between two steps, and say how to go on.
 
 While it trains, a signal is noted and obeyed before the next step. An exception at once could be
 lost in some `__del__`, such as that of the processes that load data; and of several processes
@@ -70,8 +70,8 @@ class StopBetweenSteps(Callback):
 
 
 def signal_behind(error: BaseException, trainer: Trainer) -> int | None:
-    """The number of the signal that an exception comes from, if it does. One that ends the
-    processes that load data too is an error in this one before it gets to its next step."""
+    """The number of the signal that an exception comes from, if it does. A signal that also ends
+    data loaders shows here as their error, before the next step."""
     stop = stop_behind(error)
     if stop is not None:
         return stop.number
@@ -90,6 +90,11 @@ def where_it_stopped(trainer: Trainer, ckpt_path: str | None) -> str:
         return ""
     found = _checkpoint(trainer, ckpt_path)
     how = "nothing was saved yet" if found is None else f"go on with --ckpt_path {found}"
+    saved = max(
+        (getattr(c, "_last_global_step_saved", 0) for c in trainer.checkpoint_callbacks), default=0
+    )
+    if found is not None and 0 < saved < trainer.global_step:
+        how += f", from step {saved}"
     return f"stopped at step {trainer.global_step}; {how}"
 
 

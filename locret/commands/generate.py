@@ -137,7 +137,8 @@ def _summary(result: dict[str, Any]) -> str:
     return (
         f"\n[{result['policy']}: {result['prompt_tokens']} prompt tokens, {result['new_tokens']} "
         f"new ones, {result['seconds']:.1f} s; cache {report['total_bytes'] / BYTES_PER_MIB:.1f} "
-        f"MiB, a full one {report['full_cache_bytes'] / BYTES_PER_MIB:.1f} MiB]"
+        f"MiB with room for a longer answer, a full one "
+        f"{report['full_cache_bytes'] / BYTES_PER_MIB:.1f} MiB]"
     )
 
 

@@ -1,8 +1,8 @@
 """PEFT adapters of a backbone: found, compared with the model, and put into its weights.
 
-PEFT leaves tensors out that the model has no place for, and starts at random those that the adapter
-lacks, without an error. So what it is about to load is compared with what the model has, on a model
-without weights: an adapter of another model is refused before anything large is loaded.
+PEFT drops tensors that the model has no place for, and initializes those that the adapter lacks at
+random, without an error. So what it is about to load is compared with what the model has, on a
+model without weights: an adapter of another model is refused before anything large is loaded.
 """
 
 import contextlib
@@ -165,7 +165,7 @@ class Adapter:
 
 @contextlib.contextmanager
 def without_old_names() -> Iterator[None]:
-    """PEFT asks transformers for an attribute under its old name, which no user can change."""
+    """Silence a warning that users can do nothing about: PEFT still uses an old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning

@@ -56,7 +56,7 @@ def as_argument(module: nn.Module, cache: Any, method: str = "forward") -> dict[
 
 @functools.cache
 def _name(kind: Any, method: str) -> str:
-    """A wrapper of `**kwargs` alone says nothing, so that its base classes are asked."""
+    """A method of `**kwargs` alone reveals nothing, so that base classes are searched."""
     for each in kind.__mro__:
         if method in vars(each):
             taken = inspect.signature(vars(each)[method]).parameters

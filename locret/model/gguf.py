@@ -1,8 +1,8 @@
 """GGUF files as backbones: which file a name means, and its weights as an ordinary model.
 
 transformers reads these files, and keeps the weights packed where it has kernels for that. Here
-they are always unpacked: heads are trained on plain weights, adapters are merged into them, and a
-cast must be allowed.
+they are always unpacked: heads are trained on plain weights, adapters are merged into them, and
+`.to(dtype)` must work.
 """
 
 import contextlib

@@ -202,6 +202,8 @@ def _gguf_file(name: str) -> Path | None:
 
 def _check_name(name: str) -> None:
     path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"model folder {name!r} has no config.json, and no .gguf file")
     if path.is_file() and path.suffix != ".json":  # a config alone is enough for some uses
         raise ValueError(f"model {name!r} is a file; expected a folder, a .gguf file or a Hub id")
     if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):

@@ -64,9 +64,26 @@ def run_command(
     return 0
 
 
+@contextmanager
+def ends_at_once() -> Iterator[None]:
+    """Until the block ends, Ctrl-C ends the process on the spot. For imports: an exception in the
+    middle of one is told as a traceback, or as a package that is missing."""
+    before = signal.getsignal(signal.SIGINT)
+    # A process started to ignore it goes on so, and signals are the main thread's.
+    main = threading.current_thread() is threading.main_thread()
+    ours = before is signal.default_int_handler and main
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
 def stop_behind(error: BaseException | None) -> Stopped | None:
-    """The stop that an exception is, or that was being handled when it was raised: what is torn
-    down halfway may fail in its turn, and some libraries turn Ctrl-C into an exit of their own."""
+    """The stop that an exception is, or that was being handled when it was raised: cleaning
+    up may raise too, and some libraries turn Ctrl-C into an exit of their own."""
     while error is not None:
         if isinstance(error, Stopped):
             return error

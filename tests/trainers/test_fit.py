@@ -185,6 +185,7 @@ def test_a_run_without_an_output_is_refused(backbones, rows, tmp_path):
     [
         (["--config=nosuch"], "config nosuch is no file"),
         (["--ckpt_path=/nope"], "/nope"),
+        (["--ckpt_path=pyproject.toml"], "pyproject.toml is damaged, or was never one"),
         (["--model.label=nothing"], "label 'nothing' is unknown"),
     ],
 )
@@ -195,6 +196,16 @@ def test_the_command_tells_errors_of_the_user_in_a_line(
     assert status("trainers.fit", lambda: main([*args, *more])) == 2
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("trainers.fit: ") and says in last
+
+
+def test_a_checkpoint_of_other_settings_is_told_in_a_line(backbones, rows, tmp_path, capfd):
+    backbone = backbones("llama")
+    main(tiny_run(backbone, rows, tmp_path))
+    wider = [*tiny_run(backbone, rows, tmp_path, width=32), "--ckpt_path=last"]
+    assert status("trainers.fit", lambda: main(wider)) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("trainers.fit: checkpoint last is of a training with other settings")
+    assert "size mismatch" in last
 
 
 def test_errors_of_programming_keep_their_traceback():

@@ -43,7 +43,7 @@ def last_line(capfd):
     [
         (0, "on_fit_start", 0, "step 0; nothing was saved yet"),
         (1, "on_train_batch_start", 0, "step 1; nothing was saved yet"),
-        (3, "on_train_batch_start", 2, "step 3; go on with --ckpt_path last"),
+        (3, "on_train_batch_start", 2, "step 3; go on with --ckpt_path last, from step 2"),
         (2, "on_validation_batch_start", 0, "step 2; go on with --ckpt_path last"),
     ],
 )
@@ -69,7 +69,10 @@ def test_a_stopped_training_of_an_adapter_says_how_to_go_on(backbones, rows, tmp
     args = tiny_run(backbones("llama"), rows, tmp_path, 5, "smollm2_adapter.yaml")
     args += [callbacks(tmp_path, kill_at(3, number=signal.SIGTERM))]
     assert status("trainers.adapt", lambda: adapt.main(args)) == 143
-    assert last_line(capfd) == "trainers.adapt: stopped at step 3; go on with --ckpt_path last"
+    assert (
+        last_line(capfd)
+        == "trainers.adapt: stopped at step 3; go on with --ckpt_path last, from step 2"
+    )
 
 
 def test_a_signal_before_there_is_a_trainer(capfd):
@@ -132,7 +135,7 @@ def test_processes_stop_together_if_one_gets_a_signal(rank, backbones, rows, tmp
     args += [callbacks(tmp_path, kill_at(3, number=signal.SIGTERM, rank=rank))]
     assert run_forked(leaves, args, processes=2) == 143
     told = [line for line in capfd.readouterr().err.splitlines() if "stopped" in line]
-    assert told == ["trainers.fit: stopped at step 3; go on with --ckpt_path last"]
+    assert told == ["trainers.fit: stopped at step 3; go on with --ckpt_path last, from step 2"]
 
 
 def test_processes_that_lightning_started_are_ended(backbones, rows, tmp_path):
@@ -145,7 +148,7 @@ def test_processes_that_lightning_started_are_ended(backbones, rows, tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     _, error = process.communicate()
     assert process.returncode == 143, error
-    says = "trainers.fit: stopped at step 3; go on with --ckpt_path last"
+    says = "trainers.fit: stopped at step 3; go on with --ckpt_path last, from step 2"
     assert error.splitlines()[-1] == says
     with pytest.raises(ProcessLookupError):  # nothing is left of its group
         os.killpg(process.pid, 0)
