@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import locret
-from locret.engine.engine import Engine
+from locret.engine.answering import Answering
 from locret.engine.steps import EAGER_STEPS, StepCounts
 from locret.kernels import decode_attention_quantized
 from locret.model.cache_names import cache_of
@@ -22,7 +22,7 @@ def both(monkeypatch):
     def run(work):
         results = []
         for fast in (False, True):
-            monkeypatch.setattr(Engine, "fast_steps", property(lambda self, fast=fast: fast))
+            monkeypatch.setattr(Answering, "fast_steps", property(lambda self, fast=fast: fast))
             results.append(work())
         return results
 
@@ -46,7 +46,7 @@ def test_same_answers(both, family, positions):
 @pytest.fixture
 def fast(monkeypatch):
     """Every engine takes fast steps; the plain twins stand in for the kernels."""
-    monkeypatch.setattr(Engine, "fast_steps", property(lambda self: True))
+    monkeypatch.setattr(Answering, "fast_steps", property(lambda self: True))
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
