@@ -148,6 +148,14 @@ def test_budgets_have_these_forms(text, budget):
     assert parse_budget(text) == budget
 
 
+def test_settings_that_cannot_work_are_told_before_a_model_is_loaded(
+    folder, nothing_is_loaded, capsys
+):
+    args = ["--prompt-file", str(folder / "prompt.txt"), "--policy", "random", "--budget", "20"]
+    assert run(folder, "generate", *args, "--stabilizers", "21") == 2
+    assert "stabilizers is 21 but the budget is 20" in capsys.readouterr().err
+
+
 def test_bits_that_no_scheme_has_are_told(folder, nothing_is_loaded, capsys):
     args = ["--prompt-file", str(folder / "prompt.txt"), "--quantization", "kivi", "--bits", "7"]
     assert run(folder, "generate", *args) == 2

@@ -190,5 +190,5 @@ def test_heads_of_a_policy_bring_their_record(composed):
     recorded = {"budget": 32, "chunk_size": 16, "stabilizers": 2, "local_tokens": 4}
     heads = tiny_heads(model, defaults=recorded, positions="original")
     engine = locret.Engine(model, composed(LocretPolicy(heads)))
-    assert {name: getattr(engine, name) for name in recorded} == recorded
+    assert {name: getattr(engine.config.reading, name) for name in recorded} == recorded
     assert engine.config.reading.positions == "original"

@@ -119,19 +119,13 @@ def test_settings_given_win_over_the_record(model):
 
 def test_record_of_some_settings_leaves_the_papers_for_the_others(model):
     engine = locret.Engine(model, heads=recorded_heads(model, defaults={"budget": 4096}))
-    assert (engine.config.reading.budget, engine.config.reading.chunk_size) == (
-        4096,
-        PAPER["chunk_size"],
-    )
-    assert (
-        engine.config.reading.stabilizers == PAPER["stabilizers"] // 4
-    )  # in proportion to the budget
+    reading = engine.config.reading
+    assert (reading.budget, reading.chunk_size) == (4096, PAPER["chunk_size"])
+    assert reading.stabilizers == PAPER["stabilizers"] // 4  # in proportion to the budget
     engine = locret.Engine(model, heads=recorded_heads(model, defaults={"chunk_size": 9}))
-    assert engine.config.reading.chunk_size == 9
-    assert (engine.config.reading.budget, engine.config.reading.stabilizers) == (
-        PAPER["budget"],
-        PAPER["stabilizers"],
-    )
+    reading = engine.config.reading
+    assert reading.chunk_size == 9
+    assert (reading.budget, reading.stabilizers) == (PAPER["budget"], PAPER["stabilizers"])
 
 
 @pytest.mark.parametrize(("budget", "stabilizers"), [(30, 6), (5, 1), (4, 0), (60, 12)])

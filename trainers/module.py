@@ -117,7 +117,7 @@ class HeadsModule(LightningModule):
     def _check_engine_settings(self) -> None:
         given = self.hparams
         settings = {name: given[name] for name in (*ENGINE_SETTINGS, "positions", "longrope")}
-        EngineConfig.of(query_tokens=given["query_tokens"], **settings)
+        EngineConfig.of(None, None, given["query_tokens"], **settings)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

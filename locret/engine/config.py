@@ -20,7 +20,7 @@ from locret.cache.recall import Recall, recall_of
 from locret.cache.sizing import Sizing
 from locret.engine.steps import why_not_graphed
 from locret.heads.heads import HeadsConfig
-from locret.model.attend import Backend, available, fastest
+from locret.model.attend import Backend, available, check_backend, fastest
 from locret.model.backbone import Backbone
 from locret.model.rotary import LongRopeRule
 from locret.policies import POLICIES, LocretPolicy, Policy
@@ -141,8 +141,8 @@ class EngineConfig:
         cls,
         policy: str | Policy | None = None,
         heads: HeadsConfig | None = None,
-        *,
         query_tokens: int | None = None,
+        /,
         **flat: Any,
     ) -> "EngineConfig":
         """The settings that a user gives by name.
@@ -159,10 +159,10 @@ class EngineConfig:
                 change.
         """
         given = DEFAULTS | _renamed(flat)
-        evicts = _kind_of(policy).evicts
+        evicts = _policy_or_class(policy).evicts  # of a composed one, what its own says
         if query_tokens is None:
-            scores = issubclass(_kind_of(policy, scoring=True), LocretPolicy)
-            query_tokens = heads.query_tokens if heads is not None and scores else 0
+            scoring = heads if _scores_with_heads(policy) else None
+            query_tokens = scoring.query_tokens if scoring else 0
         recorded = Recorded.by(heads, query_tokens)
         scheme, merging = scheme_of(given["quantization"]), merging_of(given["merging"])
         config = cls(
@@ -261,7 +261,7 @@ class EngineConfig:
                 "already; leave it out"
             )
         if compute.backend != "auto":
-            _check_choice("backend", compute.backend, get_args(Backend))
+            check_backend(compute.backend)
         _check_choice("graphs", compute.graphs, (True, False, "auto"))
         keeps_all = reading.budget is None and reading.chunk_size is None
         if compute.backend == "minference" and not keeps_all:
@@ -271,8 +271,8 @@ class EngineConfig:
             )
 
 
-def _kind_of(policy: str | Policy | None, *, scoring: bool = False) -> type[Policy]:
-    """The class of a policy, or of the one that scores in it.
+def _policy_or_class(policy: str | Policy | None) -> Policy | type[Policy]:
+    """A policy as it is given, or the class of that name.
 
     Raises:
         ValueError: there is no policy of that name.
@@ -280,10 +280,16 @@ def _kind_of(policy: str | Policy | None, *, scoring: bool = False) -> type[Poli
     if policy is None:
         return Policy
     if isinstance(policy, Policy):
-        return type(policy.core if scoring else policy)
+        return policy
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is unknown; expected one of {sorted(POLICIES)}")
     return POLICIES[policy]
+
+
+def _scores_with_heads(policy: str | Policy | None) -> bool:
+    if isinstance(policy, Policy):
+        return isinstance(policy.core, LocretPolicy)
+    return policy == LocretPolicy.name
 
 
 def _renamed(flat: Mapping[str, Any]) -> dict[str, Any]:
