@@ -47,9 +47,9 @@ def main(args: Sequence[str] | None = None) -> None:
     results: list[dict[str, Any]] = []
     figures = {
         "window": loaded.model.config.max_position_embeddings,
-        "chunk_size": engine.chunk_size,
-        "stabilizers": engine.stabilizers,
-        "local_tokens": engine.local_tokens,
+        "chunk_size": engine.config.reading.chunk_size,
+        "stabilizers": engine.config.reading.stabilizers,
+        "local_tokens": engine.config.reading.local_tokens,
         "results": results,
     }
     for depth in given.depths:

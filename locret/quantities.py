@@ -1,8 +1,11 @@
-"""Amounts as people write them: 24GiB of memory, 128K tokens."""
+"""Amounts as people write them: 24GiB of memory, 128K tokens, a budget of 8x."""
 
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 KIBI = 1024
 BYTES = {
@@ -18,6 +21,36 @@ TOKENS = {"": 1, "K": KIBI, "M": KIBI**2}
 
 MOST = 2**60
 """No amount is larger: more is a slip of the hand, and sums of it would not be exact."""
+
+BUDGETS = (
+    "units (6000), a share of the context (0.25 or 8x), memory (2GiB), one number for each layer, "
+    "or None for no limit"
+)
+"""The forms of a budget, for people who write Python or YAML."""
+
+BUDGET_TEXTS = (
+    "units (6000), a share of the prompt (0.25 or 8x), memory (512MiB), none for no limit, or auto"
+)
+"""The forms of a budget on a command line."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A budget in bytes, of the units of all layers."""
+
+    nbytes: int
+
+    def __str__(self) -> str:
+        """The bytes, in a form that `budget_of` takes."""
+        return f"{self.nbytes}B"
+
+
+Budget = int | float | tuple[int, ...] | Memory | None
+"""Units every KV head keeps: a number; a share of the context, below 1; one number for each layer;
+what fits into a memory; None = all."""
+
+BudgetChoice = int | float | str | Sequence[int] | Memory | None
+"""How a user gives a budget (`budget_of`)."""
 
 
 def is_whole(value: object, least: int) -> bool:
@@ -61,6 +94,83 @@ def parse_tokens(text: str) -> int:
         ValueError: not a number of tokens.
     """
     return _parse(text, TOKENS, "a number of tokens such as 4096, 128K (131072) or 1M")
+
+
+def budget_of(given: Any, what: str = "budget") -> Budget:
+    """The budget that a user means.
+
+    Args:
+        given: units; a share of the context, as 0.125 or "8x", an eighth; memory, as "2GiB"; one
+            number for each layer; None = no limit.
+        what: what errors call it.
+
+    Raises:
+        ValueError: it has none of these forms.
+    """
+    if given is None or isinstance(given, Memory):
+        return given
+    if isinstance(given, str):
+        return _budget_in_words(given, what)
+    if isinstance(given, Sequence):
+        return _budget_of_layers(given, what)
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise ValueError(f"{what} is {given!r}; expected {BUDGETS}")
+    if isinstance(given, Integral):
+        if not is_whole(given, 1):
+            raise ValueError(f"{what} is {given}; expected at least 1, or None for no limit")
+        return int(given)
+    share = float(given)
+    if not 0 < share < 1:
+        raise ValueError(
+            f"{what} is {given}; expected a share of the context, between 0 and 1, or a whole "
+            "number of units"
+        )
+    return share
+
+
+def parse_budget(text: str) -> Any:
+    """A budget as it is written on a command line: what `budget_of` makes of it, or "auto".
+
+    Raises:
+        ValueError: it has none of the forms.
+    """
+    words: dict[str, Any] = {"auto": "auto", "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    if re.fullmatch(r"0?\.\d+", text) and 0 < float(text) < 1:
+        return float(text)
+    if _is_factor(text) or _is_memory(text):
+        return budget_of(text)
+    raise ValueError(f"{text!r} is not a budget; expected {BUDGET_TEXTS}")
+
+
+def _budget_in_words(given: str, what: str) -> float | Memory:
+    if _is_factor(given):
+        return 1 / int(given[:-1])
+    if _is_memory(given):
+        return Memory(parse_bytes(given))
+    raise ValueError(f"{what} is {given!r}; expected a number of {BUDGETS}")
+
+
+def _budget_of_layers(given: Sequence[Any], what: str) -> tuple[int, ...]:
+    if not given or not all(is_whole(units, 1) for units in given):
+        raise ValueError(
+            f"{what} is {list(given)}; expected one whole number of at least 1 for each layer"
+        )
+    return tuple(int(units) for units in given)
+
+
+def _is_factor(text: str) -> bool:
+    """Whether this says how many tokens there are for every unit: 8x."""
+    found = re.fullmatch(r"([0-9]{1,18})x", text)
+    return found is not None and int(found[1]) > 1
+
+
+def _is_memory(text: str) -> bool:
+    """Whether this is an amount with a unit of memory; a plain number counts units."""
+    return re.fullmatch(r"[\d.]+ *[kmgt]?i?b", text, re.IGNORECASE) is not None
 
 
 def format_bytes(size: float) -> str:

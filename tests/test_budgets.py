@@ -5,6 +5,7 @@ import torch
 
 import locret
 from locret.model.cache_names import cache_of
+from locret.quantities import Memory
 from tests.reference import Settings, answer
 from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
 
@@ -24,9 +25,9 @@ def test_share_of_the_context(model, share, length, kept):
 
 def test_share_takes_stabilizers_in_proportion(model):
     engine = locret.Engine(model, "random", budget=0.5, chunk_size=7)
-    assert engine.stabilizers == "auto"
+    assert engine.config.reading.stabilizers == "auto"
     engine.prefill(prompt(60))
-    assert engine.settings.stabilizers_for([30]) == 2500 * 30 // 16384
+    assert engine.config.stabilizers_for([30]) == 2500 * 30 // 16384
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 1.5, -0.1])
@@ -45,9 +46,11 @@ def test_one_budget_for_each_layer(model, positions):
     assert text.shape == (1, 69)
 
 
-@pytest.mark.parametrize("budget", [[9], [9, 0], [9, 9, 9]])
-def test_budgets_that_do_not_fit_the_layers_are_refused(model, budget):
-    with pytest.raises(ValueError, match="for each of the 2 layers"):
+@pytest.mark.parametrize(
+    ("budget", "layers"), [([9], "of the 2 layers"), ([9, 0], "layer"), ([9, 9, 9], "of the 2")]
+)
+def test_budgets_that_do_not_fit_the_layers_are_refused(model, budget, layers):
+    with pytest.raises(ValueError, match=f"one whole number of at least 1 for each {layers}"):
         locret.Engine(model, "random", budget=budget)
 
 
@@ -109,7 +112,7 @@ def test_interval_is_checked(model, interval):
         locret.Engine(model, "random", budget=20, decode_interval=interval, **SMALL)
 
 
-@pytest.mark.parametrize("settings", [{"budget_bytes": "64MiB"}, {"budget": 0.5}])
+@pytest.mark.parametrize("settings", [{"budget": "64MiB"}, {"budget": 0.5}])
 def test_prompts_without_a_context_have_their_budget_while_answers_are_evicted(settings):
     model = tiny_model("llama")
     given = SMALL | settings | {"local_tokens": 20}
@@ -117,7 +120,7 @@ def test_prompts_without_a_context_have_their_budget_while_answers_are_evicted(s
     greedy = {"max_new_tokens": 40, "do_sample": False}
     output = engine.generate(prompt(20), return_dict_in_generate=True, **greedy)
     report = cache_of(output).report()
-    if "budget" in settings:
+    if settings["budget"] == 0.5:
         assert report["budget"] == 10
         assert max(report["units"]) <= 10 + 8
     else:
@@ -138,6 +141,22 @@ def test_eviction_of_answers_is_not_handed_on_to_the_next_engine():
     assert min(cache.report()["units"]) >= held + 30
 
 
-def test_a_budget_that_is_memory_says_how_to_give_it():
-    with pytest.raises(ValueError, match="give memory as budget_bytes"):
-        locret.Engine(tiny_model("llama"), "random", budget="2GiB", **SMALL)
+def test_a_budget_of_words_that_mean_none_says_which_there_are(model):
+    with pytest.raises(ValueError, match="budget is 'much'; expected a number of units .*2GiB"):
+        locret.Engine(model, "random", budget="much", **SMALL)
+
+
+def test_a_factor_is_a_share(model):
+    factor, share = (
+        locret.Engine(model, "random", budget=budget, **SMALL).prefill(prompt(64))
+        for budget in ("8x", 0.125)
+    )
+    assert factor.report()["units"] == share.report()["units"] == [8, 8]
+
+
+@pytest.mark.parametrize("nbytes", [40_000, "40kB"])
+def test_the_old_name_of_a_budget_in_bytes_warns_the_caller(model, nbytes):
+    with pytest.warns(FutureWarning, match="use budget='40000B'") as told:
+        engine = locret.Engine(model, "random", budget_bytes=nbytes, **SMALL)
+    assert told[0].filename == __file__
+    assert engine.config.reading.budget == Memory(40_000)

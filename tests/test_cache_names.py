@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import locret
+from locret.engine.answering import Answering
 from locret.engine.engine import Engine
 from locret.model.cache_names import NAMES, as_argument, as_before, cache_in, cache_of
 from tests.tiny_models import prompt, tiny_heads, tiny_model
@@ -82,7 +83,7 @@ def model_with(name):
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_models_of_either_name_answer_alike(name, fast, monkeypatch):
-    monkeypatch.setattr(Engine, "fast_steps", property(lambda self: fast))
+    monkeypatch.setattr(Answering, "fast_steps", property(lambda self: fast))
     stock, model = tiny_model("llama"), model_with(name)
     settings = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
     expected = Engine(stock, heads=tiny_heads(stock), **settings).generate(prompt(60), **GREEDY)

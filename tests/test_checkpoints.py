@@ -25,7 +25,7 @@ def test_the_shipped_heads_fit_the_adapted_embedded_model(folder, aware):
     assert aware or heads.config.metrics["retrieval_4k/full@1x"] >= 0.85
     loaded = load_model("embedded:smollm2", device="cpu", adapter=str(adapter))
     engine = locret.Engine(loaded.model, heads=heads)
-    assert (engine.budget, engine.stabilizers) == (512, 128)
+    assert (engine.config.reading.budget, engine.config.reading.stabilizers) == (512, 128)
 
 
 @pytest.mark.parametrize("folder", ["smollm2-adapter", "smollm2-heads", "smollm2-heads-aware"])

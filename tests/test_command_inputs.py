@@ -14,6 +14,7 @@ from locret.commands.shared import read_text, replace_unprintable
 from locret.evaluation.engines import check_row
 from locret.evaluation.rows import Row
 from locret.model.loading import find_device, load_model
+from locret.quantities import Memory, parse_budget
 from tests.tiny_models import prompt, tiny_config, tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -97,11 +98,13 @@ def test_unprintable_characters_are_replaced(monkeypatch):
 
 # --- numbers ---
 
-BUDGETS = "expected units (6000), a share of the prompt (0.25), memory (512MiB), none for no limit"
+BUDGETS = (
+    "expected units (6000), a share of the prompt (0.25 or 8x), memory (512MiB), none for no limit"
+)
 GENERATE = [
     *(
         ("--budget", text, f"{text!r} is not a budget; {BUDGETS}")
-        for text in ("abc", "1.5", "0", "0.0", "1.0", "-5", "8x", "1e3", "50%", "²", "", "12K")
+        for text in ("abc", "1.5", "0", "0.0", "1.0", "-5", "1x", "1e3", "50%", "²", "", "12K")
     ),
     ("--budget", "0MiB", "'0MiB' is less than 1; expected an amount of memory"),
     ("--chunk-size", "abc", "'abc' is not a whole number of at least 1, none or auto"),
@@ -130,18 +133,27 @@ def test_a_number_that_cannot_be_is_one_sentence(name, text, says, folder, capsy
 @pytest.mark.parametrize(
     ("text", "budget"),
     [
-        ("auto", {}),
-        ("None", {"budget": None}),
-        ("512", {"budget": 512}),
-        ("0.25", {"budget": 0.25}),
-        (".5", {"budget": 0.5}),
-        ("512MiB", {"budget_bytes": 512 * 2**20}),
-        ("1.5 kib", {"budget_bytes": 1536}),
-        ("600 B", {"budget_bytes": 600}),
+        ("auto", "auto"),
+        ("None", None),
+        ("512", 512),
+        ("0.25", 0.25),
+        (".5", 0.5),
+        ("8x", 0.125),
+        ("512MiB", Memory(512 * 2**20)),
+        ("1.5 kib", Memory(1536)),
+        ("600 B", Memory(600)),
     ],
 )
 def test_budgets_have_these_forms(text, budget):
-    assert generate._budget(text) == budget
+    assert parse_budget(text) == budget
+
+
+def test_settings_that_cannot_work_are_told_before_a_model_is_loaded(
+    folder, nothing_is_loaded, capsys
+):
+    args = ["--prompt-file", str(folder / "prompt.txt"), "--policy", "random", "--budget", "20"]
+    assert run(folder, "generate", *args, "--stabilizers", "21") == 2
+    assert "stabilizers is 21 but the budget is 20" in capsys.readouterr().err
 
 
 def test_bits_that_no_scheme_has_are_told(folder, nothing_is_loaded, capsys):

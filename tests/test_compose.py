@@ -140,7 +140,7 @@ def test_pyramids_over_any_policy(model):
 def test_over_trained_heads(model):
     heads = tiny_heads(model, query_tokens=3)
     engine = locret.Engine(model, AdaptiveHeads(LocretPolicy(heads)), **SMALL)
-    assert engine.query_tokens == 3
+    assert engine.config.recorded.query_tokens == 3
     assert engine.policy.name == "locret+adaptive_heads"
     cache = engine.prefill(prompt(60, vocab=VOCAB), query_ids=prompt(3, seed=1, vocab=VOCAB))
     for layer in kept(cache):
@@ -190,5 +190,5 @@ def test_heads_of_a_policy_bring_their_record(composed):
     recorded = {"budget": 32, "chunk_size": 16, "stabilizers": 2, "local_tokens": 4}
     heads = tiny_heads(model, defaults=recorded, positions="original")
     engine = locret.Engine(model, composed(LocretPolicy(heads)))
-    assert {name: getattr(engine, name) for name in recorded} == recorded
-    assert engine.positions == "original"
+    assert {name: getattr(engine.config.reading, name) for name in recorded} == recorded
+    assert engine.config.reading.positions == "original"

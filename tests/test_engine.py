@@ -52,8 +52,9 @@ def kept(cache, layer_idx=0, head=0):
     [
         ({"budget": 0}, "budget is 0; expected at least 1, or None"),
         ({"budget": -5}, "budget is -5"),
-        ({"budget": []}, "one whole number of at least 1 for each of the 2 layers"),
-        ({"budget": [9, "9"]}, "one whole number of at least 1 for each of the 2 layers"),
+        ({"budget": []}, "one whole number of at least 1 for each layer"),
+        ({"budget": [9, "9"]}, "one whole number of at least 1 for each layer"),
+        ({"budget": [9]}, "one whole number of at least 1 for each of the 2 layers"),
         ({"budget": "auto", "budget_bytes": 1.5}, "budget_bytes is 1.5"),
         ({"quantization": {"name": "kivi", "bits": 4.0}}, "bits is 4.0; kivi takes"),
         ({"chunk_size": 0}, "chunk_size is 0; expected at least 1"),
@@ -85,9 +86,9 @@ def test_streaming_llm_refuses_negative_sinks():
 
 def test_without_heads_the_settings_are_the_papers(model):
     engine = locret.Engine(model, "random")
-    ours = {name: getattr(engine, name) for name in PAPER}
+    ours = {name: getattr(engine.config.reading, name) for name in PAPER}
     assert ours == PAPER
-    assert engine.positions == "compact"
+    assert engine.config.reading.positions == "compact"
 
 
 RECORDED = {"budget": 60, "chunk_size": 9, "stabilizers": 12, "local_tokens": 4}
@@ -100,8 +101,8 @@ def recorded_heads(model, **record):
 def test_settings_come_from_the_heads_record(model):
     heads = recorded_heads(model, positions="original")
     engine = locret.Engine(model, heads=heads)
-    assert {name: getattr(engine, name) for name in RECORDED} == RECORDED
-    assert engine.positions == "original"
+    assert {name: getattr(engine.config.reading, name) for name in RECORDED} == RECORDED
+    assert engine.config.reading.positions == "original"
     phi3 = tiny_model("phi3")
     for rule in ("long", "by_length"):
         assert (
@@ -112,33 +113,36 @@ def test_settings_come_from_the_heads_record(model):
 def test_settings_given_win_over_the_record(model):
     heads = recorded_heads(model, positions="original")
     engine = locret.Engine(model, heads=heads, positions="compact", **SMALL)
-    assert {name: getattr(engine, name) for name in SMALL} == SMALL
-    assert engine.positions == "compact"
+    assert {name: getattr(engine.config.reading, name) for name in SMALL} == SMALL
+    assert engine.config.reading.positions == "compact"
 
 
 def test_record_of_some_settings_leaves_the_papers_for_the_others(model):
     engine = locret.Engine(model, heads=recorded_heads(model, defaults={"budget": 4096}))
-    assert (engine.budget, engine.chunk_size) == (4096, PAPER["chunk_size"])
-    assert engine.stabilizers == PAPER["stabilizers"] // 4  # in proportion to the budget
+    reading = engine.config.reading
+    assert (reading.budget, reading.chunk_size) == (4096, PAPER["chunk_size"])
+    assert reading.stabilizers == PAPER["stabilizers"] // 4  # in proportion to the budget
     engine = locret.Engine(model, heads=recorded_heads(model, defaults={"chunk_size": 9}))
-    assert engine.chunk_size == 9
-    assert (engine.budget, engine.stabilizers) == (PAPER["budget"], PAPER["stabilizers"])
+    reading = engine.config.reading
+    assert reading.chunk_size == 9
+    assert (reading.budget, reading.stabilizers) == (PAPER["budget"], PAPER["stabilizers"])
 
 
 @pytest.mark.parametrize(("budget", "stabilizers"), [(30, 6), (5, 1), (4, 0), (60, 12)])
 def test_smaller_budget_keeps_the_recorded_proportion_of_stabilizers(model, budget, stabilizers):
     engine = locret.Engine(model, heads=recorded_heads(model), budget=budget)
-    assert engine.stabilizers == stabilizers
+    assert engine.config.reading.stabilizers == stabilizers
 
 
 def test_record_serves_other_policies_too(model):
     engine = locret.Engine(model, "random", heads=recorded_heads(model))
-    assert engine.budget == RECORDED["budget"]
+    assert engine.config.reading.budget == RECORDED["budget"]
     assert engine.policy.name == "random"
 
 
 def test_no_budget_needs_no_stabilizers(model):
-    assert locret.Engine(model, "random", budget=None, local_tokens=3).budget is None
+    engine = locret.Engine(model, "random", budget=None, local_tokens=3)
+    assert engine.config.reading.budget is None
 
 
 def test_heads_of_another_backbone_are_refused_with_the_difference(model):
@@ -787,7 +791,7 @@ def test_what_the_models_configuration_asks_for_is_heeded(model):
 
 def test_full_ignores_the_budget(model):
     engine = full_engine(model)
-    assert engine.budget is None
+    assert engine.config.reading.budget is None
     assert kept(engine.prefill(prompt(60))) == list(range(60))
 
 

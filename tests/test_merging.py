@@ -289,7 +289,7 @@ def test_units_written_in_place_weigh_one():
 
 
 def test_a_budget_in_bytes_counts_weights(model):
-    settings = SMALL | {"budget": "auto", "budget_bytes": 40_000}
+    settings = SMALL | {"budget": "40kB"}
     with_weights = locret.Engine(model, "keydiff", merging="similar", **settings)
     cache = with_weights.prefill(prompt(200))
     assert cache.nbytes <= 40_000

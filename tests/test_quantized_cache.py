@@ -327,13 +327,13 @@ BYTES = 60_000
 
 @pytest.mark.parametrize("policy", ["random", "pyramidkv"])
 @pytest.mark.parametrize("name", [None, *PACKING])
-@pytest.mark.parametrize("budget_bytes", [BYTES, "60kB"])
-def test_a_budget_in_bytes(model, policy, name, budget_bytes):
+@pytest.mark.parametrize("budget", [f"{BYTES}B", "60kB"])
+def test_a_budget_in_bytes(model, policy, name, budget):
     ends = {"quant_end_layers": 1} if name == "layerquant" else {}
     scheme = {"name": name, "group": 8, "residual": 4} | ends if name else None
     settings = {"chunk_size": 50, "stabilizers": 3, "local_tokens": 5, "quantization": scheme}
     ids = distinct_prompt(900, VOCAB)
-    engine = locret.Engine(model, policy, budget_bytes=budget_bytes, **settings)
+    engine = locret.Engine(model, policy, budget=budget, **settings)
     report = engine.prefill(ids).report()
     outliers = 30_000 if name == "kvquant" else 0
     assert 0.85 * BYTES < report["total_bytes"] <= BYTES + outliers
@@ -343,7 +343,7 @@ def test_a_budget_in_bytes(model, policy, name, budget_bytes):
 
 def test_a_context_that_fits_stays_within_the_bytes_too(model):
     engine = locret.Engine(
-        model, "random", budget_bytes=BYTES, chunk_size=50, quantization={"name": "kivi"} | RUNS
+        model, "random", budget=f"{BYTES}B", chunk_size=50, quantization={"name": "kivi"} | RUNS
     )
     units = max(engine.prefill(distinct_prompt(900, VOCAB)).report()["units"])
     report = engine.prefill(distinct_prompt(units, VOCAB)).report()
@@ -353,12 +353,14 @@ def test_a_context_that_fits_stays_within_the_bytes_too(model):
 
 def test_bytes_for_nothing_are_refused(model):
     with pytest.raises(ValueError, match="one unit in every KV head takes"):
-        locret.Engine(model, "random", budget_bytes=100).prefill(prompt(60))
+        locret.Engine(model, "random", budget="100B").prefill(prompt(60))
     with pytest.raises(ValueError, match="expected at least 1"):
         locret.Engine(model, "random", budget_bytes=0)
     with pytest.raises(ValueError, match="amount of memory"):
         locret.Engine(model, "random", budget_bytes="2 GiBs")
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="'0MiB' is less than 1; expected an amount of memory"):
+        locret.Engine(model, "random", budget="0MiB")
+    with pytest.raises(ValueError, match="give budget alone"):
         locret.Engine(model, "random", budget=20, budget_bytes="2GiB")
 
 

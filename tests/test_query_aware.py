@@ -116,7 +116,7 @@ def test_prefill_without_a_query_is_refused(model, heads):
 def test_a_query_for_policies_that_do_not_ask_for_one_is_refused(model, blind, heads, policy):
     given = blind if policy == "locret" else heads
     engine = locret.Engine(model, policy, heads=given, **SMALL)
-    assert engine.query_tokens == 0
+    assert engine.config.recorded.query_tokens == 0
     with pytest.raises(ValueError, match="the policy's heads are not query-aware"):
         engine.prefill(prompt(60), query_ids=prompt(QUERY))
     assert engine.prefill(prompt(60)).query_length == 0
@@ -124,7 +124,7 @@ def test_a_query_for_policies_that_do_not_ask_for_one_is_refused(model, blind, h
 
 def test_heads_inside_a_policy_are_as_query_aware(model, heads):
     engine = locret.Engine(model, LocretPolicy(heads), **SMALL)
-    assert engine.query_tokens == QUERY
+    assert engine.config.recorded.query_tokens == QUERY
     by_name = locret.Engine(model, heads=heads, **SMALL)
     ids = prompt(60)
     assert torch.equal(engine.generate(ids, **GREEDY), by_name.generate(ids, **GREEDY))

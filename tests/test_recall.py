@@ -606,14 +606,15 @@ def test_what_does_not_go_together_is_refused():
 
 def test_defaults_are_the_papers():
     model = tiny_model("llama")
-    assert recalling(model, recall={}).recall == Recall(128, 16, 4)
-    assert recalling(model, recall=Recall(8)).recall == Recall(8)
+    assert recalling(model, recall={}).config.storage.recall == Recall(128, 16, 4)
+    assert recalling(model, recall=Recall(8)).config.storage.recall == Recall(8)
 
 
 def test_rows_of_an_evaluation_reach_it():
     (row,) = expand([{"policy": "random", "budget": 20, "engine": {"recall": FEW}}])[1:]
     loaded = LoadedModel(tiny_model("llama"), None, "tiny", None)
     engines = Engines(loaded, {}, None, {"chunk_size": 16, "stabilizers": 3, "local_tokens": 5})
-    assert engines.get(row, row.engine_budget(None)).recall == Recall(**FEW)
+    engine = engines.get(row, row.engine_budget(None))
+    assert engine.config.storage.recall == Recall(**FEW)
     assert engines.used[row.label]["recall"] == FEW
     assert engines.get(row, 20).prefill(prompt(60)).report()["recall"]["host_units"] == 40

@@ -44,12 +44,12 @@ def test_a_budget_in_bytes_holds_the_windows_too(family):
     model, nbytes = tiny_model(family), 40_000
     settings = {"chunk_size": 50, "stabilizers": 3, "local_tokens": 5}
     for length in (400, 10):
-        engine = locret.Engine(model, "random", budget_bytes=nbytes, **settings)
+        engine = locret.Engine(model, "random", budget=f"{nbytes}B", **settings)
         report = engine.prefill(prompt(length)).report()
         assert report["total_bytes"] <= nbytes
         assert report["total_bytes"] > 0.9 * nbytes or report["units"][1] == length
     with pytest.raises(ValueError, match="one unit in every KV head takes.*sliding windows"):
-        locret.Engine(model, "random", budget_bytes=500, **settings).prefill(prompt(60))
+        locret.Engine(model, "random", budget="500B", **settings).prefill(prompt(60))
 
 
 @pytest.mark.parametrize("family", SLIDING)

@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import locret
-from locret.engine.engine import Engine
+from locret.engine.answering import Answering
 from locret.engine.steps import EAGER_STEPS, StepCounts
 from locret.kernels import decode_attention_quantized
 from locret.model.cache_names import cache_of
@@ -22,7 +22,7 @@ def both(monkeypatch):
     def run(work):
         results = []
         for fast in (False, True):
-            monkeypatch.setattr(Engine, "fast_steps", property(lambda self, fast=fast: fast))
+            monkeypatch.setattr(Answering, "fast_steps", property(lambda self, fast=fast: fast))
             results.append(work())
         return results
 
@@ -46,7 +46,7 @@ def test_same_answers(both, family, positions):
 @pytest.fixture
 def fast(monkeypatch):
     """Every engine takes fast steps; the plain twins stand in for the kernels."""
-    monkeypatch.setattr(Engine, "fast_steps", property(lambda self: True))
+    monkeypatch.setattr(Answering, "fast_steps", property(lambda self: True))
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
@@ -93,7 +93,7 @@ def test_every_step_is_fast_whatever_the_answer_is_asked_with(fast, settings, gi
 
 
 def test_steps_go_on_as_storage_runs_out_and_after_restoring(fast, monkeypatch):
-    monkeypatch.setattr("locret.engine.engine.DECODE_ROOM", 3)
+    monkeypatch.setattr("locret.engine.answering.DECODE_ROOM", 3)
     engine = locret.Engine(tiny_model("llama"), "random", **SMALL)
     cache = engine.prefill(prompt(60))
     context = cache.snapshot()
@@ -241,7 +241,7 @@ def test_long_answers_are_packed_now_and_then(both, monkeypatch, name):
 def test_turns_snapshots_and_storage_that_runs_out(both, monkeypatch):
     model = tiny_model("llama")
     heads = tiny_heads(model)
-    monkeypatch.setattr("locret.engine.engine.DECODE_ROOM", 3)
+    monkeypatch.setattr("locret.engine.answering.DECODE_ROOM", 3)
 
     def work():
         engine = locret.Engine(model, heads=heads, **SMALL)

@@ -17,7 +17,7 @@ from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from locret.cache.cache import Positions
-from locret.engine.config import Settings
+from locret.engine.config import EngineConfig
 from locret.heads.heads import HeadsConfig, RetainingHeads
 from locret.model.backbone import Backbone
 from locret.model.loading import Dtype, load_model, load_tokenizer
@@ -116,16 +116,8 @@ class HeadsModule(LightningModule):
 
     def _check_engine_settings(self) -> None:
         given = self.hparams
-        settings = Settings.resolve(
-            {name: given[name] for name in ENGINE_SETTINGS},
-            budget="auto",
-            chunk_size="auto",
-            stabilizers="auto",
-            local_tokens="auto",
-            positions=given["positions"],
-            decode_interval=None,
-        )
-        settings.check(given["query_tokens"], num_layers=1)
+        settings = {name: given[name] for name in (*ENGINE_SETTINGS, "positions", "longrope")}
+        EngineConfig.of(None, None, given["query_tokens"], **settings)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -57,6 +57,38 @@ class Eviction:
         return min(max(self.stabilizers, recent), self.budgets[layer_idx] - head), head
 
 
+def check_storage(
+    positions: Positions, scheme: Scheme, merging: Merging | None, recall: Recall | None
+) -> None:
+    """Refuse ways to hold units that do not go together (arguments: `RetainedCache`).
+
+    Raises:
+        ValueError: says which, and what to leave out.
+    """
+    if positions not in get_args(Positions):
+        raise ValueError(f"positions is {positions!r}; expected 'compact' or 'original'")
+    if positions == "original" and scheme.packs and scheme.keys_are == "unrotated":
+        raise ValueError(
+            f"quantization {scheme.name!r} holds keys before their rotation and original "
+            "positions hold them after it; use positions='compact', or another quantization"
+        )
+    if merging is not None and scheme.packs:
+        raise ValueError(
+            f"merging changes values of units that stay, and quantization {scheme.name!r} does "
+            "not encode again what it has packed, so that errors never add up; leave one out"
+        )
+    if recall is not None and scheme.packs:
+        raise ValueError(
+            f"recall keeps evicted units as they are in host memory and quantization "
+            f"{scheme.name!r} has only codes of them; leave one of the two out"
+        )
+    if recall is not None and merging is not None:
+        raise ValueError(
+            "merging keeps what is evicted in units that stay and recall brings it back, so "
+            "that it would count twice; leave one of the two out"
+        )
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What a cache was at some moment (`RetainedCache.snapshot`). It holds no copy of the units."""
@@ -111,28 +143,7 @@ class RetainedCache(Cache):
         merging: Merging | None = None,
         recall: Recall | None = None,
     ) -> None:
-        if positions not in get_args(Positions):
-            raise ValueError(f"positions is {positions!r}; expected 'compact' or 'original'")
-        if positions == "original" and scheme.packs and scheme.keys_are == "unrotated":
-            raise ValueError(
-                f"quantization {scheme.name!r} holds keys before their rotation and original "
-                "positions hold them after it; use positions='compact', or another quantization"
-            )
-        if merging is not None and scheme.packs:
-            raise ValueError(
-                f"merging changes values of units that stay, and quantization {scheme.name!r} does "
-                "not encode again what it has packed, so that errors never add up; leave one out"
-            )
-        if recall is not None and scheme.packs:
-            raise ValueError(
-                f"recall keeps evicted units as they are in host memory and quantization "
-                f"{scheme.name!r} has only codes of them; leave one of the two out"
-            )
-        if recall is not None and merging is not None:
-            raise ValueError(
-                "merging keeps what is evicted in units that stay and recall brings it back, so "
-                "that it would count twice; leave one of the two out"
-            )
+        check_storage(positions, scheme, merging, recall)
         super().__init__(
             layers=[
                 RetainedLayer(

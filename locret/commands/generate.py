@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import time
 from typing import Any
 
@@ -18,10 +17,8 @@ from locret.commands.shared import (
 )
 from locret.model.cache_names import cache_of
 from locret.policies import POLICIES
-from locret.quantities import parse_bytes
+from locret.quantities import BUDGET_TEXTS, parse_budget
 from locret.quantization import SCHEMES, Scheme, scheme_of
-
-BUDGETS = "units (6000), a share of the prompt (0.25), memory (512MiB), none for no limit, or auto"
 
 
 def add_to(commands: Any) -> None:
@@ -31,10 +28,10 @@ def add_to(commands: Any) -> None:
     command.add_argument("--policy", default=None, choices=sorted(POLICIES))
     command.add_argument(
         "--budget",
-        type=argument(_budget),
-        default={},
+        type=argument(parse_budget),
+        default="auto",
         metavar="N",
-        help=f"what a KV head keeps: {BUDGETS}",
+        help=f"what a KV head keeps: {BUDGET_TEXTS}",
     )
     for name, kind, text in (
         ("--chunk-size", whole(1, none=None, auto="auto"), "tokens read at a time, or none"),
@@ -53,24 +50,6 @@ def add_to(commands: Any) -> None:
     command.set_defaults(run=run)
 
 
-def _budget(text: str) -> dict[str, Any]:
-    """The engine's budget, by the name of its argument.
-
-    Raises:
-        ValueError: it has none of the forms.
-    """
-    words: dict[str, dict[str, Any]] = {"auto": {}, "none": {"budget": None}}
-    if text.lower() in words:
-        return words[text.lower()]
-    if text.isdecimal() and int(text) > 0:
-        return {"budget": int(text)}
-    if re.fullmatch(r"0?\.\d+", text) and 0 < float(text) < 1:
-        return {"budget": float(text)}
-    if re.fullmatch(r"[\d.]+ *[kmgt]?i?b", text, re.IGNORECASE):  # a plain number counts units
-        return {"budget_bytes": parse_bytes(text)}
-    raise ValueError(f"{text!r} is not a budget; expected {BUDGETS}")
-
-
 def run(given: argparse.Namespace) -> None:
     """Answer a prompt, and say what the cache took.
 
@@ -79,26 +58,24 @@ def run(given: argparse.Namespace) -> None:
     """
     from transformers import TextStreamer
 
+    from locret.engine.config import EngineConfig
     from locret.engine.engine import Engine
 
     # What is cheap to get wrong is checked before a model is loaded.
     text = read_text(given.prompt_file)
     if not text.strip():
         raise ValueError(f"there is no text in {given.prompt_file}; give a prompt")
-    quantization = _quantization(given)
+    settings = _settings(given)
     heads = load_heads(given)
+    policy = given.policy or ("locret" if heads else "full")
+    EngineConfig.of(policy, heads.config if heads else None, **settings)
     loaded = load(given)
     engine = Engine(
         loaded.model,
-        given.policy or ("locret" if heads else "full"),
+        policy,
         heads=heads,
-        **given.budget,
-        chunk_size=given.chunk_size,
-        stabilizers=given.stabilizers,
-        local_tokens=given.local_tokens,
-        query_aware=given.query_aware,
-        quantization=quantization,
         progress=Progress("reading", "tokens"),
+        **settings,
     )
     shown = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = _prompt_ids(loaded.tokenizer, text, raw=given.raw).to(loaded.model.device)
@@ -121,6 +98,12 @@ def run(given: argparse.Namespace) -> None:
         "cache": cache_of(output).report(),
     }
     print(json.dumps(result) if given.json else _summary(result))
+
+
+def _settings(given: argparse.Namespace) -> dict[str, Any]:
+    """The engine's settings by name."""
+    names = ("budget", "chunk_size", "stabilizers", "local_tokens", "query_aware")
+    return {name: getattr(given, name) for name in names} | {"quantization": _quantization(given)}
 
 
 def _quantization(given: argparse.Namespace) -> Scheme | None:

@@ -11,20 +11,20 @@ whatever is read or answered, and no policy is asked.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from locret.cache.cache import DECODE_ROOM, Eviction, RetainedCache
 from locret.cache.layer import RetainedLayer
-from locret.cache.merging import merge_evicted
-from locret.cache.units import NewUnits, Units, unscored
+from locret.cache.units import NewUnits, unscored
+from locret.engine.evicting import Kept, evict, highest
 from locret.model.attend import Backend, attend, attend_past
 from locret.model.hooks import LayerCall, without_autocast
 from locret.model.rotary import Rotary
 from locret.policies.base import HeldUnits, LayerChunk, Policy
-from locret.policies.selection import keep_counts, keep_highest, with_protected
+from locret.policies.selection import keep_counts, with_protected
 
 Surprise = Callable[[Tensor, Tensor], Tensor]
 """Given hidden states [B, T, hidden size] and the tokens [B, T] that came next: -log p, [B, T]."""
@@ -260,7 +260,7 @@ class RetainedAttention:
             layer.units.settle(tight=not eviction.slack)
             return
         (kept,) = self._choose([scores], [layer], [call.retained_idx], eviction)
-        _evict(layer, kept, eviction, new)
+        evict(layer, kept, eviction, new)
 
     def _choose(
         self,
@@ -268,7 +268,7 @@ class RetainedAttention:
         layers: list[RetainedLayer],
         layer_indices: list[int],
         eviction: Eviction,
-    ) -> list["Kept"]:
+    ) -> list[Kept]:
         """What layers with these scores [B, H, S] keep."""
         budgets = [eviction.budgets[i] for i in layer_indices]
         recent = [self.policy.recent(budget) - eviction.drop for budget in budgets]
@@ -288,7 +288,7 @@ class RetainedAttention:
                     for s, count, most in zip(known, counts, filled, strict=True)
                 ]
         return [
-            Kept(_kept(s, budget, p, layer.empty), None)
+            Kept(highest(s, budget, p, layer.empty), None)
             for s, budget, p, layer in zip(scores, budgets, protected, layers, strict=True)
         ]
 
@@ -338,7 +338,7 @@ class RetainedAttention:
             [layers[i].scores for i in full], [layers[i] for i in full], full, eviction
         )
         for i, kept in zip(full, chosen, strict=True):
-            _evict(layers[i], kept, eviction)
+            evict(layers[i], kept, eviction)
 
     def _surprisal(self, cache: RetainedCache, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """-log p of every token given those before it, [B, T] float32; +inf where not known."""
@@ -363,49 +363,6 @@ class RetainedAttention:
             own = column - torch.tensor(cache.padding, device=hidden.device)[:, None]
             surprisal = surprisal.masked_fill(own <= 0, torch.inf)
         return surprisal
-
-
-class Kept(NamedTuple):
-    """Indices [B, H, K] long, ascending; how many leading ones of a head are fillers, [B, H] long,
-    None = those that were empty before, as far as they are still there."""
-
-    units: Tensor
-    empty: Tensor | None
-
-
-def _kept(scores: Tensor, budget: int, protected: tuple[int, int], empty: Tensor | None) -> Tensor:
-    """Indices [B, H, budget] where every head keeps as many."""
-    if empty is None:
-        return keep_highest(scores, budget, *protected)
-    return keep_highest(with_protected(scores, *protected, empty), budget)
-
-
-def _evict(
-    layer: RetainedLayer, kept: Kept, eviction: Eviction, new: NewUnits | None = None
-) -> None:
-    """Hold what is kept of the units held and the `new` ones."""
-    layer.recall_evicted(*kept, new)
-    units, merged = layer.units, None
-    count = layer.held - kept.units.shape[2] + (new.keys.shape[2] if new else 0)
-    if eviction.merging is not None and isinstance(units, Units):
-        fillers = kept.empty
-        if fillers is None and layer.empty is not None:
-            fillers = (layer.empty - count).clamp(min=0)
-        merged = merge_evicted(
-            units.mergeable(new),
-            kept.units,
-            eviction.merging,
-            empty=layer.empty,
-            fillers=fillers,
-            query=eviction.query,
-        )
-    if new is None:
-        units.select(kept.units)
-    else:
-        units.append_selected(new, kept.units)
-    if merged is not None:
-        units.replace_merged(merged)  # type: ignore[union-attr]
-    layer.note_evicted(count, kept.empty)
 
 
 def _without_padding(layer: RetainedLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,129 +1,216 @@
-"""The engine's settings: what "auto" stands for, and what cannot work."""
+"""The engine's settings, in three groups, and everything that they can have wrong.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+    config = EngineConfig.of("snapkv", budget="8x", quantization="kivi")
+    config.reading.budget, config.storage.quantization
+
+`EngineConfig.of` takes the flat keywords of `locret.Engine` and refuses what cannot work whatever
+the model is; `EngineConfig.for_model` refuses what a model cannot do. Whoever takes settings from a
+user (the engine, an evaluation's rows, lm-evaluation-harness, the commands) makes one of these
+first, so that a mistake is told before a model is loaded.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from locret.cache.cache import Positions
+from locret.cache.cache import Positions, check_storage
+from locret.cache.merging import Merging, merging_of
+from locret.cache.recall import Recall, recall_of
 from locret.cache.sizing import Sizing
-from locret.policies.base import Policy
-from locret.quantities import format_bytes, is_whole, parse_bytes
+from locret.engine.steps import why_not_graphed
+from locret.heads.heads import HeadsConfig
+from locret.model.attend import Backend, available, check_backend, fastest
+from locret.model.backbone import Backbone
+from locret.model.rotary import LongRopeRule
+from locret.policies import POLICIES, LocretPolicy, Policy
+from locret.quantities import Budget, Memory, budget_of, format_bytes, is_whole, parse_bytes
+from locret.quantization import Scheme, scheme_of
+from locret.quantization.fp8 import Fp8Scheme, key_bias_warning
 
 Auto = Literal["auto"]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """A budget in bytes, of the units of all layers."""
-
-    nbytes: int
-
-
-Budget = int | float | Sequence[int] | Memory | None
-"""Units every KV head keeps: a number; a share of the context, below 1; one number for each layer;
-what fits into a memory; None = all."""
 
 PAPER = {"budget": 16384, "chunk_size": 3072, "stabilizers": 2500, "local_tokens": 100}
 """The engine settings of the paper, where neither the user nor the heads say otherwise."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a prompt is read; see `locret.Engine` for what each field means."""
+class Recorded:
+    """What the heads record, or else the paper: "auto" stands for these values."""
 
-    budget: Budget
-    chunk_size: int | None
-    stabilizers: int | Auto
-    local_tokens: int
-    positions: Positions
-    decode_interval: int | None
-    recorded: dict[str, int]
+    settings: Mapping[str, int]
+    """Those of `PAPER`."""
+    positions: Any = "compact"
+    longrope: Any = "long"
+    query_tokens: int = 0
+    """Tokens of the question that the heads read in front of the prompt (Locret-Q); 0 = none."""
 
     @classmethod
-    def resolve(
-        cls,
-        defaults: dict[str, int],
-        budget: Budget | Auto,
-        chunk_size: int | None | Auto,
-        stabilizers: int | Auto,
-        local_tokens: int | Auto,
-        positions: Positions,
-        decode_interval: int | None,
-    ) -> "Settings":
-        """Settings with "auto" replaced by what heads record (`defaults`), else by the paper's."""
-        recorded = _recorded(defaults)
-        share = isinstance(budget, Memory) or (isinstance(budget, float) and 0 < budget < 1)
-        if stabilizers == "auto" and not share:
-            stabilizers = recorded["stabilizers"]
-            smallest = _smallest(budget)
-            if smallest is not None and smallest < recorded["budget"]:
-                stabilizers = stabilizers * smallest // recorded["budget"]
-        return cls(
-            budget=recorded["budget"] if budget == "auto" else budget,
-            chunk_size=recorded["chunk_size"] if chunk_size == "auto" else chunk_size,
-            stabilizers=stabilizers,
-            local_tokens=recorded["local_tokens"] if local_tokens == "auto" else local_tokens,
-            positions=positions,
-            decode_interval=decode_interval,
-            recorded=recorded,
-        )
+    def by(cls, heads: HeadsConfig | None, query_tokens: int) -> "Recorded":
+        """What these heads record.
 
-    def check(self, query_tokens: int, num_layers: int) -> None:
-        """Refuse settings that cannot work.
+        Args:
+            query_tokens: of the heads that score; heads may be given for their settings alone.
+        """
+        if heads is None:
+            return cls(PAPER, query_tokens=query_tokens)
+        settings = PAPER | heads.defaults
+        if "stabilizers" not in heads.defaults and settings["budget"] < PAPER["budget"]:
+            settings["stabilizers"] = PAPER["stabilizers"] * settings["budget"] // PAPER["budget"]
+        return cls(settings, heads.positions, heads.longrope, query_tokens)
+
+    def stabilizers_for(self, budget: int | None) -> int:
+        """The recorded stabilizers, fewer in proportion where the budget is smaller."""
+        most = self.settings["budget"]
+        least = most if budget is None else min(budget, most)
+        return self.settings["stabilizers"] * least // most
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a prompt is read, and how much is kept of it."""
+
+    budget: Budget
+    """Units every KV head keeps (`locret.quantities.budget_of`); None = all."""
+    chunk_size: int | None
+    """Tokens of the prompt read at a time; None = all at once."""
+    stabilizers: int | Auto
+    """Last units that survive every eviction but the final one; "auto" = in the recorded
+    proportion, where the budget is known with the context only."""
+    local_tokens: int
+    """Last tokens of the prompt that are read after the final eviction."""
+    positions: Positions
+    """ "compact" or "original" (`locret.cache.cache`)."""
+    longrope: LongRopeRule
+    """ "long" or "by_length" (`locret.model.rotary`)."""
+    query_aware: bool
+    """Whether the policy sees the question before the final eviction."""
+    decode_interval: int | None
+    """Tokens of an answer after which it is evicted again; None = answers are kept whole."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the cache stores units, and what becomes of evicted ones."""
+
+    quantization: Scheme
+    """How keys and values are stored."""
+    merging: Merging | None
+    """How the values of evicted units are merged into units that stay; None = they are lost."""
+    recall: Recall | None
+    """What comes back of evicted units from host memory; None = nothing."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How layers are computed."""
+
+    backend: Backend | Auto
+    """How attention is computed (`locret.model.attend`)."""
+    graphs: bool | Auto
+    """Whether the steps of an answer run from a CUDA graph; "auto" = where that works."""
+
+
+DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("budget", "chunk_size", "stabilizers", "local_tokens"), "auto"),
+    **dict.fromkeys(("positions", "longrope", "backend", "graphs"), "auto"),
+    **dict.fromkeys(("decode_interval", "quantization", "merging", "recall"), None),
+    "query_aware": False,
+}
+"""The settings by name, with what each is where the user does not say."""
+
+ALIAS = "budget_bytes"
+"""The old name of a budget that is memory, taken with a warning."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The settings of an engine, "auto" replaced, checked."""
+
+    reading: Reading
+    """How a prompt is read, and how much is kept of it."""
+    storage: Storage
+    """How the cache stores units, and what becomes of evicted ones."""
+    compute: Compute
+    """How layers are computed."""
+    recorded: Recorded
+    """What "auto" stood for."""
+
+    @classmethod
+    def of(
+        cls,
+        policy: str | Policy | None = None,
+        heads: HeadsConfig | None = None,
+        query_tokens: int | None = None,
+        /,
+        **flat: Any,
+    ) -> "EngineConfig":
+        """The settings that a user gives by name.
+
+        Args:
+            policy: what ranks units; None = any that evicts.
+            heads: the record of the heads given, if any.
+            query_tokens: tokens of the question that heads read in front of the prompt; None = what
+                `heads` record, if the policy scores with them.
+            **flat: the settings of `locret.Engine`, as it takes them.
 
         Raises:
-            ValueError: says which, and what to change.
+            ValueError: an unknown policy or setting, or what works with no model; says what to
+                change.
         """
-        if self.positions not in get_args(Positions):
-            raise ValueError(f"positions is {self.positions!r}; expected 'compact' or 'original'")
-        self._check_budget(num_layers)
-        if self.chunk_size is not None and not is_whole(self.chunk_size, 1):
-            raise ValueError(f"chunk_size is {self.chunk_size!r}; expected at least 1, or None")
-        if not is_whole(self.local_tokens, 1):
-            raise ValueError(
-                f"local_tokens is {self.local_tokens!r}; expected at least 1: the answer starts "
-                "from the last token of the prompt, which is read after the final eviction"
-            )
-        if self.decode_interval is not None and not is_whole(self.decode_interval, 1):
-            raise ValueError(
-                f"decode_interval is {self.decode_interval!r}; expected at least 1, or None for no "
-                "eviction while answering"
-            )
-        if self.stabilizers == "auto":
-            return
-        if not is_whole(self.stabilizers, 0):
-            raise ValueError(f"stabilizers is {self.stabilizers!r}; expected zero or more")
-        smallest = _smallest(self.budget)
-        if smallest is not None and self.stabilizers + query_tokens > smallest:
-            query = f" and the heads keep {query_tokens} query tokens" * bool(query_tokens)
-            raise ValueError(
-                f"stabilizers is {self.stabilizers}{query} but the budget is {smallest}: they "
-                "are kept within the budget; lower stabilizers or raise the budget"
-            )
+        given = DEFAULTS | _renamed(flat)
+        evicts = _policy_or_class(policy).evicts  # of a composed one, what its own says
+        if query_tokens is None:
+            scoring = heads if _scores_with_heads(policy) else None
+            query_tokens = scoring.query_tokens if scoring else 0
+        recorded = Recorded.by(heads, query_tokens)
+        scheme, merging = scheme_of(given["quantization"]), merging_of(given["merging"])
+        config = cls(
+            _reading(given, recorded, evicts),
+            Storage(scheme, merging, recall_of(given["recall"])),
+            Compute(given["backend"], given["graphs"]),
+            recorded,
+        )
+        config._check()
+        return config
 
-    def _check_budget(self, num_layers: int) -> None:
-        budget: Any = self.budget
-        if budget is None or isinstance(budget, Memory):
-            return
-        if isinstance(budget, float):
-            if not 0 < budget < 1:
-                raise ValueError(
-                    f"budget is {budget}; a share of the context is between 0 and 1, and a number "
-                    "of units is a whole one"
-                )
-        elif isinstance(budget, int) and not isinstance(budget, bool):
-            if budget < 1:
-                raise ValueError(f"budget is {budget}; expected at least 1, or None for no limit")
-        elif isinstance(budget, str) or not isinstance(budget, Sequence):
-            raise ValueError(
-                f"budget is {budget!r}; expected a whole number of units, a share of the context, "
-                "one number for each layer, or None; give memory as budget_bytes"
-            )
-        elif len(budget) != num_layers or not all(is_whole(units, 1) for units in budget):
+    def for_model(self, backbone: Backbone) -> "EngineConfig":
+        """These settings for one model: what was left "auto" until now is chosen.
+
+        Raises:
+            ValueError: what this model cannot do; says what to change.
+        """
+        layers, budget = backbone.geometry.num_layers, self.reading.budget
+        if isinstance(budget, tuple) and len(budget) != layers:
             raise ValueError(
                 f"budget is {list(budget)}; expected one whole number of at least 1 for each of "
-                f"the {num_layers} layers"
+                f"the {layers} layers"
             )
+        if isinstance(self.storage.quantization, Fp8Scheme):
+            told = key_bias_warning(backbone.key_biases)
+            if told is not None:
+                warnings.warn(told, stacklevel=3)  # whoever makes the engine
+        backend = _backend(self.compute.backend, backbone)
+        graphs = _graphs(self.compute.graphs, backbone, self.storage.recall)
+        return replace(self, compute=Compute(backend, graphs))
+
+    def flat(self) -> dict[str, Any]:
+        """The settings by name."""
+        groups = (self.reading, self.storage, self.compute)
+        return {entry.name: getattr(g, entry.name) for g in groups for entry in fields(g)}
+
+    def sizing(self, backbone: Backbone) -> Sizing:
+        """What units take in the cache of one row."""
+        shape = backbone.geometry
+        return Sizing(
+            self.storage.quantization,
+            shape.num_layers,
+            shape.num_kv_heads,
+            shape.head_size,
+            backbone.model.dtype.itemsize,
+            self.storage.merging is not None,
+            tuple(window for window in backbone.windows if window),
+        )
 
     def budgets(self, policy: Policy, sizing: Sizing, context: int) -> tuple[int, ...] | None:
         """Units that every layer keeps of a context of that many tokens; None = all.
@@ -131,25 +218,20 @@ class Settings:
         Raises:
             ValueError: not one unit fits into the memory.
         """
-        budget: Any = self.budget
+        budget = self.reading.budget
         if budget is None or not sizing.num_layers:
             return None
+        if isinstance(budget, tuple):
+            return budget
 
         def of_layers(average: int) -> Sequence[int]:
             return sizing.shared(policy.budgets(average, sizing.num_layers, context))
 
         if isinstance(budget, Memory):
-            nbytes, windows = budget.nbytes, sizing.window_bytes(context)
-            budget = sizing.units_within(nbytes - windows, max(context, 1), of_layers)
-            if not budget:
-                also = f", sliding windows {format_bytes(windows)}" if windows else ""
-                raise ValueError(
-                    f"budget_bytes is {format_bytes(nbytes)}; one unit in every KV head takes "
-                    f"{format_bytes(sizing.cache_bytes(of_layers(1)))}{also}"
-                )
-        if isinstance(budget, float):
-            budget = max(1, round(budget * context))
-        return tuple(of_layers(budget) if isinstance(budget, int) else budget)
+            units = _units_within(budget, sizing, context, of_layers)
+        else:
+            units = budget if isinstance(budget, int) else max(1, round(budget * context))
+        return tuple(of_layers(units))
 
     def answer_budgets(
         self, policy: Policy, sizing: Sizing, prompt: int, last: int
@@ -157,50 +239,190 @@ class Settings:
         """Units that every layer keeps while an answer comes, where that depends on the tokens: a
         share is of the whole prompt's, and memory holds what fits into it of `last` tokens, the
         prompt's and the answer's. None = what it kept of the context."""
-        if isinstance(self.budget, Memory):
+        budget = self.reading.budget
+        if isinstance(budget, Memory):
             return self.budgets(policy, sizing, last)
-        return self.budgets(policy, sizing, prompt) if isinstance(self.budget, float) else None
+        return self.budgets(policy, sizing, prompt) if isinstance(budget, float) else None
 
     def stabilizers_for(self, budgets: Sequence[int]) -> int:
         """Stabilizers where layers keep `budgets`: in the recorded proportion, if "auto"."""
-        if self.stabilizers != "auto":
-            return self.stabilizers
-        smallest = min(min(budgets), self.recorded["budget"])
-        return self.recorded["stabilizers"] * smallest // self.recorded["budget"]
+        if self.reading.stabilizers != "auto":
+            return self.reading.stabilizers
+        return self.recorded.stabilizers_for(min(budgets))
+
+    def _check(self) -> None:
+        reading, storage, compute = self.reading, self.storage, self.compute
+        _check_values(reading)
+        _check_stabilizers(reading, self.recorded.query_tokens)
+        check_storage(reading.positions, storage.quantization, storage.merging, storage.recall)
+        if reading.query_aware and self.recorded.query_tokens:
+            raise ValueError(
+                "query_aware=True, but these heads read the question in front of the prompt "
+                "already; leave it out"
+            )
+        if compute.backend != "auto":
+            check_backend(compute.backend)
+        _check_choice("graphs", compute.graphs, (True, False, "auto"))
+        keeps_all = reading.budget is None and reading.chunk_size is None
+        if compute.backend == "minference" and not keeps_all:
+            raise ValueError(
+                "backend 'minference' reads a whole prompt at once and evicts nothing; use it with "
+                "policy='full' and chunk_size=None"
+            )
 
 
-def _recorded(defaults: dict[str, int]) -> dict[str, int]:
-    """The heads' settings, the paper's for those not recorded; its stabilizers in proportion."""
-    settings = PAPER | defaults
-    if "stabilizers" not in defaults and settings["budget"] < PAPER["budget"]:
-        settings["stabilizers"] = PAPER["stabilizers"] * settings["budget"] // PAPER["budget"]
-    return settings
-
-
-def _smallest(budget: Any) -> int | None:
-    """The smallest budget of any layer; None where it is not known, or there is none."""
-    if isinstance(budget, int):
-        return budget
-    known = isinstance(budget, Sequence) and not isinstance(budget, str) and len(budget) > 0
-    return min(budget) if known and all(is_whole(units, 0) for units in budget) else None
-
-
-def memory_budget(budget: Any, budget_bytes: int | str | None) -> Any:
-    """The budget, which may be given as units or as bytes.
+def _policy_or_class(policy: str | Policy | None) -> Policy | type[Policy]:
+    """A policy as it is given, or the class of that name.
 
     Raises:
-        ValueError: it is given as both, or not an amount of memory.
+        ValueError: there is no policy of that name.
     """
-    if budget_bytes is None:
-        return budget
+    if policy is None:
+        return Policy
+    if isinstance(policy, Policy):
+        return policy
+    if policy not in POLICIES:
+        raise ValueError(f"policy {policy!r} is unknown; expected one of {sorted(POLICIES)}")
+    return POLICIES[policy]
+
+
+def _scores_with_heads(policy: str | Policy | None) -> bool:
+    if isinstance(policy, Policy):
+        return isinstance(policy.core, LocretPolicy)
+    return policy == LocretPolicy.name
+
+
+def _renamed(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings given, by the names of `DEFAULTS`."""
+    given = dict(flat)
+    nbytes = given.pop(ALIAS, None)
+    unknown = sorted(set(given) - set(DEFAULTS))
+    if unknown:
+        raise ValueError(
+            f"engine settings {', '.join(unknown)} are unknown; expected some of "
+            f"{', '.join(sorted(DEFAULTS))}"
+        )
+    if nbytes is not None:
+        given["budget"] = _budget_of_bytes(nbytes, given.get("budget", "auto"))
+    return given
+
+
+def _budget_of_bytes(nbytes: Any, budget: Any) -> Memory:
+    """The budget where it is given by its old name."""
     if budget != "auto":
+        raise ValueError(f"budget is {budget!r} and {ALIAS} {nbytes!r}; give budget alone")
+    if isinstance(nbytes, str):
+        memory = Memory(parse_bytes(nbytes))
+    elif is_whole(nbytes, 1):
+        memory = Memory(int(nbytes))
+    else:
+        raise ValueError(f"{ALIAS} is {nbytes!r}; expected at least 1, or such as '2GiB'")
+    told = f"{ALIAS} is called budget now, which takes bytes too: use budget={str(memory)!r}"
+    warnings.warn(told, FutureWarning, stacklevel=5)  # the caller of Engine(...)
+    return memory
+
+
+def _reading(given: Mapping[str, Any], recorded: Recorded, evicts: bool) -> Reading:
+    """The settings of reading, "auto" replaced by what is recorded."""
+
+    def chosen(name: str) -> Any:
+        return recorded.settings[name] if given[name] == "auto" else given[name]
+
+    budget, stabilizers = budget_of(chosen("budget")), given["stabilizers"]
+    if not evicts:
+        budget = None
+    if stabilizers == "auto" and not isinstance(budget, (float, Memory)):
+        stabilizers = recorded.stabilizers_for(_smallest(budget))
+    positions, longrope = given["positions"], given["longrope"]
+    return Reading(
+        budget=budget,
+        chunk_size=chosen("chunk_size"),
+        stabilizers=stabilizers,
+        local_tokens=chosen("local_tokens"),
+        positions=recorded.positions if positions == "auto" else positions,
+        longrope=recorded.longrope if longrope == "auto" else longrope,
+        query_aware=given["query_aware"],
+        decode_interval=given["decode_interval"] if evicts else None,
+    )
+
+
+def _smallest(budget: Budget) -> int | None:
+    """The smallest budget of any layer; None where there is none, or it is not known yet."""
+    if isinstance(budget, tuple):
+        return min(budget)
+    return budget if isinstance(budget, int) else None
+
+
+def _check_values(reading: Reading) -> None:
+    _check_choice("positions", reading.positions, get_args(Positions))
+    _check_choice("longrope", reading.longrope, get_args(LongRopeRule))
+    _check_choice("query_aware", reading.query_aware, (True, False))
+    if reading.chunk_size is not None and not is_whole(reading.chunk_size, 1):
+        raise ValueError(f"chunk_size is {reading.chunk_size!r}; expected at least 1, or None")
+    if not is_whole(reading.local_tokens, 1):
         raise ValueError(
-            f"budget is {budget!r} and budget_bytes {budget_bytes!r}; give one of them"
+            f"local_tokens is {reading.local_tokens!r}; expected at least 1: the answer starts "
+            "from the last token of the prompt, which is read after the final eviction"
         )
-    if isinstance(budget_bytes, str):
-        return Memory(parse_bytes(budget_bytes))
-    if not is_whole(budget_bytes, 1):
+    if reading.decode_interval is not None and not is_whole(reading.decode_interval, 1):
         raise ValueError(
-            f"budget_bytes is {budget_bytes!r}; expected at least 1, or such as '2GiB'"
+            f"decode_interval is {reading.decode_interval!r}; expected at least 1, or None for no "
+            "eviction while answering"
         )
-    return Memory(budget_bytes)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def _check_stabilizers(reading: Reading, query_tokens: int) -> None:
+    stabilizers, smallest = reading.stabilizers, _smallest(reading.budget)
+    if stabilizers == "auto":
+        return
+    if not is_whole(stabilizers, 0):
+        raise ValueError(f"stabilizers is {stabilizers!r}; expected zero or more")
+    if smallest is not None and stabilizers + query_tokens > smallest:
+        query = f" and the heads keep {query_tokens} query tokens" * bool(query_tokens)
+        raise ValueError(
+            f"stabilizers is {stabilizers}{query} but the budget is {smallest}: they are kept "
+            "within the budget; lower stabilizers or raise the budget"
+        )
+
+
+def _units_within(
+    memory: Memory, sizing: Sizing, context: int, of_layers: Callable[[int], Sequence[int]]
+) -> int:
+    """Units on average that fit into the memory, at least 1."""
+    windows = sizing.window_bytes(context)
+    units = sizing.units_within(memory.nbytes - windows, max(context, 1), of_layers)
+    if not units:
+        also = f", sliding windows {format_bytes(windows)}" if windows else ""
+        raise ValueError(
+            f"budget is {format_bytes(memory.nbytes)}; one unit in every KV head takes "
+            f"{format_bytes(sizing.cache_bytes(of_layers(1)))}{also}"
+        )
+    return units
+
+
+def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:
+    model, size = backbone.model, backbone.geometry.head_size
+    device = backbone.layers[0].device
+    if backend == "auto":
+        if backbone.backend == "eager":
+            return "eager"
+        return fastest(device, model.dtype, size)
+    reason = available(backend, device, model.dtype, size)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} does not work here: {reason}; leave it 'auto'")
+    return backend
+
+
+def _graphs(graphs: bool | Auto, backbone: Backbone, recall: Recall | None) -> bool:
+    reason = why_not_graphed(backbone)
+    if recall is not None:
+        reason = "recall chooses blocks on the host at every step"
+    if graphs is True and reason is not None:
+        raise ValueError(f"graphs=True does not work here: {reason}; leave it 'auto'")
+    return reason is None and graphs is not False

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from locret.cache.sizing import Sizing
-from locret.engine.config import PAPER
+from locret.engine.config import PAPER, EngineConfig
 from locret.heads.heads import Geometry
 from locret.model.backbone import Backbone
 from locret.quantities import MOST, format_bytes
@@ -96,7 +96,7 @@ def make_plan(
     memory: int,
     context: int,
     dtype: torch.dtype | None = None,
-    chunk_size: int = PAPER["chunk_size"],
+    chunk_size: int | None = PAPER["chunk_size"],
     new_tokens: int = DEFAULT_NEW_TOKENS,
     head_width: int = HEAD_WIDTH,
 ) -> Plan:
@@ -107,7 +107,7 @@ def make_plan(
         memory: bytes that the process may use on the device.
         context: tokens to be read.
         dtype: of weights and unquantized cache; default the config's, else bfloat16.
-        chunk_size: tokens read at a time.
+        chunk_size: tokens read at a time; None = all at once.
         new_tokens: answer tokens to leave room for, beside the paper's local tokens.
         head_width: hidden width of the retaining heads, with tap `qkv`; 0 = no heads.
 
@@ -117,12 +117,12 @@ def make_plan(
     for name, value, least in (
         ("memory", memory, 1),
         ("context", context, 1),
-        ("chunk_size", chunk_size, 1),
         ("new_tokens", new_tokens, 0),
         ("head_width", head_width, 0),
     ):
         if not least <= value <= MOST:
             raise ValueError(f"{name} is {value}; expected at least {least}, and at most {MOST}")
+    chunk_size = EngineConfig.of(chunk_size=chunk_size).reading.chunk_size or context
     dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)

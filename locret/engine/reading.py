@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from locret.cache.cache import Eviction, RetainedCache
 from locret.cache.files import describe
-from locret.cache.merging import Merging
-from locret.cache.recall import Recall
 from locret.cache.sizing import Sizing
 from locret.engine.attention import TakenIn
-from locret.engine.config import Settings
+from locret.engine.config import EngineConfig
 from locret.model.backbone import Backbone
 from locret.model.cache_names import as_argument
 from locret.model.hooks import without_autocast
@@ -32,7 +30,7 @@ TOGETHER = 8192
 """Tokens of different rows that are read at a time: more does not make a device faster."""
 
 
-class Reading(NamedTuple):
+class Planned(NamedTuple):
     """How a context is read.
 
     Attributes:
@@ -57,16 +55,15 @@ class Reader:
     """Reads contexts through an attached backbone, into caches of their own.
 
     Attributes:
-        settings, sizing, merging, recall, query_aware, progress: see `locret.Engine`.
+        config: the engine's settings.
+        sizing: what units take.
+        progress: called after every chunk.
     """
 
     backbone: Backbone
     policy: Policy
-    settings: Settings
+    config: EngineConfig
     sizing: Sizing
-    merging: Merging | None = None
-    recall: Recall | None = None
-    query_aware: bool = False
     progress: Progress | None = None
 
     def read(
@@ -128,26 +125,28 @@ class Reader:
 
     def new_cache(self, context: int) -> tuple[RetainedCache, tuple[int, ...] | None]:
         """An empty cache for a context of that many tokens, and what each layer keeps of it."""
-        budgets = self.settings.budgets(self.policy, self.sizing, context)
+        budgets = self.config.budgets(self.policy, self.sizing, context)
         return self._empty(budgets), budgets
 
-    def _plan(self, ids: Tensor, prompt_length: int, query_ids: Tensor | None) -> Reading:
-        budgets = self.settings.budgets(self.policy, self.sizing, ids.shape[1])
-        in_last, drop, query = self.settings.local_tokens - 1 if self.query_aware else 0, 0, 0
-        if query_ids is not None and self.query_aware:
+    def _plan(self, ids: Tensor, prompt_length: int, query_ids: Tensor | None) -> Planned:
+        budgets = self.config.budgets(self.policy, self.sizing, ids.shape[1])
+        aware = self.config.reading.query_aware
+        in_last, drop, query = self.config.reading.local_tokens - 1 if aware else 0, 0, 0
+        if query_ids is not None and aware:
             in_last = drop = query_ids.shape[1]
             ids = torch.cat([ids, query_ids], dim=1)
         elif query_ids is not None:
             query = query_ids.shape[1]
             ids = torch.cat([query_ids, ids], dim=1)
-        chunks = tuple(_chunks(ids.shape[1], self.settings.chunk_size, in_last))
-        return Reading(ids, prompt_length, budgets, query, drop, chunks)
+        chunks = tuple(_chunks(ids.shape[1], self.config.reading.chunk_size, in_last))
+        return Planned(ids, prompt_length, budgets, query, drop, chunks)
 
-    def _read_apart(self, readings: list[Reading]) -> list[RetainedCache]:
+    def _read_apart(self, readings: list[Planned]) -> list[RetainedCache]:
         """A cache for each reading of one row. Chunks that begin and end alike are read together,
         as many as make up `TOGETHER` tokens."""
         done: dict[int, RetainedCache] = {}
-        groups = _together(readings, max(1, TOGETHER // (self.settings.chunk_size or TOGETHER)))
+        size = self.config.reading.chunk_size or TOGETHER
+        groups = _together(readings, max(1, TOGETHER // size))
         left = [(self._opened([readings[i] for i in rows]), rows, 0) for rows in groups]
         while left:
             cache, rows, at = left.pop()
@@ -163,7 +162,7 @@ class Reader:
                     left.append((part, alike, at + 1))
         return [done[i] for i in range(len(readings))]
 
-    def _opened(self, readings: Sequence[Reading]) -> RetainedCache:
+    def _opened(self, readings: Sequence[Planned]) -> RetainedCache:
         """An empty cache for readings that go together."""
         cache = self._empty(readings[0].budgets)
         cache.model = describe(self.backbone.model)
@@ -173,12 +172,12 @@ class Reader:
         cache.query_length = readings[0].query_length
         return cache
 
-    def _read_chunk(self, cache: RetainedCache, readings: Sequence[Reading], at: int) -> None:
+    def _read_chunk(self, cache: RetainedCache, readings: Sequence[Planned], at: int) -> None:
         """Read the chunk number `at`, which all readings have."""
         like = readings[0]
         (start, end), final = like.chunks[at], at + 1 == len(like.chunks)
         if like.budgets is not None:
-            stabilizers = 0 if final else self.settings.stabilizers_for(like.budgets)
+            stabilizers = 0 if final else self.config.stabilizers_for(like.budgets)
             drop = like.drop if final else 0
             query, merging = like.query_length, cache.merging
             cache.eviction = Eviction(like.budgets, stabilizers, query, drop=drop, merging=merging)
@@ -186,7 +185,7 @@ class Reader:
         if self.progress is not None:
             self.progress(end, like.ids.shape[1])
 
-    def _closed(self, cache: RetainedCache, reading: Reading) -> RetainedCache:
+    def _closed(self, cache: RetainedCache, reading: Planned) -> RetainedCache:
         """The cache after the last chunk, to be asked."""
         cache.eviction = None
         cache.token_ids = reading.ids[:, : reading.ids.shape[1] - reading.drop].cpu()
@@ -194,15 +193,15 @@ class Reader:
         return cache
 
     def _empty(self, budgets: tuple[int, ...] | None) -> RetainedCache:
-        windows = self.backbone.windows
+        windows, storage = self.backbone.windows, self.config.storage
         return RetainedCache(
             len(windows),
             one_if_equal(budgets),
-            self.settings.positions,
+            self.config.reading.positions,
             windows,
-            self.sizing.scheme,
-            merging=self.merging if budgets else None,
-            recall=self.recall,
+            storage.quantization,
+            merging=storage.merging if budgets else None,
+            recall=storage.recall,
         )
 
 
@@ -211,7 +210,7 @@ def one_if_equal(budgets: tuple[int, ...] | None) -> int | tuple[int, ...] | Non
     return budgets[0] if budgets and len(set(budgets)) == 1 else budgets
 
 
-def _together(readings: Sequence[Reading], most: int) -> list[list[int]]:
+def _together(readings: Sequence[Planned], most: int) -> list[list[int]]:
     """Which readings may begin together, `most` at a time: they keep alike, of alike questions."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, reading in enumerate(readings):
@@ -220,7 +219,7 @@ def _together(readings: Sequence[Reading], most: int) -> list[list[int]]:
     return [group[at : at + most] for group in groups.values() for at in range(0, len(group), most)]
 
 
-def _alike_at(readings: Sequence[Reading], rows: Sequence[int], at: int) -> list[list[int]]:
+def _alike_at(readings: Sequence[Planned], rows: Sequence[int], at: int) -> list[list[int]]:
     """Those of `rows` whose chunks number `at` are alike: both final or not, or there is none."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i in rows:

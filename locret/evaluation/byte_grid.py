@@ -276,7 +276,7 @@ def _ask(
     question = torch.tensor([asked.ids[-local:] for asked in batch], device=device)
     cache = engine.prefill(
         *padded([asked.ids[:-local] for asked in batch], device),
-        query_ids=question if engine.query_aware else None,
+        query_ids=question if engine.config.reading.query_aware else None,
     )
     held = cache.report()
     limit = settings.needle.max_new_tokens
@@ -293,7 +293,7 @@ def _ask(
             "found": sample.score(answer) == 1.0,
             "answer": answer,
             "expected": list(sample.expected),
-            "budget": engine.budget,
+            "budget": engine.config.reading.budget,
             "units": held["units"],
             "kv_bytes": held["kv_bytes"] // rows,
             "total_bytes": held["total_bytes"] // rows,

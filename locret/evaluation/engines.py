@@ -1,18 +1,17 @@
 """The engine of a row and budget, made when it is asked for."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from locret.cache.merging import describe_merging
-from locret.engine.config import Settings
+from locret.engine.config import EngineConfig
 from locret.engine.engine import Engine
 from locret.evaluation.rows import Row
 from locret.heads.heads import RetainingHeads
 from locret.model.loading import LoadedModel
 from locret.policies import POLICIES, LocretPolicy, Policy
-from locret.quantization import scheme_of
+from locret.quantities import Budget, Memory
 
 SHOWN = ("chunk_size", "stabilizers", "positions", "budget", "query_aware", "backend", "graphs")
 """Settings of an engine that are told beside figures."""
@@ -45,7 +44,7 @@ class Engines:
         self._latest: tuple[Any, Engine] | None = None
         self.used: dict[str, dict[str, Any]] = {}
 
-    def get(self, row: Row, budget: int | float | None) -> Engine:
+    def get(self, row: Row, budget: Budget) -> Engine:
         """The engine of a row, attached to nothing until it is used."""
         key = (row.label, budget)
         if self._latest is None or self._latest[0] != key:
@@ -54,11 +53,9 @@ class Engines:
             self.used.setdefault(row.label, _shown(made))
         return self._latest[1]
 
-    def _made(self, row: Row, budget: int | float | None) -> Engine:
+    def _made(self, row: Row, budget: Budget) -> Engine:
         heads = self._heads.get(row.heads or self._default_heads or "")
-        settings: dict[str, Any] = {**self._settings, **row.engine, "budget": budget}
-        if row.quantization is not None:
-            settings["quantization"] = row.quantization
+        settings = _settings(row, self._settings, budget)
         if row.protocol == "query_aware" and not row.keeps_all:
             settings["query_aware"] = not are_query_aware(row, heads)
         return Engine(self._model, _policy(row), heads=heads, **settings)
@@ -80,36 +77,20 @@ def check_row(row: Row, settings: Mapping[str, Any]) -> None:
         ValueError: settings that engines do not have or that cannot work, arguments that the policy
             does not take, or a quantization that cannot be.
     """
-    known = set(inspect.signature(Engine).parameters) - {"model", "policy", "heads", "progress"}
-    unknown = sorted({*settings, *row.engine} - known)
-    if unknown:
-        raise ValueError(
-            f"row {row.label}: engine settings {', '.join(unknown)} are unknown; expected some of "
-            f"{', '.join(sorted(known))}"
-        )
     try:
-        _policy(row)
+        policy = _policy(row)
     except TypeError as error:
         raise ValueError(f"row {row.label}: policy_args: {error}") from error
-    scheme_of(row.quantization)
     try:
-        _check_values(row, {**settings, **row.engine})
+        EngineConfig.of(policy, **_settings(row, settings, row.engine_budget(None)))
     except ValueError as error:
         raise ValueError(f"row {row.label}: {error}") from error
 
 
-def _check_values(row: Row, settings: Mapping[str, Any]) -> None:
-    """Refuse numbers that work with no model and no heads."""
-    positions = settings.get("positions", "auto")
-    Settings.resolve(
-        {},
-        row.engine_budget(None),
-        settings.get("chunk_size", "auto"),
-        settings.get("stabilizers", "auto"),
-        settings.get("local_tokens", "auto"),
-        "compact" if positions == "auto" else positions,
-        settings.get("decode_interval"),
-    ).check(query_tokens=0, num_layers=1)
+def _settings(row: Row, settings: Mapping[str, Any], budget: Budget) -> dict[str, Any]:
+    """The row's settings of the engine, but for what its protocol asks for."""
+    own = {} if row.quantization is None else {"quantization": row.quantization}
+    return {**settings, **row.engine, **own, "budget": budget}
 
 
 def _policy(row: Row) -> str | Policy:
@@ -120,6 +101,9 @@ def _policy(row: Row) -> str | Policy:
 
 def _shown(engine: Engine) -> dict[str, Any]:
     """What the engine's settings came to be."""
-    shown = {name: getattr(engine, name) for name in SHOWN}
-    shown |= {"merging": describe_merging(engine.merging)}
-    return shown | ({"recall": asdict(engine.recall)} if engine.recall else {})
+    config, settings = engine.config, engine.config.flat()
+    shown = {name: settings[name] for name in SHOWN}
+    if isinstance(config.reading.budget, Memory):
+        shown["budget"] = str(config.reading.budget)
+    shown |= {"merging": describe_merging(config.storage.merging)}
+    return shown | ({"recall": asdict(config.storage.recall)} if config.storage.recall else {})

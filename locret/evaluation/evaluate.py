@@ -84,9 +84,9 @@ def ask(prepared: Prepared, ranks: Ranks, progress: Progress | None = None) -> N
         session.beat()
 
 
-def _engine_of(batch: list[Question]) -> tuple[str, float]:
+def _engine_of(batch: list[Question]) -> tuple[str, str]:
     """Batches of one engine stand together."""
-    return batch[0].row.label, batch[0].budget or 0
+    return batch[0].row.label, str(batch[0].budget)
 
 
 def _load(prepared: Prepared, ranks: Ranks) -> Asker:

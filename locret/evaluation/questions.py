@@ -14,6 +14,7 @@ from locret.evaluation.config import EvalConfig
 from locret.evaluation.prompts import Prompt, Renderer
 from locret.evaluation.rows import Row
 from locret.policies import LocretPolicy
+from locret.quantities import Budget
 from locret.tasks import Sample, Task
 
 NOT_OF_ANSWERS = frozenset(
@@ -28,7 +29,7 @@ class Question:
     """A sample under a row.
 
     Attributes:
-        budget: the engine's: units a KV head may keep, or a share of the context; None = all.
+        budget: the engine's.
         settings: recognises everything that the answer depends on but the sample.
     """
 
@@ -36,7 +37,7 @@ class Question:
     task: Task
     sample: Sample
     prompt: Prompt
-    budget: int | float | None
+    budget: Budget
     settings: str
 
     @property
@@ -51,10 +52,13 @@ class Question:
 
     @property
     def units_allowed(self) -> int | None:
-        """Units that a KV head may keep of the context; None = all."""
+        """Units that a KV head may keep of the context, on average; None = all, or what fits into
+        a memory."""
         if isinstance(self.budget, float):
             return max(1, round(self.budget * self.compressed))
-        return self.budget
+        if isinstance(self.budget, tuple):
+            return round(sum(self.budget) / len(self.budget))
+        return self.budget if isinstance(self.budget, int) else None
 
     @property
     def query(self) -> tuple[int, ...]:

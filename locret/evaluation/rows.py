@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from locret.evaluation.prompts import Protocol
 from locret.policies import POLICIES
+from locret.quantities import Budget, BudgetChoice, budget_of
 
 FULL = "full"
 CROSSED = ("policy", "budget", "protocol", "quantization")
@@ -27,8 +28,9 @@ class Row:
 
     Attributes:
         policy: a name of `locret.policies.POLICIES`.
-        budget: units a KV head keeps: a number; a share such as 0.125; "8x" = an eighth; None =
-            all. Shares are of the length that the task is made to, else of the sample's context.
+        budget: as the engine's: units a KV head keeps; a share such as 0.125 or "8x", an eighth;
+            memory, "2GiB"; one number for each layer, as a list in a list; None = all. Shares are
+            of the length that the task is made to, else of the sample's context.
         protocol: what is known when the context is compressed.
         heads: an artifact, where it is not the run's.
         quantization: how the cache's keys and values are stored; None = as they are.
@@ -38,7 +40,7 @@ class Row:
     """
 
     policy: str
-    budget: int | float | str | None = None
+    budget: BudgetChoice = None
     protocol: Protocol = "query_agnostic"
     heads: str | None = None
     quantization: Any = None
@@ -62,15 +64,13 @@ class Row:
             parts.append(str(self.quantization))
         return " ".join(parts)
 
-    def engine_budget(self, length: int | None) -> int | float | None:
+    def engine_budget(self, length: int | None) -> Budget:
         """The engine's budget for a task that is made to `length` tokens: at least one unit. For a
         task that is not made to a length, a share stays one."""
-        if self.keeps_all or self.budget is None:
-            return None
-        if isinstance(self.budget, int):
-            return self.budget
-        share = 1 / int(self.budget[:-1]) if isinstance(self.budget, str) else self.budget
-        return share if length is None else max(1, round(length * share))
+        budget = None if self.keeps_all else budget_of(self.budget)
+        if isinstance(budget, float) and length is not None:
+            return max(1, round(length * budget))
+        return budget
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value not in (None, "", {})}
@@ -138,20 +138,5 @@ def _checked(row: Row) -> Row:
         raise ValueError(
             f"rows: protocol {row.protocol!r} is unknown; expected one of {get_args(Protocol)}"
         )
-    if not _is_budget(row.budget):
-        raise ValueError(
-            f"rows: budget of {row.policy} is {row.budget!r}; expected a number of units, a share "
-            "such as 0.125, a factor above 1 such as 8x, or null for no limit"
-        )
+    budget_of(row.budget, f"rows: budget of {row.policy}")
     return row
-
-
-def _is_budget(budget: Any) -> bool:
-    if budget is None:
-        return True
-    if isinstance(budget, str):
-        digits = budget[:-1]
-        return budget.endswith("x") and digits.isdecimal() and int(digits) > 1
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        return False
-    return budget >= 1 if isinstance(budget, int) else 0 < budget < 1

@@ -62,14 +62,22 @@ class Weighting:
 PLAIN = Weighting()
 
 
+def check_backend(backend: Any) -> None:
+    """
+    Raises:
+        ValueError: no backend of that name.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r} is unknown; expected one of {get_args(Backend)}")
+
+
 def available(backend: Backend, device: torch.device, dtype: torch.dtype, size: int) -> str | None:
     """Why a backend cannot run heads of `size` channels there; None if it can.
 
     Raises:
         ValueError: no backend of that name.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend {backend!r} is unknown; expected one of {get_args(Backend)}")
+    check_backend(backend)
     if backend in ("eager", "sdpa"):
         return None
     if backend == "minference":

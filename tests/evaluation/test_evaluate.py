@@ -21,6 +21,7 @@ from locret.evaluation.preparing import prepare
 from locret.evaluation.questions import batches, share
 from locret.evaluation.ranks import Ranks
 from locret.evaluation.records import Records
+from locret.evaluation.report import make_report
 from locret.heads.heads import RetainingHeads
 from locret.tasks.ruler.needles import NeedleTask
 from tests.evaluation.eval_data import DATA, write_artifacts, write_data
@@ -278,6 +279,21 @@ def test_options_may_be_given_again(config, tmp_path, capsys):
     out = capsys.readouterr().out
     for label in ("fairytaleqa", "ruler_niah_single_1@900", "ruler_niah_single_1@1000"):
         assert re.search(rf"{label} +2 samples", out)
+
+
+def test_rows_have_budgets_of_all_forms(config, tmp_path):
+    rows = ({"policy": "keydiff", "budget": ["8kB", [20, 30], "4x"]},)
+    config = replace(config, tasks=("fairytaleqa",), rows=rows)
+    result = json.loads(evaluate.run(config).read_text())
+    _, memory, layers, share = result["rows"]
+    assert memory["bytes"]["max"] <= 8_000 < share["bytes"]["max"]
+    assert layers["units"] == {"mean": 25, "max": 30}
+    engines = result["manifest"]["engines"]
+    assert engines["keydiff 8kB query_agnostic"]["budget"] == "8000B"
+    assert engines["keydiff [20, 30] query_agnostic"]["budget"] == [20, 30]
+    assert "8kB" in (Path(config.output) / "result.md").read_text()
+    report = make_report([Path(config.output) / "result.json"], tmp_path / "report.md")
+    assert "[20, 30]" in report.read_text()
 
 
 def test_rows_that_merge(config):

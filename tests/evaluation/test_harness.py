@@ -301,6 +301,12 @@ def test_a_text_is_scored_in_a_bounded_cache(loaded, folder):
     assert same == pytest.approx(whole, rel=1e-4)
 
 
+def test_a_budget_may_be_memory(loaded, folder):
+    model = bounded(loaded, folder, budget="20kB")
+    model.generate_until(requests("generate_until", [PROMPT]), disable_tqdm=True)
+    assert 10_000 < model.get_model_info()["locret"]["held"]["bytes_max"] <= 20_000
+
+
 def test_prompts_that_were_cut_are_counted(loaded, folder):
     model = bounded(loaded, folder, max_length=100)
     model.generate_until(requests("generate_until", [PROMPT, "Short."]), disable_tqdm=True)

@@ -3,6 +3,7 @@
 import pytest
 
 from locret.evaluation.rows import Row, expand
+from locret.quantities import Memory
 
 
 def test_lists_stand_for_all_combinations_and_the_full_cache_comes_first():
@@ -33,7 +34,15 @@ def test_a_full_cache_may_be_given_and_is_one_row():
 
 @pytest.mark.parametrize(
     ("budget", "units", "share"),
-    [("8x", 12, 0.125), (0.5, 50, 0.5), (7, 7, 7), (None, None, None), ("1000x", 1, 0.001)],
+    [
+        ("8x", 12, 0.125),
+        (0.5, 50, 0.5),
+        (7, 7, 7),
+        (None, None, None),
+        ("1000x", 1, 0.001),
+        ("2MiB", Memory(2**21), Memory(2**21)),
+        ([9, 30], (9, 30), (9, 30)),
+    ],
 )
 def test_budgets(budget, units, share):
     assert Row("random", budget).engine_budget(100) == units

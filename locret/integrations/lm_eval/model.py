@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from locret.cache.cache import RetainedCache
 from locret.engine.engine import Engine
-from locret.evaluation.engines import Engines, are_query_aware
+from locret.evaluation.engines import Engines, are_query_aware, check_row
 from locret.evaluation.held import held_of
 from locret.evaluation.preparing import check_adapter
 from locret.evaluation.prompts import Protocol
@@ -47,7 +47,6 @@ from locret.integrations.lm_eval.stops import HarnessStops
 from locret.model.cache_names import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import LocretPolicy
-from locret.quantities import is_whole
 
 LOCAL_TOKENS = 64
 """Tokens at the end of a prompt that count as its question, where nothing tells what it is."""
@@ -67,7 +66,7 @@ class LocretLM(HFLM):
         pretrained: Hub id, folder, or embedded:smollm2; or a loaded model.
         heads, adapter: as for `python -m locret generate`.
         policy: default locret with heads, else full.
-        budget: as in the rows of `python -m locret evaluate`: 512, 0.125, 8x, none.
+        budget: as the engine's: 512, 0.125, 8x, 2GiB, none.
         protocol, context_field, question_marker, local_tokens: see the file's head.
         chunk_size, stabilizers, positions, quantization: of the engine.
         max_length: of prompts; default the model's window, or no limit where the cache is bounded.
@@ -105,8 +104,9 @@ class LocretLM(HFLM):
         self.row = _row(policy or (LocretPolicy.name if heads else FULL), budget, protocol)
         if quantization is not None:
             self.row = Row(**{**vars(self.row), "quantization": quantization})
-        if not is_whole(local_tokens, 1):
-            raise ValueError(f"local_tokens is {local_tokens!r}; expected at least 1")
+        settings = {"chunk_size": chunk_size, "stabilizers": stabilizers, "positions": positions}
+        settings = {name: None if v in NOTHING else v for name, v in settings.items()}
+        check_row(self.row, settings | {"local_tokens": local_tokens})
         own = _checked_heads(self.row, heads)
         check_adapter(adapter)
         self._ranks = Ranks.of_environment()
@@ -128,8 +128,6 @@ class LocretLM(HFLM):
             max_length=max_length or (UNLIMITED if bounded else None),
             **kwargs,
         )
-        settings = {"chunk_size": chunk_size, "stabilizers": stabilizers, "positions": positions}
-        settings = {name: None if v in NOTHING else v for name, v in settings.items()}
         self._engines = Engines(pretrained, own, heads, settings)
         self._finder = ContextFinder(context_field, question_marker)
         self._local_tokens = local_tokens

@@ -26,14 +26,14 @@ def rolling_log_likelihood(engine: Engine, ids: Tensor) -> tuple[float, Retained
         The sum, and the cache after the last token but one.
     """
     model: Any = engine.model
-    settings, length = engine.settings, ids.shape[1]
+    length = ids.shape[1]
     cache, budgets = engine.new_cache(length)
     assert budgets is not None, "without a budget the text is scored as it stands"
     cache.prompt_lengths = (length,)
-    total, size = 0.0, engine.chunk_size or length
+    total, size = 0.0, engine.config.reading.chunk_size or length
     with engine:
         for start in range(0, length - 1, size):
-            cache.eviction = Eviction(budgets, settings.stabilizers_for(budgets))
+            cache.eviction = Eviction(budgets, engine.config.stabilizers_for(budgets))
             chunk = ids[:, start : min(start + size, length - 1)]
             following = ids[0, start + 1 : start + 1 + chunk.shape[1]]
             logits = model(input_ids=chunk, use_cache=True, **as_argument(model, cache)).logits[0]

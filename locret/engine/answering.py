@@ -1,0 +1,137 @@
+"""An answer: stock `generate` over a cache that has read the prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from locret.cache.cache import DECODE_ROOM, Eviction, RetainedCache
+from locret.cache.sizing import Sizing
+from locret.engine.arguments import (
+    BRANCHING,
+    left_mask,
+    longest,
+    prompt_lengths,
+    setting,
+    stock_settings,
+)
+from locret.engine.config import EngineConfig
+from locret.engine.reading import one_if_equal
+from locret.engine.steps import GraphedSteps, StepCounts, seen_through, without_mask
+from locret.kernels.dispatch import AVAILABLE
+from locret.model.backbone import Backbone
+from locret.model.cache_names import as_argument
+from locret.model.hooks import without_autocast
+from locret.policies import Policy
+
+MOST_ROOM = 8192  # tokens of an answer for which storage is made at once
+
+
+@dataclass
+class Answering:
+    """Lets stock `generate` answer through an attached backbone.
+
+    Attributes:
+        model: as the user gave it, whose settings of `generate` count.
+        last_steps: how the one-token steps of the last answer ran; None before the first.
+    """
+
+    model: Any
+    backbone: Backbone
+    policy: Policy
+    config: EngineConfig
+    sizing: Sizing
+    last_steps: StepCounts | None = None
+
+    def generate(
+        self,
+        sequence: Tensor,
+        cache: RetainedCache,
+        context: int,
+        padding: Sequence[int],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Stock generate over a sequence [B, n] whose first tokens `cache` has seen.
+
+        Args:
+            context: first tokens that are not returned.
+            padding: how many leading tokens of each row stand for nothing.
+        """
+        beams, returned = (setting(self.model, kwargs, name) or 1 for name in BRANCHING)
+        last = longest(self.model, kwargs, sequence)
+        self._bound_answer(cache, last)
+        if max(beams, returned) > 1:
+            cache.batch_repeat_interleave(max(beams, returned))
+            cache.token_ids = None  # whose rows are the beams' no more
+        kwargs = kwargs | stock_settings(self.model, kwargs)
+        cache.room = min(max(last - cache.seen, DECODE_ROOM), MOST_ROOM)
+        model, steps = self._stepping(cache, any(padding), beams)
+        seen = cache.seen
+        output = model.generate(
+            sequence,
+            attention_mask=left_mask(sequence, padding),
+            **as_argument(self.backbone.model, cache, "generate"),
+            **kwargs,
+        )
+        with without_autocast(sequence.device):
+            for layer in cache.layers:
+                layer.units.settle()
+        # Beside those of new tokens, the call that reads what is left of a prompt, if that is one.
+        taken = cache.seen - sequence.shape[1] + (sequence.shape[1] - seen == 1)
+        self.last_steps = StepCounts(taken, *((steps.fast, steps.replayed) if steps else ()))
+        plain = isinstance(output, Tensor)
+        sequences = output if plain else output.sequences
+        if beams == 1:  # else the cache's rows are the last beams, not the sequences returned
+            cache.token_ids = sequences[:, : cache.seen].cpu()
+            cache.unread_ids = sequences[:, cache.seen :].cpu()
+        if plain:
+            return sequences[:, context:]
+        output.sequences = sequences[:, context:]
+        return output
+
+    def _stepping(
+        self, cache: RetainedCache, padded: bool, beams: int
+    ) -> tuple[Any, GraphedSteps | None]:
+        """The model whose `generate` answers, and what takes its one-token steps, if anything."""
+        takes_steps = all(layer.takes_steps for layer in cache.layers)
+        if beams == 1 and cache.eviction is None and takes_steps and self.fast_steps:
+            steps = GraphedSteps(self.backbone, cache, bool(self.config.compute.graphs))
+            return seen_through(self.backbone.model, steps), steps
+        return seen_through(self.backbone.model, without_mask) if padded else self.model, None
+
+    @property
+    def fast_steps(self) -> bool:
+        """Whether one-token steps run with counters on the device (`locret.engine.steps`)."""
+        backbone, fused = self.backbone, self.config.compute.backend != "eager" and AVAILABLE
+        return fused and backbone.plain and [d.type for d in backbone.devices] == ["cuda"]
+
+    def _bound_answer(self, cache: RetainedCache, last: int) -> None:
+        """Let the layers evict while the answer comes, of at most `last` tokens with all before
+        it, if that was asked for."""
+        cache.eviction = None
+        interval = self.config.reading.decode_interval
+        if interval is None or cache.budget is None:
+            return
+        if cache.answered:
+            raise ValueError(
+                "decode_interval: this cache answered without eviction before, so that it holds "
+                "units without a score; go on with the engine it came from, or read its context "
+                "again"
+            )
+        whole = max(cache.prompt_lengths)
+        budgets = self.config.answer_budgets(self.policy, self.sizing, whole, last)
+        if budgets is None:
+            layers = self.backbone.geometry.num_layers
+            budgets = cache.budget if isinstance(cache.budget, tuple) else (cache.budget,) * layers
+        cache.budget = one_if_equal(budgets)
+        stabilizers = self.config.stabilizers_for(budgets)
+        cache.eviction = Eviction(
+            budgets, stabilizers, cache.query_length, interval - 1, merging=cache.merging
+        )
+
+    def lengthen(self, kwargs: dict[str, Any], front: int) -> None:
+        """Make lengths that count the prompt count `front` tokens read in front of it too."""
+        if front:
+            for name, length in prompt_lengths(self.model, kwargs).items():
+                kwargs[name] = length + front
