@@ -96,7 +96,7 @@ def test_the_shown_usage_runs(heads, folder):
     names = {"model": tiny_model("llama"), "input_ids": torch.randint(3, 99, (1, 90))}
     exec(usage, names)  # noqa: S102 - the card is ours
     assert names["ids"].shape == (1, 90 + 64)
-    assert names["engine"].budget == 30
+    assert names["engine"].config.reading.budget == 30
 
 
 def test_the_usage_runs_without_a_recorded_budget(tmp_path):
