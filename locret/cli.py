@@ -45,8 +45,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _keeps_answers(given: argparse.Namespace) -> bool:
-    """Whether answers are written as they come, and asked for once: not so by a plain `needle`."""
-    return given.command in ("evaluate", "grid") or getattr(given, "grid", False)
+    """Whether answers are written as they come, and asked for once."""
+    asks = given.command in ("needle", "grid") and given.json_out is not None
+    return asks or given.command == "evaluate"
 
 
 def _parsed(args: Sequence[str]) -> argparse.Namespace:

@@ -38,6 +38,7 @@ def add_to(commands: Any) -> None:
     command.add_argument("--device")
     command.add_argument("--batch-size", type=int, help="samples asked at a time")
     command.add_argument("--processes", type=int, default=1, help="that share the questions")
+    command.add_argument("--minutes", type=float, help="ask no more after that time")
     command.add_argument(
         "--set",
         nargs="+",
@@ -84,39 +85,22 @@ def run(given: argparse.Namespace) -> None:
     """Run an evaluation, or the part of it that falls to this process."""
     from locret.evaluation import evaluate
     from locret.evaluation.preparing import prepare
-    from locret.evaluation.processes import run_processes
-    from locret.evaluation.ranks import Ranks
+    from locret.evaluation.processes import Ranks
 
     if given.list_tasks:
         print(_tasks())
         return
     config, ranks = config_of(given), Ranks.of_environment()
-    prepared = prepare(config)
     if given.dry_run:
-        print(_plan(prepared))
+        print(_plan(prepare(config)))
         return
     command = "python -m locret " + shlex.join(sys.argv[1:])
     progress = Progress("asking") if ranks.rank == 0 else None
-    if given.processes > 1 and ranks.world == 1:
-        run_processes(prepared, _arguments(given), given.processes, progress)
-    else:
-        evaluate.ask(prepared, ranks, progress)
-    path = evaluate.finish(prepared, command)
+    path = evaluate.run(config, command, ranks, progress, given.processes, given.minutes)
     if path is None:
-        print(f"rank {ranks.rank} of {ranks.world}: done; other processes have questions left")
+        print(f"rank {ranks.rank} of {ranks.world}: done; there are questions left")
     elif ranks.world == 1 or given.processes == 1:
         _say(path)
-
-
-def _arguments(given: argparse.Namespace) -> list[str]:
-    """The command line of one process of several: the same configuration."""
-    arguments = ["--config", given.config]
-    for name in (*OVERRIDES, *LISTS, "batch_size"):
-        value = getattr(given, name)
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return arguments + (["--set", *given.set] if given.set else [])
 
 
 def _tasks() -> str:
@@ -129,12 +113,12 @@ def _tasks() -> str:
 
 def _plan(prepared: "Prepared") -> str:
     asked = prepared.asked
-    rows = dict.fromkeys(question.row.label for question in asked)
+    setups = dict.fromkeys(question.setup.label for question in asked)
     counts: dict[str, list[int]] = {}
     for question in asked:
-        if question.row.label == next(iter(rows)):
+        if question.setup.label == next(iter(setups)):
             counts.setdefault(question.task.label, []).append(len(question.prompt.ids))
-    lines = [f"{len(rows)} rows: {', '.join(rows)}"]
+    lines = [f"{len(setups)} setups: {', '.join(setups)}"]
     lines += [
         f"{label:<34} {len(sizes):>5} samples of {min(sizes)} to {max(sizes)} tokens"
         for label, sizes in counts.items()
@@ -144,10 +128,10 @@ def _plan(prepared: "Prepared") -> str:
 
 def _say(path: Path) -> None:
     """What was made, and where."""
-    from locret.evaluation import results
+    from locret.evaluation import tables
 
     result = json.loads(path.read_text(encoding="utf-8"))
-    print(results.table(result))
+    print(tables.as_markdown(result))
     print(f"table        {path.with_suffix('.md').resolve()}")
     print(f"figures      {path.resolve()}")
     print(f"predictions  {(path.parent / 'predictions').resolve()}")

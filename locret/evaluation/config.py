@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import yaml
 
-from locret.evaluation.rows import Row, expand
+from locret.evaluation.setups import Setup, expand
 from locret.model.loading import Dtype
 from locret.quantities import is_whole
 from locret.system import config_files
@@ -15,7 +15,7 @@ from locret.tasks import TASKS, Task, TaskSettings, task_names
 
 CACHE = "~/.cache/locret"
 
-LISTS: dict[str, Any] = {"tasks": str, "rows": Mapping, "lengths": int}
+LISTS: dict[str, Any] = {"tasks": str, "setups": Mapping, "lengths": int}
 """Values that are lists, and of what; one entry may stand for a list of it."""
 
 KINDS = {str: "names", Mapping: "names and values", int: "whole numbers"}
@@ -33,11 +33,15 @@ TEXTS = ("model", "output", "adapter", "heads", "device", "attention", "data_dir
 EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(TEXTS, (_is_text, "a text")),
     **dict.fromkeys(
-        ("limit", "batch_size", "max_length"), (_is_count, "a whole number of at least 1")
+        ("limit", "batch_size", "max_length", "depths", "max_new_tokens"),
+        (_is_count, "a whole number of at least 1"),
     ),
     "lengths": (lambda given: all(map(_is_count, given)), "whole numbers of at least 1"),
     "seed": (lambda given: is_whole(given, 0), "a whole number of at least 0"),
-    "chat_template": (lambda given: isinstance(given, bool), "true or false"),
+    **dict.fromkeys(
+        ("chat_template", "answer_prefix", "full"),
+        (lambda given: isinstance(given, bool), "true or false"),
+    ),
     "dtype": (lambda given: given in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}"),
     "data": (lambda given: all(map(_is_text, given.values())), "a path for each name"),
 }
@@ -51,36 +55,44 @@ class EvalConfig:
     Attributes:
         model, adapter, heads: as for `python -m locret generate`.
         tasks: names of tasks or groups.
-        rows: the table's rows (`locret.evaluation.rows`).
+        setups: ways to bound the cache (`locret.evaluation.setups`).
         output: folder for predictions and results.
         dtype, device, attention: of the model; attention is transformers' `attn_implementation`.
+        full: ask under the full cache too, whether or not it is among the setups.
         chat_template: put prompts into the tokenizer's chat template.
+        answer_prefix: give the first words of answers, for tasks that have some.
         data_dir, data: where the tasks' data lies (`locret.tasks.TaskSettings`).
         lengths: prompt lengths for tasks that are made to a length.
+        depths: at which the needles of `locret.tasks.needle` stand.
         limit: samples of a task; None = all.
+        max_new_tokens: of an answer; None = as each task has it.
         seed: of generated samples.
         max_length: tokens of prompt and answer; longer contexts are cut, and counted. None = the
-            model's window, for rows that need it.
+            model's window, for setups that need it.
         batch_size: samples asked at a time. At 1, samples about one context share its prefill.
-        engine: settings of `locret.Engine` for every row.
+        engine: settings of `locret.Engine` for every setup.
         cache_dir: where generated samples are kept.
         smoke: overrides for the small slice that `python -m locret reproduce` runs again.
     """
 
     model: str
     tasks: tuple[str, ...]
-    rows: tuple[Mapping[str, Any], ...]
+    setups: tuple[Mapping[str, Any], ...]
     output: str
     adapter: str | None = None
     heads: str | None = None
     dtype: str = "auto"
     device: str | None = None
     attention: str | None = None
+    full: bool = True
     chat_template: bool = True
+    answer_prefix: bool = True
     data_dir: str | None = None
     data: Mapping[str, str] = field(default_factory=dict)
     lengths: tuple[int, ...] = (4096,)
+    depths: int = 10
     limit: int | None = None
+    max_new_tokens: int | None = None
     seed: int = 42
     max_length: int | None = None
     batch_size: int = 1
@@ -97,7 +109,7 @@ class EvalConfig:
         """
         known = {entry.name for entry in fields(cls)}
         given = {name: value for name, value in given.items() if value is not None}
-        unknown, needed = set(given) - known, {"model", "tasks", "rows", "output"} - set(given)
+        unknown, needed = set(given) - known, {"model", "tasks", "setups", "output"} - set(given)
         if unknown or needed:
             wrong = [f"unknown {', '.join(sorted(unknown))}"] * bool(unknown)
             wrong += [f"missing {', '.join(sorted(needed))}"] * bool(needed)
@@ -127,9 +139,9 @@ class EvalConfig:
             for name, value in asdict(self).items()
         }
 
-    def table_rows(self) -> list[Row]:
-        """The rows, the full cache first (errors: `locret.evaluation.rows.expand`)."""
-        return expand(self.rows)
+    def all_setups(self) -> list[Setup]:
+        """The setups, the full cache first (errors: `locret.evaluation.setups.expand`)."""
+        return expand(self.setups, self.full)
 
     def make_tasks(self) -> list[Task]:
         """The tasks, one for each length where they are made to a length.
@@ -150,6 +162,8 @@ class EvalConfig:
             data_dir=Path(self.data_dir).expanduser() if self.data_dir else None,
             data=dict(self.data),
             length=length,
+            depths=self.depths,
+            max_new_tokens=self.max_new_tokens,
             seed=self.seed,
             cache_dir=Path(self.cache_dir).expanduser(),
         )

@@ -1,16 +1,23 @@
-"""Where a run's figures come from: everything that somebody needs to get the same ones."""
+"""Where a run's figures come from: everything that somebody needs to get the same ones. Beside it
+what each process writes while it asks: when, where and with what.
+"""
 
+import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from locret.evaluation import provenance
+from locret.evaluation.asking import Asker
 from locret.evaluation.preparing import Prepared
 from locret.evaluation.questions import Question
 from locret.evaluation.records import Record
-from locret.evaluation.sessions import read_sessions, wall_seconds
+from locret.system.files import write_whole
 
 SHOWN = 700  # characters of a prompt's beginning and end
 OF_ONE_PROCESS = ("rank", "world", "started", "ended", "engines")
+FOLDER = "sessions"
 
 
 def manifest(
@@ -25,7 +32,9 @@ def manifest(
         "config": prepared.config.to_dict(),
         "sources": prepared.sources,
         "computed": _different(sessions),
-        "engines": {row: made for s in reversed(sessions) for row, made in s["engines"].items()},
+        "engines": {
+            setup: made for s in reversed(sessions) for setup, made in s["engines"].items()
+        },
         "processes": max((session["world"] for session in sessions), default=0),
         "protocols": {
             "query_agnostic": "the context is compressed before the question is read",
@@ -43,7 +52,7 @@ def manifest(
             "tokens_cut": sum(record.cut for record in records),
             "answer_cut": sum(record.answer_cut for record in records),
         },
-        "rows": {q.row.label: q.row.to_dict() for q, _ in answered},
+        "setups": {q.setup.label: q.setup.to_dict() for q, _ in answered},
         "wall_seconds": wall_seconds(sessions),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -76,3 +85,56 @@ def shortened(text: str) -> str:
     if left_out <= 0:
         return text
     return f"{text[:SHOWN]} [... {left_out} characters ...] {text[-SHOWN:]}"
+
+
+class Session:
+    """One process's part in a run. Its file says how far it came, should it be killed.
+
+    Args:
+        folder: of the run.
+        rank, world: which process of how many.
+        asker: its model.
+    """
+
+    def __init__(self, folder: Path, rank: int, world: int, asker: Asker) -> None:
+        started = time.time()
+        self._path = folder / FOLDER / f"{started:.0f}-{rank}.json"
+        self._facts = {"rank": rank, "world": world, "started": started, **_facts(asker)}
+        self._asker = asker
+        self.beat()
+
+    def beat(self) -> None:
+        """Still at work."""
+        now = {"ended": time.time(), "engines": self._asker.engines.used}
+        write_whole(self._path, json.dumps(self._facts | now, indent=1, default=str))
+
+
+def _facts(asker: Asker) -> dict[str, Any]:
+    model, loaded = asker.model, asker.loaded
+    return {
+        "model_revision": loaded.revision,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "generation_config": model.generation_config.to_diff_dict(),
+        "end_tokens": asker.end_tokens,
+        "hardware": provenance.hardware(model.device),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+    }
+
+
+def read_sessions(folder: Path) -> list[dict[str, Any]]:
+    """What the processes of a run wrote, earliest first."""
+    files = (folder / FOLDER).glob("*.json")
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    return sorted(found, key=lambda session: session["started"])
+
+
+def wall_seconds(sessions: list[dict[str, Any]]) -> float:
+    """Time during which any process was at work."""
+    total, until = 0.0, 0.0
+    for session in sorted(sessions, key=lambda session: session["started"]):
+        total += max(0.0, session["ended"] - max(session["started"], until))
+        until = max(until, session["ended"])
+    return round(total, 1)

@@ -1,4 +1,4 @@
-"""Everything of a run that can be checked and made without its model: rows, tasks, questions."""
+"""Everything of a run that can be checked and made without its model: setups, tasks, questions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.engines import are_query_aware, check_row
+from locret.evaluation.engines import are_query_aware, check_setup
+from locret.evaluation.processes import Ranks
 from locret.evaluation.prompts import Renderer
 from locret.evaluation.provenance import source
 from locret.evaluation.questions import Prompts, Question, questions
-from locret.evaluation.ranks import Ranks
-from locret.evaluation.rows import Row
+from locret.evaluation.setups import Setup
 from locret.heads.heads import RetainingHeads
 from locret.model.adapters import Adapter
 from locret.model.loading import file_revision, find_device, load_config, load_tokenizer
@@ -28,7 +28,7 @@ class Prepared:
 
     Attributes:
         config: of the run.
-        heads: by the name that a row or the run gives them.
+        heads: by the name that a setup or the run gives them.
         sources: what model, adapter, heads and data are, by content.
         renderer: of the prompts.
         asked: all questions, in the order of the table.
@@ -49,32 +49,34 @@ def prepare(config: EvalConfig) -> Prepared:
     """Check everything that can be checked without the model, and make the questions.
 
     Raises:
-        ValueError: unknown tasks, rows that cannot be, missing data or heads, an adapter of another
-            model, or a device that is not there; in one line.
+        ValueError: unknown tasks, setups that cannot be, missing data or heads, an adapter of
+            another model, or a device that is not there; in one line.
     """
     find_device(Ranks.of_environment().device(config.device))
-    rows, tasks = config.table_rows(), config.make_tasks()
-    for row in rows:
-        check_row(row, config.engine)
+    setups, tasks = config.all_setups(), config.make_tasks()
+    for setup in setups:
+        check_setup(setup, config.engine)
     model = load_config(config.model)
     check_adapter(config.adapter, model)
-    heads = _load_heads(config, rows)
-    renderer = Renderer(load_tokenizer(config.model), config.chat_template)
+    heads = _load_heads(config, setups)
+    renderer = Renderer(load_tokenizer(config.model), config.chat_template, config.answer_prefix)
     data = {task.label: _hashes(task) for task in tasks}
     sources = _sources(config, heads, renderer)
     window = getattr(model, "max_position_embeddings", None)
     prompts = []
     for task in tasks:
-        samples = task.samples(config.limit, renderer.measure, renderer.fingerprint)
+        samples = task.samples(config.limit, renderer)
         if not samples:
             files = ", ".join(map(str, task.files())) or "no file"
             raise ValueError(f"task {task.label} has no samples: there are none in {files}")
         prompts.append(Prompts(samples, renderer, task.max_new_tokens, config.max_length, window))
     asked = [
         question
-        for row in rows
+        for setup in setups
         for task, of_task in zip(tasks, prompts, strict=True)
-        for question in questions(config, row, task, of_task, sources | {"data": data[task.label]})
+        for question in questions(
+            config, setup, task, of_task, sources | {"data": data[task.label]}
+        )
     ]
     sources["data"] = dict(sorted(pair for hashes in data.values() for pair in hashes.items()))
     return Prepared(config, heads, sources, renderer, asked)
@@ -96,19 +98,20 @@ def check_adapter(name: str | None, model: Any = None) -> None:
         adapter.check_fit(model)
 
 
-def _load_heads(config: EvalConfig, rows: Sequence[Row]) -> dict[str, RetainingHeads]:
-    for row in rows:
-        if row.policy == LocretPolicy.name and not (row.heads or config.heads):
+def _load_heads(config: EvalConfig, setups: Sequence[Setup]) -> dict[str, RetainingHeads]:
+    for setup in setups:
+        if setup.policy == LocretPolicy.name and not (setup.heads or config.heads):
             raise ValueError(
-                f"row {row.label} needs trained heads: give --heads, or heads in the configuration"
+                f"setup {setup.label} needs trained heads: give --heads, or heads in the "
+                "configuration"
             )
-    names = {name for name in (config.heads, *(row.heads for row in rows)) if name}
+    names = {name for name in (config.heads, *(setup.heads for setup in setups)) if name}
     heads = {name: RetainingHeads.from_pretrained(name) for name in sorted(names)}
-    for row in rows:
-        own = heads.get(row.heads or config.heads or "")
-        if row.protocol == "query_agnostic" and are_query_aware(row, own):
+    for setup in setups:
+        own = heads.get(setup.heads or config.heads or "")
+        if setup.protocol == "query_agnostic" and are_query_aware(setup, own):
             raise ValueError(
-                f"row {row.label}: its heads are query-aware; give it protocol: query_aware"
+                f"setup {setup.label}: its heads are query-aware; give it protocol: query_aware"
             )
     return heads
 

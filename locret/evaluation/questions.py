@@ -1,4 +1,4 @@
-"""What there is to ask in a run: every sample under every row, dealt into batches.
+"""What there is to ask in a run: every sample under every setup, dealt into batches.
 
 Batches are a function of the configuration alone, whatever was answered before, so that all
 processes of a run, and a run that goes on, agree on who asks what.
@@ -12,28 +12,28 @@ from typing import Any
 
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.prompts import Prompt, Renderer
-from locret.evaluation.rows import Row
+from locret.evaluation.setups import Setup
 from locret.policies import LocretPolicy
 from locret.quantities import Budget
 from locret.tasks import Sample, Task
 
 NOT_OF_ANSWERS = frozenset(
-    {"rows", "tasks", "output", "batch_size", "limit", "lengths", "smoke", "cache_dir", "device"}
-    | {"adapter", "heads", "data_dir", "data", "engine"}
+    {"setups", "full", "tasks", "output", "batch_size", "limit", "lengths", "depths", "smoke"}
+    | {"cache_dir", "device", "adapter", "heads", "data_dir", "data", "engine"}
 )
 """Values of a configuration that no answer depends on, or that `settings_of` holds by content."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A sample under a row.
+    """A sample under a setup.
 
     Attributes:
         budget: the engine's.
         settings: recognises everything that the answer depends on but the sample.
     """
 
-    row: Row
+    setup: Setup
     task: Task
     sample: Sample
     prompt: Prompt
@@ -63,7 +63,7 @@ class Question:
     @property
     def query(self) -> tuple[int, ...]:
         """What may be seen of the question while the context is compressed."""
-        if self.row.keeps_all or self.row.protocol == "query_agnostic":
+        if self.setup.keeps_all or self.setup.protocol == "query_agnostic":
             return ()
         return self.prompt.ids[self.prompt.context_end : self.prompt.question_end]
 
@@ -77,42 +77,42 @@ class Question:
         return self.sample.group or self.sample.id
 
 
-def settings_of(config: EvalConfig, row: Row, task: Task, sources: dict[str, Any]) -> str:
+def settings_of(config: EvalConfig, setup: Setup, task: Task, sources: dict[str, Any]) -> str:
     """Recognises everything that an answer depends on but the sample: of the run's heads and data
-    those of this row and task alone, so that others may come and go.
+    those of this setup and task alone, so that others may come and go.
 
     Args:
         sources: what model, adapter, heads and this task's data are, by content.
     """
     values = {
         "config": {k: v for k, v in config.to_dict().items() if k not in NOT_OF_ANSWERS},
-        "sources": {**sources, "heads": _heads_of(row, sources["heads"], config.heads)},
-        "row": row.to_dict() | {"engine": {**config.engine, **row.engine}, "heads": None},
+        "sources": {**sources, "heads": _heads_of(setup, sources["heads"], config.heads)},
+        "setup": setup.to_dict() | {"engine": {**config.engine, **setup.engine}, "heads": None},
         "task": [task.name, task.length, task.version, task.max_new_tokens, list(task.stop)],
     }
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _heads_of(row: Row, sources: dict[str, Any], default: str | None) -> Any:
-    """What of its heads a row's answers depend on. An engine takes the settings that they record
+def _heads_of(setup: Setup, sources: dict[str, Any], default: str | None) -> Any:
+    """What of its heads a setup's answers depend on. An engine takes the settings that they record
     under every policy; the weights only where they rank."""
-    found = sources.get(row.heads or default or "")
+    found = sources.get(setup.heads or default or "")
     if found is None:
         return None
-    ranks = row.policy == LocretPolicy.name
+    ranks = setup.policy == LocretPolicy.name
     return found["records"], (found["sha256"] or found["source"]) if ranks else None
 
 
 class Prompts:
-    """The samples of a task, rendered once for all rows that need the same.
+    """The samples of a task, rendered once for all setups that need the same.
 
     Args:
         samples: of the task.
         renderer: of their prompts.
         new_tokens: that an answer may take.
-        max_length: tokens of prompt and answer for every row; None = no limit.
-        window: tokens that the model can hold at once, for rows that are limited by them.
+        max_length: tokens of prompt and answer for every setup; None = no limit.
+        window: tokens that the model can hold at once, for setups that are limited by them.
     """
 
     def __init__(
@@ -141,29 +141,29 @@ class Prompts:
 
 def questions(
     config: EvalConfig,
-    row: Row,
+    setup: Setup,
     task: Task,
     prompts: Prompts,
     sources: dict[str, Any],
 ) -> Iterator[Question]:
-    """The samples of a task under a row.
+    """The samples of a task under a setup.
 
     Args:
         prompts: of the task.
         sources: what model, adapter, heads and this task's data are, by content.
     """
-    settings = settings_of(config, row, task, sources)
-    for sample, prompt in prompts.rendered(_needs_window(config, row)):
-        yield Question(row, task, sample, prompt, row.engine_budget(task.length), settings)
+    settings = settings_of(config, setup, task, sources)
+    for sample, prompt in prompts.rendered(_needs_window(config, setup)):
+        yield Question(setup, task, sample, prompt, setup.engine_budget(task.length), settings)
 
 
-def _needs_window(config: EvalConfig, row: Row) -> bool:
+def _needs_window(config: EvalConfig, setup: Setup) -> bool:
     """Whether every token keeps a position of its own, so that the model's window is the limit."""
-    return row.keeps_all or {**config.engine, **row.engine}.get("positions") == "original"
+    return setup.keeps_all or {**config.engine, **setup.engine}.get("positions") == "original"
 
 
 def batches(asked: Iterable[Question], batch_size: int) -> list[list[Question]]:
-    """Questions that one call can answer: of one row, task and budget.
+    """Questions that one call can answer: of one setup, task and budget.
 
     With a batch size of 1, the samples about one context stand together, to share its prefill;
     else questions about contexts of any length. Of those that are seen while their contexts are
@@ -171,7 +171,7 @@ def batches(asked: Iterable[Question], batch_size: int) -> list[list[Question]]:
     """
     groups: dict[tuple[Any, ...], list[Question]] = {}
     for question in asked:
-        key: tuple[Any, ...] = (question.row.label, question.task.label, question.budget)
+        key: tuple[Any, ...] = (question.setup.label, question.task.label, question.budget)
         if batch_size == 1:
             key += (question.group, question.prompt.ids[: question.compressed], question.query)
         else:

@@ -2,8 +2,8 @@
 
     python -m locret report results/*.json --out report/
 
-Read are the JSON files of `python -m locret evaluate`, `python -m locret needle` (with and without
---grid), `python -m locret grid` and of `benchmarks/`. Written are `report.md` with its pictures in
+Read are the JSON files of `python -m locret evaluate` (which `needle` and `grid` write too) and of
+`benchmarks/`. Written are `report.md` with its pictures in
 `figures/`, and `report.html`, which needs no other file.
 """
 
@@ -14,15 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locret.evaluation import (
-    byte_grid,
-    report_benchmark,
-    report_byte_grid,
-    report_evaluation,
-    report_needle,
-)
-from locret.evaluation.figures import save
+from locret.evaluation import figures, report_benchmark, report_evaluation
 from locret.evaluation.report_blocks import Block, Figure, Heading, Paragraph, as_html, as_markdown
+from locret.evaluation.results import FORMAT, KIND
 
 MARKDOWN, PAGE, FIGURES = "report.md", "report.html", "figures"
 
@@ -53,26 +47,9 @@ class Kind:
 KINDS = (
     Kind(
         "Benchmarks of quality",
-        lambda found: found.get("kind") == "evaluation",
+        lambda found: (found.get("kind"), found.get("format")) == (KIND, FORMAT),
         report_evaluation.blocks,
-        report_evaluation.figures,
-    ),
-    Kind(
-        "Needles by length and depth",
-        lambda found: found.get("kind") == "needle_grid",
-        report_needle.grid_blocks,
-        report_needle.grid_figures,
-    ),
-    Kind(
-        "Needles at equal bytes",
-        lambda found: found.get("kind") == byte_grid.KIND,
-        report_byte_grid.blocks,
-        report_byte_grid.figures,
-    ),
-    Kind(
-        "Needles",
-        lambda found: {"settings", "summary", "results"} <= found.keys(),
-        report_needle.run_blocks,
+        figures.figures,
     ),
     Kind(
         "Speed and memory",
@@ -130,7 +107,7 @@ def read_source(path: Path) -> Source:
     if kind is None:
         raise ValueError(
             f"{path} holds no result that is known here; expected the JSON of `locret evaluate`, "
-            "`locret needle --json-out`, `locret grid --json-out` or of one of benchmarks/"
+            f"`locret needle` or `locret grid` (format {FORMAT}), or of one of benchmarks/"
         )
     return Source(path, kind, content)
 
@@ -150,7 +127,7 @@ def _source_blocks(source: Source, folder: Path, number: int) -> Iterator[Block]
         yield from list(source.kind.blocks(source.content))
         for name, caption, figure in source.kind.figures(source.content):
             file = Path(FIGURES) / f"{number:02d}-{source.path.stem}-{name}.png"
-            save(figure, folder / file)
+            figures.save(figure, folder / file)
             yield Figure(file, caption)
     except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
         what = f"{type(error).__name__}: {error}"

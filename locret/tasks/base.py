@@ -7,13 +7,25 @@ words of its answer.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-Measure = Callable[["Sample"], int]
-"""Tokens of a sample's rendered prompt."""
+
+class Prompts(Protocol):
+    """How samples become prompts: what generated ones are made and measured with."""
+
+    tokenizer: Any
+
+    @property
+    def fingerprint(self) -> str:
+        """Recognises the tokenizer and its template."""
+        ...
+
+    def measure(self, sample: "Sample") -> int:
+        """Tokens of the sample's rendered prompt."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class Sample:
         answers: the references.
         answer_prefix: the answer's first words, given to the model.
         group: samples of one group are about the same context; empty = a context of its own.
+        depth: where in the context the answer stands, 0 = start and 1 = end; None = not told.
         extra: what the task's score needs beside the answers.
     """
 
@@ -36,6 +49,7 @@ class Sample:
     answers: tuple[str, ...]
     answer_prefix: str = ""
     group: str = ""
+    depth: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -59,6 +73,8 @@ class TaskSettings:
         data_dir: folder of the data files that are not given by path.
         data: paths by name, such as `squad` or `haystack`; relative ones are within `data_dir`.
         length: tokens of a prompt and its answer, for tasks that are made to a length.
+        depths: at which the needles of `locret.tasks.needle` stand, spread evenly.
+        max_new_tokens: of an answer; None = as the task has it.
         seed: of generated samples.
         cache_dir: where generated samples are kept; None = nowhere.
     """
@@ -66,6 +82,8 @@ class TaskSettings:
     data_dir: Path | None = None
     data: dict[str, str] = field(default_factory=dict)
     length: int | None = None
+    depths: int = 10
+    max_new_tokens: int | None = None
     seed: int = 42
     cache_dir: Path | None = None
 
@@ -100,13 +118,15 @@ class Task(ABC):
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
-    max_new_tokens: ClassVar[int]
+    max_new_tokens: int
     stop: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1
     length: int | None = None
 
     def __init__(self, settings: TaskSettings) -> None:
         self.settings = settings
+        if settings.max_new_tokens is not None:
+            self.max_new_tokens = settings.max_new_tokens
 
     @property
     def label(self) -> str:
@@ -130,13 +150,12 @@ class Task(ABC):
         return
 
     @abstractmethod
-    def samples(self, limit: int | None, measure: Measure, fingerprint: str) -> list[Sample]:
+    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
         """The first `limit` samples, or all. The same ones first, however many are asked for.
 
         Args:
             limit: None = all there are.
-            measure: tokens of a rendered prompt, for tasks that are made to a length.
-            fingerprint: of the tokenizer and its template: what generated samples depend on.
+            prompts: for tasks that are made to a length; the others may do without.
         """
 
     @abstractmethod

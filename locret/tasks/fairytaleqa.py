@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from locret.tasks import metrics
-from locret.tasks.base import Measure, Sample, Task, in_turns
+from locret.tasks.base import Prompts, Sample, Task, in_turns
 from locret.tasks.rows import read_contexts
 
 
@@ -21,7 +21,7 @@ class FairytaleQATask(Task):
     def check_packages(self) -> None:
         metrics.check_rouge()
 
-    def samples(self, limit: int | None, measure: Measure, fingerprint: str) -> list[Sample]:
+    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
         """Questions go round the stories."""
         samples = (
             Sample(

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from locret.heads import hub
 from locret.tasks import metrics
-from locret.tasks.base import Measure, Sample, Task, in_turns
+from locret.tasks.base import Prompts, Sample, Task, in_turns
 from locret.tasks.rows import are_texts, read_rows
 
 JUDGED = ("human", "LLM")
@@ -314,7 +314,7 @@ class LEvalTask(Task):
         if self.metrics == metrics.ROUGE:
             metrics.check_rouge()
 
-    def samples(self, limit: int | None, measure: Measure, fingerprint: str) -> list[Sample]:
+    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
         """Questions go round the documents."""
         return in_turns(load_questions(self.of, self.files()[0]))[:limit]
 

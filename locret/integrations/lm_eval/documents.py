@@ -8,9 +8,9 @@ the model's.
 from pathlib import Path
 from typing import Any
 
+from locret.evaluation.asking import before_stop
 from locret.evaluation.config import CACHE
 from locret.evaluation.prompts import Renderer
-from locret.evaluation.stopping import before_stop
 from locret.model.loading import load_tokenizer
 from locret.tasks import TASKS, Sample, TaskSettings
 
@@ -54,15 +54,11 @@ def dataset(
             hint = 'here: --metadata \'{"leval_data": "PLACE"}\': a file, folder or Hub repository'
         raise ValueError(f"{error}; {hint}") from error
     if task.length is None:
-        made = task.samples(samples, _unmeasured, "")
+        made = task.samples(samples, None)
     else:
         renderer = _renderer(locret_task, metadata)
-        made = task.samples(samples, renderer.measure, renderer.fingerprint)
+        made = task.samples(samples, renderer)
     return {"test": datasets.Dataset.from_list([_document(locret_task, s) for s in made])}
-
-
-def _unmeasured(sample: Sample) -> int:
-    raise AssertionError(f"{sample.id} is not made to a length")
 
 
 def _renderer(task: str, metadata: dict[str, Any]) -> Renderer:

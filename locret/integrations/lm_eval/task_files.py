@@ -28,7 +28,7 @@ def write_task_files(folder: Path) -> Path:
 
 def _task(task: type[Task]) -> str:
     tag = "tag: leval\n" if task.name in GROUPS["leval"] else ""
-    # RULER gives the answer's first words; the harness puts them behind the chat template.
+    # Needles come with the answer's first words; the harness puts them behind the chat template.
     prefix = 'gen_prefix: "{{gen_prefix}}"\ntarget_delimiter: " "\n'
     return f"""\
 task: {harness_name(task.name)}
@@ -38,7 +38,7 @@ test_split: test
 custom_dataset: !function {CALLED}.dataset
 doc_to_text: "{{{{context}}}}{{{{question}}}}"
 doc_to_target: "{{{{answers[0]}}}}"
-{prefix if task.name in GROUPS["ruler"] else ""}\
+{prefix if task.name in (*GROUPS["ruler"], *GROUPS["needles"]) else ""}\
 process_results: !function {CALLED}.process_results
 generation_kwargs:
   do_sample: false

@@ -7,13 +7,17 @@ on the seed and i alone, so the first samples are the same however many are aske
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from random import Random
 from typing import ClassVar
 
-from locret.tasks.base import Measure, Sample, Task, TaskSettings
+from locret.tasks.base import Prompts, Sample, Task, TaskSettings
 from locret.tasks.metrics import string_match_all, without_controls
 from locret.tasks.ruler.stored import stored_samples
+
+Measure = Callable[[Sample], int]
+"""Tokens of a sample's rendered prompt."""
 
 DEFAULT_LENGTH = 4096
 DEFAULT_SAMPLES = 500
@@ -48,9 +52,11 @@ class RulerTask(Task):
         """How many samples there can be; None = any number."""
         return None
 
-    def samples(self, limit: int | None, measure: Measure, fingerprint: str) -> list[Sample]:
+    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
         count = DEFAULT_SAMPLES if limit is None else limit
-        return stored_samples(self, count, fingerprint, lambda: self._made(count, measure))
+        assert prompts is not None
+        made = partial(self._made, count, prompts.measure)
+        return stored_samples(self, count, prompts.fingerprint, made)
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         return {"string_match": type(self).match(without_controls(answer), sample.answers)}

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from locret.system.files import file_hash, write_whole
 from locret.tasks.base import Sample, Task
@@ -27,12 +28,14 @@ def stored_samples(
 
 
 def _path(task: Task, folder: Path, fingerprint: str) -> Path:
-    depends_on = {
+    depends_on: dict[str, Any] = {
         "version": task.version,
         "seed": task.settings.seed,
         "tokenizer": fingerprint,
         "files": [file_hash(path) for path in task.files()],
     }
+    if task.settings.max_new_tokens is not None:
+        depends_on["max_new_tokens"] = task.settings.max_new_tokens  # of the length, it is a part
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
     return folder / "samples" / f"{task.name}-{task.length}-{key}.jsonl"
 

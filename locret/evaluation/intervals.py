@@ -1,5 +1,6 @@
-"""Confidence intervals by resampling. Pure functions, seeded."""
+"""95 % confidence intervals: by resampling, and of shares. Pure functions, seeded."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 RESAMPLES = 2000
 LEVEL = 0.95
+Z = 1.959964  # standard deviations of a normal distribution that hold 95 %
 
 
 def resampled_means(
@@ -50,3 +52,12 @@ def average_of_tasks(
         for seed, (task, values) in enumerate(scores.items())
     ]
     return sum(means) / len(means), interval(torch.stack(draws).mean(0))
+
+
+def wilson(found: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, 1927), which has a width at 0 and 1 too."""
+    share, square = found / count, Z * Z
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = math.sqrt(share * (1 - share) / count + square / (4 * count * count))
+    half *= Z / (1 + square / count)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,21 +1,22 @@
-"""The rows of a results table: one way to bound the cache each.
+"""The setups of a results table: one way to bound the cache each.
 
-    rows:
+    setups:
       - {policy: [locret, keydiff], budget: [4x, 8x, 16x]}
       - {policy: locret, heads: runs/aware/heads, name: locret_q, protocol: query_aware, budget: 8x}
 
-An entry with lists stands for all their combinations. The full cache is a row of every table.
+An entry with lists stands for all their combinations. The full cache is a setup of every
+table, unless the configuration leaves it out.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import NoneType
 from typing import Any, get_args
 
 from locret.evaluation.prompts import Protocol
 from locret.policies import POLICIES
-from locret.quantities import Budget, BudgetChoice, budget_of
+from locret.quantities import Budget, BudgetChoice, ByteShare, budget_of
 
 FULL = "full"
 CROSSED = ("policy", "budget", "protocol", "quantization")
@@ -23,14 +24,15 @@ CROSSED = ("policy", "budget", "protocol", "quantization")
 
 
 @dataclass(frozen=True)
-class Row:
+class Setup:
     """One way to bound the cache.
 
     Attributes:
         policy: a name of `locret.policies.POLICIES`.
         budget: as the engine's: units a KV head keeps; a share such as 0.125 or "8x", an eighth;
-            memory, "2GiB"; one number for each layer, as a list in a list; None = all. Shares are
-            of the length that the task is made to, else of the sample's context.
+            "8x bytes", the bytes of an eighth in 16 bits; memory, "2GiB"; one number for each
+            layer, as a list in a list; None = all. Shares are of the length that the task is made
+            to, else of the sample's context.
         protocol: what is known when the context is compressed.
         heads: an artifact, where it is not the run's.
         quantization: how the cache's keys and values are stored; None = as they are.
@@ -55,13 +57,13 @@ class Row:
 
     @property
     def label(self) -> str:
-        """What the table calls the row; different rows have different labels."""
+        """What the table calls the setup; different setups have different labels."""
         name = self.name or self.policy
         parts = [name]
         if not self.keeps_all:
             parts += [str(self.budget), self.protocol]
         if self.quantization is not None:
-            parts.append(str(self.quantization))
+            parts.append(in_words(self.quantization))
         return " ".join(parts)
 
     def engine_budget(self, length: int | None) -> Budget:
@@ -70,29 +72,47 @@ class Row:
         budget = None if self.keeps_all else budget_of(self.budget)
         if isinstance(budget, float) and length is not None:
             return max(1, round(length * budget))
+        if isinstance(budget, ByteShare):
+            return replace(budget, context=length)
         return budget
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value not in (None, "", {})}
 
 
-def expand(entries: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The rows of a configuration, the full cache first.
+def in_words(quantization: Any) -> str:
+    """How keys and values are stored."""
+    if quantization is None:
+        return "not quantized"
+    if isinstance(quantization, Mapping):
+        name, *options = [
+            value if key == "name" else f"{key}={value}" for key, value in quantization.items()
+        ]
+        return " ".join([str(name), *options])
+    return str(quantization)
+
+
+def expand(entries: Sequence[Mapping[str, Any]], with_full: bool = True) -> list[Setup]:
+    """The setups of a configuration, the full cache first.
+
+    Args:
+        with_full: add the full cache if it is not among them.
 
     Raises:
-        ValueError: an unknown key, policy or protocol, a budget that is none, or a row given twice.
+        ValueError: an unknown key, policy or protocol, a budget that is none, or a setup
+            given twice.
     """
-    rows = [row for entry in entries for row in _combinations(entry)]
-    full = [row for row in rows if row.label == FULL] or [Row(FULL)]
-    rows = full + [row for row in rows if row.label != FULL]
-    labels = [row.label for row in rows]
+    setups = [setup for entry in entries for setup in _combinations(entry)]
+    full = [setup for setup in setups if setup.label == FULL] or [Setup(FULL)] * with_full
+    setups = full + [setup for setup in setups if setup.label != FULL]
+    labels = [setup.label for setup in setups]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ValueError(
-            f"rows {', '.join(twice)} are given twice; give rows that differ in heads or engine "
-            "settings names of their own: {name: ...}"
+            f"setups {', '.join(twice)} are given twice; give setups that differ in heads or "
+            "engine settings names of their own: {name: ...}"
         )
-    return rows
+    return setups
 
 
 EXPECTED = {
@@ -104,18 +124,18 @@ EXPECTED = {
 }
 
 
-def _combinations(entry: Mapping[str, Any]) -> list[Row]:
-    known = set(Row.__dataclass_fields__)
+def _combinations(entry: Mapping[str, Any]) -> list[Setup]:
+    known = set(Setup.__dataclass_fields__)
     if not isinstance(entry, Mapping) or "policy" not in entry or set(entry) - known:
         raise ValueError(
-            f"rows: {entry} is no row; expected a policy and some of {', '.join(sorted(known))}"
+            f"setups: {entry} is no setup; expected a policy and some of {', '.join(sorted(known))}"
         )
     lists = [_listed(entry[key]) for key in CROSSED if key in entry]
     if not all(lists):
-        raise ValueError(f"rows: {entry} has an empty list; expected at least one value")
+        raise ValueError(f"setups: {entry} has an empty list; expected at least one value")
     keys = [key for key in CROSSED if key in entry]
     return [
-        _checked(Row(**{**entry, **dict(zip(keys, values, strict=True))}))
+        _checked(Setup(**{**entry, **dict(zip(keys, values, strict=True))}))
         for values in itertools.product(*lists)
     ]
 
@@ -124,19 +144,19 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _checked(row: Row) -> Row:
+def _checked(setup: Setup) -> Setup:
     kinds: dict[str, Any] = {"policy": str, "heads": (str, NoneType), "name": str}
     kinds |= {"engine": Mapping, "policy_args": Mapping}
     for key, kind in kinds.items():
-        if not isinstance(getattr(row, key), kind):
-            raise ValueError(f"rows: {key} is {getattr(row, key)!r}; expected {EXPECTED[key]}")
-    if row.policy not in POLICIES:
+        if not isinstance(getattr(setup, key), kind):
+            raise ValueError(f"setups: {key} is {getattr(setup, key)!r}; expected {EXPECTED[key]}")
+    if setup.policy not in POLICIES:
         raise ValueError(
-            f"rows: policy {row.policy!r} is unknown; expected one of {sorted(POLICIES)}"
+            f"setups: policy {setup.policy!r} is unknown; expected one of {sorted(POLICIES)}"
         )
-    if row.protocol not in get_args(Protocol):
+    if setup.protocol not in get_args(Protocol):
         raise ValueError(
-            f"rows: protocol {row.protocol!r} is unknown; expected one of {get_args(Protocol)}"
+            f"setups: protocol {setup.protocol!r} is unknown; expected one of {get_args(Protocol)}"
         )
-    budget_of(row.budget, f"rows: budget of {row.policy}")
-    return row
+    budget_of(setup.budget, f"setups: budget of {setup.policy}")
+    return setup
