@@ -113,6 +113,7 @@ class EvalConfig:
         if unknown or needed:
             wrong = [f"unknown {', '.join(sorted(unknown))}"] * bool(unknown)
             wrong += [f"missing {', '.join(sorted(needed))}"] * bool(needed)
+            wrong += ["rows, which are called setups now"] * ("rows" in unknown)
             raise ValueError(
                 f"the configuration has {' and '.join(wrong)}; expected {', '.join(sorted(known))}"
             )
