@@ -59,18 +59,23 @@ class NeedleTask(Task):
             depth=depth_of(number, self.settings.depths),
             haystack=str(files[0]) if files else HAYSTACKS[self._haystack],
         )
-        return Sample(
-            id=str(number),
-            context=made.context,
-            question=f"\n\n{made.question}",
-            answers=made.expected,
-            answer_prefix=made.answer_prefix,
-            depth=made.depth,
-        )
+        return as_sample(made, str(number))
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         part = whole_words_found(answer, sample.answers)
         return {"found": float(part == 1.0), "part": part}
+
+
+def as_sample(made: synthetic.SyntheticSample, name: str) -> Sample:
+    """A synthetic sample as one of an evaluation."""
+    return Sample(
+        id=name,
+        context=made.context,
+        question=f"\n\n{made.question}",
+        answers=made.expected,
+        answer_prefix=made.answer_prefix,
+        depth=made.depth,
+    )
 
 
 def depth_of(number: int, depths: int) -> float:
