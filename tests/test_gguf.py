@@ -227,7 +227,7 @@ def config_of(file, folder):
     return EvalConfig(
         model=str(file),
         tasks=("fairytaleqa",),
-        rows=({"policy": "streaming_llm", "budget": 32},),
+        setups=({"policy": "streaming_llm", "budget": 32},),
         output=str(folder / "out"),
         dtype="float32",
         device="cpu",

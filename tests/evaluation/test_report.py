@@ -10,7 +10,6 @@ import pytest
 from locret.cli import main
 from locret.evaluation.report import make_report
 from locret.evaluation.report_blocks import Table, as_html, as_markdown
-from locret.evaluation.report_needle import wilson
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG"
@@ -20,40 +19,42 @@ def held(mean):
     return {"mean": mean, "max": mean}
 
 
-def row(name, score, units, budget="8x", protocol="query_agnostic", quantization=None, size=None):
-    """A row over two tasks, as `locret evaluate` writes it."""
+def setup(name, score, units, budget="8x", protocol="query_agnostic", quantization=None, size=None):
+    """A setup over two tasks, as `locret evaluate` writes it."""
     label = name if name == "full" else f"{name} {budget} {protocol} {quantization}"
     found = {
-        "row": label, "policy": name, "name": name, "quantization": quantization,
+        "setup": label, "policy": name, "name": name, "quantization": quantization,
         "budget": None if name == "full" else budget,
         "protocol": "any" if name == "full" else protocol,
         "score": score, "interval": [score - 0.1, score + 0.05],
         "units": held(units), "bytes": held(size or units * 1024), "tasks": 2, "count": 20,
-        "full_cache_bytes": held(4096 * 1024), "cut": 0, "answer_cut": 0, "seconds": 1.0,
+        "full_cache_bytes": held(4096 * 1024), "cut": 0, "answer_cut": 0, "failed": 0,
+        "seconds": 1.0,
     }  # fmt: skip
     if name != "full":
         found |= {"difference": score - 0.8, "difference_interval": [-0.3, 0.02]}
     return found
 
 
-def evaluation(*rows, cut=0):
+def evaluation(*setups, cut=0):
     """A result of `locret evaluate`."""
-    keys = ("row", "score", "interval")
+    keys = ("setup", "score", "interval")
     cells = [
-        {"task": task, "metric": "f1", "count": 10, "cut": cut, "answer_cut": cut // 2}
+        {"task": task, "metric": "f1", "count": 10, "cut": cut, "answer_cut": cut // 2,
+         "failed": 0, "length": None}
         | {key: of[key] for key in keys}
-        for of in rows
+        for of in setups
         for task in ("qa", "summary")
-    ]
+    ]  # fmt: skip
     facts = [{"hardware": {"device": "cuda", "accelerator": "NVIDIA H200"}, "commit": "abc"}]
     config = {"model": "embedded:smollm2", "adapter": "an/adapter", "heads": None}
     return {
-        "kind": "evaluation", "format": 1, "name": "long questions",
-        "manifest": {"config": config, "computed": facts}, "rows": list(rows), "cells": cells,
+        "kind": "evaluation", "format": 2, "name": "long questions",
+        "manifest": {"config": config, "computed": facts}, "setups": list(setups), "cells": cells,
     }  # fmt: skip
 
 
-FULL = row("full", 0.8, 4096)
+FULL = setup("full", 0.8, 4096)
 
 
 def grid_record():
@@ -114,8 +115,8 @@ def figures(folder):
 
 
 def test_an_evaluation_has_the_full_cache_first_protocols_and_intervals(report, tmp_path):
-    aware = row("locret", 0.75, 512, protocol="query_aware")
-    text = report(evaluation(row("locret", 0.7, 512), aware, FULL))
+    aware = setup("locret", 0.75, 512, protocol="query_aware")
+    text = report(evaluation(setup("locret", 0.7, 512), aware, FULL))
     assert "### long questions" in text
     assert "embedded:smollm2" in text and "NVIDIA H200" in text and "an/adapter" in text
     rows = table_rows(text)
@@ -132,14 +133,14 @@ def test_an_evaluation_has_the_full_cache_first_protocols_and_intervals(report, 
 
 
 def test_quantized_rows_are_drawn_against_bytes(report, tmp_path):
-    quantized = row("locret", 0.7, 2048, quantization="kivi-4", size=512 * 1024)
-    text = report(evaluation(FULL, row("locret", 0.6, 512), quantized))
+    quantized = setup("locret", 0.7, 2048, quantization="kivi-4", size=512 * 1024)
+    text = report(evaluation(FULL, setup("locret", 0.6, 512), quantized))
     assert [r[1] for r in table_rows(text)[1:4]] == ["not quantized", "not quantized", "kivi-4"]
     assert figures(tmp_path) == ["00-result0-budget.png", "00-result0-bytes.png"]
 
 
 def test_what_is_missing_or_cut_is_said(report):
-    text = report(evaluation(row("locret", 0.7, 512), cut=4))
+    text = report(evaluation(setup("locret", 0.7, 512), cut=4))
     assert table_rows(text)[1][:5] == ["full", "not quantized", "all", "any", "not in this run"]
     assert "nothing to compare with" in text
     assert "8 prompts were cut to fit; in 4 of them" in text
@@ -249,7 +250,7 @@ def test_the_committed_results_make_a_report(tmp_path, capsys):
 def test_the_page_needs_no_other_file(report, tmp_path):
     record = grid_record()
     record["manifest"]["model"] = "a <b> & c"
-    report(record, evaluation(FULL, row("locret", 0.7, 512)))
+    report(record, evaluation(FULL, setup("locret", 0.7, 512)))
     page = (tmp_path / "out" / "report.html").read_text()
     assert "a &lt;b&gt; &amp; c" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
@@ -308,7 +309,7 @@ def test_a_missing_file_is_one_line_on_stderr(tmp_path, capsys):
 def test_a_report_is_replaced_and_other_files_stay(report, tmp_path):
     report(evaluation(FULL))
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    assert "locret" in report(evaluation(FULL, row("locret", 0.7, 512)))
+    assert "locret" in report(evaluation(FULL, setup("locret", 0.7, 512)))
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
@@ -316,11 +317,3 @@ def test_cells_are_escaped(tmp_path):
     table = Table(["a", "b"], [["x|y", "<i>"]])
     assert "| x\\|y | <i> |" in as_markdown([table])
     assert "<td>x|y</td><td>&lt;i&gt;</td>" in as_html([table], tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("found", "count", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634)],
-)
-def test_wilson_intervals(found, count, low, high):
-    assert wilson(found, count) == pytest.approx((low, high), abs=1e-4)
