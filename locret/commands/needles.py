@@ -80,7 +80,7 @@ def config_of(
     }
     config |= values
     # The full cache meets prompts beyond the model's window too, whole: that is what a map shows.
-    config["max_length"] = 2 * max(config["lengths"]) + 1024
+    config["max_length"] = 2 * max(config["lengths"]) + 1024 + given.max_new_tokens
     return {name: value for name, value in config.items() if value is not None}
 
 
