@@ -192,7 +192,10 @@ def test_a_mistake_gives_one_line_on_stderr(args, says, folder, capsys):
         (["needle", "--count", "0"], "argument --count: '0' is not a whole number of at least 1"),
         (["needle", "--depths", "0"], "argument --depths: '0' is not a whole number of at least 1"),
         (["needle", "--tokens", "x"], "argument --tokens: 'x' is not a whole number of at least 1"),
-        (["needle", "--seed", "3"], "argument --seed: '3' is not a whole number of at least 1000000"),
+        (
+            ["needle", "--seed", "3"],
+            "argument --seed: '3' is not a whole number of at least 1000000",
+        ),
         (["grid", "--json-out", "o", "--count=-1"], "--count: '-1' is not a whole number"),
         (["grid", "--json-out", "o", "--bits", "0"], "--bits: '0' is not a whole number of at"),
         (["grid", "--policies", "full"], "the following arguments are required: --json-out"),

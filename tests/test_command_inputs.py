@@ -99,8 +99,8 @@ def test_unprintable_characters_are_replaced(monkeypatch):
 # --- numbers ---
 
 BUDGETS = (
-    "expected units (6000), a share of the prompt (0.25 or 8x), the bytes of a share in 16 bits (8x "
-    "bytes), memory (512MiB), none for no limit"
+    "expected units (6000), a share of the prompt (0.25 or 8x), the bytes of a share in 16 bits "
+    "(8x bytes), memory (512MiB), none for no limit"
 )
 GENERATE = [
     *(

@@ -1,7 +1,6 @@
 """What long commands say while they run and when they end."""
 
 import io
-import json
 import shlex
 
 import pytest

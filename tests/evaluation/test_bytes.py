@@ -38,7 +38,9 @@ def model(tokenizer):
 
 
 @pytest.mark.parametrize("chunk_size", [64, None])
-@pytest.mark.parametrize(("head_dim", "group", "more"), [(64, 64, 3.0), (32, 32, 2.5), (32, 8, 1.7)])
+@pytest.mark.parametrize(
+    ("head_dim", "group", "more"), [(64, 64, 3.0), (32, 32, 2.5), (32, 8, 1.7)]
+)
 def test_four_bits_hold_more_units_within_the_bytes_of_sixteen(head_dim, group, more, chunk_size):
     """Three times as many, with the groups that are the default of `grid`."""
     model = tiny_model("llama", head_dim=head_dim).bfloat16()
@@ -185,7 +187,8 @@ def test_shares_of_two_processes_make_the_whole(whole_config, whole, config):
     assert evaluate.run(config, ranks=Ranks(0, 2)) is None
     path = evaluate.run(config, ranks=Ranks(1, 2))
     told = [
-        {(r.setup, r.task, r.sample): r.answer for r in records(of)} for of in (config, whole_config)
+        {(r.setup, r.task, r.sample): r.answer for r in records(of)}
+        for of in (config, whole_config)
     ]
     assert told[0] == told[1] and len(told[0]) == 36
     assert json.loads(path.read_text())["cells"][0]["scores"] == whole["cells"][0]["scores"]

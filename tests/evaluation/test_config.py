@@ -11,7 +11,9 @@ LEAST = {"model": "m", "tasks": "ruler_vt", "setups": {"policy": "full"}, "outpu
 
 def test_the_least_configuration():
     config = EvalConfig.from_dict(LEAST)
-    assert config.tasks == ("ruler_vt",) and [setup.label for setup in config.all_setups()] == ["full"]
+    assert config.tasks == ("ruler_vt",) and [setup.label for setup in config.all_setups()] == [
+        "full"
+    ]
     assert EvalConfig.from_dict(config.to_dict()) == config
 
 

@@ -18,8 +18,8 @@ from locret import cli
 from locret.evaluation import evaluate
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.preparing import prepare
-from locret.evaluation.questions import batches, share
 from locret.evaluation.processes import Ranks
+from locret.evaluation.questions import batches, share
 from locret.evaluation.records import Records
 from locret.evaluation.report import make_report
 from locret.heads.heads import RetainingHeads

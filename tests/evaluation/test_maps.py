@@ -17,7 +17,9 @@ def test_shares_by_hand():
         asked(EIGHT, [False, None, False, None], length=300, depths=2),
         asked(EIGHT, [False, True], length=500, depths=2),
     )
-    cells = [[cell for cell in made["cells"] if cell["setup"] == of] for of in ("full", EIGHT.label)]
+    cells = [
+        [cell for cell in made["cells"] if cell["setup"] == of] for of in ("full", EIGHT.label)
+    ]
     assert figures.shares(cells[0], 2) == {(300, 0): 0.5, (300, 1): 1.0, (500, 0): 1.0}
     assert figures.shares(cells[1], 2) == {(300, 0): 0.0, (500, 0): 0.0, (500, 1): 1.0}
 
@@ -57,7 +59,10 @@ def test_an_evaluation_has_a_map_if_there_are_several_lengths():
 
 
 def test_quality_against_bytes_has_a_line_for_each_way_to_store():
-    kivi = [Setup("knorm", b, quantization={"name": "kivi", "bits": 4}) for b in ("8x bytes", "4x bytes")]
+    kivi = [
+        Setup("knorm", b, quantization={"name": "kivi", "bits": 4})
+        for b in ("8x bytes", "4x bytes")
+    ]
     plain = [Setup("knorm", b) for b in ("8x bytes", "4x bytes")]
     made = result_of(
         asked(FULL, [True, True], bytes=2**22),

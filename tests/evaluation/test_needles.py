@@ -375,6 +375,7 @@ def test_of_a_context_one_unit_is_left(policy, config):
 
 
 @has_smollm2
+@pytest.mark.slow
 def test_who_keeps_nothing_finds_nothing(tmp_path):
     """Not even a needle in the last lines of the context."""
     config = EvalConfig(
