@@ -17,6 +17,7 @@ from locret.evaluation.records import Records
 from locret.evaluation.setups import Setup
 from locret.quantities import ByteShare
 from locret.quantization import NO_SCHEME
+from tests.evaluation.eval_data import DATA, write_data
 from tests.tiny_models import prompt, tiny_model
 
 HEAD_DIM = 32
@@ -56,13 +57,24 @@ def test_four_bits_hold_more_units_within_the_bytes_of_sixteen(head_dim, group, 
     assert 0.9 * sizes[0] < sizes[1] <= sizes[0]
 
 
+@pytest.mark.parametrize("policy", ["knorm", "pyramidkv"])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("ratio", [2, 13, 50])
-def test_never_more_bytes_than_in_sixteen_bits(ratio, bits, model):
-    settings = {"budget": f"{ratio}x bytes", "chunk_size": 64, "stabilizers": 0}
-    engine = locret.Engine(model, "knorm", quantization=KIVI | {"bits": bits}, **settings)
+def test_never_more_bytes_than_in_sixteen_bits(ratio, bits, policy, model):
+    settings = {"budget": f"{ratio}x bytes", "chunk_size": None, "stabilizers": 0}
+    engine = locret.Engine(model, policy, quantization=KIVI | {"bits": bits}, **settings)
     report = engine.prefill(prompt(LENGTH)).report()
     assert 0 < report["total_bytes"] <= allowed(ratio)
+
+
+def test_layers_with_a_window_come_on_top():
+    """They hold what they hold under every policy."""
+    model = tiny_model("exaone4").bfloat16()
+    units = []
+    for budget in ("4x bytes", "4x"):
+        engine = locret.Engine(model, "knorm", budget=budget, chunk_size=64, stabilizers=0)
+        units.append(engine.prefill(prompt(LENGTH)).report()["units"])
+    assert units[0] == units[1] and max(units[0]) == 100
 
 
 def test_the_share_is_of_the_prompt_unless_a_context_is_named(model):
@@ -192,6 +204,24 @@ def test_shares_of_two_processes_make_the_whole(whole_config, whole, config):
     ]
     assert told[0] == told[1] and len(told[0]) == 36
     assert json.loads(path.read_text())["cells"][0]["scores"] == whole["cells"][0]["scores"]
+
+
+def test_a_task_without_a_length_has_a_share_of_each_context(config, tmp_path):
+    data = write_data(tmp_path / "data")
+    stories = [json.loads(line) for line in (data / DATA["fairytaleqa"]).open()]
+    longer = [story | {"context": story["context"] * n} for n, story in enumerate(stories, 1)]
+    (data / DATA["fairytaleqa"]).write_text("".join(json.dumps(row) + "\n" for row in longer))
+    setup = {"policy": "knorm", "budget": ["4x", "4x bytes"]}
+    config = replace(config, tasks=("fairytaleqa",), setups=(setup,), full=False, limit=4)
+    config = replace(config, data_dir=str(data), data=DATA)
+    for size in (1, 4):
+        made = replace(config, output=f"{config.output}{size}", batch_size=size)
+        evaluate.run(made)
+        of_setups = [
+            [r.units for r in records(made) if r.setup.startswith(f"knorm {budget} query")]
+            for budget in ("4x", "4x bytes")
+        ]
+        assert of_setups[0] == of_setups[1] and len({*of_setups[0]}) == 4
 
 
 def test_the_engine_is_told_in_the_manifest(whole):

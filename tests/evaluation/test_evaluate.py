@@ -318,6 +318,28 @@ def test_setups_that_merge(config):
     assert weights["merged 20 query_agnostic"] > weights["keydiff 20 query_agnostic"]
 
 
+@pytest.mark.parametrize(("sample", "tries"), [("story-0/0", 2), ("story-0/1", 1)])
+def test_of_a_context_that_is_asked_in_turn_one_answer_may_not_fit(
+    sample, tries, config, monkeypatch
+):
+    """Those before it stay, and those behind it are asked."""
+    answered, asked = evaluate.Asker._answers, []
+
+    def one_does_not_fit(self, engine, batch, *args):
+        asked.append(batch[0].sample.id)
+        if asked[-1] == sample:
+            raise torch.OutOfMemoryError("no")
+        return answered(self, engine, batch, *args)
+
+    monkeypatch.setattr(evaluate.Asker, "_answers", one_does_not_fit)
+    config = replace(config, tasks=("fairytaleqa",), limit=12, setups=({"policy": "full"},))
+    (cell,) = json.loads(evaluate.run(config).read_text())["cells"]
+    assert asked.count(sample) == tries and len(asked) == 12 + tries - 1
+    scores = dict(zip(cell["samples"], cell["scores"], strict=True))
+    assert [name for name, score in scores.items() if score is None] == [sample]
+    assert (cell["count"], cell["failed"], cell["ends"]["memory"]) == (12, 1, 1)
+
+
 @pytest.mark.parametrize("size", [2, 5])
 def test_the_batch_size_changes_no_answer(size, config, once):
     evaluate.run(replace(config, batch_size=size))

@@ -3,7 +3,7 @@
 import pytest
 
 from locret.evaluation.setups import Setup, expand
-from locret.quantities import Memory
+from locret.quantities import ByteShare, Memory
 
 
 def test_lists_stand_for_all_combinations_and_the_full_cache_comes_first():
@@ -28,6 +28,8 @@ def test_a_full_cache_may_be_given_and_is_one_setup():
     assert [setup.label for setup in setups] == ["full", "random 8 query_agnostic"]
     assert setups[0].engine == {"a": 1}
     assert expand([]) == [Setup("full")]
+    assert expand([], with_full=False) == []
+    assert [setup.label for setup in expand([{"policy": "full"}], with_full=False)] == ["full"]
     with pytest.raises(ValueError, match="setups full are given twice"):
         expand([{"policy": "full"}, {"policy": "full", "engine": {"a": 1}}])
 
@@ -42,6 +44,7 @@ def test_a_full_cache_may_be_given_and_is_one_setup():
         ("1000x", 1, 0.001),
         ("2MiB", Memory(2**21), Memory(2**21)),
         ([9, 30], (9, 30), (9, 30)),
+        ("8x bytes", ByteShare(0.125, context=100), ByteShare(0.125)),
     ],
 )
 def test_budgets(budget, units, share):
@@ -65,6 +68,9 @@ def test_without_a_limit_the_protocol_makes_no_difference():
         ({"policy": "random", "budget": 0}, "budget of random is 0"),
         ({"policy": "random", "budget": 1.5}, "budget of random is 1.5"),
         ({"policy": "random", "budget": "1x"}, "budget of random is '1x'"),
+        ({"policy": "random", "budget": "1x bytes"}, "budget of random is '1x bytes'"),
+        ({"policy": "random", "budget": "0x bytes"}, "budget of random is '0x bytes'"),
+        ({"policy": "random", "budget": "x bytes"}, "budget of random is 'x bytes'"),
         ({"policy": "random", "budget": True}, "budget of random is True"),
         ({"policy": "random", "budget": "²x"}, "budget of random is '²x'"),
         ({"policy": "random", "budget": float("nan")}, "budget of random is nan"),
