@@ -46,7 +46,7 @@ def test_values_are_replaced_also_within_others():
         ({"chat_template": "maybe"}, "chat_template is 'maybe'; expected true or false"),
         ({"dtype": "foo"}, "dtype is 'foo'; expected one of"),
         ({"output": 5}, "output is 5; expected a text"),
-        ({"rows": {"policy": "full"}}, "unknown rows and rows, which are called setups now"),
+        ({"rows": {"policy": "full"}}, r"unknown rows \(now called setups\); expected"),
         ({"full": "no"}, "full is 'no'; expected true or false"),
         ({"answer_prefix": 1}, "answer_prefix is 1; expected true or false"),
         ({"depths": 0}, "depths is 0; expected a whole number of at least 1"),

@@ -117,8 +117,8 @@ def test_a_policy_and_a_length_can_be_added_to_what_is_there(folder, out, asked)
         "knorm",
     ]
     asked.clear()
-    assert run(folder, out, MAP.replace("300,400", "300,350,400")) == 0
-    assert {question.task.length for question in asked} == {350} and len(asked) == 4
+    assert run(folder, out, MAP.replace("300,400", "300,350,500")) == 0
+    assert {question.task.length for question in asked} == {350, 500} and len(asked) == 8
 
 
 def config_of(folder, out, command, *more):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from locret.evaluation import evaluate
-from locret.evaluation.config import EvalConfig
+from locret.evaluation.config import EvalConfig, read_config
 from locret.evaluation.figures import shares
 from locret.evaluation.preparing import prepare
 from locret.evaluation.processes import Ranks
@@ -133,9 +133,8 @@ def test_so_it_is_with_the_tokenizer_of_the_shipped_heads():
     tokenizer = load_tokenizer("embedded:smollm2")
     renderer = Renderer(tokenizer, True)
     for name in GROUPS["needles"]:
-        for length in (300, 700):
-            for sample in samples_of(name, renderer, length=length, depths=10):
-                check_cell(renderer.render(sample), sample, tokenizer)
+        for sample in samples_of(name, renderer, length=500, depths=10):
+            check_cell(renderer.render(sample), sample, tokenizer)
 
 
 def test_the_answers_first_words_are_given_if_asked_for(tokenizer):
@@ -310,6 +309,16 @@ def test_other_heads_of_the_same_name_are_asked_anew(config, folder, tmp_path, a
     heads.save_pretrained(name)
     evaluate.run(small)
     assert {setup for setup, _, _ in asked} == {"locret 8x query_agnostic"} and len(asked) == 3
+
+
+def test_the_configuration_is_kept_and_read_again(config, asked):
+    config = replace(config, lengths=(300,), setups=({"policy": ("random", "knorm"), "budget": 9},))
+    evaluate.run(config)
+    asked.clear()
+    kept = read_config(str(Path(config.output) / "config.yaml"), {})
+    assert kept.all_setups() == config.all_setups() and kept.lengths == (300,)
+    evaluate.run(kept)
+    assert not asked
 
 
 def test_a_map_without_the_full_cache(config):
