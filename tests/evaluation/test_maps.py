@@ -58,6 +58,16 @@ def test_an_evaluation_has_a_map_if_there_are_several_lengths():
     figures.plotting().close("all")
 
 
+def test_other_tasks_have_no_place_on_a_map():
+    made = result_of(*(asked(FULL, [True, False], length=n) for n in (300, 500)))
+    (cell, *_) = made["cells"]
+    made["cells"].append({name: cell[name] for name in cell if name != "depths"} | {"length": None})
+    drawn = figures.needle_map(made)
+    values = drawn.axes[0].images[0].get_array().filled(float("nan"))
+    assert values.tolist() == [[1, 1], [0, 0]]
+    figures.plotting().close(drawn)
+
+
 def test_quality_against_bytes_has_a_line_for_each_way_to_store():
     kivi = [
         Setup("knorm", b, quantization={"name": "kivi", "bits": 4})

@@ -270,7 +270,10 @@ def broken(result, *path):
         (evaluation(FULL) | {"format": 1}, "or `locret grid` (format 2)"),
         (broken(evaluation(FULL), "setups", 0, "interval"), "not whole (KeyError: 'interval')"),
         (broken(evaluation(FULL), "manifest"), "not whole (KeyError: 'manifest')"),
-        (broken(needle_map(), "cells", 0, "depths"), "not whole (KeyError: 'depths')"),
+        (
+            broken(needle_map(), "manifest", "config", "depths"),
+            "not whole (KeyError: 'depths')",
+        ),
         (benchmark(("full", "ok")) | {"settings": None}, "not whole"),
     ],
 )
