@@ -122,17 +122,6 @@ class Listed(argparse.Action):
         setattr(namespace, self.dest, made if before is self.default else [*before, *made])
 
 
-def whole_number(text: str) -> int:
-    """
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is no whole number") from None
-
-
 def size_of(size: int) -> str:
     """A number of bytes in words."""
     if size < BYTES_PER_MIB:

@@ -83,7 +83,7 @@ def _lines(setups: Sequence[Mapping[str, Any]], by_bytes: bool) -> list[Line]:
     for setup in setups:
         who = setup["name"]
         if setup["protocol"] == "query_aware":
-            who += f", {'query-aware'}"
+            who += ", query-aware"
         stored = in_words(setup["quantization"]) if by_bytes else ""
         lines.setdefault((who, stored), []).append(setup)
     key = "bytes" if by_bytes else "units"
