@@ -380,7 +380,7 @@ def test_an_evaluation_refuses_it_before_a_question_is_made(folder, tmp_path):
         model=str(folder / "backbone"),
         adapter=str(tmp_path / "lora"),
         tasks=("ruler_niah_single_1",),
-        rows=({"policy": "full"},),
+        setups=({"policy": "full"},),
         output=str(tmp_path / "out"),
         lengths=(300,),
     )

@@ -178,9 +178,9 @@ GOES_ON = "stopped; the same command goes on where it stopped"
     ("given", "says"),
     [
         ({"command": "generate"}, "stopped"),
-        ({"command": "needle", "grid": False}, "stopped"),
-        ({"command": "needle", "grid": True}, GOES_ON),
-        ({"command": "grid"}, GOES_ON),
+        ({"command": "needle", "json_out": None}, "stopped"),
+        ({"command": "needle", "json_out": "o.json"}, GOES_ON),
+        ({"command": "grid", "json_out": "o.json"}, GOES_ON),
         ({"command": "evaluate"}, GOES_ON),
         ({"command": "lm_eval"}, "stopped"),
         ({"command": "reproduce"}, "stopped"),

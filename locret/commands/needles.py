@@ -17,6 +17,7 @@ from typing import Any
 from locret.commands.progress import Progress, report_of, say_next
 from locret.commands.shared import Listed, add_model, whole
 from locret.policies import POLICIES
+from locret.quantities import MOST
 from locret.tasks.needle import FIRST_SEED, HAYSTACK
 
 GENERATE = ("model", "adapter", "heads")
@@ -75,12 +76,12 @@ def config_of(
         "max_new_tokens": given.max_new_tokens,
         "seed": given.seed - FIRST_SEED,
         "data": {HAYSTACK: given.haystack},
+        # The full cache meets prompts beyond the model's window too, whole: that is what maps show.
+        "max_length": MOST,
         "batch_size": given.batch_size,
         "engine": {"chunk_size": 512},
     }
     config |= values
-    # The full cache meets prompts beyond the model's window too, whole: that is what a map shows.
-    config["max_length"] = 2 * max(config["lengths"]) + 1024
     return {name: value for name, value in config.items() if value is not None}
 
 

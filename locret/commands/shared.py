@@ -96,7 +96,8 @@ class Listed(argparse.Action):
     """An argument of several values, with spaces or commas between them; given twice, it goes on.
 
     Args:
-        each: makes a value of its text; a ValueError of it ends the command with usage and reason.
+        each: makes a value of its text; a ValueError or ArgumentTypeError of it ends the command
+            with usage and reason.
     """
 
     def __init__(self, *, each: Callable[[str], Any] = str, **kwargs: Any) -> None:
@@ -115,21 +116,10 @@ class Listed(argparse.Action):
             parser.error(f"argument {option_string}: there are no {self.dest}")
         try:
             made = [self.each(text) for text in texts]
-        except ValueError as error:
+        except (ValueError, argparse.ArgumentTypeError) as error:
             parser.error(f"argument {option_string}: {error}")
         before = getattr(namespace, self.dest)
         setattr(namespace, self.dest, made if before is self.default else [*before, *made])
-
-
-def whole_number(text: str) -> int:
-    """
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is no whole number") from None
 
 
 def size_of(size: int) -> str:

@@ -111,9 +111,10 @@ class EvalConfig:
         given = {name: value for name, value in given.items() if value is not None}
         unknown, needed = set(given) - known, {"model", "tasks", "setups", "output"} - set(given)
         if unknown or needed:
-            wrong = [f"unknown {', '.join(sorted(unknown))}"] * bool(unknown)
+            renamed = {"rows": "rows (now called setups)"}
+            names = [renamed.get(name, name) for name in sorted(unknown)]
+            wrong = [f"unknown {', '.join(names)}"] * bool(unknown)
             wrong += [f"missing {', '.join(sorted(needed))}"] * bool(needed)
-            wrong += ["rows, which are called setups now"] * ("rows" in unknown)
             raise ValueError(
                 f"the configuration has {' and '.join(wrong)}; expected {', '.join(sorted(known))}"
             )

@@ -14,6 +14,7 @@ or `--processes` share the questions; whichever ends last writes the results:
 
 import contextlib
 import fcntl
+import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -70,7 +71,8 @@ def run(
     prepared, ranks = prepare(config), ranks or Ranks()
     path = prepared.output / CONFIG
     if ranks.rank == 0:
-        write_whole(path, yaml.safe_dump(prepared.config.to_dict(), sort_keys=False))
+        plain = json.loads(as_json(prepared.config.to_dict()))  # YAML has no tuples
+        write_whole(path, yaml.safe_dump(plain, sort_keys=False))
     if processes > 1 and ranks.world == 1:
         arguments = ["evaluate", "--config", str(path)]
         arguments += [] if minutes is None else ["--minutes", str(minutes)]

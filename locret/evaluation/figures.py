@@ -59,8 +59,7 @@ def figures(result: Result) -> Iterator[tuple[str, str, Any]]:
     if any(setup["quantization"] is not None for setup in answered(result)):
         caption = "Quality against bytes: mean score over tasks, 95 % intervals"
         yield "bytes", caption, against_bytes(result)
-    placed = {cell["length"] for cell in result["cells"] if "depths" in cell}
-    if len(placed) > 1:
+    if len({cell["length"] for cell in _placed(result["cells"])}) > 1:
         yield "needles", "Share of needles found by length and depth", needle_map(result)
 
 
@@ -84,7 +83,7 @@ def _lines(setups: Sequence[Mapping[str, Any]], by_bytes: bool) -> list[Line]:
     for setup in setups:
         who = setup["name"]
         if setup["protocol"] == "query_aware":
-            who += f", {'query-aware'}"
+            who += ", query-aware"
         stored = in_words(setup["quantization"]) if by_bytes else ""
         lines.setdefault((who, stored), []).append(setup)
     key = "bytes" if by_bytes else "units"
@@ -159,10 +158,15 @@ def _finished(figure: Any, axis: Any) -> Any:
 PANELS = 4  # in a line
 
 
+def _placed(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The cells of tasks whose samples have a depth."""
+    return [cell for cell in cells if "depths" in cell]
+
+
 def needle_map(result: Result) -> Any:
     """A panel for each setup: length across, depth down; grey where nothing was answered."""
     setups = result["setups"]
-    lengths = sorted({cell["length"] for cell in result["cells"]})
+    lengths = sorted({cell["length"] for cell in _placed(result["cells"])})
     across = min(PANELS, len(setups))
     down = -(-len(setups) // across)
     figure, axes = plotting().subplots(
@@ -188,7 +192,7 @@ def needle_map(result: Result) -> Any:
 def _panel(
     axis: Any, result: Result, setup: Mapping[str, Any], lengths: Sequence[int], depths: int
 ) -> Any:
-    found = shares(cells_of(result, setup), depths)
+    found = shares(_placed(cells_of(result, setup)), depths)
     values = [[found.get((n, row), float("nan")) for n in lengths] for row in range(depths)]
     axis.set_facecolor("lightgrey")
     image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")

@@ -9,7 +9,6 @@ import torch
 
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.engines import are_query_aware, check_setup
-from locret.evaluation.processes import Ranks
 from locret.evaluation.prompts import Renderer
 from locret.evaluation.provenance import source
 from locret.evaluation.questions import Prompts, Question, questions
@@ -52,7 +51,7 @@ def prepare(config: EvalConfig) -> Prepared:
         ValueError: unknown tasks, setups that cannot be, missing data or heads, an adapter of
             another model, or a device that is not there; in one line.
     """
-    find_device(Ranks.of_environment().device(config.device))
+    find_device(config.device)
     setups, tasks = config.all_setups(), config.make_tasks()
     for setup in setups:
         check_setup(setup, config.engine)

@@ -144,13 +144,18 @@ class Line(NamedTuple):
 def lines_of(result: Result) -> list[Line]:
     """One for each setup that has an answer."""
     full = full_of(result)
-    of_full = None if full is None else _found(cells_of(result, full))
+    of_full = None if full is None else _answered(result, full)
     made = []
     for setup in result["setups"]:
-        cells = [cell for cell in cells_of(result, setup) if cell["units"] is not None]
+        cells = _answered(result, setup)
         if cells:
-            made.append(_line(setup, cells, of_full, full))
+            made.append(_line(setup, cells, of_full))
     return made
+
+
+def _answered(result: Result, setup: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The cells of a setup that have an answer."""
+    return [cell for cell in cells_of(result, setup) if cell["units"] is not None]
 
 
 def _found(cells: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
@@ -166,16 +171,15 @@ def _found(cells: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
 def _line(
     setup: Mapping[str, Any],
     cells: Sequence[Mapping[str, Any]],
-    of_full: set[tuple[str, str]] | None,
-    full: Mapping[str, Any] | None,
+    of_full: Sequence[Mapping[str, Any]] | None,
 ) -> Line:
-    def most(name: str) -> float:
-        return max(cell[name]["max"] for cell in cells)
+    def most(name: str, of: Sequence[Mapping[str, Any]] = cells) -> float:
+        return max(cell[name]["max"] for cell in of)
 
     found = _found(cells)
-    whole = full if full is not None and full["bytes"] is not None else None
-    bytes_of_full = whole["bytes_after"]["max"] if whole else most("full_cache_bytes")
-    context_of_full = whole["bytes"]["max"] if whole else most("full_cache_bytes")
+    found_by_full = None if of_full is None else _found(of_full)
+    bytes_of_full = most("bytes_after", of_full) if of_full else most("full_cache_bytes")
+    context_of_full = most("bytes", of_full) if of_full else most("full_cache_bytes")
     stored = f" {in_words(setup['quantization'])}" if setup["quantization"] else ""
     aware = ", query-aware" if setup["protocol"] == "query_aware" else ""
     return Line(
@@ -184,7 +188,9 @@ def _line(
         real=bytes_of_full / max(1, most("bytes_after")),
         real_context=context_of_full / max(1, most("bytes")),
         found=len(found),
-        of_full="-" if of_full is None else f"{len(found & of_full)}/{len(of_full)}",
+        of_full="-"
+        if found_by_full is None
+        else f"{len(found & found_by_full)}/{len(found_by_full)}",
         asked_of=sum(cell["count"] - cell["failed"] for cell in cells),
         units=int(most("units")),
         context_tokens=int(most("compressed_tokens")),
@@ -246,14 +252,17 @@ def _over_lengths(result: Result) -> str:
     """The share found at each length, then how many times smaller the whole cache is."""
     lengths = sorted({cell["length"] for cell in result["cells"]})
     slices = {length: _of_length(result, length) for length in lengths}
-    lines = {length: {line.name: line for line in lines_of(slices[length])} for length in lengths}
-    names = dict.fromkeys((line.name, line.asked) for of in lines.values() for line in of.values())
+    lines = {
+        length: {(line.name, line.asked): line for line in lines_of(slices[length])}
+        for length in lengths
+    }
+    names = dict.fromkeys(name for of_length in lines.values() for name in of_length)
 
     def table(title: str, show: Callable[[Line], str]) -> list[str]:
         width = max(20, *(len(name) + 1 for name, _ in names))
         shown = [f"{title:<{width}}{'asked':>6}" + "".join(f"{n:>9,}" for n in lengths)]
         for name, asked in names:
-            of_lengths = (lines[length].get(name) for length in lengths)
+            of_lengths = (lines[length].get((name, asked)) for length in lengths)
             cells = (show(line) if line else "-" for line in of_lengths)
             shown.append(f"{name:<{width}}{asked:>6}" + "".join(f"{cell:>9}" for cell in cells))
         return shown
@@ -265,13 +274,7 @@ def _over_lengths(result: Result) -> str:
 def _of_length(result: Result, length: int) -> Result:
     """The result of one length alone."""
     cells = [cell for cell in result["cells"] if cell["length"] == length]
-    by_setup = {cell["setup"]: cell for cell in cells}
-    there = [setup for setup in result["setups"] if setup["setup"] in by_setup]
-    held = ("bytes", "bytes_after", "units", "full_cache_bytes")
-    return {
-        "cells": cells,
-        "setups": [setup | {k: by_setup[setup["setup"]][k] for k in held} for setup in there],
-    }
+    return {"cells": cells, "setups": result["setups"]}
 
 
 def _legend(result: Result) -> list[tuple[str, str]]:

@@ -6,12 +6,14 @@ import yaml
 from locret.evaluation.config import EvalConfig, find_config, overridden, read_config
 from locret.system.config_files import CONFIGS
 
-LEAST = {"model": "m", "tasks": "ruler_vt", "rows": {"policy": "full"}, "output": "o"}
+LEAST = {"model": "m", "tasks": "ruler_vt", "setups": {"policy": "full"}, "output": "o"}
 
 
 def test_the_least_configuration():
     config = EvalConfig.from_dict(LEAST)
-    assert config.tasks == ("ruler_vt",) and [row.label for row in config.table_rows()] == ["full"]
+    assert config.tasks == ("ruler_vt",) and [setup.label for setup in config.all_setups()] == [
+        "full"
+    ]
     assert EvalConfig.from_dict(config.to_dict()) == config
 
 
@@ -30,7 +32,7 @@ def test_values_are_replaced_also_within_others():
     ("changes", "complaint"),
     [
         ({"task": 1}, "unknown task; expected adapter"),
-        ({"model": "m", "rows": []}, r"rows is \[\]"),
+        ({"model": "m", "setups": []}, r"setups is \[\]"),
         ({"tasks": {}}, "expected a list"),
         ({"engine": 3}, "engine is 3; expected names and values"),
         ({"limit": 0}, "limit is 0; expected a whole number of at least 1"),
@@ -44,13 +46,18 @@ def test_values_are_replaced_also_within_others():
         ({"chat_template": "maybe"}, "chat_template is 'maybe'; expected true or false"),
         ({"dtype": "foo"}, "dtype is 'foo'; expected one of"),
         ({"output": 5}, "output is 5; expected a text"),
+        ({"rows": {"policy": "full"}}, r"unknown rows \(now called setups\); expected"),
+        ({"full": "no"}, "full is 'no'; expected true or false"),
+        ({"answer_prefix": 1}, "answer_prefix is 1; expected true or false"),
+        ({"depths": 0}, "depths is 0; expected a whole number of at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; expected a whole number"),
         ({"data": {"words": 5}}, "data is {'words': 5}; expected a path for each name"),
     ],
 )
 def test_what_is_no_configuration_is_refused(changes, complaint):
     with pytest.raises(ValueError, match=complaint):
         EvalConfig.from_dict(LEAST | changes)
-    with pytest.raises(ValueError, match="missing rows, tasks"):
+    with pytest.raises(ValueError, match="missing setups, tasks"):
         EvalConfig.from_dict({"model": "m", "output": "o"})
 
 
@@ -94,7 +101,8 @@ def test_a_file_is_found_by_its_path_or_its_name(tmp_path):
 @pytest.mark.parametrize("path", sorted((CONFIGS / "eval").glob("*.yaml")), ids=lambda p: p.name)
 def test_a_configuration_of_ours_names_what_there_is(path):
     config = read_config(str(path), {})
-    rows = config.table_rows()
-    assert rows[0].label == "full" and len(rows) > 1
+    setups = config.all_setups()
+    assert setups[0].label == "full" and len(setups) > 1
     smoke = EvalConfig.from_dict(overridden(config.to_dict(), config.smoke))
-    assert smoke.limit is not None and smoke.limit <= 5
+    assert smoke.limit is not None
+    assert smoke.limit <= 5 or smoke.limit == smoke.depths  # a needle at every depth

@@ -275,7 +275,7 @@ def test_continuations_share_their_context_and_are_scored_as_token_by_token(load
 def token_by_token(model, context, continuation):
     """The plain way: one token after the other over the compressed cache."""
     ids, wanted = model._encode_pair(context, continuation)
-    engine = model._engines.get(model.row, 40)
+    engine = model._engines.get(model.setup, 40)
     rest = harness.LOCAL_TOKENS
     total, best = 0.0, True
     with engine, torch.no_grad():

@@ -1,6 +1,6 @@
 import pytest
 
-from locret.evaluation.bootstrap import average_of_tasks, interval, resampled_means
+from locret.evaluation.intervals import average_of_tasks, interval, resampled_means, wilson
 
 
 def test_an_interval_holds_the_mean_and_narrows_with_more_samples():
@@ -29,3 +29,11 @@ def test_samples_of_a_group_are_drawn_together():
 def test_tasks_count_alike_whatever_their_size():
     mean, (low, high) = average_of_tasks({"small": [1.0], "large": [0.0] * 100})
     assert mean == low == high == 0.5
+
+
+@pytest.mark.parametrize(
+    ("found", "count", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634)],
+)
+def test_wilson_intervals(found, count, low, high):
+    assert wilson(found, count) == pytest.approx((low, high), abs=1e-4)
