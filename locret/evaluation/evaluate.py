@@ -135,7 +135,7 @@ def _load(prepared: Prepared, ranks: Ranks) -> Asker:
         chosen["attn_implementation"] = config.attention
     loaded = load_model(
         config.model,
-        dtype=config.dtype,  # type: ignore[arg-type]
+        dtype=config.dtype,
         device=ranks.device(config.device),
         adapter=config.adapter,
         **chosen,

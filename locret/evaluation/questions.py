@@ -18,8 +18,8 @@ from locret.quantities import Budget
 from locret.tasks import Sample, Task
 
 NOT_OF_ANSWERS = frozenset(
-    {"setups", "full", "tasks", "output", "batch_size", "limit", "lengths", "depths", "smoke"}
-    | {"cache_dir", "device", "adapter", "heads", "data_dir", "data", "engine"}
+    {"setups", "full", "tasks", "output", "batch_size", "limit", "lengths", "depths", "max_length"}
+    | {"smoke", "cache_dir", "device", "adapter", "heads", "data_dir", "data", "engine"}
 )
 """Values of a configuration that no answer depends on, or that `settings_of` holds by content."""
 

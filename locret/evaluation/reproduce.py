@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from locret.evaluation import evaluate
-from locret.evaluation.config import EvalConfig, overridden
+from locret.evaluation.config import EvalConfig
 from locret.evaluation.evaluate import Progress
 from locret.evaluation.intervals import RESAMPLES, interval
 from locret.evaluation.results import FORMAT, KIND
@@ -163,9 +163,10 @@ def reproduce(
     """
     result = json.loads(path.read_text(encoding="utf-8"))
     config = _slice(result["manifest"]["config"], {**changes, "output": str(output)})
-    config, left_out = _with_data(config)
-    if not config.tasks:
+    here, left_out = _with_data(config)
+    if not here:
         return Reproduction((), left_out)
+    config = replace(config, tasks=here)
     made = evaluate.run(config, "python -m locret reproduce", progress=progress)
     assert made is not None
     again = json.loads(made.read_text(encoding="utf-8"))
@@ -174,20 +175,20 @@ def reproduce(
 
 def _slice(config: Mapping[str, Any], changes: Mapping[str, Any]) -> EvalConfig:
     smoke = {"limit": 1} | dict(config.get("smoke") or {})
-    return EvalConfig.from_dict(overridden(config, {**smoke, **ON_A_CPU, **changes}))
+    return EvalConfig.from_dict({**config, **smoke, **ON_A_CPU, **changes})
 
 
-def _with_data(config: EvalConfig) -> tuple[EvalConfig, tuple[str, ...]]:
-    """Without the tasks whose data is not here, and why."""
+def _with_data(config: EvalConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tasks whose data is here, and why the others are left out."""
     here, left_out = [], []
-    for name in task_names(config.tasks):
+    for name in task_names(tuple(config.tasks)):
         try:
             replace(config, tasks=(name,)).make_tasks()
         except ValueError as error:
             left_out.append(f"{name}: {error}")
         else:
             here.append(name)
-    return replace(config, tasks=tuple(here)), tuple(left_out)
+    return tuple(here), tuple(left_out)
 
 
 def _compared(

@@ -99,7 +99,7 @@ class TaskSettings:
         if not given.is_file():
             raise ValueError(
                 f"data {name!r}: {given} is not a file; give its folder with --data-dir, or its "
-                f"path with --set data.{name}=PATH"
+                f"path with --data.{name} PATH"
             )
         return given
 

@@ -271,10 +271,10 @@ def test_answers_that_are_no_list_name_file_and_line(config, tmp_path):
         prepare(replace(config, tasks=("fairytaleqa",), data={"fairytaleqa": str(path)}))
 
 
-def test_options_may_be_given_again(config, tmp_path, capsys):
+def test_any_value_is_overridden(config, tmp_path, capsys):
     args = ["evaluate", "--config", written(config, tmp_path), "--dry-run"]
-    args += ["--tasks", "fairytaleqa", "--tasks", "ruler_niah_single_1"]
-    args += ["--lengths", "900", "--lengths", "1000", "--set", "limit=2", "--set", "seed=7"]
+    args += ["--tasks", "fairytaleqa,ruler_niah_single_1"]
+    args += ["--lengths", "900,1000", "--limit", "2", "--seed=7"]
     assert cli.main(args) == 0
     out = capsys.readouterr().out
     for label in ("fairytaleqa", "ruler_niah_single_1@900", "ruler_niah_single_1@1000"):
@@ -412,19 +412,17 @@ BAD = [
     (["--data-dir", "nowhere"], "is not a file; give its folder with --data-dir"),
     (["--heads", "no/such/heads"], "no/such/heads"),
     (["--config", "nosuch.yaml"], "nosuch.yaml is no file"),
-    (["--set", "setups=[{policy: nosuch}]"], "policy 'nosuch' is unknown"),
-    (["--set", "heads=null"], "needs trained heads"),
-    (["--set", "nosuch=1"], "unknown nosuch"),
-    (["--set", "nosuch"], "--set nosuch is no NAME=VALUE"),
+    (["--setups", "[{policy: nosuch}]"], "policy 'nosuch' is unknown"),
+    (["--heads", "null"], "needs trained heads"),
+    (["--nosuch", "1"], "unrecognized arguments: --nosuch 1"),
     (["--adapter", "no/such/adapter"], "no/such/adapter"),
-    (["--set", "tasks=[a"], "is no YAML value"),
-    (["--set", "limit.x=1"], "limit is 3, and has no values by name"),
-    (["--set", "engine.chunksize=256"], "engine settings chunksize are unknown"),
-    (["--set", "setups=[{policy: snapkv, budget: 8x, policy_args: {windows: 3}}]"], "windows"),
-    (["--set", "setups=[{policy: snapkv, budget: 8x, quantization: kivi4}]"], "kivi4"),
-    (["--set", "setups=[{policy: snapkv, budget: 1.5}]"], "budget of snapkv is 1.5; expected a"),
-    (["--set", "engine.chunk_size=abc"], "setup full: chunk_size is 'abc'; expected at least 1"),
-    (["--set", "dtype=float8"], "dtype is 'float8'; expected one of auto, float32"),
+    (["--limit.x", "1"], "limit"),
+    (["--engine.chunksize", "256"], "engine settings chunksize are unknown"),
+    (["--setups", "[{policy: snapkv, budget: 8x, policy_args: {windows: 3}}]"], "windows"),
+    (["--setups", "[{policy: snapkv, budget: 8x, quantization: kivi4}]"], "kivi4"),
+    (["--setups", "[{policy: snapkv, budget: 1.5}]"], "budget of snapkv is 1.5; expected a"),
+    (["--engine.chunk_size", "abc"], "setup full: chunk_size is 'abc'; expected at least 1"),
+    (["--dtype", "float8"], "dtype is float8; expected"),
     (["--device", "meta"], "device 'meta' holds no values"),
     (["--device", "hpu"], "device 'hpu' cannot be used by this torch"),
     (["--model", "nosuch.gguf"], "model 'nosuch.gguf' is not there"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from locret.evaluation import evaluate
-from locret.evaluation.config import EvalConfig, read_config
+from locret.evaluation.config import EvalConfig, read_values
 from locret.evaluation.figures import shares
 from locret.evaluation.preparing import prepare
 from locret.evaluation.processes import Ranks
@@ -315,7 +315,7 @@ def test_the_configuration_is_kept_and_read_again(config, asked):
     config = replace(config, lengths=(300,), setups=({"policy": ("random", "knorm"), "budget": 9},))
     evaluate.run(config)
     asked.clear()
-    kept = read_config(str(Path(config.output) / "config.yaml"), {})
+    kept = EvalConfig.from_dict(read_values(str(Path(config.output) / "config.yaml")))
     assert kept.all_setups() == config.all_setups() and kept.lengths == (300,)
     evaluate.run(kept)
     assert not asked
