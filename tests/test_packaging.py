@@ -56,7 +56,7 @@ def test_a_wheel_holds_every_file(wheel):
     wanted = {
         path.relative_to(tree).as_posix()
         for name in SOURCES
-        for pattern in ("*.py", "*.yaml")
+        for pattern in ("*.py", "*.yaml", "*.md")
         for path in (tree / name).rglob(pattern)
     }
     wanted = {f"locret/{name}" if name.startswith("configs/") else name for name in wanted}

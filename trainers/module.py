@@ -45,9 +45,9 @@ class HeadsModule(LightningModule):
         adapter: a PEFT adapter of the backbone, merged into its weights unless they are quantized.
         quantization: of the backbone's weights: "int8", "nf4" (`locret.model.weight_quantization`).
         width: hidden width of a head (the paper's d_R).
-        tap: what a head reads (`locret.heads.features.FEATURES`).
+        tap: what a head reads (`locret.heads.heads.FEATURES`).
         label: label definition (`locret.heads.targets.LABELS`).
-        loss: main loss (`locret.heads.losses.LOSSES`).
+        loss: main loss (`locret.heads.targets.LOSSES`).
         alpha: weight of the smoothness loss.
         query_tokens: Locret-Q: repeat so many of the question's tokens in front of the prompt.
         lr: peak learning rate of AdamW.

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import CommitOperationAdd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -157,7 +158,9 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> None:
             (aside / CARD).write_text(_card(folder, repo_id), encoding="utf-8")
 
 
-def publishable(folder: str | Path, repo_id: str) -> tuple[list[hub.Upload], dict[str, str]]:
+def publishable(
+    folder: str | Path, repo_id: str
+) -> tuple[list[CommitOperationAdd], dict[str, str]]:
     """What of an artifact folder goes to the Hub, and what does not.
 
     Returns:
@@ -179,21 +182,14 @@ def publishable(folder: str | Path, repo_id: str) -> tuple[list[hub.Upload], dic
         if reason:
             left_out[path.name] = reason
         elif path.name != CARD:
-            files.append(hub.Upload(path.name, path))
+            files.append(CommitOperationAdd(path.name, path))
     own = has_own_card(folder)
     card = (folder / CARD).read_bytes() if own else _card(folder, repo_id).encode("utf-8")
-    return [hub.Upload(CARD, card), *files], left_out
+    return [CommitOperationAdd(CARD, card), *files], left_out
 
 
-def push(
-    repo_id: str,
-    folder: str | Path,
-    *,
-    private: bool = False,
-    token: str | None = None,
-    revision: str | None = None,
-) -> str:
-    """Upload an artifact folder in one commit; returns its address. Arguments: `hub.upload`.
+def push(repo_id: str, folder: str | Path, **options: Any) -> str:
+    """Upload an artifact folder in one commit; returns its address. Options: `hub.upload`'s.
 
     The folder itself stays as it is. Whether its heads are sound is the caller's to check.
 
@@ -201,9 +197,7 @@ def push(
         ValueError: no artifact folder, or the Hub did not take it; says why.
     """
     files, _ = publishable(folder, repo_id)
-    return hub.upload(
-        repo_id, files, message="Upload heads", private=private, token=token, revision=revision
-    )
+    return hub.upload(repo_id, files, **options)
 
 
 def inventory(source: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
