@@ -28,7 +28,6 @@ FAMILY_OF_CONFIG = {  # configs of heads
     "phi3.yaml": "phi3",
     "qwen3.yaml": "qwen3",
     "smollm2.yaml": "llama",
-    "smollm2_aware.yaml": "llama",
     "smollm2_long.yaml": "llama",
 }
 
