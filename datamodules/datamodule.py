@@ -8,21 +8,23 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.batches import collate
 from datamodules.cache import CachedEncoder
 from datamodules.conversations import Conversation
-from datamodules.cutting import Cut
-from datamodules.dataset import ConversationDataset, Encode
-from datamodules.encoder import ConversationEncoder
-from datamodules.epochs import Epochs, InOrder, Mixed, Shuffled
-from datamodules.loader import ResumableLoader
-from datamodules.sampler import ResumableSampler
+from datamodules.dataset import ConversationDataset, Encode, Tally, collate
+from datamodules.encoder import ConversationEncoder, Cut
+from datamodules.epochs import (
+    Epochs,
+    InOrder,
+    Mixed,
+    ResumableLoader,
+    ResumableSampler,
+    Shuffled,
+)
 from datamodules.sources import Source
-from datamodules.tally import Tally
 
 
 class ConversationDataModule(lightning.LightningDataModule):
-    """Conversations for training and validation, packed into rows; `batches.collate` says how.
+    """Conversations for training and validation, packed into rows; `collate` says how.
 
     The tokenizer is `self.tokenizer` if a caller has set it, else the `tokenizer` of the module
     that is being trained, so that there is one place that names the backbone.
@@ -162,7 +164,7 @@ class ConversationDataModule(lightning.LightningDataModule):
 
         Returns:
             For "train", and "val" if there is one, and each source by its name: "rows" read and
-            "conversations" found in them; the counts of `tally.count_sample` for the batches given
+            "conversations" found in them; the counts of `count_sample` for the batches given
             to `count`; and "skipped": {reason: {"count", "first" place}}, of broken rows, which
             are known from the start, and of conversations that gave no sample, known once drawn.
             For "val", of which nothing is counted, only what was read.

@@ -13,8 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO
 
-from datamodules.conversations import Conversation, SkippedRow
-from datamodules.rows import FIELDS, MAX_CHARACTERS, parse_row
+from datamodules.conversations import (
+    FIELDS,
+    MAX_CHARACTERS,
+    Conversation,
+    SkippedRow,
+    parse_row,
+)
 
 _MAX_LINE = 4 * MAX_CHARACTERS  # bytes; what is longer is not even held to be looked at
 

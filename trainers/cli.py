@@ -27,9 +27,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from datamodules.datamodule import ConversationDataModule
 from locret.system.config_files import find_config
 from locret.system.interrupts import Stopped, run_command
-from trainers.callbacks import Export
-from trainers.progress import PlainProgress
-from trainers.stopping import StopBetweenSteps, signal_behind, where_it_stopped
+from trainers.callbacks import (
+    Export,
+    PlainProgress,
+    StopBetweenSteps,
+    signal_behind,
+    where_it_stopped,
+)
 
 
 class TrainingCLI(LightningCLI):

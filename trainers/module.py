@@ -1,7 +1,6 @@
 """LightningModule that trains retaining heads on a frozen backbone (paper section 3.2).
 
-Thin: the loss, its gradients and the labels are `locret.training.distill`'s. The backbone is held,
-not
+Thin: the loss, its gradients and the labels are `locret.training.distill`'s. The backbone is not
 registered: Lightning neither flips its mode nor moves, optimizes or saves it.
 """
 
@@ -26,11 +25,16 @@ from locret.model.weight_quantization import Quantization
 from locret.training.distill import Distillation
 from locret.training.row_loss import Distilled, Share
 from locret.training.segments import with_query_in_front
-from trainers.averaging import average, make_equal, start_average, takes_over
-from trainers.figures import averaged, looked_at
-from trainers.metrics import RankCorrelation, TopOverlap, top_overlap
+from trainers.distributed import (
+    average,
+    make_equal,
+    shard_backbone,
+    shards_of,
+    start_average,
+    takes_over,
+)
+from trainers.figures import RankCorrelation, TopOverlap, averaged, looked_at, top_overlap
 from trainers.optimizer import adamw, restart_schedule
-from trainers.sharding import shard_backbone, shards_of
 
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 ENGINE_SETTINGS = ("budget", "chunk_size", "stabilizers", "local_tokens")

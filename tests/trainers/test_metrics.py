@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trainers.metrics import TopOverlap
+from trainers.figures import TopOverlap
 
 
 def naive_overlap(predictions, targets, fraction):

@@ -14,11 +14,10 @@ from tests.evaluation.test_interrupted import nothing_left
 from tests.trainers.killer import kill_at
 from tests.trainers.runs import ROOT, callbacks, run_forked, source, tiny_run, weights
 from trainers import adapt, fit
-from trainers.callbacks import ExportHeads
+from trainers.callbacks import ExportHeads, StopBetweenSteps, signal_behind
 from trainers.cli import build, status
 from trainers.fit import main
 from trainers.module import HeadsModule
-from trainers.stopping import StopBetweenSteps, signal_behind
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
