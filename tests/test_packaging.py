@@ -17,7 +17,6 @@ FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 FIND = """
 import locret, trainers, datamodules
-from locret.system import config_files
 from locret.evaluation.config import find_config
 from trainers.cli import find_config as of_trainings
 print(*(module.__file__ for module in (locret, trainers, datamodules)), sep="\\n")

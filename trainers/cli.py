@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.datamodule import ConversationDataModule
-from locret.system.config_files import find_config
+from locret.system.files import find_config
 from locret.system.interrupts import Stopped, run_command
 from trainers.callbacks import (
     Export,

@@ -10,7 +10,7 @@ import yaml
 from locret.evaluation.rows import Row, expand
 from locret.model.loading import Dtype
 from locret.quantities import is_whole
-from locret.system import config_files
+from locret.system import files
 from locret.tasks import TASKS, Task, TaskSettings, task_names
 
 CACHE = "~/.cache/locret"
@@ -169,7 +169,7 @@ def find_config(name: str) -> Path:
     Raises:
         ValueError: no such file; lists the configurations there are.
     """
-    return config_files.find_config(name, ("eval", "."))
+    return files.find_config(name, ("eval", "."))
 
 
 def read_config(name: str, overrides: Mapping[str, Any]) -> EvalConfig:

@@ -9,7 +9,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 import locret
 from locret.model.loading import load_model
-from locret.system.config_files import CONFIGS
+from locret.system.files import CONFIGS
 from tests.trainers.killer import kill_at
 from tests.trainers.runs import (
     callbacks,
