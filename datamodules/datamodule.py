@@ -122,9 +122,7 @@ class ConversationDataModule(lightning.LightningDataModule):
             self._datasets["train"],
             sampler=self._sampler("train", self._train_epochs),
             in_flight=self._in_flight,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=collate,
+            **self._options,
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -135,9 +133,7 @@ class ConversationDataModule(lightning.LightningDataModule):
         return DataLoader(
             dataset,
             sampler=self._sampler("val", InOrder(len(dataset))),
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=collate,
+            **self._options,
         )
 
     def count(self, batch: Mapping[str, Any]) -> None:
@@ -189,6 +185,15 @@ class ConversationDataModule(lightning.LightningDataModule):
         self._tally = Tally()
         if self.trainer is None or self.trainer.is_global_zero:
             self._tally.merge(state_dict)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Of both loaders; asked when they are made, for Lightning may look for a batch size."""
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "collate_fn": collate,
+        }
 
     def _check_batches(self) -> None:
         if self.batch_size < 1:

@@ -116,8 +116,32 @@ class ConversationDataset(Dataset[Item]):
         return skipped
 
 
-class SampleInfo(NamedTuple):
-    """What the report needs to know of one sample; see `Sample` for all but `source`.
+COUNTS = (
+    *("used", "answers", "cut", "cut_tokens", "answers_cut", "answers_cut_tokens"),
+    *("answers_unmatched", "answers_removed"),
+)
+"""What is counted of samples; see `count_sample`."""
+
+
+def count_sample(sample: Sample) -> dict[str, int]:
+    """What one sample adds to the counts.
+
+    Returns:
+        used: 1. A sample counts each time that it is trained on.
+        answers: answers that label tokens.
+        cut, cut_tokens: whether its prompt was cut, and by how many tokens.
+        answers_cut, answers_cut_tokens: likewise for answers that were longer than the bound.
+        answers_unmatched, answers_removed: as in `Sample`.
+    """
+    cut, short = sample.cut, sample.answers_cut
+    unmatched, removed = sample.answers_unmatched, sample.answers_removed
+    cuts = (int(cut > 0), cut, int(short > 0), short)
+    found = (1, len(sample.answers), *cuts, unmatched, removed)
+    return dict(zip(COUNTS, found, strict=True))
+
+
+class Counted(NamedTuple):
+    """What the report needs to know of one sample.
 
     It travels in the batch, because samples may be made in processes that are gone when the report
     is asked for, and as plain numbers, so that counting does not wait for a GPU.
@@ -125,11 +149,7 @@ class SampleInfo(NamedTuple):
 
     source: str  # name of the source in the data module
     id: str
-    cut: int
-    answers: int
-    answers_cut: int
-    answers_unmatched: int
-    answers_removed: int
+    counts: dict[str, int]  # see `count_sample`
 
 
 def collate(items: Sequence[Item]) -> dict[str, Any]:
@@ -139,7 +159,7 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
         input_ids: int64 [1, N], the samples one after the other; each may attend to itself only.
         segments: list of `locret.training.segments.Segment`, one a sample, offsets in the row.
         cut: int64 [samples], tokens removed from each prompt.
-        samples: list of `SampleInfo`, for `ConversationDataModule.count`.
+        samples: list of `Counted`, for `ConversationDataModule.count`.
         skipped: list of `Skipped`: conversations that gave no sample, with the place and why.
     """
     samples = [item.sample for item in items]
@@ -147,7 +167,7 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
         "input_ids": torch.cat([sample.input_ids for sample in samples])[None],
         "segments": _segments(items),
         "cut": torch.tensor([sample.cut for sample in samples]),
-        "samples": [_info(item) for item in items],
+        "samples": [Counted(i.source, i.sample.id, count_sample(i.sample)) for i in items],
         "skipped": [skipped for item in items for skipped in item.skipped],
     }
 
@@ -163,24 +183,11 @@ def _segments(items: Sequence[Item]) -> list[Segment]:
     return segments
 
 
-def _info(item: Item) -> SampleInfo:
-    sample = item.sample
-    return SampleInfo(
-        source=item.source,
-        id=sample.id,
-        cut=sample.cut,
-        answers=len(sample.answers),
-        answers_cut=sample.answers_cut,
-        answers_unmatched=sample.answers_unmatched,
-        answers_removed=sample.answers_removed,
-    )
-
-
 class Tally:
     """Counts by source, of the batches that were added.
 
     Attributes:
-        counts: for each source, how often each of the `count_sample` names occurred.
+        counts: for each source, how often each of `COUNTS` occurred.
         skipped: for each source, place and reason of each skipped conversation, by its index. One
             that was met again, in a later epoch or by another worker, counts once.
     """
@@ -192,7 +199,7 @@ class Tally:
     def add(self, batch: Mapping[str, Any]) -> None:
         """Count a batch of `collate`."""
         for info in batch["samples"]:
-            self.counts.setdefault(info.source, Counter()).update(count_sample(info))
+            self.counts.setdefault(info.source, Counter()).update(info.counts)
         for where, reason, source, number in batch["skipped"]:
             self.skipped.setdefault(source, {})[number] = (where, reason)
 
@@ -202,7 +209,7 @@ class Tally:
         for _, (where, reason) in sorted(self.skipped.get(source, {}).items()):
             skipped.setdefault(reason, {"count": 0, "first": where})["count"] += 1
         counts = self.counts.get(source, Counter())
-        return {**{name: counts[name] for name in _NAMES}, "skipped": skipped}
+        return {**{name: counts[name] for name in COUNTS}, "skipped": skipped}
 
     def state_dict(self) -> dict[str, Any]:
         """All of it as plain dicts, for a checkpoint."""
@@ -215,28 +222,3 @@ class Tally:
             self.counts.setdefault(source, Counter()).update(counts)
         for source, skipped in state["skipped"].items():
             self.skipped.setdefault(source, {}).update(skipped)
-
-
-def count_sample(info: SampleInfo) -> dict[str, int]:
-    """What one sample adds to the counts.
-
-    Returns:
-        used: 1. A sample counts each time that it is trained on.
-        answers: answers that label tokens.
-        cut, cut_tokens: whether its prompt was cut, and by how many tokens.
-        answers_cut, answers_cut_tokens: likewise for answers that were longer than the bound.
-        answers_unmatched, answers_removed: as in `Sample`.
-    """
-    return {
-        "used": 1,
-        "answers": info.answers,
-        "cut": int(info.cut > 0),
-        "cut_tokens": info.cut,
-        "answers_cut": int(info.answers_cut > 0),
-        "answers_cut_tokens": info.answers_cut,
-        "answers_unmatched": info.answers_unmatched,
-        "answers_removed": info.answers_removed,
-    }
-
-
-_NAMES = tuple(count_sample(SampleInfo("", "", 0, 0, 0, 0, 0)))

@@ -26,7 +26,6 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.conversations import SCHEMAS, Conversation, SkippedRow, exchange, parse_row
 from datamodules.tables import (
     Lines,
-    LinesOnDisk,
     ObjectTable,
     ParquetTable,
     Table,
@@ -158,7 +157,7 @@ class JsonlSource(TableSource):
             ValueError: if no file is there, or a gzipped one is to be streamed.
         """
         for path in find_files(self.path, (".jsonl", ".jsonl.gz")):
-            yield (LinesOnDisk if self.streaming else Lines)(path, _stem(path))
+            yield Lines(path, _stem(path), self.streaming)
 
 
 class ParquetSource(TableSource):

@@ -6,32 +6,19 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric
 
 from trainers.distributed import average
 
 
-class _MeanOverHeads(Metric):
-    """Mean over updates, batch rows and heads of `value(predictions, targets)`, [B, H] each."""
+class _MeanOverHeads(MeanMetric):
+    """Mean over updates, batch rows and heads, in float64."""
 
     higher_is_better = True
 
     def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Add scores and labels, both [B, H, P]."""
-        values = self.value(predictions, targets)
-        self.total += values.double().sum()
-        self.count += values.numel()
-
-    def compute(self) -> Tensor:
-        return (self.total / self.count).float()
-
-    def value(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        raise NotImplementedError
+        super().__init__(nan_strategy="disable")  # a mean with a NaN is one
+        self.set_dtype(torch.float64)
 
 
 class TopOverlap(_MeanOverHeads):
@@ -49,8 +36,9 @@ class TopOverlap(_MeanOverHeads):
             raise ValueError(f"fraction is {fraction}; expected a number above 0 and at most 1")
         self.fraction = fraction
 
-    def value(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        return top_overlap(predictions, targets, self.fraction)
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add scores and labels, both [B, H, P]."""
+        super().update(top_overlap(predictions, targets, self.fraction))
 
 
 class RankCorrelation(_MeanOverHeads):
@@ -59,11 +47,12 @@ class RankCorrelation(_MeanOverHeads):
     Equal scores are ranked in the order in which they stand.
     """
 
-    def value(self, predictions: Tensor, targets: Tensor) -> Tensor:
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add scores and labels, both [B, H, P]."""
         ranks = [_ranks(x) for x in (predictions, targets)]
         centred = [x - x.mean(dim=-1, keepdim=True) for x in ranks]
         norms = centred[0].norm(dim=-1) * centred[1].norm(dim=-1)
-        return (centred[0] * centred[1]).sum(dim=-1) / norms.clamp_min(1e-12)
+        super().update((centred[0] * centred[1]).sum(dim=-1) / norms.clamp_min(1e-12))
 
 
 def top_overlap(predictions: Tensor, targets: Tensor, fraction: float) -> Tensor:

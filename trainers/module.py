@@ -109,6 +109,7 @@ class HeadsModule(LightningModule):
             {f"recall_at_{fraction:.0%}": TopOverlap(fraction) for fraction in RECALL_AT}
             | {"rank_correlation": RankCorrelation()},
             prefix="val/",
+            compute_groups=False,  # else those that agree on the first batch are taken for one
         )
         self.register_buffer("longest_prompt", torch.zeros((), dtype=torch.long))
         # DDP would write the first process's value over the others'; the largest counts.

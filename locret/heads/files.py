@@ -213,18 +213,16 @@ def inventory(source: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, An
     """
     path = Path(source)
     found = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    layers: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        match = _OURS.fullmatch(name)
-        assert match, name
-        layer = layers.setdefault(int(match[1]), {"layer": int(match[1])})
-        layer[match[2]] = tensor.double().norm().item()
+    norms = {name: tensor.double().norm().item() for name, tensor in tensors.items()}
     return {
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
         "files": {file.name: file.stat().st_size for file in found},
-        "layers": [layers[i] for i in sorted(layers)],
+        "layers": [
+            {"layer": i, **{fc: norms[f"layers.{i}.{fc}.weight"] for fc in ("fc1", "fc2")}}
+            for i in range(len(norms) // 2)
+        ],
     }
 
 
