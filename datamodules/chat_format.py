@@ -198,34 +198,34 @@ def missing_from(
     Returns:
         "tool calls", "tool results" or "tools"; None if the template writes all of them.
     """
-    marked, marked_tools, marks = _marked(messages, tools)
-    if not marks:
+    probed, probed_tools, probes = _probed(messages, tools)
+    if not probes:
         return None
-    text = write(marked, marked_tools)
-    lost = marks if text is None else [mark for mark in marks if mark not in text]
+    text = write(probed, probed_tools)
+    lost = probes if text is None else [probe for probe in probes if probe not in text]
     return _TAKES_NO[lost[0].rstrip("-0123456789")] if lost else None
 
 
-def _marked(
+def _probed(
     messages: Sequence[Message], tools: Sequence[Tool]
 ) -> tuple[list[Message], list[Tool], list[str]]:
-    """The conversation with a mark for each call, result and tool, and the marks in that order."""
-    marks: dict[str, list[str]] = {_CALL: [], _RESULT: [], _TOOL: []}
+    """The conversation with a probe for each call, result and tool, and these in that order."""
+    probes: dict[str, list[str]] = {_CALL: [], _RESULT: [], _TOOL: []}
 
-    def mark(kind: str) -> str:
-        marks[kind].append(f"{kind}-{len(marks[kind])}-")
-        return marks[kind][-1]
+    def probe(kind: str) -> str:
+        probes[kind].append(f"{kind}-{len(probes[kind])}-")
+        return probes[kind][-1]
 
     made: list[Message] = []
     for message in messages:
         copy = message.copy()
         if message["role"] == "tool":
-            copy["content"] = mark(_RESULT)
+            copy["content"] = probe(_RESULT)
         if message.get("tool_calls"):
-            copy["tool_calls"] = [_renamed(call, mark(_CALL)) for call in message["tool_calls"]]
+            copy["tool_calls"] = [_renamed(call, probe(_CALL)) for call in message["tool_calls"]]
         made.append(copy)
-    offered = [_renamed(tool, mark(_TOOL)) for tool in tools]
-    return made, offered, [name for names in marks.values() for name in names]
+    offered = [_renamed(tool, probe(_TOOL)) for tool in tools]
+    return made, offered, [name for names in probes.values() for name in names]
 
 
 def _renamed(holder: Mapping[str, Any], name: str) -> dict[str, Any]:

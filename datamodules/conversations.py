@@ -114,13 +114,13 @@ def parse_row(row: Mapping[str, Any]) -> list[Conversation]:
 
 
 def messages_to_conversation(
-    row: Mapping[str, Any], messages: Iterable[Message], part: str = ""
+    row: Mapping[str, Any], messages: Iterable[Message], number: str = ""
 ) -> Conversation:
-    """A conversation with the row's "source", "id" and "tools"; `part` is appended to the id."""
+    """A conversation with the row's "source", "id" and "tools"; `number` is appended to the id."""
     source, name = (_name(row.get(key)) for key in ("source", "id"))
     tools = tools_of(row.get("tools"))
     _text(json.dumps(tools), "tools")
-    return Conversation(tuple(messages), source, name + part, tools=tools)
+    return Conversation(tuple(messages), source, name + number, tools=tools)
 
 
 def exchange(prompt: str, answer: str) -> tuple[Message, Message]:
@@ -151,14 +151,14 @@ def _parse_qa(row: Mapping[str, Any]) -> list[Conversation]:
 
 
 def _parse_question(
-    row: Mapping[str, Any], context: str, item: Mapping[str, Any], part: str
+    row: Mapping[str, Any], context: str, item: Mapping[str, Any], number: str
 ) -> Conversation:
     question, answers = _text(item.get("question") or "", "question"), item.get("answers") or [""]
     if not isinstance(answers, list):
         raise ValueError("answers is not a list")
     # Without a question the context is the whole prompt, and holds it already.
     prompt = f"{context}\n\n{question}" if question.strip() else context
-    return messages_to_conversation(row, exchange(prompt, _text(answers[0], "answer")), part)
+    return messages_to_conversation(row, exchange(prompt, _text(answers[0], "answer")), number)
 
 
 def _parse_chat(row: Mapping[str, Any]) -> list[Conversation]:

@@ -37,7 +37,7 @@ class ConversationDataModule(lightning.LightningDataModule):
         max_prompt_tokens: bound on what stands before the last answer of a conversation, chat
             template included; longer ones are cut.
         max_answer_tokens: bound on each answer; longer ones are truncated.
-        cut: the part of a long prompt that goes: "middle", "left" or "right".
+        cut: what of a long prompt goes: "middle", "left" or "right".
         seed: of the order.
         num_workers: processes that make samples; 0 makes them in the training process.
         batch_size: samples that are packed into one row; the last row of an epoch may have fewer.

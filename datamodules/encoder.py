@@ -69,7 +69,7 @@ class ConversationEncoder:
         tokenizer: of the backbone.
         max_prompt_tokens: bound on what stands before the last answer, template included.
         max_answer_tokens: bound on each answer, end-of-turn token included.
-        cut: which part of a long prompt goes. "middle" keeps the first and the last half, and so
+        cut: what of a long prompt goes. "middle" keeps the first and the last half, and so
             the template's frame, the opening and the question; "left" removes the start, with it
             the oldest turns; "right" the end.
 
@@ -192,7 +192,7 @@ def cut_window(length: int, limit: int, cut: Cut, answers: tuple[Span, ...] = ()
     Args:
         length: tokens of the prompt.
         limit: the most to keep, at least 1.
-        cut: the part that goes. Without its middle an odd limit keeps one token more at the start
+        cut: what goes. Without its middle an odd limit keeps one token more at the start
             than at the end.
         answers: earlier answers within the prompt, none of them at its very start.
 

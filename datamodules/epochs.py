@@ -238,14 +238,14 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator, for Lightning calls iter() before it tells the sampler the epoch: nothing may
-        # be settled, and no worker started, until the first batch is asked for.
+        # be decided, and no worker started, until the first batch is asked for.
         start = self._begin(getattr(self.sampler, "epoch", 0))
         for n, batch in enumerate(super().__iter__(), start=start + 1):
             self._state["batches"] = n
             yield batch
 
     def _begin(self, epoch: int) -> int:
-        """Settle the permutation of a pass in the trainer's epoch, and where it starts."""
+        """Decide on the permutation of a pass in the trainer's epoch, and where it starts."""
         state, loaded, self._loaded = self._state, self._loaded, False
         start = 0
         if loaded and epoch == state["order"] - state["shift"]:

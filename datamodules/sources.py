@@ -80,24 +80,24 @@ class TableSource(ABC):
         """
         self.report.clear()
         self.first_broken.clear()
-        parts: list[TableConversations] = []
+        found: list[TableConversations] = []
         for table in self.tables():
             left = None if self.limit is None else self.limit - self.report["conversations"]
-            parts.append(TableConversations(table, self._index(table, left)))
-            self.report["conversations"] += len(parts[-1])
-            if left == len(parts[-1]):
+            found.append(TableConversations(table, self._index(table, left)))
+            self.report["conversations"] += len(found[-1])
+            if left == len(found[-1]):
                 break
-        return ConcatDataset(parts)  # type: ignore[return-value]
+        return ConcatDataset(found)  # type: ignore[return-value]
 
     def _index(self, table: Table, limit: int | None) -> "array[int]":
-        """(row, part) of each conversation, alternating, at most `limit` of them."""
+        """(row, number within it) of each conversation, alternating, at most `limit` of them."""
         index = array("q")
         before = Counter(self.report)
         try:
             for i, raw in enumerate(table.scan()):
                 self.report["rows"] += 1
-                for part in range(self._conversations(table, i, raw)):
-                    index.extend((i, part))
+                for number in range(self._conversations(table, i, raw)):
+                    index.extend((i, number))
                     if len(index) // 2 == limit:
                         return index
         except (OSError, EOFError, zlib.error, ValueError, NotImplementedError) as error:

@@ -2,7 +2,7 @@
 
 A table is read through once, which says what is broken and remembers where the rest is; after that
 its rows are fetched by number. A row is parsed whenever it is asked for, so that what is in memory
-is as compact as it can be: the lines themselves, their offsets in the file, or Arrow's columns.
+is as compact as it can be: the lines themselves, their offsets in the file, or Arrow's table.
 """
 
 import gzip
@@ -105,7 +105,7 @@ class Lines(Table):
 
 
 class ParquetTable(Table):
-    """A Parquet file, held in memory as Arrow's columns. Needs `pyarrow`."""
+    """A Parquet file, kept in memory as Arrow has it. Needs `pyarrow`."""
 
     def __init__(self, path: str, name: str) -> None:
         self.path = path
@@ -183,18 +183,18 @@ class TableConversations(Sequence[Conversation]):
 
     def __getitem__(self, i: int) -> Conversation:  # type: ignore[override]
         i = range(len(self))[i]
-        row, part = self._index[2 * i], self._index[2 * i + 1]
+        row, number = self._index[2 * i], self._index[2 * i + 1]
         table = self._table
         try:
             siblings = parse_row(table.row(table.raw(row)))
-            found = siblings[part]
+            found = siblings[number]
         except (ValueError, IndexError) as error:
             raise SkippedRow("changed while in use", table.place(row)) from error
         return replace(
             found,
             source=found.source or table.name,
             id=found.id if found.id.partition("#")[0] else f"{table.name}:{row}{found.id}",
-            place=table.place(row) + (f"#{part}" if len(siblings) > 1 else ""),
+            place=table.place(row) + (f"#{number}" if len(siblings) > 1 else ""),
         )
 
 

@@ -239,7 +239,7 @@ class HeadsModule(LightningModule):
         return self._distill()(ids, segments, share)
 
     def _distill(self) -> Distillation:
-        """Made at the first step, when the strategy has settled on which device we are."""
+        """Made at the first step, when the strategy has decided on which device we are."""
         if self._distillation is None:
             if self.shards is None and not self.hparams["quantization"]:
                 self.backbone_model.to(self.device)
