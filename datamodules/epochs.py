@@ -8,66 +8,49 @@ thrown away, with any number of workers.
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
-class Epochs(Protocol):
-    """The orders of all epochs."""
+@dataclass
+class Epochs(ABC):
+    """The orders of all epochs, each of `size` samples."""
 
-    def __len__(self) -> int:
-        """Samples of an epoch, the same for each."""
-        ...
-
-    def indices(self, number: int) -> Tensor:
-        """Indices of epoch `number`, int64 [len(self)]."""
-        ...
-
-
-class InOrder:
-    """Every sample once, from the first to the last.
-
-    Args:
-        size: number of samples.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
+    size: int
 
     def __len__(self) -> int:
         return self.size
 
+    @abstractmethod
     def indices(self, number: int) -> Tensor:
-        """0 ... size - 1; see `Epochs`."""
+        """Indices of epoch `number`, int64 [size]."""
+
+
+class InOrder(Epochs):
+    """Every sample once, from the first to the last."""
+
+    def indices(self, number: int) -> Tensor:
         return torch.arange(self.size)
 
 
-class Shuffled:
-    """Every sample once, in another order each epoch.
+@dataclass
+class Shuffled(Epochs):
+    """Every sample once, in another order each epoch, which follows from the seed."""
 
-    Args:
-        size: number of samples.
-        seed: of the order.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.size
+    seed: int
 
     def indices(self, number: int) -> Tensor:
-        """A permutation; see `Epochs`."""
         return _permutation(self.size, f"locret order {self.seed} {number}")
 
 
-class Mixed:
+class Mixed(Epochs):
     """Samples of several sources in given proportions, shuffled together.
 
     Each source is gone through in permutations of its own, one after the other and on through the
@@ -110,11 +93,7 @@ class Mixed:
                 f"{self.counts} from the sources; raise samples_per_epoch or leave a source out"
             )
 
-    def __len__(self) -> int:
-        return self.size
-
     def indices(self, number: int) -> Tensor:
-        """See `Epochs`."""
         starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
         drawn = torch.cat([starts[i] + self._draw(i, number) for i in range(len(self.sizes))])
         return drawn[_permutation(self.size, f"locret order {self.seed} {number}")]

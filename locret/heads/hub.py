@@ -42,8 +42,8 @@ def download(
     repo_id: str,
     *,
     patterns: Sequence[str],
-    revision: str | None,
-    token: str | None,
+    revision: str | None = None,
+    token: str | None = None,
     repo_type: str = "model",
 ) -> Path:
     """The local copy of the files of a repository that match; the folder may not exist if none do.

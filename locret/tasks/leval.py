@@ -219,13 +219,8 @@ def find_data(task: str, data: str | Path) -> Path:
     if not place.is_dir():
         if place.is_absolute() or str(data).count("/") != 1:
             raise ValueError(f"data {str(data)!r} for L-Eval {task} is no file, folder or Hub id")
-        place = hub.download(
-            str(data),
-            patterns=[f"*{name}" for name in names],
-            revision=None,
-            token=None,
-            repo_type="dataset",
-        )
+        patterns = [f"*{name}" for name in names]
+        place = hub.download(str(data), patterns=patterns, repo_type="dataset")
     found = sorted(path for name in names for path in place.rglob(name))
     if not found:
         raise ValueError(f"{data} holds no file for L-Eval {task}; expected {' or '.join(names)}")
