@@ -105,7 +105,10 @@ class ConversationDataModule(lightning.LightningDataModule):
         if self._datasets:
             return
         tokenizer = self._find_tokenizer()
-        encode = self._make_encode(tokenizer)
+        encoder = ConversationEncoder(
+            tokenizer, self.max_prompt_tokens, self.max_answer_tokens, self.cut
+        )
+        encode: Encode = CachedEncoder(encoder, self.cache_dir) if self.cache_dir else encoder
         found: dict[str, ConversationDataset] = {}
         for name, sources in (("train", self.train), ("val", self.val)):
             if sources:
@@ -206,12 +209,6 @@ class ConversationDataModule(lightning.LightningDataModule):
                 f"max_batch_tokens is {self.max_batch_tokens}; lower one of the former or "
                 "batch_size, and raise the trainer's accumulate_grad_batches instead"
             )
-
-    def _make_encode(self, tokenizer: PreTrainedTokenizerBase) -> Encode:
-        encoder = ConversationEncoder(
-            tokenizer, self.max_prompt_tokens, self.max_answer_tokens, self.cut
-        )
-        return CachedEncoder(encoder, self.cache_dir) if self.cache_dir else encoder
 
     def _make_epochs(self, dataset: ConversationDataset) -> Epochs:
         if self.weights is None:

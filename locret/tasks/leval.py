@@ -233,20 +233,18 @@ def _is_ours(row: dict[str, Any]) -> bool:
 
 def _asked(row: dict[str, Any], place: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Questions and references of a row in either form."""
-    for question, answers in _our_pairs(row) if _is_ours(row) else _their_pairs(row, place):
+    if _is_ours(row):
+        given = (qa if isinstance(qa, dict) else {} for qa in row["qa"])
+        pairs = [(qa.get("question"), qa.get("answers")) for qa in given]
+    else:
+        pairs = _their_pairs(row, place)
+    for question, answers in pairs:
         if answers is None or not isinstance(question, str) or not are_texts(answers):
             raise ValueError(
                 f"{place} has a question without text or without answers: {question!r}, "
                 f"{answers!r}; expected a text and a list of texts"
             )
         yield question, tuple(answers)
-
-
-def _our_pairs(row: dict[str, Any]) -> list[tuple[Any, Any]]:
-    return [
-        (qa.get("question"), qa.get("answers")) if isinstance(qa, dict) else (None, None)
-        for qa in row["qa"]
-    ]
 
 
 def _their_pairs(row: dict[str, Any], place: str) -> list[tuple[Any, Any]]:

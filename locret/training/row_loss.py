@@ -132,7 +132,9 @@ class RowLoss:
                 for label in (each.to(device) for each in labels):
                     predicted = predictions[..., : label.shape[-1]]
                     main.append(self.recipe.loss(predicted, label) / (samples * len(labels)))
-                    self._keep(predicted, label)
+                    if self.recipe.keep_scores:
+                        self.predictions.append(predicted.detach())
+                        self.targets.append(label)
                 smooth.append(smoothness(predictions) / samples)
             regression, differences = torch.stack(main).sum(), torch.stack(smooth).sum()
             loss = regression / layers + self.recipe.alpha * differences
@@ -213,11 +215,6 @@ class RowLoss:
         read = self.attend(call, *(x[:, :, :prompt] for x in (query, key, value)))
         said = self.attend(call, answer, mixed, value)
         return torch.cat([read, said], dim=1), [labels]
-
-    def _keep(self, predictions: Tensor, targets: Tensor) -> None:
-        if self.recipe.keep_scores:
-            self.predictions.append(predictions.detach())
-            self.targets.append(targets)
 
 
 class PackedAttention:
