@@ -14,7 +14,7 @@ import yaml
 from locret.evaluation.setups import Setup, expand
 from locret.model.loading import Dtype
 from locret.quantities import check_whole, parse_tokens
-from locret.system import config_files
+from locret.system import files
 from locret.tasks import TASKS, Task, TaskSettings, task_names
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def find_config(name: str) -> Path:
     Raises:
         ValueError: no such file; lists the configurations there are.
     """
-    return config_files.find_config(name, ("eval", "."))
+    return files.find_config(name, ("eval", "."))
 
 
 def read_values(name: str) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def run_together(
     with interrupts.raised():
         try:
             for rank, log in enumerate(logs):
-                with interrupts.held():  # a process that is started must also be in the list
+                with interrupts.delayed():  # a process that is started must also be in the list
                     running.append(_start(arguments, rank, count, log))
             while any(process.poll() is None for process in running):
                 _refuse_failed(running, logs)
@@ -75,7 +75,7 @@ def run_together(
             _refuse_failed(running, logs)
             tell()
         finally:
-            with interrupts.held():
+            with interrupts.delayed():
                 _end(running)
 
 

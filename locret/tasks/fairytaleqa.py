@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from locret.tasks import metrics
-from locret.tasks.base import Prompts, Sample, Task, in_turns
-from locret.tasks.rows import read_contexts
+from locret.tasks.base import Prompts, Sample, Task, in_turns, read_contexts
 
 
 class FairytaleQATask(Task):

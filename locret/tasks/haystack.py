@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from locret.tasks.base import TaskSettings
-from locret.tasks.rows import read_contexts
+from locret.tasks.base import TaskSettings, read_contexts
 
 NOISE = (
     "The grass is green.",

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from locret.evaluation.config import EvalConfig, find_config, parsed, parser, read_values
-from locret.system.config_files import CONFIGS
+from locret.system.files import CONFIGS
 
 LEAST = {"model": "m", "tasks": "ruler_vt", "setups": {"policy": "full"}, "output": "o"}
 

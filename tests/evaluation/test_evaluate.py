@@ -23,7 +23,7 @@ from locret.evaluation.questions import batches, share
 from locret.evaluation.records import Records
 from locret.evaluation.report import make_report
 from locret.heads.heads import RetainingHeads
-from locret.tasks.ruler.needles import NeedleTask
+from locret.tasks.ruler import NeedleTask
 from tests.evaluation.eval_data import DATA, write_artifacts, write_data
 
 ROOT = Path(__file__).resolve().parents[2]

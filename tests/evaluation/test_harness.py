@@ -23,7 +23,7 @@ from locret.commands.lm_eval import PLUGIN, with_our_tasks  # noqa: E402
 from locret.engine.engine import Engine  # noqa: E402
 from locret.integrations.lm_eval import model as harness  # noqa: E402
 from locret.integrations.lm_eval.model import LocretLM  # noqa: E402
-from locret.integrations.lm_eval.task_files import harness_name, write_task_files  # noqa: E402
+from locret.integrations.lm_eval.tasks import harness_name, write_task_files  # noqa: E402
 from locret.model.cache_names import as_argument  # noqa: E402
 from locret.model.loading import load_model  # noqa: E402
 from locret.tasks import TASKS  # noqa: E402

@@ -40,9 +40,12 @@ from locret.evaluation.prompts import Protocol
 from locret.evaluation.provenance import commit, source, versions
 from locret.evaluation.setups import FULL, Setup, expand
 from locret.heads.heads import RetainingHeads
-from locret.integrations.lm_eval.contexts import ContextFinder, tokens_after
-from locret.integrations.lm_eval.rolling import rolling_log_likelihood
-from locret.integrations.lm_eval.stops import HarnessStops
+from locret.integrations.lm_eval.reading import (
+    ContextFinder,
+    HarnessStops,
+    text_log_likelihood,
+    tokens_after,
+)
 from locret.model.cache_names import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import LocretPolicy
@@ -168,7 +171,7 @@ class LocretLM(HFLM):
             (text,) = request.args
             ids = [self.prefix_token_id, *self.tok_encode(text)]
             engine = self._engines.get(self.setup, self.setup.engine_budget(None))
-            score, cache = rolling_log_likelihood(engine, self._tensor(ids))
+            score, cache = text_log_likelihood(engine, self._tensor(ids))
             self._note(cache, 1)
             found.append(score)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), score)

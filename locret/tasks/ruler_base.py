@@ -3,18 +3,23 @@
 A task drafts a sample around so many units of haystack (words, sentences, documents). How many fit
 is found on the first sample; a sample that turns out too long gets fewer. Sample number i depends
 on the seed and i alone, so the first samples are the same however many are asked for.
+Made samples are kept in files by what they depend on: task, length, seed, data, tokenizer.
 """
 
+import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from random import Random
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from locret.system.files import file_hash, write_whole
 from locret.tasks.base import Prompts, Sample, Task, TaskSettings
 from locret.tasks.metrics import string_match_all, without_controls
-from locret.tasks.ruler.stored import stored_samples
 
 Measure = Callable[[Sample], int]
 """Tokens of a sample's rendered prompt."""
@@ -104,3 +109,37 @@ class RulerTask(Task):
         sample = self.draft(rng, index, size)
         assert self.length is not None
         return sample if measure(sample) + self.max_new_tokens <= self.length else None
+
+
+def stored_samples(
+    task: Task, count: int, fingerprint: str, make: Callable[[], list[Sample]]
+) -> list[Sample]:
+    """The first `count` samples, from the file if it has as many, else made and kept."""
+    if task.settings.cache_dir is None:
+        return make()
+    path = _path(task, task.settings.cache_dir, fingerprint)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ["0"]
+    if int(lines[0]) >= count:
+        return [_sample(line) for line in lines[1:]][:count]
+    samples = make()
+    rows = [str(count), *(json.dumps(asdict(sample)) for sample in samples)]
+    write_whole(path, "\n".join(rows) + "\n")
+    return samples
+
+
+def _path(task: Task, folder: Path, fingerprint: str) -> Path:
+    depends_on: dict[str, Any] = {
+        "version": task.version,
+        "seed": task.settings.seed,
+        "tokenizer": fingerprint,
+        "files": [file_hash(path) for path in task.files()],
+    }
+    if task.settings.max_new_tokens is not None:
+        depends_on["max_new_tokens"] = task.settings.max_new_tokens  # of the length, it is a part
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
+    return folder / "samples" / f"{task.name}-{task.length}-{key}.jsonl"
+
+
+def _sample(line: str) -> Sample:
+    row = json.loads(line)
+    return Sample(**row | {"answers": tuple(row["answers"])})
