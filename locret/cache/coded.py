@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from locret.cache.units import NewUnits, Units, number_spare
-from locret.kernels import PackedUnits
+from locret.kernels import PackedKV
 from locret.quantization import QuantizedUnits, Scheme
 from locret.quantization.columns import Columns, ColumnsView
 from locret.quantization.kivi import KiviScheme
@@ -93,14 +93,14 @@ class CodedUnits:
         return self.store.residual.held
 
     @property
-    def packed(self) -> PackedUnits | None:
+    def packed(self) -> PackedKV | None:
         """The units before the residual, for the kernel."""
         keys, values, scheme = self.store.packed_keys, self.store.packed_values, self.store.scheme
         if keys is None or values is None:
             return None
         (codes,), (scale, minimum) = keys.units, keys.rows
         value_codes, value_scale, value_minimum = values.units
-        return PackedUnits(
+        return PackedKV(
             key_codes=codes,
             key_scale=scale,
             key_minimum=minimum,

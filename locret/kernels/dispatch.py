@@ -59,6 +59,12 @@ def padded(size: int, least: int = 1) -> int:
     return max(least, 1 << max(0, size - 1).bit_length())
 
 
+@triton.jit
+def units_at(tensor, strides, b, h, unit):  # type: ignore[no-untyped-def]
+    """Where units begin in a tensor [B, H, S] or [B, H, S, D]."""
+    return tensor + b * strides[0] + h * strides[1] + unit * strides[2]
+
+
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count

@@ -10,7 +10,7 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as apply_i
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as apply_half
 
 from locret.kernels import (
-    PackedUnits,
+    PackedKV,
     decode_attention,
     decode_attention_quantized,
     gather_units,
@@ -20,7 +20,7 @@ from locret.kernels import (
 )
 from locret.kernels.decode import decode_attention_reference
 from locret.kernels.decode_quantized import expand_reference
-from locret.kernels.select import threshold_select_reference
+from locret.kernels.evict import threshold_select_reference
 from locret.quantization.kivi import KiviScheme
 from locret.quantization.storage import QuantizedUnits
 
@@ -87,7 +87,7 @@ def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
     units.select(torch.arange(100).expand(1, 2, -1))
     index = torch.stack([torch.randperm(100)[:70].sort().values for _ in range(2)])[None]
     units.select(index)
-    packed = PackedUnits(
+    packed = PackedKV(
         *(
             *units.packed_keys.units,
             *units.packed_keys.rows,
@@ -145,7 +145,7 @@ UNITS = torch.zeros(1, 2, 5, 4)
 
 CODES, ROWS = torch.zeros(1, 2, 5, 2, dtype=torch.uint8), torch.zeros(1, 2, 1, 4).half()
 STARTS, TABLES = torch.tensor([0, 5]).int().expand(1, 2, 2), torch.zeros(1, 2, 5, 1).half()
-PACKED = PackedUnits(CODES, ROWS, ROWS.float(), STARTS, CODES, TABLES, TABLES, bits=4, group=4)
+PACKED = PackedKV(CODES, ROWS, ROWS.float(), STARTS, CODES, TABLES, TABLES, bits=4, group=4)
 PACKED_CALL = (UNITS[:, :, :1], PACKED, UNITS, UNITS, ONE, 1.0)
 
 
