@@ -26,7 +26,7 @@ from locret.model.rotary import LongRopeRule
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.quantities import Budget, Memory, budget_of, format_bytes, is_whole, parse_bytes
 from locret.quantization import Scheme, scheme_of
-from locret.quantization.fp8 import Fp8Scheme, key_bias_warning
+from locret.quantization.schemes import Fp8Scheme, key_bias_warning
 
 Auto = Literal["auto"]
 

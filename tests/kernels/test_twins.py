@@ -21,8 +21,8 @@ from locret.kernels import (
 from locret.kernels.decode import decode_attention_reference
 from locret.kernels.decode_quantized import expand_reference
 from locret.kernels.evict import threshold_select_reference
-from locret.quantization.kivi import KiviScheme
-from locret.quantization.storage import QuantizedUnits
+from locret.quantization.schemes import KiviScheme
+from locret.quantization.store import QuantizedStore
 
 
 def angles(slots, size):
@@ -82,7 +82,7 @@ def test_several_tokens_decode_as_one_after_the_other():
 def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
     """After an eviction, so that runs are of different lengths in every head."""
     keys, values = torch.randn(2, 1, 2, 100, size).unbind()
-    units = QuantizedUnits(KiviScheme(bits=bits, group=group, residual=5))
+    units = QuantizedStore(KiviScheme(bits=bits, group=group, residual=5))
     units.append(keys, values)
     units.select(torch.arange(100).expand(1, 2, -1))
     index = torch.stack([torch.randperm(100)[:70].sort().values for _ in range(2)])[None]
@@ -90,7 +90,7 @@ def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
     packed = PackedKV(
         *(
             *units.packed_keys.units,
-            *units.packed_keys.rows,
+            *units.packed_keys.tables,
             units.packed_keys.starts,
             *units.packed_values.units,
         ),
@@ -108,7 +108,7 @@ def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
     rest = units.residual_keys, units.residual_values
     out = decode_attention_quantized(query, packed, *rest, length, 0.3)
     whole = units.dequantized(torch.float32)
-    assert units.held == 70
+    assert units.count == 70
     expected = decode_attention(query, *whole, length + 65, 0.3)
     torch.testing.assert_close(out, expected)
 

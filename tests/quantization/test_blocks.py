@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.quantization.runs import aligned, arrange, owners
+from locret.quantization.blocks import aligned, arrange, owners
 
 
 @st.composite

@@ -1,9 +1,9 @@
-"""Tensors of one layer that grow, are selected from and go back to what they were, all together.
+"""Buffers of one layer that grow, are selected from and go back to what they were, all together.
 
 What is stored is never changed where it stands: appending writes behind it, evicting makes a new
-storage. That is why a snapshot of a cache costs nothing (`ColumnsView`).
+storage. That is why a snapshot of a cache costs nothing (`BuffersView`).
 
-B batch, H KV heads, S units held, D head size.
+B batch, H KV heads, S units, D head size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,37 +15,41 @@ from torch import Tensor
 from locret.kernels import gather_units
 
 
-class ColumnsView(NamedTuple):
-    """What was held at some moment: the storage and how many units of it were in use."""
+class BuffersView(NamedTuple):
+    """What the buffers held at some moment: the storage and how many units of it were in use."""
 
     storage: tuple[Tensor, ...]
-    held: int
+    units: int
 
 
-class Columns:
+class Buffers:
     """Tensors [B, H, S] or [B, H, S, D], parallel to each other.
 
-    Storage may be larger than what is held (`room`), so that units are appended in place.
+    Storage may be larger than the units in it (`room`), so that units are appended in place.
+
+    Attributes:
+        tensors: the storage, spare room included.
+        count: S.
     """
 
     def __init__(self, storage: Sequence[Tensor] = ()) -> None:
         self.tensors: tuple[Tensor, ...] = tuple(storage)
-        self.held = storage[0].shape[2] if storage else 0
+        self.count = storage[0].shape[2] if storage else 0
         self._room_is_ours = True
 
     def __getitem__(self, which: int) -> Tensor:
-        return self.tensors[which][:, :, : self.held]
+        return self.tensors[which][:, :, : self.count]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (tensor[:, :, : self.held] for tensor in self.tensors)
+        return (tensor[:, :, : self.count] for tensor in self.tensors)
 
     @property
     def capacity(self) -> int:
         """Units that there is room for."""
         if not self.tensors or not self._room_is_ours:
-            return self.held
+            return self.count
         if self.tensors[0].is_inference() and not torch.is_inference_mode_enabled():
-            return self.held  # what was made in inference mode cannot be written outside it
+            return self.count  # what was made in inference mode cannot be written outside it
         return self.tensors[0].shape[2]
 
     @property
@@ -54,22 +58,22 @@ class Columns:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def append(self, new: Sequence[Tensor], room: int = 0) -> None:
-        """Add units after those held.
+        """Add units after the others.
 
         Args:
-            new: a tensor for each column.
+            new: one for each of the tensors.
             room: when the storage must grow, how many units more than needed it takes.
         """
-        end = self.held + new[0].shape[2]
+        end = self.count + new[0].shape[2]
         if end > self.capacity or not self.tensors:
             self.grow(new, end + room)
         for stored, fresh in zip(self.tensors, new, strict=True):
-            stored[:, :, self.held : end] = fresh
-        self.held = end
+            stored[:, :, self.count : end] = fresh
+        self.count = end
 
     def append_selected(self, new: Sequence[Tensor], index: Tensor) -> None:
-        """Hold those units at `index` [B, H, K] (long, ascending) that held and new ones are
-        together; drop spare room. The units held and the new ones are never put side by side."""
+        """Hold the units at `index` [B, H, K] (long, ascending) of old and new ones together; drop
+        spare room. Old and new units are never put side by side."""
         if self.tensors:
             self._replace(gather_units(list(self), new, index))
         else:
@@ -78,41 +82,41 @@ class Columns:
 
     def select(self, index: Tensor) -> None:
         """Hold only the units at `index` [B, H, K] (long, ascending); drop spare room."""
-        self._replace(tuple(_at(column, index) for column in self))
+        self._replace(tuple(_at(tensor, index) for tensor in self))
 
-    def replace(self, which: int, column: Tensor) -> None:
-        """Hold `column` in place of one of the columns, for the same units."""
-        if self.tensors[0].shape[2] > self.held:  # behind what is held there may be room
+    def replace(self, which: int, tensor: Tensor) -> None:
+        """Hold `tensor` in place of one of the tensors, for the same units."""
+        if self.tensors[0].shape[2] > self.count:  # there may be room behind the units
             whole = self.tensors[which].clone()
-            whole[:, :, : self.held] = column
-            column = whole
-        self.tensors = (*self.tensors[:which], column, *self.tensors[which + 1 :])
+            whole[:, :, : self.count] = tensor
+            tensor = whole
+        self.tensors = (*self.tensors[:which], tensor, *self.tensors[which + 1 :])
 
     def grow(self, like: Sequence[Tensor], capacity: int) -> None:
-        """Move to a storage for `capacity` units; `like` the columns that are to come."""
+        """Move to a storage for `capacity` units; `like` the tensors that are to come."""
         grown = tuple(
             tensor.new_empty(*tensor.shape[:2], capacity, *tensor.shape[3:]) for tensor in like
         )
         for new, old in zip(grown, self.tensors, strict=False):
-            new[:, :, : self.held] = old[:, :, : self.held]
+            new[:, :, : self.count] = old[:, :, : self.count]
         self.tensors, self._room_is_ours = grown, True
 
-    def with_room(self, room: int) -> "Columns":
+    def with_room(self, room: int) -> "Buffers":
         """A copy with room for so many units more."""
-        copied = Columns()
+        copied = Buffers()
         copied.append(list(self), room)
         return copied
 
-    def view(self) -> ColumnsView:
+    def view(self) -> BuffersView:
         """What is held now, for `restore`."""
-        return ColumnsView(self.tensors, self.held)
+        return BuffersView(self.tensors, self.count)
 
-    def restore(self, view: ColumnsView) -> None:
+    def restore(self, view: BuffersView) -> None:
         """Hold again what was held when `view` was taken.
 
         What came after it may be in the spare room, and in another view: the room is not used.
         """
-        self.tensors, self.held = view
+        self.tensors, self.count = view
         self._room_is_ours = False
 
     def select_batch(self, rows: Tensor) -> None:
@@ -129,26 +133,26 @@ class Columns:
         self._replace(())
 
     @staticmethod
-    def stack(rows: "Sequence[Columns]") -> "Columns":
-        """Columns of one batch row each as one batch, aligned at their last unit; zeros before."""
-        longest = max(row.held for row in rows)
-        if longest and all(row.held == longest for row in rows):
-            return Columns([torch.cat(column) for column in zip(*rows, strict=True)])
+    def stack(rows: "Sequence[Buffers]") -> "Buffers":
+        """Buffers of one batch row each as one batch, aligned at their last unit; zeros before."""
+        longest = max(row.count for row in rows)
+        if longest and all(row.count == longest for row in rows):
+            return Buffers([torch.cat(tensors) for tensors in zip(*rows, strict=True)])
         some = next((row for row in rows if row.tensors), None)
         stacked = []
         for which, like in enumerate(some.tensors if some else ()):
             whole = like.new_zeros(len(rows), like.shape[1], longest, *like.shape[3:])
             for target, row in zip(whole, rows, strict=True):
-                if row.held:
-                    target[:, longest - row.held :] = row[which][0]
+                if row.count:
+                    target[:, longest - row.count :] = row[which][0]
             stacked.append(whole)
-        return Columns(stacked)
+        return Buffers(stacked)
 
     def _replace(self, storage: tuple[Tensor, ...]) -> None:
         self.tensors, self._room_is_ours = storage, True
-        self.held = storage[0].shape[2] if storage else 0
+        self.count = storage[0].shape[2] if storage else 0
 
 
-def _at(column: Tensor, index: Tensor) -> Tensor:
-    wide = index if column.dim() == 3 else index[..., None].expand(*index.shape, column.shape[-1])
-    return column.gather(2, wide)
+def _at(units: Tensor, index: Tensor) -> Tensor:
+    wide = index if units.dim() == 3 else index[..., None].expand(*index.shape, units.shape[-1])
+    return units.gather(2, wide)
