@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import QuantizedCache
 
 from benchmarks import record
+from benchmarks.transformers_backends import transformers_backends
 from locret import Engine
 from locret.evaluation import needle
 from locret.evaluation.report_needle import wilson
 from locret.model.cache_names import as_argument
 from locret.model.loading import LoadedModel, load_model
-from locret.quantization.baselines import transformers_backends
 
 Answer = Callable[[Tensor], Tensor]
 """The new tokens [n] after a prompt [1, n]."""

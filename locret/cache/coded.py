@@ -96,19 +96,8 @@ class CodedUnits:
         keys, values, scheme = self.store.packed_keys, self.store.packed_values, self.store.scheme
         if keys is None or values is None:
             return None
-        (codes,), (scale, minimum) = keys.units, keys.tables
-        value_codes, value_scale, value_minimum = values.units
-        return PackedKV(
-            key_codes=codes,
-            key_scale=scale,
-            key_minimum=minimum,
-            key_starts=keys.starts,
-            value_codes=value_codes,
-            value_scale=value_scale,
-            value_minimum=value_minimum,
-            bits=scheme.bits,
-            group=scheme.group,
-        )
+        of_keys = (*keys.units, *keys.tables)
+        return PackedKV(of_keys, keys.starts, values.units, scheme.bits, scheme.group)
 
     @property
     def spare(self) -> int:

@@ -35,6 +35,7 @@ from locret.kernels.packed import (
     check_packed,
     expand_units_reference,
     of_head,
+    power_of_two_in,
 )
 from locret.kernels.splits import (
     Splits,
@@ -89,8 +90,19 @@ def decode_attention_quantized(
             query, packed, keys, values, length, scaling, first
         )
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if out.numel():
-        _launch(query, packed, keys, values, length, scaling, first, out)
+    if not out.numel():
+        return out
+    is_small = small.takes_small(query, packed)
+    heads = keys.shape[0] * keys.shape[1]
+    at_once = (small.PROGRAMS if is_small else _PROGRAMS) * multiprocessors(query.device)
+    before = number_of_splits(heads, packed.count, at_once, _START) if packed.count else 0
+    rest = number_of_splits(heads, keys.shape[2], at_once, _START)
+    splits = Splits.empty(query, keys.shape[1], before + rest)
+    if before:
+        attend = small.attend_small if is_small else _attend_packed
+        attend(query, packed, scaling, first, splits, before)
+    attend_storage(query, keys, values, length, scaling, first, splits, before, packed.count)
+    splits.merge(out)
     return out
 
 
@@ -114,16 +126,15 @@ def expand_reference(packed: PackedKV, size: int) -> tuple[Tensor, Tensor]:
     """Keys and values float32 [B, H, P, D = size] of packed units, in plain PyTorch."""
     how = (packed.bits, packed.group, size)
     return (
-        expand_units_reference(*packed.keys, *how, packed.key_starts),
-        expand_units_reference(*packed.values, *how),
+        expand_units_reference(packed.keys, *how, packed.starts),
+        expand_units_reference(packed.values, *how),
     )
 
 
 def _check(packed: PackedKV, keys: Tensor) -> None:
-    shape = (*keys.shape[:2], packed.count, keys.shape[3])
-    how = (packed.bits, packed.group, shape)
-    check_packed(*packed.keys, *how, packed.key_starts, "key_")
-    check_packed(*packed.values, *how, None, "value_")
+    how = (packed.bits, packed.group, (*keys.shape[:2], packed.count, keys.shape[3]))
+    check_packed(packed.keys, *how, packed.starts, "key_")
+    check_packed(packed.values, *how, None, "value_")
     for tensor in (*packed.keys, *packed.values):
         if tensor.stride(3) != 1:
             raise ValueError(
@@ -131,34 +142,11 @@ def _check(packed: PackedKV, keys: Tensor) -> None:
             )
 
 
-def _launch(
-    query: Tensor,
-    packed: PackedKV,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    scaling: float,
-    first: Tensor | None,
-    out: Tensor,
-) -> None:
-    is_small = small.takes_small(query, packed)
-    heads = keys.shape[0] * keys.shape[1]
-    at_once = (small.PROGRAMS if is_small else _PROGRAMS) * multiprocessors(query.device)
-    before = number_of_splits(heads, packed.count, at_once, _START) if packed.count else 0
-    rest = number_of_splits(heads, keys.shape[2], at_once, _START)
-    splits = Splits.empty(query, keys.shape[1], before + rest)
-    if before:
-        attend = small.attend_small if is_small else _attend_packed
-        attend(query, packed, scaling, first, splits, before)
-    attend_storage(query, keys, values, length, scaling, first, splits, before, packed.count)
-    splits.merge(out)
-
-
 def _attend_packed(
     query: Tensor, packed: PackedKV, scaling: float, first: Tensor | None, out: Splits, count: int
 ) -> None:
     """Leave the attention over packed units in the first `count` splits of `out`."""
-    batch, heads, units, nbytes = packed.key_codes.shape
+    batch, heads, units, nbytes = packed.keys[0].shape
     size, new = query.shape[3], query.shape[2]
     rows = query.shape[1] // heads * new
     byte_block = padded(nbytes, least=16)
@@ -168,9 +156,9 @@ def _attend_packed(
     tensors = (*packed.keys, *packed.values)
     with on_device(query):
         _attend[(count, heads, batch)](
-            *(query, tensors, packed.key_starts.contiguous()),
+            *(query, tensors, packed.starts.contiguous()),
             *(None if first is None else first.contiguous(), (out.values, out.weights)),
-            *(out.count, scaling * math.log2(math.e), units, packed.key_scale.shape[2]),
+            *(out.count, scaling * math.log2(math.e), units, packed.keys[1].shape[2]),
             *(query.stride(), tuple(tensor.stride()[:3] for tensor in tensors)),
             NEW=new,
             ROWS=rows,
@@ -180,21 +168,13 @@ def _attend_packed(
             BYTES=nbytes,
             ROW_BLOCK=row_block,
             BYTE_BLOCK=byte_block,
-            SPAN=_span(nbytes, byte_block, size, packed.group),
+            SPAN=byte_block if packed.group >= size else power_of_two_in(nbytes, packed.group),
             UNITS=max(16, min(_TILE // 2 if wide else _TILE, padded(packed.group))),
             UPCAST=INTERPRETED or wide,
             ASSEMBLY=_assembly(packed.bits),
             num_warps=8 if wide else 4,
             maxnreg=None if wide or row_block > 16 else _REGISTERS,
         )
-
-
-def _span(nbytes: int, byte_block: int, size: int, group: int) -> int:
-    """How many bytes that follow each other belong, plane by plane, to one group of channels."""
-    if group >= size:
-        return byte_block
-    common = math.gcd(nbytes, group)
-    return common & -common  # the largest power of two that divides it
 
 
 # Nothing is compiled anew for these, which differ from prompt to prompt.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from locret.kernels.dispatch import INTERPRETED, on_device, tl, triton
-from locret.kernels.packed import PackedKV, block_of, of_head
+from locret.kernels.packed import PackedKV, block_of, of_head, power_of_two_in
 from locret.kernels.splits import Splits, first_slot, log_sum, query_rows, split_of, split_rows
 
 FEW = 8  # query rows of a KV head
@@ -32,13 +32,12 @@ _LIFT = 4  # log2: weights at this scale, so that few underflow
 
 def span_of(size: int, nbytes: int, group: int) -> int:
     """How many bytes that follow each other, at most 64, belong plane by plane to one group."""
-    common = math.gcd(nbytes, 64) if group >= size else math.gcd(nbytes, group, 64)
-    return common & -common  # the largest power of two that divides it
+    return power_of_two_in(nbytes, 64, 0 if group >= size else group)
 
 
 def takes_small(query: Tensor, packed: PackedKV) -> bool:
     """Whether `attend_small` covers these queries [B, H*G, T, D] and units."""
-    heads, nbytes, size = packed.key_codes.shape[1], packed.key_codes.shape[3], query.shape[3]
+    (_, heads, _, nbytes), size = packed.keys[0].shape, query.shape[3]
     rows = query.shape[1] // heads * query.shape[2]
     return (
         rows <= FEW
@@ -46,8 +45,7 @@ def takes_small(query: Tensor, packed: PackedKV) -> bool:
         and torch.version.hip is None  # the assembly is NVIDIA's
         and span_of(size, nbytes, packed.group) >= 32
         and size == nbytes * 8 // packed.bits
-        and all(map(_in_pairs, (packed.key_codes, packed.value_codes)))
-        and all(map(_in_pairs, (packed.key_scale, packed.key_minimum)))
+        and all(map(_in_pairs, (*packed.keys, packed.values[0])))
     )
 
 
@@ -61,19 +59,19 @@ def attend_small(
     query: Tensor, packed: PackedKV, scaling: float, first: Tensor | None, out: Splits, count: int
 ) -> None:
     """Leave the attention over packed units in the first `count` splits of `out`."""
-    batch, heads, units, nbytes = packed.key_codes.shape
+    batch, heads, units, nbytes = packed.keys[0].shape
     size, new = query.shape[3], query.shape[2]
     span = span_of(size, nbytes, packed.group)
-    pair = 2 if _in_pairs(packed.value_scale) and _in_pairs(packed.value_minimum) else 1
+    pair = 2 if all(map(_in_pairs, packed.values[1:])) else 1
     wide = torch.int32 if pair == 2 else torch.float16
     dtypes = (torch.int16, torch.int32, torch.int32, torch.int16, wide, wide)
     tensors = tuple(map(torch.Tensor.view, (*packed.keys, *packed.values), dtypes))
     strides = tuple(tensor.stride()[:3] for tensor in tensors)
     with on_device(query):
         _attend_small[(count, heads, batch)](
-            *(query, tensors, packed.key_starts.contiguous()),
+            *(query, tensors, packed.starts.contiguous()),
             *(None if first is None else first.contiguous(), (out.values, out.weights)),
-            *(out.count, scaling * math.log2(math.e), units, packed.key_scale.shape[2]),
+            *(out.count, scaling * math.log2(math.e), units, packed.keys[1].shape[2]),
             *(*strides[4][:2], *strides[5][:2], query.stride(), strides[:4]),
             NEW=new,
             ROWS=query.shape[1] // heads * new,

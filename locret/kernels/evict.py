@@ -40,7 +40,17 @@ def threshold_select(
         return threshold_select_reference(scores, budget, protected_tail, protected_head)
     kept = torch.empty(*scores.shape[:2], budget, dtype=torch.long, device=scores.device)
     if kept.numel():
-        _launch_select(scores, protected_tail, protected_head, kept)
+        batch, heads, _ = scores.shape
+        block = min(padded(size, least=16), _RESIDENT)
+        with on_device(scores):
+            _select[(heads, batch)](
+                *(scores, kept, size, budget, (protected_head, size - protected_tail)),
+                scores.stride(),
+                BLOCK=block,
+                TILE=min(block, _TILE),
+                RESIDENT=size <= block,
+                num_warps=min(32, max(1, block // 512)),
+            )
     return kept
 
 
@@ -59,20 +69,6 @@ def threshold_select_reference(
     )
     by_rank = rank.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
     return order.gather(-1, by_rank[..., :budget]).sort(-1).values
-
-
-def _launch_select(scores: Tensor, protected_tail: int, protected_head: int, kept: Tensor) -> None:
-    batch, heads, size = scores.shape
-    block = min(padded(size, least=16), _RESIDENT)
-    with on_device(scores):
-        _select[(heads, batch)](
-            *(scores, kept, size, kept.shape[-1], (protected_head, size - protected_tail)),
-            scores.stride(),
-            BLOCK=block,
-            TILE=min(block, _TILE),
-            RESIDENT=size <= block,
-            num_warps=min(32, max(1, block // 512)),
-        )
 
 
 @triton.jit
@@ -189,11 +185,26 @@ def gather_units(
         for tensor in old
     )
     if not takes_triton(index, *old, *new):
-        kept = gather_units_reference(old, new, index)
-        for whole, units in zip(storage, kept, strict=True):
+        for whole, units in zip(storage, gather_units_reference(old, new, index), strict=True):
             whole[:, :, : index.shape[2]] = units
     elif index.numel():
-        _launch_gather(tuple(old), tuple(new), index, storage)
+        batch, heads, kept = index.shape
+        sizes = tuple(units.shape[3] if units.dim() == 4 else 1 for units in old)
+        widest = padded(max(sizes))
+        old, new = tuple(map(_side_by_side, old)), tuple(map(_side_by_side, new))
+        rows = max(16, min(padded(kept, least=16), 8192 // widest))
+        with on_device(index):
+            _gather[(triton.cdiv(kept, rows), heads, batch)](
+                *(old, new, storage, index, kept, old[0].shape[2]),
+                index.stride(),
+                tuple(units.stride()[:3] for units in old),
+                tuple(units.stride()[:3] for units in new),
+                tuple(units.stride()[:3] for units in storage),
+                SIZES=sizes,
+                BLOCKS=tuple(padded(size) for size in sizes),
+                ROWS=rows,
+                num_warps=4,
+            )
     return storage
 
 
@@ -235,28 +246,6 @@ def _check_gather(old: Sequence[Tensor], new: Sequence[Tensor], index: Tensor) -
                 f"do not fit an index of {tuple(index.shape)}: expected [B, H, S] or [B, H, S, D] "
                 f"and the same with T, S = {units[0]} and T = {units[1]} in all tensors"
             )
-
-
-def _launch_gather(
-    old: tuple[Tensor, ...], new: tuple[Tensor, ...], index: Tensor, storage: tuple[Tensor, ...]
-) -> None:
-    batch, heads, kept = index.shape
-    sizes = tuple(units.shape[3] if units.dim() == 4 else 1 for units in old)
-    widest = padded(max(sizes))
-    old, new = tuple(map(_side_by_side, old)), tuple(map(_side_by_side, new))
-    rows = max(16, min(padded(kept, least=16), 8192 // widest))
-    with on_device(index):
-        _gather[(triton.cdiv(kept, rows), heads, batch)](
-            *(old, new, storage, index, kept, old[0].shape[2]),
-            index.stride(),
-            tuple(units.stride()[:3] for units in old),
-            tuple(units.stride()[:3] for units in new),
-            tuple(units.stride()[:3] for units in storage),
-            SIZES=sizes,
-            BLOCKS=tuple(padded(size) for size in sizes),
-            ROWS=rows,
-            num_warps=4,
-        )
 
 
 def _side_by_side(units: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Products of a scale (float16) and a code are exact in float32, so that the kerne
 the sum and once for the output, as its twin does: both give the same bits.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,102 +26,89 @@ class PackedKV:
     of byte j are channel i * M + j. Any strides, elements of the last axis side by side.
 
     Attributes:
-        key_codes, value_codes: uint8 [B, H, P, M].
-        key_scale, key_minimum: float16 [B, H, G, D], a row for each block of units.
-        key_starts: int32 [B, H, G + 1]; block i is the units key_starts[i] <= u <
-            key_starts[i + 1], the first start is 0, the last P; blocks may be empty.
-        value_scale, value_minimum: float16 [B, H, P, ceil(D / group)].
+        keys: codes uint8 [B, H, P, M], scale and minimum float16 [B, H, G, D], an entry for each
+            block of units.
+        starts: int32 [B, H, G + 1]; block i is the units starts[i] <= u < starts[i + 1], the first
+            start is 0, the last P; blocks may be empty.
+        values: codes uint8 [B, H, P, M], scale and minimum float16 [B, H, P, ceil(D / group)].
         bits: 8, 4 or 2.
         group: channels that share a scale of a value, and about the most units of a block.
     """
 
-    key_codes: Tensor
-    key_scale: Tensor
-    key_minimum: Tensor
-    key_starts: Tensor
-    value_codes: Tensor
-    value_scale: Tensor
-    value_minimum: Tensor
+    keys: tuple[Tensor, ...]
+    starts: Tensor
+    values: tuple[Tensor, ...]
     bits: int
     group: int
 
     @property
     def count(self) -> int:
         """P."""
-        return self.key_codes.shape[2]
-
-    @property
-    def keys(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scale and minimum of the keys."""
-        return self.key_codes, self.key_scale, self.key_minimum
-
-    @property
-    def values(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scale and minimum of the values."""
-        return self.value_codes, self.value_scale, self.value_minimum
+        return self.keys[0].shape[2]
 
 
 def expand_units(
-    codes: Tensor,
-    scale: Tensor,
-    minimum: Tensor,
-    bits: int,
-    group: int,
-    out: Tensor,
-    starts: Tensor | None = None,
+    packed: Sequence[Tensor], bits: int, group: int, out: Tensor, starts: Tensor | None = None
 ) -> None:
     """Write minimum + scale * code, for the keys or the values of P packed units.
 
     Args:
-        codes: uint8 [B, H, P, ceil(D * bits / 8)], planar (`PackedKV`).
-        scale, minimum: float16; of keys [B, H, G, D], a row for each block; of values
-            [B, H, P, ceil(D / group)].
-        bits: 8, 4 or 2.
-        group: channels of a value that share a scale; keys have one for each channel.
+        packed, bits, group: `keys` or `values` of `PackedKV`, of any strides, and how they are.
         out: [B, H, P, D], floating; may be a view of larger storage.
-        starts: int32 [B, H, G + 1], the first unit of each block of keys, the first 0 and the last
-            P; None = these are values.
+        starts: of the blocks of keys; None = these are values.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    check_packed(codes, scale, minimum, bits, group, out.shape, starts)
+    check_packed(packed, bits, group, out.shape, starts)
     if not out.is_floating_point():
         raise ValueError(f"out is {out.dtype}; expected a floating type")
-    tensors = (codes, scale, minimum, out, *(() if starts is None else (starts,)))
-    if not takes_triton(*tensors):
-        size = out.shape[3]
-        out.copy_(expand_units_reference(codes, scale, minimum, bits, group, size, starts))
+    size = out.shape[3]
+    if not takes_triton(*packed, out, *(() if starts is None else (starts,))):
+        out.copy_(expand_units_reference(packed, bits, group, size, starts))
     elif out.numel():
-        _launch(codes, scale, minimum, bits, group, out, starts)
+        batch, heads, count, nbytes = packed[0].shape
+        blocks = packed[1].shape[2]
+        byte_block = padded(nbytes)
+        units = max(1, _ELEMENTS // byte_block)
+        tensors = (*packed, out)
+        with on_device(out):
+            _expand[(triton.cdiv(count, units), heads, batch)](
+                *(tensors, None if starts is None else starts.contiguous()),
+                *(count, blocks, blocks.bit_length(), tuple(tensor.stride() for tensor in tensors)),
+                SIZE=size,
+                BITS=bits,
+                GROUP=group,
+                BYTES=nbytes,
+                BYTE_BLOCK=byte_block,
+                UNITS=units,
+                num_warps=4,
+            )
 
 
 def expand_units_reference(
-    codes: Tensor,
-    scale: Tensor,
-    minimum: Tensor,
-    bits: int,
-    group: int,
-    size: int,
-    starts: Tensor | None = None,
+    packed: Sequence[Tensor], bits: int, group: int, size: int, starts: Tensor | None = None
 ) -> Tensor:
     """The twin of `expand_units`, in plain PyTorch: float32 [B, H, P, D = size]."""
+    codes, scale, minimum = packed
     planes = [(codes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
     x = torch.cat(planes, dim=-1)[..., :size].float()
     if starts is None:
         channel = torch.arange(size, device=codes.device) // group
         return minimum[..., channel].float() + scale[..., channel].float() * x
-    unit = torch.arange(codes.shape[2], dtype=torch.int32, device=codes.device)
-    ends = starts[..., 1:].contiguous()
-    block = torch.searchsorted(ends, unit.expand(*ends.shape[:2], -1).contiguous(), right=True)
-    block = block[..., None].expand(-1, -1, -1, size)
+    block = owners(starts, codes.shape[2])[..., None].expand(-1, -1, -1, size)
     return minimum.float().gather(2, block) + scale.float().gather(2, block) * x
 
 
+def owners(starts: Tensor, units: int) -> Tensor:
+    """The block of each unit, long [B, H, units], from int32 starts [B, H, G + 1]."""
+    unit = torch.arange(units, dtype=starts.dtype, device=starts.device)
+    ends = starts[..., 1:].contiguous()
+    return torch.searchsorted(ends, unit.expand(*ends.shape[:-1], -1).contiguous(), right=True)
+
+
 def check_packed(
-    codes: Tensor,
-    scale: Tensor,
-    minimum: Tensor,
+    packed: Sequence[Tensor],
     bits: int,
     group: int,
     shape: Sequence[int],
@@ -128,10 +116,10 @@ def check_packed(
     name: str = "",
 ) -> None:
     """Refuse what does not fit keys or values [B, H, P, D] = `shape`; arguments as of
-    `expand_units`, whose names come after `name` in what is said."""
+    `expand_units`, `name` before what they are called in the error."""
     if bits not in (2, 4, 8):
         raise ValueError(f"bits is {bits}; expected 2, 4 or 8")
-    batch, heads, count, size = shape
+    (codes, scale, minimum), (batch, heads, count, size) = packed, shape
     table = (count, -(-size // group)) if starts is None else (scale.shape[2], size)
     expected: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {
         "codes": (codes, torch.uint8, (count, -(-size * bits // 8))),
@@ -148,32 +136,10 @@ def check_packed(
             )
 
 
-def _launch(
-    codes: Tensor,
-    scale: Tensor,
-    minimum: Tensor,
-    bits: int,
-    group: int,
-    out: Tensor,
-    starts: Tensor | None,
-) -> None:
-    batch, heads, count, nbytes = codes.shape
-    blocks = scale.shape[2]
-    byte_block = padded(nbytes)
-    units = max(1, _ELEMENTS // byte_block)
-    tensors = (codes, scale, minimum, out)
-    with on_device(out):
-        _expand[(triton.cdiv(count, units), heads, batch)](
-            *(tensors, None if starts is None else starts.contiguous()),
-            *(count, blocks, blocks.bit_length(), tuple(tensor.stride() for tensor in tensors)),
-            SIZE=out.shape[3],
-            BITS=bits,
-            GROUP=group,
-            BYTES=nbytes,
-            BYTE_BLOCK=byte_block,
-            UNITS=units,
-            num_warps=4,
-        )
+def power_of_two_in(*numbers: int) -> int:
+    """The largest power of two that divides all `numbers`."""
+    common = math.gcd(*numbers)
+    return common & -common
 
 
 # Nothing is compiled anew for these, which differ from chunk to chunk.

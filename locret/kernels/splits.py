@@ -194,21 +194,8 @@ def merge_attention(
         [B, T, N, D], contiguous, in the outputs' dtype.
     """
     given = (first, first_logsumexp, second, second_logsumexp)
-    return _launch(*given) if takes_triton(*given) else merge_attention_reference(*given)
-
-
-def merge_attention_reference(
-    first: Tensor, first_logsumexp: Tensor, second: Tensor, second_logsumexp: Tensor
-) -> Tensor:
-    """The twin of `merge_attention`, in plain PyTorch."""
-    share = torch.sigmoid(first_logsumexp - second_logsumexp)[..., None]
-    merged = first.float() * share + second.float() * (1 - share)
-    return merged.to(first.dtype).transpose(1, 2).contiguous()
-
-
-def _launch(
-    first: Tensor, first_logsumexp: Tensor, second: Tensor, second_logsumexp: Tensor
-) -> Tensor:
+    if not takes_triton(*given):
+        return merge_attention_reference(*given)
     batch, heads, tokens, size = first.shape
     first, second = (x if x.stride(-1) == 1 else x.contiguous() for x in (first, second))
     merged = torch.empty(batch, tokens, heads, size, dtype=first.dtype, device=first.device)
@@ -222,6 +209,15 @@ def _launch(
             BLOCK=_TOKENS,
         )
     return merged
+
+
+def merge_attention_reference(
+    first: Tensor, first_logsumexp: Tensor, second: Tensor, second_logsumexp: Tensor
+) -> Tensor:
+    """The twin of `merge_attention`, in plain PyTorch."""
+    share = torch.sigmoid(first_logsumexp - second_logsumexp)[..., None]
+    merged = first.float() * share + second.float() * (1 - share)
+    return merged.to(first.dtype).transpose(1, 2).contiguous()
 
 
 @triton.jit

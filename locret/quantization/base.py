@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from locret.quantities import is_whole
+from locret.quantities import check_whole, is_whole
 from locret.quantization.codes import BITS
 
 Tensors = tuple[Tensor, ...]
@@ -49,10 +49,8 @@ class Scheme:
             raise ValueError(
                 f"bits is {self.bits!r}; {self.name} takes {', '.join(map(str, self.widths))}"
             )
-        if not is_whole(self.group, 1):
-            raise ValueError(f"group is {self.group!r}; expected a positive number of units")
-        if not is_whole(self.residual, 0):
-            raise ValueError(f"residual is {self.residual!r}; expected 0 or more units")
+        check_whole("group", self.group, 1)
+        check_whole("residual", self.residual, 0)
 
     def for_layer(self, layer: int) -> "Scheme":
         """The scheme of one layer."""
@@ -92,19 +90,16 @@ class Scheme:
         """float32 [..., D] from what `encode_values` returned."""
         raise NotImplementedError(f"{type(self).__name__} must implement decode_values()")
 
-    def expand_keys(self, units: Tensors, tables: Tensors, starts: Tensor, out: Tensor) -> bool:
-        """Write all keys of a layer to `out` [B, H, P, D] at once, where a kernel can.
+    def expand(self, packed: Tensors, starts: Tensor | None, out: Tensor) -> bool:
+        """Write all keys or values of a layer to `out` [B, H, P, D] at once, where a kernel can.
 
         Args:
-            units, tables, starts: those of `locret.quantization.packed.PackedKeys`.
+            packed: what each unit needs [B, H, P, *] and, of keys, the tables [B, H, G, *].
+            starts: of the blocks of keys (`locret.quantization.packed.PackedKeys`); None = values.
 
         Returns:
-            Whether it did; False = `decode_keys` is to be asked.
+            Whether it did; False = the methods above are to be asked.
         """
-        return False
-
-    def expand_values(self, units: Tensors, out: Tensor) -> bool:
-        """Likewise for values."""
         return False
 
 

@@ -43,13 +43,6 @@ def aligned(units: Tensor, group: int, blocks: int) -> Tensor:
     return (units[..., None] - before).clamp(0, group)
 
 
-def owners(starts: Tensor, units: int) -> Tensor:
-    """The block of each unit, long [B, H, units], from int32 starts [B, H, G + 1]."""
-    unit = torch.arange(units, dtype=starts.dtype, device=starts.device)
-    ends = starts[..., 1:].contiguous()
-    return torch.searchsorted(ends, unit.expand(*ends.shape[:-1], -1).contiguous(), right=True)
-
-
 def owners_at(starts: Tensor, unit: Tensor) -> Tensor:
     """The block of each unit `unit` [...] (long), both counted through all B * H heads."""
     ends = starts[..., 1:].flatten(0, -2)

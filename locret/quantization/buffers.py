@@ -32,10 +32,11 @@ class Buffers:
         count: S.
     """
 
+    tensors: tuple[Tensor, ...]
+    count: int
+
     def __init__(self, storage: Sequence[Tensor] = ()) -> None:
-        self.tensors: tuple[Tensor, ...] = tuple(storage)
-        self.count = storage[0].shape[2] if storage else 0
-        self._room_is_ours = True
+        self._replace(tuple(storage))
 
     def __getitem__(self, which: int) -> Tensor:
         return self.tensors[which][:, :, : self.count]
@@ -66,7 +67,10 @@ class Buffers:
         """
         end = self.count + new[0].shape[2]
         if end > self.capacity or not self.tensors:
-            self.grow(new, end + room)
+            grown = tuple(x.new_empty(*x.shape[:2], end + room, *x.shape[3:]) for x in new)
+            for whole, old in zip(grown, self, strict=False):
+                whole[:, :, : self.count] = old
+            self.tensors, self._room_is_ours = grown, True
         for stored, fresh in zip(self.tensors, new, strict=True):
             stored[:, :, self.count : end] = fresh
         self.count = end
@@ -82,7 +86,7 @@ class Buffers:
 
     def select(self, index: Tensor) -> None:
         """Hold only the units at `index` [B, H, K] (long, ascending); drop spare room."""
-        self._replace(tuple(_at(tensor, index) for tensor in self))
+        self._replace(gathered(tuple(self), index))
 
     def replace(self, which: int, tensor: Tensor) -> None:
         """Hold `tensor` in place of one of the tensors, for the same units."""
@@ -91,15 +95,6 @@ class Buffers:
             whole[:, :, : self.count] = tensor
             tensor = whole
         self.tensors = (*self.tensors[:which], tensor, *self.tensors[which + 1 :])
-
-    def grow(self, like: Sequence[Tensor], capacity: int) -> None:
-        """Move to a storage for `capacity` units; `like` the tensors that are to come."""
-        grown = tuple(
-            tensor.new_empty(*tensor.shape[:2], capacity, *tensor.shape[3:]) for tensor in like
-        )
-        for new, old in zip(grown, self.tensors, strict=False):
-            new[:, :, : self.count] = old[:, :, : self.count]
-        self.tensors, self._room_is_ours = grown, True
 
     def with_room(self, room: int) -> "Buffers":
         """A copy with room for so many units more."""
@@ -153,6 +148,9 @@ class Buffers:
         self.count = storage[0].shape[2] if storage else 0
 
 
-def _at(units: Tensor, index: Tensor) -> Tensor:
-    wide = index if units.dim() == 3 else index[..., None].expand(*index.shape, units.shape[-1])
-    return units.gather(2, wide)
+def gathered(tensors: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
+    """The units at `index` [B, H, K] of tensors [B, H, S] or [B, H, S, D]."""
+    return tuple(
+        x.gather(2, index if x.dim() == 3 else index[..., None].expand(*index.shape, x.shape[3]))
+        for x in tensors
+    )

@@ -75,7 +75,6 @@ def quantize(
     Raises:
         ValueError: usable values are not finite, or beyond `LARGEST`.
     """
-    check_bits(bits)
     x_dtype, x = _output_dtype(x), as_stored(x)
     low, high = _extremes(x, dim, usable)
     refuse_unstorable(torch.maximum(low.abs(), high.abs()))
@@ -167,7 +166,6 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
     """The codes [..., `size`] that `pack` was given."""
     assert packed.dtype == torch.uint8, packed.dtype
     assert packed.shape[-1] == packed_size(size, bits), (packed.shape, bits, size)
-    check_bits(bits)
     if bits == 8:
         return packed
     planes = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
@@ -206,8 +204,9 @@ class Outliers:
         """
         counts = self.counts.flatten()[unit].long().flatten()
         entries = _ragged(self.offsets.flatten()[unit].flatten(), counts)
-        rows = torch.repeat_interleave(counts)
-        x.view(-1, x.shape[-1])[rows, self.channels[entries].long()] = self.values[entries].float()
+        of_unit = torch.repeat_interleave(counts)
+        channels = self.channels[entries].long()
+        x.view(-1, x.shape[-1])[of_unit, channels] = self.values[entries].float()
 
     def select(self, index: Tensor) -> "Outliers":
         """Those of the units at `index` [B, H, K]."""

@@ -14,8 +14,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from locret.kernels.packed import owners
 from locret.quantization.base import Scheme, Tensors
-from locret.quantization.blocks import Blocks, aligned, arrange, owners, owners_at
+from locret.quantization.blocks import Blocks, aligned, arrange, owners_at
+from locret.quantization.buffers import gathered
 from locret.quantization.codes import Outliers, as_stored, find_outliers
 
 SLAB = 4096
@@ -46,11 +48,6 @@ class Packed:
     @property
     def tensors(self) -> Tensors:
         return *self.units, *(() if self.outliers is None else self.outliers.tensors)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors: codes, tables, starts, outliers."""
-        return sum(tensor.nbytes for tensor in self.tensors)
 
     def at(self, head: Tensor, unit: Tensor) -> Tensor:
         """float32 [..., D], some units.
@@ -124,7 +121,7 @@ class PackedKeys(Packed):
         return self.scheme.decode_keys(_at(self.units, flat), entries, self.head_size)
 
     def _expanded(self, out: Tensor) -> bool:
-        return self.scheme.expand_keys(self.units, self.tables, self.starts, out)
+        return self.scheme.expand((*self.units, *self.tables), self.starts, out)
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ class PackedValues(Packed):
         return self.scheme.decode_values(_at(self.units, flat), self.head_size)
 
     def _expanded(self, out: Tensor) -> bool:
-        return self.scheme.expand_values(self.units, out)
+        return self.scheme.expand(self.units, None, out)
 
 
 def quantize_keys(scheme: Scheme, x: Tensor) -> PackedKeys:
@@ -181,9 +178,9 @@ def select_keys(packed: PackedKeys, others: Tensor, index: Tensor, limit: int) -
     blocks = arrange(survivors, fresh, most, packed.scheme.group, limit)
     kept = replace(
         packed,
-        units=_gathered(packed.units, there),
+        units=gathered(packed.units, there),
         outliers=_selected_outliers(packed, others, index),
-        tables=_gathered(packed.tables, blocks.kept.clamp(min=0)),
+        tables=gathered(packed.tables, blocks.kept.clamp(min=0)),
         starts=blocks.starts,
     )
     _encode_blocks(kept, blocks, packed, others, index)
@@ -202,7 +199,7 @@ def _encode_blocks(
     step = torch.arange(packed.scheme.group, device=index.device)
     place = starts[:, None] + torch.minimum(step, sizes[:, None] - 1)
     head = (at[0] * index.shape[1] + at[1])[:, None].expand(place.shape)
-    x = _decoded(packed, others, head, index.flatten(0, 1)[head, place])
+    x = _in_full(packed, others, head, index.flatten(0, 1)[head, place])
     units, tables = packed.scheme.encode_keys(x, _usable(packed.scheme, x))
     for tensor, new in zip(kept.units, units, strict=True):
         tensor.flatten(0, 1)[head, place] = new
@@ -212,7 +209,7 @@ def _encode_blocks(
 
 def select_values(packed: PackedValues, others: Tensor, index: Tensor) -> PackedValues:
     """Pack the values at `index`, and no others; arguments as for keys."""
-    units = _gathered(packed.units, index.clamp(max=packed.count - 1))
+    units = gathered(packed.units, index.clamp(max=packed.count - 1))
     new_at = (index >= packed.count).nonzero(as_tuple=True)
     if len(new_at[0]):
         x = others[new_at[0], new_at[1], index[new_at] - packed.count]
@@ -230,13 +227,13 @@ def fetch(packed: Packed | None, others: Tensor, index: Tensor) -> Tensor:
         others: [B, H, r, D], the units after them.
     """
     if packed is None:
-        return _gathered((others,), index)[0]
+        return gathered((others,), index)[0]
     heads = torch.arange(index.shape[0] * index.shape[1], device=index.device)
     head = heads.view(*index.shape[:2], 1).expand(index.shape)
-    return _decoded(packed, others, head, index).to(others.dtype)
+    return _in_full(packed, others, head, index).to(others.dtype)
 
 
-def _decoded(packed: Packed, others: Tensor, head: Tensor, slot: Tensor) -> Tensor:
+def _in_full(packed: Packed, others: Tensor, head: Tensor, slot: Tensor) -> Tensor:
     """float32 [..., D]: the units at `slot` [...] of the flattened B * H heads `head` [...]."""
     # Both for every unit: to ask which ones are packed would be to wait for the device.
     old = packed.at(head, slot.clamp(max=packed.count - 1))
@@ -276,8 +273,3 @@ def _owned(tensors: Tensors) -> Tensors:
 
 def _at(tensors: Tensors, flat: Tensor) -> Tensors:
     return tuple(tensor.flatten(0, 2)[flat] for tensor in tensors)
-
-
-def _gathered(tensors: Tensors, index: Tensor) -> Tensors:
-    wide = index[..., None]
-    return tuple(x.gather(2, wide.expand(*index.shape, x.shape[-1])) for x in tensors)

@@ -74,19 +74,10 @@ class KiviScheme(Scheme):
         x = dequantize(grouped, scale[..., None], minimum[..., None])
         return x.flatten(-2)[..., :head_size]
 
-    def expand_keys(self, units: Tensors, tables: Tensors, starts: Tensor, out: Tensor) -> bool:
-        if not takes_triton(out):
-            return False
-        (codes,), (scale, minimum) = units, tables
-        expand_units(codes, scale, minimum, self.bits, self.group, out, starts)
-        return True
-
-    def expand_values(self, units: Tensors, out: Tensor) -> bool:
-        if not takes_triton(out):
-            return False
-        codes, scale, minimum = units
-        expand_units(codes, scale, minimum, self.bits, self.group, out)
-        return True
+    def expand(self, packed: Tensors, starts: Tensor | None, out: Tensor) -> bool:
+        if takes_triton(out):
+            expand_units(packed, self.bits, self.group, out, starts)
+        return takes_triton(out)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., groups, group], padded with zeros."""

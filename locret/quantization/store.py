@@ -135,7 +135,7 @@ class QuantizedStore:
         every = torch.arange(self.packed + ready, device=self.residual_keys.device)
         left = tuple(tensor[:, :, ready:] for tensor in self.residual)
         self._pack(every.expand(*self.residual_keys.shape[:2], -1), left[0].shape[2])
-        self._keep(left, room)
+        self.residual = Buffers(left).with_room(room)
 
     def select(self, index: Tensor) -> None:
         """Hold only the units at `index`, and pack all of them but the last `scheme.residual`.
@@ -167,7 +167,7 @@ class QuantizedStore:
         if self.packed_keys:
             self.packed_keys = quantize_keys(self.scheme, keys[:, :, : self.packed])
         rest = keys[:, :, self.packed :].to(self.residual_keys.dtype)
-        self._keep((rest, self.residual_values), room)
+        self.residual = Buffers((rest, self.residual_values)).with_room(room)
 
     def view(self) -> QuantizedView:
         """What is held now, for `restore`."""
@@ -186,11 +186,6 @@ class QuantizedStore:
                 self.packed_values.select_batch(rows),
             )
         self.residual.select_batch(rows)
-
-    def _keep(self, residual: Sequence[Tensor], room: int) -> None:
-        """Hold these as the residual, copied, with `room` to spare."""
-        self.residual = Buffers()
-        self.residual.append(residual, room)
 
     def _pack(self, index: Tensor, rest: int) -> None:
         """Pack the units at `index` and no others; `rest` units are going to stay as they are."""
@@ -310,40 +305,29 @@ def _stack_keys(
 def _stack(rows: Sequence[_P | None], counts: Sequence[int], packed: int) -> _P:
     """Units and outliers of the first `counts[row]` units of each row, at the end of `packed`
     slots; of keys, tables and starts are still those of one row."""
-    units = _stack_tensors([row.units if row else None for row in rows], counts, packed)
-    outliers = [
-        row.outliers.select(_first(row.outliers.counts, count)) if row and row.outliers else None
-        for row, count in zip(rows, counts, strict=True)
-    ]
-    return replace(
-        next(row for row in rows if row),
-        units=units,
-        outliers=_stack_outliers(outliers, counts, packed),
-    )
+    some = next(row for row in rows if row)
+    units = _stack_tensors([row.units if row else () for row in rows], counts, packed)
+    outliers = None
+    if some.outliers:
+        found = [_first_outliers(row, count) for row, count in zip(rows, counts, strict=True)]
+        own_counts = [(each.counts,) if each else () for each in found]
+        (of_units,) = _stack_tensors(own_counts, counts, packed)
+        channels = torch.cat([each.channels for each in found if each])
+        values = torch.cat([each.values for each in found if each])
+        outliers = Outliers(of_units, channels, values)
+    return replace(some, units=units, outliers=outliers)
 
 
-def _stack_tensors(rows: Sequence[Tensors | None], counts: Sequence[int], packed: int) -> Tensors:
-    stacked = Buffers.stack(
-        [
-            Buffers([tensor[:, :, :count] for tensor in row or ()])
-            for row, count in zip(rows, counts, strict=True)
-        ]
-    )
+def _first_outliers(row: Packed | None, count: int) -> Outliers | None:
+    if row is None or row.outliers is None:
+        return None
+    counts = row.outliers.counts
+    first = torch.arange(count, device=counts.device).expand(*counts.shape[:2], -1)
+    return row.outliers.select(first)
+
+
+def _stack_tensors(rows: Sequence[Tensors], counts: Sequence[int], packed: int) -> Tensors:
+    first = zip(rows, counts, strict=True)
+    stacked = Buffers.stack([Buffers([x[:, :, :count] for x in row]) for row, count in first])
     assert stacked.count == packed
     return stacked.tensors
-
-
-def _stack_outliers(
-    rows: Sequence[Outliers | None], counts: Sequence[int], packed: int
-) -> Outliers | None:
-    found = [row for row in rows if row is not None]
-    if not found:
-        return None
-    (of_units,) = _stack_tensors([(row.counts,) if row else None for row in rows], counts, packed)
-    channels = torch.cat([row.channels for row in found])
-    return Outliers(of_units, channels, torch.cat([row.values for row in found]))
-
-
-def _first(counts: Tensor, count: int) -> Tensor:
-    """Index [1, H, count] of the first units."""
-    return torch.arange(count, device=counts.device).expand(*counts.shape[:2], -1)

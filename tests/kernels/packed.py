@@ -21,13 +21,9 @@ def random_units(batch, heads, count, size, bits, group, device, spare=3):
     value_tables[:, :, :, count:] = torch.nan
     scale, minimum = value_tables.unbind(2)
     return PackedKV(
-        codes[0, :, :, :count],
-        table(blocks, size).half(),
-        table(blocks, size).half(),
+        (codes[0, :, :, :count], table(blocks, size).half(), table(blocks, size).half()),
         random_starts(batch, heads, count, blocks, group).to(device),
-        codes[1, :, :, :count],
-        scale[:, :, :count],
-        minimum[:, :, :count],
+        (codes[1, :, :, :count], scale[:, :, :count], minimum[:, :, :count]),
         bits,
         group,
     )

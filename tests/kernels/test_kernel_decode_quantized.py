@@ -11,7 +11,7 @@ from tests.kernels.packed import random_units
 
 
 def compare(query, packed, length, capacity, first=None):
-    batch, heads = packed.key_codes.shape[:2]
+    batch, heads = packed.keys[0].shape[:2]
     shape = (2, batch, heads, capacity, query.shape[3])
     storage = torch.randn(shape, device=query.device).to(query.dtype)
     storage[:, :, :, length:] = torch.nan
@@ -101,9 +101,9 @@ def test_small_queries_of_several_new_tokens(device):
 def test_small_queries_with_strong_and_weak_scales(device):
     """Products with the query near the ends of float16, and a unit that outweighs all others."""
     packed = random_units(1, 1, 130, 128, 4, 64, device)
-    packed.key_scale[..., ::2] *= 2.0**-12
-    packed.key_scale[..., 1] = 60.0
-    packed.key_minimum[..., ::3] = 3.0
+    packed.keys[1][..., ::2] *= 2.0**-12
+    packed.keys[1][..., 1] = 60.0
+    packed.keys[2][..., ::3] = 3.0
     query = torch.randn(1, 4, 1, 128, device=device)
     query[:, 0] *= 30.0
     compare(query.half(), packed, 21, 40)

@@ -87,16 +87,8 @@ def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
     units.select(torch.arange(100).expand(1, 2, -1))
     index = torch.stack([torch.randperm(100)[:70].sort().values for _ in range(2)])[None]
     units.select(index)
-    packed = PackedKV(
-        *(
-            *units.packed_keys.units,
-            *units.packed_keys.tables,
-            units.packed_keys.starts,
-            *units.packed_values.units,
-        ),
-        bits=bits,
-        group=group,
-    )
+    of_keys = (*units.packed_keys.units, *units.packed_keys.tables)
+    packed = PackedKV(of_keys, units.packed_keys.starts, units.packed_values.units, bits, group)
     assert packed.count == 65
     expected = (
         units.packed_keys.dequantize(torch.float32),
@@ -143,9 +135,10 @@ def test_select_keeps_the_highest_and_of_equals_the_earliest(scores, data):
 ONE = torch.ones(1, dtype=torch.int32)
 UNITS = torch.zeros(1, 2, 5, 4)
 
-CODES, ROWS = torch.zeros(1, 2, 5, 2, dtype=torch.uint8), torch.zeros(1, 2, 1, 4).half()
+CODES, ENTRIES = torch.zeros(1, 2, 5, 2, dtype=torch.uint8), torch.zeros(1, 2, 1, 4).half()
 STARTS, TABLES = torch.tensor([0, 5]).int().expand(1, 2, 2), torch.zeros(1, 2, 5, 1).half()
-PACKED = PackedKV(CODES, ROWS, ROWS.float(), STARTS, CODES, TABLES, TABLES, bits=4, group=4)
+OF_KEYS, OF_VALUES = (CODES, ENTRIES, ENTRIES.float()), (CODES, TABLES, TABLES)
+PACKED = PackedKV(OF_KEYS, STARTS, OF_VALUES, bits=4, group=4)
 PACKED_CALL = (UNITS[:, :, :1], PACKED, UNITS, UNITS, ONE, 1.0)
 
 

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.quantization.blocks import aligned, arrange, owners
+from locret.kernels.packed import owners
+from locret.quantization.blocks import aligned, arrange
 
 
 @st.composite

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from locret.kernels.packed import owners
 from locret.quantization import SCHEMES, QuantizedStore, make_scheme
-from locret.quantization.blocks import owners
 from locret.quantization.packed import quantize_keys, quantize_values
 
 PACKING = sorted(name for name, scheme in SCHEMES.items() if scheme.packs)
