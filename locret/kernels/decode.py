@@ -28,14 +28,14 @@ from locret.kernels.splits import (
     first_slot,
     log_sum,
     number_of_splits,
-    query_rows,
+    queries_at,
     split_of,
-    split_rows,
+    states_at,
     weigh,
 )
 
 _PROGRAMS = 2  # programs that share a multiprocessor
-_ROWS = 128  # query rows (G * T) that one program holds
+_QUERIES = 128  # queries of a KV head (G * T) that one program holds
 
 
 def decode_attention(
@@ -119,10 +119,10 @@ def check_decode(
             f"query {tuple(query.shape)} does not fit keys {tuple(keys.shape)}: expected "
             f"[{batch}, a multiple of {heads}, T, {size}]"
         )
-    if query.shape[1] // heads * query.shape[2] > _ROWS:
+    if query.shape[1] // heads * query.shape[2] > _QUERIES:
         raise ValueError(
-            f"query {tuple(query.shape)} on {heads} KV heads makes more than {_ROWS} rows a KV "
-            "head; read so many tokens with an attention backend"
+            f"query {tuple(query.shape)} on {heads} KV heads makes more than {_QUERIES} queries "
+            "a KV head; read so many tokens with an attention backend"
         )
     if length.shape != (1,) or length.dtype != torch.int32:
         raise ValueError(f"length is {tuple(length.shape)} {length.dtype}; expected [1] int32")
@@ -150,7 +150,7 @@ def attend_storage(
     """
     batch, heads, capacity, size = keys.shape
     new = query.shape[2]
-    rows = query.shape[1] // heads * new
+    queries = query.shape[1] // heads * new
     wide = padded(size, least=16)
     with on_device(query):
         _attend[(splits.count - at_split, heads, batch)](
@@ -159,9 +159,9 @@ def attend_storage(
             *(scaling * math.log2(math.e), capacity, before),
             *(query.stride(), keys.stride(), values.stride()),
             NEW=new,
-            ROWS=rows,
+            QUERIES=queries,
             SIZE=size,
-            ROW_BLOCK=padded(rows, least=16),
+            QUERY_BLOCK=padded(queries, least=16),
             SIZE_BLOCK=wide,
             UNITS=min(128, max(16, 16384 // (wide * query.element_size()))),
             UPCAST=INTERPRETED or query.dtype == torch.float32,
@@ -188,9 +188,9 @@ def _attend(  # type: ignore[no-untyped-def]
     key_strides,
     value_strides,
     NEW: tl.constexpr,
-    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
     SIZE: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
     SIZE_BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
     UPCAST: tl.constexpr,  # the interpreter multiplies bfloat16 blocks as integers
@@ -202,12 +202,13 @@ def _attend(  # type: ignore[no-untyped-def]
     end = tl.minimum(tl.load(length), capacity)
     start, stop = split_of(first_slot(first, b, h, before), end, 1)
 
-    row = tl.arange(0, ROW_BLOCK)
+    which = tl.arange(0, QUERY_BLOCK)
     d = tl.arange(0, SIZE_BLOCK)
     in_size = d < SIZE
-    q_at = query_rows(query, query_strides, b, h, row, NEW, ROWS) + d[None, :] * query_strides[3]
-    q = tl.load(q_at, mask=(row < ROWS)[:, None] & in_size[None, :], other=0.0)
-    row_end = end - (NEW - 1 - row % NEW)
+    q_at = queries_at(query, query_strides, b, h, which, NEW, QUERIES)
+    q_at += d[None, :] * query_strides[3]
+    q = tl.load(q_at, mask=(which < QUERIES)[:, None] & in_size[None, :], other=0.0)
+    query_end = end - (NEW - 1 - which % NEW)
     if UPCAST:
         q = q.to(tl.float32)
 
@@ -219,9 +220,9 @@ def _attend(  # type: ignore[no-untyped-def]
     k_at = keys + d[:, None] * key_strides[3] + unit[None, :] * k_s  # transposed
     v_at = values + unit[:, None] * v_s + d[None, :] * value_strides[3]
 
-    highest = tl.full((ROW_BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((ROW_BLOCK,), tl.float32)
-    summed = tl.zeros((ROW_BLOCK, SIZE_BLOCK), tl.float32)
+    highest = tl.full((QUERY_BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERY_BLOCK,), tl.float32)
+    summed = tl.zeros((QUERY_BLOCK, SIZE_BLOCK), tl.float32)
     for at in tl.range(start, stop, UNITS):
         here = at + unit < stop
         k = tl.load(k_at, mask=here[None, :] & in_size[:, None], other=0.0)
@@ -233,7 +234,7 @@ def _attend(  # type: ignore[no-untyped-def]
         if NEW == 1:
             logits = tl.where(here[None, :], logits, float("-inf"))
         else:
-            visible = here[None, :] & ((at + unit)[None, :] < row_end[:, None])
+            visible = here[None, :] & ((at + unit)[None, :] < query_end[:, None])
             logits = tl.where(visible, logits, float("-inf"))
         weights, shrink, highest, total = weigh(logits, highest, total)
         summed *= shrink[:, None]
@@ -241,10 +242,10 @@ def _attend(  # type: ignore[no-untyped-def]
         k_at += UNITS * k_s
         v_at += UNITS * v_s
 
-    at_row = split_rows(b, h, at_split, all_splits, row, ROWS)
-    tl.store(splits[1] + at_row, log_sum(highest, total), mask=row < ROWS)
-    at_values = splits[0] + at_row[:, None] * SIZE + d[None, :]
-    mask = (row < ROWS)[:, None] & in_size[None, :]
+    at_state = states_at(b, h, at_split, all_splits, which, QUERIES)
+    tl.store(splits[1] + at_state, log_sum(highest, total), mask=which < QUERIES)
+    at_values = splits[0] + at_state[:, None] * SIZE + d[None, :]
+    mask = (which < QUERIES)[:, None] & in_size[None, :]
     tl.store(at_values, average(summed, total), mask=mask)
 
 

@@ -1,7 +1,7 @@
 """Attention of one or a few new tokens straight over packed keys and values.
 
 As `decode.py`, with units of 8, 4 or 2 bits that are expanded in registers: what is read of them is
-what they occupy. A split walks its units block by block, because a block is what shares a row of
+what they occupy. A split walks its units block by block, because a block is what shares entries of
 the key tables. The units that are not packed, the residual, are further splits of the same merge.
 
 Small queries are `decode_quantized_small.py`'s. For others, units are expanded to float16, for
@@ -43,9 +43,9 @@ from locret.kernels.splits import (
     first_slot,
     log_sum,
     number_of_splits,
-    query_rows,
+    queries_at,
     split_of,
-    split_rows,
+    states_at,
     weigh,
 )
 
@@ -148,11 +148,11 @@ def _attend_packed(
     """Leave the attention over packed units in the first `count` splits of `out`."""
     batch, heads, units, nbytes = packed.keys[0].shape
     size, new = query.shape[3], query.shape[2]
-    rows = query.shape[1] // heads * new
+    queries = query.shape[1] // heads * new
     byte_block = padded(nbytes, least=16)
     # Assembly is NVIDIA's; float32 queries are for precision.
     wide = query.dtype == torch.float32 or torch.version.hip is not None
-    row_block = padded(rows, least=16)
+    query_block = padded(queries, least=16)
     tensors = (*packed.keys, *packed.values)
     with on_device(query):
         _attend[(count, heads, batch)](
@@ -161,19 +161,19 @@ def _attend_packed(
             *(out.count, scaling * math.log2(math.e), units, packed.keys[1].shape[2]),
             *(query.stride(), tuple(tensor.stride()[:3] for tensor in tensors)),
             NEW=new,
-            ROWS=rows,
+            QUERIES=queries,
             SIZE=size,
             BITS=packed.bits,
             GROUP=packed.group,
             BYTES=nbytes,
-            ROW_BLOCK=row_block,
+            QUERY_BLOCK=query_block,
             BYTE_BLOCK=byte_block,
             SPAN=byte_block if packed.group >= size else power_of_two_in(nbytes, packed.group),
             UNITS=max(16, min(_TILE // 2 if wide else _TILE, padded(packed.group))),
             UPCAST=INTERPRETED or wide,
             ASSEMBLY=_assembly(packed.bits),
             num_warps=8 if wide else 4,
-            maxnreg=None if wide or row_block > 16 else _REGISTERS,
+            maxnreg=None if wide or query_block > 16 else _REGISTERS,
         )
 
 
@@ -192,12 +192,12 @@ def _attend(  # type: ignore[no-untyped-def]
     query_strides,
     strides,
     NEW: tl.constexpr,
-    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BYTES: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
     BYTE_BLOCK: tl.constexpr,
     SPAN: tl.constexpr,
     UNITS: tl.constexpr,
@@ -210,24 +210,24 @@ def _attend(  # type: ignore[no-untyped-def]
     begin, stop = split_of(tl.minimum(first_slot(first, b, h, 0), count), count, 1)
 
     # The planes of a unit's channels are multiplied one by one.
-    row = tl.arange(0, ROW_BLOCK)
+    which = tl.arange(0, QUERY_BLOCK)
     byte = tl.arange(0, BYTE_BLOCK)
     in_bytes = byte < BYTES
     first_byte = tl.arange(0, BYTE_BLOCK // SPAN) * SPAN  # of the codes that share a table entry
-    q_at = query_rows(query, query_strides, b, h, row, NEW, ROWS)
+    q_at = queries_at(query, query_strides, b, h, which, NEW, QUERIES)
     q_d = query_strides[3]
     queries = ()  # type: tuple
     summed = ()  # type: tuple
     for plane in tl.static_range(PLANES):
         channel = plane * BYTES + byte
-        mask = (row < ROWS)[:, None] & (in_bytes & (channel < SIZE))[None, :]
+        mask = (which < QUERIES)[:, None] & (in_bytes & (channel < SIZE))[None, :]
         q = tl.load(q_at + channel[None, :] * q_d, mask=mask, other=0.0).to(tl.float32)
         if not UPCAST:
             q = tl.clamp(q, -65504.0, 65504.0).to(tl.float16)
         queries += (q,)
-        summed += (tl.zeros((ROW_BLOCK, BYTE_BLOCK), tl.float32),)
-    highest = tl.full((ROW_BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((ROW_BLOCK,), tl.float32)
+        summed += (tl.zeros((QUERY_BLOCK, BYTE_BLOCK), tl.float32),)
+    highest = tl.full((QUERY_BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERY_BLOCK,), tl.float32)
 
     unit = tl.arange(0, UNITS)
     tensors = of_head(tensors, strides, b, h)
@@ -265,7 +265,7 @@ def _attend(  # type: ignore[no-untyped-def]
             v_tables += (tl.load(at_scales, mask=mask_2d, other=0.0),)
             v_tables += (tl.load(at_lows, mask=mask_2d, other=0.0),)
 
-        logits = tl.zeros((ROW_BLOCK, UNITS), tl.float32)
+        logits = tl.zeros((QUERY_BLOCK, UNITS), tl.float32)
         for plane in tl.static_range(PLANES):
             k_scale = k_tables[2 * plane][:, None]
             k_low = k_tables[2 * plane + 1][:, None]
@@ -288,12 +288,12 @@ def _attend(  # type: ignore[no-untyped-def]
         block = tl.minimum(tl.where(is_done, block + 1, block), blocks - 1)
         end = tl.where(is_done, after, end)
 
-    at_row = split_rows(b, h, 0, all_splits, row, ROWS)
-    tl.store(splits[1] + at_row, log_sum(highest, total), mask=row < ROWS)
+    at_state = states_at(b, h, 0, all_splits, which, QUERIES)
+    tl.store(splits[1] + at_state, log_sum(highest, total), mask=which < QUERIES)
     for plane in tl.static_range(PLANES):
         channel = plane * BYTES + byte
-        mask = (row < ROWS)[:, None] & (in_bytes & (channel < SIZE))[None, :]
-        at_values = splits[0] + at_row[:, None] * SIZE + channel[None, :]
+        mask = (which < QUERIES)[:, None] & (in_bytes & (channel < SIZE))[None, :]
+        at_values = splits[0] + at_state[:, None] * SIZE + channel[None, :]
         tl.store(at_values, average(summed[plane], total), mask=mask)
 
 

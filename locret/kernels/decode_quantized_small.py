@@ -1,4 +1,4 @@
-"""Attention of at most eight query rows a KV head over packed units, on tensor cores, without
+"""Attention of at most eight queries a KV head over packed units, on tensor cores, without
 expanding a unit.
 
 A code is multiplied as it lies: masked out of its word, its bits are those of a float16 below the
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from locret.kernels.dispatch import INTERPRETED, on_device, tl, triton
 from locret.kernels.packed import PackedKV, block_of, of_head, power_of_two_in
-from locret.kernels.splits import Splits, first_slot, log_sum, query_rows, split_of, split_rows
+from locret.kernels.splits import Splits, first_slot, log_sum, queries_at, split_of, states_at
 
-FEW = 8  # query rows of a KV head
+SMALL = 8  # queries of a KV head (G * T)
 PROGRAMS = 11  # programs, of one warp, that share a multiprocessor
 REGISTERS = 168  # of a thread, so that PROGRAMS fit
 UNITS = 64  # units, of 64 bytes or less, that are asked for at a time: 16, 32 or 64
@@ -38,9 +38,9 @@ def span_of(size: int, nbytes: int, group: int) -> int:
 def takes_small(query: Tensor, packed: PackedKV) -> bool:
     """Whether `attend_small` covers these queries [B, H*G, T, D] and units."""
     (_, heads, _, nbytes), size = packed.keys[0].shape, query.shape[3]
-    rows = query.shape[1] // heads * query.shape[2]
+    queries = query.shape[1] // heads * query.shape[2]
     return (
-        rows <= FEW
+        queries <= SMALL
         and query.dtype in (torch.float16, torch.bfloat16)
         and torch.version.hip is None  # the assembly is NVIDIA's
         and span_of(size, nbytes, packed.group) >= 32
@@ -74,7 +74,7 @@ def attend_small(
             *(out.count, scaling * math.log2(math.e), units, packed.keys[1].shape[2]),
             *(*strides[4][:2], *strides[5][:2], query.stride(), strides[:4]),
             NEW=new,
-            ROWS=query.shape[1] // heads * new,
+            QUERIES=query.shape[1] // heads * new,
             SIZE=size,
             BITS=packed.bits,
             ENTRIES=_entries(nbytes, span, packed.bits, packed.group),
@@ -138,7 +138,7 @@ def _attend_small(  # type: ignore[no-untyped-def]
     query_strides,
     strides,
     NEW: tl.constexpr,
-    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -162,13 +162,13 @@ def _attend_small(  # type: ignore[no-untyped-def]
     SUBTILES: tl.constexpr = UNITS // 16
     # Entries of a unit's tables are read as PAIR at once.
     TABLES: tl.constexpr = (ENTRIES[SLABS - 1] + 1) // PAIR
-    FEW: tl.constexpr = 8
+    SMALL: tl.constexpr = 8
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
 
     begin, stop = split_of(tl.minimum(first_slot(first, b, h, 0), count), count, UNITS)
-    row = tl.arange(0, FEW)
-    q_at = query_rows(query, query_strides, b, h, row, NEW, ROWS)
+    which = tl.arange(0, SMALL)
+    q_at = queries_at(query, query_strides, b, h, which, NEW, QUERIES)
     q_d = query_strides[3]
     position = tl.arange(0, WORDS)  # of the operand
     word = position // 4 % 4 * (WORDS // 4) + position // 16 * 4 + position % 4
@@ -179,13 +179,13 @@ def _attend_small(  # type: ignore[no-untyped-def]
         start = slab % PLANES * BYTES + slab // PLANES * SPAN  # the first channel
         for parity in tl.static_range(2):
             channel = start + 2 * word + parity
-            q = tl.load(q_at + channel[None, :] * q_d, mask=(row < ROWS)[:, None], other=0.0)
+            q = tl.load(q_at + channel[None, :] * q_d, mask=(which < QUERIES)[:, None], other=0.0)
             q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0)
             queries += ((q * 2.0 ** (ROOM - slab % PLANES * BITS)).to(tl.float16),)
-            summed += (tl.zeros((WORDS, FEW), tl.float32),)
-        lows += (tl.zeros((FEW, 16), tl.float32),)
-    base = tl.full((FEW,), float("-inf"), tl.float32)
-    total = tl.zeros((FEW, 16), tl.float32)
+            summed += (tl.zeros((WORDS, SMALL), tl.float32),)
+        lows += (tl.zeros((SMALL, 16), tl.float32),)
+    base = tl.full((SMALL,), float("-inf"), tl.float32)
+    total = tl.zeros((SMALL, 16), tl.float32)
 
     # Offsets of what a lane reads: [4, 8, .., words], 8 quads of 4 lanes.
     lane = tl.arange(0, 4)[:, None, None, None]
@@ -246,9 +246,9 @@ def _attend_small(  # type: ignore[no-untyped-def]
         # The query in units of the codes of this block above, the query itself below: that one
         # meets the minima.
         both = ()  # type: tuple
-        offset = tl.zeros((FEW,), tl.float32)
+        offset = tl.zeros((SMALL,), tl.float32)
         for slab in tl.static_range(SLABS):
-            below = tl.zeros((16, FEW), tl.float32)
+            below = tl.zeros((16, SMALL), tl.float32)
             for parity in tl.static_range(2):
                 plain = queries[2 * slab + parity]
                 scaled = plain * _table(scales[slab], parity, WORDS, ASSEMBLY)
@@ -256,12 +256,12 @@ def _attend_small(  # type: ignore[no-untyped-def]
                 stacked = tl.reshape(tl.permute(tl.join(scaled, plain), (2, 0, 1)), (16, WORDS))
                 both += (stacked,)
                 below = tl.dot(stacked, low, acc=below)
-            _, met = _halved(below, FEW)
+            _, met = _halved(below, SMALL)
             offset += tl.max(met, 1) * 2.0 ** (slab % PLANES * BITS)
         offset = offset * (scaling * 2.0**-ROOM)
 
         logits = ()  # type: tuple
-        highest = tl.full((FEW, 16), float("-inf"), tl.float32)
+        highest = tl.full((SMALL, 16), float("-inf"), tl.float32)
         for sub in tl.static_range(SUBTILES):
             product = tl.zeros((16, 16), tl.float32)
             for slab in tl.static_range(SLABS):
@@ -271,10 +271,10 @@ def _attend_small(  # type: ignore[no-untyped-def]
                 for parity in tl.static_range(2):
                     codes = _codes(words, slab % PLANES, parity, BITS, ASSEMBLY)
                     product = tl.dot(both[2 * slab + parity], codes, acc=product)
-            of_rows, _ = _halved(product, 16)
-            of_rows = of_rows * (scaling * 2.0 ** (24 - ROOM)) + offset[:, None]
+            of_queries, _ = _halved(product, 16)
+            of_queries = of_queries * (scaling * 2.0 ** (24 - ROOM)) + offset[:, None]
             there = at + 16 * sub + unit < end
-            logits += (tl.where(there[None, :], of_rows, float("-inf")),)
+            logits += (tl.where(there[None, :], of_queries, float("-inf")),)
             highest = tl.maximum(highest, logits[sub])
 
         # Online softmax. The first tile has a unit, so that what is subtracted is finite.
@@ -320,8 +320,8 @@ def _attend_small(  # type: ignore[no-untyped-def]
 
     in_all = tl.sum(total, 1)
     inverse = 1.0 / tl.where(in_all > 0.0, in_all, 1.0)
-    at_row = split_rows(b, h, 0, all_splits, row, ROWS)
-    tl.store(splits[1] + at_row, log_sum(base, in_all), mask=row < ROWS)
+    at_state = states_at(b, h, 0, all_splits, which, QUERIES)
+    tl.store(splits[1] + at_state, log_sum(base, in_all), mask=which < QUERIES)
     position = tl.arange(0, WORDS)
     word = position % 8 * (WORDS // 8) + position // 8
     for slab in tl.static_range(SLABS):
@@ -330,13 +330,13 @@ def _attend_small(  # type: ignore[no-untyped-def]
         for parity in tl.static_range(2):
             exact = summed[2 * slab + parity] * 2.0 ** (24 - slab % PLANES * BITS)
             mean = (exact + low[None, :]) * inverse[None, :]
-            to = splits[0] + at_row[None, :] * SIZE + (start + 2 * word + parity)[:, None]
-            tl.store(to, mean, mask=(row < ROWS)[None, :])
+            to = splits[0] + at_state[None, :] * SIZE + (start + 2 * word + parity)[:, None]
+            tl.store(to, mean, mask=(which < QUERIES)[None, :])
 
 
 @triton.jit
 def _halved(x, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The upper and the lower 8 rows of [16, N]."""
+    """The upper and the lower half of [16, N]."""
     return tl.split(tl.permute(tl.reshape(x, (2, 8, N)), (1, 2, 0)))
 
 

@@ -192,9 +192,9 @@ def gather_units(
         sizes = tuple(units.shape[3] if units.dim() == 4 else 1 for units in old)
         widest = padded(max(sizes))
         old, new = tuple(map(_side_by_side, old)), tuple(map(_side_by_side, new))
-        rows = max(16, min(padded(kept, least=16), 8192 // widest))
+        at_once = max(16, min(padded(kept, least=16), 8192 // widest))
         with on_device(index):
-            _gather[(triton.cdiv(kept, rows), heads, batch)](
+            _gather[(triton.cdiv(kept, at_once), heads, batch)](
                 *(old, new, storage, index, kept, old[0].shape[2]),
                 index.stride(),
                 tuple(units.stride()[:3] for units in old),
@@ -202,7 +202,7 @@ def gather_units(
                 tuple(units.stride()[:3] for units in storage),
                 SIZES=sizes,
                 BLOCKS=tuple(padded(size) for size in sizes),
-                ROWS=rows,
+                UNITS=at_once,
                 num_warps=4,
             )
     return storage
@@ -267,11 +267,11 @@ def _gather(  # type: ignore[no-untyped-def]
     storage_strides,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
 ):
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    to = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    to = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
     there = to < kept
     unit = tl.load(units_at(index, index_strides, b, h, to), mask=there, other=0)
     is_old = unit < border

@@ -162,36 +162,36 @@ def _expand(  # type: ignore[no-untyped-def]
     h = tl.program_id(1).to(tl.int64)
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     there = unit < count
-    row = unit
+    entry = unit
     if starts is not None:
         # The first block that ends behind the unit: halve where it can be, for all units at once.
         ends = starts + (b * tl.num_programs(1) + h) * (blocks + 1) + 1
-        row = tl.zeros((UNITS,), tl.int32)
-        last = row + blocks
+        entry = tl.zeros((UNITS,), tl.int32)
+        last = entry + blocks
         for _ in range(steps):
-            undecided = there & (row < last)
-            middle = (row + last) // 2
+            undecided = there & (entry < last)
+            middle = (entry + last) // 2
             before = tl.load(ends + middle.to(tl.int64), mask=undecided, other=0) <= unit
-            row, last = (
-                tl.where(undecided & before, middle + 1, row),
+            entry, last = (
+                tl.where(undecided & before, middle + 1, entry),
                 tl.where(before, last, middle),
             )
     unit = unit.to(tl.int64)[:, None]
-    row = row.to(tl.int64)[:, None]
+    entry = entry.to(tl.int64)[:, None]
     byte = tl.arange(0, BYTE_BLOCK)
     in_bytes = there[:, None] & (byte < BYTES)[None, :]
     at = units_at(tensors[0], strides[0], b, h, unit) + byte[None, :] * strides[0][3]
     packed = tl.load(at, mask=in_bytes, other=0).to(tl.int32)
-    at_scale = units_at(tensors[1], strides[1], b, h, row)
-    at_minimum = units_at(tensors[2], strides[2], b, h, row)
+    at_scale = units_at(tensors[1], strides[1], b, h, entry)
+    at_minimum = units_at(tensors[2], strides[2], b, h, entry)
     out = tensors[3]
     at_out = units_at(out, strides[3], b, h, unit)
     for plane in tl.static_range(8 // BITS):
         channel = (plane * BYTES + byte)[None, :]
         mask = in_bytes & (channel < SIZE)
-        entry = channel if starts is not None else channel // GROUP
-        step = tl.load(at_scale + entry * strides[1][3], mask=mask, other=0.0)
-        low = tl.load(at_minimum + entry * strides[2][3], mask=mask, other=0.0)
+        d = channel if starts is not None else channel // GROUP
+        step = tl.load(at_scale + d * strides[1][3], mask=mask, other=0.0)
+        low = tl.load(at_minimum + d * strides[2][3], mask=mask, other=0.0)
         code = ((packed >> (plane * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
         x = low.to(tl.float32) + step.to(tl.float32) * code
         tl.store(at_out + channel * strides[3][3], x.to(out.dtype.element_ty), mask=mask)

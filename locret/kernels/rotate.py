@@ -74,9 +74,9 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, half: bool, out: Tensor) -> Non
     batch, heads, slots, size = x.shape
     rotary = cos.shape[2]
     pairs = padded(rotary // 2)
-    rows = max(1, min(padded(slots), 1024 // pairs))
+    at_once = max(1, min(padded(slots), 1024 // pairs))
     together = next(count for count in (8, 4, 3, 2, 1) if heads % count == 0)
-    grid = (triton.cdiv(slots, rows), heads // together, batch)
+    grid = (triton.cdiv(slots, at_once), heads // together, batch)
     with on_device(x):
         _rotate[grid](
             *(x, cos, sin, out, slots),
@@ -85,7 +85,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, half: bool, out: Tensor) -> Non
             REST=size - rotary,
             PAIRS=pairs,
             REST_BLOCK=padded(size - rotary),
-            ROWS=rows,
+            SLOTS=at_once,
             HEADS=together,
             HALF=half,
             num_warps=4,
@@ -93,7 +93,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, half: bool, out: Tensor) -> Non
 
 
 def _table_strides(table: Tensor) -> tuple[int, ...]:
-    """Strides of cos or sin; all rows share a table of one."""
+    """Strides of cos or sin; all rows of a batch share one table."""
     return (0, *table.stride()[1:]) if table.shape[0] == 1 else table.stride()
 
 
@@ -112,13 +112,13 @@ def _rotate(  # type: ignore[no-untyped-def]
     REST: tl.constexpr,
     PAIRS: tl.constexpr,
     REST_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64) * HEADS
-    slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    slot = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)[:, None]
     x = units_at(x, x_strides, batch, head, slot)
     out = units_at(out, out_strides, batch, head, slot)
     cos += batch * cos_strides[0] + slot * cos_strides[1]
@@ -162,5 +162,5 @@ def _rotate(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _pairs(block):  # type: ignore[no-untyped-def]
-    """[ROWS, 2 N] -> the even and the odd elements of rows, [ROWS, N] each."""
+    """[SLOTS, 2 N] -> the even and the odd elements, [SLOTS, N] each."""
     return tl.split(tl.reshape(block, (block.shape[0], block.shape[1] // 2, 2)))

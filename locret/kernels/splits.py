@@ -25,7 +25,8 @@ class Splits:
     """What the programs of one attention leave for the merge.
 
     Attributes:
-        values: float32 [B, H, N, R, D], the average value of each of N splits and R query rows.
+        values: float32 [B, H, N, R, D], the average value of each of N splits and R
+            queries.
         weights: float32 [B, H, N, R], log2 of the sum of weights; -inf where there were no units.
     """
 
@@ -49,14 +50,14 @@ class Splits:
 
     def merge(self, out: Tensor) -> None:
         """Write the attention of all splits together to `out` [B, H*G, T, D]; zeros of no units."""
-        batch, heads, count, rows = self.weights.shape
+        batch, heads, count, queries = self.weights.shape
         size = out.shape[3]
         slice_size = min(_SLICE, padded(size))
         with on_device(out):
-            _merge_splits[(rows * -(-size // slice_size), heads, batch)](
+            _merge_splits[(queries * -(-size // slice_size), heads, batch)](
                 *(self.values, self.weights, out, out.stride()),
                 NEW=out.shape[2],
-                ROWS=rows,
+                QUERIES=queries,
                 SIZE=size,
                 SLICE=slice_size,
                 SPLITS=count,
@@ -100,19 +101,19 @@ def split_of(begin, end, MULTIPLE: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def query_rows(  # type: ignore[no-untyped-def]
-    query, strides, b, h, row, NEW: tl.constexpr, ROWS: tl.constexpr
+def queries_at(  # type: ignore[no-untyped-def]
+    query, strides, b, h, which, NEW: tl.constexpr, QUERIES: tl.constexpr
 ):
-    """Where query rows `row` of a KV head begin, [rows, 1]: NEW tokens of each of its heads."""
-    head = h * (ROWS // NEW) + row // NEW
-    return query + b * strides[0] + (head * strides[1] + (row % NEW) * strides[2])[:, None]
+    """Where queries `which` of a KV head begin, [R, 1]: NEW tokens of each query head."""
+    head = h * (QUERIES // NEW) + which // NEW
+    return query + b * strides[0] + (head * strides[1] + (which % NEW) * strides[2])[:, None]
 
 
 @triton.jit
-def split_rows(b, h, at_split, splits, row, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows of this program's split, of `splits` in all and the first of its kernel `at_split`."""
+def states_at(b, h, at_split, splits, which, QUERIES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where this program leaves what its split gives; its kernel's splits begin at `at_split`."""
     split = at_split + tl.program_id(0)
-    return ((b * tl.num_programs(1) + h) * splits + split) * ROWS + row
+    return ((b * tl.num_programs(1) + h) * splits + split) * QUERIES + which
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def weigh(logits, highest, total):  # type: ignore[no-untyped-def]
     """Online softmax: the weights of units with these logits, by how much what was summed before
     shrinks, and the new state."""
     higher = tl.maximum(highest, tl.max(logits, 1))
-    # A row that has seen nothing yet has no highest logit to subtract.
+    # A query that has seen nothing yet has no highest logit to subtract.
     base = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(logits - base[:, None])
     shrink = tl.exp2(highest - base)
@@ -147,21 +148,21 @@ def _merge_splits(  # type: ignore[no-untyped-def]
     out,
     strides,
     NEW: tl.constexpr,
-    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
     SIZE: tl.constexpr,
     SLICE: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    row = tl.program_id(0) % ROWS
+    which = tl.program_id(0) % QUERIES
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     split = tl.arange(0, SPLIT_BLOCK)
-    d = tl.program_id(0) // ROWS * SLICE + tl.arange(0, SLICE)
+    d = tl.program_id(0) // QUERIES * SLICE + tl.arange(0, SLICE)
     before = (b * tl.num_programs(1) + h) * SPLITS
     there = split < SPLITS
-    sums = tl.load(weights + (before + split) * ROWS + row, mask=there, other=float("-inf"))
+    sums = tl.load(weights + (before + split) * QUERIES + which, mask=there, other=float("-inf"))
     highest = tl.max(sums, 0)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(tl.exp2(sums - highest), 0)
@@ -169,15 +170,15 @@ def _merge_splits(  # type: ignore[no-untyped-def]
     summed = tl.zeros((STEP, SLICE), tl.float32)
     for start in tl.static_range(0, SPLITS, STEP):
         split = start + tl.arange(0, STEP)
-        at = (before + split) * ROWS + row
+        at = (before + split) * QUERIES + which
         share = tl.load(weights + at, mask=split < SPLITS, other=float("-inf"))
         share = tl.exp2(share - highest)
         mask = (split < SPLITS)[:, None] & (d < SIZE)[None, :]
         averages = tl.load(values + at[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
         summed += share[:, None] * averages
     merged = tl.sum(summed, 0) / tl.where(total > 0.0, total, 1.0)
-    q_head = h * (ROWS // NEW) + row // NEW
-    out += b * strides[0] + q_head * strides[1] + (row % NEW) * strides[2] + d * strides[3]
+    q_head = h * (QUERIES // NEW) + which // NEW
+    out += b * strides[0] + q_head * strides[1] + (which % NEW) * strides[2] + d * strides[3]
     tl.store(out, merged.to(out.dtype.element_ty), mask=d < SIZE)
 
 
@@ -201,9 +202,9 @@ def merge_attention(
     merged = torch.empty(batch, tokens, heads, size, dtype=first.dtype, device=first.device)
     with on_device(first):
         _merge_two[(triton.cdiv(tokens, _TOKENS), heads, batch)](
-            *(first, first_logsumexp, second, second_logsumexp, merged, tokens, heads),
-            *(first.stride()[:3], second.stride()[:3]),
-            *(first_logsumexp.stride(), second_logsumexp.stride()),
+            *((first, second), (first_logsumexp, second_logsumexp), merged, tokens, heads),
+            (first.stride()[:3], second.stride()[:3]),
+            (first_logsumexp.stride(), second_logsumexp.stride()),
             SIZE=size,
             PADDED=padded(size),
             BLOCK=_TOKENS,
@@ -222,17 +223,13 @@ def merge_attention_reference(
 
 @triton.jit
 def _merge_two(  # type: ignore[no-untyped-def]
-    first,
-    first_lse,
-    second,
-    second_lse,
+    attentions,
+    logsumexps,
     merged,
     tokens,
     heads,
-    first_strides,
-    second_strides,
-    first_lse_strides,
-    second_lse_strides,
+    strides,
+    logsumexp_strides,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -244,13 +241,13 @@ def _merge_two(  # type: ignore[no-untyped-def]
     inside = t < tokens
     both = inside[:, None] & (d < SIZE)[None, :]
     t64 = t.to(tl.int64)
-    first_lse = units_at(first_lse, first_lse_strides, b, head, t64)
-    second_lse = units_at(second_lse, second_lse_strides, b, head, t64)
-    one = tl.load(first_lse, mask=inside, other=0.0)
-    other = tl.load(second_lse, mask=inside, other=0.0)
-    share = tl.sigmoid(one - other)[:, None]
-    at_first = units_at(first, first_strides, b, head, t64)[:, None] + d[None, :]
-    at_second = units_at(second, second_strides, b, head, t64)[:, None] + d[None, :]
+    at_first = units_at(logsumexps[0], logsumexp_strides[0], b, head, t64)
+    at_second = units_at(logsumexps[1], logsumexp_strides[1], b, head, t64)
+    difference = tl.load(at_first, mask=inside, other=0.0)
+    difference -= tl.load(at_second, mask=inside, other=0.0)
+    share = tl.sigmoid(difference)[:, None]
+    at_first = units_at(attentions[0], strides[0], b, head, t64)[:, None] + d[None, :]
+    at_second = units_at(attentions[1], strides[1], b, head, t64)[:, None] + d[None, :]
     x = tl.load(at_first, mask=both, other=0.0).to(tl.float32)
     y = tl.load(at_second, mask=both, other=0.0).to(tl.float32)
     result = x * share + y * (1 - share)
