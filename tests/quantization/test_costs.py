@@ -57,7 +57,7 @@ def test_as_many_units_as_fit(name, nbytes, size):
 
 
 @given(packed=st.integers(1, 10**5), residual=st.integers(0, 200))
-def test_a_head_may_always_have_its_units_in_full_runs(packed, residual):
+def test_a_head_may_always_have_its_units_in_full_blocks(packed, residual):
     costs = costs_of(make_scheme("kivi"), 64)
     assert block_limit(costs, packed, residual) >= -(-packed // 64)
 
