@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import QuantizedCache
 
 from benchmarks import record
+from benchmarks.transformers_backends import transformers_backends
 from locret import Engine
 from locret.evaluation.intervals import wilson
 from locret.evaluation.prompts import Renderer
 from locret.model.cache_names import as_argument
 from locret.model.loading import LoadedModel, load_model
-from locret.quantization.baselines import transformers_backends
 from locret.tasks import TASKS, TaskSettings
 from locret.tasks.needle import HAYSTACK
 

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from locret.cache.units import NewUnits, Units, number_spare
-from locret.kernels import PackedUnits
-from locret.quantization import QuantizedUnits, Scheme
-from locret.quantization.columns import Columns, ColumnsView
-from locret.quantization.kivi import KiviScheme
-from locret.quantization.naming import named_tensors, store_of
-from locret.quantization.stacking import stack_stores
-from locret.quantization.storage import QuantizedView
+from locret.kernels import PackedKV
+from locret.quantization import QuantizedStore, Scheme
+from locret.quantization.buffers import Buffers, BuffersView
+from locret.quantization.schemes import KiviScheme
+from locret.quantization.store import QuantizedView, named_tensors, stack_stores, store_of
 
 MARKS = ("scores", "source_positions")
 STEPS = 256
@@ -31,7 +29,7 @@ class CodedView(NamedTuple):
     """What a layer held at some moment."""
 
     store: QuantizedView
-    marks: ColumnsView
+    marks: BuffersView
 
 
 class CodedUnits:
@@ -43,13 +41,13 @@ class CodedUnits:
     """
 
     def __init__(self, scheme: Scheme) -> None:
-        self.store = QuantizedUnits(scheme)
-        self._marks = Columns()
+        self.store = QuantizedStore(scheme)
+        self._marks = Buffers()
 
     @property
     def held(self) -> int:
         """S."""
-        return self._marks.held
+        return self._marks.count
 
     @property
     def keys(self) -> Tensor:
@@ -90,33 +88,22 @@ class CodedUnits:
     @property
     def filled(self) -> int:
         """Units in the residual."""
-        return self.store.residual.held
+        return self.store.residual.count
 
     @property
-    def packed(self) -> PackedUnits | None:
+    def packed(self) -> PackedKV | None:
         """The units before the residual, for the kernel."""
         keys, values, scheme = self.store.packed_keys, self.store.packed_values, self.store.scheme
         if keys is None or values is None:
             return None
-        (codes,), (scale, minimum) = keys.units, keys.rows
-        value_codes, value_scale, value_minimum = values.units
-        return PackedUnits(
-            key_codes=codes,
-            key_scale=scale,
-            key_minimum=minimum,
-            key_starts=keys.starts,
-            value_codes=value_codes,
-            value_scale=value_scale,
-            value_minimum=value_minimum,
-            bits=scheme.bits,
-            group=scheme.group,
-        )
+        of_keys = (*keys.units, *keys.tables)
+        return PackedKV(of_keys, keys.starts, values.units, scheme.bits, scheme.group)
 
     @property
     def spare(self) -> int:
         """Units that can be written in place."""
         store, marks = self.store.residual, self._marks
-        return min(store.capacity - store.held, marks.capacity - marks.held)
+        return min(store.capacity - store.count, marks.capacity - marks.count)
 
     @property
     def nbytes(self) -> int:
@@ -196,8 +183,8 @@ class CodedUnits:
 
     def note_written(self) -> None:
         """A unit was written to the residual."""
-        self.store.residual.held += 1
-        self._marks.held += 1
+        self.store.residual.count += 1
+        self._marks.count += 1
 
     def replace_scores(self, scores: Tensor) -> None:
         """Give the units held other `scores` [B, H, S]."""
@@ -234,14 +221,14 @@ class CodedUnits:
     def take_tensors(self, named: dict[str, Tensor]) -> None:
         """Hold what `named_tensors` gave, which may be among other things."""
         self.store = store_of(self.store.scheme, named)
-        self._marks = Columns([named[name] for name in MARKS if name in named])
+        self._marks = Buffers([named[name] for name in MARKS if name in named])
 
     @staticmethod
     def stack(rows: "Sequence[CodedUnits]") -> "CodedUnits":
         """The rows of a batch, of one row each, as one, aligned at their last unit."""
         stacked = CodedUnits(rows[0].store.scheme)
         stacked.store = stack_stores([row.store for row in rows])
-        stacked._marks = Columns.stack([row._marks for row in rows])
+        stacked._marks = Buffers.stack([row._marks for row in rows])
         return stacked
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from locret.cache.merging import Mergeable, Merged
-from locret.quantization.columns import Columns, ColumnsView
+from locret.quantization.buffers import Buffers, BuffersView
 
 NAMES = ("keys", "values", "scores", "source_positions", "weights")
 
@@ -52,12 +52,12 @@ class Units:
 
     def __init__(self, weighs: bool = False) -> None:
         self.weighs = weighs
-        self._columns = Columns()
+        self._columns = Buffers()
 
     @property
     def held(self) -> int:
         """S."""
-        return self._columns.held
+        return self._columns.count
 
     @property
     def keys(self) -> Tensor:
@@ -171,7 +171,7 @@ class Units:
     def rebuild(self, keys: Tensor, room: int, empty: Tensor | None = None) -> None:
         """Hold the same units with other `keys` [B, H, S, D], in a storage with `room` to spare.
         The first `empty` [B, H] slots hold nothing."""
-        self._columns = Columns([keys, *list(self._columns)[1:]]).with_room(room)
+        self._columns = Buffers([keys, *list(self._columns)[1:]]).with_room(room)
 
     def replace_scores(self, scores: Tensor) -> None:
         """Give the units held other `scores` [B, H, S]."""
@@ -189,13 +189,13 @@ class Units:
 
     def note_written(self) -> None:
         """A unit was written to the tail."""
-        self._columns.held += 1
+        self._columns.count += 1
 
-    def view(self) -> ColumnsView:
+    def view(self) -> BuffersView:
         """What is held now, for `restore`."""
         return self._columns.view()
 
-    def restore(self, view: ColumnsView) -> None:
+    def restore(self, view: BuffersView) -> None:
         """Hold again what was held when `view` was taken."""
         self._columns.restore(view)
 
@@ -216,13 +216,13 @@ class Units:
 
     def take_tensors(self, named: dict[str, Tensor]) -> None:
         """Hold what `named_tensors` gave, which may be among other things."""
-        self._columns = Columns([named[name] for name in NAMES if name in named])
+        self._columns = Buffers([named[name] for name in NAMES if name in named])
 
     @staticmethod
     def stack(rows: "Sequence[Units]") -> "Units":
         """The rows of a batch, of one row each, as one, aligned at their last unit."""
         stacked = Units(rows[0].weighs)
-        stacked._columns = Columns.stack([row._columns for row in rows])
+        stacked._columns = Buffers.stack([row._columns for row in rows])
         return stacked
 
 

@@ -34,7 +34,7 @@ from locret.quantities import (
     parse_bytes,
 )
 from locret.quantization import NO_SCHEME, Scheme, scheme_of
-from locret.quantization.fp8 import Fp8Scheme, key_bias_warning
+from locret.quantization.schemes import Fp8Scheme, key_bias_warning
 
 Auto = Literal["auto"]
 

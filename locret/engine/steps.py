@@ -16,9 +16,7 @@ from torch import Tensor
 
 from locret.cache.cache import RetainedCache
 from locret.cache.layer import RetainedLayer
-from locret.kernels.decode import decode_attention
-from locret.kernels.decode_quantized import decode_attention_quantized
-from locret.kernels.store import store_units
+from locret.kernels import decode_attention, decode_attention_quantized, store_units
 from locret.model.backbone import Backbone
 from locret.model.cache_names import as_argument, cache_in
 from locret.model.hooks import LayerCall

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.quantization.affine import (
+from locret.quantization.codes import (
     LARGEST,
     STORAGE_ERROR,
     as_stored,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from locret.kernels.compact import gather_units, gather_units_reference
+from locret.kernels.evict import gather_units, gather_units_reference
 
 
 def units(batch, heads, count, size, device, capacity=None):

@@ -2,22 +2,20 @@ import pytest
 import torch
 
 from locret.kernels.dispatch import INTERPRETED
-from locret.kernels.expand import expand_units, expand_units_reference
+from locret.kernels.packed import expand_units, expand_units_reference
 from tests.kernels.packed import random_units
 
 
 def assert_same(packed, size, dtype, device):
     """Keys and values come out bit for bit as the twin's, and nothing else is written."""
     how = (packed.bits, packed.group)
-    keys = (packed.key_codes, packed.key_scale, packed.key_minimum)
-    values = (packed.value_codes, packed.value_scale, packed.value_minimum)
-    batch, heads, count, _ = packed.key_codes.shape
-    for parts, starts in ((keys, packed.key_starts), (values, None)):
+    batch, heads, count, _ = packed.keys[0].shape
+    for side, starts in ((packed.keys, packed.starts), (packed.values, None)):
         storage = torch.full((batch, heads, count + 5, size + 3), torch.nan, device=device)
         storage = storage.to(dtype)
-        expand_units(*parts, *how, storage[:, :, 2 : count + 2, :size], starts)
+        expand_units(side, *how, storage[:, :, 2 : count + 2, :size], starts)
         expected = storage.clone()
-        expected[:, :, 2 : count + 2, :size] = expand_units_reference(*parts, *how, size, starts)
+        expected[:, :, 2 : count + 2, :size] = expand_units_reference(side, *how, size, starts)
         if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter does not round
             torch.testing.assert_close(storage, expected, rtol=8e-3, atol=0, equal_nan=True)
         else:
@@ -42,7 +40,5 @@ def test_few_units(count, device):
 
 def test_nothing(device):
     packed = random_units(1, 2, 3, 32, 4, 64, device)
-    parts = (packed.value_codes, packed.value_scale, packed.value_minimum)
-    expand_units(
-        *(part[:, :, :0] for part in parts), 4, 64, torch.empty(1, 2, 0, 32, device=device)
-    )
+    values = [tensor[:, :, :0] for tensor in packed.values]
+    expand_units(values, 4, 64, torch.empty(1, 2, 0, 32, device=device))

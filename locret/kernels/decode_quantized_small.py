@@ -1,9 +1,9 @@
-"""Attention of at most eight query rows a KV head over packed units, on tensor cores, without
+"""Attention of at most eight queries a KV head over packed units, on tensor cores, without
 expanding a unit.
 
 A code is multiplied as it lies: masked out of its word, its bits are those of a float16 below the
 normal range, code * 2**(shift - 24) exactly. Scales go into the other operand, those of keys into
-the query of a run, those of values into the weights; minima are a product of their own. So a
+the query of a block, those of values into the weights; minima are a product of their own. So a
 multiplication costs half an instruction a code, and what it reads is what the units occupy.
 
 A program is one warp, and every tensor is loaded in the order in which the operands of a tensor
@@ -19,38 +19,33 @@ import torch
 from torch import Tensor
 
 from locret.kernels.dispatch import INTERPRETED, on_device, tl, triton
-from locret.kernels.packed_units import PackedUnits
-from locret.kernels.parts import Parts, log_sum
+from locret.kernels.packed import PackedKV, block_of, of_head, power_of_two_in
+from locret.kernels.splits import Splits, first_slot, log_sum, queries_at, split_of, states_at
 
-FEW = 8  # query rows of a KV head
+SMALL = 8  # queries of a KV head (G * T)
 PROGRAMS = 11  # programs, of one warp, that share a multiprocessor
 REGISTERS = 168  # of a thread, so that PROGRAMS fit
 UNITS = 64  # units, of 64 bytes or less, that are asked for at a time: 16, 32 or 64
 _ROOM = -4  # log2: queries are multiplied in float16 at this scale, so that none overflows
 _LIFT = 4  # log2: weights at this scale, so that few underflow
-ANY_NUMBER = ("all_parts", "count", "runs", "st_b", "st_h", "first_b", "first_h")
-"""Numbers that differ from prompt to prompt, for which nothing is compiled anew: no wide load leans
-on what divides them. Compiling takes seconds."""
 
 
-def chunk_of(size: int, nbytes: int, group: int) -> int:
+def span_of(size: int, nbytes: int, group: int) -> int:
     """How many bytes that follow each other, at most 64, belong plane by plane to one group."""
-    common = math.gcd(nbytes, 64) if group >= size else math.gcd(nbytes, group, 64)
-    return common & -common  # the largest power of two that divides it
+    return power_of_two_in(nbytes, 64, 0 if group >= size else group)
 
 
-def takes_few_rows(query: Tensor, packed: PackedUnits) -> bool:
-    """Whether `attend_few_rows` covers these queries [B, H*G, T, D] and units."""
-    heads, nbytes, size = packed.key_codes.shape[1], packed.key_codes.shape[3], query.shape[3]
-    rows = query.shape[1] // heads * query.shape[2]
+def takes_small(query: Tensor, packed: PackedKV) -> bool:
+    """Whether `attend_small` covers these queries [B, H*G, T, D] and units."""
+    (_, heads, _, nbytes), size = packed.keys[0].shape, query.shape[3]
+    queries = query.shape[1] // heads * query.shape[2]
     return (
-        rows <= FEW
+        queries <= SMALL
         and query.dtype in (torch.float16, torch.bfloat16)
         and torch.version.hip is None  # the assembly is NVIDIA's
-        and chunk_of(size, nbytes, packed.group) >= 32
+        and span_of(size, nbytes, packed.group) >= 32
         and size == nbytes * 8 // packed.bits
-        and all(map(_in_pairs, (packed.key_codes, packed.value_codes)))
-        and all(map(_in_pairs, (packed.key_scale, packed.key_minimum)))
+        and all(map(_in_pairs, (*packed.keys, packed.values[0])))
     )
 
 
@@ -60,58 +55,36 @@ def _in_pairs(tensor: Tensor) -> bool:
     return all(n % 2 == 0 for n in even) and tensor.data_ptr() % (2 * tensor.element_size()) == 0
 
 
-def attend_few_rows(
-    query: Tensor,
-    packed: PackedUnits,
-    scaling: float,
-    first: Tensor | None,
-    parts: Parts,
-    count: int,
+def attend_small(
+    query: Tensor, packed: PackedKV, scaling: float, first: Tensor | None, out: Splits, count: int
 ) -> None:
-    """Leave the attention over packed units in the first `count` parts of `parts`."""
-    batch, heads, units, nbytes = packed.key_codes.shape
+    """Leave the attention over packed units in the first `count` splits of `out`."""
+    batch, heads, units, nbytes = packed.keys[0].shape
     size, new = query.shape[3], query.shape[2]
-    chunk = chunk_of(size, nbytes, packed.group)
-    key_codes, value_codes = (
-        codes.view(torch.int16) for codes in (packed.key_codes, packed.value_codes)
-    )
-    key_scale, key_minimum = (
-        table.view(torch.int32) for table in (packed.key_scale, packed.key_minimum)
-    )
-    value_scale, value_minimum = packed.value_scale, packed.value_minimum
-    pair = 2 if _in_pairs(value_scale) and _in_pairs(value_minimum) else 1
-    if pair == 2:
-        value_scale, value_minimum = (
-            table.view(torch.int32) for table in (value_scale, value_minimum)
-        )
+    span = span_of(size, nbytes, packed.group)
+    pair = 2 if all(map(_in_pairs, packed.values[1:])) else 1
+    wide = torch.int32 if pair == 2 else torch.float16
+    dtypes = (torch.int16, torch.int32, torch.int32, torch.int16, wide, wide)
+    tensors = tuple(map(torch.Tensor.view, (*packed.keys, *packed.values), dtypes))
+    strides = tuple(tensor.stride()[:3] for tensor in tensors)
     with on_device(query):
-        _attend_few[(count, heads, batch)](
-            *(query, key_codes, key_scale, key_minimum, packed.key_starts),
-            *(value_codes, value_scale, value_minimum),
-            *(packed.key_starts if first is None else first, parts.values, parts.weights),
-            *(parts.count, scaling * math.log2(math.e), units, packed.key_scale.shape[2]),
-            *query.stride(),
-            *key_codes.stride()[:2],
-            *key_scale.stride()[:3],
-            *key_minimum.stride()[:3],
-            *packed.key_starts.stride(),
-            *value_codes.stride()[:2],
-            *value_scale.stride()[:2],
-            *value_minimum.stride()[:2],
-            *((0, 0) if first is None else first.stride()),
-            HAS_FIRST=first is not None,
+        _attend_small[(count, heads, batch)](
+            *(query, tensors, packed.starts.contiguous()),
+            *(None if first is None else first.contiguous(), (out.values, out.weights)),
+            *(out.count, scaling * math.log2(math.e), units, packed.keys[1].shape[2]),
+            *(*strides[4][:2], *strides[5][:2], query.stride(), strides[:4]),
             NEW=new,
-            ROWS=query.shape[1] // heads * new,
+            QUERIES=query.shape[1] // heads * new,
             SIZE=size,
             BITS=packed.bits,
-            ENTRIES=_entries(nbytes, chunk, packed.bits, packed.group),
+            ENTRIES=_entries(nbytes, span, packed.bits, packed.group),
             BYTES=nbytes,
-            CHUNK=chunk,
+            SPAN=span,
             UNITS=max(16, min(UNITS, UNITS * 64 // nbytes) // 16 * 16),  # whole tiles of 16
-            KC_S=key_codes.stride(2),
-            VC_S=value_codes.stride(2),
-            VS_S=value_scale.stride(2),
-            VM_S=value_minimum.stride(2),
+            KC_S=strides[0][2],
+            VC_S=strides[3][2],
+            VS_S=strides[4][2],
+            VM_S=strides[5][2],
             PAIR=pair,
             ROOM=_ROOM,
             LIFT=_LIFT,
@@ -122,12 +95,12 @@ def attend_few_rows(
 
 
 @functools.cache
-def _entries(nbytes: int, chunk: int, bits: int, group: int) -> tuple[int, ...]:
-    """The group of channels to which each block belongs, a plane of a chunk."""
+def _entries(nbytes: int, span: int, bits: int, group: int) -> tuple[int, ...]:
+    """The group of channels to which each slab belongs, a plane of a span."""
     planes = 8 // bits
     return tuple(
         (plane * nbytes + start) // group
-        for start in range(0, nbytes, chunk)
+        for start in range(0, nbytes, span)
         for plane in range(planes)
     )
 
@@ -145,54 +118,32 @@ def assembly(bits: int) -> tuple[str, ...]:
     return *planes, "prmt.b32 $0, $1, $2, 0x5410;", "prmt.b32 $0, $1, $2, 0x7632;"
 
 
-@triton.jit(do_not_specialize=[*ANY_NUMBER, "vs_b", "vs_h", "vm_b", "vm_h"])
-def _attend_few(  # type: ignore[no-untyped-def]
+# Nothing is compiled anew, which takes seconds, for what differs from prompt to prompt: no wide
+# load leans on what divides it.
+@triton.jit(do_not_specialize=["all_splits", "count", "blocks", "vs_b", "vs_h", "vm_b", "vm_h"])
+def _attend_small(  # type: ignore[no-untyped-def]
     query,
-    key_codes,
-    key_scale,
-    key_minimum,
+    tensors,
     starts,
-    value_codes,
-    value_scale,
-    value_minimum,
     first,
-    part_values,
-    part_weights,
-    all_parts,
+    splits,
+    all_splits,
     scaling,
     count,
-    runs,
-    q_b,
-    q_h,
-    q_t,
-    q_d,
-    kc_b,
-    kc_h,
-    ks_b,
-    ks_h,
-    ks_r,
-    km_b,
-    km_h,
-    km_r,
-    st_b,
-    st_h,
-    st_r,
-    vc_b,
-    vc_h,
+    blocks,
     vs_b,
     vs_h,
     vm_b,
     vm_h,
-    first_b,
-    first_h,
-    HAS_FIRST: tl.constexpr,
+    query_strides,
+    strides,
     NEW: tl.constexpr,
-    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     ENTRIES: tl.constexpr,
     BYTES: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SPAN: tl.constexpr,
     UNITS: tl.constexpr,
     PAIR: tl.constexpr,
     KC_S: tl.constexpr,
@@ -203,46 +154,38 @@ def _attend_few(  # type: ignore[no-untyped-def]
     LIFT: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    # Codes come in 16-bit words: a chunk is WORDS words of a unit. A block is a plane of a chunk,
+    # Codes come in 16-bit words: a span is WORDS words of a unit. A slab is a plane of a span,
     # two operands: of its low bytes and of its high bytes (`parity`).
     PLANES: tl.constexpr = 8 // BITS
-    BLOCKS: tl.constexpr = PLANES * (BYTES // CHUNK)
-    WORDS: tl.constexpr = CHUNK // 2
+    SLABS: tl.constexpr = PLANES * (BYTES // SPAN)
+    WORDS: tl.constexpr = SPAN // 2
     SUBTILES: tl.constexpr = UNITS // 16
     # Entries of a unit's tables are read as PAIR at once.
-    TABLES: tl.constexpr = (ENTRIES[BLOCKS - 1] + 1) // PAIR
-    FEW: tl.constexpr = 8
-    part = tl.program_id(0)
-    parts = tl.num_programs(0)
+    TABLES: tl.constexpr = (ENTRIES[SLABS - 1] + 1) // PAIR
+    SMALL: tl.constexpr = 8
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
 
-    begin = tl.full((), 0, tl.int32)
-    if HAS_FIRST:
-        begin = tl.minimum(tl.maximum(tl.load(first + b * first_b + h * first_h), 0), count)
-    each = tl.cdiv(tl.cdiv(count - begin, parts), UNITS) * UNITS
-    begin = tl.minimum(begin + part * each, count)
-    stop = tl.minimum(begin + each, count)
-
-    row = tl.arange(0, FEW)
-    q_head = h * (ROWS // NEW) + row // NEW
-    q_at = query + b * q_b + (q_head * q_h + (row % NEW) * q_t)[:, None]
+    begin, stop = split_of(tl.minimum(first_slot(first, b, h, 0), count), count, UNITS)
+    which = tl.arange(0, SMALL)
+    q_at = queries_at(query, query_strides, b, h, which, NEW, QUERIES)
+    q_d = query_strides[3]
     position = tl.arange(0, WORDS)  # of the operand
     word = position // 4 % 4 * (WORDS // 4) + position // 16 * 4 + position % 4
     queries = ()  # type: tuple
     summed = ()  # type: tuple
     lows = ()  # type: tuple
-    for block in tl.static_range(BLOCKS):
-        start = block % PLANES * BYTES + block // PLANES * CHUNK  # the first channel
+    for slab in tl.static_range(SLABS):
+        start = slab % PLANES * BYTES + slab // PLANES * SPAN  # the first channel
         for parity in tl.static_range(2):
             channel = start + 2 * word + parity
-            q = tl.load(q_at + channel[None, :] * q_d, mask=(row < ROWS)[:, None], other=0.0)
+            q = tl.load(q_at + channel[None, :] * q_d, mask=(which < QUERIES)[:, None], other=0.0)
             q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0)
-            queries += ((q * 2.0 ** (ROOM - block % PLANES * BITS)).to(tl.float16),)
-            summed += (tl.zeros((WORDS, FEW), tl.float32),)
-        lows += (tl.zeros((FEW, 16), tl.float32),)
-    base = tl.full((FEW,), float("-inf"), tl.float32)
-    total = tl.zeros((FEW, 16), tl.float32)
+            queries += ((q * 2.0 ** (ROOM - slab % PLANES * BITS)).to(tl.float16),)
+            summed += (tl.zeros((WORDS, SMALL), tl.float32),)
+        lows += (tl.zeros((SMALL, 16), tl.float32),)
+    base = tl.full((SMALL,), float("-inf"), tl.float32)
+    total = tl.zeros((SMALL, 16), tl.float32)
 
     # Offsets of what a lane reads: [4, 8, .., words], 8 quads of 4 lanes.
     lane = tl.arange(0, 4)[:, None, None, None]
@@ -257,27 +200,24 @@ def _attend_few(  # type: ignore[no-untyped-def]
     of_table += lane * fourth + tl.arange(0, 4)[None, None, None, :]
     unit = tl.arange(0, 16)
 
-    key_codes += b * kc_b + h * kc_h
-    key_scale += b * ks_b + h * ks_h
-    key_minimum += b * km_b + h * km_h
-    ends = starts + b * st_b + h * st_h + st_r
-    value_codes += b * vc_b + h * vc_h
-    value_scale += b * vs_b + h * vs_h
-    value_minimum += b * vm_b + h * vm_h
+    strides += ((vs_b, vs_h), (vm_b, vm_h))
+    tensors = of_head(tensors, strides, b, h)
+    key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum = tensors
+    ends = starts + (b * tl.num_programs(1) + h) * (blocks + 1) + 1
 
-    # A tile is the units at .. end - 1 of one run, UNITS of them at most; `after` is where the next
-    # run ends. Everything a tile needs is asked for before any of it is used.
-    run = tl.minimum(run_of(ends, st_r, begin, runs), runs - 1)
+    # A tile is the units at .. end - 1 of one block, UNITS of them at most; `after` is where the
+    # next block ends. Everything a tile needs is asked for before any of it is used.
+    block = tl.minimum(block_of(ends, begin, blocks), blocks - 1)
     at = begin
-    end = tl.minimum(tl.load(ends + run * st_r), stop)
+    end = tl.minimum(tl.load(ends + block), stop)
     while at < stop:
-        after = tl.minimum(tl.load(ends + tl.minimum(run + 1, runs - 1) * st_r), stop)
+        after = tl.minimum(tl.load(ends + tl.minimum(block + 1, blocks - 1)), stop)
         scales = ()  # type: tuple
         minima = ()  # type: tuple
-        at_scale = key_scale + run.to(tl.int64) * ks_r
-        at_low = key_minimum + run.to(tl.int64) * km_r
-        for block in tl.static_range(BLOCKS):
-            start = (block % PLANES * BYTES + block // PLANES * CHUNK) // 2
+        at_scale = key_scale + block.to(tl.int64) * strides[1][2]
+        at_low = key_minimum + block.to(tl.int64) * strides[2][2]
+        for slab in tl.static_range(SLABS):
+            start = (slab % PLANES * BYTES + slab // PLANES * SPAN) // 2
             scales += (tl.load(at_scale + start + of_table),)
             minima += (tl.load(at_low + start + of_table),)
         k_words = ()  # type: tuple
@@ -290,10 +230,10 @@ def _attend_few(  # type: ignore[no-untyped-def]
         at_lows = value_minimum + at.to(tl.int64) * VM_S
         for sub in tl.static_range(SUBTILES):
             left = end - at - 16 * sub
-            for piece in tl.static_range(BYTES // CHUNK):
+            for piece in tl.static_range(BYTES // SPAN):
                 here = at_key + (16 * sub * KC_S + piece * WORDS)
                 k_words += (tl.load(here + k_at, mask=k_unit < left, other=0),)
-            for piece in tl.static_range(BYTES // CHUNK):
+            for piece in tl.static_range(BYTES // SPAN):
                 here = at_value + (16 * sub * VC_S + piece * WORDS)
                 v_words += (tl.load(here + v_at, mask=v_unit < left, other=0),)
             there = unit < left
@@ -303,38 +243,38 @@ def _attend_few(  # type: ignore[no-untyped-def]
                 here = at_lows + (16 * sub * VM_S + table)
                 v_minima += (tl.load(here + unit * VM_S, mask=there, other=0),)
 
-        # The query in units of the codes of this run above, the query itself below: that one meets
-        # the minima.
+        # The query in units of the codes of this block above, the query itself below: that one
+        # meets the minima.
         both = ()  # type: tuple
-        offset = tl.zeros((FEW,), tl.float32)
-        for block in tl.static_range(BLOCKS):
-            below = tl.zeros((16, FEW), tl.float32)
+        offset = tl.zeros((SMALL,), tl.float32)
+        for slab in tl.static_range(SLABS):
+            below = tl.zeros((16, SMALL), tl.float32)
             for parity in tl.static_range(2):
-                plain = queries[2 * block + parity]
-                scaled = plain * _table(scales[block], parity, WORDS, ASSEMBLY)
-                low = tl.trans(_table(minima[block], parity, WORDS, ASSEMBLY))
+                plain = queries[2 * slab + parity]
+                scaled = plain * _table(scales[slab], parity, WORDS, ASSEMBLY)
+                low = tl.trans(_table(minima[slab], parity, WORDS, ASSEMBLY))
                 stacked = tl.reshape(tl.permute(tl.join(scaled, plain), (2, 0, 1)), (16, WORDS))
                 both += (stacked,)
                 below = tl.dot(stacked, low, acc=below)
-            _, met = _halved(below, FEW)
-            offset += tl.max(met, 1) * 2.0 ** (block % PLANES * BITS)
+            _, met = _halved(below, SMALL)
+            offset += tl.max(met, 1) * 2.0 ** (slab % PLANES * BITS)
         offset = offset * (scaling * 2.0**-ROOM)
 
         logits = ()  # type: tuple
-        highest = tl.full((FEW, 16), float("-inf"), tl.float32)
+        highest = tl.full((SMALL, 16), float("-inf"), tl.float32)
         for sub in tl.static_range(SUBTILES):
             product = tl.zeros((16, 16), tl.float32)
-            for block in tl.static_range(BLOCKS):
-                words = k_words[sub * (BYTES // CHUNK) + block // PLANES]
+            for slab in tl.static_range(SLABS):
+                words = k_words[sub * (BYTES // SPAN) + slab // PLANES]
                 words = tl.reshape(words, (4, 8, 2, WORDS // 16, 4))
                 words = tl.reshape(tl.permute(words, (3, 0, 4, 2, 1)), (WORDS, 16))
                 for parity in tl.static_range(2):
-                    codes = _codes(words, block % PLANES, parity, BITS, ASSEMBLY)
-                    product = tl.dot(both[2 * block + parity], codes, acc=product)
-            of_rows, _ = _halved(product, 16)
-            of_rows = of_rows * (scaling * 2.0 ** (24 - ROOM)) + offset[:, None]
+                    codes = _codes(words, slab % PLANES, parity, BITS, ASSEMBLY)
+                    product = tl.dot(both[2 * slab + parity], codes, acc=product)
+            of_queries, _ = _halved(product, 16)
+            of_queries = of_queries * (scaling * 2.0 ** (24 - ROOM)) + offset[:, None]
             there = at + 16 * sub + unit < end
-            logits += (tl.where(there[None, :], of_rows, float("-inf")),)
+            logits += (tl.where(there[None, :], of_queries, float("-inf")),)
             highest = tl.maximum(highest, logits[sub])
 
         # Online softmax. The first tile has a unit, so that what is subtracted is finite.
@@ -343,71 +283,60 @@ def _attend_few(  # type: ignore[no-untyped-def]
         base = higher
         total = total * shrink[:, None]
         grown = ()  # type: tuple
-        for i in tl.static_range(2 * BLOCKS):
+        for i in tl.static_range(2 * SLABS):
             grown += (summed[i] * shrink[None, :],)
         summed = grown
         grown = ()
-        for block in tl.static_range(BLOCKS):
-            grown += (lows[block] * shrink[:, None],)
+        for slab in tl.static_range(SLABS):
+            grown += (lows[slab] * shrink[:, None],)
         lows = grown
         for sub in tl.static_range(SUBTILES):
             weights = tl.exp2(logits[sub] - base[:, None])
             total += weights
             grown = ()
             grown_lows = ()  # type: tuple
-            for block in tl.static_range(BLOCKS):
-                words = v_words[sub * (BYTES // CHUNK) + block // PLANES]
+            for slab in tl.static_range(SLABS):
+                words = v_words[sub * (BYTES // SPAN) + slab // PLANES]
                 words = tl.reshape(words, (4, 8, 2, 2, WORDS // 8))
                 words = tl.reshape(tl.permute(words, (4, 1, 2, 0, 3)), (WORDS, 16))
                 scale = _entry(
-                    v_scales[sub * TABLES + ENTRIES[block] // PAIR], ENTRIES[block] % PAIR, PAIR
+                    v_scales[sub * TABLES + ENTRIES[slab] // PAIR], ENTRIES[slab] % PAIR, PAIR
                 )
                 low = _entry(
-                    v_minima[sub * TABLES + ENTRIES[block] // PAIR], ENTRIES[block] % PAIR, PAIR
+                    v_minima[sub * TABLES + ENTRIES[slab] // PAIR], ENTRIES[slab] % PAIR, PAIR
                 )
                 scaled = tl.trans((weights * scale[None, :]).to(tl.float16))
                 for parity in tl.static_range(2):
-                    codes = _codes(words, block % PLANES, parity, BITS, ASSEMBLY)
-                    grown += (tl.dot(codes, scaled, acc=summed[2 * block + parity]),)
-                grown_lows += (lows[block] + weights * low[None, :],)
+                    codes = _codes(words, slab % PLANES, parity, BITS, ASSEMBLY)
+                    grown += (tl.dot(codes, scaled, acc=summed[2 * slab + parity]),)
+                grown_lows += (lows[slab] + weights * low[None, :],)
             summed = grown
             lows = grown_lows
 
         is_done = at + UNITS >= end
         at = tl.minimum(at + UNITS, end)
-        run = tl.minimum(tl.where(is_done, run + 1, run), runs - 1)
+        block = tl.minimum(tl.where(is_done, block + 1, block), blocks - 1)
         end = tl.where(is_done, after, end)
 
     in_all = tl.sum(total, 1)
     inverse = 1.0 / tl.where(in_all > 0.0, in_all, 1.0)
-    at_row = ((b * tl.num_programs(1) + h) * all_parts + part) * ROWS + row
-    tl.store(part_weights + at_row, log_sum(base, in_all), mask=row < ROWS)
+    at_state = states_at(b, h, 0, all_splits, which, QUERIES)
+    tl.store(splits[1] + at_state, log_sum(base, in_all), mask=which < QUERIES)
     position = tl.arange(0, WORDS)
     word = position % 8 * (WORDS // 8) + position // 8
-    for block in tl.static_range(BLOCKS):
-        start = block % PLANES * BYTES + block // PLANES * CHUNK
-        low = tl.sum(lows[block], 1)
+    for slab in tl.static_range(SLABS):
+        start = slab % PLANES * BYTES + slab // PLANES * SPAN
+        low = tl.sum(lows[slab], 1)
         for parity in tl.static_range(2):
-            exact = summed[2 * block + parity] * 2.0 ** (24 - block % PLANES * BITS)
+            exact = summed[2 * slab + parity] * 2.0 ** (24 - slab % PLANES * BITS)
             mean = (exact + low[None, :]) * inverse[None, :]
-            to = part_values + at_row[None, :] * SIZE + (start + 2 * word + parity)[:, None]
-            tl.store(to, mean, mask=(row < ROWS)[None, :])
-
-
-@triton.jit
-def run_of(ends, stride, unit, runs):  # type: ignore[no-untyped-def]
-    """The run that holds a unit: as many runs as end at or before it come first."""
-    run = tl.full((), 0, tl.int32)
-    for start in range(0, runs, 1024):
-        i = start + tl.arange(0, 1024)
-        end = tl.load(ends + i * stride, mask=i < runs, other=2**31 - 1)
-        run += tl.sum((end <= unit).to(tl.int32), 0)
-    return run
+            to = splits[0] + at_state[None, :] * SIZE + (start + 2 * word + parity)[:, None]
+            tl.store(to, mean, mask=(which < QUERIES)[None, :])
 
 
 @triton.jit
 def _halved(x, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The upper and the lower 8 rows of [16, N]."""
+    """The upper and the lower half of [16, N]."""
     return tl.split(tl.permute(tl.reshape(x, (2, 8, N)), (1, 2, 0)))
 
 

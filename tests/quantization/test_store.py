@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.quantization import SCHEMES, QuantizedUnits, make_scheme
+from locret.kernels.packed import owners
+from locret.quantization import SCHEMES, QuantizedStore, make_scheme
 from locret.quantization.packed import quantize_keys, quantize_values
-from locret.quantization.runs import owners
 
 PACKING = sorted(name for name, scheme in SCHEMES.items() if scheme.packs)
 
@@ -53,7 +53,7 @@ def histories(draw):
 def test_whatever_happens_units_stay_in_order_and_near(history, seed):
     scheme, steps = history
     generator = torch.Generator().manual_seed(seed)
-    store, twin = QuantizedUnits(scheme), Twin()
+    store, twin = QuantizedStore(scheme), Twin()
     for what, count in [("append", 30), *steps]:
         if what == "append":
             new = chunk(generator, count)
@@ -61,12 +61,12 @@ def test_whatever_happens_units_stay_in_order_and_near(history, seed):
             twin.append(*new)
         elif what == "pack":
             store.pack()
-            assert store.held - store.packed < scheme.residual + scheme.group
+            assert store.count - store.packed < scheme.residual + scheme.group
         else:
-            index = choose(generator, store.held, max(1, store.held - count))
+            index = choose(generator, store.count, max(1, store.count - count))
             store.select(index)
             twin.select(index)
-            assert store.held - store.packed == min(scheme.residual, store.held)
+            assert store.count - store.packed == min(scheme.residual, store.count)
         keys, values = store.dequantized()
         assert keys.shape == twin.keys.shape and keys.dtype == torch.float16
         # Far less than units, or channels, differ from each other: so they are the right ones.
@@ -76,20 +76,20 @@ def test_whatever_happens_units_stay_in_order_and_near(history, seed):
 
 def rows_of(keys):
     """Each unit's row of each table, [B, H, P, *]."""
-    return [at(table, owners(keys.starts, keys.count)) for table in keys.rows]
+    return [at(table, owners(keys.starts, keys.count)) for table in keys.tables]
 
 
 @pytest.mark.parametrize("name", PACKING)
 def test_units_keep_their_codes_and_rows(name):
     generator = torch.Generator().manual_seed(0)
-    store = QuantizedUnits(make_scheme(name, group=16, residual=0).for_layer(0))
+    store = QuantizedStore(make_scheme(name, group=16, residual=0).for_layer(0))
     store.append(*chunk(generator, 960))
     store.pack()
     for _ in range(4):
-        former, units = store.packed_keys, store.held
+        former, units = store.packed_keys, store.count
         store.append(*chunk(generator, 64))
         before = store.dequantized(torch.float32)
-        index = choose(generator, store.held, 960)
+        index = choose(generator, store.count, 960)
         store.select(index)
         old = index < units
         for was, now in zip(before, store.dequantized(torch.float32), strict=True):
@@ -104,12 +104,12 @@ def test_units_keep_their_codes_and_rows(name):
 def test_values_are_never_rounded_again():
     generator = torch.Generator().manual_seed(0)
     scheme = make_scheme("kivi", group=4, residual=0)
-    store, twin = QuantizedUnits(scheme), Twin()
+    store, twin = QuantizedStore(scheme), Twin()
     for _ in range(30):
         new = chunk(generator, 40)
         store.append(*new)
         twin.append(*new)
-        index = choose(generator, store.held, min(store.held, 60))
+        index = choose(generator, store.count, min(store.count, 60))
         store.select(index)
         twin.select(index)
     once = quantize_values(scheme, twin.values)
@@ -121,13 +121,13 @@ def test_values_are_never_rounded_again():
 def test_a_hundred_evictions_cost_little_more_than_one_quantization(by_score):
     generator = torch.Generator().manual_seed(0)
     scheme = make_scheme("kivi")
-    store, twin, scores = QuantizedUnits(scheme), Twin(), torch.empty(1, 2, 0)
+    store, twin, scores = QuantizedStore(scheme), Twin(), torch.empty(1, 2, 0)
     for _ in range(108):
         new = chunk(generator, 256, size=64)
         store.append(*new)
         twin.append(*new)
         scores = torch.cat([scores, torch.rand(1, 2, 256, generator=generator)], 2)
-        if store.held > 2048:
+        if store.count > 2048:
             ranks = scores if by_score else torch.rand(scores.shape, generator=generator)
             index = ranks.topk(2048, -1).indices.sort(-1).values
             store.select(index)
@@ -150,26 +150,26 @@ def test_a_hundred_evictions_cost_little_more_than_one_quantization(by_score):
 @pytest.mark.parametrize("evictions", [1, 20])
 def test_four_bits_take_less_than_a_third_of_sixteen(size, budget, evictions):
     generator = torch.Generator().manual_seed(0)
-    store = QuantizedUnits(make_scheme("kivi", bits=4, group=64))
+    store = QuantizedStore(make_scheme("kivi", bits=4, group=64))
     store.append(*chunk(generator, budget, size, torch.bfloat16))
     for _ in range(evictions):
         store.append(*chunk(generator, 1024, size, torch.bfloat16))
-        store.select(choose(generator, store.held, budget))
+        store.select(choose(generator, store.count, budget))
     sixteen_bits = 2 * 2 * 2 * budget * size
-    assert store.held == budget
+    assert store.count == budget
     assert store.nbytes == sum(tensor.nbytes for tensor in store.tensors)
     assert store.nbytes <= 0.30 * sixteen_bits
 
 
 def test_nothing_is_lost_without_quantization():
     generator = torch.Generator().manual_seed(0)
-    store, twin = QuantizedUnits(make_scheme("none")), Twin()
+    store, twin = QuantizedStore(make_scheme("none")), Twin()
     for _ in range(5):
         new = chunk(generator, 37, dtype=torch.bfloat16)
         new[0][0, 0, 3, 2] = float("inf")
         store.append(*new)
         twin.append(*new)
-        index = choose(generator, store.held, min(store.held, 50))
+        index = choose(generator, store.count, min(store.count, 50))
         store.select(index)
         twin.select(index)
         store.pack()
@@ -180,7 +180,7 @@ def test_nothing_is_lost_without_quantization():
 
 def test_the_residual_is_exact():
     generator = torch.Generator().manual_seed(0)
-    store = QuantizedUnits(make_scheme("kivi", residual=16))
+    store = QuantizedStore(make_scheme("kivi", residual=16))
     keys, values = chunk(generator, 300)
     store.append(keys, values)
     store.select(torch.arange(1, 300).expand(1, 2, -1))
@@ -191,13 +191,13 @@ def test_the_residual_is_exact():
 def test_packing_without_eviction_is_quantizing_the_whole():
     generator = torch.Generator().manual_seed(0)
     scheme = make_scheme("kivi", group=8, residual=4)
-    store, twin = QuantizedUnits(scheme), Twin()
+    store, twin = QuantizedStore(scheme), Twin()
     for _ in range(100):  # as decoding does
         new = chunk(generator, 1)
         store.append(*new, room=20)
         twin.append(*new)
         store.pack()
-    assert store.packed == 96 and store.packed_keys.rows[0].shape[2] == 12
+    assert store.packed == 96 and store.packed_keys.tables[0].shape[2] == 12
     for held, whole in zip(
         store.packed_keys.tensors, quantize_keys(scheme, twin.keys[:, :, :96]).tensors, strict=True
     ):
@@ -212,18 +212,18 @@ def test_packing_without_eviction_is_quantizing_the_whole():
 
 def test_room_lets_units_be_appended_in_place():
     generator = torch.Generator().manual_seed(0)
-    store = QuantizedUnits(make_scheme("kivi", group=64))
+    store = QuantizedStore(make_scheme("kivi", group=64))
     store.append(*chunk(generator, 3), room=30)
     where = store.residual_keys.data_ptr()
     for _ in range(30):
         store.append(*chunk(generator, 1))
-    assert store.residual_keys.data_ptr() == where and store.held == 33
+    assert store.residual_keys.data_ptr() == where and store.count == 33
 
 
 @pytest.mark.parametrize("what", ["append", "pack", "select", "rebuild", "select_batch"])
 def test_what_was_held_can_be_restored(what):
     generator = torch.Generator().manual_seed(0)
-    store = QuantizedUnits(make_scheme("kivi", group=8, residual=4))
+    store = QuantizedStore(make_scheme("kivi", group=8, residual=4))
     store.append(*chunk(generator, 60))
     store.select(choose(generator, 60, 50))
     store.append(*chunk(generator, 20), room=9)
@@ -231,8 +231,8 @@ def test_what_was_held_can_be_restored(what):
     acts = {
         "append": lambda: [store.append(*chunk(generator, 6)) for _ in range(3)],
         "pack": store.pack,
-        "select": lambda: store.select(choose(generator, store.held, 30)),
-        "rebuild": lambda: store.rebuild(chunk(generator, store.held)[0], 5),
+        "select": lambda: store.select(choose(generator, store.count, 30)),
+        "rebuild": lambda: store.rebuild(chunk(generator, store.count)[0], 5),
         "select_batch": lambda: store.select_batch(torch.tensor([0, 0])),
     }
     acts[what]()
@@ -245,12 +245,12 @@ def test_what_was_held_can_be_restored(what):
 @pytest.mark.parametrize("keep", [1, 3, 16, 17, 40])
 def test_small_budgets(keep):
     generator = torch.Generator().manual_seed(0)
-    store, twin = QuantizedUnits(make_scheme("kivi")), Twin()
+    store, twin = QuantizedStore(make_scheme("kivi")), Twin()
     for _ in range(4):
         new = chunk(generator, 90)
         store.append(*new)
         twin.append(*new)
-        index = choose(generator, store.held, keep)
+        index = choose(generator, store.count, keep)
         store.select(index)
         twin.select(index)
     assert store.packed == max(0, keep - 16)
@@ -261,7 +261,7 @@ def test_small_budgets(keep):
 @pytest.mark.parametrize("packed_before", [False, True])
 def test_refused_units_change_nothing(what, packed_before):
     generator = torch.Generator().manual_seed(0)
-    store = QuantizedUnits(make_scheme("kvquant", group=8, residual=4))
+    store = QuantizedStore(make_scheme("kvquant", group=8, residual=4))
     store.append(*chunk(generator, 50))
     if packed_before:
         store.pack()
@@ -285,10 +285,10 @@ def test_refused_units_change_nothing(what, packed_before):
 def test_a_store_can_be_rebuilt_with_other_keys():
     generator = torch.Generator().manual_seed(0)
     scheme = make_scheme("kivi", group=8, residual=4)
-    store = QuantizedUnits(scheme)
+    store = QuantizedStore(scheme)
     for _ in range(3):
         store.append(*chunk(generator, 60))
-        store.select(choose(generator, store.held, 50))
+        store.select(choose(generator, store.count, 50))
     keys, values = chunk(generator, 50)[0], store.dequantized()[1]
     store.rebuild(keys, 0)
     whole = quantize_keys(scheme, keys[:, :, :46])
@@ -301,10 +301,10 @@ def test_a_store_can_be_rebuilt_with_other_keys():
 @pytest.mark.parametrize("name", PACKING)
 def test_batch_rows_can_be_chosen_and_repeated(name):
     generator = torch.Generator().manual_seed(0)
-    store = QuantizedUnits(make_scheme(name, group=8, residual=4).for_layer(0))
+    store = QuantizedStore(make_scheme(name, group=8, residual=4).for_layer(0))
     for _ in range(3):
         store.append(*chunk(generator, 60, shape=(3, 2)))
-        store.select(choose(generator, store.held, 50, shape=(3, 2)))
+        store.select(choose(generator, store.count, 50, shape=(3, 2)))
     before = store.dequantized()
     rows = torch.tensor([2, 0, 2, 1])
     store.select_batch(rows)
@@ -313,8 +313,8 @@ def test_batch_rows_can_be_chosen_and_repeated(name):
 
 
 def test_a_cleared_store_is_empty():
-    store = QuantizedUnits(make_scheme("kivi", group=4, residual=1))
+    store = QuantizedStore(make_scheme("kivi", group=4, residual=1))
     store.append(*chunk(torch.Generator().manual_seed(0), 20))
     store.pack()
     store.clear()
-    assert store.held == store.packed == store.nbytes == 0 and store.tensors == ()
+    assert store.count == store.packed == store.nbytes == 0 and store.tensors == ()

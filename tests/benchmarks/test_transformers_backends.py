@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from locret.quantization.baselines import LAYERS, transformers_backends
+from benchmarks.transformers_backends import LAYERS, transformers_backends
 
 
 def test_every_backend_is_there_or_has_a_reason():
