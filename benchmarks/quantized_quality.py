@@ -22,8 +22,8 @@ from transformers import QuantizedCache
 from benchmarks import record
 from benchmarks.transformers_backends import transformers_backends
 from locret import Engine
-from locret.evaluation.intervals import wilson
 from locret.evaluation.prompts import Renderer
+from locret.evaluation.results import wilson
 from locret.model.cache_names import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.tasks import TASKS, TaskSettings

@@ -373,7 +373,7 @@ def test_weights_that_torch_saved_fit_too(tmp_path):
 
 def test_an_evaluation_refuses_it_before_a_question_is_made(folder, tmp_path):
     from locret.evaluation.config import EvalConfig
-    from locret.evaluation.preparing import prepare
+    from locret.evaluation.questions import prepare
 
     saved(tmp_path, num_hidden_layers=4)
     config = EvalConfig(

@@ -11,8 +11,7 @@ import locret
 from locret.cli import main
 from locret.commands import generate
 from locret.commands.shared import read_text, replace_unprintable
-from locret.evaluation.engines import check_setup
-from locret.evaluation.setups import Setup
+from locret.evaluation.setups import Setup, check_setup
 from locret.model.loading import find_device, load_model
 from locret.quantities import ByteShare, Memory, parse_budget
 from tests.tiny_models import prompt, tiny_config, tiny_heads, tiny_model

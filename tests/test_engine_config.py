@@ -8,8 +8,7 @@ import pytest
 
 import locret
 from locret.engine.config import DEFAULTS, Compute, EngineConfig, Reading, Storage
-from locret.evaluation.engines import check_setup
-from locret.evaluation.setups import Setup
+from locret.evaluation.setups import Setup, check_setup
 from locret.policies.compose import AdaptiveHeads
 from locret.quantities import ByteShare, Memory, budget_of
 from tests.tiny_models import tiny_heads, tiny_model

@@ -13,7 +13,7 @@ import torch
 import locret
 from locret.cli import main
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.preparing import prepare
+from locret.evaluation.questions import prepare
 from locret.model.loading import file_revision, load_config, load_model, load_tokenizer
 from tests.evaluation.eval_data import DATA, write_data
 from tests.tiny_models import prompt, tiny_model

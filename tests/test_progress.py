@@ -7,7 +7,7 @@ import pytest
 
 from locret.cli import main
 from locret.commands import progress
-from locret.commands.progress import Progress
+from locret.commands.shared import Progress
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 

@@ -10,8 +10,7 @@ from locret import Recall, RetainedCache
 from locret.cache.host_blocks import HostBlocks
 from locret.cache.merging import Merging
 from locret.cache.recall import block_relevance, mean_logits
-from locret.evaluation.engines import Engines
-from locret.evaluation.setups import expand
+from locret.evaluation.setups import Engines, expand
 from locret.model.attend import attend
 from locret.model.cache_names import cache_of
 from locret.model.loading import LoadedModel

@@ -25,7 +25,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import distributed
 
-from locret.commands.progress import Progress
+from locret.commands.shared import Progress
 from locret.heads.files import write_card, written_aside
 from locret.system.interrupts import Repeats, Stopped, handlers, stop_behind
 from trainers.figures import draw

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from locret.commands.progress import Progress
+from locret.commands.shared import Progress
 
 if TYPE_CHECKING:
     from locret.evaluation.config import EvalConfig
-    from locret.evaluation.preparing import Prepared
+    from locret.evaluation.questions import Prepared
 
 NAME = "evaluate"
 
@@ -32,8 +32,8 @@ def run(args: Sequence[str]) -> None:
         ValueError: no configuration is named, or it cannot be (`locret.evaluation.config`).
     """
     from locret.evaluation import evaluate
-    from locret.evaluation.preparing import prepare
     from locret.evaluation.processes import Ranks
+    from locret.evaluation.questions import prepare
 
     args = [_with_underscores(text) for text in args]
     if {"--help", "-h"} & set(args):

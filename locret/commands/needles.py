@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from locret.commands.progress import Progress, report_of, say_next
-from locret.commands.shared import Listed, add_model, whole
+from locret.commands.shared import Listed, Progress, add_model, report_of, say_next, whole
 from locret.policies import POLICIES
 from locret.quantities import MOST
 from locret.tasks.needle import FIRST_SEED, HAYSTACK

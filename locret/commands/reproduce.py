@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from locret.commands.progress import Progress
+from locret.commands.shared import Progress
 
 MARK = ".reproduced"
 """A file that tells a reproduction's folder from one of `evaluate`, whose answers took hours."""

@@ -13,9 +13,9 @@ from transformers import StoppingCriteria
 
 from locret.cache.cache import RetainedCache
 from locret.engine.engine import Engine
-from locret.evaluation.engines import Engines, held_of
 from locret.evaluation.questions import Question
 from locret.evaluation.records import OUT_OF_MEMORY, Record
+from locret.evaluation.setups import Engines, held_of
 from locret.model.loading import LoadedModel
 
 LOOK_BACK = 16  # tokens whose text can hold the end of a stop string

@@ -18,8 +18,7 @@ import torch
 from locret.evaluation import evaluate
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.evaluate import Progress
-from locret.evaluation.intervals import RESAMPLES, interval
-from locret.evaluation.results import FORMAT, KIND
+from locret.evaluation.results import FORMAT, KIND, RESAMPLES, interval
 from locret.tasks import task_names
 
 ON_A_CPU = {"device": "cpu", "dtype": "float32", "batch_size": 1}

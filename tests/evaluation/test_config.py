@@ -44,7 +44,7 @@ def test_lists_have_commas_or_are_yaml(given):
         ({"engine": 3}, "engine is 3; expected"),
         ({"limit": 0}, "limit is 0; expected a whole number of at least 1"),
         ({"batch_size": "x8"}, "batch_size is x8; expected int"),
-        ({"limit": True}, "limit is True; expected int or NoneType"),
+        ({"limit": True}, "limit is True; expected int, NoneType"),
         ({"lengths": [0]}, "'0' is less than 1"),
         ({"lengths": ["a"]}, "'a' is not a number of tokens"),
         ({"model": None}, "arguments are required: model"),

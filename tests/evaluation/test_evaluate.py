@@ -17,9 +17,8 @@ import yaml
 from locret import cli
 from locret.evaluation import evaluate
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.preparing import prepare
 from locret.evaluation.processes import Ranks
-from locret.evaluation.questions import batches, share
+from locret.evaluation.questions import batches, prepare, share
 from locret.evaluation.records import Records
 from locret.evaluation.report import make_report
 from locret.heads.heads import RetainingHeads
@@ -471,7 +470,7 @@ def test_an_evaluation_imports_only_what_it_needs():
     code = (
         "import sys, transformers.generation.utils\n"
         "there = {name.split('.')[0] for name in sys.modules}\n"  # some versions bring their own
-        "from locret.evaluation import evaluate, preparing, processes\n"
+        "from locret.evaluation import evaluate, questions, processes\n"
         "loaded = {name.split('.')[0] for name in sys.modules} - there\n"
         f"print(set({heavy.split()!r}) & loaded or '')"
     )

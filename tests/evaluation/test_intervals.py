@@ -1,6 +1,6 @@
 import pytest
 
-from locret.evaluation.intervals import average_of_tasks, interval, resampled_means, wilson
+from locret.evaluation.results import average_of_tasks, interval, resampled_means, wilson
 
 
 def test_an_interval_holds_the_mean_and_narrows_with_more_samples():

@@ -9,7 +9,7 @@ import yaml
 from locret.cli import main
 from locret.evaluation import evaluate
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.preparing import prepare
+from locret.evaluation.questions import prepare
 from locret.evaluation.records import Records
 from locret.tasks.needle import FIRST_SEED, HAYSTACK
 from tests.evaluation.eval_data import NOUNS, write_artifacts

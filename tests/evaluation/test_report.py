@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from locret.cli import main
-from locret.evaluation.report import make_report
+from locret.evaluation.report import HEADER, make_report
 from locret.evaluation.report_blocks import Table, as_html, as_markdown
-from locret.evaluation.report_evaluation import HEADER
 from locret.evaluation.setups import Setup
 from tests.evaluation.result_data import asked, result_of
 

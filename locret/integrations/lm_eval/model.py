@@ -33,12 +33,19 @@ from tqdm import tqdm
 
 from locret.cache.cache import RetainedCache
 from locret.engine.engine import Engine
-from locret.evaluation.engines import Engines, are_query_aware, check_setup, held_of
-from locret.evaluation.preparing import check_adapter
 from locret.evaluation.processes import Ranks
 from locret.evaluation.prompts import Protocol
 from locret.evaluation.provenance import commit, source, versions
-from locret.evaluation.setups import FULL, Setup, expand
+from locret.evaluation.questions import check_adapter
+from locret.evaluation.setups import (
+    FULL,
+    Engines,
+    Setup,
+    are_query_aware,
+    check_setup,
+    expand,
+    held_of,
+)
 from locret.heads.heads import RetainingHeads
 from locret.integrations.lm_eval.reading import (
     ContextFinder,
