@@ -95,12 +95,15 @@ def _mean(values: Sequence[float]) -> float:
 
 def as_table(compared: Sequence[Comparison]) -> str:
     """A line a setup, in per cent."""
-    head = f"{'table':<24}{'setup':<36}{'samples':>8}{'committed':>11}{'again':>8}{'allowed':>14}  "
-    lines = [head.rstrip()]
+    wide = max(36, *(len(one.setup) + 2 for one in compared))
+    head = (
+        f"{'table':<24}{'setup':<{wide}}{'samples':>8}{'committed':>11}{'again':>8}{'allowed':>14}"
+    )
+    lines = [head]
     for one in compared:
         allowed = f"{100 * one.low:.1f}-{100 * one.high:.1f}"
         lines.append(
-            f"{one.table:<24}{one.setup:<36}{one.count:>8}{100 * one.committed:>11.1f}"
+            f"{one.table:<24}{one.setup:<{wide}}{one.count:>8}{100 * one.committed:>11.1f}"
             f"{100 * one.again:>8.1f}{allowed:>14}  "
             + ("reproduced" if one.reproduced else "NOT reproduced")
             + f", {one.equal} of {one.count} alike"
