@@ -95,7 +95,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def as_table(compared: Sequence[Comparison]) -> str:
     """A line a setup, in per cent."""
-    wide = max(36, *(len(one.setup) + 2 for one in compared))
+    wide = max([36, *(len(one.setup) + 2 for one in compared)])
     head = (
         f"{'table':<24}{'setup':<{wide}}{'samples':>8}{'committed':>11}{'again':>8}{'allowed':>14}"
     )
