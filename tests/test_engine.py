@@ -63,7 +63,7 @@ def kept(cache, layer_idx=0, head=0):
         ({"chunk_size": "7"}, "chunk_size is '7'; expected at least 1"),
         ({"stabilizers": None}, "stabilizers is None; expected zero or more"),
         ({"decode_interval": 1.5}, "decode_interval is 1.5; expected at least 1"),
-        ({"quantization": {"name": "kivi", "group": "64"}}, "group is '64'; expected a whole number"),
+        ({"quantization": {"name": "kivi", "group": "64"}}, "group is '64'; expected a whole"),
         ({"stabilizers": -1}, "stabilizers is -1; expected zero or more"),
         ({"stabilizers": 21}, "lower stabilizers or raise the budget"),
         ({"positions": "rotated"}, "expected 'compact' or 'original'"),
