@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 
 import locret
 from locret import RetainedCache
-from locret.cache.cache import Eviction
-from locret.cache.layer import RetainedLayer
-from locret.cache.units import Units, unscored
+from locret.cache.layer import NewTokens, PlainStore, RetainedLayer
 from locret.model.cache_names import as_argument, cache_in
 from locret.policies import Policy
 from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
@@ -209,10 +207,10 @@ def test_reset_makes_it_new():
     assert [layer.rotated for layer in cache.layers] == [False, False]
     with engine, torch.no_grad():
         for given in (cache, RetainedCache(2, budget=20)):
-            given.eviction = Eviction((20, 20), 3)
             given.prompt_lengths = (30,)
             decoder = engine.backbone.decoder
-            decoder(input_ids=prompt(30), use_cache=True, **as_argument(decoder, given))
+            with engine.reading(given, (20, 20)):
+                decoder(input_ids=prompt(30), use_cache=True, **as_argument(decoder, given))
             assert given.report()["units"] == [20, 20]
 
 
@@ -332,7 +330,7 @@ STEPS = st.lists(
 @settings(max_examples=150)
 @given(steps=STEPS, batch=st.integers(1, 3), heads=st.integers(1, 3))
 def test_units_behave_like_lists(steps, batch, heads):
-    units, model = Units(), ListUnits()
+    units, model = PlainStore(), ListUnits()
     rows, next_position, next_value = batch, 0, 0
     for step, *arguments in steps:
         if step == "append":
@@ -341,7 +339,7 @@ def test_units_behave_like_lists(steps, batch, heads):
             numbers = torch.arange(next_value, next_value + count).reshape(rows, heads, new)
             keys = numbers.float()[..., None].expand(-1, -1, -1, 2)
             positions = torch.arange(next_position, next_position + new)
-            units.append(keys, -keys, numbers / 2, positions, room)
+            units.append(NewTokens.of(keys, -keys, positions, numbers / 2), room)
             model.append(
                 [
                     [
@@ -386,12 +384,12 @@ def test_units_behave_like_lists(steps, batch, heads):
 
 
 def test_spare_room_is_never_looked_at():
-    units = Units()
+    units = PlainStore()
     key = torch.ones(1, 2, 3, 4)
-    units.append(key, key, unscored(key), torch.arange(3), room=10)
+    units.append(NewTokens.of(key, key, torch.arange(3)), room=10)
     for tensor in units.tensors[:3]:
         tensor[:, :, 3:] = torch.nan
-    units.append(key, key, unscored(key), torch.arange(3, 6))
+    units.append(NewTokens.of(key, key, torch.arange(3, 6)))
     units.select_batch(torch.tensor([0, 0]))
     units.select(torch.tensor([0, 4]).expand(2, 2, 2))
     for view in (units.keys, units.values, units.scores):
@@ -399,7 +397,7 @@ def test_spare_room_is_never_looked_at():
 
 
 def test_units_do_not_alias_what_they_were_given():
-    units, key = Units(), torch.ones(1, 1, 2, 4)
-    units.append(key, key.clone(), unscored(key), torch.arange(2))
+    units, key = PlainStore(), torch.ones(1, 1, 2, 4)
+    units.append(NewTokens.of(key, key.clone(), torch.arange(2)))
     key.zero_()
     assert units.keys.eq(1).all()

@@ -6,15 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locret
+from locret.cache.layer import NewTokens, PlainStore
 from locret.cache.merging import (
     Mergeable,
-    Merged,
     Merging,
     describe_merging,
     merge_evicted,
     merging_of,
 )
-from locret.cache.units import Units, unscored
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from tests import policy_reference
 from tests.policy_reference import Unit, merge
@@ -278,10 +277,10 @@ def test_contexts_are_saved_restored_and_repeated(tmp_path, dtype):
 
 
 def test_units_written_in_place_weigh_one():
-    units = Units(weighs=True)
+    units = PlainStore(weighs=True)
     keys = torch.randn(1, 2, 5, 4)
-    units.append(keys, keys, unscored(keys), torch.arange(5))
-    units.replace_merged(Merged(keys, torch.full((1, 2, 5), 3.0)))
+    units.append(NewTokens.of(keys, keys, torch.arange(5)))
+    units.replace(4, torch.full((1, 2, 5), 3.0))
     units.make_room(4, first_position=5)
     for _ in range(3):
         units.note_written()

@@ -255,7 +255,7 @@ def test_the_last_chunk_ends_with_the_question(model, name, chunk_size):
         progress=lambda done, total: seen.append((done, total)),
     )
     with engine:
-        cache = engine._prompts.read_prompt(ids, [0])
+        cache = engine._reader.read_prompt(ids, [0])
     expected, _ = policy_reference.read(
         model, RULES[name](), ids[0, :-1].tolist(), 17, chunk_size, 3, together=5
     )

@@ -545,7 +545,7 @@ class Spy(Policy):
         self.held = []
 
     def score(self, chunk):
-        self.held.append(chunk.num_held)
+        self.held.append(chunk.context_length)
         return chunk.own_positions[:, None].float().expand(chunk.key.shape[:3])
 
 

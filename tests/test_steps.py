@@ -211,7 +211,7 @@ def spied(seen):
 @pytest.mark.parametrize("name", ["kivi", "kvquant", "fp8"])
 def test_long_answers_are_packed_now_and_then(both, monkeypatch, name):
     model = tiny_model("llama")
-    monkeypatch.setattr("locret.cache.coded.STEPS", 11)
+    monkeypatch.setattr("locret.cache.packed.STEPS", 11)
     scheme = {"name": name, "bits": 8, "group": 4, "residual": 3}
 
     def work():

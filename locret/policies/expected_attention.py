@@ -63,9 +63,9 @@ class ExpectedAttentionPolicy(Policy):
     def _sinks(self, chunk: LayerChunk) -> Tensor:
         """Which units are sinks, bool [B, H, S + T]; held ones by the scores they were given."""
         new = (chunk.own_positions < self.sinks)[:, None].expand(chunk.key.shape[:3])
-        if chunk.held is None:
+        if chunk.context is None:
             return new
-        old = chunk.held.scores == torch.finfo(torch.float32).max
+        old = chunk.context.scores == torch.finfo(torch.float32).max
         return torch.cat([old, new], dim=2)
 
     def _taken_in(self, chunk: LayerChunk, new: int) -> dict[str, Tensor]:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
-from locret.policies.attention import attention_weights
-from locret.policies.base import LayerChunk, Policy
+from locret.policies.base import LayerChunk, Policy, attention_weights
 from locret.quantities import check_whole
 
 Pooling = Literal["avg", "max"]
@@ -59,7 +58,7 @@ class SnapKVPolicy(Policy):
         """[B, H*G, up to `window`, D], rotated at the last slots. Remembers them for later."""
         new = chunk.query[:, :, -self.window :]
         before = chunk.state.get("window_queries")
-        earlier = min(self.window - new.shape[2], 0 if before is None else chunk.num_held)
+        earlier = min(self.window - new.shape[2], 0 if before is None else chunk.context_length)
         chunk.state["window_queries"] = self._remembered(before, chunk)
         if earlier <= 0 or before is None:
             return chunk.rotated_query[:, :, -self.window :]

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from locret.policies.attention import attention_weights
-from locret.policies.base import LayerChunk, Policy
+from locret.policies.base import LayerChunk, Policy, attention_weights
 
 
 class TOVAPolicy(Policy):
