@@ -17,7 +17,7 @@ from benchmarks import record
 from benchmarks.answer_clock import AnswerClock, OutOfTime
 from locret import Engine, RetainingHeads
 from locret.evaluation.needle import needle_prompt
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import POLICIES, LocretPolicy
 from locret.tasks.synthetic import make_sample

@@ -23,7 +23,7 @@ from benchmarks import record
 from locret import Engine
 from locret.evaluation import needle
 from locret.evaluation.report_needle import wilson
-from locret.model.cache_names import as_argument
+from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.quantization.baselines import transformers_backends
 

@@ -19,7 +19,7 @@ from transformers import DynamicCache, QuantizedCache
 from benchmarks.answer_clock import AnswerClock
 from locret import Engine, HeadsConfig, RetainingHeads
 from locret.model.backbone import Backbone
-from locret.model.cache_names import as_argument, as_before, cache_of
+from locret.model.hooks import as_argument, as_before, cache_of
 from locret.policies import LocretPolicy
 from locret.quantization.baselines import transformers_backends
 

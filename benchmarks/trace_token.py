@@ -18,7 +18,7 @@ import torch
 import locret
 from benchmarks.shapes import random_model
 from benchmarks.systems import Setting, random_heads
-from locret.model.cache_names import as_argument
+from locret.model.hooks import as_argument
 
 PACKAGE = Path(locret.__file__).parent
 BUDGET = 8

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import locret
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from tests.tiny_models import FAMILIES, VOCAB, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import locret
 from locret import RetainedCache
 from locret.cache.layer import NewTokens, PlainStore, RetainedLayer
-from locret.model.cache_names import as_argument, cache_in
+from locret.model.hooks import as_argument, cache_in
 from locret.policies import Policy
 from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
 

@@ -7,7 +7,7 @@ import torch
 
 import locret
 from locret.model.backbone import Backbone
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.quantization import SCHEMES, make_scheme, scheme_of

@@ -13,7 +13,7 @@ from locret.cache.recall import block_relevance, mean_logits
 from locret.evaluation.engines import Engines
 from locret.evaluation.rows import expand
 from locret.model.attend import attend
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from locret.model.loading import LoadedModel
 from locret.policies import POLICIES, Policy
 from locret.policies.compose import AdaptiveHeads, SharedLayers

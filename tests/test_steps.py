@@ -8,7 +8,7 @@ import locret
 from locret.engine.answering import Answering
 from locret.engine.steps import EAGER_STEPS, StepCounts
 from locret.kernels import decode_attention_quantized
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from tests.tiny_models import FAMILIES, MIXED, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}

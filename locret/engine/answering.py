@@ -22,8 +22,7 @@ from locret.engine.reading import one_if_equal
 from locret.engine.steps import GraphedSteps, StepCounts, seen_through, without_mask
 from locret.kernels.dispatch import AVAILABLE
 from locret.model.backbone import Backbone
-from locret.model.cache_names import as_argument
-from locret.model.hooks import without_autocast
+from locret.model.hooks import as_argument, without_autocast
 from locret.policies.base import Eviction
 
 MOST_ROOM = 8192  # tokens of an answer for which storage is made at once

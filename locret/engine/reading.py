@@ -21,8 +21,7 @@ from locret.engine.arguments import check_ids, unpadded
 from locret.engine.attention import RetainedAttention, Stored
 from locret.engine.config import EngineConfig
 from locret.model.backbone import Backbone
-from locret.model.cache_names import as_argument
-from locret.model.hooks import without_autocast
+from locret.model.hooks import as_argument, without_autocast
 from locret.policies.base import Eviction
 
 Progress = Callable[[int, int], None]

@@ -22,8 +22,7 @@ from locret.kernels.decode import decode_attention
 from locret.kernels.decode_quantized import decode_attention_quantized
 from locret.kernels.store import store_units
 from locret.model.backbone import Backbone
-from locret.model.cache_names import as_argument, cache_in
-from locret.model.hooks import LayerCall, without_autocast
+from locret.model.hooks import LayerCall, as_argument, cache_in, without_autocast
 from locret.model.rotary import Rotary
 
 EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces

@@ -18,7 +18,7 @@ from locret.evaluation.held import bytes_without, held_of
 from locret.evaluation.local_needles import is_local
 from locret.evaluation.padding import padded
 from locret.heads.heads import RetainingHeads
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from locret.model.loading import LoadedModel
 from locret.policies import POLICIES
 from locret.quantities import is_whole

@@ -3,6 +3,10 @@
 Names: a Hub id, a folder, a `.gguf` file or a folder with one (`locret.model.gguf`), or
 `embedded:smollm2`, a real 135M-parameter model that comes as a Python package (extra `demo`) and
 needs no network.
+
+Weights may be stored in 8 or 4 bits: int8 is one scale a row (torchao, weight only), on the CPU and
+on GPUs; nf4 blocks of 64 weights in 4 bits of normal-float (bitsandbytes, QLoRA, arXiv 2305.14314).
+Embeddings, norms and the output layer stay as they are, and so do the retaining heads.
 """
 
 import contextlib
@@ -21,9 +25,11 @@ from transformers.utils import logging
 
 from locret.model import gguf
 from locret.model.adapters import Adapter
-from locret.model.weight_quantization import Quantization, quantization_config
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "nf4"]
+PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
+"""What each needs, beside accelerate."""
 _SHOWN = 4  # tensors that an error names
 
 
@@ -79,7 +85,7 @@ def load_model(
         revision: of a Hub repository.
         adapter: folder or Hub id of a PEFT adapter to merge into the weights; quantized weights
             carry it instead.
-        quantization: store the weights in fewer bits (`locret.model.weight_quantization`).
+        quantization: store the weights in fewer bits (see the file's head).
         **kwargs: of `AutoModelForCausalLM.from_pretrained`, such as `attn_implementation`.
 
     Raises:
@@ -238,6 +244,39 @@ def _load_checkpoint(
     )
     model = _complete(name, *loaded)
     return model, getattr(model.config, "_commit_hash", None) or revision
+
+
+def quantization_config(name: Quantization, dtype: torch.dtype | None) -> Any:
+    """What `AutoModelForCausalLM.from_pretrained` takes as `quantization_config`.
+
+    Args:
+        name: the scheme.
+        dtype: that the layers compute in; None = bfloat16.
+
+    Raises:
+        ValueError: an unknown scheme, or its packages are not installed.
+    """
+    if name not in PACKAGES:
+        raise ValueError(f"quantization {name!r} is unknown; expected one of {sorted(PACKAGES)}")
+    needed = ("accelerate", PACKAGES[name])
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(
+            f"quantization {name!r} needs packages that are missing: {', '.join(missing)}; "
+            "pip install 'locret[quant]'"
+        )
+    if name == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype or torch.bfloat16,
+    )
 
 
 def _complete(name: str, model: Any, report: dict[str, Any]) -> Any:

@@ -44,7 +44,7 @@ from locret.heads.heads import RetainingHeads
 from locret.integrations.lm_eval.contexts import ContextFinder, tokens_after
 from locret.integrations.lm_eval.rolling import rolling_log_likelihood
 from locret.integrations.lm_eval.stops import HarnessStops
-from locret.model.cache_names import as_argument
+from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import LocretPolicy
 

@@ -8,7 +8,7 @@ from torch.nn.functional import log_softmax
 
 from locret.cache.cache import RetainedCache
 from locret.engine.engine import Engine
-from locret.model.cache_names import as_argument
+from locret.model.hooks import as_argument
 
 
 @torch.no_grad()
