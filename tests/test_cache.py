@@ -105,7 +105,7 @@ class WatchingPolicy(Policy):
         self.held, self.peak = [], 0
 
     def score(self, chunk):
-        self.held.append(self.cache.layers[chunk.layer_idx].held)
+        self.held.append(self.cache.layers[chunk.layer_idx].slots)
         self.peak = max(self.peak, self.cache.nbytes)
         new = torch.arange(chunk.start, chunk.start + chunk.key.shape[2])
         return new.float().expand(chunk.key.shape[:3])
@@ -227,7 +227,7 @@ def test_seen_is_not_what_is_held():
     cache = filled_cache()
     for layer_idx in range(2):
         assert cache.get_seq_length(layer_idx) == 50
-        assert cache.layers[layer_idx].held == 20
+        assert cache.layers[layer_idx].slots == 20
     assert cache.is_initialized
     assert cache.layers[0].get_max_length() == -1
 
@@ -263,7 +263,7 @@ def test_update_without_an_engine_is_refused_and_stores_nothing():
     assert layer.update(key, key) == (key, key)
     with pytest.raises(ValueError, match="no engine is attached"):
         layer.update(key, key)
-    assert layer.held == layer.seen == 0
+    assert layer.slots == layer.seen == 0
 
 
 def test_positions_are_checked():

@@ -130,7 +130,7 @@ def test_answers_stay_bounded_and_scores_finite(model, name):
     engine.generate(prompt(3, vocab=VOCAB), cache=cache, max_new_tokens=40, do_sample=False)
     limits = engine.policy.budgets(20, 2, 60)
     for layer, limit in zip(cache.layers, limits, strict=True):
-        assert layer.held <= limit + 5
+        assert layer.slots <= limit + 5
         assert layer.scores.isfinite().all()
 
 

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
@@ -70,7 +71,7 @@ def check_storage(
 class Snapshot:
     """What a cache was at some moment (`RetainedCache.snapshot`). It holds no copy of the units."""
 
-    layers: tuple[Any, ...]
+    layers: tuple[SimpleNamespace, ...]
     fields: dict[str, Any]
 
 
@@ -149,11 +150,11 @@ class RetainedCache(Cache):
         self.unread_ids = torch.empty(0, 0, dtype=torch.long)
         self.padding: tuple[int, ...] | None = None
 
-    def shifted(self, column: int) -> tuple[int, ...]:
-        """The position of token `column` in each row, or one for all rows if they agree."""
+    def shifted(self, token: int) -> tuple[int, ...]:
+        """The position of token number `token` in each row, or one for all rows if they agree."""
         if self.padding is None:
-            return (column,)
-        return tuple(column - padding for padding in self.padding)
+            return (token,)
+        return tuple(token - padding for padding in self.padding)
 
     def __bool__(self) -> bool:
         """False, so that stock Phi-3 keeps the cache; ask `cache is None` or `cache.seen` instead.
@@ -290,8 +291,8 @@ class RetainedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, one after the other, for the beams of stock `generate`."""
-        held = next((layer for layer in self.layers if layer.held), None)
-        batch = len(self.padding or ()) or (held.scores.shape[0] if held else 1)
+        some = next((layer for layer in self.layers if layer.slots), None)
+        batch = len(self.padding or ()) or (some.scores.shape[0] if some else 1)
         known = [row for row in range(batch) for _ in range(repeats)]
         for layer in self.layers:
             layer.select_rows(torch.tensor(known), known)
@@ -302,20 +303,20 @@ class RetainedCache(Cache):
 
     def rows(self, indices: Sequence[int]) -> "RetainedCache":
         """Some rows as a cache of their own; this one stays as it is."""
-        part = self._emptied()
-        part.restore(self.snapshot())
-        device = next((layer.scores.device for layer in self.layers if layer.held), None)
+        chosen = self._emptied()
+        chosen.restore(self.snapshot())
+        device = next((layer.scores.device for layer in self.layers if layer.slots), None)
         on_device = torch.tensor(indices, device=device)
-        for layer in part.layers:
+        for layer in chosen.layers:
             layer.select_rows(on_device, indices)
         if len(self.prompt_lengths) > 1:
-            part.prompt_lengths = tuple(self.prompt_lengths[i] for i in indices)
+            chosen.prompt_lengths = tuple(self.prompt_lengths[i] for i in indices)
         if self.padding is not None:
-            part.padding = tuple(self.padding[i] for i in indices)
+            chosen.padding = tuple(self.padding[i] for i in indices)
         if self.token_ids is not None:
-            part.token_ids = self.token_ids[list(indices)]
-            part.unread_ids = self.unread_ids[list(indices)]
-        return part
+            chosen.token_ids = self.token_ids[list(indices)]
+            chosen.unread_ids = self.unread_ids[list(indices)]
+        return chosen
 
     def report(self) -> dict[str, Any]:
         """What is held, in units and real bytes, against what a full cache would take.
@@ -342,7 +343,7 @@ class RetainedCache(Cache):
             "quantization": describe_scheme(self.scheme) if self.quantized else None,
             "merging": describe_merging(self.merging),
             "windows": list(self.windows),
-            "units": [layer.held for layer in self.layers],
+            "units": [layer.slots for layer in self.layers],
             "recall": self._report_recall(),
             "bytes": [layer.nbytes for layer in self.layers],
             "total_bytes": self.nbytes,
@@ -379,11 +380,11 @@ def _take_rows(
     units: Any = [row.units for row in rows]
     layer.units = type(layer.units).of_rows(units)
     # A row without a context has read nothing, and was never asked to rotate it.
-    layer.rotated = next((row.rotated for row in rows if row.held), rows[0].rotated)
+    layer.rotated = next((row.rotated for row in rows if row.slots), rows[0].rotated)
     layer.after_eviction = max(row.after_eviction for row in rows)
     layer.empty = _stack_empty([row.empty for row in rows])
     layer.shift = tuple(row.shift[0] for row in rows)
-    layer.add_empty([layer.held - row.held for row in rows], num_heads, device)
+    layer.add_empty([layer.slots - row.slots for row in rows], num_heads, device)
     layer.state = _stack_states([row.state for row in rows])
     if layer.host:
         layer.host = HostBlocks.stack([row.host for row in rows if row.host])

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from locret.cache.host_pool import HostPool
-from locret.cache.recall import Recall, block_relevance, mean_logits
+from locret.cache.recall import HostPool, Recall, block_relevance, mean_logits
 from locret.kernels import gather_units
 
 WAITING = ("keys", "values", "positions", "scores")
@@ -45,7 +44,7 @@ class Evicted(NamedTuple):
     counts: Tensor
 
     @property
-    def columns(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         return tuple(self[:4])
 
 
@@ -72,7 +71,7 @@ class _Stored:
     @classmethod
     def nothing(cls, like: Sequence[Tensor], counts: Tensor) -> "_Stored":
         """No units, in tensors like these `WAITING`."""
-        waiting = tuple(column[:, :, :0] for column in like)
+        waiting = tuple(tensor[:, :, :0] for tensor in like)
         table = torch.empty(*counts.shape, 0, dtype=torch.long)
         return cls(waiting, torch.zeros_like(counts), table, waiting[0], HostPool())
 
@@ -109,7 +108,7 @@ class HostBlocks:
         self._forget_fetched()
 
     def _forget_fetched(self) -> None:
-        self._fetched: tuple[Tensor, ...] = ()  # columns `BLOCK` of [B * H * blocks, n, ...]
+        self._fetched: tuple[Tensor, ...] = ()  # tensors `BLOCK` of [B * H * blocks, n, ...]
         self._rows = torch.empty(0, 0, 0, dtype=torch.long)  # of the pool, [B, H, blocks]
 
     @property
@@ -146,7 +145,7 @@ class HostBlocks:
     def look(
         self,
         query: Tensor,
-        held: Tensor | None,
+        context: Tensor | None,
         key: Tensor,
         rotate: Callable[[Tensor], Tensor] | None,
         at_once: bool,
@@ -154,13 +153,13 @@ class HostBlocks:
         """Note how a chunk looks at the units that may be evicted after it.
 
         Args:
-            query: [B, H*G, T, D]; held: keys [B, H, S, D], None = none; key: [B, H, T, D]; all of
-                them rotated.
+            query: [B, H*G, T, D]; context: keys [B, H, S, D], None = none; key: [B, H, T, D]; all
+                rotated.
             rotate: rotates stored keys [B, H, any, D] at the one slot of recalled units; None =
                 they are stored as they are attended to.
             at_once: what comes is decided only after other layers ran.
         """
-        looked: Callable[[], Tensor] = lambda: mean_logits(query, held, key)  # noqa: E731
+        looked: Callable[[], Tensor] = lambda: mean_logits(query, context, key)  # noqa: E731
         if at_once:
             scores = looked()
             looked = lambda: scores  # noqa: E731
@@ -172,7 +171,7 @@ class HostBlocks:
 
     def take(
         self,
-        held: Sequence[Tensor],
+        context: Sequence[Tensor],
         new: Sequence[Tensor],
         kept: Tensor,
         fillers: Tensor | None,
@@ -181,18 +180,18 @@ class HostBlocks:
         """Take those of held and new units that are not kept.
 
         Args:
-            held: keys, values [B, H, S, D] as stored, and source positions [B, H, S]; new: the same
-                of T units, which may be fewer than `look` was shown.
+            context: keys, values [B, H, S, D] as stored, and source positions [B, H, S]; new: the
+                same of T units, which may be fewer than `look` was shown.
             kept: indices [B, H, K] long, ascending, of held and new units together.
             fillers: how many leading ones of a head's `kept` keep nothing, [B, H]; None = none.
             empty: leading slots of a head that hold nothing, [B, H]; None = none.
         """
         assert self._looked is not None, "a chunk is looked at before it is evicted from"
-        scores = self._looked()[:, :, : held[0].shape[2] + new[0].shape[2]]
+        scores = self._looked()[:, :, : context[0].shape[2] + new[0].shape[2]]
         index, counts = _not_kept(scores.shape[2], kept, fillers, empty)
         if not index.shape[2]:
             return
-        keys, values, positions = gather_units(held, new, index)
+        keys, values, positions = gather_units(context, new, index)
         if self._rotate is not None:
             keys = self._rotate(keys)
         self.add(Evicted(keys, values, positions, scores.gather(2, index), counts))
@@ -200,7 +199,7 @@ class HostBlocks:
 
     def add(self, evicted: Evicted) -> None:
         """Take evicted units: full blocks go to the host, what is left waits."""
-        stored = self._stored or _Stored.nothing(evicted.columns, evicted.counts)
+        stored = self._stored or _Stored.nothing(evicted.tensors, evicted.counts)
         size, device = self.recall.block_size, evicted.keys.device
         total = stored.counts + evicted.counts
         order = _in_front(stored.counts, evicted.counts, stored.waiting[0], evicted.keys)
@@ -209,7 +208,7 @@ class HostBlocks:
         pool, table, means = stored.pool, stored.table, stored.means
         if most:
             index = order[:, :, : most * size].contiguous()
-            blocks = gather_units(stored.waiting, evicted.columns, index)
+            blocks = gather_units(stored.waiting, evicted.tensors, index)
             place = (torch.arange(most) < full[..., None]).nonzero().unbind(dim=1)
             at = tuple(x.to(device) for x in place)
             keys, *others, scores = (x.unflatten(2, (most, size))[at] for x in blocks)
@@ -217,7 +216,7 @@ class HostBlocks:
             pool = pool.with_blocks([keys, *others])
         step = torch.arange(int(left.max()))
         rest = (full[..., None] * size + step).clamp(max=order.shape[2] - 1).to(device)
-        waiting = gather_units(stored.waiting, evicted.columns, order.gather(2, rest))
+        waiting = gather_units(stored.waiting, evicted.tensors, order.gather(2, rest))
         self._stored = _Stored(waiting, left, table, means, pool)
 
     def _mean_keys(self, keys: Tensor, scores: Tensor) -> Tensor:
@@ -316,24 +315,24 @@ class HostBlocks:
         device, wanted = stored.means.device, rows.flatten().tolist()
         there = {row: i for i, row in enumerate(self._rows.flatten().tolist()) if row >= 0}
         missing = sorted({row for row in wanted if row >= 0} - set(there))
-        columns = self._fetched
+        tensors = self._fetched
         if missing:
             fetched = stored.pool.fetch(missing, device)
             before = len(self._fetched[0]) if self._fetched else 0
             there |= {row: before + i for i, row in enumerate(missing)}
-            columns = fetched
+            tensors = fetched
             if before:
-                columns = tuple(map(torch.cat, zip(self._fetched, fetched, strict=True)))
+                tensors = tuple(map(torch.cat, zip(self._fetched, fetched, strict=True)))
         # A head with fewer blocks has any block in the places of those that it has not.
         index = torch.tensor([there.get(row, 0) for row in wanted], device=device)
-        self._fetched = tuple(column.index_select(0, index) for column in columns)
+        self._fetched = tuple(tensor.index_select(0, index) for tensor in tensors)
         self._rows = rows
 
     def move(self, device: torch.device) -> None:
         """Be on `device`, but for what is in host memory."""
         if self._stored is None:
             return
-        waiting = tuple(column.to(device) for column in self._stored.waiting)
+        waiting = tuple(tensor.to(device) for tensor in self._stored.waiting)
         means, pool = self._stored.means.to(device), self._stored.pool
         if device.type == "cuda":
             pool = pool.pinned()
@@ -349,7 +348,7 @@ class HostBlocks:
         most = int((table >= 0).sum(dim=-1).max())  # blocks of the rows that are left
         self._stored = replace(
             self._stored,
-            waiting=tuple(column.index_select(0, rows) for column in self._stored.waiting),
+            waiting=tuple(tensor.index_select(0, rows) for tensor in self._stored.waiting),
             counts=self._stored.counts[at],
             table=table[:, :, :most],
             means=self._stored.means.index_select(0, rows)[:, :, :most],
@@ -390,18 +389,18 @@ class HostBlocks:
         some = next((row._stored for row in rows if row._stored is not None), None)
         if some is None:
             return stacked
-        parts = [row._stored or _Stored.nothing(some.waiting, some.counts) for row in rows]
+        stored = [row._stored or _Stored.nothing(some.waiting, some.counts) for row in rows]
         pool, tables = HostPool(), []
-        for part in parts:
-            pool, moved = pool.joined(part.pool)
-            there = part.table >= 0
-            tables.append(part.table.masked_scatter(there, moved[part.table[there]]))
-        waiting = zip(*(part.waiting for part in parts), strict=True)
+        for row in stored:
+            pool, moved = pool.joined(row.pool)
+            there = row.table >= 0
+            tables.append(row.table.masked_scatter(there, moved[row.table[there]]))
+        waiting = zip(*(row.waiting for row in stored), strict=True)
         stacked._stored = _Stored(
-            tuple(_stack(columns) for columns in waiting),
-            torch.cat([part.counts for part in parts]),
+            tuple(_stack(tensors) for tensors in waiting),
+            torch.cat([row.counts for row in stored]),
             _stack(tables, -1),
-            _stack([part.means for part in parts]),
+            _stack([row.means for row in stored]),
             pool,
         )
         return stacked
@@ -442,9 +441,9 @@ def _in_front(first: Tensor, second: Tensor, like: Tensor, other: Tensor) -> Ten
     return (~counted).byte().argsort(dim=-1, stable=True).to(device)
 
 
-def _stack(columns: Sequence[Tensor], filler: int = 0) -> Tensor:
+def _stack(tensors: Sequence[Tensor], filler: int = 0) -> Tensor:
     """Tensors [1, H, any, ...] as one batch, filled up behind."""
-    longest = max(column.shape[2] for column in columns)
+    longest = max(tensor.shape[2] for tensor in tensors)
     return torch.cat(
-        [pad(x, (*[0, 0] * (x.dim() - 3), 0, longest - x.shape[2]), value=filler) for x in columns]
+        [pad(x, (*[0, 0] * (x.dim() - 3), 0, longest - x.shape[2]), value=filler) for x in tensors]
     )

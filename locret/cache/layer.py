@@ -9,6 +9,7 @@ Shapes: B batch, H KV heads, S units held, T new units, K units that stay, D hea
 """
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -184,7 +185,7 @@ class RetainedLayer(CacheLayerMixin):
     nothing, where rows of different lengths stand together; None = all slots are taken. `shift` is
     the same of each row, known to Python: a row's own slot 0 is the first that holds something.
     Where heads keep different numbers of units (`Policy.allot`), more of a head's slots are empty.
-    `after_eviction` is how many slots were held after the last eviction, 0 before the first.
+    `after_eviction` is how many slots were taken after the last eviction, 0 before the first.
     `state` is what a policy remembers of this layer and request, by name.
     `host` holds what was evicted, for recall; None = what is evicted is gone.
 
@@ -245,8 +246,8 @@ class RetainedLayer(CacheLayerMixin):
         return self.seen > 0
 
     @property
-    def held(self) -> int:
-        """Units held in each head."""
+    def slots(self) -> int:
+        """Slots taken in each head, by units but for those that are `empty`."""
         return self.units.held
 
     @property
@@ -286,7 +287,7 @@ class RetainedLayer(CacheLayerMixin):
         """
         if self.rotated or self.stays_unrotated:
             return
-        if self.held:
+        if self.slots:
             self.units.rebuild(rotate(self.keys), room, self.empty)
         self.rotated = True
 
@@ -311,7 +312,7 @@ class RetainedLayer(CacheLayerMixin):
         if self.host is not None:
             self._give_to(self.host, kept, fillers, new)
         units, merged = self.units, None
-        count = self.held - kept.shape[2] + (new.keys.shape[2] if new else 0)
+        count = self.slots - kept.shape[2] + (new.keys.shape[2] if new else 0)
         if merging is not None and isinstance(units, PlainStore):
             if new is not None:
                 units.append(new)
@@ -335,17 +336,15 @@ class RetainedLayer(CacheLayerMixin):
         self, host: HostBlocks, kept: Tensor, fillers: Tensor | None, new: NewTokens | None
     ) -> None:
         """Before an eviction: what is not kept goes to the host."""
-        held = (self.keys, self.values, self.source_positions) if self.held else None
+        context = (self.keys, self.values, self.source_positions) if self.slots else None
         coming = None if new is None else (new.keys, new.values, new.positions)
-        none = tuple(x[:, :, :0] for x in held or coming or ())
-        host.take(held or none, coming or none, kept, fillers, self.empty)
+        none = tuple(x[:, :, :0] for x in context or coming or ())
+        host.take(context or none, coming or none, kept, fillers, self.empty)
 
     def note_evicted(self, count: int, empty: Tensor | None = None) -> None:
-        """`count` slots were given up in every head; those that held nothing went first.
-
-        `empty` [B, H] says how many leading slots hold nothing now, where heads differ.
-        """
-        self.after_eviction = self.held
+        """`count` slots were given up in every head; those that held nothing went first. `empty`
+        [B, H]: how many leading slots hold nothing now, where heads differ."""
+        self.after_eviction = self.slots
         if empty is not None:
             self.empty = empty
             firsts = tuple(empty.amin(dim=1).tolist())
@@ -367,7 +366,7 @@ class RetainedLayer(CacheLayerMixin):
 
     def place(self, device: torch.device) -> None:
         """Be on the layer's device, wherever the tensors came from."""
-        if self.held and self.scores.device != device:
+        if self.slots and self.scores.device != device:
             self.units.move(device)
             if self.host:
                 self.host.move(device)
@@ -375,20 +374,21 @@ class RetainedLayer(CacheLayerMixin):
             self.empty = self.empty.to(device)
         self.state = {name: value.to(device) for name, value in self.state.items()}
 
-    def view(self) -> tuple[Any, ...]:
+    def view(self) -> SimpleNamespace:
         """What the layer is now, for `restore`. Nothing is copied."""
-        values = {name: getattr(self, name) for name in _VALUES}
-        return self.units.view(), self.host and self.host.view(), dict(self.state), values
+        values = {name: getattr(self, name) for name in _VALUES} | {"state": dict(self.state)}
+        return SimpleNamespace(
+            **values, units=self.units.view(), host=self.host and self.host.view()
+        )
 
-    def restore(self, view: tuple[Any, ...]) -> None:
+    def restore(self, view: SimpleNamespace) -> None:
         """Be again what the layer was when `view` was taken."""
-        units, host, state, values = view
-        self.units.restore(units)
-        self.state = dict(state)
+        self.units.restore(view.units)
+        self.state = dict(view.state)
         if self.host:
-            self.host.restore(host)
-        for name, value in values.items():
-            setattr(self, name, value)
+            self.host.restore(view.host)
+        for name in _VALUES:
+            setattr(self, name, getattr(view, name))
 
     def expect_hand_over(self) -> None:
         """Let the next `update` pass: its caller's keys and values go to our attention function."""
@@ -438,7 +438,7 @@ class RetainedLayer(CacheLayerMixin):
     def select_rows(self, indices: Tensor, known: Sequence[int]) -> None:
         """Hold only the rows `indices` [B'] (long) of the batch, which Python knows as `known`: a
         device is not asked."""
-        if self.held:
+        if self.slots:
             indices = indices.to(self.scores.device)
             self.units.select_batch(indices)
             if self.host:

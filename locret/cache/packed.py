@@ -242,8 +242,8 @@ class PackedStore:
         return stacked
 
 
-def number_spare(scores: Tensor, positions: Tensor, held: int, first_position: int) -> None:
+def number_spare(scores: Tensor, positions: Tensor, filled: int, first_position: int) -> None:
     """Prepare scores (zero) and source positions of the units behind those held."""
-    scores[:, :, held:] = 0
-    last = first_position + scores.shape[2] - held
-    positions[:, :, held:] = torch.arange(first_position, last, device=positions.device)
+    scores[:, :, filled:] = 0
+    last = first_position + scores.shape[2] - filled
+    positions[:, :, filled:] = torch.arange(first_position, last, device=positions.device)

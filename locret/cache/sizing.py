@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from locret.quantization import Scheme
 from locret.quantization.costs import most_bytes
 
-MARK_BYTES = 12
-"""Of a unit in a KV head: its score (float32) and source position (int64)."""
+BESIDE_BYTES = 12
+"""Of a unit in a KV head beside key and value: its score (float32) and source position (int64)."""
 WEIGHT_BYTES = 4
 """Of a unit in a KV head, where evicted values are merged: its weight (float32)."""
 
@@ -40,8 +40,8 @@ class Sizing:
     def layer_bytes(self, layer: int, units: int) -> int:
         """Most bytes of a layer that holds `units` units in every KV head after a chunk."""
         stored = most_bytes(self.scheme.for_layer(layer), units, self.head_size, self.element_size)
-        marks = MARK_BYTES + WEIGHT_BYTES * self.weighs
-        return self.num_kv_heads * (stored + marks * units)
+        beside = BESIDE_BYTES + WEIGHT_BYTES * self.weighs
+        return self.num_kv_heads * (stored + beside * units)
 
     def cache_bytes(self, budgets: Sequence[int]) -> int:
         """Most bytes of layers that hold so many units."""
@@ -50,7 +50,7 @@ class Sizing:
     def window_bytes(self, tokens: int) -> int:
         """Bytes of the layers with a window after so many tokens, as they are stored: in full."""
         units = sum(min(max(window - 1, 1), tokens) for window in self.windows)
-        return units * self.num_kv_heads * (2 * self.head_size * self.element_size + MARK_BYTES)
+        return units * self.num_kv_heads * (2 * self.head_size * self.element_size + BESIDE_BYTES)
 
     def shared(self, budgets: Sequence[int]) -> list[int]:
         """What each layer may keep by the scheme's own rule, where a policy gives it `budgets`:

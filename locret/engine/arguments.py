@@ -138,8 +138,8 @@ def _repeated(context: Tensor, question: Tensor) -> int:
 
 def left_mask(ids: Tensor, padding: Sequence[int]) -> Tensor:
     """[B, n] long: zeros for so many leading tokens of each row of `ids`, ones for the others."""
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    return (columns >= torch.tensor(padding, device=ids.device)[:, None]).long()
+    token = torch.arange(ids.shape[1], device=ids.device)
+    return (token >= torch.tensor(padding, device=ids.device)[:, None]).long()
 
 
 def unpadded(input_ids: Tensor, padding: list[int]) -> list[Tensor]:

@@ -162,7 +162,7 @@ class ReadPass(Pass):
         starts, lengths = _first_slots(layer, cache), cache.prompt_lengths
         query, key = (call.rotate(x, starts, lengths) for x in (call.query, call.key))
         context = None
-        if layer.held:
+        if layer.slots:
             keys = _rotated_keys(call, layer)
             context = Context(keys, layer.values, layer.scores, layer.source_positions)
 
@@ -281,10 +281,10 @@ class ReadPass(Pass):
         for layer, scores in zip(layers, ranked, strict=True):
             layer.units.replace_scores(scores.float())
             if self.drop:
-                left = torch.arange(layer.held - self.drop, device=scores.device)
+                left = torch.arange(layer.slots - self.drop, device=scores.device)
                 layer.units.select(left.expand(*scores.shape[:2], len(left)))
         most = [eviction.most(i, layer.after_eviction) for i, layer in enumerate(layers)]
-        full = [i for i, layer in enumerate(layers) if layer.held > most[i]]
+        full = [i for i, layer in enumerate(layers) if layer.slots > most[i]]
         if full and self._shares:  # judged together, with the layers that are not full
             full = [*range(len(layers))]
         for i in set(range(len(layers))) - set(full):
@@ -378,7 +378,7 @@ def _slide(
     call: LayerCall, layer: RetainedLayer, window: int, backend: Backend, drop: int, wanted: bool
 ) -> Tensor | None:
     """Attend within the window, and hold no more than the next token sees of it."""
-    lengths, before = call.cache.prompt_lengths, layer.held
+    lengths, before = call.cache.prompt_lengths, layer.slots
     output, keep = None, max(window - 1, 1)
     if wanted:
         keys, values = call.key, call.value
@@ -404,10 +404,10 @@ def _slide(
 def _without_padding(layer: RetainedLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """New keys and values [B, H, T, D], those of padding replaced by the row's first own ones if
     they will be packed: what stands there must not widen the range of its block."""
-    if layer.empty is None or max(layer.shift) <= layer.held or not layer.quantized:
+    if layer.empty is None or max(layer.shift) <= layer.slots or not layer.quantized:
         return key, value
     new = torch.arange(key.shape[2], device=key.device)
-    own = new.maximum((layer.empty - layer.held)[..., None]).clamp(max=key.shape[2] - 1)
+    own = new.maximum((layer.empty - layer.slots)[..., None]).clamp(max=key.shape[2] - 1)
     index = own[..., None].expand_as(key)
     return key.gather(2, index), value.gather(2, index)
 
@@ -415,7 +415,7 @@ def _without_padding(layer: RetainedLayer, key: Tensor, value: Tensor) -> tuple[
 def _dtype_of(layer: RetainedLayer, new: torch.dtype, ranks: bool) -> torch.dtype:
     """What a layer computes in: that of the units held, else of `new` ones. They differ where
     autocast was turned on or off between a context and its question."""
-    stored = layer.units.tail[0].dtype if layer.held else new
+    stored = layer.units.tail[0].dtype if layer.slots else new
     if stored != new and ranks:
         raise ValueError(
             f"the cache holds {stored} and the model now gives {new}: autocast was turned on or "
@@ -429,7 +429,7 @@ def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:
     """Where the first new token goes, in each row or in all of them."""
     if cache.positions == "original":
         return cache.shifted(layer.seen)
-    return layer.own_slots(layer.held)
+    return layer.own_slots(layer.slots)
 
 
 def _at_first_slot(call: LayerCall, keys: Tensor) -> Tensor:

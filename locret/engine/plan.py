@@ -4,7 +4,7 @@
 
 Counted are the weights, the retaining heads, the cache with its scores and source positions, what
 one chunk needs while a layer computes, and a reserve for everything else. Weights and cache are
-exact (thin runs of quantized keys as far as they may go, outliers not counted); the chunk is an
+exact (thin blocks of quantized keys as far as they may go, outliers not counted); the chunk is an
 estimate of the largest tensors that live at once, with attention that
 materialises no T x S matrix: on Llama-3.1-8B's shapes (one H200, budgets 16K and 48K) prefill took
 at most what is said here and 95 % of it at least. B is 1.
@@ -39,7 +39,7 @@ class SchemePlan:
     Attributes:
         name, bits: of the scheme; "none" stores elements as they are.
         bytes_per_token: of keys and values with their scales, all layers and KV heads, in full
-            runs.
+            blocks.
         context_bytes: the cache if nothing of the context is evicted, bookkeeping included.
         budget: units a KV head can keep, at most the context; 0 = nothing fits.
         compression: tokens of the context for every unit of the budget; None if nothing fits.

@@ -296,14 +296,14 @@ class Reader:
             cache, rows, at = left.pop()
             for alike in _alike_at(readings, rows, at):
                 whole = len(alike) == len(rows)
-                part = cache if whole else cache.rows([rows.index(i) for i in alike])
+                those = cache if whole else cache.rows([rows.index(i) for i in alike])
                 if at == len(readings[alike[0]].chunks):
                     for place, i in enumerate(alike):
-                        row = part if len(alike) == 1 else part.rows([place])
+                        row = those if len(alike) == 1 else those.rows([place])
                         done[i] = self._closed(row, readings[i])
                 else:
-                    self._read_chunk(part, [readings[i] for i in alike], at)
-                    left.append((part, alike, at + 1))
+                    self._read_chunk(those, [readings[i] for i in alike], at)
+                    left.append((those, alike, at + 1))
         return [done[i] for i in range(len(readings))]
 
     def _opened(self, readings: Sequence[Planned]) -> RetainedCache:

@@ -59,7 +59,7 @@ class StepPass(Pass):
         device = cache.layers[0].scores.device
         for layer in cache.layers:
             layer.units.make_room(room, layer.seen)
-        slots = [layer.held for layer in cache.layers]
+        slots = [layer.slots for layer in cache.layers]
         filled = [layer.units.filled for layer in cache.layers]
         self._slots = torch.tensor(slots, dtype=torch.int32, device=device)
         self._filled = torch.tensor(filled, dtype=torch.int32, device=device)
@@ -79,8 +79,8 @@ class StepPass(Pass):
         """Units held, and the position of slot 0 in each row: one look-up rotates for all layers
         that agree in both."""
         if self.cache.positions == "original":
-            return layer.held, self.cache.shifted(layer.seen - layer.held)
-        return layer.held, layer.own_slots(0)
+            return layer.slots, self.cache.shifted(layer.seen - layer.slots)
+        return layer.slots, layer.own_slots(0)
 
     def begin(self) -> None:
         """Before the layers of a step run."""
@@ -99,7 +99,7 @@ class StepPass(Pass):
 
     def _table(self, starts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if starts not in self._tables:
-            capacity = max(layer.held + layer.units.spare for layer in self.cache.layers)
+            capacity = max(layer.slots + layer.units.spare for layer in self.cache.layers)
             self._tables[starts] = self._rotary.cos_sin(
                 starts, capacity, self.cache.prompt_lengths, self._like
             )
@@ -193,7 +193,7 @@ class GraphedSteps:
     def _is_step(self, ids: Tensor | None, inputs: dict[str, Any]) -> bool:
         asked = any(inputs.get(name) for name in ("output_hidden_states", "output_attentions"))
         cache = self._cache
-        frozen = all(layer.rotated and layer.held for layer in cache.layers)
+        frozen = all(layer.rotated and layer.slots for layer in cache.layers)
         ours = cache_in(inputs) is cache and frozen
         return ids is not None and ids.shape[1] == 1 and ours and not asked
 

@@ -14,7 +14,7 @@ def held_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
     """
     report = cache.report()
     units = [
-        layer.held - (0.0 if layer.empty is None else float(layer.empty[row].float().mean()))
+        layer.slots - (0.0 if layer.empty is None else float(layer.empty[row].float().mean()))
         for layer in cache.layers
     ]
     return {
@@ -29,6 +29,6 @@ def bytes_without(cache: RetainedCache, rest: int, rows: int) -> int:
     what a context takes, where question and answer are the rest."""
     total = 0.0
     for layer in cache.layers:
-        slots = layer.held + layer.units.spare
-        total += layer.nbytes * max(layer.held - rest, 0) / max(slots, 1)
+        slots = layer.slots + layer.units.spare
+        total += layer.nbytes * max(layer.slots - rest, 0) / max(slots, 1)
     return round(total) // rows

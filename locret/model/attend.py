@@ -177,8 +177,8 @@ def attend_past(
 ) -> Tensor:
     """`attend` where keys and values of the past [B, H, S - T, D] and of the new tokens
     [B, H, T, D] lie apart."""
-    tokens, held = query.shape[2], past[0].shape[2]
-    if not held:
+    tokens, before = query.shape[2], past[0].shape[2]
+    if not before:
         return attend(query, *new, scaling, backend, empty, weighting)
     if backend == "cudnn" and tokens >= SPLIT_FROM and empty is None and weighting.plain:
         return merge_parts(

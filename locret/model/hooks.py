@@ -76,7 +76,7 @@ class LayerCall:
             return None
         return weight if weight.is_floating_point() and weight.device.type != "meta" else None
 
-    def part(self, start: int, end: int) -> "LayerCall":
+    def between(self, start: int, end: int) -> "LayerCall":
         """The same call, for some of its tokens."""
         heads = {name: getattr(self, name)[:, :, start:end] for name in ("query", "key", "value")}
         return replace(self, **heads, hidden=self.hidden[:, start:end])

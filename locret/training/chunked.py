@@ -80,7 +80,7 @@ class ChunkedRowLoss(RowLoss):
 
         Takes the labels of the answers that end here.
         """
-        segment, part = self.segments[which], call.part(start - read.seen, end - read.seen)
+        segment, part = self.segments[which], call.between(start - read.seen, end - read.seen)
         slot, length = start - segment.start, segment.end - segment.start
         query, key = (part.rotate(x, (slot,), (length,)) for x in (part.query, part.key))
         read.key[:, :, start:end] = key
