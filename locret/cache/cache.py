@@ -293,30 +293,28 @@ class RetainedCache(Cache):
         """Every row `repeats` times, one after the other, for the beams of stock `generate`."""
         some = next((layer for layer in self.layers if layer.slots), None)
         batch = len(self.padding or ()) or (some.scores.shape[0] if some else 1)
-        known = [row for row in range(batch) for _ in range(repeats)]
-        for layer in self.layers:
-            layer.select_rows(torch.tensor(known), known)
-        if self.padding is not None:
-            self.padding = tuple(self.padding[row] for row in known)
-        if len(self.prompt_lengths) > 1:
-            self.prompt_lengths = tuple(self.prompt_lengths[row] for row in known)
+        self._select_rows([row for row in range(batch) for _ in range(repeats)])
 
     def rows(self, indices: Sequence[int]) -> "RetainedCache":
         """Some rows as a cache of their own; this one stays as it is."""
         chosen = self._emptied()
         chosen.restore(self.snapshot())
-        device = next((layer.scores.device for layer in self.layers if layer.slots), None)
-        on_device = torch.tensor(indices, device=device)
-        for layer in chosen.layers:
-            layer.select_rows(on_device, indices)
-        if len(self.prompt_lengths) > 1:
-            chosen.prompt_lengths = tuple(self.prompt_lengths[i] for i in indices)
-        if self.padding is not None:
-            chosen.padding = tuple(self.padding[i] for i in indices)
+        chosen._select_rows(indices)
         if self.token_ids is not None:
             chosen.token_ids = self.token_ids[list(indices)]
             chosen.unread_ids = self.unread_ids[list(indices)]
         return chosen
+
+    def _select_rows(self, indices: Sequence[int]) -> None:
+        """Let the layers hold only these rows of the batch, which may repeat."""
+        device = next((layer.scores.device for layer in self.layers if layer.slots), None)
+        on_device = torch.tensor(indices, device=device)
+        for layer in self.layers:
+            layer.select_rows(on_device, indices)
+        if self.padding is not None:
+            self.padding = tuple(self.padding[i] for i in indices)
+        if len(self.prompt_lengths) > 1:
+            self.prompt_lengths = tuple(self.prompt_lengths[i] for i in indices)
 
     def report(self) -> dict[str, Any]:
         """What is held, in units and real bytes, against what a full cache would take.

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from locret.heads.heads import Geometry
 from locret.quantization import Scheme
 from locret.quantization.costs import most_bytes
 
@@ -36,6 +37,26 @@ class Sizing:
     element_size: int = 2
     weighs: bool = False
     windows: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        scheme: Scheme,
+        shape: Geometry,
+        element_size: int,
+        weighs: bool = False,
+        windows: Sequence[int | None] = (),
+    ) -> "Sizing":
+        """What a cache of a backbone of this shape takes, which has these windows (None = none)."""
+        return cls(
+            scheme,
+            shape.num_layers,
+            shape.num_kv_heads,
+            shape.head_size,
+            element_size,
+            weighs,
+            tuple(window for window in windows if window),
+        )
 
     def layer_bytes(self, layer: int, units: int) -> int:
         """Most bytes of a layer that holds `units` units in every KV head after a chunk."""

