@@ -209,7 +209,7 @@ def test_reset_makes_it_new():
         for given in (cache, RetainedCache(2, budget=20)):
             given.prompt_lengths = (30,)
             decoder = engine.backbone.decoder
-            with engine.reading(given, (20, 20)):
+            with engine.reading_into(given, (20, 20)):
                 decoder(input_ids=prompt(30), use_cache=True, **as_argument(decoder, given))
             assert given.report()["units"] == [20, 20]
 

@@ -33,21 +33,6 @@ class Recalled(NamedTuple):
     valid: Tensor | None
 
 
-class Evicted(NamedTuple):
-    """Units that a layer gives up: keys and values [B, H, E, D], positions and representative
-    scores [B, H, E]. Each head's `counts` first ones, long [B, H] on the CPU, are units."""
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    scores: Tensor
-    counts: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(self[:4])
-
-
 @dataclass(frozen=True)
 class _Stored:
     """All that was evicted in one layer. Never changed where it stands.
@@ -56,7 +41,7 @@ class _Stored:
         waiting: `WAITING` of units that fill no block yet, [B, H, W, D] or [B, H, W], on the
             device, each head's at the front; the oldest first.
         counts: how many a head has of them, long [B, H] on the CPU.
-        table: the pool's row of every block of a head, in the order they came, long [B, H, N] on
+        table: the pool's place of every block of a head, in the order they came, long [B, H, N] on
             the CPU; -1 behind a head's last.
         means: mean keys of the blocks' representatives, [B, H, N, D] on the device.
         pool: the blocks.
@@ -109,7 +94,7 @@ class HostBlocks:
 
     def _forget_fetched(self) -> None:
         self._fetched: tuple[Tensor, ...] = ()  # tensors `BLOCK` of [B * H * blocks, n, ...]
-        self._rows = torch.empty(0, 0, 0, dtype=torch.long)  # of the pool, [B, H, blocks]
+        self._places = torch.empty(0, 0, 0, dtype=torch.long)  # in the pool, [B, H, blocks]
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +123,7 @@ class HostBlocks:
         most."""
         if self._stored is None:
             return 0
-        blocks = (self._rows >= 0).sum(dim=-1)
+        blocks = (self._places >= 0).sum(dim=-1)
         blocks_at_most = int(blocks.max()) if blocks.numel() else 0
         return blocks_at_most * self.recall.block_size + int(self._stored.counts.max())
 
@@ -194,48 +179,49 @@ class HostBlocks:
         keys, values, positions = gather_units(context, new, index)
         if self._rotate is not None:
             keys = self._rotate(keys)
-        self.add(Evicted(keys, values, positions, scores.gather(2, index), counts))
+        self._add((keys, values, positions, scores.gather(2, index)), counts)
         self.forget_look()
 
-    def add(self, evicted: Evicted) -> None:
-        """Take evicted units: full blocks go to the host, what is left waits."""
-        stored = self._stored or _Stored.nothing(evicted.tensors, evicted.counts)
-        size, device = self.recall.block_size, evicted.keys.device
-        total = stored.counts + evicted.counts
-        order = _in_front(stored.counts, evicted.counts, stored.waiting[0], evicted.keys)
+    def _add(self, evicted: Sequence[Tensor], counts: Tensor) -> None:
+        """Take `WAITING` of evicted units, [B, H, E, D] or [B, H, E], of which each head's `counts`
+        first ones, [B, H] on the CPU, are units: full blocks go to the host, what is left waits."""
+        stored = self._stored or _Stored.nothing(evicted, counts)
+        size, device = self.recall.block_size, evicted[0].device
+        total = stored.counts + counts
+        order = _in_front(stored.counts, counts, stored.waiting[0], evicted[0])
         full = total // size
         most, left = int(full.max()), total - full * size
         pool, table, means = stored.pool, stored.table, stored.means
         if most:
             index = order[:, :, : most * size].contiguous()
-            blocks = gather_units(stored.waiting, evicted.tensors, index)
-            place = (torch.arange(most) < full[..., None]).nonzero().unbind(dim=1)
-            at = tuple(x.to(device) for x in place)
+            blocks = gather_units(stored.waiting, evicted, index)
+            which = (torch.arange(most) < full[..., None]).nonzero().unbind(dim=1)
+            at = tuple(x.to(device) for x in which)
             keys, *others, scores = (x.unflatten(2, (most, size))[at] for x in blocks)
-            table, means = self._listed(stored, full, place, self._mean_keys(keys, scores))
+            table, means = self._listed(stored, full, which, self._mean_keys(keys, scores))
             pool = pool.with_blocks([keys, *others])
         step = torch.arange(int(left.max()))
         rest = (full[..., None] * size + step).clamp(max=order.shape[2] - 1).to(device)
-        waiting = gather_units(stored.waiting, evicted.tensors, order.gather(2, rest))
+        waiting = gather_units(stored.waiting, evicted, order.gather(2, rest))
         self._stored = _Stored(waiting, left, table, means, pool)
 
     def _mean_keys(self, keys: Tensor, scores: Tensor) -> Tensor:
-        """[rows, D], of the representatives of blocks with keys [rows, n, D], scores [rows, n]."""
+        """[N, D], of the representatives of blocks with keys [N, n, D] and scores [N, n]."""
         chosen = scores.topk(self.recall.representatives, dim=-1).indices
         chosen = chosen[..., None].expand(*chosen.shape, keys.shape[-1])
         return keys.gather(1, chosen).float().mean(dim=1).to(keys.dtype)
 
     def _listed(
-        self, stored: _Stored, more: Tensor, place: Sequence[Tensor], new_means: Tensor
+        self, stored: _Stored, more: Tensor, which: Sequence[Tensor], new_means: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Table and means with `more` [B, H] blocks; the new ones are blocks `place` of these."""
-        row, head, which = place
+        """Table and means with `more` [B, H] blocks; the new ones are blocks `which` of these."""
+        row, head, number = which
         blocks = stored.blocks
         count = int((blocks + more).max())
         grow = count - stored.table.shape[2]
         table = pad(stored.table, (0, grow), value=-1)
         means = pad(stored.means, (0, 0, 0, grow))
-        at = blocks[row, head] + which
+        at = blocks[row, head] + number
         table[row, head, at] = stored.pool.count + torch.arange(len(row))
         device = means.device
         means[row.to(device), head.to(device), at.to(device)] = new_means
@@ -281,18 +267,18 @@ class HostBlocks:
         waiting, counts = stored.waiting[:3], stored.counts
         self._fetch(stored, self._choose(stored, query))
         blocks = [x[:, :, :0] for x in waiting]
-        if self._rows.shape[2]:
-            shape = (*self._rows.shape[:2], -1)
+        if self._places.shape[2]:
+            shape = (*self._places.shape[:2], -1)
             blocks = [x.reshape(*shape, *x.shape[2:]) for x in self._fetched]
         keys, values, positions = (torch.cat(two, 2) for two in zip(blocks, waiting, strict=True))
-        filled = (self._rows >= 0).repeat_interleave(self.recall.block_size, dim=2)
+        filled = (self._places >= 0).repeat_interleave(self.recall.block_size, dim=2)
         step = torch.arange(waiting[0].shape[2])
         valid = torch.cat([filled, step < counts[..., None]], dim=2)
         some = None if bool(valid.all()) else valid.to(query.device)
         return Recalled(keys, values, positions, some)
 
     def _choose(self, stored: _Stored, query: Tensor) -> Tensor:
-        """The pool's rows of each head's most relevant blocks, in the order they came, long
+        """The pool's places of each head's most relevant blocks, in the order they came, long
         [B, H, blocks at most] on the CPU; -1 at the end of heads that have fewer."""
         count = stored.table.shape[2]
         if count <= self.recall.blocks:
@@ -307,26 +293,26 @@ class HostBlocks:
         chosen = order[..., : self.recall.blocks].sort(dim=-1).values
         return stored.table.gather(2, chosen.cpu())
 
-    def _fetch(self, stored: _Stored, rows: Tensor) -> None:
-        """Have the blocks on `rows` [B, H, blocks] on the device. Those there are not copied."""
-        if torch.equal(rows, self._rows) or not rows.numel():
-            self._rows = rows
+    def _fetch(self, stored: _Stored, places: Tensor) -> None:
+        """Have the blocks on `places` [B, H, blocks] on the device. Those there are not copied."""
+        if torch.equal(places, self._places) or not places.numel():
+            self._places = places
             return
-        device, wanted = stored.means.device, rows.flatten().tolist()
-        there = {row: i for i, row in enumerate(self._rows.flatten().tolist()) if row >= 0}
-        missing = sorted({row for row in wanted if row >= 0} - set(there))
+        device, wanted = stored.means.device, places.flatten().tolist()
+        there = {place: i for i, place in enumerate(self._places.flatten().tolist()) if place >= 0}
+        missing = sorted({place for place in wanted if place >= 0} - set(there))
         tensors = self._fetched
         if missing:
             fetched = stored.pool.fetch(missing, device)
             before = len(self._fetched[0]) if self._fetched else 0
-            there |= {row: before + i for i, row in enumerate(missing)}
+            there |= {place: before + i for i, place in enumerate(missing)}
             tensors = fetched
             if before:
                 tensors = tuple(map(torch.cat, zip(self._fetched, fetched, strict=True)))
         # A head with fewer blocks has any block in the places of those that it has not.
-        index = torch.tensor([there.get(row, 0) for row in wanted], device=device)
+        index = torch.tensor([there.get(place, 0) for place in wanted], device=device)
         self._fetched = tuple(tensor.index_select(0, index) for tensor in tensors)
-        self._rows = rows
+        self._places = places
 
     def move(self, device: torch.device) -> None:
         """Be on `device`, but for what is in host memory."""
@@ -361,9 +347,9 @@ class HostBlocks:
             return {}
         named = {f"waiting.{name}": x for name, x in zip(WAITING, stored.waiting, strict=True)}
         named |= {"means": stored.means, "host.counts": stored.counts}
-        rows, table = stored.table.unique(return_inverse=True)
-        used = rows[rows >= 0]
-        named["host.table"] = table - (len(rows) - len(used))
+        places, table = stored.table.unique(return_inverse=True)
+        used = places[places >= 0]
+        named["host.table"] = table - (len(places) - len(used))
         if len(used):
             blocks = stored.pool.fetch(used.tolist(), torch.device("cpu"))
             named |= {f"host.{name}": x for name, x in zip(BLOCK, blocks, strict=True)}

@@ -112,7 +112,7 @@ class Segment:
     """Blocks that came together.
 
     Attributes:
-        start: row of the first.
+        start: place of the first.
         tensors: tensors [N, n, D] or [N, n] in host memory, pinned if they come from a GPU.
         written: when the copy from the GPU is over; None = it is.
     """
@@ -128,7 +128,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class HostPool:
-    """Blocks in host memory, each with a row of its own that never changes."""
+    """Blocks in host memory, each on a place of its own that never changes."""
 
     segments: tuple[Segment, ...] = ()
 
@@ -143,7 +143,7 @@ class HostPool:
         return sum(tensor.nbytes for segment in self.segments for tensor in segment.tensors)
 
     def with_blocks(self, tensors: Sequence[Tensor]) -> "HostPool":
-        """This pool and more blocks, [N, n, D] or [N, n], on rows from `count` on. Those of a GPU
+        """This pool and more blocks, [N, n, D] or [N, n], on places from `count` on. Those of a GPU
         are copied while it goes on."""
         if not tensors[0].is_cuda:
             return HostPool((*self.segments, Segment(self.count, tuple(tensors), None)))
@@ -157,10 +157,10 @@ class HostPool:
         return HostPool((*self.segments, Segment(self.count, copies, written)))
 
     def joined(self, other: "HostPool") -> tuple["HostPool", Tensor]:
-        """This pool and another one's blocks, on rows from `count` on but for those that it has.
+        """This pool and another one's blocks, on places from `count` on but for those that it has.
 
         Returns:
-            The pool, and the row there of each of the other's blocks, long [N of the other].
+            The pool, and the place there of each of the other's blocks, long [N of the other].
         """
         starts = {id(segment.tensors[0]): segment.start for segment in self.segments}
         joined, moved = self, []
@@ -172,10 +172,10 @@ class HostPool:
             moved.append(torch.arange(start, start + segment.end - segment.start))
         return joined, torch.cat([torch.empty(0, dtype=torch.long), *moved])
 
-    def fetch(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
-        """The blocks on these rows, at least one, as one tensor for each kind on `device`."""
+    def fetch(self, places: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+        """The blocks on these places, at least one, as one tensor for each kind on `device`."""
         starts = [segment.start for segment in self.segments]
-        found = [self.segments[bisect.bisect_right(starts, row) - 1] for row in rows]
+        found = [self.segments[bisect.bisect_right(starts, place) - 1] for place in places]
         for segment in {id(each): each for each in found}.values():
             if segment.written is not None:
                 segment.written.synchronize()
@@ -183,10 +183,10 @@ class HostPool:
         for which, like in enumerate(found[0].tensors):
             # Side by side first: one transfer instead of one for every block.
             staged = torch.empty(
-                len(rows), *like.shape[1:], dtype=like.dtype, pin_memory=device.type == "cuda"
+                len(places), *like.shape[1:], dtype=like.dtype, pin_memory=device.type == "cuda"
             )
-            for place, row, segment in zip(staged, rows, found, strict=True):
-                place.copy_(segment.tensors[which][row - segment.start])
+            for target, place, segment in zip(staged, places, found, strict=True):
+                target.copy_(segment.tensors[which][place - segment.start])
             fetched.append(staged.to(device, non_blocking=True))
         return tuple(fetched)
 

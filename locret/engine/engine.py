@@ -206,7 +206,7 @@ class Engine:
         """An empty cache for a context of that many tokens, and what each layer keeps of it."""
         return self._reader.new_cache(context)
 
-    def reading(
+    def reading_into(
         self, cache: RetainedCache, budgets: tuple[int, ...]
     ) -> contextlib.AbstractContextManager[None]:
         """While it is entered, the attached model reads what it is called with into `cache`, of

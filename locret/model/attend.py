@@ -14,9 +14,7 @@ queries at a time, and those with a window in blocks of one window by SDPA.
 B batch, H KV heads, G query heads a KV head, T new tokens, S slots, D head size.
 """
 
-import functools
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -223,16 +221,11 @@ def _attend_sdpa(
 
 
 def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    run = _flash_function()
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return run(q, k, v, softmax_scale=scaling, causal=True)  # lower-right causal by itself
-
-
-@functools.cache
-def _flash_function() -> Callable[..., Tensor]:
     from flash_attn import flash_attn_func
 
-    return flash_attn_func
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    output: Tensor = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True)
+    return output  # it is lower-right causal by itself
 
 
 def _attend_eager(

@@ -31,7 +31,7 @@ def rolling_log_likelihood(engine: Engine, ids: Tensor) -> tuple[float, Retained
     assert budgets is not None, "without a budget the text is scored as it stands"
     cache.prompt_lengths = (length,)
     total, size = 0.0, engine.config.reading.chunk_size or length
-    with engine, engine.reading(cache, budgets):
+    with engine, engine.reading_into(cache, budgets):
         for start in range(0, length - 1, size):
             chunk = ids[:, start : min(start + size, length - 1)]
             following = ids[0, start + 1 : start + 1 + chunk.shape[1]]
