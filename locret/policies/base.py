@@ -18,6 +18,9 @@ from torch import Tensor
 from locret.cache.merging import Merging
 from locret.kernels import threshold_select
 
+HIGHEST = torch.finfo(torch.float32).max
+"""The score of units to be kept in any case: finite, so that stabilizers rank higher."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -98,6 +101,10 @@ class LayerChunk:
     def positions(self) -> Tensor:
         """Source positions of the new tokens, [T] long."""
         return torch.arange(self.start, self.start + self.key.shape[2], device=self.key.device)
+
+    def among_first(self, count: int) -> Tensor:
+        """Which new units are among the first `count` tokens of their row, bool [B, H, T]."""
+        return (self.own_positions < count)[:, None].expand(self.key.shape[:3])
 
     def all_keys(self) -> Tensor:
         """Rotated keys of held and new units, [B, H, S + T, D]."""
