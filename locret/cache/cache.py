@@ -180,11 +180,6 @@ class RetainedCache(Cache):
         return self.get_seq_length()
 
     @property
-    def quantized(self) -> bool:
-        """Whether any layer holds keys and values in few bits."""
-        return any(layer.quantized for layer in self.layers)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all storage on the device: keys and values or their codes, tables and outliers,
         scores, positions, spare room; what is recalled, and what finds it."""
@@ -330,6 +325,7 @@ class RetainedCache(Cache):
             the last step or chunk), all in the layer or head that has most but for the bytes, which
             are of all; what it takes of the device is part of `bytes`.
         """
+        quantized = any(layer.quantized for layer in self.layers)
         full = sum(
             layer.units.full_bytes * min(layer.seen, layer.window or layer.seen)
             for layer in self.layers
@@ -338,7 +334,7 @@ class RetainedCache(Cache):
             "seen_tokens": self.seen,
             "budget": self.budget,
             "positions": self.positions,
-            "quantization": describe_scheme(self.scheme) if self.quantized else None,
+            "quantization": describe_scheme(self.scheme) if quantized else None,
             "merging": describe_merging(self.merging),
             "windows": list(self.windows),
             "units": [layer.slots for layer in self.layers],

@@ -90,9 +90,6 @@ class HostBlocks:
         self._stored: _Stored | None = view
         self._looked: Callable[[], Tensor] | None = None
         self._rotate: Callable[[Tensor], Tensor] | None = None
-        self._forget_fetched()
-
-    def _forget_fetched(self) -> None:
         self._fetched: tuple[Tensor, ...] = ()  # tensors `BLOCK` of [B * H * blocks, n, ...]
         self._places = torch.empty(0, 0, 0, dtype=torch.long)  # in the pool, [B, H, blocks]
 

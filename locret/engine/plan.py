@@ -10,7 +10,7 @@ materialises no T x S matrix: on Llama-3.1-8B's shapes (one H200, budgets 16K an
 at most what is said here and 95 % of it at least. B is 1.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,9 +85,6 @@ class Plan:
     reserve_bytes: int
     left_bytes: int
     schemes: tuple[SchemePlan, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def make_plan(

@@ -32,7 +32,7 @@ from locret.model.hooks import (
     running_uncompiled,
     without_compiling,
 )
-from locret.model.rotary import ApplyRotary, LongRopeRule, Rotary
+from locret.model.rotary import LongRopeRule, Rotary
 
 SUPPORTED = (
     "cohere",
@@ -90,7 +90,10 @@ class Backbone:
         self.config = self.decoder.config
         attentions = [without_compiling(layer.self_attn) for layer in self.decoder.layers]
         apply = sys.modules[type(attentions[0]).__module__].apply_rotary_pos_emb
-        self._rotaries = _rotaries(self.decoder.rotary_emb, apply, longrope)
+        rotary = self.decoder.rotary_emb
+        types: list[str | None] = [*_by_type(rotary.config.rope_parameters or {})] or [None]
+        # By layer type, or that of all layers as None.
+        self._rotaries = {each: Rotary(rotary, apply, longrope, each) for each in types}
         self.longrope = next((r.longrope for r in self._rotaries.values() if r.longrope), None)
         self.windows = _windows(self.config)
         self.layers = _layers(attentions, self.config, self._rotaries, self.windows)
@@ -270,12 +273,6 @@ def _windows(config: Any) -> tuple[int | None, ...]:
 def _by_type(rope: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """RoPE parameters by layer type, where layers of different types rotate differently."""
     return {name: each for name, each in rope.items() if isinstance(each, dict)}
-
-
-def _rotaries(module: Any, apply: ApplyRotary, longrope: LongRopeRule) -> dict[str | None, Rotary]:
-    """A backbone's rotations by layer type, or that of all layers as None."""
-    types: list[str | None] = [*_by_type(module.config.rope_parameters or {})]
-    return {each: Rotary(module, apply, longrope, each) for each in types or [None]}
 
 
 def _layers(
