@@ -82,10 +82,6 @@ class StepPass(Pass):
             return layer.slots, self.cache.shifted(layer.seen - layer.slots)
         return layer.slots, layer.own_slots(0)
 
-    def begin(self) -> None:
-        """Before the layers of a step run."""
-        self._now = {}
-
     def rotation(
         self, layer_idx: int, hidden: Tensor, cache: RetainedCache, rotary: Rotary
     ) -> tuple[Tensor, Tensor]:
@@ -205,7 +201,6 @@ class GraphedSteps:
     def _step(self, run: Callable[..., Any], ids: Tensor) -> Any:
         assert self._steps is not None
         with self._cache.during(self._steps):
-            self._steps.begin()
             # Positions are the cache's business; the stock rotary module only needs a shape.
             outputs = run(
                 input_ids=ids,

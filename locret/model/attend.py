@@ -158,9 +158,9 @@ def _attend_blocks(
         own = slots - new + start
         first, last = max(own - window + 1, 0), min(own + window, slots)
         left = None if empty is None else (empty - first).clamp(min=0)
-        part = query[:, :, start : start + window]
+        queries = query[:, :, start : start + window]
         keys, values = key[:, :, first:last], value[:, :, first:last]
-        outputs.append(attend(part, keys, values, scaling, backend, left, weighting))
+        outputs.append(attend(queries, keys, values, scaling, backend, left, weighting))
     return torch.cat(outputs, dim=1)
 
 
@@ -243,8 +243,8 @@ def _attend_eager(
     for start in range(0, new, rows):
         end = min(start + rows, new)
         last = slots - new + end  # later slots are the future of all of them
-        part, keys, values = query[:, :, start:end], key[:, :, :last], value[:, :, :last]
-        outputs.append(_eager_block(part, keys, values, scaling, empty, weighting))
+        queries, keys, values = query[:, :, start:end], key[:, :, :last], value[:, :, :last]
+        outputs.append(_eager_block(queries, keys, values, scaling, empty, weighting))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 

@@ -66,7 +66,7 @@ class LayerCall:
 
     @property
     def output_weight(self) -> Tensor | None:
-        """[hidden size, H*G * D]; None where it is stored in fewer bits, in parts, or elsewhere."""
+        """[hidden size, H*G * D]; None where it is in fewer bits, in shards, or elsewhere."""
         if hasattr(self.output, "base_layer"):  # an adapter adds to the weight that it wraps
             return None
         weight = getattr(self.output, "weight", None)

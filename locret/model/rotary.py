@@ -40,7 +40,7 @@ class Pattern:
     sign: Tensor
 
     def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """The rotary module's tables [B, S, R] as `rotate_at_slots` takes them: one column for each
+        """The rotary module's tables [B, S, R] as `rotate_at_slots` takes them: one number for each
         channel, signs in the sines."""
         index = self.cos_index.to(cos.device)
         if not torch.equal(self.cos_index, torch.arange(cos.shape[-1])):
@@ -72,7 +72,7 @@ class PinnedRotary:
         pinned.rope_type = "default" if layer_type is None else {layer_type: "default"}
 
     def __call__(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [1, S, columns] at `positions` [1, S], on the device of `like`."""
+        """cos and sin [1, S, R] at `positions` [1, S], on the device of `like`."""
         # The class's forward: hooks and wrappers on the instance are the backbone's business.
         module = self._module
         return type(module).forward(module, like, positions, *self._which)
@@ -88,13 +88,13 @@ def find_pattern(apply: ApplyRotary, module: PinnedRotary) -> Pattern | None:
     of those that the fused kernel knows."""
     device, size = module.inv_freq.device, module.size
     like, positions = torch.zeros(1, device=device), torch.zeros(1, 1, device=device).long()
-    columns = module(like, positions)[0].shape[-1]
+    width = module(like, positions)[0].shape[-1]
     channels = torch.arange(1.0, size + 1)
-    count, zero, one = torch.arange(1.0, columns + 1), torch.zeros(columns), torch.ones(columns)
+    count, zero, one = torch.arange(1.0, width + 1), torch.zeros(width), torch.ones(width)
 
     def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x.view(1, 1, 1, size)
-        return apply(x, x[:, :0], cos.view(1, 1, columns), sin.view(1, 1, columns))[0].flatten()
+        return apply(x, x[:, :0], cos.view(1, 1, width), sin.view(1, 1, width))[0].flatten()
 
     ones = torch.ones(size)
     cos_index = turned(ones, count, zero).long() - 1
@@ -202,8 +202,8 @@ class Rotary:
         key = (choices, like.device, like.dtype, dim)
         found = self._tables.get(key)
         if found is None:
-            parts = [self._compute(*choice, like) for choice in choices]
-            cos, sin = (torch.cat(each, dim) for each in zip(*parts, strict=True))
+            tables = [self._compute(*choice, like) for choice in choices]
+            cos, sin = (torch.cat(each, dim) for each in zip(*tables, strict=True))
             fused = self._pattern.tables(cos, sin) if self._pattern and like.is_cuda else None
             found = Tables(cos, sin, fused)
             # A new dict instead of a changed one: threads may share an engine.
