@@ -134,8 +134,9 @@ class PlainStore(Columns):
     def rebuild(self, keys: Tensor, room: int, empty: Tensor | None = None) -> None:
         """Hold the same units with other `keys` [B, H, S, D], in a storage with `room` to spare.
         The first `empty` [B, H] slots hold nothing."""
-        self.tensors = (keys, *self.tensors[1:])
-        self.grow(self.tensors, self.held + room)
+        stored = [keys, *list(self)[1:]]
+        self.clear()
+        super().append(stored, room)
 
     def make_room(self, room: int, first_position: int) -> None:
         """Let units be written to the tail in place: spare room, `room` units if there is none,
@@ -187,12 +188,11 @@ class RetainedLayer(CacheLayerMixin):
     Where heads keep different numbers of units (`Policy.allot`), more of a head's slots are empty.
     `after_eviction` is how many slots were taken after the last eviction, 0 before the first.
     `state` is what a policy remembers of this layer and request, by name.
-    `host` holds what was evicted, for recall; None = what is evicted is gone.
+    `host` holds what was evicted, for recall; None = what is evicted is gone. Units hold weights if
+    the layer `merges` evicted values.
 
     A layer with a `window` attends to so many tokens, the newest included: it holds the last
     window - 1 units, unrotated, whatever the budget and the positions are.
-
-    Units hold weights if the layer `merges` evicted values.
     """
 
     is_sliding = False
