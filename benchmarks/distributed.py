@@ -6,7 +6,7 @@
 Heads of a model with random weights are trained through the command line that users have:
   one      one device that accumulates as many batches as there are devices elsewhere
   ddp      a batch on each device
-  sharded  the same with the backbone sharded by FSDP2 (`trainers.sharding`)
+  sharded  the same with the backbone sharded by FSDP2 (`trainers.distributed`)
 """
 
 import argparse

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.shapes import SHAPES
 from locret.kernels import (
-    PackedUnits,
+    PackedKV,
     decode_attention,
     decode_attention_quantized,
     expand_units,
@@ -31,13 +31,11 @@ from locret.kernels import (
     store_units,
     threshold_select,
 )
-from locret.kernels.compact import gather_units_reference
-from locret.kernels.decode import decode_attention_reference
+from locret.kernels.decode import decode_attention_reference, store_units_reference
 from locret.kernels.decode_quantized import decode_attention_quantized_reference
-from locret.kernels.expand import expand_units_reference
+from locret.kernels.evict import gather_units_reference, threshold_select_reference
+from locret.kernels.packed import expand_units_reference
 from locret.kernels.rotate import rotate_at_slots_reference
-from locret.kernels.select import threshold_select_reference
-from locret.kernels.store import store_units_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = tuple(TOLERANCE)
@@ -187,17 +185,17 @@ def _check_expand() -> Iterator[str]:
         packed = _packed(2, heads, count, size, bits, channels)
         for parts, starts in _parts(packed):
             out = torch.full((2, heads, count, size), torch.nan, dtype=dtype, device="cuda")
-            expand_units(*parts, bits, channels, out, starts)
-            expected = expand_units_reference(*parts, bits, channels, size, starts).to(dtype)
+            expand_units(parts, bits, channels, out, starts)
+            expected = expand_units_reference(parts, bits, channels, size, starts).to(dtype)
             same = torch.equal(out, expected)
             yield "" if same else f"{(heads, size, count, bits, channels, dtype)}: differs"
 
 
-def _parts(packed: PackedUnits) -> tuple[tuple[tuple[Tensor, ...], Tensor | None], ...]:
-    """Codes, scale and minimum, with the starts of runs: of the keys and of the values."""
+def _parts(packed: PackedKV) -> tuple[tuple[tuple[Tensor, ...], Tensor | None], ...]:
+    """Codes, scale and minimum, with the starts of blocks: of the keys and of the values."""
     return (
-        ((packed.key_codes, packed.key_scale, packed.key_minimum), packed.key_starts),
-        ((packed.value_codes, packed.value_scale, packed.value_minimum), None),
+        (packed.keys, packed.starts),
+        (packed.values, None),
     )
 
 
@@ -317,7 +315,7 @@ def _timed(given: argparse.Namespace) -> Iterator[tuple[str, Timed]]:
                 )
                 for i in sets
             ],
-            sum(part.nbytes for part in vars(packed[0]).values() if isinstance(part, Tensor))
+            sum(x.nbytes for x in (*packed[0].keys, packed[0].starts, *packed[0].values))
             + 4 * heads * 256 * size,
         ),
     )
@@ -328,9 +326,9 @@ def _timed(given: argparse.Namespace) -> Iterator[tuple[str, Timed]]:
         yield (
             f"expand_units, {what}",
             Timed(
-                [_call(expand_units, *parts, 4, 64, whole, starts) for parts, starts in sides],
+                [_call(expand_units, parts, 4, 64, whole, starts) for parts, starts in sides],
                 [
-                    _call(expand_units_reference, *parts, 4, 64, size, starts)
+                    _call(expand_units_reference, parts, 4, 64, size, starts)
                     for parts, starts in sides
                 ],
                 sum(part.nbytes for part in sides[0][0]) + whole.nbytes,
@@ -361,7 +359,7 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
     return lambda: function(*arguments)
 
 
-def _packed(batch: int, heads: int, count: int, size: int, bits: int, group: int) -> PackedUnits:
+def _packed(batch: int, heads: int, count: int, size: int, bits: int, group: int) -> PackedKV:
     """Random packed units, of whose full runs an eviction has left three quarters."""
     runs = -(-count * 4 // (3 * group))
     run = _random(batch, heads, runs * group).argsort(-1)[..., :count] // group
@@ -372,7 +370,7 @@ def _packed(batch: int, heads: int, count: int, size: int, bits: int, group: int
     codes = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
     rows = (_random(2, batch, heads, runs, size) / 2**bits).half()
     tables = (_random(2, batch, heads, count, -(-size // group)) / 2**bits).half()
-    return PackedUnits(codes[0], *rows, starts, codes[1], *tables, bits=bits, group=group)
+    return PackedKV((codes[0], *rows), starts, (codes[1], *tables), bits, group)
 
 
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

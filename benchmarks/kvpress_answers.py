@@ -64,8 +64,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def write_model_and_prompts(given: argparse.Namespace, folder: Path) -> None:
     """What both are given: float32 weights with the adapter in them, and tokens."""
-    from locret.evaluation.needle import NeedleSettings, make_samples, needle_prompt
+    from locret.evaluation.prompts import Renderer
     from locret.model.loading import load_model
+    from locret.tasks import TASKS, TaskSettings
+    from locret.tasks.needle import FIRST_SEED, HAYSTACK
 
     loaded = load_model(given.model, dtype="float32", device="cpu", adapter=given.adapter or None)
     config = copy.deepcopy(loaded.model.config)
@@ -75,16 +77,21 @@ def write_model_and_prompts(given: argparse.Namespace, folder: Path) -> None:
     plain.save_pretrained(folder)
     tokenizer = loaded.tokenizer
     tokenizer.save_pretrained(folder)
-    asked = NeedleSettings(
-        tokens=given.tokens, count=given.count, seed=given.seed, haystack=None
-    )  # in running text
+    renderer = Renderer(tokenizer, chat=True)
+    in_prose = TaskSettings(
+        length=given.tokens,
+        depths=given.count,
+        seed=given.seed - FIRST_SEED,
+        data={HAYSTACK: "reference"},
+    )
     prompts = []
-    for _, sample in make_samples(asked, tokenizer):
-        ids = needle_prompt(sample, tokenizer, asked.answer_prefix)[0].tolist()
-        question = sample.question + tokenizer.decode(ids).rpartition(sample.question)[2]
-        tail = tokenizer(question, add_special_tokens=False)["input_ids"]
+    for sample in TASKS["niah_single"](in_prose).samples(given.count, renderer):
+        ids = list(renderer.render(sample).ids)
+        question = sample.question.strip()
+        asked = question + tokenizer.decode(ids).rpartition(question)[2]
+        tail = tokenizer(asked, add_special_tokens=False)["input_ids"]
         assert ids[-len(tail) :] == tail
-        prompts.append({"ids": ids, "question": len(tail), "expected": sample.expected[0]})
+        prompts.append({"ids": ids, "question": len(tail), "expected": sample.answers[0]})
     (folder / "prompts.json").write_text(json.dumps(prompts))
 
 

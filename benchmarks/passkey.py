@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import record
 from benchmarks.answer_clock import AnswerClock, OutOfTime
 from locret import Engine, RetainingHeads
-from locret.evaluation.needle import needle_prompt
+from locret.evaluation.prompts import Renderer
 from locret.model.hooks import cache_of
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import POLICIES, LocretPolicy
+from locret.tasks.needle import as_sample
 from locret.tasks.synthetic import make_sample
 
 GPU_TOKENS, CPU_TOKENS = 1_000_000, 65_536
@@ -93,7 +96,8 @@ def _ask(
 ) -> dict[str, Any]:
     tokenizer: Any = loaded.tokenizer
     sample = make_sample("passkey", tokens, tokenizer, given.seed, depth, haystack="noise")
-    ids = needle_prompt(sample, tokenizer, answer_prefix=True).to(loaded.model.device)
+    prompt = Renderer(tokenizer, chat=True).render(as_sample(sample, str(given.seed)))
+    ids = torch.tensor([prompt.ids], device=loaded.model.device)
     print(f"depth {depth}: reading {ids.shape[1]} tokens", flush=True)
     record.reset_peak(clock.device)
     clock.start()

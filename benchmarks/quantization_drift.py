@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from locret.quantization import QuantizedUnits, make_scheme
+from locret.quantization import QuantizedStore, make_scheme
 from locret.quantization.packed import quantize_keys
 
 HEADS = 2
@@ -52,7 +52,7 @@ def measure(setting: Setting, head_size: int, evictions: int) -> dict[str, float
     """Errors after so many evictions, and what is held then."""
     torch.manual_seed(0)
     scheme = make_scheme("kivi", residual=setting.residual)
-    store, again = QuantizedUnits(scheme), QuantizedUnits(scheme)
+    store, again = QuantizedStore(scheme), QuantizedStore(scheme)
     offset, spread = torch.randn(head_size) * 3, torch.exp(torch.randn(head_size) * 0.5)
     originals, ranks = torch.empty(1, HEADS, 0, head_size), torch.empty(1, HEADS, 0)
     draw = torch.distributions.StudentT(torch.tensor(6.0))
@@ -62,7 +62,7 @@ def measure(setting: Setting, head_size: int, evictions: int) -> dict[str, float
         originals, ranks = torch.cat([originals, keys.float()], 2), torch.cat([ranks, fresh], 2)
         for each in (store, again):
             each.append(keys, keys)
-        if store.held <= setting.budget:
+        if store.count <= setting.budget:
             continue
         by = ranks if setting.ranks == "fixed" else torch.rand(ranks.shape)
         index = by.topk(setting.budget, -1).indices.sort(-1).values
@@ -81,7 +81,7 @@ def measure(setting: Setting, head_size: int, evictions: int) -> dict[str, float
         "error": error,
         "error_over_once": error / error_once,
         "again_over_once": error_again / error_once,
-        "runs_over_full_runs": store.packed_keys.rows[0].shape[2] / -(-packed // scheme.group),
+        "runs_over_full_runs": store.packed_keys.tables[0].shape[2] / -(-packed // scheme.group),
         "bytes_over_16_bit": store.nbytes / (4 * HEADS * setting.budget * head_size),
     }
 

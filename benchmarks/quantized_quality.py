@@ -2,7 +2,7 @@
 
     python -m benchmarks.quantized_quality --tokens 3000 --count 20 --out r.json
 
-Every system answers the same needle prompts (`locret.tasks.synthetic`), greedily:
+Every system answers the same needle prompts (`locret.tasks.needle`), greedily:
   full          stock generate with the full cache
   none          locret without eviction and quantization: the same tokens as `full`
   kivi-4        locret, nothing evicted, keys and values by a scheme in so many bits
@@ -20,12 +20,14 @@ from torch import Tensor
 from transformers import QuantizedCache
 
 from benchmarks import record
+from benchmarks.transformers_backends import transformers_backends
 from locret import Engine
-from locret.evaluation import needle
-from locret.evaluation.report_needle import wilson
+from locret.evaluation.prompts import Renderer
+from locret.evaluation.results import wilson
 from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
-from locret.quantization.baselines import transformers_backends
+from locret.tasks import TASKS, TaskSettings
+from locret.tasks.needle import HAYSTACK
 
 Answer = Callable[[Tensor], Tensor]
 """The new tokens [n] after a prompt [1, n]."""
@@ -37,14 +39,14 @@ def main(args: Sequence[str] | None = None) -> None:
     loaded = load_model(
         given.model, dtype=given.dtype, device=given.device, adapter=given.adapter or None
     )
-    asked = needle.NeedleSettings(
-        tasks=tuple(given.tasks), tokens=given.tokens, count=given.count, haystack=None
-    )
-    samples = [sample for _, sample in needle.make_samples(asked, loaded.tokenizer)]
     tokenizer: Any = loaded.tokenizer
+    renderer = Renderer(tokenizer, chat=True)
+    settings = TaskSettings(length=given.tokens, depths=given.count, data={HAYSTACK: "reference"})
+    tasks = [TASKS[name](settings) for name in given.tasks]
+    asked = [(task, sample) for task in tasks for sample in task.samples(given.count, renderer)]
     prompts = [
-        needle.needle_prompt(sample, tokenizer, answer_prefix=True).to(loaded.model.device)
-        for sample in samples
+        torch.tensor([renderer.render(sample).ids], device=loaded.model.device)
+        for _, sample in asked
     ]
     figures: dict[str, Any] = {"systems": {}, "refused": {}}
     full: list[str] = []
@@ -52,17 +54,21 @@ def main(args: Sequence[str] | None = None) -> None:
         new = [system(ids) for ids in prompts]
         answers = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
         full = full or answers
-        hits = [s.score(answer) == 1.0 for s, answer in zip(samples, answers, strict=True)]
-        low, high = wilson(sum(hits), len(hits))
+        scores = [
+            task.score(sample, answer)["found"]
+            for (task, sample), answer in zip(asked, answers, strict=True)
+        ]
+        hits, count = round(sum(scores)), len(scores)
+        low, high = wilson(hits, count)
         figures["systems"][name] = {
-            "found": sum(hits),
-            "count": len(hits),
+            "found": hits,
+            "count": count,
             "interval": [low, high],
             "answers_of_full": sum(a == b for a, b in zip(answers, full, strict=True)),
             "answers": answers,
         }
         print(
-            f"{name:<12}{sum(hits):>4}/{len(hits)}  ({low:.2f} to {high:.2f})  "
+            f"{name:<12}{hits:>4}/{count}  ({low:.2f} to {high:.2f})  "
             f"{figures['systems'][name]['answers_of_full']} answers are those of full",
             flush=True,
         )

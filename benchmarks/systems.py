@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache, QuantizedCache
 
 from benchmarks.answer_clock import AnswerClock
+from benchmarks.transformers_backends import transformers_backends
 from locret import Engine, HeadsConfig, RetainingHeads
 from locret.model.backbone import Backbone
 from locret.model.hooks import as_argument, as_before, cache_of
 from locret.policies import LocretPolicy
-from locret.quantization.baselines import transformers_backends
 
 Answer = Callable[[Tensor, AnswerClock], Any]
 """(ids [B, n], clock) -> the cache."""

@@ -21,8 +21,8 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.conversations import Conversation, Sample
-from datamodules.encoder import ConversationEncoder
+from datamodules.conversations import Conversation
+from datamodules.encoder import ConversationEncoder, Sample
 
 _FORMAT = 1  # raise it with every change of what a sample is or how a file is written
 _NUMBERS = ("cut", "answers_cut", "answers_unmatched", "answers_removed")

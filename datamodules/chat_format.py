@@ -3,18 +3,25 @@
 The tokens of a conversation are those that the model will meet in use: the template over all
 messages but the last, with the generation prompt, then the last answer and the token that ends a
 turn. Earlier answers are found again in these tokens, never re-tokenised into them. An answer that
-calls tools is what the template writes for it.
+calls tools is what the template writes for it. Many templates write a conversation with tools and
+leave the tools out, without an error: so what a template writes is tried on the conversation itself
+(`missing_from`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.conversations import Message, SkippedRow, Tool
-from datamodules.cutting import Span
-from datamodules.tools import missing_from
+
+Span = tuple[int, int]  # start and exclusive end
+
+_CALL, _RESULT, _TOOL = "locretcall", "locretresult", "locrettool"
+"""Names and texts that no conversation holds; a number follows."""
+
+_TAKES_NO = {_CALL: "tool calls", _RESULT: "tool results", _TOOL: "tools"}
 
 # Beside their own errors, templates fail as Python does: on a missing key, on adding to None.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError)
@@ -176,3 +183,53 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that stand for no text of their own: ends of turns, roles and the like."""
     return {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+
+
+def missing_from(
+    write: Callable[[Sequence[Message], Sequence[Tool]], str | None],
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+) -> str | None:
+    """What a chat template leaves out of a conversation with tools.
+
+    Args:
+        write: the text of messages and tools, or None if the template refuses them.
+
+    Returns:
+        "tool calls", "tool results" or "tools"; None if the template writes all of them.
+    """
+    probed, probed_tools, probes = _probed(messages, tools)
+    if not probes:
+        return None
+    text = write(probed, probed_tools)
+    lost = probes if text is None else [probe for probe in probes if probe not in text]
+    return _TAKES_NO[lost[0].rstrip("-0123456789")] if lost else None
+
+
+def _probed(
+    messages: Sequence[Message], tools: Sequence[Tool]
+) -> tuple[list[Message], list[Tool], list[str]]:
+    """The conversation with a probe for each call, result and tool, and these in that order."""
+    probes: dict[str, list[str]] = {_CALL: [], _RESULT: [], _TOOL: []}
+
+    def probe(kind: str) -> str:
+        probes[kind].append(f"{kind}-{len(probes[kind])}-")
+        return probes[kind][-1]
+
+    made: list[Message] = []
+    for message in messages:
+        copy = message.copy()
+        if message["role"] == "tool":
+            copy["content"] = probe(_RESULT)
+        if message.get("tool_calls"):
+            copy["tool_calls"] = [_renamed(call, probe(_CALL)) for call in message["tool_calls"]]
+        made.append(copy)
+    offered = [_renamed(tool, probe(_TOOL)) for tool in tools]
+    return made, offered, [name for names in probes.values() for name in names]
+
+
+def _renamed(holder: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A tool or call under another name."""
+    if isinstance(holder.get("function"), Mapping):
+        return {**holder, "function": {**holder["function"], "name": name}}
+    return {**holder, "name": name}

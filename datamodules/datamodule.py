@@ -8,21 +8,23 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.batches import collate
 from datamodules.cache import CachedEncoder
 from datamodules.conversations import Conversation
-from datamodules.cutting import Cut
-from datamodules.dataset import ConversationDataset, Encode
-from datamodules.encoder import ConversationEncoder
-from datamodules.epochs import Epochs, InOrder, Mixed, Shuffled
-from datamodules.loader import ResumableLoader
-from datamodules.sampler import ResumableSampler
+from datamodules.dataset import ConversationDataset, Encode, Tally, collate
+from datamodules.encoder import ConversationEncoder, Cut
+from datamodules.epochs import (
+    Epochs,
+    InOrder,
+    Mixed,
+    ResumableLoader,
+    ResumableSampler,
+    Shuffled,
+)
 from datamodules.sources import Source
-from datamodules.tally import Tally
 
 
 class ConversationDataModule(lightning.LightningDataModule):
-    """Conversations for training and validation, packed into rows; `batches.collate` says how.
+    """Conversations for training and validation, packed into rows; `collate` says how.
 
     The tokenizer is `self.tokenizer` if a caller has set it, else the `tokenizer` of the module
     that is being trained, so that there is one place that names the backbone.
@@ -35,7 +37,7 @@ class ConversationDataModule(lightning.LightningDataModule):
         max_prompt_tokens: bound on what stands before the last answer of a conversation, chat
             template included; longer ones are cut.
         max_answer_tokens: bound on each answer; longer ones are truncated.
-        cut: the part of a long prompt that goes: "middle", "left" or "right".
+        cut: what of a long prompt goes: "middle", "left" or "right".
         seed: of the order.
         num_workers: processes that make samples; 0 makes them in the training process.
         batch_size: samples that are packed into one row; the last row of an epoch may have fewer.
@@ -103,7 +105,10 @@ class ConversationDataModule(lightning.LightningDataModule):
         if self._datasets:
             return
         tokenizer = self._find_tokenizer()
-        encode = self._make_encode(tokenizer)
+        encoder = ConversationEncoder(
+            tokenizer, self.max_prompt_tokens, self.max_answer_tokens, self.cut
+        )
+        encode: Encode = CachedEncoder(encoder, self.cache_dir) if self.cache_dir else encoder
         found: dict[str, ConversationDataset] = {}
         for name, sources in (("train", self.train), ("val", self.val)):
             if sources:
@@ -120,9 +125,7 @@ class ConversationDataModule(lightning.LightningDataModule):
             self._datasets["train"],
             sampler=self._sampler("train", self._train_epochs),
             in_flight=self._in_flight,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=collate,
+            **self._options,
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -133,9 +136,7 @@ class ConversationDataModule(lightning.LightningDataModule):
         return DataLoader(
             dataset,
             sampler=self._sampler("val", InOrder(len(dataset))),
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=collate,
+            **self._options,
         )
 
     def count(self, batch: Mapping[str, Any]) -> None:
@@ -162,7 +163,7 @@ class ConversationDataModule(lightning.LightningDataModule):
 
         Returns:
             For "train", and "val" if there is one, and each source by its name: "rows" read and
-            "conversations" found in them; the counts of `tally.count_sample` for the batches given
+            "conversations" found in them; the counts of `count_sample` for the batches given
             to `count`; and "skipped": {reason: {"count", "first" place}}, of broken rows, which
             are known from the start, and of conversations that gave no sample, known once drawn.
             For "val", of which nothing is counted, only what was read.
@@ -188,6 +189,15 @@ class ConversationDataModule(lightning.LightningDataModule):
         if self.trainer is None or self.trainer.is_global_zero:
             self._tally.merge(state_dict)
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Of both loaders; asked when they are made, for Lightning may look for a batch size."""
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "collate_fn": collate,
+        }
+
     def _check_batches(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
@@ -199,12 +209,6 @@ class ConversationDataModule(lightning.LightningDataModule):
                 f"max_batch_tokens is {self.max_batch_tokens}; lower one of the former or "
                 "batch_size, and raise the trainer's accumulate_grad_batches instead"
             )
-
-    def _make_encode(self, tokenizer: PreTrainedTokenizerBase) -> Encode:
-        encoder = ConversationEncoder(
-            tokenizer, self.max_prompt_tokens, self.max_answer_tokens, self.cut
-        )
-        return CachedEncoder(encoder, self.cache_dir) if self.cache_dir else encoder
 
     def _make_epochs(self, dataset: ConversationDataset) -> Epochs:
         if self.weights is None:

@@ -1,15 +1,27 @@
-"""Samples by index, with what had to be skipped to get them."""
+"""Conversations to batches: samples by index, several to a row, and what became of them all."""
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import ConcatDataset, Dataset
 
-from datamodules.conversations import Conversation, Sample, Skipped, SkippedRow
-from datamodules.joined import Joined
+from datamodules.conversations import Conversation, SkippedRow
+from datamodules.encoder import Sample
+from locret.training.segments import Segment
 
 Encode = Callable[[Conversation], Sample]
+
+
+class Skipped(NamedTuple):
+    """A conversation that gave no sample: where it is, why, its source, its index."""
+
+    where: str
+    reason: str
+    source: str
+    number: int
 
 
 class Item(NamedTuple):
@@ -45,7 +57,7 @@ class ConversationDataset(Dataset[Item]):
         self.encode = encode
         self.sizes = {name: len(items) for name, items in conversations.items()}
         self._names = list(conversations)
-        self._all = Joined(list(conversations.values()))
+        self._all = ConcatDataset(list(conversations.values()))
         self._skipped: dict[int, Skipped] = {}
 
     def __len__(self) -> int:
@@ -57,11 +69,13 @@ class ConversationDataset(Dataset[Item]):
         Raises:
             ValueError: if no conversation of its source gives a sample.
         """
-        part, offset = self._all.locate(i)
-        start, size, name = self._all.start(part), len(self._all.parts[part]), self._names[part]
+        i, ends = range(len(self))[i], self._all.cumulative_sizes
+        source = bisect_right(ends, i)
+        name, end = self._names[source], ends[source]
+        size = self.sizes[name]
         passed: list[Skipped] = []
-        for j in (*range(offset, size), *range(offset)):
-            found = self._try(start + j, name)
+        for j in (*range(i, end), *range(end - size, i)):
+            found = self._try(j, name)
             if isinstance(found, Sample):
                 return Item(found, name, tuple(passed))
             passed.append(found)
@@ -77,10 +91,12 @@ class ConversationDataset(Dataset[Item]):
         Raises:
             ValueError: if there is none in one of them.
         """
-        for part, (name, size) in enumerate(self.sizes.items()):
+        start = 0
+        for name, size in self.sizes.items():
             if not size:
                 raise ValueError(f"{name} is empty, expected at least one conversation")
-            self[self._all.start(part)]
+            self[start]
+            start += size
 
     def _try(self, i: int, name: str) -> Sample | Skipped:
         if i in self._skipped:
@@ -98,3 +114,111 @@ class ConversationDataset(Dataset[Item]):
     def _skip(self, i: int, skipped: Skipped) -> Skipped:
         self._skipped[i] = skipped
         return skipped
+
+
+COUNTS = (
+    *("used", "answers", "cut", "cut_tokens", "answers_cut", "answers_cut_tokens"),
+    *("answers_unmatched", "answers_removed"),
+)
+"""What is counted of samples; see `count_sample`."""
+
+
+def count_sample(sample: Sample) -> dict[str, int]:
+    """What one sample adds to the counts.
+
+    Returns:
+        used: 1. A sample counts each time that it is trained on.
+        answers: answers that label tokens.
+        cut, cut_tokens: whether its prompt was cut, and by how many tokens.
+        answers_cut, answers_cut_tokens: likewise for answers that were longer than the bound.
+        answers_unmatched, answers_removed: as in `Sample`.
+    """
+    cut, short = sample.cut, sample.answers_cut
+    unmatched, removed = sample.answers_unmatched, sample.answers_removed
+    cuts = (int(cut > 0), cut, int(short > 0), short)
+    found = (1, len(sample.answers), *cuts, unmatched, removed)
+    return dict(zip(COUNTS, found, strict=True))
+
+
+class Counted(NamedTuple):
+    """What the report needs to know of one sample.
+
+    It travels in the batch, because samples may be made in processes that are gone when the report
+    is asked for, and as plain numbers, so that counting does not wait for a GPU.
+    """
+
+    source: str  # name of the source in the data module
+    id: str
+    counts: dict[str, int]  # see `count_sample`
+
+
+def collate(items: Sequence[Item]) -> dict[str, Any]:
+    """A batch.
+
+    Returns:
+        input_ids: int64 [1, N], the samples one after the other; each may attend to itself only.
+        segments: list of `locret.training.segments.Segment`, one a sample, offsets in the row.
+        cut: int64 [samples], tokens removed from each prompt.
+        samples: list of `Counted`, for `ConversationDataModule.count`.
+        skipped: list of `Skipped`: conversations that gave no sample, with the place and why.
+    """
+    samples = [item.sample for item in items]
+    return {
+        "input_ids": torch.cat([sample.input_ids for sample in samples])[None],
+        "segments": _segments(items),
+        "cut": torch.tensor([sample.cut for sample in samples]),
+        "samples": [Counted(i.source, i.sample.id, count_sample(i.sample)) for i in items],
+        "skipped": [skipped for item in items for skipped in item.skipped],
+    }
+
+
+def _segments(items: Sequence[Item]) -> list[Segment]:
+    segments: list[Segment] = []
+    start = 0
+    for item in items:
+        answers = tuple((start + a, start + b) for a, b in item.sample.answers)
+        end = start + len(item.sample.input_ids)
+        segments.append(Segment(start, end, answers))
+        start = end
+    return segments
+
+
+class Tally:
+    """Counts by source, of the batches that were added.
+
+    Attributes:
+        counts: for each source, how often each of `COUNTS` occurred.
+        skipped: for each source, place and reason of each skipped conversation, by its index. One
+            that was met again, in a later epoch or by another worker, counts once.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Counter[str]] = {}
+        self.skipped: dict[str, dict[int, tuple[str, str]]] = {}
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Count a batch of `collate`."""
+        for info in batch["samples"]:
+            self.counts.setdefault(info.source, Counter()).update(info.counts)
+        for where, reason, source, number in batch["skipped"]:
+            self.skipped.setdefault(source, {})[number] = (where, reason)
+
+    def report(self, source: str) -> dict[str, Any]:
+        """The counts of a source, and under "skipped" {reason: {"count", "first"}}."""
+        skipped: dict[str, dict[str, Any]] = {}
+        for _, (where, reason) in sorted(self.skipped.get(source, {}).items()):
+            skipped.setdefault(reason, {"count": 0, "first": where})["count"] += 1
+        counts = self.counts.get(source, Counter())
+        return {**{name: counts[name] for name in COUNTS}, "skipped": skipped}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain dicts, for a checkpoint."""
+        counts = {source: dict(counter) for source, counter in self.counts.items()}
+        return {"counts": counts, "skipped": {s: dict(found) for s, found in self.skipped.items()}}
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Add another tally's `state_dict`: of an earlier part of the run, or of another rank."""
+        for source, counts in state["counts"].items():
+            self.counts.setdefault(source, Counter()).update(counts)
+        for source, skipped in state["skipped"].items():
+            self.skipped.setdefault(source, {}).update(skipped)

@@ -5,21 +5,62 @@ sample = encoder(conversation)
 start, end = sample.answers[0]
 sample.input_ids[:start]      # what the cache holds when the first answer begins
 sample.input_ids[start:end]   # the answer, whose attention labels the tokens before it
+
+Of an over-long prompt one stretch goes: the middle, the left or the right. Where it would begin or
+end inside an earlier answer of the conversation it grows until that answer is gone as a whole, for
+half an answer would teach what nobody said; the prompt is then shorter than the bound by up to that
+answer's length.
 """
 
 import json
-from typing import get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
+from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.chat_format import ChatFormat
-from datamodules.conversations import Conversation, Message, Sample, SkippedRow, Tool
-from datamodules.cutting import Cut, Span, cut_spans, cut_window
+from datamodules.chat_format import ChatFormat, Span
+from datamodules.conversations import Conversation, Message, SkippedRow, Tool
+
+Cut = Literal["middle", "left", "right"]
+
+
+@dataclass
+class Sample:
+    """Tokens of one conversation.
+
+    Attributes:
+        input_ids: int64 [n], the conversation; it ends with the last answer.
+        answers: (start, end) of each answer, offsets in `input_ids`, end exclusive, in order and
+            without overlap; at least one token stands before the first; the last ends at n.
+        cut: tokens that were removed before the last answer, 0 for most.
+        answers_cut: tokens that the bound took from answers, 0 for most: the end of the last answer
+            is removed; of an earlier one it stays, as prompt of the later ones, and labels nothing.
+        source: as in the conversation.
+        id: as in the conversation.
+        answers_unmatched: earlier answers that the chat template renders in another way once the
+            conversation has gone on (it drops reasoning, say); they are prompt and label nothing.
+        answers_removed: earlier answers that went with the tokens in `cut`.
+    """
+
+    input_ids: LongTensor
+    answers: tuple[tuple[int, int], ...]
+    cut: int
+    answers_cut: int
+    source: str
+    id: str
+    answers_unmatched: int = 0
+    answers_removed: int = 0
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the last answer."""
+        return self.answers[-1][0]
 
 
 class ConversationEncoder:
-    """Turns conversations into samples. `chat_format.py` says which tokens, `cutting.py` which go.
+    """Turns conversations into samples. `chat_format.py` says which tokens, `cut_window` which go.
 
     Every answer of the assistant labels the tokens before it. Prompt and last answer have a bound
     each, and the prompt is cut before the answer is appended; earlier answers belong to the prompt.
@@ -28,7 +69,7 @@ class ConversationEncoder:
         tokenizer: of the backbone.
         max_prompt_tokens: bound on what stands before the last answer, template included.
         max_answer_tokens: bound on each answer, end-of-turn token included.
-        cut: which part of a long prompt goes. "middle" keeps the first and the last half, and so
+        cut: what of a long prompt goes. "middle" keeps the first and the last half, and so
             the template's frame, the opening and the question; "left" removes the start, with it
             the oldest turns; "right" the end.
 
@@ -143,3 +184,38 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def cut_window(length: int, limit: int, cut: Cut, answers: tuple[Span, ...] = ()) -> Span:
+    """The stretch of a prompt that goes, so that at most `limit` tokens are left.
+
+    Args:
+        length: tokens of the prompt.
+        limit: the most to keep, at least 1.
+        cut: what goes. Without its middle an odd limit keeps one token more at the start
+            than at the end.
+        answers: earlier answers within the prompt, none of them at its very start.
+
+    Returns:
+        Start and exclusive end; both are `length` when nothing has to go.
+    """
+    if length <= limit:
+        return length, length
+    start = {"middle": (limit + 1) // 2, "left": 0, "right": limit}[cut]
+    end = start + length - limit
+    for first, last in answers:
+        start = first if first < start < last else start
+        end = last if first < end < last else end
+    return start, end
+
+
+def cut_spans(spans: tuple[Span, ...], window: Span) -> tuple[Span, ...]:
+    """Where the spans lie once the window is gone; without those that went with it.
+
+    A span that the cut left with no token before it is dropped too: there is nothing to label.
+    """
+    start, end = window
+    gone = end - start
+    kept = ((a, b) for a, b in spans if b <= start or a >= end)
+    moved = ((a - gone, b - gone) if a >= end else (a, b) for a, b in kept)
+    return tuple((a, b) for a, b in moved if a > 0)

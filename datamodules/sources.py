@@ -17,24 +17,21 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from random import Random
 from typing import Protocol, runtime_checkable
 
+from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.conversations import Conversation
-from datamodules.joined import Joined
-from datamodules.rows import SCHEMAS, parse_row
-from datamodules.synthetic import SyntheticSource
+from datamodules.conversations import SCHEMAS, Conversation, SkippedRow, exchange, parse_row
 from datamodules.tables import (
     Lines,
-    LinesOnDisk,
     ObjectTable,
     ParquetTable,
     Table,
     TableConversations,
 )
-
-__all__ = ["HubSource", "JsonlSource", "ParquetSource", "Source", "SyntheticSource"]
+from locret.tasks.synthetic import TASKS, make_sample, prompt_text
 
 
 @runtime_checkable
@@ -83,24 +80,24 @@ class TableSource(ABC):
         """
         self.report.clear()
         self.first_broken.clear()
-        parts: list[TableConversations] = []
+        found: list[TableConversations] = []
         for table in self.tables():
             left = None if self.limit is None else self.limit - self.report["conversations"]
-            parts.append(TableConversations(table, self._index(table, left)))
-            self.report["conversations"] += len(parts[-1])
-            if left == len(parts[-1]):
+            found.append(TableConversations(table, self._index(table, left)))
+            self.report["conversations"] += len(found[-1])
+            if left == len(found[-1]):
                 break
-        return Joined(parts)
+        return ConcatDataset(found)  # type: ignore[return-value]
 
     def _index(self, table: Table, limit: int | None) -> "array[int]":
-        """(row, part) of each conversation, alternating, at most `limit` of them."""
+        """(row, number within it) of each conversation, alternating, at most `limit` of them."""
         index = array("q")
         before = Counter(self.report)
         try:
             for i, raw in enumerate(table.scan()):
                 self.report["rows"] += 1
-                for part in range(self._conversations(table, i, raw)):
-                    index.extend((i, part))
+                for number in range(self._conversations(table, i, raw)):
+                    index.extend((i, number))
                     if len(index) // 2 == limit:
                         return index
         except (OSError, EOFError, zlib.error, ValueError, NotImplementedError) as error:
@@ -139,7 +136,7 @@ class JsonlSource(TableSource):
     Args:
         path: a `.jsonl` or `.jsonl.gz` file, a pattern with `*`, or a folder, of which all such
             files are taken, also those further down; in the order of their paths. Each row has one
-            of the schemas in `datamodules.rows.SCHEMAS`.
+            of the schemas in `datamodules.conversations.SCHEMAS`.
         limit: the most conversations to take, from the start; None takes all.
         streaming: leave the rows on disk and read each when it is drawn, for files that are larger
             than the memory. They are still read through once at the start. Not for gzipped files.
@@ -160,7 +157,7 @@ class JsonlSource(TableSource):
             ValueError: if no file is there, or a gzipped one is to be streamed.
         """
         for path in find_files(self.path, (".jsonl", ".jsonl.gz")):
-            yield (LinesOnDisk if self.streaming else Lines)(path, _stem(path))
+            yield Lines(path, _stem(path), self.streaming)
 
 
 class ParquetSource(TableSource):
@@ -261,3 +258,92 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
 
 def _stem(path: str) -> str:
     return Path(path).name.partition(".")[0]
+
+
+PROBES = 8  # samples of a task tried at the least length: how much text they need differs
+
+
+class SyntheticSource:
+    """Synthetic tasks, made when asked for and the same for one index everywhere.
+
+    Args:
+        tasks: names in `locret.tasks.synthetic.TASKS`, taken in turn.
+        tokens: tokens of the user message, or the (least, most) of lengths to draw from evenly. The
+            chat template comes on top: leave it room below the data module's max_prompt_tokens.
+        size: number of samples.
+        seed: another seed, other samples. Evaluation should use another one than training.
+        haystack: path of a text file; None is the language reference that ships with CPython.
+
+    Raises:
+        ValueError: for no or unknown tasks, lengths that are not 0 < least <= most, or size < 1.
+    """
+
+    def __init__(
+        self,
+        tasks: list[str],
+        tokens: int | tuple[int, int],
+        size: int,
+        seed: int = 0,
+        haystack: str | None = None,
+    ) -> None:
+        unknown = [task for task in tasks if task not in TASKS]
+        if unknown or not tasks:
+            raise ValueError(f"tasks is {tasks}, expected some of {', '.join(TASKS)}")
+        least, most = (tokens, tokens) if isinstance(tokens, int) else tokens
+        if not 0 < least <= most or size < 1:
+            raise ValueError(
+                f"tokens is {tokens} and size is {size}; expected a length or (least, most), "
+                "with 0 < least <= most, and a size of at least 1"
+            )
+        self.tasks = list(tasks)
+        self.tokens = (least, most)
+        self.size = size
+        self.seed = seed
+        self.haystack = haystack
+
+    def __str__(self) -> str:
+        return f"SyntheticSource({', '.join(self.tasks)}, seed {self.seed})"
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
+        """See `Source.load`.
+
+        Raises:
+            ValueError: an unusable haystack, or a least length that is too short for a task.
+        """
+        least, _ = self.tokens
+        for task in dict.fromkeys(self.tasks):
+            for seed in range(PROBES):
+                try:
+                    make_sample(task, least, tokenizer, seed, haystack=self.haystack)
+                except ValueError as error:
+                    raise ValueError(f"{self}: no sample of {task} can be made: {error}") from error
+        return SyntheticConversations(self, tokenizer)
+
+
+class SyntheticConversations(Sequence[Conversation]):
+    """The samples of a `SyntheticSource` for one tokenizer, a few milliseconds each.
+
+    A rare one that needs more tokens than all that were tried raises SkippedRow.
+    """
+
+    def __init__(self, source: SyntheticSource, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._source = source
+        self._tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return self._source.size
+
+    def __getitem__(self, i: int) -> Conversation:  # type: ignore[override]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        source = self._source
+        rng = Random(f"locret source {source.seed} {i}")
+        task, tokens = source.tasks[i % len(source.tasks)], rng.randint(*source.tokens)
+        seed = rng.getrandbits(63)
+        name = f"{task}:{source.seed}:{i}"
+        try:
+            sample = make_sample(task, tokens, self._tokenizer, seed, haystack=source.haystack)
+        except ValueError as error:
+            raise SkippedRow("tokens too few for the task", name) from error
+        messages = exchange(prompt_text(sample), sample.answer)
+        return Conversation(messages, f"synthetic/{task}", name)

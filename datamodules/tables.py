@@ -2,7 +2,7 @@
 
 A table is read through once, which says what is broken and remembers where the rest is; after that
 its rows are fetched by number. A row is parsed whenever it is asked for, so that what is in memory
-is as compact as it can be: the lines themselves, their offsets in the file, or Arrow's columns.
+is as compact as it can be: the lines themselves, their offsets in the file, or Arrow's table.
 """
 
 import gzip
@@ -13,10 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO
 
-from datamodules.conversations import Conversation, SkippedRow
-from datamodules.rows import FIELDS, MAX_CHARACTERS, parse_row
+from datamodules.conversations import (
+    FIELDS,
+    MAX_CHARACTERS,
+    Conversation,
+    SkippedRow,
+    parse_row,
+)
 
-_MAX_LINE = 4 * MAX_CHARACTERS  # bytes; what is longer is not even held to be looked at
+_MAX_LINE = 4 * MAX_CHARACTERS  # bytes; what is longer is not even looked at
 
 
 class Table(ABC):
@@ -46,29 +51,44 @@ class Table(ABC):
 
 
 class Lines(Table):
-    """The lines of a JSON lines file, held in memory; blank ones are no rows.
+    """The lines of a JSON lines file; blank ones are no rows.
 
     Args:
         path: gzipped if it ends in .gz.
         name: of the table.
+        streaming: leave the lines on disk, for 16 bytes of memory a line; else they are kept.
+
+    Raises:
+        ValueError: a gzipped file, which has no offsets to go to, is to be streamed.
     """
 
-    def __init__(self, path: str, name: str) -> None:
+    def __init__(self, path: str, name: str, streaming: bool = False) -> None:
+        if streaming and path.endswith(".gz"):
+            raise ValueError(
+                f"{path} is gzipped, and a compressed file cannot be read from the middle; "
+                "unpack it, or leave streaming off"
+            )
         self.path = path
         self.name = name
-        self._lines: list[bytes | None] = []
+        self.streaming = streaming
+        self._kept: Any = array("q") if streaming else []  # offsets, or lines
         self._numbers = array("q")
 
     def scan(self) -> Iterator[bytes | None]:
-        self._lines.clear()
-        del self._numbers[:]
+        del self._kept[:], self._numbers[:]
         with _open(self.path) as file:
-            for number, _, line in _read_lines(file):
-                self._remember(number, line)
+            for number, offset, line in _read_lines(file):
+                self._numbers.append(number)
+                self._kept.append(offset if self.streaming else line)
                 yield line
 
     def raw(self, i: int) -> bytes | None:
-        return self._lines[i]
+        if not self.streaming:
+            return self._kept[i]
+        # Opened anew, for processes that share an open file share its position.
+        with open(self.path, "rb") as file:
+            file.seek(self._kept[i])
+            return file.readline(_MAX_LINE)
 
     def row(self, raw: bytes | None) -> Mapping[str, Any]:
         if raw is None:
@@ -83,44 +103,9 @@ class Lines(Table):
     def place(self, i: int) -> str:
         return f"{self.path}:{self._numbers[i]}"
 
-    def _remember(self, number: int, line: bytes | None) -> None:
-        self._numbers.append(number)
-        self._lines.append(line)
-
-
-class LinesOnDisk(Lines):
-    """The lines of a JSON lines file that stays on disk: 16 bytes of memory a line.
-
-    Raises:
-        ValueError: for a gzipped file, which has no offsets to go to.
-    """
-
-    def __init__(self, path: str, name: str) -> None:
-        if path.endswith(".gz"):
-            raise ValueError(
-                f"{path} is gzipped, and a compressed file cannot be read from the middle; "
-                "unpack it, or leave streaming off"
-            )
-        super().__init__(path, name)
-        self._offsets = array("q")
-
-    def scan(self) -> Iterator[bytes | None]:
-        del self._offsets[:], self._numbers[:]
-        with _open(self.path) as file:
-            for number, offset, line in _read_lines(file):
-                self._numbers.append(number)
-                self._offsets.append(offset)
-                yield line
-
-    def raw(self, i: int) -> bytes:
-        # Opened anew, for processes that share an open file share its position.
-        with open(self.path, "rb") as file:
-            file.seek(self._offsets[i])
-            return file.readline(_MAX_LINE)
-
 
 class ParquetTable(Table):
-    """A Parquet file, held in memory as Arrow's columns. Needs `pyarrow`."""
+    """A Parquet file, kept in memory as Arrow has it. Needs `pyarrow`."""
 
     def __init__(self, path: str, name: str) -> None:
         self.path = path
@@ -198,18 +183,18 @@ class TableConversations(Sequence[Conversation]):
 
     def __getitem__(self, i: int) -> Conversation:  # type: ignore[override]
         i = range(len(self))[i]
-        row, part = self._index[2 * i], self._index[2 * i + 1]
+        row, number = self._index[2 * i], self._index[2 * i + 1]
         table = self._table
         try:
             siblings = parse_row(table.row(table.raw(row)))
-            found = siblings[part]
+            found = siblings[number]
         except (ValueError, IndexError) as error:
             raise SkippedRow("changed while in use", table.place(row)) from error
         return replace(
             found,
             source=found.source or table.name,
             id=found.id if found.id.partition("#")[0] else f"{table.name}:{row}{found.id}",
-            place=table.place(row) + (f"#{part}" if len(siblings) > 1 else ""),
+            place=table.place(row) + (f"#{number}" if len(siblings) > 1 else ""),
         )
 
 

@@ -15,7 +15,8 @@ plan       what fits into a given memory, from a model's config alone
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from locret.commands import (
     artifacts,
@@ -45,13 +46,19 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _keeps_answers(given: argparse.Namespace) -> bool:
-    """Whether answers are written as they come, and asked for once: not so by a plain `needle`."""
-    return given.command in ("evaluate", "grid") or getattr(given, "grid", False)
+    """Whether answers are written as they come, and asked for once."""
+    asks = given.command in ("needle", "grid") and given.json_out is not None
+    return asks or given.command == "evaluate"
+
+
+def _running(command: Any, args: Sequence[str]) -> Callable[[Any], None]:
+    return lambda _: command.run(args)
 
 
 def _parsed(args: Sequence[str]) -> argparse.Namespace:
-    if args[:1] == [lm_eval.NAME]:  # its arguments are the harness's own
-        return argparse.Namespace(command=lm_eval.NAME, run=lambda _: lm_eval.run(args[1:]))
+    for command in (lm_eval, evaluate):  # their arguments are parsed by others
+        if list(args[:1]) == [command.NAME]:
+            return argparse.Namespace(command=command.NAME, run=_running(command, args[1:]))
     parser = argparse.ArgumentParser(
         prog="locret", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -19,17 +19,21 @@ BYTES = {
 TOKENS = {"": 1, "K": KIBI, "M": KIBI**2}
 """Tokens by unit; lengths of contexts are counted in powers of two."""
 
+OF_BYTES = " bytes"
+"""Behind a share: its bytes are meant."""
+
 MOST = 2**60
 """No amount is larger: more is a slip of the hand, and sums of it would not be exact."""
 
 BUDGETS = (
-    "units (6000), a share of the context (0.25 or 8x), memory (2GiB), one number for each layer, "
-    "or None for no limit"
+    "units (6000), a share of the context (0.25 or 8x), the bytes of a share in 16 bits (8x "
+    "bytes), memory (2GiB), one number for each layer, or None for no limit"
 )
 """The forms of a budget, for people who write Python or YAML."""
 
 BUDGET_TEXTS = (
-    "units (6000), a share of the prompt (0.25 or 8x), memory (512MiB), none for no limit, or auto"
+    "units (6000), a share of the prompt (0.25 or 8x), the bytes of a share in 16 bits (8x bytes), "
+    "memory (512MiB), none for no limit, or auto"
 )
 """The forms of a budget on a command line."""
 
@@ -45,11 +49,28 @@ class Memory:
         return f"{self.nbytes}B"
 
 
-Budget = int | float | tuple[int, ...] | Memory | None
-"""Units every KV head keeps: a number; a share of the context, below 1; one number for each layer;
-what fits into a memory; None = all."""
+@dataclass(frozen=True)
+class ByteShare:
+    """A budget in bytes: as many as a share of the context takes in 16 bits, however the cache is
+    stored.
 
-BudgetChoice = int | float | str | Sequence[int] | Memory | None
+    Attributes:
+        share: between 0 and 1.
+        context: tokens that it is a share of; None = those of the prompt.
+    """
+
+    share: float
+    context: int | None = None
+
+    def __str__(self) -> str:
+        return f"{round(1 / self.share)}x bytes"
+
+
+Budget = int | float | tuple[int, ...] | Memory | ByteShare | None
+"""Units every KV head keeps: a number; a share of the context, below 1; one number for each layer;
+what fits into a memory, or into the bytes of a share; None = all."""
+
+BudgetChoice = int | float | str | Sequence[int] | Memory | ByteShare | None
 """How a user gives a budget (`budget_of`)."""
 
 
@@ -100,14 +121,14 @@ def budget_of(given: Any, what: str = "budget") -> Budget:
     """The budget that a user means.
 
     Args:
-        given: units; a share of the context, as 0.125 or "8x", an eighth; memory, as "2GiB"; one
-            number for each layer; None = no limit.
+        given: units; a share of the context, as 0.125 or "8x", an eighth; "8x bytes", the bytes of
+            such a share in 16 bits; memory, as "2GiB"; one number for each layer; None = no limit.
         what: what errors call it.
 
     Raises:
         ValueError: it has none of these forms.
     """
-    if given is None or isinstance(given, Memory):
+    if given is None or isinstance(given, Memory | ByteShare):
         return given
     if isinstance(given, str):
         return _budget_in_words(given, what)
@@ -141,14 +162,16 @@ def parse_budget(text: str) -> Any:
         return int(text)
     if re.fullmatch(r"0?\.\d+", text) and 0 < float(text) < 1:
         return float(text)
-    if _is_factor(text) or _is_memory(text):
+    if _is_factor(text.removesuffix(OF_BYTES)) or _is_memory(text):
         return budget_of(text)
     raise ValueError(f"{text!r} is not a budget; expected {BUDGET_TEXTS}")
 
 
-def _budget_in_words(given: str, what: str) -> float | Memory:
-    if _is_factor(given):
-        return 1 / int(given[:-1])
+def _budget_in_words(given: str, what: str) -> float | Memory | ByteShare:
+    factor = given.removesuffix(OF_BYTES)
+    if _is_factor(factor):
+        share = 1 / int(factor[:-1])
+        return share if factor == given else ByteShare(share)
     if _is_memory(given):
         return Memory(parse_bytes(given))
     raise ValueError(f"{what} is {given!r}; expected a number of {BUDGETS}")

@@ -373,14 +373,14 @@ def test_weights_that_torch_saved_fit_too(tmp_path):
 
 def test_an_evaluation_refuses_it_before_a_question_is_made(folder, tmp_path):
     from locret.evaluation.config import EvalConfig
-    from locret.evaluation.preparing import prepare
+    from locret.evaluation.questions import prepare
 
     saved(tmp_path, num_hidden_layers=4)
     config = EvalConfig(
         model=str(folder / "backbone"),
         adapter=str(tmp_path / "lora"),
         tasks=("ruler_niah_single_1",),
-        rows=({"policy": "full"},),
+        setups=({"policy": "full"},),
         output=str(tmp_path / "out"),
         lengths=(300,),
     )

@@ -355,12 +355,12 @@ def test_units_behave_like_lists(steps, batch, heads):
         elif step == "clear":
             units.clear()
             model, rows = ListUnits(), batch
-        elif not units.held:
+        elif not units.count:
             continue
         elif step == "select":
-            keep, seed = min(arguments[0], units.held), arguments[1]
+            keep, seed = min(arguments[0], units.count), arguments[1]
             generator = torch.Generator().manual_seed(seed)
-            noise = torch.rand(rows, heads, units.held, generator=generator)
+            noise = torch.rand(rows, heads, units.count, generator=generator)
             index = noise.topk(keep).indices.sort().values
             units.select(index)
             model.select(index)
@@ -376,10 +376,10 @@ def test_units_behave_like_lists(steps, batch, heads):
                 for row in model.rows
             ]
         if model.rows is None:
-            assert units.held == units.nbytes == 0
+            assert units.count == units.nbytes == 0
         else:
             assert as_lists(units) == model.rows
-            assert units.held == len(model.rows[0][0])
+            assert units.count == len(model.rows[0][0])
             assert units.nbytes == sum(t.nbytes for t in units.tensors)
 
 

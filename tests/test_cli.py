@@ -7,7 +7,6 @@ import torch
 import locret
 from locret.cli import main
 from locret.commands.shared import Listed
-from locret.evaluation.needle import NeedleSettings
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -102,21 +101,21 @@ def test_generate_without_heads_or_budget_is_stock(folder, capsys):
     assert answer == loaded.tokenizer.decode(stock[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_needle_prints_a_row_a_policy_and_keeps_the_answers(folder, tmp_path, capsys):
+def test_needle_prints_a_line_a_policy_and_keeps_the_answers(folder, tmp_path, capsys):
     out = tmp_path / "new" / "needle.json"
     args = ["--heads", str(folder / "heads"), "--tokens", "600", "--count", "2"]
     assert run(folder, "needle", *args, "--json-out", str(out)) == 0
     printed = capsys.readouterr().out
     assert [word for word in ("full", "streaming_llm", "locret") if word not in printed] == []
     assert str(folder / "heads") in printed
+    assert "2 samples of niah_single in prompts of up to 6" in printed
     found = json.loads(out.read_text())
-    assert len(found["results"]) == 6
-    budget, needle = 600 // 8, NeedleSettings()
-    for row in found["summary"]:
-        full = row["policy"] == "full"
-        assert (row["units"] > 600) == full
-        assert full or row["units"] <= budget + needle.local_tokens + needle.max_new_tokens
-        assert row["ratio"] == (1 if full else 8)
+    assert sum(cell["count"] for cell in found["cells"]) == 6
+    for setup in found["setups"]:
+        full = setup["policy"] == "full"
+        assert (setup["units"]["max"] > 500) == full
+        assert full or setup["units"]["max"] <= 600 // 8
+        assert setup["budget"] == (None if full else "8x")
 
 
 def test_needle_grid_is_kept_drawn_and_gone_on_with(folder, tmp_path, capsys):
@@ -127,11 +126,12 @@ def test_needle_grid_is_kept_drawn_and_gone_on_with(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "512" in printed and str(plot) in printed
     found = json.loads(out.read_text())
-    assert len(found["results"]) == 2 * 2 * 2
-    assert found["manifest"]["heads"] == str(folder / "heads")
+    assert sum(cell["count"] for cell in found["cells"]) == 2 * 2 * 2
+    assert found["manifest"]["config"]["heads"] == str(folder / "heads")
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert run(folder, "needle", *args) == 0
-    assert json.loads(out.read_text())["results"] == found["results"]
+    again = json.loads(out.read_text())
+    assert (again["cells"], again["setups"]) == (found["cells"], found["setups"])
 
 
 def test_convert_there_and_back_is_bit_identical(folder, tmp_path, capsys):
@@ -158,14 +158,13 @@ def test_convert_there_and_back_is_bit_identical(folder, tmp_path, capsys):
         (["needle", "--policies", "full", "--task", "nosuch"], "nosuch"),
         (["needle", "--policies", "full,best"], "best"),
         (["needle", "--policies", "full", "--grid"], "--json-out"),
-        (["needle", "--policies", "full", "--grid", "--json-out", "o", "--lengths", "9,8"], "asc"),
-        (["needle", "--policies", "full", "--ratios", "0"], "ratio 1 is 0"),
-        (["needle", "--policies", "full", "--count", "0"], "count is 0"),
         (["needle", "--policies", "full", "--plot", "a.png"], "--grid"),
         (["needle", "--policies", "full", "--json-out", "{folder}"], "give a file"),
         (["needle", "--policies", "full", "--device", "foo"], "'foo' is unknown"),
         (["needle", "--policies", "full", "--device", "cuda:99"], "torch sees"),
-        (["grid", "--policies", "full", "--json-out", "o", "--count", "-1"], "count is -1"),
+        (["grid", "--policies", "full,best", "--json-out", "o"], "['best'] are unknown"),
+        (["grid", "--policies", "locret", "--json-out", "o"], "--heads"),
+        (["grid", "--json-out", "o", "--policies", "knorm", "--bits", "16,3"], "bits is 3"),
         (["grid", "--policies", "full", "--json-out", "o", "--plot", "a.b"], "ends in one of"),
         (["grid", "--policies", "full", "--json-out", "{folder}"], "give a file"),
         (["generate", "--prompt-file", "{empty}"], "no text"),
@@ -188,7 +187,19 @@ def test_a_mistake_gives_one_line_on_stderr(args, says, folder, capsys):
         (["generate", "--prompt-file", "{prompt}", "--budget", "abc"], "abc"),
         (["needle", "--grid", "--json-out", "o", "--lengths", "1K,a"], "'a' is not a number"),
         (["needle", "--policies", ","], "there are no policies"),
-        (["grid", "--json-out", "o", "--bits", "16,4.5"], "'4.5' is no whole number"),
+        (["needle", "--ratios", "0"], "argument --ratios: '0' is not a whole number of at least 2"),
+        (["needle", "--ratios", "1"], "argument --ratios: '1' is not a whole number of at least 2"),
+        (["needle", "--count", "0"], "argument --count: '0' is not a whole number of at least 1"),
+        (["needle", "--depths", "0"], "argument --depths: '0' is not a whole number of at least 1"),
+        (["needle", "--tokens", "x"], "argument --tokens: 'x' is not a whole number of at least 1"),
+        (
+            ["needle", "--seed", "3"],
+            "argument --seed: '3' is not a whole number of at least 1000000",
+        ),
+        (["grid", "--json-out", "o", "--count=-1"], "--count: '-1' is not a whole number"),
+        (["grid", "--json-out", "o", "--bits", "0"], "--bits: '0' is not a whole number of at"),
+        (["grid", "--policies", "full"], "the following arguments are required: --json-out"),
+        (["grid", "--json-out", "o", "--bits", "16,4.5"], "'4.5' is not a whole number"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(args, says, folder, capsys):

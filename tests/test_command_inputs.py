@@ -11,10 +11,9 @@ import locret
 from locret.cli import main
 from locret.commands import generate
 from locret.commands.shared import read_text, replace_unprintable
-from locret.evaluation.engines import check_row
-from locret.evaluation.rows import Row
+from locret.evaluation.setups import Setup, check_setup
 from locret.model.loading import find_device, load_model
-from locret.quantities import Memory, parse_budget
+from locret.quantities import ByteShare, Memory, parse_budget
 from tests.tiny_models import prompt, tiny_config, tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -99,12 +98,17 @@ def test_unprintable_characters_are_replaced(monkeypatch):
 # --- numbers ---
 
 BUDGETS = (
-    "expected units (6000), a share of the prompt (0.25 or 8x), memory (512MiB), none for no limit"
+    "expected units (6000), a share of the prompt (0.25 or 8x), the bytes of a share in 16 bits "
+    "(8x bytes), memory (512MiB), none for no limit"
 )
 GENERATE = [
     *(
         ("--budget", text, f"{text!r} is not a budget; {BUDGETS}")
         for text in ("abc", "1.5", "0", "0.0", "1.0", "-5", "1x", "1e3", "50%", "²", "", "12K")
+    ),
+    *(
+        ("--budget", text, f"{text!r} is not a budget; {BUDGETS}")
+        for text in ("0x bytes", "x bytes", "1x bytes", "8 bytes", "8xbytes", "0.25 bytes")
     ),
     ("--budget", "0MiB", "'0MiB' is less than 1; expected an amount of memory"),
     ("--chunk-size", "abc", "'abc' is not a whole number of at least 1, none or auto"),
@@ -142,6 +146,7 @@ def test_a_number_that_cannot_be_is_one_sentence(name, text, says, folder, capsy
         ("512MiB", Memory(512 * 2**20)),
         ("1.5 kib", Memory(1536)),
         ("600 B", Memory(600)),
+        ("8x bytes", ByteShare(0.125)),
     ],
 )
 def test_budgets_have_these_forms(text, budget):
@@ -197,17 +202,17 @@ def test_a_plan_of_what_cannot_be_is_one_sentence(name, text, says, folder, caps
 )
 @pytest.mark.parametrize("own", [True, False])
 def test_engine_settings_of_an_evaluation_are_checked_without_a_model(settings, says, own):
-    row = Row("streaming_llm", 32, engine=settings if own else {})
+    setup = Setup("streaming_llm", 32, engine=settings if own else {})
     with pytest.raises(ValueError) as error:
-        check_row(row, {} if own else settings)
-    assert str(error.value).startswith(f"row streaming_llm 32 query_agnostic: {says}")
+        check_setup(setup, {} if own else settings)
+    assert str(error.value).startswith(f"setup streaming_llm 32 query_agnostic: {says}")
 
 
 def test_engine_settings_that_can_be_pass():
     words = {"chunk_size": None, "stabilizers": "auto", "positions": "auto"}
-    for row in (Row("full"), Row("streaming_llm", "8x"), Row("streaming_llm", 0.25)):
-        check_row(row, words)
-    check_row(Row("full"), {"stabilizers": 99})
+    for setup in (Setup("full"), Setup("streaming_llm", "8x"), Setup("streaming_llm", 0.25)):
+        check_setup(setup, words)
+    check_setup(Setup("full"), {"stabilizers": 99})
 
 
 # --- where and in what a model computes ---

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from locret.evaluation import config as evaluation
-from locret.system.config_files import CONFIGS, find_config
+from locret.system.files import CONFIGS, find_config
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3.yaml"])

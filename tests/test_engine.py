@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 import locret
 from locret.engine.config import PAPER
 from locret.engine.engine import DEFAULT_NEW_TOKENS
-from locret.heads.features import FEATURES
+from locret.heads.heads import FEATURES
 from locret.model.backbone import Backbone
 from locret.model.hooks import as_argument, cache_of
 from locret.policies import POLICIES, LocretPolicy, Policy

@@ -8,10 +8,9 @@ import pytest
 
 import locret
 from locret.engine.config import DEFAULTS, Compute, EngineConfig, Reading, Storage
-from locret.evaluation.engines import check_row
-from locret.evaluation.rows import Row
+from locret.evaluation.setups import Setup, check_setup
 from locret.policies.compose import AdaptiveHeads
-from locret.quantities import Memory, budget_of
+from locret.quantities import ByteShare, Memory, budget_of
 from tests.tiny_models import tiny_heads, tiny_model
 
 BESIDE = {"model", "policy", "heads", "progress", "budget_bytes"}
@@ -69,8 +68,8 @@ def test_what_works_with_no_model_is_refused_without_one(settings, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig.of(**settings)
     if "budget" not in settings:
-        with pytest.raises(ValueError, match=f"row random 8x query_agnostic: .*{message}"):
-            check_row(Row("random", "8x"), settings)
+        with pytest.raises(ValueError, match=f"setup random 8x query_agnostic: .*{message}"):
+            check_setup(Setup("random", "8x"), settings)
 
 
 def test_heads_that_read_the_question_need_no_switch():
@@ -95,6 +94,9 @@ def test_heads_that_read_the_question_need_no_switch():
         ((9, 30), (9, 30)),
         (Memory(5), Memory(5)),
         (str(Memory(5)), Memory(5)),
+        ("8x bytes", ByteShare(1 / 8)),
+        (str(ByteShare(1 / 8)), ByteShare(1 / 8)),
+        *((str(ByteShare(1 / ratio)), ByteShare(1 / ratio)) for ratio in (2, 3, 7, 49, 1000)),
         (None, None),
     ],
 )
@@ -110,6 +112,9 @@ def test_budgets_have_these_forms(given, budget):
         (1.0, "budget is 1.0; expected a share of the context, between 0 and 1"),
         ("1x", "budget is '1x'; expected a number of units"),
         ("12", "budget is '12'; expected a number of units"),
+        ("0x bytes", "budget is '0x bytes'; expected a number of units"),
+        ("x bytes", "budget is 'x bytes'; expected a number of units"),
+        ("1x bytes", "budget is '1x bytes'; expected a number of units"),
         ("0MiB", "'0MiB' is less than 1; expected an amount of memory"),
         ([9, True], "one whole number of at least 1 for each layer"),
         ({"units": 9}, "expected units"),

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 import locret
-from locret.heads.features import FEATURES
-from locret.heads.heads import HeadsConfig, RetainingHeads
-from locret.heads.losses import LOSSES
-from locret.heads.targets import LABELS
+from locret.heads.heads import FEATURES, HeadsConfig, RetainingHeads
+from locret.heads.targets import LABELS, LOSSES
 from locret.model.backbone import Backbone
 from locret.training.distill import Distillation
 from locret.training.segments import Segment

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import locret
-from locret.heads.features import FEATURES
+from locret.heads.heads import FEATURES
 from locret.model.attend import attend
 from locret.model.backbone import Backbone
 from locret.policies import LocretPolicy

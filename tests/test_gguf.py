@@ -13,7 +13,7 @@ import torch
 import locret
 from locret.cli import main
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.preparing import prepare
+from locret.evaluation.questions import prepare
 from locret.model.loading import file_revision, load_config, load_model, load_tokenizer
 from tests.evaluation.eval_data import DATA, write_data
 from tests.tiny_models import prompt, tiny_model
@@ -210,10 +210,12 @@ def test_needle_and_its_grid_record_the_hash(file, tmp_path):
     args = ["needle", "--model", str(file.parent), "--device", "cpu", "--policies", "full"]
     args += ["--tokens", "300", "--count", "1", "--max-new-tokens", "2"]
     assert main(args) == 0
-    grid = ["--grid", "--lengths", "300", "--depths", "1", "--json-out", str(tmp_path / "g.json")]
-    assert main([*args, *grid]) == 0
-    recorded = json.loads((tmp_path / "g.json").read_text())["manifest"]
-    assert recorded["revision"] == file_revision(str(file))
+    grid = ["--grid", "--lengths", "300", "--depths", "1"]
+    for extra in ([], grid):
+        assert main([*args, *extra, "--json-out", str(tmp_path / "g.json")]) == 0
+        manifest = json.loads((tmp_path / "g.json").read_text())["manifest"]
+        assert manifest["sources"]["revision"] == file_revision(str(file))
+        assert manifest["computed"][0]["model_revision"] == file_revision(str(file))
 
 
 def test_plan(file, capsys):
@@ -227,7 +229,7 @@ def config_of(file, folder):
     return EvalConfig(
         model=str(file),
         tasks=("fairytaleqa",),
-        rows=({"policy": "streaming_llm", "budget": 32},),
+        setups=({"policy": "streaming_llm", "budget": 32},),
         output=str(folder / "out"),
         dtype="float32",
         device="cpu",

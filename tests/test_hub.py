@@ -429,7 +429,7 @@ def test_a_dry_run_shows_what_would_be_uploaded(server, token, folder, capsys):
     stays = {words[0]: " ".join(words[1:]) for words in shown if words[-1] != "B"}
     assert sorted(stays) == [".secret.json", "big.csv", "notes.txt", "plots.json"]
     assert stays["big.csv"] == "stays: over 4 MiB"
-    assert lines[end + 1 : end + 3] == ["  | ---", "  | library_name: locret"]
+    assert lines[end + 1 : end + 3] == ["  | ---", "  | base_model: some/backbone"]
     assert server.requests.total() == 0
     assert contents(folder) == before
 

@@ -13,22 +13,11 @@ import pytest
 
 from locret import cli
 from locret.system import interrupts
-from locret.system.interrupts import Stopped, held, raised, run_command
+from locret.system.interrupts import Stopped, delayed, raised, run_command
+from tests.signals import STATUS, handlers  # noqa: F401 - used by every test
 
 ROOT = Path(__file__).resolve().parents[1]
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 both = pytest.mark.parametrize("number", STATUS)
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """Those of a process that a user starts; this one may ignore Ctrl-C, in the background."""
-    ours = {number: signal.getsignal(number) for number in STATUS}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in ours.items():
-        signal.signal(number, handler)
 
 
 def send(number):
@@ -110,7 +99,7 @@ def test_a_signal_sent_twice_at_once_breaks_nothing_off():
 def test_a_signal_waits_for_what_must_not_be_broken_off(number):
     done = []
     with raised():
-        with pytest.raises(Stopped), held():
+        with pytest.raises(Stopped), delayed():
             send(number)
             done.append(True)
         assert done
@@ -178,9 +167,9 @@ GOES_ON = "stopped; the same command goes on where it stopped"
     ("given", "says"),
     [
         ({"command": "generate"}, "stopped"),
-        ({"command": "needle", "grid": False}, "stopped"),
-        ({"command": "needle", "grid": True}, GOES_ON),
-        ({"command": "grid"}, GOES_ON),
+        ({"command": "needle", "json_out": None}, "stopped"),
+        ({"command": "needle", "json_out": "o.json"}, GOES_ON),
+        ({"command": "grid", "json_out": "o.json"}, GOES_ON),
         ({"command": "evaluate"}, GOES_ON),
         ({"command": "lm_eval"}, "stopped"),
         ({"command": "reproduce"}, "stopped"),

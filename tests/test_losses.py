@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.heads import losses
+from locret.heads import targets as losses
 
 SCORES = st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=12)
 

@@ -17,7 +17,6 @@ FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 FIND = """
 import locret, trainers, datamodules
-from locret.system import config_files
 from locret.evaluation.config import find_config
 from trainers.cli import find_config as of_trainings
 print(*(module.__file__ for module in (locret, trainers, datamodules)), sep="\\n")
@@ -56,7 +55,7 @@ def test_a_wheel_holds_every_file(wheel):
     wanted = {
         path.relative_to(tree).as_posix()
         for name in SOURCES
-        for pattern in ("*.py", "*.yaml")
+        for pattern in ("*.py", "*.yaml", "*.md")
         for path in (tree / name).rglob(pattern)
     }
     wanted = {f"locret/{name}" if name.startswith("configs/") else name for name in wanted}

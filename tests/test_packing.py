@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from locret.model.backbone import Backbone
 from locret.training.distill import Distillation
-from locret.training.packing import PackedAttention
+from locret.training.row_loss import PackedAttention
 from locret.training.segments import Segment, with_query_in_front
 from tests.tiny_models import FAMILIES, PHI3_WINDOW, prompt, tiny_heads, tiny_model
 

@@ -1,14 +1,13 @@
 """What long commands say while they run and when they end."""
 
 import io
-import json
 import shlex
 
 import pytest
 
 from locret.cli import main
 from locret.commands import progress
-from locret.commands.progress import Progress
+from locret.commands.shared import Progress
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -100,25 +99,13 @@ def test_commands_tell_how_far_they_are_and_what_comes_next(name, folder, tmp_pa
     told = [line for line in said.err.splitlines() if line.startswith("asking: ")]
     assert told[0] == "asking: 0 of 4 answers"
     assert told[-1].startswith("asking: 4 of 4 answers, ")
-    assert f"answers  {out.resolve()}" in said.out
+    assert f"result   {out.resolve()}" in said.out
+    assert f"answers  {out.with_name('answers.answers').resolve()}" in said.out
     (report,) = [line for line in said.out.splitlines() if " report " in line]
     words = shlex.split(report.removeprefix("next"))
     assert words[:3] == ["python", "-m", "locret"]
     assert main(words[3:]) == 0
     assert (tmp_path / "answers-report" / "report.md").is_file()
-
-
-def test_the_json_of_a_run_keeps_its_names_and_gains_some(folder, tmp_path):
-    out = tmp_path / "answers.json"
-    model = ["--model", str(folder / "backbone"), "--heads", str(folder / "heads")]
-    args = [*COMMANDS["needle"].split(), *model, "--device", "cpu", "--json-out", str(out)]
-    assert main(args) == 0
-    written = json.loads(out.read_text())
-    (row, *_), (cell, *_) = written["summary"], written["results"]
-    before = "policy ratio found of_full count units bytes seconds by_task"
-    assert {*before.split(), "smaller", "local", "context_units"} <= row.keys()
-    before = "policy ratio task seed depth found answer expected units bytes prompt_tokens seconds"
-    assert {*before.split(), "needle_is_local", "context_bytes", "full_bytes"} <= cell.keys()
 
 
 def test_a_run_without_heads_and_file_has_no_next_command(folder, capsys):

@@ -144,7 +144,7 @@ def test_answers_are_packed_as_they_come(model, scheme):
     engine.generate(prompt(3), cache=cache, max_new_tokens=40, do_sample=False)
     for layer in cache.layers:
         assert layer.slots == 20 + 42
-        assert layer.units.store.residual.held < RUNS["residual"] + RUNS["group"]
+        assert layer.units.store.residual.count < RUNS["residual"] + RUNS["group"]
         assert layer.rotated == (scheme["name"] != "kvquant")
 
 

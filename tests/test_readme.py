@@ -48,7 +48,7 @@ SMALL_EVALUATION = {
     "heads": "runs/smollm2/heads",
     "tasks": ["fairytaleqa"],
     "limit": 1,
-    "rows": [{"policy": "locret", "budget": "8x"}],
+    "setups": [{"policy": "locret", "budget": "8x"}],
     "output": "runs/eval",
 }
 COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]

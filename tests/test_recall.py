@@ -10,8 +10,7 @@ from locret import Recall, RetainedCache
 from locret.cache.host_blocks import HostBlocks
 from locret.cache.merging import Merging
 from locret.cache.recall import block_relevance, mean_logits
-from locret.evaluation.engines import Engines
-from locret.evaluation.rows import expand
+from locret.evaluation.setups import Engines, expand
 from locret.model.attend import attend
 from locret.model.hooks import cache_of
 from locret.model.loading import LoadedModel
@@ -610,11 +609,11 @@ def test_defaults_are_the_papers():
     assert recalling(model, recall=Recall(8)).config.storage.recall == Recall(8)
 
 
-def test_rows_of_an_evaluation_reach_it():
-    (row,) = expand([{"policy": "random", "budget": 20, "engine": {"recall": FEW}}])[1:]
+def test_setups_of_an_evaluation_reach_it():
+    (setup,) = expand([{"policy": "random", "budget": 20, "engine": {"recall": FEW}}])[1:]
     loaded = LoadedModel(tiny_model("llama"), None, "tiny", None)
     engines = Engines(loaded, {}, None, {"chunk_size": 16, "stabilizers": 3, "local_tokens": 5})
-    engine = engines.get(row, row.engine_budget(None))
+    engine = engines.get(setup, setup.engine_budget(None))
     assert engine.config.storage.recall == Recall(**FEW)
-    assert engines.used[row.label]["recall"] == FEW
-    assert engines.get(row, 20).prefill(prompt(60)).report()["recall"]["host_units"] == 40
+    assert engines.used[setup.label]["recall"] == FEW
+    assert engines.get(setup, 20).prefill(prompt(60)).report()["recall"]["host_units"] == 40

@@ -229,7 +229,7 @@ def test_long_answers_are_packed_now_and_then(both, monkeypatch, name):
             for layer in cache.layers:
                 known = layer.source_positions[0, 0, 20:].tolist()
                 assert known == list(range(60, 60 + len(known)))
-                assert layer.units.store.residual.held < 3 + 4
+                assert layer.units.store.residual.count < 3 + 4
             cache.restore(context)
         return answers
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 from locret.model.adapters import without_old_names
 from locret.model.backbone import Backbone
 from locret.model.loading import Dtype, load_model, load_tokenizer
-from locret.training.packing import PackedAttention
+from locret.training.row_loss import PackedAttention
 from trainers.figures import averaged, looked_at
 from trainers.optimizer import adamw, restart_schedule
 

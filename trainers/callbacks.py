@@ -1,19 +1,34 @@
-"""What a training run leaves behind: its result, the resolved config and a picture of the run."""
+"""Callbacks of every training: what it leaves behind, how it is stopped, how far it is.
+
+A training leaves its result, the resolved config and a picture of the run. It stops on SIGINT or
+SIGTERM between two steps, and says how to go on: while it trains, a signal is noted and obeyed
+before the next step. An exception at once could be lost in some `__del__`, such as that of the
+processes that load data; and of several processes those would wait for ever that reach a
+collective which another one never does.
+"""
 
 import importlib.util
+import math
 import shlex
+import signal
+import subprocess
 import sys
 from abc import abstractmethod
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch import distributed
 
+from locret.commands.shared import Progress
 from locret.heads.files import write_card, written_aside
-from trainers.plot import draw
+from locret.system.interrupts import Repeats, Stopped, handlers, stop_behind
+from trainers.figures import draw
 
 TRAINING_CONFIG = "training.yaml"
 TRAINING_PLOT = "training.png"
@@ -116,3 +131,111 @@ class ExportAdapter(Export):
         }
         with written_aside(folder) as aside:
             adapted.save_pretrained(aside, state_dict=state)
+
+
+class StopBetweenSteps(Callback):
+    """Stops a training, all its processes before the same step, if any of them got a signal."""
+
+    def __init__(self) -> None:
+        self.number = 0  # of the signal that came
+        self._repeats = Repeats()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over from Lightning's handler, whose broadcast may meet any other collective. When
+        training ends, Lightning puts back what was there before."""
+        for number in handlers():
+            signal.signal(number, self._note)
+
+    on_sanity_check_start = on_train_start
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        number = self._of_all(pl_module) if trainer.world_size > 1 else self.number
+        if number:
+            raise Stopped(number)
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if self.number and trainer.world_size == 1:  # several may have unequally many batches
+            raise Stopped(self.number)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """End the processes that Lightning has started: they would wait for this one for ever."""
+        children = getattr(trainer.strategy.launcher, "procs", [])
+        started = list(children)
+        children.clear()  # those that Lightning watches: it kills this process when one ends
+        for child in started:
+            child.kill()
+        for child in started:  # of subprocess, or of multiprocessing
+            child.wait() if isinstance(child, subprocess.Popen) else child.join()
+
+    def _of_all(self, pl_module: LightningModule) -> int:
+        number = torch.tensor(self.number, device=pl_module.device)
+        distributed.all_reduce(number, op=distributed.ReduceOp.MAX)
+        return int(number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._repeats():
+            return
+        if self.number:  # the next step may never come
+            raise Stopped(number)
+        self.number = number
+
+
+def signal_behind(error: BaseException, trainer: Trainer) -> int | None:
+    """The number of the signal that an exception comes from, if it does. A signal that also ends
+    data loaders shows here as their error, before the next step."""
+    stop = stop_behind(error)
+    if stop is not None:
+        return stop.number
+    noted = [c.number for c in trainer.callbacks if isinstance(c, StopBetweenSteps)]
+    return next(filter(None, noted), None)
+
+
+def where_it_stopped(trainer: Trainer, ckpt_path: str | None) -> str:
+    """What to tell the user: the step, and the checkpoint to go on from; empty in all processes but
+    the first.
+
+    Args:
+        ckpt_path: that the training itself went on from.
+    """
+    if not trainer.is_global_zero:
+        return ""
+    found = _checkpoint(trainer, ckpt_path)
+    how = "nothing was saved yet" if found is None else f"go on with --ckpt_path {found}"
+    saved = max(
+        (getattr(c, "_last_global_step_saved", 0) for c in trainer.checkpoint_callbacks), default=0
+    )
+    if found is not None and 0 < saved < trainer.global_step:
+        how += f", from step {saved}"
+    return f"stopped at step {trainer.global_step}; {how}"
+
+
+def _checkpoint(trainer: Trainer, ckpt_path: str | None) -> str | None:
+    """The latest checkpoint of this training, as `--ckpt_path` takes it. Files that an earlier
+    training left in the same folder do not count."""
+    callbacks = trainer.checkpoint_callbacks
+    if any(_exists(getattr(callback, "last_model_path", "")) for callback in callbacks):
+        return "last"
+    saved = [getattr(callback, "best_model_path", "") for callback in callbacks]
+    found = filter(_exists, [*saved, ckpt_path or ""])
+    return max(found, key=lambda path: get_filesystem(path).modified(path), default=None)
+
+
+def _exists(path: str) -> bool:
+    return bool(path) and bool(get_filesystem(path).exists(path))
+
+
+class PlainProgress(Callback):
+    """A line every few seconds on stderr, of the first process alone; nothing on a terminal."""
+
+    def __init__(self) -> None:
+        self._progress = Progress("training", "steps")
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        steps = trainer.estimated_stepping_batches
+        # A training without an end has no share that is done.
+        if trainer.is_global_zero and not sys.stderr.isatty() and math.isfinite(steps):
+            self._progress(trainer.global_step, int(steps))

@@ -25,11 +25,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.datamodule import ConversationDataModule
-from locret.system.config_files import find_config
+from locret.system.files import find_config
 from locret.system.interrupts import Stopped, run_command
-from trainers.callbacks import Export
-from trainers.progress import PlainProgress
-from trainers.stopping import StopBetweenSteps, signal_behind, where_it_stopped
+from trainers.callbacks import (
+    Export,
+    PlainProgress,
+    StopBetweenSteps,
+    signal_behind,
+    where_it_stopped,
+)
 
 
 class TrainingCLI(LightningCLI):
@@ -96,13 +100,15 @@ def run(cli: TrainingCLI) -> Path | None:
             _export(cli)
         cli.datamodule.gather_counts()
     except BaseException as error:
-        number = signal_behind(error, trainer)
-        if number is None:
-            refusal = _refusal(error, cli.config.ckpt_path)
-            if refusal is None:
-                raise
-            raise ValueError(refusal) from error
-        raise Stopped(number, where_it_stopped(trainer, cli.config.ckpt_path)) from error
+        number, ckpt_path = signal_behind(error, trainer), cli.config.ckpt_path
+        if number is not None:
+            raise Stopped(number, where_it_stopped(trainer, ckpt_path)) from error
+        if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
+            says = " ".join(str(error).split())
+            raise ValueError(
+                f"checkpoint {ckpt_path} is of a training with other settings: {says}"
+            ) from error
+        raise
     if trainer.is_global_zero:
         _tell(cli, output)
     return None if trainer.fast_dev_run else output
@@ -116,15 +122,6 @@ def _check_checkpoint(ckpt_path: str | None) -> None:
     """
     if ckpt_path is not None and Path(ckpt_path).is_file() and not zipfile.is_zipfile(ckpt_path):
         raise ValueError(f"checkpoint {ckpt_path} is damaged, or was never one; name another")
-
-
-def _refusal(error: BaseException, ckpt_path: str | None) -> str | None:
-    """What to tell the user of an error that means that a checkpoint cannot be gone on from."""
-    if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
-        return f"checkpoint {ckpt_path} is of a training with other settings: " + " ".join(
-            str(error).split()
-        )
-    return None
 
 
 def _export(cli: TrainingCLI) -> None:

@@ -1,7 +1,6 @@
 """LightningModule that trains retaining heads on a frozen backbone (paper section 3.2).
 
-Thin: the loss, its gradients and the labels are `locret.training.distill`'s. The backbone is held,
-not
+Thin: the loss, its gradients and the labels are `locret.training.distill`'s. The backbone is not
 registered: Lightning neither flips its mode nor moves, optimizes or saves it.
 """
 
@@ -25,11 +24,16 @@ from locret.model.rotary import LongRopeRule
 from locret.training.distill import Distillation
 from locret.training.row_loss import Distilled, Share
 from locret.training.segments import with_query_in_front
-from trainers.averaging import average, make_equal, start_average, takes_over
-from trainers.figures import averaged, looked_at
-from trainers.metrics import RankCorrelation, TopOverlap, top_overlap
+from trainers.distributed import (
+    average,
+    make_equal,
+    shard_backbone,
+    shards_of,
+    start_average,
+    takes_over,
+)
+from trainers.figures import RankCorrelation, TopOverlap, averaged, looked_at, top_overlap
 from trainers.optimizer import adamw, restart_schedule
-from trainers.sharding import shard_backbone, shards_of
 
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 ENGINE_SETTINGS = ("budget", "chunk_size", "stabilizers", "local_tokens")
@@ -44,9 +48,9 @@ class HeadsModule(LightningModule):
         adapter: a PEFT adapter of the backbone, merged into its weights unless they are quantized.
         quantization: of the backbone's weights: "int8", "nf4" (`locret.model.loading`).
         width: hidden width of a head (the paper's d_R).
-        tap: what a head reads (`locret.heads.features.FEATURES`).
+        tap: what a head reads (`locret.heads.heads.FEATURES`).
         label: label definition (`locret.heads.targets.LABELS`).
-        loss: main loss (`locret.heads.losses.LOSSES`).
+        loss: main loss (`locret.heads.targets.LOSSES`).
         alpha: weight of the smoothness loss.
         query_tokens: Locret-Q: repeat so many of the question's tokens in front of the prompt.
         lr: peak learning rate of AdamW.
@@ -104,6 +108,7 @@ class HeadsModule(LightningModule):
             {f"recall_at_{fraction:.0%}": TopOverlap(fraction) for fraction in RECALL_AT}
             | {"rank_correlation": RankCorrelation()},
             prefix="val/",
+            compute_groups=False,  # else those that agree on the first batch are taken for one
         )
         self.register_buffer("longest_prompt", torch.zeros((), dtype=torch.long))
         # DDP would write the first process's value over the others'; the largest counts.
@@ -233,7 +238,7 @@ class HeadsModule(LightningModule):
         return self._distill()(ids, segments, share)
 
     def _distill(self) -> Distillation:
-        """Made at the first step, when the strategy has settled on which device we are."""
+        """Made at the first step, when the strategy has decided on which device we are."""
         if self._distillation is None:
             if self.shards is None and not self.hparams["quantization"]:
                 self.backbone_model.to(self.device)

@@ -21,7 +21,7 @@ from locret.cache.merging import Mergeable, Merging, merge_evicted
 from locret.cache.packed import PackedStore, number_spare
 from locret.cache.recall import Recall
 from locret.quantization import NO_SCHEME, Scheme
-from locret.quantization.columns import Columns
+from locret.quantization.buffers import Buffers
 
 NAMES = ("keys", "values", "scores", "source_positions", "weights")
 
@@ -49,7 +49,7 @@ class NewTokens(NamedTuple):
         return NewTokens(*(x[:, :, :count] for x in self))
 
 
-class PlainStore(Columns):
+class PlainStore(Buffers):
     """Keys and values [B, H, S, D], scores [B, H, S] float32, source positions [B, H, S] long.
 
     Args:
@@ -98,12 +98,12 @@ class PlainStore(Columns):
     @property
     def filled(self) -> int:
         """Units in the tail: here, all."""
-        return self.held
+        return self.count
 
     @property
     def spare(self) -> int:
         """Units that can be written in place."""
-        return self.capacity - self.held
+        return self.capacity - self.count
 
     @property
     def kv_bytes(self) -> int:
@@ -113,7 +113,7 @@ class PlainStore(Columns):
     @property
     def full_bytes(self) -> int:
         """Bytes of one token's keys and values as they come."""
-        return sum(x[:, :, :1].nbytes for x in (self.keys, self.values)) if self.held else 0
+        return sum(x[:, :, :1].nbytes for x in (self.keys, self.values)) if self.count else 0
 
     def append(self, new: Sequence[Tensor], room: int = 0) -> None:
         super().append(self._weighed(new), room)
@@ -144,17 +144,17 @@ class PlainStore(Columns):
         if not self.spare:
             self.rebuild(self.keys, room)
         _, _, scores, positions, *weights = self.tensors
-        number_spare(scores, positions, self.held, first_position)
+        number_spare(scores, positions, self.count, first_position)
         for tensor in weights:
-            tensor[:, :, self.held :] = 1
+            tensor[:, :, self.count :] = 1
 
     def note_written(self) -> None:
         """A unit was written to the tail."""
-        self.held += 1
+        self.count += 1
 
     def named_tensors(self) -> dict[str, Tensor]:
         """What is held, by name, without spare room."""
-        return dict(zip(NAMES, self, strict=False)) if self.held else {}
+        return dict(zip(NAMES, self, strict=False)) if self.count else {}
 
     def take_tensors(self, named: dict[str, Tensor]) -> None:
         """Hold what `named_tensors` gave, which may be among other things."""
@@ -163,7 +163,7 @@ class PlainStore(Columns):
     @staticmethod
     def of_rows(rows: "Sequence[PlainStore]") -> "PlainStore":
         """The rows of a batch, of one row each, as one, aligned at their last unit."""
-        return PlainStore(rows[0].weighs, Columns.stack(rows).tensors)
+        return PlainStore(rows[0].weighs, Buffers.stack(rows).tensors)
 
 
 def unscored(keys: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class RetainedLayer(CacheLayerMixin):
     @property
     def slots(self) -> int:
         """Slots taken in each head, by units but for those that are `empty`."""
-        return self.units.held
+        return self.units.count
 
     @property
     def quantized(self) -> bool:

@@ -13,13 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from locret.kernels import PackedUnits
-from locret.quantization import QuantizedUnits, Scheme
-from locret.quantization.columns import Columns, ColumnsView
-from locret.quantization.kivi import KiviScheme
-from locret.quantization.naming import named_tensors, store_of
-from locret.quantization.stacking import stack_stores
-from locret.quantization.storage import QuantizedView
+from locret.kernels import PackedKV
+from locret.quantization import QuantizedStore, Scheme
+from locret.quantization.buffers import Buffers, BuffersView
+from locret.quantization.schemes import KiviScheme
+from locret.quantization.store import QuantizedView, named_tensors, stack_stores, store_of
 
 EXACT = ("scores", "source_positions")
 STEPS = 256
@@ -31,7 +29,7 @@ class PackedView(NamedTuple):
     """What a layer held at some moment."""
 
     store: QuantizedView
-    exact: ColumnsView
+    exact: BuffersView
 
 
 class PackedStore:
@@ -43,13 +41,13 @@ class PackedStore:
     """
 
     def __init__(self, scheme: Scheme) -> None:
-        self.store = QuantizedUnits(scheme)
-        self._exact = Columns()
+        self.store = QuantizedStore(scheme)
+        self._exact = Buffers()
 
     @property
-    def held(self) -> int:
+    def count(self) -> int:
         """S."""
-        return self._exact.held
+        return self._exact.count
 
     @property
     def keys(self) -> Tensor:
@@ -90,33 +88,22 @@ class PackedStore:
     @property
     def filled(self) -> int:
         """Units in the residual."""
-        return self.store.residual.held
+        return self.store.residual.count
 
     @property
-    def packed(self) -> PackedUnits | None:
+    def packed(self) -> PackedKV | None:
         """The units before the residual, for the kernel."""
         keys, values, scheme = self.store.packed_keys, self.store.packed_values, self.store.scheme
         if keys is None or values is None:
             return None
-        (codes,), (scale, minimum) = keys.units, keys.rows
-        value_codes, value_scale, value_minimum = values.units
-        return PackedUnits(
-            key_codes=codes,
-            key_scale=scale,
-            key_minimum=minimum,
-            key_starts=keys.starts,
-            value_codes=value_codes,
-            value_scale=value_scale,
-            value_minimum=value_minimum,
-            bits=scheme.bits,
-            group=scheme.group,
-        )
+        of_keys = (*keys.units, *keys.tables)
+        return PackedKV(of_keys, keys.starts, values.units, scheme.bits, scheme.group)
 
     @property
     def spare(self) -> int:
         """Units that can be written in place."""
         both = (self.store.residual, self._exact)
-        return min(each.capacity - each.held for each in both)
+        return min(each.capacity - each.count for each in both)
 
     @property
     def nbytes(self) -> int:
@@ -132,7 +119,7 @@ class PackedStore:
     @property
     def full_bytes(self) -> int:
         """Bytes of one token's keys and values as they come."""
-        return self.store.full_bytes if self.held else 0
+        return self.store.full_bytes if self.count else 0
 
     def append(self, new: Sequence[Tensor], room: int = 0) -> None:
         """Add T new units after those held, in full precision until they are packed.
@@ -166,7 +153,7 @@ class PackedStore:
         """What was appended has been attended to: pack it as far as it fills blocks; if `tight`,
         all but the scheme's residual, so that the bytes are those of an eviction."""
         if tight:
-            every = torch.arange(self.held, device=self.scores.device)
+            every = torch.arange(self.count, device=self.scores.device)
             self.store.select(every.expand(*self.scores.shape[:2], -1))
         else:
             self.store.pack(room=self.store.scheme.group)
@@ -175,8 +162,8 @@ class PackedStore:
         """Hold the same units with other `keys` [B, H, S, D], in a storage with `room` to spare.
         The first `empty` [B, H] slots hold nothing."""
         if empty is not None:  # what stands there must not widen the range of its block
-            slot = torch.arange(self.held, device=keys.device)
-            filled = slot.maximum(empty[..., None]).clamp(max=self.held - 1)
+            slot = torch.arange(self.count, device=keys.device)
+            filled = slot.maximum(empty[..., None]).clamp(max=self.count - 1)
             keys = keys.gather(2, filled[..., None].expand_as(keys))
         scheme = self.store.scheme
         self.store.rebuild(keys, min(room, scheme.residual + scheme.group))
@@ -189,12 +176,12 @@ class PackedStore:
         self.store.residual = self.store.residual.with_room(min(room, STEPS))
         self._exact = self._exact.with_room(min(room, STEPS))
         scores, positions = self._exact.tensors
-        number_spare(scores, positions, self.held, first_position)
+        number_spare(scores, positions, self.count, first_position)
 
     def note_written(self) -> None:
         """A unit was written to the residual."""
-        self.store.residual.held += 1
-        self._exact.held += 1
+        self.store.residual.count += 1
+        self._exact.count += 1
 
     def replace_scores(self, scores: Tensor) -> None:
         """Give the units held other `scores` [B, H, S]."""
@@ -225,20 +212,20 @@ class PackedStore:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """What is held, by name, without spare room."""
-        exact = dict(zip(EXACT, self._exact, strict=True)) if self.held else {}
+        exact = dict(zip(EXACT, self._exact, strict=True)) if self.count else {}
         return exact | named_tensors(self.store)
 
     def take_tensors(self, named: dict[str, Tensor]) -> None:
         """Hold what `named_tensors` gave, which may be among other things."""
         self.store = store_of(self.store.scheme, named)
-        self._exact = Columns([named[name] for name in EXACT if name in named])
+        self._exact = Buffers([named[name] for name in EXACT if name in named])
 
     @staticmethod
     def of_rows(rows: "Sequence[PackedStore]") -> "PackedStore":
         """The rows of a batch, of one row each, as one, aligned at their last unit."""
         stacked = PackedStore(rows[0].store.scheme)
         stacked.store = stack_stores([row.store for row in rows])
-        stacked._exact = Columns.stack([row._exact for row in rows])
+        stacked._exact = Buffers.stack([row._exact for row in rows])
         return stacked
 
 

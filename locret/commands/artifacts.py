@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitOperationAdd, constants
+
 from locret.commands.shared import size_of
 from locret.heads import files as artifact
 from locret.heads import hub
@@ -119,18 +121,19 @@ def _push(given: argparse.Namespace) -> None:
 
 
 def _upload_plan(
-    given: argparse.Namespace, files: list[hub.Upload], left_out: dict[str, str]
+    given: argparse.Namespace, files: list[CommitOperationAdd], left_out: dict[str, str]
 ) -> str:
     visibility = "private" if given.private else "public"
     own = artifact.has_own_card(given.folder)
+    sizes = {file.path_in_repo: size_of(file.upload_info.size) for file in files}
     lines = [
-        f"would go to {hub.address(given.repo_id)} in one commit ({visibility} if it is made new, "
-        f"branch {given.revision or 'main'}):",
-        *(f"  {file.name:<24} {size_of(file.size):>10}" for file in files),
+        f"would go to {constants.ENDPOINT}/{given.repo_id} in one commit ({visibility} if it is "
+        f"made new, branch {given.revision or 'main'}):",
+        *(f"  {name:<24} {size:>10}" for name, size in sizes.items()),
         *(f"  {name:<24} {'stays':>10}: {reason}" for name, reason in left_out.items()),
         f"the card, {'your own' if own else 'generated'}, begins:",
     ]
-    card = files[0].content
+    card = files[0].path_or_fileobj
     assert isinstance(card, bytes)
     shown = card.decode("utf-8", errors="replace").splitlines()[:CARD_LINES]
     return "\n".join([*lines, *(f"  | {line}" for line in shown)])

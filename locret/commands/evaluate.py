@@ -1,122 +1,88 @@
-"""`python -m locret evaluate`: benchmarks under several policies and budgets."""
+"""`python -m locret evaluate`: benchmarks under several policies and budgets.
 
-import argparse
+    python -m locret evaluate --config eval/ruler_smollm2.yaml --limit 10 --engine.chunk_size 256
+
+Any value of the configuration can be overridden, as in trainings; lists are written as in YAML.
+"""
+
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from locret.commands.progress import Progress
-from locret.commands.shared import DTYPES, MODEL, Listed
-from locret.quantities import parse_tokens
+from locret.commands.shared import Progress
 
 if TYPE_CHECKING:
     from locret.evaluation.config import EvalConfig
-    from locret.evaluation.preparing import Prepared
+    from locret.evaluation.questions import Prepared
 
-OVERRIDES = ("model", "adapter", "heads", "dtype", "device", "data_dir", "output", "limit")
-LISTS = ("tasks", "lengths")
+NAME = "evaluate"
 
 
 def add_to(commands: Any) -> None:
-    command = commands.add_parser("evaluate", help="benchmarks under several policies and budgets")
-    command.add_argument("--config", help="a YAML file, or a name in configs/eval")
-    command.add_argument("--tasks", action=Listed, help="tasks or groups of tasks")
-    command.add_argument(
-        "--lengths", action=Listed, each=parse_tokens, help="of tasks made to a length, such as 4K"
-    )
-    command.add_argument("--limit", type=int, help="samples a task")
-    command.add_argument("--data-dir", help="folder of the tasks' data files")
-    command.add_argument("--output", help="folder for predictions and results")
-    command.add_argument("--model", help=MODEL)
-    command.add_argument("--adapter", help="PEFT adapter of the model: folder or Hub id")
-    command.add_argument("--heads", help="artifact folder, .bin file, or Hub id")
-    command.add_argument("--dtype", choices=("auto", *DTYPES))
-    command.add_argument("--device")
-    command.add_argument("--batch-size", type=int, help="samples asked at a time")
-    command.add_argument("--processes", type=int, default=1, help="that share the questions")
-    command.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any value of the configuration",
-    )
-    command.add_argument("--dry-run", action="store_true", help="only show what would be asked")
-    command.add_argument("--list-tasks", action="store_true", help="show the tasks there are")
-    command.set_defaults(run=run)
+    commands.add_parser(NAME, help="benchmarks under several policies and budgets", add_help=False)
 
 
-def config_of(given: argparse.Namespace) -> "EvalConfig":
-    """The configuration that a command line asks for.
+def run(args: Sequence[str]) -> None:
+    """Run an evaluation, or the part of it that falls to this process.
 
     Raises:
-        ValueError: no configuration was named, or it cannot be (`locret.evaluation.config`).
+        ValueError: no configuration is named, or it cannot be (`locret.evaluation.config`).
     """
-    from locret.evaluation.config import read_config
-
-    if not given.config:
-        raise ValueError("give a configuration with --config, such as eval/ruler_smollm2.yaml")
-    overrides = {name: getattr(given, name) for name in (*OVERRIDES, *LISTS, "batch_size")}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    return read_config(given.config, overrides | _settings(given.set))
-
-
-def _settings(texts: list[str]) -> dict[str, Any]:
-    """`a.b=VALUE` as names and values; values are YAML."""
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set {text} is no NAME=VALUE")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {text}: {value!r} is no YAML value") from error
-    return found
-
-
-def run(given: argparse.Namespace) -> None:
-    """Run an evaluation, or the part of it that falls to this process."""
     from locret.evaluation import evaluate
-    from locret.evaluation.preparing import prepare
-    from locret.evaluation.processes import run_processes
-    from locret.evaluation.ranks import Ranks
+    from locret.evaluation.processes import Ranks
+    from locret.evaluation.questions import prepare
 
-    if given.list_tasks:
+    args = [_with_underscores(text) for text in args]
+    if {"--help", "-h"} & set(args):
+        _parser().print_help()
+        return
+    if "--list_tasks" in args:
         print(_tasks())
         return
-    config, ranks = config_of(given), Ranks.of_environment()
-    prepared = prepare(config)
+    config, given = _configured(args)
+    ranks = Ranks.of_environment()
     if given.dry_run:
-        print(_plan(prepared))
+        print(_plan(prepare(config)))
         return
     command = "python -m locret " + shlex.join(sys.argv[1:])
     progress = Progress("asking") if ranks.rank == 0 else None
-    if given.processes > 1 and ranks.world == 1:
-        run_processes(prepared, _arguments(given), given.processes, progress)
-    else:
-        evaluate.ask(prepared, ranks, progress)
-    path = evaluate.finish(prepared, command)
+    path = evaluate.run(config, command, ranks, progress, given.processes, given.minutes)
     if path is None:
-        print(f"rank {ranks.rank} of {ranks.world}: done; other processes have questions left")
+        print(f"rank {ranks.rank} of {ranks.world}: done; there are questions left")
     elif ranks.world == 1 or given.processes == 1:
         _say(path)
 
 
-def _arguments(given: argparse.Namespace) -> list[str]:
-    """The command line of one process of several: the same configuration."""
-    arguments = ["--config", given.config]
-    for name in (*OVERRIDES, *LISTS, "batch_size"):
-        value = getattr(given, name)
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return arguments + (["--set", *given.set] if given.set else [])
+def _configured(args: Sequence[str]) -> tuple["EvalConfig", Any]:
+    """The configuration that a command line asks for, and all that it says."""
+    from locret.evaluation.config import parsed, read_values
+
+    words = [word for text in args for word in text.split("=", 1)]
+    names = [name for flag, name in zip(words, words[1:], strict=False) if flag == "--config"]
+    if not names:
+        raise ValueError("give a configuration with --config, such as eval/ruler_smollm2.yaml")
+    return parsed(_parser(), args, read_values(names[-1]))
+
+
+def _parser() -> Any:
+    from locret.evaluation.config import parser
+
+    made = parser(prog="locret evaluate", description=__doc__)
+    made.add_argument("--processes", type=int, default=1, help="that share the questions")
+    made.add_argument("--minutes", type=float, help="ask no more after that time")
+    made.add_argument("--dry_run", action="store_true", help="only show what would be asked")
+    made.add_argument("--list_tasks", action="store_true", help="show the tasks there are")
+    return made
+
+
+def _with_underscores(text: str) -> str:
+    """`--data-dir` as `--data_dir`."""
+    name, equals, value = text.partition("=")
+    is_name = name.startswith("--")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if is_name else text
 
 
 def _tasks() -> str:
@@ -129,12 +95,12 @@ def _tasks() -> str:
 
 def _plan(prepared: "Prepared") -> str:
     asked = prepared.asked
-    rows = dict.fromkeys(question.row.label for question in asked)
+    setups = dict.fromkeys(question.setup.label for question in asked)
     counts: dict[str, list[int]] = {}
     for question in asked:
-        if question.row.label == next(iter(rows)):
+        if question.setup.label == next(iter(setups)):
             counts.setdefault(question.task.label, []).append(len(question.prompt.ids))
-    lines = [f"{len(rows)} rows: {', '.join(rows)}"]
+    lines = [f"{len(setups)} setups: {', '.join(setups)}"]
     lines += [
         f"{label:<34} {len(sizes):>5} samples of {min(sizes)} to {max(sizes)} tokens"
         for label, sizes in counts.items()
@@ -144,10 +110,10 @@ def _plan(prepared: "Prepared") -> str:
 
 def _say(path: Path) -> None:
     """What was made, and where."""
-    from locret.evaluation import results
+    from locret.evaluation import tables
 
     result = json.loads(path.read_text(encoding="utf-8"))
-    print(results.table(result))
+    print(tables.as_markdown(result))
     print(f"table        {path.with_suffix('.md').resolve()}")
     print(f"figures      {path.resolve()}")
     print(f"predictions  {(path.parent / 'predictions').resolve()}")

@@ -5,9 +5,9 @@ import json
 import time
 from typing import Any
 
-from locret.commands.progress import Progress
 from locret.commands.shared import (
     BYTES_PER_MIB,
+    Progress,
     add_model,
     argument,
     load,

@@ -56,6 +56,6 @@ def with_our_tasks(args: Sequence[str], folder: str) -> list[str]:
     named = any(arg.partition("=")[0] == INCLUDE for arg in args)
     if named or not args or {"-h", "--help"} & set(args):
         return [*args]
-    from locret.integrations.lm_eval.task_files import write_task_files
+    from locret.integrations.lm_eval.tasks import write_task_files
 
     return [*args, INCLUDE, str(write_task_files(Path(folder)))]

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from locret.commands.progress import Progress
+from locret.commands.shared import Progress
 
 MARK = ".reproduced"
 """A file that tells a reproduction's folder from one of `evaluate`, whose answers took hours."""
 
-MADE = {"predictions", "sessions", "result.json", "result.md", "grid.json", ".lock"}
+MADE = {"predictions", "sessions", "result.json", "result.md", "config.yaml", ".lock"}
 """What a reproduction leaves in its folder beside the mark."""
 
 
@@ -31,7 +31,7 @@ def run(given: argparse.Namespace) -> None:
         ValueError: no results are there, nothing could be run, or a figure is not reproduced.
     """
     from locret.evaluation import reproduce as again
-    from locret.evaluation.comparison import Comparison, as_table
+    from locret.evaluation.reproduce import Comparison, as_table
 
     changes = {"data_dir": given.data_dir, "limit": given.limit}
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -51,10 +51,10 @@ def run(given: argparse.Namespace) -> None:
     print(f"answers   {given.output.resolve()}")
     if not compared:
         raise ValueError("nothing could be run again; give the data with --data-dir")
-    wrong = [f"{one.table}, {one.row}" for one in compared if not one.reproduced]
+    wrong = [f"{one.table}, {one.setup}" for one in compared if not one.reproduced]
     if wrong:
         raise ValueError(f"not reproduced: {'; '.join(wrong)}")
-    print(f"all {len(compared)} rows reproduced")
+    print(f"all {len(compared)} setups reproduced")
 
 
 def _check(folder: Path, results: Sequence[Path]) -> None:

@@ -24,9 +24,17 @@ from locret.model.attend import Backend, available, check_backend, fastest
 from locret.model.backbone import Backbone
 from locret.model.rotary import LongRopeRule
 from locret.policies import POLICIES, LocretPolicy, Policy
-from locret.quantities import Budget, Memory, budget_of, format_bytes, is_whole, parse_bytes
-from locret.quantization import Scheme, scheme_of
-from locret.quantization.fp8 import Fp8Scheme, key_bias_warning
+from locret.quantities import (
+    Budget,
+    ByteShare,
+    Memory,
+    budget_of,
+    format_bytes,
+    is_whole,
+    parse_bytes,
+)
+from locret.quantization import NO_SCHEME, Scheme, scheme_of
+from locret.quantization.schemes import Fp8Scheme, key_bias_warning
 
 Auto = Literal["auto"]
 
@@ -119,6 +127,7 @@ DEFAULTS: dict[str, Any] = {
 }
 """The settings by name, with what each is where the user does not say."""
 
+BYTES_IN_16_BITS = 2
 ALIAS = "budget_bytes"
 """The old name of a budget that is memory, taken with a warning."""
 
@@ -221,6 +230,8 @@ class EngineConfig:
         def of_layers(average: int) -> Sequence[int]:
             return sizing.shared(policy.budgets(average, sizing.num_layers, context))
 
+        if isinstance(budget, ByteShare):
+            budget = _memory_of(budget, sizing, context)
         if isinstance(budget, Memory):
             units = _units_within(budget, sizing, context, of_layers)
         else:
@@ -236,7 +247,8 @@ class EngineConfig:
         budget = self.reading.budget
         if isinstance(budget, Memory):
             return self.budgets(policy, sizing, last)
-        return self.budgets(policy, sizing, prompt) if isinstance(budget, float) else None
+        follows_prompt = isinstance(budget, float | ByteShare)
+        return self.budgets(policy, sizing, prompt) if follows_prompt else None
 
     def stabilizers_for(self, budgets: Sequence[int]) -> int:
         """Stabilizers where layers keep `budgets`: in the recorded proportion, if "auto"."""
@@ -325,7 +337,7 @@ def _reading(given: Mapping[str, Any], recorded: Recorded, evicts: bool) -> Read
     budget, stabilizers = budget_of(chosen("budget")), given["stabilizers"]
     if not evicts:
         budget = None
-    if stabilizers == "auto" and not isinstance(budget, (float, Memory)):
+    if stabilizers == "auto" and not isinstance(budget, float | Memory | ByteShare):
         stabilizers = recorded.stabilizers_for(_smallest(budget))
     positions, longrope = given["positions"], given["longrope"]
     return Reading(
@@ -383,6 +395,14 @@ def _check_stabilizers(reading: Reading, query_tokens: int) -> None:
             f"stabilizers is {stabilizers}{query} but the budget is {smallest}: they are kept "
             "within the budget; lower stabilizers or raise the budget"
         )
+
+
+def _memory_of(budget: ByteShare, sizing: Sizing, context: int) -> Memory:
+    """What that share of the context takes in 16 bits, beside the layers with a window."""
+    units = max(1, round(budget.share * (budget.context or context)))
+    plain = replace(sizing, scheme=NO_SCHEME, element_size=BYTES_IN_16_BITS)
+    nbytes = plain.cache_bytes([units] * sizing.num_layers)
+    return Memory(nbytes + sizing.window_bytes(context))
 
 
 def _units_within(

@@ -18,9 +18,7 @@ from locret.cache.cache import RetainedCache
 from locret.cache.layer import PlainStore, RetainedLayer
 from locret.cache.packed import PackedStore
 from locret.engine.attention import Pass
-from locret.kernels.decode import decode_attention
-from locret.kernels.decode_quantized import decode_attention_quantized
-from locret.kernels.store import store_units
+from locret.kernels import decode_attention, decode_attention_quantized, store_units
 from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall, as_argument, cache_in, without_autocast
 from locret.model.rotary import Rotary

@@ -1,4 +1,4 @@
-"""Answers of one model under one row of the table: compress the context, read the rest, generate.
+"""Answers of one model under one setup: compress the context, read the rest, generate.
 
 Decoding is greedy. Every question meets a cache of its own or an untouched copy of its context's.
 """
@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from locret.cache.cache import RetainedCache
 from locret.engine.engine import Engine
-from locret.evaluation.engines import Engines
-from locret.evaluation.held import held_of
-from locret.evaluation.padding import padded
 from locret.evaluation.questions import Question
-from locret.evaluation.records import Record
-from locret.evaluation.stopping import StopStrings, before_stop
+from locret.evaluation.records import OUT_OF_MEMORY, Record
+from locret.evaluation.setups import Engines, held_of
 from locret.model.loading import LoadedModel
+
+LOOK_BACK = 16  # tokens whose text can hold the end of a stop string
 
 
 class Asker:
-    """Asks a model questions under any row.
+    """Asks a model questions under any setup.
 
     Args:
         loaded: the model.
@@ -37,10 +37,29 @@ class Asker:
         self.engines = engines
         self._in_turn = in_turn
 
-    @torch.no_grad()
     def ask(self, batch: Sequence[Question]) -> Iterator[list[Record]]:
-        """Answer a batch (`locret.evaluation.questions.batches`), a list of records at a time."""
-        engine = self.engines.get(batch[0].row, batch[0].budget)
+        """Answer a batch (`locret.evaluation.questions.batches`), a list of records at a time. One
+        that does not fit into the device's memory is asked by halves."""
+        answered = 0
+        try:
+            for records in self._asked(batch):
+                answered += len(records)
+                yield records
+            return
+        except torch.OutOfMemoryError:
+            pass  # the failed call's tensors are let go before the halves are asked
+        torch.cuda.empty_cache()
+        left = batch[answered:]
+        if len(left) == 1:
+            yield [_without_answer(left[0])]
+            return
+        middle = len(left) // 2
+        yield from self.ask(left[:middle])
+        yield from self.ask(left[middle:])
+
+    @torch.no_grad()
+    def _asked(self, batch: Sequence[Question]) -> Iterator[list[Record]]:
+        engine = self.engines.get(batch[0].setup, batch[0].budget)
         started = time.perf_counter()
         with engine:
             if not self._in_turn:
@@ -57,7 +76,7 @@ class Asker:
     def _read(
         self, engine: Engine, batch: Sequence[Question]
     ) -> tuple[RetainedCache, list[dict[str, Any]]]:
-        """The compressed contexts, and what is held of each."""
+        """The compressed contexts, and what the cache holds of each."""
         contexts = [question.prompt.ids[: question.compressed] for question in batch]
         ids, mask = padded(contexts, self.model.device)
         given: dict[str, Any] = {"attention_mask": mask}
@@ -75,12 +94,12 @@ class Asker:
         held: list[dict[str, Any]],
         started: float,
     ) -> list[Record]:
-        parts = _parts(batch, engine.asks_together)
+        groups = _asked_together(batch, engine.asks_together)
         answers: dict[int, tuple[Tensor, int]] = {}
-        for rows in parts:
-            part = cache if len(parts) == 1 else cache.rows(rows)
-            new = self._generated(engine, [batch[row] for row in rows], part)
-            bytes_after = part.nbytes // len(rows)
+        for rows in groups:
+            of_group = cache if len(groups) == 1 else cache.rows(rows)
+            new = self._generated(engine, [batch[row] for row in rows], of_group)
+            bytes_after = of_group.nbytes // len(rows)
             answers |= {row: (new[at], bytes_after) for at, row in enumerate(rows)}
         seconds = round((time.perf_counter() - started) / len(batch), 4)
         records = []
@@ -128,28 +147,97 @@ class Asker:
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         answer, stopped = before_stop(text, question.task.stop)
         return Record(
-            settings=question.settings,
-            prompt=question.prompt.key,
-            row=question.row.label,
-            task=question.task.label,
-            sample=question.sample.id,
+            **_of_question(question),
             answer=answer,
             end="stop" if stopped else "length" if length is None else "eos",
             new_tokens=len(tokens),
-            prompt_tokens=len(question.prompt.ids),
-            compressed_tokens=question.compressed,
-            cut=question.prompt.cut,
-            answer_cut=question.prompt.answer_cut,
-            budget=question.units_allowed,
             **held,
         )
 
 
-def _parts(batch: Sequence[Question], together: bool) -> list[list[int]]:
-    """Rows that are asked together: all, or those with as many tokens to read."""
+def _of_question(question: Question) -> dict[str, Any]:
+    """What is known of a record before there is an answer."""
+    return {
+        "settings": question.settings,
+        "prompt": question.prompt.key,
+        "setup": question.setup.label,
+        "task": question.task.label,
+        "sample": question.sample.id,
+        "prompt_tokens": len(question.prompt.ids),
+        "compressed_tokens": question.compressed,
+        "cut": question.prompt.cut,
+        "answer_cut": question.prompt.answer_cut,
+        "budget": question.units_allowed,
+    }
+
+
+def _without_answer(question: Question) -> Record:
+    return Record(
+        **_of_question(question),
+        answer="",
+        end=OUT_OF_MEMORY,
+        new_tokens=0,
+        units=(0.0, 0),
+        bytes=0,
+        full_bytes=0,
+        bytes_after=0,
+        seconds=0.0,
+    )
+
+
+def _asked_together(batch: Sequence[Question], together: bool) -> list[list[int]]:
+    """Rows that are asked in one call: all, or those with as many tokens to read."""
     if together:
         return [[*range(len(batch))]]
-    parts: dict[int, list[int]] = {}
+    groups: dict[int, list[int]] = {}
     for row, question in enumerate(batch):
-        parts.setdefault(question.rest, []).append(row)
-    return [*parts.values()]
+        groups.setdefault(question.rest, []).append(row)
+    return [*groups.values()]
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Token ids [B, n], padded on the left, and their mask; None if no row is padded."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    if all(len(row) == width for row in rows):
+        return ids, None
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+class StopStrings(StoppingCriteria):
+    """Ends a row once one of the strings stands in what was generated.
+
+    White space before the answer's first word ends nothing: models begin with line breaks.
+
+    Args:
+        strings: to stop at.
+        tokenizer: decodes what was generated.
+    """
+
+    def __init__(self, strings: Sequence[str], tokenizer: Any) -> None:
+        self.strings = tuple(strings)
+        self.tokenizer = tokenizer
+        self._start: int | None = None  # of the answer: the first call comes after its first token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self._start is None:
+            self._start = input_ids.shape[1] - 1
+        answers = input_ids[:, self._start :]
+        first = max(0, answers.shape[1] - LOOK_BACK)
+        ended = [
+            any(string in text for string in self.strings)
+            for text in map(self._text, answers, [first] * len(answers))
+        ]
+        return torch.tensor(ended, device=input_ids.device)
+
+    def _text(self, answer: Tensor, first: int) -> str:
+        tail = self.tokenizer.decode(answer[first:], skip_special_tokens=True)
+        return tail if first else tail.lstrip()
+
+
+def before_stop(text: str, strings: Sequence[str]) -> tuple[str, bool]:
+    """The answer before the first stop string, and whether one was there."""
+    text = text.lstrip()
+    places = [place for place in map(text.find, strings) if place >= 0]
+    return text[: min(places, default=len(text))].rstrip(), bool(places)

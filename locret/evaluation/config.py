@@ -1,47 +1,26 @@
-"""What an evaluation is: a YAML file, with any value overridden on the command line."""
+"""What an evaluation is: a YAML file, with any value overridden on the command line.
 
-from collections.abc import Callable, Mapping
+Kinds of values are checked by jsonargparse, as those of trainings are; what they mean here.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from locret.evaluation.rows import Row, expand
+from locret.evaluation.setups import Setup, expand
 from locret.model.loading import Dtype
-from locret.quantities import is_whole
-from locret.system import config_files
+from locret.quantities import check_whole, parse_tokens
+from locret.system import files
 from locret.tasks import TASKS, Task, TaskSettings, task_names
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
 CACHE = "~/.cache/locret"
-
-LISTS: dict[str, Any] = {"tasks": str, "rows": Mapping, "lengths": int}
-"""Values that are lists, and of what; one entry may stand for a list of it."""
-
-KINDS = {str: "names", Mapping: "names and values", int: "whole numbers"}
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: Any) -> bool:
-    return is_whole(value, 1)
-
-
-TEXTS = ("model", "output", "adapter", "heads", "device", "attention", "data_dir", "cache_dir")
-EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(TEXTS, (_is_text, "a text")),
-    **dict.fromkeys(
-        ("limit", "batch_size", "max_length"), (_is_count, "a whole number of at least 1")
-    ),
-    "lengths": (lambda given: all(map(_is_count, given)), "whole numbers of at least 1"),
-    "seed": (lambda given: is_whole(given, 0), "a whole number of at least 0"),
-    "chat_template": (lambda given: isinstance(given, bool), "true or false"),
-    "dtype": (lambda given: given in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}"),
-    "data": (lambda given: all(map(_is_text, given.values())), "a path for each name"),
-}
-"""What a value must be, unless it is None."""
 
 
 @dataclass(frozen=True)
@@ -51,36 +30,44 @@ class EvalConfig:
     Attributes:
         model, adapter, heads: as for `python -m locret generate`.
         tasks: names of tasks or groups.
-        rows: the table's rows (`locret.evaluation.rows`).
+        setups: ways to bound the cache (`locret.evaluation.setups`).
         output: folder for predictions and results.
         dtype, device, attention: of the model; attention is transformers' `attn_implementation`.
+        full: ask under the full cache too, whether or not it is among the setups.
         chat_template: put prompts into the tokenizer's chat template.
+        answer_prefix: give the first words of answers, for tasks that have some.
         data_dir, data: where the tasks' data lies (`locret.tasks.TaskSettings`).
         lengths: prompt lengths for tasks that are made to a length.
+        depths: at which the needles of `locret.tasks.needle` stand.
         limit: samples of a task; None = all.
+        max_new_tokens: of an answer; None = as each task has it.
         seed: of generated samples.
         max_length: tokens of prompt and answer; longer contexts are cut, and counted. None = the
-            model's window, for rows that need it.
+            model's window, for setups that need it.
         batch_size: samples asked at a time. At 1, samples about one context share its prefill.
-        engine: settings of `locret.Engine` for every row.
+        engine: settings of `locret.Engine` for every setup.
         cache_dir: where generated samples are kept.
         smoke: overrides for the small slice that `python -m locret reproduce` runs again.
     """
 
     model: str
-    tasks: tuple[str, ...]
-    rows: tuple[Mapping[str, Any], ...]
+    tasks: tuple[str, ...] | str
+    setups: tuple[Mapping[str, Any], ...] | Mapping[str, Any]
     output: str
     adapter: str | None = None
     heads: str | None = None
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     device: str | None = None
     attention: str | None = None
+    full: bool = True
     chat_template: bool = True
+    answer_prefix: bool = True
     data_dir: str | None = None
     data: Mapping[str, str] = field(default_factory=dict)
-    lengths: tuple[int, ...] = (4096,)
+    lengths: tuple[int | str, ...] | int | str = (4096,)
+    depths: int = 10
     limit: int | None = None
+    max_new_tokens: int | None = None
     seed: int = 42
     max_length: int | None = None
     batch_size: int = 1
@@ -88,38 +75,33 @@ class EvalConfig:
     cache_dir: str = CACHE
     smoke: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Spell lists out, and check numbers.
+
+        Raises:
+            ValueError: a list is empty, or a number is too small.
+        """
+        tasks, lengths = _listed(self.tasks, str), _listed(self.lengths, (int, str))
+        object.__setattr__(self, "tasks", tuple(n for t in tasks for n in t.split(",") if n))
+        texts = [part for given in lengths for part in str(given).split(",")]
+        object.__setattr__(self, "lengths", tuple(map(parse_tokens, texts)))
+        object.__setattr__(self, "setups", _listed(self.setups, Mapping))
+        for name in ("tasks", "lengths", "setups"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; expected at least one")
+        for name in ("limit", "batch_size", "max_length", "depths", "max_new_tokens"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 1)
+        check_whole("seed", self.seed, 0)
+
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "EvalConfig":
-        """Check names and kinds of the values.
+        """The configuration of names and values.
 
         Raises:
             ValueError: a name that is unknown or missing, or a value of the wrong kind.
         """
-        known = {entry.name for entry in fields(cls)}
-        given = {name: value for name, value in given.items() if value is not None}
-        unknown, needed = set(given) - known, {"model", "tasks", "rows", "output"} - set(given)
-        if unknown or needed:
-            wrong = [f"unknown {', '.join(sorted(unknown))}"] * bool(unknown)
-            wrong += [f"missing {', '.join(sorted(needed))}"] * bool(needed)
-            raise ValueError(
-                f"the configuration has {' and '.join(wrong)}; expected {', '.join(sorted(known))}"
-            )
-        values = dict(given)
-        for name, kind in LISTS.items():
-            if name in values:
-                values[name] = _listed(name, values[name], kind)
-        for name in ("data", "engine", "smoke"):
-            if not isinstance(values.get(name) or {}, Mapping):
-                raise ValueError(f"{name} is {values[name]!r}; expected names and values")
-        config = cls(**values)
-        config._check()
-        return config
-
-    def _check(self) -> None:
-        for name, (is_right, expected) in EXPECTED.items():
-            value = getattr(self, name)
-            if value is not None and not is_right(value):
-                raise ValueError(f"{name} is {value!r}; expected {expected}")
+        return parsed(parser(), [], given)[0]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -127,9 +109,9 @@ class EvalConfig:
             for name, value in asdict(self).items()
         }
 
-    def table_rows(self) -> list[Row]:
-        """The rows, the full cache first (errors: `locret.evaluation.rows.expand`)."""
-        return expand(self.rows)
+    def all_setups(self) -> list[Setup]:
+        """The setups, the full cache first (errors: `locret.evaluation.setups.expand`)."""
+        return expand(_listed(self.setups, Mapping), self.full)
 
     def make_tasks(self) -> list[Task]:
         """The tasks, one for each length where they are made to a length.
@@ -137,8 +119,9 @@ class EvalConfig:
         Raises:
             ValueError: an unknown task, or a data file or package that is not there.
         """
-        kinds = [TASKS[name] for name in task_names(self.tasks)]
-        made = [kind(self._settings(length)) for kind in kinds for length in self.lengths]
+        kinds = [TASKS[name] for name in task_names(_listed(self.tasks, str))]
+        lengths = _listed(self.lengths, int)
+        made = [kind(self._settings(length)) for kind in kinds for length in lengths]
         by_label = {task.label: task for task in made}
         for task in by_label.values():
             task.files()
@@ -150,17 +133,67 @@ class EvalConfig:
             data_dir=Path(self.data_dir).expanduser() if self.data_dir else None,
             data=dict(self.data),
             length=length,
+            depths=self.depths,
+            max_new_tokens=self.max_new_tokens,
             seed=self.seed,
             cache_dir=Path(self.cache_dir).expanduser(),
         )
 
 
-def _listed(name: str, value: Any, kind: Any) -> tuple[Any, ...]:
-    entries = [value] if isinstance(value, kind) else value
-    right = isinstance(entries, (list, tuple)) and all(isinstance(e, kind) for e in entries)
-    if not right or not entries:
-        raise ValueError(f"{name} is {value!r}; expected a list of {KINDS[kind]}, at least one")
-    return tuple(entries)
+def _listed(value: Any, kind: Any) -> tuple[Any, ...]:
+    """One entry may stand for a list of it."""
+    return (value,) if isinstance(value, kind) else tuple(value)
+
+
+def parser(**about: Any) -> "ArgumentParser":
+    """What knows the names, kinds and meanings of a configuration's values.
+
+    Args:
+        about: of the command that it is for.
+    """
+    from jsonargparse import ArgumentParser
+
+    made = ArgumentParser(exit_on_error=False, **about)
+    made.add_argument("--config", help="a YAML file, or a name in configs/eval")
+    made.add_class_arguments(EvalConfig, as_group=False)
+    return made
+
+
+def parsed(
+    parser: "ArgumentParser", args: Sequence[str], values: Mapping[str, Any]
+) -> tuple[EvalConfig, "Namespace"]:
+    """The configuration of `values` with what a command line puts in their place, and everything
+    that the command line says.
+
+    Raises:
+        ValueError: names or values that are none of a configuration's, or of the wrong kind.
+    """
+    from jsonargparse import ArgumentError
+
+    if "rows" in values:
+        raise ValueError("the configuration has rows; they are called setups now")
+    there = {name: value for name, value in values.items() if value is not None}
+    try:
+        given = parser.parse_args(list(args), namespace=parser.parse_object(there))
+    except ArgumentError as error:
+        raise ValueError(_in_short(str(error))) from None
+    names = [entry.name for entry in fields(EvalConfig)]
+    return EvalConfig(**{name: given[name] for name in names}), given
+
+
+def _in_short(told: str) -> str:
+    """A complaint of jsonargparse in one sentence: the value, and what was expected."""
+    told = " ".join(told.split())
+    one = re.fullmatch(r'Parser key "(.+?)": Expected an? (.+)\. Got value: (.*)', told)
+    any_of = re.fullmatch(
+        r'Parser key "(.+?)": .*?Subtypes: \[(.+?)\] Errors: .* value: (.*)', told
+    )
+    found = one or any_of
+    if found is None:
+        return told
+    name, kinds, value = found.groups()
+    kinds = re.sub(r"<class '(.+?)'>|typing\.", lambda kind: kind[1] or "", kinds)
+    return f"{name} is {value}; expected {kinds}"
 
 
 def find_config(name: str) -> Path:
@@ -169,14 +202,14 @@ def find_config(name: str) -> Path:
     Raises:
         ValueError: no such file; lists the configurations there are.
     """
-    return config_files.find_config(name, ("eval", "."))
+    return files.find_config(name, ("eval", "."))
 
 
-def read_config(name: str, overrides: Mapping[str, Any]) -> EvalConfig:
-    """The configuration of a file, with values replaced; `a.b` names a value within `a`.
+def read_values(name: str) -> dict[str, Any]:
+    """The names and values in a file.
 
     Raises:
-        ValueError: no such file, no YAML, or values that are none (`EvalConfig.from_dict`).
+        ValueError: no such file, or it holds none.
     """
     path = find_config(name)
     try:
@@ -185,15 +218,4 @@ def read_config(name: str, overrides: Mapping[str, Any]) -> EvalConfig:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no names and values")
-    return EvalConfig.from_dict(overridden(values, overrides))
-
-
-def overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with others in their place; `a.b` names a value within `a`."""
-    result = dict(values)
-    for name, value in overrides.items():
-        outer, _, inner = name.partition(".")
-        if inner and not isinstance(result.get(outer) or {}, Mapping):
-            raise ValueError(f"{name}: {outer} is {result[outer]!r}, and has no values by name")
-        result[outer] = overridden(result.get(outer) or {}, {inner: value}) if inner else value
-    return result
+    return values

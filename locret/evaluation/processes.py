@@ -1,4 +1,5 @@
-"""One run in several processes of this machine: `python -m locret ... --processes N`.
+"""One run in several processes: of this machine, `python -m locret evaluate --processes N`, or of
+torchrun. Each knows its rank, and takes an accelerator in turn.
 
 Each process loads the model and asks its share. On one accelerator that pays for small models,
 whose time goes into launching kernels.
@@ -9,10 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from locret.evaluation.preparing import Prepared
-from locret.evaluation.records import Records
+import torch
+
 from locret.system import interrupts
 
 POLL_SECONDS = 1.0
@@ -20,19 +22,27 @@ PATIENCE_SECONDS = 10.0  # for processes that are asked to end
 TOLD = 2000  # characters of what a failed process said
 
 
-def run_processes(
-    prepared: Prepared,
-    arguments: Sequence[str],
-    count: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Run `python -m locret evaluate ARGUMENTS` in so many processes, to their end.
+@dataclass(frozen=True)
+class Ranks:
+    """One of `world` processes."""
 
-    Raises:
-        ValueError: one of them failed; says what it said. The others are ended.
-    """
-    logs = prepared.output / "logs"
-    run_together(["evaluate", *arguments], count, logs, lambda: _tell(prepared, progress))
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_environment(cls) -> "Ranks":
+        """As torchrun and accelerate say it."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+    def device(self, wanted: str | None = None) -> str | None:
+        """The device that was asked for; of several processes each takes an accelerator in turn.
+        None = the default, also where accelerators are asked for and there are none."""
+        on_cuda = wanted is None or wanted.startswith("cuda")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not on_cuda or (count and self.world == 1):
+            return wanted
+        local = int(os.environ.get("LOCAL_RANK", self.rank))
+        return f"cuda:{local % count}" if count else None
 
 
 def run_together(
@@ -56,7 +66,7 @@ def run_together(
     with interrupts.raised():
         try:
             for rank, log in enumerate(logs):
-                with interrupts.held():  # a process that is started must also be in the list
+                with interrupts.delayed():  # a process that is started must also be in the list
                     running.append(_start(arguments, rank, count, log))
             while any(process.poll() is None for process in running):
                 _refuse_failed(running, logs)
@@ -65,7 +75,7 @@ def run_together(
             _refuse_failed(running, logs)
             tell()
         finally:
-            with interrupts.held():
+            with interrupts.delayed():
                 _end(running)
 
 
@@ -100,10 +110,3 @@ def _refuse_failed(running: Sequence["subprocess.Popen[bytes]"], logs: Sequence[
         if process.poll():
             said = log.read_text(encoding="utf-8", errors="replace").strip()[-TOLD:]
             raise ValueError(f"a process ended with status {process.returncode} ({log}):\n{said}")
-
-
-def _tell(prepared: Prepared, progress: Callable[[int, int], None] | None) -> None:
-    if progress is not None:
-        found = Records(prepared.output).read()
-        keys = {question.key for question in prepared.asked}
-        progress(len(keys & found.keys()), len(keys))

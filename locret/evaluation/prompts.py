@@ -55,12 +55,13 @@ class Renderer:
     Args:
         tokenizer: a fast one: it must tell where its tokens stand in the text.
         chat: put the user's turn into the tokenizer's chat template.
+        answer_prefix: let prompts end with the first words of the answer, where samples have them.
 
     Raises:
         ValueError: the tokenizer is no fast one, or has no chat template to apply.
     """
 
-    def __init__(self, tokenizer: Any, chat: bool) -> None:
+    def __init__(self, tokenizer: Any, chat: bool, answer_prefix: bool = True) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
                 f"the tokenizer is a {type(tokenizer).__name__}, which does not tell where its "
@@ -72,6 +73,7 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self.chat = chat
+        self.answer_prefix = answer_prefix
 
     @property
     def fingerprint(self) -> str:
@@ -107,8 +109,9 @@ class Renderer:
     def _text(self, sample: Sample) -> tuple[str, int, int]:
         """The text, and the characters at which context and question end."""
         turn = sample.context + sample.question
+        prefix = sample.answer_prefix if self.answer_prefix else ""
         if not self.chat:
-            text = turn + sample.answer_prefix
+            text = turn + prefix
             return text, len(sample.context), len(turn)
         # Templates may strip the turn, so that it is stripped here.
         lead = len(turn) - len(turn.lstrip())
@@ -120,7 +123,7 @@ class Renderer:
         if start < 0:
             raise ValueError("the chat template changes the user's text: question cannot be found")
         context = max(0, min(len(sample.context) - lead, len(turn)))
-        return text + sample.answer_prefix.lstrip(), start + context, start + len(turn)
+        return text + prefix.lstrip(), start + context, start + len(turn)
 
     def _encode(self, text: str, **wanted: Any) -> Any:
         # verbose=False: a text above model_max_length is meant, and no reason for a warning.

@@ -1,4 +1,4 @@
-"""Where figures come from: commit, hardware, versions, and what model, adapter and heads were."""
+"""Where figures come from: commit, hardware, versions, and what model and heads were."""
 
 import importlib.metadata
 import platform

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "predictions"
+OUT_OF_MEMORY = "memory"
+"""Why there is no answer."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,10 @@ class Record:
     Attributes:
         settings: recognises everything that the answer depends on but the sample.
         prompt: recognises the prompt's tokens.
-        row, task, sample: whose answer it is.
+        setup, task, sample: whose answer it is.
         answer: the text, before any stop string.
-        end: why it ended: "eos", "stop" or "length".
+        end: why it ended: "eos", "stop" or "length"; "memory": there is no answer, since the sample
+            alone did not fit into the device's memory.
         new_tokens: of the answer.
         prompt_tokens, compressed_tokens: of the prompt, and of its part that was compressed.
         cut: tokens taken out of the context to fit; answer_cut: an answer among them.
@@ -36,7 +39,7 @@ class Record:
 
     settings: str
     prompt: str
-    row: str
+    setup: str
     task: str
     sample: str
     answer: str

@@ -2,8 +2,8 @@
 
     python -m locret report results/*.json --out report/
 
-Read are the JSON files of `python -m locret evaluate`, `python -m locret needle` (with and without
---grid), `python -m locret grid` and of `benchmarks/`. Written are `report.md` with its pictures in
+Read are the JSON files of `python -m locret evaluate` (which `needle` and `grid` write too) and of
+`benchmarks/`. Written are `report.md` with its pictures in
 `figures/`, and `report.html`, which needs no other file.
 """
 
@@ -14,15 +14,105 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locret.evaluation import (
-    byte_grid,
-    report_benchmark,
-    report_byte_grid,
-    report_evaluation,
-    report_needle,
+from locret.evaluation import figures, report_benchmark
+from locret.evaluation.report_blocks import (
+    Block,
+    Figure,
+    Heading,
+    Paragraph,
+    Table,
+    as_html,
+    as_markdown,
 )
-from locret.evaluation.figures import save
-from locret.evaluation.report_blocks import Block, Figure, Heading, Paragraph, as_html, as_markdown
+from locret.evaluation.results import FORMAT, KIND
+from locret.evaluation.setups import FULL, in_words
+from locret.evaluation.tables import (
+    MIB,
+    Result,
+    budget_of,
+    cells_of,
+    full_of,
+    mean_of,
+    notes,
+    tasks_of,
+    with_interval,
+)
+
+# ---- evaluations ---------------------------------------------------------------------------------
+
+PROTOCOLS = {"any": "any", "query_agnostic": "query-agnostic", "query_aware": "query-aware"}
+HEADER = ["policy", "cache", "budget", "protocol", "score", "to full", "units", "MiB", "of full"]
+
+
+def evaluation_blocks(result: Result) -> Iterator[Block]:
+    """Where the figures come from, the table of setups, the table of tasks."""
+    yield Paragraph(_origin(result["manifest"]))
+    yield _setups_table(result)
+    said = notes(result)
+    if full_of(result) is None:
+        said.append("The full cache was not run, so that there is nothing to compare with.")
+    yield Paragraph(" ".join(said))
+    if len(tasks_of(result)) > 1:
+        yield _tasks_table(result)
+
+
+def _origin(manifest: Mapping[str, Any]) -> str:
+    config = manifest["config"]
+    named = [f"Model {config['model']}"]
+    named += [f"{name} {config[name]}" for name in ("adapter", "heads") if config.get(name)]
+    machines = [_machine(facts) for facts in manifest.get("computed", [])]
+    return "; ".join([", ".join(named), *dict.fromkeys(machines)]) + "."
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
+    name = facts.get("hardware", {}).get("accelerator") or "CPU"
+    return f"{name}, commit {facts['commit']}" if facts.get("commit") else name
+
+
+def _ordered(result: Result) -> list[Mapping[str, Any]]:
+    """The setups, the full cache first."""
+    return sorted(result["setups"], key=lambda setup: setup["setup"] != FULL)
+
+
+def _setups_table(result: Result) -> Table:
+    lines = [_line(setup) for setup in _ordered(result)]
+    if full_of(result) is None:
+        lines.insert(0, [FULL, in_words(None), "all", "any", "not in this run", *["-"] * 4])
+    return Table(HEADER, lines)
+
+
+def _line(setup: Mapping[str, Any]) -> list[str]:
+    share = "-"
+    if setup["bytes"] is not None:
+        share = f"{setup['bytes']['mean'] / setup['full_cache_bytes']['mean']:.3f}"
+    return [
+        setup["name"],
+        in_words(setup["quantization"]),
+        budget_of(setup),
+        PROTOCOLS[setup["protocol"]],
+        with_interval(setup["score"], setup["interval"]),
+        with_interval(setup.get("difference"), setup.get("difference_interval"), signed=True),
+        mean_of(setup["units"], "{:,.0f}"),
+        mean_of(setup["bytes"], "{:,.1f}", MIB),
+        share,
+    ]
+
+
+def _tasks_table(result: Result) -> Table:
+    setups = _ordered(result)
+    cells = {
+        (cell["task"], setup["setup"]): cell for setup in setups for cell in cells_of(result, setup)
+    }
+    lines = []
+    for task in tasks_of(result):
+        found: list[Any] = [cells.get((task, setup["setup"])) for setup in setups]
+        first = next(cell for cell in found if cell)
+        scores = [with_interval(c["score"], c["interval"]) if c else "-" for c in found]
+        lines.append([task, first["metric"], str(first["count"]), *scores])
+    return Table(["task", "metric", "n", *(setup["setup"] for setup in setups)], lines)
+
+
+# ---- the report ----------------------------------------------------------------------------------
 
 MARKDOWN, PAGE, FIGURES = "report.md", "report.html", "figures"
 
@@ -53,26 +143,9 @@ class Kind:
 KINDS = (
     Kind(
         "Benchmarks of quality",
-        lambda found: found.get("kind") == "evaluation",
-        report_evaluation.blocks,
-        report_evaluation.figures,
-    ),
-    Kind(
-        "Needles by length and depth",
-        lambda found: found.get("kind") == "needle_grid",
-        report_needle.grid_blocks,
-        report_needle.grid_figures,
-    ),
-    Kind(
-        "Needles at equal bytes",
-        lambda found: found.get("kind") == byte_grid.KIND,
-        report_byte_grid.blocks,
-        report_byte_grid.figures,
-    ),
-    Kind(
-        "Needles",
-        lambda found: {"settings", "summary", "results"} <= found.keys(),
-        report_needle.run_blocks,
+        lambda found: (found.get("kind"), found.get("format")) == (KIND, FORMAT),
+        evaluation_blocks,
+        figures.figures,
     ),
     Kind(
         "Speed and memory",
@@ -130,7 +203,7 @@ def read_source(path: Path) -> Source:
     if kind is None:
         raise ValueError(
             f"{path} holds no result that is known here; expected the JSON of `locret evaluate`, "
-            "`locret needle --json-out`, `locret grid --json-out` or of one of benchmarks/"
+            f"`locret needle` or `locret grid` (format {FORMAT}), or of one of benchmarks/"
         )
     return Source(path, kind, content)
 
@@ -150,7 +223,7 @@ def _source_blocks(source: Source, folder: Path, number: int) -> Iterator[Block]
         yield from list(source.kind.blocks(source.content))
         for name, caption, figure in source.kind.figures(source.content):
             file = Path(FIGURES) / f"{number:02d}-{source.path.stem}-{name}.png"
-            save(figure, folder / file)
+            figures.save(figure, folder / file)
             yield Figure(file, caption)
     except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
         what = f"{type(error).__name__}: {error}"

@@ -2,11 +2,9 @@
 
     python -m locret reproduce docs/results --data-dir data
 
-Of every result file of an evaluation the slice that its configuration calls `smoke` is run from
-scratch, on the same samples. A row is reproduced if its mean over the slice lies within what so
-many draws of the committed scores give (95 %). Of a needle grid the shortest column is asked again,
-of a grid at equal bytes one sample of each task. Tasks whose data is not here are left out, and
-said.
+Of every result of an evaluation the slice that its configuration calls `smoke` is run from scratch,
+on the same samples. A setup is reproduced if its mean over the slice lies within what so many draws
+of the committed scores give (95 %). Tasks whose data is not here are left out, and said.
 """
 
 import json
@@ -15,15 +13,99 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from locret.evaluation import byte_grid, evaluate, grid
-from locret.evaluation.comparison import Comparison, compare
-from locret.evaluation.config import EvalConfig, overridden
+import torch
+
+from locret.evaluation import evaluate
+from locret.evaluation.config import EvalConfig
 from locret.evaluation.evaluate import Progress
-from locret.evaluation.reproduce_grid import byte_grid_again, grid_again
+from locret.evaluation.results import FORMAT, KIND, RESAMPLES, interval
 from locret.tasks import task_names
 
-GRIDS = {grid.KIND: grid_again, byte_grid.KIND: byte_grid_again}
 ON_A_CPU = {"device": "cpu", "dtype": "float32", "batch_size": 1}
+
+Scores = Mapping[str, Any]
+"""`samples`, their ids, and `scores`, one each."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A setup of a table, again.
+
+    Attributes:
+        table, setup: which.
+        count: samples of the slice.
+        committed: their mean in the file; again: their mean now.
+        low, high: where the mean of so many samples may lie by the committed figures.
+        equal: samples with the very same score.
+    """
+
+    table: str
+    setup: str
+    count: int
+    committed: float
+    again: float
+    low: float
+    high: float
+    equal: int
+
+    @property
+    def reproduced(self) -> bool:
+        return self.low <= self.again <= self.high
+
+
+def compare(table: str, setup: str, pairs: Sequence[tuple[Scores, Scores]]) -> Comparison:
+    """A setup of a table, again.
+
+    Args:
+        pairs: for every task the committed scores, and those of the slice. Samples that were not
+            committed are left out.
+
+    Raises:
+        ValueError: no sample of a task was committed.
+    """
+    same, now, draws = [], [], []
+    equal = count = 0
+    for seed, (old, new) in enumerate(pairs):
+        by_sample = dict(zip(old["samples"], old["scores"], strict=True))
+        asked = zip(new["samples"], new["scores"], strict=True)
+        known = [(by_sample[sample], score) for sample, score in asked if sample in by_sample]
+        known = [(a, b) for a, b in known if a is not None and b is not None]
+        if not known:
+            raise ValueError(f"{table}, {setup}: none of the samples asked was committed")
+        count += len(known)
+        same.append(sum(a for a, _ in known) / len(known))
+        now.append(sum(b for _, b in known) / len(known))
+        equal += sum(abs(a - b) < 1e-6 for a, b in known)
+        answered = [score for score in old["scores"] if score is not None]
+        draws.append(drawn_means(answered, len(known), seed))
+    low, high = interval(torch.stack(draws).mean(0))
+    return Comparison(table, setup, count, _mean(same), _mean(now), low, high, equal)
+
+
+def drawn_means(scores: Sequence[float], count: int, seed: int = 0) -> torch.Tensor:
+    """Means of `count` draws from the scores, [RESAMPLES] float64."""
+    values = torch.tensor(scores, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return values[torch.randint(len(values), (RESAMPLES, count), generator=generator)].mean(1)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def as_table(compared: Sequence[Comparison]) -> str:
+    """A line a setup, in per cent."""
+    head = f"{'table':<24}{'setup':<36}{'samples':>8}{'committed':>11}{'again':>8}{'allowed':>14}  "
+    lines = [head.rstrip()]
+    for one in compared:
+        allowed = f"{100 * one.low:.1f}-{100 * one.high:.1f}"
+        lines.append(
+            f"{one.table:<24}{one.setup:<36}{one.count:>8}{100 * one.committed:>11.1f}"
+            f"{100 * one.again:>8.1f}{allowed:>14}  "
+            + ("reproduced" if one.reproduced else "NOT reproduced")
+            + f", {one.equal} of {one.count} alike"
+        )
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -35,7 +117,7 @@ class Reproduction:
 
     @property
     def reproduced(self) -> bool:
-        return bool(self.compared) and all(row.reproduced for row in self.compared)
+        return bool(self.compared) and all(setup.reproduced for setup in self.compared)
 
 
 def result_files(places: Sequence[Path]) -> list[Path]:
@@ -45,11 +127,9 @@ def result_files(places: Sequence[Path]) -> list[Path]:
         ValueError: there are none.
     """
     files = [path for place in places for path in (_within(place))]
-    found = [path for path in files if _kind(path) in ("evaluation", *GRIDS)]
+    found = [path for path in files if _is_evaluation(path)]
     if not found:
-        raise ValueError(
-            f"{', '.join(map(str, places))}: no results of `evaluate` or of a grid there"
-        )
+        raise ValueError(f"{', '.join(map(str, places))}: no results of `evaluate` there")
     return found
 
 
@@ -57,12 +137,18 @@ def _within(place: Path) -> list[Path]:
     return sorted(place.glob("*.json")) if place.is_dir() else [place]
 
 
-def _kind(path: Path) -> Any:
+def _is_evaluation(path: Path) -> bool:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return found.get("kind") if isinstance(found, dict) else None
+        return False
+    named = isinstance(found, dict) and found.get("kind") == KIND
+    if named and found.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is of format {found.get('format')}; expected {FORMAT}: ask again, with "
+            "`python -m locret evaluate`"
+        )
+    return named
 
 
 def reproduce(
@@ -75,12 +161,11 @@ def reproduce(
         changes: of the configuration, such as `data_dir`.
     """
     result = json.loads(path.read_text(encoding="utf-8"))
-    if result["kind"] in GRIDS:
-        return Reproduction(tuple(GRIDS[result["kind"]](path.stem, result, output, progress)), ())
     config = _slice(result["manifest"]["config"], {**changes, "output": str(output)})
-    config, left_out = _with_data(config)
-    if not config.tasks:
+    here, left_out = _with_data(config)
+    if not here:
         return Reproduction((), left_out)
+    config = replace(config, tasks=here)
     made = evaluate.run(config, "python -m locret reproduce", progress=progress)
     assert made is not None
     again = json.loads(made.read_text(encoding="utf-8"))
@@ -89,31 +174,31 @@ def reproduce(
 
 def _slice(config: Mapping[str, Any], changes: Mapping[str, Any]) -> EvalConfig:
     smoke = {"limit": 1} | dict(config.get("smoke") or {})
-    return EvalConfig.from_dict(overridden(config, {**smoke, **ON_A_CPU, **changes}))
+    return EvalConfig.from_dict({**config, **smoke, **ON_A_CPU, **changes})
 
 
-def _with_data(config: EvalConfig) -> tuple[EvalConfig, tuple[str, ...]]:
-    """Without the tasks whose data is not here, and why."""
+def _with_data(config: EvalConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tasks whose data is here, and why the others are left out."""
     here, left_out = [], []
-    for name in task_names(config.tasks):
+    for name in task_names(tuple(config.tasks)):
         try:
             replace(config, tasks=(name,)).make_tasks()
         except ValueError as error:
             left_out.append(f"{name}: {error}")
         else:
             here.append(name)
-    return replace(config, tasks=tuple(here)), tuple(left_out)
+    return tuple(here), tuple(left_out)
 
 
 def _compared(
     table: str, committed: Mapping[str, Any], again: Mapping[str, Any]
 ) -> Iterator[Comparison]:
-    before = {(cell["row"], cell["task"]): cell for cell in committed["cells"]}
-    for row in dict.fromkeys(cell["row"] for cell in again["cells"]):
+    before = {(cell["setup"], cell["task"]): cell for cell in committed["cells"]}
+    for setup in dict.fromkeys(cell["setup"] for cell in again["cells"]):
         pairs = [
-            (before[row, cell["task"]], cell)
+            (before[setup, cell["task"]], cell)
             for cell in again["cells"]
-            if cell["row"] == row and (row, cell["task"]) in before
+            if cell["setup"] == setup and (setup, cell["task"]) in before
         ]
         if pairs:
-            yield compare(table, row, pairs)
+            yield compare(table, setup, pairs)

@@ -1,104 +1,176 @@
-"""From predictions to figures: one JSON for a run, and the table of it.
+"""From predictions to figures: one JSON for a run.
 
 The JSON holds
 
-    kind, format, name    "evaluation", 1, the output folder's name
-    manifest              where the figures come from (`locret.evaluation.manifest`)
-    cells                 one for a row and task: scores, their interval, units and bytes held, ...
-    rows                  one for a row: the mean over tasks
+    kind, format, name    "evaluation", 2, the output folder's name
+    manifest              where the figures come from (`locret.evaluation.evaluate`)
+    cells                 one for a setup and task: scores, their interval, units and bytes, ...
+    setups                one for a setup: the mean over tasks
 
-Scores are 0 to 1. Intervals are 95 % bootstrap intervals; samples about one context are drawn
-together. `difference` is to the full cache on the same samples, with its own interval.
+Scores are 0 to 1; None where a sample alone did not fit into the device's memory (`failed` counts
+them), and such samples count in no mean. Intervals are 95 %: Wilson's of a share found, else
+bootstrapped; samples about one context are drawn together. `difference` is to the full cache on
+the same samples, with its own interval.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from locret.evaluation.bootstrap import average_of_tasks
-from locret.evaluation.questions import Question
-from locret.evaluation.records import Record
-from locret.evaluation.rows import FULL
+import torch
+from torch import Tensor
 
-FORMAT = 1
+from locret.evaluation.questions import Question
+from locret.evaluation.records import OUT_OF_MEMORY, Record
+from locret.evaluation.setups import FULL
+
+KIND = "evaluation"
+FORMAT = 2
+FOUND = "found"
+"""The metric of a share found: samples with contexts of their own, scores of 0 and 1."""
+
 Answered = tuple[Question, Record]
+Scores = Mapping[str, Sequence[float | None]]
 
 
 def figures(answered: Sequence[Answered]) -> dict[str, Any]:
-    """Cells and rows of the table.
+    """Cells and setups of the table.
 
     Args:
         answered: every question of the run with its record, in the order of the table.
     """
     by_cell: dict[tuple[str, str], list[Answered]] = {}
     for question, record in answered:
-        by_cell.setdefault((question.row.label, question.task.label), []).append((question, record))
+        key = (question.setup.label, question.task.label)
+        by_cell.setdefault(key, []).append((question, record))
     scored = {cell: _scores(those) for cell, those in by_cell.items()}
     cells = [
         _cell(those, scored[cell], scored.get((FULL, cell[1]))) for cell, those in by_cell.items()
     ]
     groups = {cell: [question.group for question, _ in those] for cell, those in by_cell.items()}
-    labels = list(dict.fromkeys(row for row, _ in by_cell))
-    return {"cells": cells, "rows": [_row(label, cells, groups) for label in labels]}
+    labels = list(dict.fromkeys(setup for setup, _ in by_cell))
+    return {"cells": cells, "setups": [_setup(label, cells, groups) for label in labels]}
 
 
-def _scores(answered: Sequence[Answered]) -> dict[str, list[float]]:
+def _scores(answered: Sequence[Answered]) -> dict[str, list[float | None]]:
     """Scores of the samples, in order, by metric."""
-    each = [q.task.score(q.sample, record.answer) for q, record in answered]
-    return {metric: [scores[metric] for scores in each] for metric in answered[0][0].task.metrics}
+    metrics = answered[0][0].task.metrics
+    each = [
+        dict.fromkeys(metrics)
+        if record.end == OUT_OF_MEMORY
+        else question.task.score(question.sample, record.answer)
+        for question, record in answered
+    ]
+    return {metric: [scores[metric] for scores in each] for metric in metrics}
 
 
-def _cell(
-    answered: Sequence[Answered],
-    scores: Mapping[str, Sequence[float]],
-    of_full: Mapping[str, Sequence[float]] | None,
-) -> dict[str, Any]:
+def _cell(answered: Sequence[Answered], scores: Scores, of_full: Scores | None) -> dict[str, Any]:
     question, _ = answered[0]
     records = [record for _, record in answered]
-    task, row = question.task, question.row
+    task, setup = question.task, question.setup
     main = task.metrics[0]
     groups = {main: [q.group for q, _ in answered]}
-    score, spread = average_of_tasks({main: scores[main]}, groups)
+    depths = [q.sample.depth for q, _ in answered]
     cell = {
-        "row": row.label,
+        "setup": setup.label,
         "task": task.label,
         **_identity(question),
         "task_name": task.name,
         "length": task.length,
         "metric": main,
-        "score": score,
-        "interval": spread,
+        **_average({main: scores[main]}, groups, main),
         "count": len(records),
-        "other_metrics": {m: sum(v) / len(v) for m, v in scores.items() if m != main},
-        **_held(records),
+        "failed": sum(record.end == OUT_OF_MEMORY for record in records),
+        "other_metrics": {m: _mean_score(v) for m, v in scores.items() if m != main},
+        **_held([record for record in records if record.end != OUT_OF_MEMORY]),
         "cut": sum(record.cut > 0 for record in records),
         "answer_cut": sum(record.answer_cut for record in records),
-        "ends": {e: sum(r.end == e for r in records) for e in ("eos", "stop", "length")},
+        "ends": {
+            e: sum(r.end == e for r in records) for e in ("eos", "stop", "length", OUT_OF_MEMORY)
+        },
         "samples": [q.sample.id for q, _ in answered],
-        "scores": [round(value, 6) for value in scores[main]],
+        **({} if None in depths else {"depths": depths}),
+        "scores": [None if value is None else round(value, 6) for value in scores[main]],
     }
-    if of_full is not None and row.label != FULL:
-        change = [a - b for a, b in zip(scores[main], of_full[main], strict=True)]
-        mean, spread = average_of_tasks({main: change}, groups)
-        cell |= {"difference": mean, "difference_interval": spread}
+    if of_full is not None and setup.label != FULL:
+        cell |= _difference({main: scores[main]}, {main: of_full[main]}, groups)
     return cell
 
 
 def _identity(question: Question) -> dict[str, Any]:
-    row = question.row
+    setup = question.setup
     return {
-        "policy": row.policy,
-        "name": row.name or row.policy,
-        "budget": row.budget,
-        "protocol": "any" if row.keeps_all else row.protocol,
-        "quantization": row.quantization,
+        "policy": setup.policy,
+        "name": setup.name or setup.policy,
+        "budget": setup.budget,
+        "protocol": "any" if setup.keeps_all else setup.protocol,
+        "quantization": setup.quantization,
     }
+
+
+def _average(scores: Scores, groups: Mapping[str, Sequence[str]], metric: str) -> dict[str, Any]:
+    """`score` and `interval` of the mean over tasks; None where nothing was answered."""
+    answered, of_answered = _without_failed(scores, groups)
+    if not answered:
+        return {"score": None, "interval": None}
+    score, spread = average_of_tasks(answered, of_answered)
+    counts = {len(values) for values in answered.values()}
+    if metric == FOUND and len(counts) == 1:  # the mean is the share of all samples
+        every = [value for values in answered.values() for value in values]
+        spread = wilson(sum(value == 1.0 for value in every), len(every))
+    return {"score": score, "interval": spread}
+
+
+def _difference(
+    scores: Scores, of_full: Scores, groups: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    change = {
+        task: [
+            None if own is None or full is None else own - full
+            for own, full in zip(values, of_full[task], strict=True)
+        ]
+        for task, values in scores.items()
+    }
+    answered, of_answered = _without_failed(change, groups)
+    if not answered:
+        return {}
+    mean, spread = average_of_tasks(answered, of_answered)
+    return {"difference": mean, "difference_interval": spread}
+
+
+def _without_failed(
+    scores: Scores, groups: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    pairs = {
+        task: [(v, g) for v, g in zip(values, groups[task], strict=True) if v is not None]
+        for task, values in scores.items()
+    }
+    pairs = {task: those for task, those in pairs.items() if those}
+    return (
+        {task: [value for value, _ in those] for task, those in pairs.items()},
+        {task: [group for _, group in those] for task, those in pairs.items()},
+    )
+
+
+def _mean_score(scores: Sequence[float | None]) -> float | None:
+    answered = [score for score in scores if score is not None]
+    return sum(answered) / len(answered) if answered else None
+
+
+HELD = ("units", "bytes", "bytes_after", "full_cache_bytes")
 
 
 def _held(records: Sequence[Record]) -> dict[str, Any]:
     """Prompts, budgets, units and bytes: means and the largest."""
+    if not records:
+        empty = ("prompt_tokens", "compressed_tokens", "rest_tokens", "units_allowed", *HELD)
+        return dict.fromkeys(empty) | {"seconds": 0.0}
     return {
         "prompt_tokens": _spread([record.prompt_tokens for record in records]),
         "compressed_tokens": _spread([record.compressed_tokens for record in records]),
+        "rest_tokens": _spread(
+            [r.prompt_tokens - r.compressed_tokens + r.new_tokens for r in records]
+        ),
         "units_allowed": _spread([r.budget for r in records if r.budget is not None]),
         "units": {
             "mean": _mean([record.units[0] for record in records]),
@@ -111,38 +183,36 @@ def _held(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _row(
+def _setup(
     label: str, cells: Sequence[Mapping[str, Any]], all_groups: Mapping[tuple[str, str], list[str]]
 ) -> dict[str, Any]:
-    own = [cell for cell in cells if cell["row"] == label]
+    own = [cell for cell in cells if cell["setup"] == label]
     groups = {cell["task"]: all_groups[label, cell["task"]] for cell in own}
     scores = {cell["task"]: cell["scores"] for cell in own}
-    score, spread = average_of_tasks(scores, groups)
-    row = {
-        "row": label,
+    metrics = {cell["metric"] for cell in own}
+    setup = {
+        "setup": label,
         **{key: own[0][key] for key in ("policy", "name", "budget", "protocol", "quantization")},
         "tasks": len(own),
-        "count": sum(cell["count"] for cell in own),
-        "score": score,
-        "interval": spread,
-        **{
-            key: {
-                "mean": _mean([cell[key]["mean"] for cell in own]),
-                "max": max(cell[key]["max"] for cell in own),
-            }
-            for key in ("units", "bytes", "bytes_after", "full_cache_bytes")
-        },
-        **{key: sum(cell[key] for cell in own) for key in ("cut", "answer_cut", "seconds")},
+        **_average(scores, groups, metrics.pop() if len(metrics) == 1 else ""),
+        **{key: _over_tasks([cell[key] for cell in own]) for key in HELD},
+        **{key: sum(c[key] for c in own) for key in ("count", "failed", "cut", "answer_cut")},
+        "seconds": round(sum(cell["seconds"] for cell in own), 2),
     }
-    full = {cell["task"]: cell["scores"] for cell in cells if cell["row"] == FULL}
+    full = {cell["task"]: cell["scores"] for cell in cells if cell["setup"] == FULL}
     if label != FULL and set(full) >= set(scores):
-        change = {
-            task: [a - b for a, b in zip(values, full[task], strict=True)]
-            for task, values in scores.items()
-        }
-        mean, spread = average_of_tasks(change, groups)
-        row |= {"difference": mean, "difference_interval": spread}
-    return row
+        setup |= _difference(scores, full, groups)
+    return setup
+
+
+def _over_tasks(spreads: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
+    there = [spread for spread in spreads if spread is not None]
+    if not there:
+        return None
+    return {
+        "mean": _mean([spread["mean"] for spread in there]),
+        "max": max(spread["max"] for spread in there),
+    }
 
 
 def _mean(numbers: Sequence[float]) -> float:
@@ -153,68 +223,60 @@ def _spread(numbers: Sequence[int]) -> dict[str, float] | None:
     return {"mean": _mean(numbers), "max": max(numbers)} if numbers else None
 
 
-# ---- table ---------------------------------------------------------------------------------------
+# ---- intervals -----------------------------------------------------------------------------------
+
+RESAMPLES = 2000
+LEVEL = 0.95
+Z = 1.959964  # standard deviations of a normal distribution that hold 95 %
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The run as a Markdown table: a row for each row, a column for each task, in per cent."""
-    tasks = list(dict.fromkeys(cell["task"] for cell in result["cells"]))
-    short = _short_names(tasks)
-    head = ["policy", "budget", "protocol", "mean", "to full", "units", "MiB", *short.values()]
-    lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
-    for row in result["rows"]:
-        cells = {cell["task"]: cell for cell in result["cells"] if cell["row"] == row["row"]}
-        lines.append(
-            [
-                row["name"] + (f" {row['quantization']}" if row["quantization"] else ""),
-                "all" if row["budget"] is None else str(row["budget"]),
-                row["protocol"],
-                with_interval(row["score"], row["interval"]),
-                with_interval(row.get("difference"), row.get("difference_interval"), signed=True),
-                f"{row['units']['mean']:.0f}",
-                f"{row['bytes']['mean'] / 2**20:.1f}",
-                *(_score(cells.get(task)) for task in tasks),
-            ]
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n" + _notes(result)
+def resampled_means(
+    values: Sequence[float], groups: Sequence[str] | None = None, seed: int = 0
+) -> Tensor:
+    """Means of resamples, [RESAMPLES] float64.
+
+    Args:
+        values: scores of samples.
+        groups: samples of one group are drawn together: questions about one text are no
+            independent draws. None = each sample is drawn on its own.
+        seed: of the draws.
+    """
+    scores = torch.tensor(values, dtype=torch.float64)
+    if groups is None:
+        sums, sizes = scores, torch.ones_like(scores)
+    else:
+        order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+        index = torch.tensor([order[group] for group in groups])
+        sums = torch.zeros(len(order), dtype=torch.float64).index_add(0, index, scores)
+        sizes = torch.bincount(index, minlength=len(order)).double()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(sums), (RESAMPLES, len(sums)), generator=generator)
+    return sums[drawn].sum(1) / sizes[drawn].sum(1)
 
 
-def _score(cell: Mapping[str, Any] | None) -> str:
-    if cell is None:
-        return "-"
-    return f"{100 * cell['score']:.1f}" + "*" * bool(cell["cut"])
+def interval(means: Tensor) -> tuple[float, float]:
+    """The middle `LEVEL` of resampled means."""
+    tail = (1 - LEVEL) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=means.dtype))
+    return float(low), float(high)
 
 
-def with_interval(
-    value: float | None, interval: Sequence[float] | None, signed: bool = False
-) -> str:
-    """A score and its interval in per cent: `41.0 (36.2-45.5)`."""
-    if value is None or interval is None:
-        return "-"
-    form, to = ("+.1f", " to ") if signed else (".1f", "-")
-    low, high = (format(100 * bound, form) for bound in interval)
-    return f"{format(100 * value, form)} ({low}{to}{high})"
+def average_of_tasks(
+    scores: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[str]] | None = None
+) -> tuple[float, tuple[float, float]]:
+    """Mean over tasks of their mean score, and its interval: samples are drawn within tasks."""
+    means = [sum(values) / len(values) for values in scores.values()]
+    draws = [
+        resampled_means(values, groups[task] if groups else None, seed)
+        for seed, (task, values) in enumerate(scores.items())
+    ]
+    return sum(means) / len(means), interval(torch.stack(draws).mean(0))
 
 
-def _short_names(tasks: Sequence[str]) -> dict[str, str]:
-    """Task labels without what all of them share: the family in front, the length behind."""
-    shared = len({task.partition("@")[2] for task in tasks}) == 1
-    short = {task: task.partition("@")[0] if shared else task for task in tasks}
-    families = {name.partition("_")[0] for name in short.values()}
-    if len(tasks) > 1 and len(families) == 1:
-        short = {task: name.partition("_")[2] for task, name in short.items()}
-    return short
-
-
-def _notes(result: Mapping[str, Any]) -> str:
-    cells = result["cells"]
-    counts = sorted({cell["count"] for cell in cells})
-    several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
-    notes = [f"{several} samples a task; per cent, with 95 % bootstrap intervals."]
-    cut = sum(cell["cut"] for cell in cells)
-    if cut:
-        lost = sum(cell["answer_cut"] for cell in cells)
-        notes.append(
-            f"\\* prompts were cut to fit: {cut} in all, in {lost} of them an answer was cut away."
-        )
-    return "\n" + " ".join(notes) + "\n"
+def wilson(found: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, 1927), which has a width at 0 and 1 too."""
+    share, square = found / count, Z * Z
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = math.sqrt(share * (1 - share) / count + square / (4 * count * count))
+    half *= Z / (1 + square / count)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import CommitOperationAdd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -157,7 +158,9 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> None:
             (aside / CARD).write_text(_card(folder, repo_id), encoding="utf-8")
 
 
-def publishable(folder: str | Path, repo_id: str) -> tuple[list[hub.Upload], dict[str, str]]:
+def publishable(
+    folder: str | Path, repo_id: str
+) -> tuple[list[CommitOperationAdd], dict[str, str]]:
     """What of an artifact folder goes to the Hub, and what does not.
 
     Returns:
@@ -179,21 +182,14 @@ def publishable(folder: str | Path, repo_id: str) -> tuple[list[hub.Upload], dic
         if reason:
             left_out[path.name] = reason
         elif path.name != CARD:
-            files.append(hub.Upload(path.name, path))
+            files.append(CommitOperationAdd(path.name, path))
     own = has_own_card(folder)
     card = (folder / CARD).read_bytes() if own else _card(folder, repo_id).encode("utf-8")
-    return [hub.Upload(CARD, card), *files], left_out
+    return [CommitOperationAdd(CARD, card), *files], left_out
 
 
-def push(
-    repo_id: str,
-    folder: str | Path,
-    *,
-    private: bool = False,
-    token: str | None = None,
-    revision: str | None = None,
-) -> str:
-    """Upload an artifact folder in one commit; returns its address. Arguments: `hub.upload`.
+def push(repo_id: str, folder: str | Path, **options: Any) -> str:
+    """Upload an artifact folder in one commit; returns its address. Options: `hub.upload`'s.
 
     The folder itself stays as it is. Whether its heads are sound is the caller's to check.
 
@@ -201,9 +197,7 @@ def push(
         ValueError: no artifact folder, or the Hub did not take it; says why.
     """
     files, _ = publishable(folder, repo_id)
-    return hub.upload(
-        repo_id, files, message="Upload heads", private=private, token=token, revision=revision
-    )
+    return hub.upload(repo_id, files, **options)
 
 
 def inventory(source: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -219,18 +213,16 @@ def inventory(source: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, An
     """
     path = Path(source)
     found = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    layers: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        match = _OURS.fullmatch(name)
-        assert match, name
-        layer = layers.setdefault(int(match[1]), {"layer": int(match[1])})
-        layer[match[2]] = tensor.double().norm().item()
+    norms = {name: tensor.double().norm().item() for name, tensor in tensors.items()}
     return {
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
         "files": {file.name: file.stat().st_size for file in found},
-        "layers": [layers[i] for i in sorted(layers)],
+        "layers": [
+            {"layer": i, **{fc: norms[f"layers.{i}.{fc}.weight"] for fc in ("fc1", "fc2")}}
+            for i in range(len(norms) // 2)
+        ],
     }
 
 

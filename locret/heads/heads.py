@@ -1,16 +1,17 @@
 """Retaining heads: a small MLP a layer that says of every cache unit how much it will be needed.
 
 Paper section 3.1. The config says what, `RetainingHead` is one layer, `RetainingHeads` all of them.
+To let heads read something else of a token, write the function and give it a name in `FEATURES`.
 H KV heads, G query heads a KV head, D head size, W = (H*G + 2H) * D, R width of a head.
 """
 
 import dataclasses
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,42 @@ from transformers.activations import ACT2FN
 
 from locret.heads import files as artifact
 from locret.heads.card import DEFAULT_LICENSE
-from locret.heads.features import FEATURES
 from locret.heads.targets import LABELS
+
+
+class LayerTensors(Protocol):
+    """What a layer has at hand: query [B, H*G, T, D], key and value [B, H, T, D], all before RoPE,
+    and hidden [B, T, hidden size]."""
+
+    @property
+    def query(self) -> Tensor: ...
+    @property
+    def key(self) -> Tensor: ...
+    @property
+    def value(self) -> Tensor: ...
+    @property
+    def hidden(self) -> Tensor: ...
+
+
+def qkv(layer: LayerTensors) -> Tensor:
+    """[Q, K, V] of all heads before RoPE, in this order: [B, T, (H*G + 2H) * D].
+
+    The paper's; released heads need it.
+    """
+    flat = [x.transpose(1, 2).flatten(2) for x in (layer.query, layer.key, layer.value)]
+    return torch.cat(flat, dim=-1)
+
+
+def hidden(layer: LayerTensors) -> Tensor:
+    """The attention layer's input, after its norm: [B, T, hidden size].
+
+    Smaller, and known before the projections.
+    """
+    return layer.hidden
+
+
+FEATURES: dict[str, Callable[[LayerTensors], Tensor]] = {"qkv": qkv, "hidden": hidden}
+"""What a head reads of a token, by the name that configs and artifacts use."""
 
 SCHEMA_VERSION = 1
 LongRopeRule = Literal["long", "by_length"]
@@ -58,7 +93,7 @@ class Geometry:
     activation: str
 
     def feature_width(self, tap: str) -> int:
-        """Length of what a head reads of a token (`locret.heads.features`); W for `qkv`.
+        """Length of what a head reads of a token (`FEATURES`); W for `qkv`.
 
         Raises:
             ValueError: an unknown tap.
@@ -86,7 +121,7 @@ class HeadsConfig:
         width: R, the hidden width of a head.
         backbone, backbone_revision, model_type: what the heads were trained on.
         adapter: the PEFT adapter that the backbone carried, if any.
-        tap: what a head reads (`locret.heads.features.FEATURES`).
+        tap: what a head reads (`FEATURES`).
         query_tokens: Locret-Q: how many of the prompt's last tokens, the question, were repeated in
             front of it, so that the heads know what is asked; 0 = query-agnostic.
         label: the label definition (`locret.heads.targets.LABELS`).

@@ -1,8 +1,10 @@
-"""Causal importance labels: how much the answer looks at every prompt unit. Pure functions.
+"""What heads learn: causal importance labels, and the losses that bring predictions to them.
 
-B batch, H KV heads, G query heads a KV head, A answer tokens, P prompt tokens, S = P + A, D head
-size. A label definition takes an `AnswerView` and returns float32 [B, H, P], higher = keep; to add
-one, write the function and give it a name in `LABELS`.
+Pure functions. B batch, H KV heads, G query heads a KV head, A answer tokens, P prompt tokens,
+S = P + A, D head size. A label says how much the answer looks at every prompt unit: it takes an
+`AnswerView` and returns float32 [B, H, P], higher = keep. A loss takes predicted and true scores
+[B, H, P] and returns a scalar. To add one, write the function and give it a name in `LABELS` or
+`LOSSES`.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, smooth_l1_loss
 
 _BLOCK_ELEMENTS = 2**26  # of the logits that are in memory at a time
 
@@ -135,3 +138,36 @@ LABELS: dict[str, Label] = {
     "value_weighted": value_weighted,
 }
 """Label definitions by the name that configs and artifacts use."""
+
+
+def regression(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Smooth-L1 (beta 1), mean over all: the paper's (section 3.2)."""
+    return smooth_l1_loss(predictions, targets)
+
+
+def listwise(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy between the orders of a head's units (ListNet, Cao et al., ICML 2007).
+
+    Both score lists become probabilities by a softmax over the units of a head; mean over heads.
+    Only the order within a head counts, not the scale, so scores of different heads are not to be
+    compared afterwards.
+    """
+    flat = predictions.flatten(0, 1)
+    return cross_entropy(flat, targets.flatten(0, 1).softmax(dim=-1))
+
+
+def smoothness(predictions: Tensor) -> Tensor:
+    """Mean squared difference of the scores of neighbouring tokens, for scores [B, H, P]. Scalar.
+
+    The paper's second term (section 3.2). A single token has no neighbour: zero.
+    """
+    if predictions.shape[-1] < 2:
+        return predictions.new_zeros(())
+    return predictions.diff(dim=-1).square().mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "smooth_l1": regression,
+    "listwise": listwise,
+}
+"""Losses by the name that configs use."""

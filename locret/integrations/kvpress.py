@@ -24,8 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from locret.engine.engine import Engine
-from locret.heads.features import FEATURES
-from locret.heads.heads import RetainingHeads
+from locret.heads.heads import FEATURES, RetainingHeads
 from locret.model.hooks import as_before
 from locret.policies import LocretPolicy
 
@@ -103,8 +102,7 @@ class LocretPress(ScorerPress):
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's tensors for `locret.heads.features`, queries and keys before RoPE, made when
-    asked."""
+    """A layer's tensors for `FEATURES`, queries and keys before RoPE, made when asked."""
 
     module: nn.Module
     hidden: Tensor

@@ -7,22 +7,20 @@ depends on a value there. This is the lowest layer: it imports torch and, if the
 Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 """
 
-from locret.kernels.compact import gather_units
-from locret.kernels.decode import decode_attention
-from locret.kernels.decode_quantized import PackedUnits, decode_attention_quantized
-from locret.kernels.expand import expand_units
-from locret.kernels.merge import merge_parts
+from locret.kernels.decode import decode_attention, store_units
+from locret.kernels.decode_quantized import decode_attention_quantized
+from locret.kernels.evict import gather_units, threshold_select
+from locret.kernels.packed import PackedKV, expand_units
 from locret.kernels.rotate import rotate_at_slots
-from locret.kernels.select import threshold_select
-from locret.kernels.store import store_units
+from locret.kernels.splits import merge_attention
 
 __all__ = [
-    "PackedUnits",
+    "PackedKV",
     "decode_attention",
     "decode_attention_quantized",
     "expand_units",
     "gather_units",
-    "merge_parts",
+    "merge_attention",
     "rotate_at_slots",
     "store_units",
     "threshold_select",

@@ -1,26 +1,41 @@
-"""Attention of one or a few new tokens over storage whose filled length only the device knows.
+"""A decoding step of one or a few new tokens, over storage whose filled length only the device
+knows: their units are written in place, then they attend to all.
 
 Split-KV flash decoding: the units of a KV head are divided among programs that each read their
 keys and values once, for all query heads of the group, with an online softmax in float32; a second
-kernel merges the parts by their log-sum-exp. The number of parts is fixed by shapes, what a part
-covers by the current length: a captured CUDA graph stays right and balanced while the length grows.
+kernel merges the splits (`splits.py`). The number of splits is fixed by shapes, what a split covers
+by the current length: a captured CUDA graph stays right and balanced while the length grows.
 """
 
-import functools
+import math
 
 import torch
 from torch import Tensor
 
 from locret.kernels.dispatch import (
+    INTERPRETED,
     multiprocessors,
+    on_device,
+    padded,
     takes_triton,
+    tl,
+    triton,
+    units_at,
 )
-from locret.kernels.parts import Parts
-from locret.kernels.storage_parts import attend_storage
+from locret.kernels.splits import (
+    Splits,
+    average,
+    first_slot,
+    log_sum,
+    number_of_splits,
+    queries_at,
+    split_of,
+    states_at,
+    weigh,
+)
 
-_LEAST_PART = 128  # units of the capacity that are worth a program of their own
 _PROGRAMS = 2  # programs that share a multiprocessor
-_ROWS = 128  # query rows (G * T) that one program holds
+_QUERIES = 128  # queries of a KV head (G * T) that one program holds
 
 
 def decode_attention(
@@ -56,7 +71,11 @@ def decode_attention(
         return decode_attention_reference(query, keys, values, length, scaling, first)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if out.numel():
-        _launch(query, keys, values, length, scaling, first, out)
+        batch, heads, capacity, _ = keys.shape
+        at_once = _PROGRAMS * multiprocessors(query.device)
+        splits = Splits.empty(query, heads, number_of_splits(batch * heads, capacity, at_once))
+        attend_storage(query, keys, values, length, scaling, first, splits)
+        splits.merge(out)
     return out
 
 
@@ -100,10 +119,10 @@ def check_decode(
             f"query {tuple(query.shape)} does not fit keys {tuple(keys.shape)}: expected "
             f"[{batch}, a multiple of {heads}, T, {size}]"
         )
-    if query.shape[1] // heads * query.shape[2] > _ROWS:
+    if query.shape[1] // heads * query.shape[2] > _QUERIES:
         raise ValueError(
-            f"query {tuple(query.shape)} on {heads} KV heads makes more than {_ROWS} rows a KV "
-            "head; read so many tokens with an attention backend"
+            f"query {tuple(query.shape)} on {heads} KV heads makes more than {_QUERIES} queries "
+            "a KV head; read so many tokens with an attention backend"
         )
     if length.shape != (1,) or length.dtype != torch.int32:
         raise ValueError(f"length is {tuple(length.shape)} {length.dtype}; expected [1] int32")
@@ -113,28 +132,197 @@ def check_decode(
         )
 
 
-def _launch(
+def attend_storage(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     length: Tensor,
     scaling: float,
     first: Tensor | None,
-    out: Tensor,
+    splits: Splits,
+    at_split: int = 0,
+    before: int = 0,
 ) -> None:
-    batch, heads, capacity, _ = keys.shape
-    count = number_of_parts(batch * heads, capacity, multiprocessors(query.device))
-    parts = Parts.empty(query, heads, count)
-    attend_storage(query, keys, values, length, scaling, first, parts, 0, count)
-    parts.merge(out)
+    """Leave the attention over some storage in `splits`, in those from `at_split` on.
 
-
-@functools.cache
-def number_of_parts(heads: int, capacity: int, multiprocessors: int) -> int:
-    """Programs that share a KV head's units, for `heads` KV heads in all.
-
-    The fewest among those that finish soonest, if programs run in rounds of what fits the device.
+    Args:
+        before: slots that come before this storage's; `first` counts them, `length` does not.
     """
-    at_once = _PROGRAMS * multiprocessors
-    most = max(1, min(-(-capacity // _LEAST_PART), -(-4 * at_once // heads)))
-    return min(range(1, most + 1), key=lambda parts: -(-heads * parts // at_once) / parts)
+    batch, heads, capacity, size = keys.shape
+    new = query.shape[2]
+    queries = query.shape[1] // heads * new
+    wide = padded(size, least=16)
+    with on_device(query):
+        _attend[(splits.count - at_split, heads, batch)](
+            *(query, keys, values, length, None if first is None else first.contiguous()),
+            *((splits.values, splits.weights), at_split, splits.count),
+            *(scaling * math.log2(math.e), capacity, before),
+            *(query.stride(), keys.stride(), values.stride()),
+            NEW=new,
+            QUERIES=queries,
+            SIZE=size,
+            QUERY_BLOCK=padded(queries, least=16),
+            SIZE_BLOCK=wide,
+            UNITS=min(128, max(16, 16384 // (wide * query.element_size()))),
+            UPCAST=INTERPRETED or query.dtype == torch.float32,
+            num_warps=8 if query.dtype == torch.float32 else 4,
+            num_stages=3,
+        )
+
+
+# Nothing is compiled anew for these, which differ from prompt to prompt.
+@triton.jit(do_not_specialize=["at_split", "all_splits", "capacity", "before"])
+def _attend(  # type: ignore[no-untyped-def]
+    query,
+    keys,
+    values,
+    length,
+    first,
+    splits,
+    at_split,
+    all_splits,
+    scaling,
+    capacity,
+    before,
+    query_strides,
+    key_strides,
+    value_strides,
+    NEW: tl.constexpr,
+    QUERIES: tl.constexpr,
+    SIZE: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    SIZE_BLOCK: tl.constexpr,
+    UNITS: tl.constexpr,
+    UPCAST: tl.constexpr,  # the interpreter multiplies bfloat16 blocks as integers
+):
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+
+    # An equal share of what is filled now.
+    end = tl.minimum(tl.load(length), capacity)
+    start, stop = split_of(first_slot(first, b, h, before), end, 1)
+
+    which = tl.arange(0, QUERY_BLOCK)
+    d = tl.arange(0, SIZE_BLOCK)
+    in_size = d < SIZE
+    q_at = queries_at(query, query_strides, b, h, which, NEW, QUERIES)
+    q_at += d[None, :] * query_strides[3]
+    q = tl.load(q_at, mask=(which < QUERIES)[:, None] & in_size[None, :], other=0.0)
+    query_end = end - (NEW - 1 - which % NEW)
+    if UPCAST:
+        q = q.to(tl.float32)
+
+    unit = tl.arange(0, UNITS)
+    k_s = key_strides[2]
+    v_s = value_strides[2]
+    keys = units_at(keys, key_strides, b, h, start.to(tl.int64))
+    values = units_at(values, value_strides, b, h, start.to(tl.int64))
+    k_at = keys + d[:, None] * key_strides[3] + unit[None, :] * k_s  # transposed
+    v_at = values + unit[:, None] * v_s + d[None, :] * value_strides[3]
+
+    highest = tl.full((QUERY_BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERY_BLOCK,), tl.float32)
+    summed = tl.zeros((QUERY_BLOCK, SIZE_BLOCK), tl.float32)
+    for at in tl.range(start, stop, UNITS):
+        here = at + unit < stop
+        k = tl.load(k_at, mask=here[None, :] & in_size[:, None], other=0.0)
+        v = tl.load(v_at, mask=here[:, None] & in_size[None, :], other=0.0)
+        if UPCAST:
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
+        logits = tl.dot(q, k, input_precision="ieee") * scaling
+        if NEW == 1:
+            logits = tl.where(here[None, :], logits, float("-inf"))
+        else:
+            visible = here[None, :] & ((at + unit)[None, :] < query_end[:, None])
+            logits = tl.where(visible, logits, float("-inf"))
+        weights, shrink, highest, total = weigh(logits, highest, total)
+        summed *= shrink[:, None]
+        summed = tl.dot(weights.to(v.dtype), v, acc=summed, input_precision="ieee")
+        k_at += UNITS * k_s
+        v_at += UNITS * v_s
+
+    at_state = states_at(b, h, at_split, all_splits, which, QUERIES)
+    tl.store(splits[1] + at_state, log_sum(highest, total), mask=which < QUERIES)
+    at_values = splits[0] + at_state[:, None] * SIZE + d[None, :]
+    mask = (which < QUERIES)[:, None] & in_size[None, :]
+    tl.store(at_values, average(summed, total), mask=mask)
+
+
+def store_units(
+    storage_keys: Tensor, storage_values: Tensor, key: Tensor, value: Tensor, slot: Tensor
+) -> None:
+    """Write T new units at the slots slot .. slot + T - 1, in place, in one launch.
+
+    Args:
+        storage_keys, storage_values: [B, H, C, D], any strides.
+        key, value: [B, H, T, D], of the storage's dtypes; T is small, 1 while decoding.
+        slot: [1] int32 or int64, on the same device. All slots must lie in the storage: this
+            cannot be checked without waiting for the device. A GPU drops what lies outside.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    _check_store(storage_keys, key, slot)
+    _check_store(storage_values, value, slot)
+    if not takes_triton(storage_keys, storage_values, key, value, slot):
+        store_units_reference(storage_keys, storage_values, key, value, slot)
+    elif key.numel():
+        batch, heads, new, size = key.shape
+        with on_device(key):
+            _store[(new, heads, batch)](
+                *((storage_keys, storage_values), (key, value), slot, storage_keys.shape[2]),
+                (storage_keys.stride(), storage_values.stride()),
+                (key.stride(), value.stride()),
+                SIZES=(size, value.shape[3]),
+                BLOCK=padded(max(size, value.shape[3])),
+                num_warps=1,
+            )
+
+
+def store_units_reference(
+    storage_keys: Tensor, storage_values: Tensor, key: Tensor, value: Tensor, slot: Tensor
+) -> None:
+    """The twin of `store_units`, in plain PyTorch."""
+    slots = slot.long() + torch.arange(key.shape[2], device=slot.device)
+    storage_keys.index_copy_(2, slots, key)
+    storage_values.index_copy_(2, slots, value)
+
+
+def _check_store(storage: Tensor, new: Tensor, slot: Tensor) -> None:
+    same = storage.shape[:2] == new.shape[:2] and storage.shape[3:] == new.shape[3:]
+    if storage.dim() != 4 or not same or storage.dtype != new.dtype:
+        raise ValueError(
+            f"new units {tuple(new.shape)} {new.dtype} do not fit storage "
+            f"{tuple(storage.shape)} {storage.dtype}: expected [B, H, T, D] of the same dtype"
+        )
+    if slot.shape != (1,) or slot.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"slot is {tuple(slot.shape)} {slot.dtype}; expected [1], int32 or int64")
+
+
+@triton.jit
+def _store(  # type: ignore[no-untyped-def]
+    storage,
+    new,
+    slot,
+    capacity,
+    storage_strides,
+    new_strides,
+    SIZES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    at = tl.load(slot).to(tl.int64) + t + 0 * d
+    inside = (at >= 0) & (at < capacity)
+    units = ()  # type: tuple
+    for i in tl.static_range(len(new)):
+        strides = new_strides[i]
+        of_unit = units_at(new[i], strides, b, h, t) + d * strides[3]
+        units += (tl.load(of_unit, mask=d < SIZES[i]),)
+    for i in tl.static_range(len(new)):
+        strides = storage_strides[i]
+        to = units_at(storage[i], strides, b, h, at) + d * strides[3]
+        tl.store(to, units[i], mask=inside & (d < SIZES[i]))

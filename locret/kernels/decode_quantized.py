@@ -1,13 +1,15 @@
 """Attention of one or a few new tokens straight over packed keys and values.
 
 As `decode.py`, with units of 8, 4 or 2 bits that are expanded in registers: what is read of them is
-what they occupy. A part walks its units run by run, because a run is what shares a row of the key
-tables. The units that are not packed, the residual, are further parts of the same merge.
+what they occupy. A split walks its units block by block, because a block is what shares entries of
+the key tables. The units that are not packed, the residual, are further splits of the same merge.
 
-Few query rows are `few_rows.py`'s. For others, units are expanded to float16, for bfloat16 models
-too: every packed value fits, and pairs of codes become pairs of values in a few instructions.
+Small queries are `decode_quantized_small.py`'s. For others, units are expanded to float16, for
+bfloat16 models too: every packed value fits, and pairs of codes become pairs of values in a few
+instructions.
 
-KIVI (arXiv 2402.02750): keys per channel of a run of units, values per unit and group of channels.
+KIVI (arXiv 2402.02750): keys per channel of a block of units, values per unit and group of
+channels.
 """
 
 import functools
@@ -16,8 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-from locret.kernels import few_rows
-from locret.kernels.decode import check_decode, decode_attention_reference
+from locret.kernels import decode_quantized_small as small
+from locret.kernels.decode import attend_storage, check_decode, decode_attention_reference
 from locret.kernels.dispatch import (
     INTERPRETED,
     multiprocessors,
@@ -27,20 +29,35 @@ from locret.kernels.dispatch import (
     tl,
     triton,
 )
-from locret.kernels.expand import expand_units_reference
-from locret.kernels.few_rows import ANY_NUMBER, attend_few_rows, run_of, takes_few_rows
-from locret.kernels.packed_units import PackedUnits
-from locret.kernels.parts import Parts, average, log_sum, number_of_parts, weigh
-from locret.kernels.storage_parts import attend_storage
+from locret.kernels.packed import (
+    PackedKV,
+    block_of,
+    check_packed,
+    expand_units_reference,
+    of_head,
+    power_of_two_in,
+)
+from locret.kernels.splits import (
+    Splits,
+    average,
+    first_slot,
+    log_sum,
+    number_of_splits,
+    queries_at,
+    split_of,
+    states_at,
+    weigh,
+)
 
 _PROGRAMS = 3  # programs that share a multiprocessor
 _REGISTERS = 168  # of a thread, so that _PROGRAMS of 128 threads fit
 _TILE = 64  # most units that are expanded at a time
+_START = 64  # units in whose time a program begins and ends
 
 
 def decode_attention_quantized(
     query: Tensor,
-    packed: PackedUnits,
+    packed: PackedKV,
     keys: Tensor,
     values: Tensor,
     length: Tensor,
@@ -73,14 +90,25 @@ def decode_attention_quantized(
             query, packed, keys, values, length, scaling, first
         )
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if out.numel():
-        _launch(query, packed, keys, values, length, scaling, first, out)
+    if not out.numel():
+        return out
+    is_small = small.takes_small(query, packed)
+    heads = keys.shape[0] * keys.shape[1]
+    at_once = (small.PROGRAMS if is_small else _PROGRAMS) * multiprocessors(query.device)
+    before = number_of_splits(heads, packed.count, at_once, _START) if packed.count else 0
+    rest = number_of_splits(heads, keys.shape[2], at_once, _START)
+    splits = Splits.empty(query, keys.shape[1], before + rest)
+    if before:
+        attend = small.attend_small if is_small else _attend_packed
+        attend(query, packed, scaling, first, splits, before)
+    attend_storage(query, keys, values, length, scaling, first, splits, before, packed.count)
+    splits.merge(out)
     return out
 
 
 def decode_attention_quantized_reference(
     query: Tensor,
-    packed: PackedUnits,
+    packed: PackedKV,
     keys: Tensor,
     values: Tensor,
     length: Tensor,
@@ -94,232 +122,126 @@ def decode_attention_quantized_reference(
     return decode_attention_reference(query, keys, values, length + packed.count, scaling, first)
 
 
-def expand_reference(packed: PackedUnits, size: int) -> tuple[Tensor, Tensor]:
+def expand_reference(packed: PackedKV, size: int) -> tuple[Tensor, Tensor]:
     """Keys and values float32 [B, H, P, D = size] of packed units, in plain PyTorch."""
     how = (packed.bits, packed.group, size)
     return (
-        expand_units_reference(
-            packed.key_codes, packed.key_scale, packed.key_minimum, *how, packed.key_starts
-        ),
-        expand_units_reference(packed.value_codes, packed.value_scale, packed.value_minimum, *how),
+        expand_units_reference(packed.keys, *how, packed.starts),
+        expand_units_reference(packed.values, *how),
     )
 
 
-def _check(packed: PackedUnits, keys: Tensor) -> None:
-    batch, heads, _, size = keys.shape
-    if packed.bits not in (2, 4, 8):
-        raise ValueError(f"bits is {packed.bits}; expected 2, 4 or 8")
-    count, runs = packed.count, packed.key_scale.shape[2]
-    codes = (torch.uint8, (batch, heads, count, -(-size * packed.bits // 8)))
-    row = (torch.float16, (batch, heads, runs, size))
-    table = (torch.float16, (batch, heads, count, -(-size // packed.group)))
-    expected = {
-        "key_codes": codes,
-        "key_scale": row,
-        "key_minimum": row,
-        "key_starts": (torch.int32, (batch, heads, runs + 1)),
-        "value_codes": codes,
-        "value_scale": table,
-        "value_minimum": table,
-    }
-    for name, (dtype, shape) in expected.items():
-        tensor = getattr(packed, name)
-        if tensor.dtype != dtype or tensor.shape != shape or (shape[3:] and tensor.stride(3) != 1):
+def _check(packed: PackedKV, keys: Tensor) -> None:
+    how = (packed.bits, packed.group, (*keys.shape[:2], packed.count, keys.shape[3]))
+    check_packed(packed.keys, *how, packed.starts, "key_")
+    check_packed(packed.values, *how, None, "value_")
+    for tensor in (*packed.keys, *packed.values):
+        if tensor.stride(3) != 1:
             raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} of strides {tensor.stride()}; "
-                f"expected {dtype} {shape}, the last axis of stride 1"
+                f"packed units have strides {tensor.stride()}; expected the last of them to be 1"
             )
 
 
-def _launch(
-    query: Tensor,
-    packed: PackedUnits,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    scaling: float,
-    first: Tensor | None,
-    out: Tensor,
-) -> None:
-    heads_in_all = keys.shape[0] * keys.shape[1]
-    few = takes_few_rows(query, packed)
-    at_once = (few_rows.PROGRAMS if few else _PROGRAMS) * multiprocessors(query.device)
-    of_packed = number_of_parts(heads_in_all, packed.count, at_once) if packed.count else 0
-    rest = number_of_parts(heads_in_all, keys.shape[2], at_once)
-    parts = Parts.empty(query, keys.shape[1], of_packed + rest)
-    if of_packed:
-        attend = attend_few_rows if few else _attend_packed
-        attend(query, packed, scaling, first, parts, of_packed)
-    attend_storage(
-        query, keys, values, length, scaling, first, parts, of_packed, rest, packed.count
-    )
-    parts.merge(out)
-
-
 def _attend_packed(
-    query: Tensor,
-    packed: PackedUnits,
-    scaling: float,
-    first: Tensor | None,
-    parts: Parts,
-    count: int,
+    query: Tensor, packed: PackedKV, scaling: float, first: Tensor | None, out: Splits, count: int
 ) -> None:
-    """Leave the attention over packed units in the first `count` parts of `parts`."""
-    batch, heads, units, nbytes = packed.key_codes.shape
+    """Leave the attention over packed units in the first `count` splits of `out`."""
+    batch, heads, units, nbytes = packed.keys[0].shape
     size, new = query.shape[3], query.shape[2]
-    rows = query.shape[1] // heads * new
+    queries = query.shape[1] // heads * new
     byte_block = padded(nbytes, least=16)
     # Assembly is NVIDIA's; float32 queries are for precision.
     wide = query.dtype == torch.float32 or torch.version.hip is not None
-    row_block = padded(rows, least=16)
+    query_block = padded(queries, least=16)
+    tensors = (*packed.keys, *packed.values)
     with on_device(query):
         _attend[(count, heads, batch)](
-            *(query, packed.key_codes, packed.key_scale, packed.key_minimum, packed.key_starts),
-            *(packed.value_codes, packed.value_scale, packed.value_minimum),
-            *(packed.key_starts if first is None else first, parts.values, parts.weights),
-            *(parts.count, scaling * math.log2(math.e), units, packed.key_scale.shape[2]),
-            *query.stride(),
-            *packed.key_codes.stride()[:3],
-            *packed.key_scale.stride()[:3],
-            *packed.key_minimum.stride()[:3],
-            *packed.key_starts.stride(),
-            *packed.value_codes.stride()[:3],
-            *packed.value_scale.stride()[:3],
-            *packed.value_minimum.stride()[:3],
-            *((0, 0) if first is None else first.stride()),
-            HAS_FIRST=first is not None,
+            *(query, tensors, packed.starts.contiguous()),
+            *(None if first is None else first.contiguous(), (out.values, out.weights)),
+            *(out.count, scaling * math.log2(math.e), units, packed.keys[1].shape[2]),
+            *(query.stride(), tuple(tensor.stride()[:3] for tensor in tensors)),
             NEW=new,
-            ROWS=rows,
+            QUERIES=queries,
             SIZE=size,
             BITS=packed.bits,
             GROUP=packed.group,
             BYTES=nbytes,
-            ROW_BLOCK=row_block,
+            QUERY_BLOCK=query_block,
             BYTE_BLOCK=byte_block,
-            CHUNK=_chunk(nbytes, byte_block, size, packed.group),
+            SPAN=byte_block if packed.group >= size else power_of_two_in(nbytes, packed.group),
             UNITS=max(16, min(_TILE // 2 if wide else _TILE, padded(packed.group))),
             UPCAST=INTERPRETED or wide,
             ASSEMBLY=_assembly(packed.bits),
             num_warps=8 if wide else 4,
-            maxnreg=None if wide or row_block > 16 else _REGISTERS,
+            maxnreg=None if wide or query_block > 16 else _REGISTERS,
         )
 
 
-def _chunk(nbytes: int, byte_block: int, size: int, group: int) -> int:
-    """How many bytes that follow each other belong, plane by plane, to one group of channels."""
-    if group >= size:
-        return byte_block
-    common = math.gcd(nbytes, group)
-    return common & -common  # the largest power of two that divides it
-
-
-@triton.jit(do_not_specialize=ANY_NUMBER)
+# Nothing is compiled anew for these, which differ from prompt to prompt.
+@triton.jit(do_not_specialize=["all_splits", "count", "blocks"])
 def _attend(  # type: ignore[no-untyped-def]
     query,
-    key_codes,
-    key_scale,
-    key_minimum,
+    tensors,
     starts,
-    value_codes,
-    value_scale,
-    value_minimum,
     first,
-    part_values,
-    part_weights,
-    all_parts,
+    splits,
+    all_splits,
     scaling,
     count,
-    runs,
-    q_b,
-    q_h,
-    q_t,
-    q_d,
-    kc_b,
-    kc_h,
-    kc_s,
-    ks_b,
-    ks_h,
-    ks_r,
-    km_b,
-    km_h,
-    km_r,
-    st_b,
-    st_h,
-    st_r,
-    vc_b,
-    vc_h,
-    vc_s,
-    vs_b,
-    vs_h,
-    vs_s,
-    vm_b,
-    vm_h,
-    vm_s,
-    first_b,
-    first_h,
-    HAS_FIRST: tl.constexpr,
+    blocks,
+    query_strides,
+    strides,
     NEW: tl.constexpr,
-    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BYTES: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
     BYTE_BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SPAN: tl.constexpr,
     UNITS: tl.constexpr,
     UPCAST: tl.constexpr,  # to float32 by plain arithmetic; the interpreter knows no other
     ASSEMBLY: tl.constexpr,
 ):
     PLANES: tl.constexpr = 8 // BITS
-    part = tl.program_id(0)
-    parts = tl.num_programs(0)
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-
-    begin = tl.full((), 0, tl.int32)
-    if HAS_FIRST:
-        begin = tl.minimum(tl.maximum(tl.load(first + b * first_b + h * first_h), 0), count)
-    each = tl.cdiv(count - begin, parts)
-    begin += part * each
-    stop = tl.minimum(begin + each, count)
+    begin, stop = split_of(tl.minimum(first_slot(first, b, h, 0), count), count, 1)
 
     # The planes of a unit's channels are multiplied one by one.
-    row = tl.arange(0, ROW_BLOCK)
+    which = tl.arange(0, QUERY_BLOCK)
     byte = tl.arange(0, BYTE_BLOCK)
     in_bytes = byte < BYTES
-    first_byte = tl.arange(0, BYTE_BLOCK // CHUNK) * CHUNK  # of the codes that share a table entry
-    q_head = h * (ROWS // NEW) + row // NEW
-    q_at = query + b * q_b + (q_head * q_h + (row % NEW) * q_t)[:, None]
+    first_byte = tl.arange(0, BYTE_BLOCK // SPAN) * SPAN  # of the codes that share a table entry
+    q_at = queries_at(query, query_strides, b, h, which, NEW, QUERIES)
+    q_d = query_strides[3]
     queries = ()  # type: tuple
     summed = ()  # type: tuple
     for plane in tl.static_range(PLANES):
         channel = plane * BYTES + byte
-        mask = (row < ROWS)[:, None] & (in_bytes & (channel < SIZE))[None, :]
+        mask = (which < QUERIES)[:, None] & (in_bytes & (channel < SIZE))[None, :]
         q = tl.load(q_at + channel[None, :] * q_d, mask=mask, other=0.0).to(tl.float32)
         if not UPCAST:
             q = tl.clamp(q, -65504.0, 65504.0).to(tl.float16)
         queries += (q,)
-        summed += (tl.zeros((ROW_BLOCK, BYTE_BLOCK), tl.float32),)
-    highest = tl.full((ROW_BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((ROW_BLOCK,), tl.float32)
+        summed += (tl.zeros((QUERY_BLOCK, BYTE_BLOCK), tl.float32),)
+    highest = tl.full((QUERY_BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERY_BLOCK,), tl.float32)
 
     unit = tl.arange(0, UNITS)
-    key_codes += b * kc_b + h * kc_h
-    key_scale += b * ks_b + h * ks_h
-    key_minimum += b * km_b + h * km_h
-    ends = starts + b * st_b + h * st_h + st_r
-    value_codes += b * vc_b + h * vc_h
-    value_scale += b * vs_b + h * vs_h
-    value_minimum += b * vm_b + h * vm_h
+    tensors = of_head(tensors, strides, b, h)
+    key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum = tensors
+    kc_s, vc_s = strides[0][2], strides[3][2]
+    ends = starts + (b * tl.num_programs(1) + h) * (blocks + 1) + 1
 
-    # A tile is the units at .. end - 1 of one run, UNITS of them at most; `after` is where the next
-    # run ends. Everything a tile needs is asked for before any of it is used.
-    run = tl.minimum(run_of(ends, st_r, begin, runs), runs - 1)
+    # A tile is the units at .. end - 1 of one block, UNITS of them at most; `after` is where the
+    # next block ends. Everything a tile needs is asked for before any of it is used.
+    block = tl.minimum(block_of(ends, begin, blocks), blocks - 1)
     at = begin
-    end = tl.minimum(tl.load(ends + run * st_r), stop)
+    end = tl.minimum(tl.load(ends + block), stop)
     while at < stop:
-        after = tl.minimum(tl.load(ends + tl.minimum(run + 1, runs - 1) * st_r), stop)
+        after = tl.minimum(tl.load(ends + tl.minimum(block + 1, blocks - 1)), stop)
         there = at + unit < end
         slot = (at + unit).to(tl.int64)
         k_mask = in_bytes[:, None] & there[None, :]
@@ -331,19 +253,19 @@ def _attend(  # type: ignore[no-untyped-def]
         for plane in tl.static_range(PLANES):
             of_channel = plane * BYTES + byte
             mask_1d = in_bytes & (of_channel < SIZE)
-            at_scale = key_scale + run.to(tl.int64) * ks_r + of_channel
-            at_low = key_minimum + run.to(tl.int64) * km_r + of_channel
+            at_scale = key_scale + block.to(tl.int64) * strides[1][2] + of_channel
+            at_low = key_minimum + block.to(tl.int64) * strides[2][2] + of_channel
             k_tables += (tl.load(at_scale, mask=mask_1d, other=0.0),)
             k_tables += (tl.load(at_low, mask=mask_1d, other=0.0),)
-            of_chunk = plane * BYTES + first_byte
-            mask_2d = there[:, None] & ((first_byte < BYTES) & (of_chunk < SIZE))[None, :]
-            group = (of_chunk // GROUP)[None, :]
-            at_scales = value_scale + slot[:, None] * vs_s + group
-            at_lows = value_minimum + slot[:, None] * vm_s + group
+            of_span = plane * BYTES + first_byte
+            mask_2d = there[:, None] & ((first_byte < BYTES) & (of_span < SIZE))[None, :]
+            group = (of_span // GROUP)[None, :]
+            at_scales = value_scale + slot[:, None] * strides[4][2] + group
+            at_lows = value_minimum + slot[:, None] * strides[5][2] + group
             v_tables += (tl.load(at_scales, mask=mask_2d, other=0.0),)
             v_tables += (tl.load(at_lows, mask=mask_2d, other=0.0),)
 
-        logits = tl.zeros((ROW_BLOCK, UNITS), tl.float32)
+        logits = tl.zeros((QUERY_BLOCK, UNITS), tl.float32)
         for plane in tl.static_range(PLANES):
             k_scale = k_tables[2 * plane][:, None]
             k_low = k_tables[2 * plane + 1][:, None]
@@ -354,8 +276,8 @@ def _attend(  # type: ignore[no-untyped-def]
         weights = weights.to(queries[0].dtype)
         grown = ()  # type: tuple
         for plane in tl.static_range(PLANES):
-            v_scale = _spread(v_tables[2 * plane], CHUNK)
-            v_low = _spread(v_tables[2 * plane + 1], CHUNK)
+            v_scale = _spread(v_tables[2 * plane], SPAN)
+            v_low = _spread(v_tables[2 * plane + 1], SPAN)
             v = _expanded(v_codes, v_scale, v_low, plane, BITS, UPCAST, ASSEMBLY)
             before = summed[plane] * shrink[:, None]
             grown += (tl.dot(weights, v, acc=before, input_precision="ieee"),)
@@ -363,15 +285,15 @@ def _attend(  # type: ignore[no-untyped-def]
 
         is_done = at + UNITS >= end
         at = tl.minimum(at + UNITS, end)
-        run = tl.minimum(tl.where(is_done, run + 1, run), runs - 1)
+        block = tl.minimum(tl.where(is_done, block + 1, block), blocks - 1)
         end = tl.where(is_done, after, end)
 
-    at_row = ((b * tl.num_programs(1) + h) * all_parts + part) * ROWS + row
-    tl.store(part_weights + at_row, log_sum(highest, total), mask=row < ROWS)
+    at_state = states_at(b, h, 0, all_splits, which, QUERIES)
+    tl.store(splits[1] + at_state, log_sum(highest, total), mask=which < QUERIES)
     for plane in tl.static_range(PLANES):
         channel = plane * BYTES + byte
-        mask = (row < ROWS)[:, None] & (in_bytes & (channel < SIZE))[None, :]
-        at_values = part_values + at_row[:, None] * SIZE + channel[None, :]
+        mask = (which < QUERIES)[:, None] & (in_bytes & (channel < SIZE))[None, :]
+        at_values = splits[0] + at_state[:, None] * SIZE + channel[None, :]
         tl.store(at_values, average(summed[plane], total), mask=mask)
 
 
@@ -429,11 +351,11 @@ def _assembly(bits: int) -> tuple[str, ...]:
 
 
 @triton.jit
-def _spread(table, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A table [N, chunks], each entry repeated CHUNK times; one chunk stays as it is."""
+def _spread(table, SPAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A table [N, spans], each entry repeated SPAN times; one span stays as it is."""
     N: tl.constexpr = table.shape[0]
-    CHUNKS: tl.constexpr = table.shape[1]
-    if CHUNKS > 1:
-        table = tl.broadcast_to(table[:, :, None], (N, CHUNKS, CHUNK))
-        table = tl.reshape(table, (N, CHUNKS * CHUNK))
+    SPANS: tl.constexpr = table.shape[1]
+    if SPANS > 1:
+        table = tl.broadcast_to(table[:, :, None], (N, SPANS, SPAN))
+        table = tl.reshape(table, (N, SPANS * SPAN))
     return table

@@ -49,9 +49,12 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 4 when interpreted on the CPU."""
-    return _multiprocessors(device.index or 0) if device.type == "cuda" else 4
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def padded(size: int, least: int = 1) -> int:
@@ -59,6 +62,7 @@ def padded(size: int, least: int = 1) -> int:
     return max(least, 1 << max(0, size - 1).bit_length())
 
 
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+@triton.jit
+def units_at(tensor, strides, b, h, unit):  # type: ignore[no-untyped-def]
+    """Where units begin in a tensor [B, H, S] or [B, H, S, D]."""
+    return tensor + b * strides[0] + h * strides[1] + unit * strides[2]

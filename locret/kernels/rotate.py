@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton
+from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton, units_at
 
 Pairing = Literal["half", "interleaved"]
 
@@ -74,26 +74,27 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, half: bool, out: Tensor) -> Non
     batch, heads, slots, size = x.shape
     rotary = cos.shape[2]
     pairs = padded(rotary // 2)
-    rows = max(1, min(padded(slots), 1024 // pairs))
+    at_once = max(1, min(padded(slots), 1024 // pairs))
     together = next(count for count in (8, 4, 3, 2, 1) if heads % count == 0)
-    grid = (triton.cdiv(slots, rows), heads // together, batch)
-    shared = cos.shape[0] == 1
+    grid = (triton.cdiv(slots, at_once), heads // together, batch)
     with on_device(x):
         _rotate[grid](
             *(x, cos, sin, out, slots),
-            *x.stride(),
-            *(0 if shared else cos.stride(0), cos.stride(1), cos.stride(2)),
-            *(0 if shared else sin.stride(0), sin.stride(1), sin.stride(2)),
-            *out.stride(),
+            *(x.stride(), _table_strides(cos), _table_strides(sin), out.stride()),
             ROTARY=rotary,
             REST=size - rotary,
             PAIRS=pairs,
             REST_BLOCK=padded(size - rotary),
-            ROWS=rows,
+            SLOTS=at_once,
             HEADS=together,
             HALF=half,
             num_warps=4,
         )
+
+
+def _table_strides(table: Tensor) -> tuple[int, ...]:
+    """Strides of cos or sin; all rows of a batch share one table."""
+    return (0, *table.stride()[1:]) if table.shape[0] == 1 else table.stride()
 
 
 @triton.jit
@@ -103,35 +104,28 @@ def _rotate(  # type: ignore[no-untyped-def]
     sin,
     out,
     slots,
-    x_b,
-    x_h,
-    x_s,
-    x_d,
-    cos_b,
-    cos_s,
-    cos_d,
-    sin_b,
-    sin_s,
-    sin_d,
-    out_b,
-    out_h,
-    out_s,
-    out_d,
+    x_strides,
+    cos_strides,
+    sin_strides,
+    out_strides,
     ROTARY: tl.constexpr,
     REST: tl.constexpr,
     PAIRS: tl.constexpr,
     REST_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64) * HEADS
-    slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    x += batch * x_b + head * x_h + slot * x_s
-    out += batch * out_b + head * out_h + slot * out_s
-    cos += batch * cos_b + slot * cos_s
-    sin += batch * sin_b + slot * sin_s
+    slot = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)[:, None]
+    x = units_at(x, x_strides, batch, head, slot)
+    out = units_at(out, out_strides, batch, head, slot)
+    cos += batch * cos_strides[0] + slot * cos_strides[1]
+    sin += batch * sin_strides[0] + slot * sin_strides[1]
+    x_h, x_d = x_strides[1], x_strides[3]
+    out_h, out_d = out_strides[1], out_strides[3]
+    cos_d, sin_d = cos_strides[2], sin_strides[2]
     there = slot < slots
     if ROTARY > 0:
         if HALF:
@@ -168,5 +162,5 @@ def _rotate(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _pairs(block):  # type: ignore[no-untyped-def]
-    """[ROWS, 2 N] -> the even and the odd columns, [ROWS, N] each."""
+    """[SLOTS, 2 N] -> the even and the odd elements, [SLOTS, N] each."""
     return tl.split(tl.reshape(block, (block.shape[0], block.shape[1] // 2, 2)))

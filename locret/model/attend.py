@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from locret.kernels.merge import merge_parts
+from locret.kernels import merge_attention
 from locret.model import sparse_prefill
 
 Backend = Literal["eager", "sdpa", "cudnn", "flash_attn", "minference"]
@@ -179,7 +179,7 @@ def attend_past(
     if not before:
         return attend(query, *new, scaling, backend, empty, weighting)
     if backend == "cudnn" and tokens >= SPLIT_FROM and empty is None and weighting.plain:
-        return merge_parts(
+        return merge_attention(
             *_cudnn(query, *past, scaling, causal=False), *_cudnn(query, *new, scaling, causal=True)
         )
     keys, values = (torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from locret.heads.features import FEATURES
-from locret.heads.heads import RetainingHeads
+from locret.heads.heads import FEATURES, RetainingHeads
 from locret.policies.base import LayerChunk, Policy
 
 

@@ -1,9 +1,9 @@
-"""What a quantization scheme is: how runs of keys and a token's value become small codes, and back.
+"""What a quantization scheme is: how blocks of keys and a token's value become codes, and back.
 
-A scheme knows nothing of caches. Keys are encoded a *run* at a time (up to `group` units that
-follow each other, one table row for all of them), values a token at a time.
+A scheme knows nothing of caches. Keys are encoded a *block* at a time (up to `group` units
+that follow each other, which share an entry of the tables), values a token at a time.
 
-g units of a run, D head size. "..." is any shape.
+g units of a block, D head size. "..." is any shape.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from locret.quantities import is_whole
-from locret.quantization.packing import BITS
+from locret.quantities import check_whole, is_whole
+from locret.quantization.codes import BITS
 
-Parts = tuple[Tensor, ...]
-"""Tensors that together hold codes or table rows, in an order that the scheme knows."""
+Tensors = tuple[Tensor, ...]
+"""Tensors that together hold codes or entries of tables, in an order that the scheme knows."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Scheme:
 
     Attributes:
         bits: of a code: 8, 4 or 2.
-        group: units of a key run, and channels of a value group.
+        group: units of a block of keys, and channels of a value group.
         residual: how many of the last units stay in full precision.
     """
 
@@ -49,10 +49,8 @@ class Scheme:
             raise ValueError(
                 f"bits is {self.bits!r}; {self.name} takes {', '.join(map(str, self.widths))}"
             )
-        if not is_whole(self.group, 1):
-            raise ValueError(f"group is {self.group!r}; expected a positive number of units")
-        if not is_whole(self.residual, 0):
-            raise ValueError(f"residual is {self.residual!r}; expected 0 or more units")
+        check_whole("group", self.group, 1)
+        check_whole("residual", self.residual, 0)
 
     def for_layer(self, layer: int) -> "Scheme":
         """The scheme of one layer."""
@@ -64,44 +62,52 @@ class Scheme:
         """Units that each layer may keep when `budget` is what one keeps at `bits`."""
         return [budget] * num_layers
 
-    def encode_keys(self, x: Tensor, usable: Tensor | None) -> tuple[Parts, Parts]:
-        """Encode runs of keys.
+    def encode_keys(self, x: Tensor, usable: Tensor | None) -> tuple[Tensors, Tensors]:
+        """Encode blocks of keys.
 
         Args:
-            x: [..., g, D] floating, g units a run.
+            x: [..., g, D] floating, g units a block.
             usable: bool [..., g, D]; False where an outlier is stored elsewhere. None = all.
 
         Returns:
-            What each unit needs, tensors [..., g, *], and each run's table row, tensors [..., *].
+            What each unit needs, tensors [..., g, *], and each block's entries of the tables,
+            tensors [..., *].
 
         Raises:
-            ValueError: a value cannot be stored (see `affine.refuse_unstorable`).
+            ValueError: a value cannot be stored (see `codes.refuse_unstorable`).
         """
         raise NotImplementedError(f"{type(self).__name__} must implement encode_keys()")
 
-    def decode_keys(self, units: Parts, rows: Parts, head_size: int) -> Tensor:
-        """float32 [..., D] from what each unit needs and its run's row, both [..., *]."""
+    def decode_keys(self, units: Tensors, tables: Tensors, head_size: int) -> Tensor:
+        """float32 [..., D] from what each unit needs and its block's entries, both [..., *]."""
         raise NotImplementedError(f"{type(self).__name__} must implement decode_keys()")
 
-    def encode_values(self, x: Tensor, usable: Tensor | None) -> Parts:
+    def encode_values(self, x: Tensor, usable: Tensor | None) -> Tensors:
         """Encode values [..., D], each unit for itself: tensors [..., *]. Raises as for keys."""
         raise NotImplementedError(f"{type(self).__name__} must implement encode_values()")
 
-    def decode_values(self, units: Parts, head_size: int) -> Tensor:
+    def decode_values(self, units: Tensors, head_size: int) -> Tensor:
         """float32 [..., D] from what `encode_values` returned."""
         raise NotImplementedError(f"{type(self).__name__} must implement decode_values()")
 
-    def expand_keys(self, units: Parts, rows: Parts, starts: Tensor, out: Tensor) -> bool:
-        """Write all keys of a layer to `out` [B, H, P, D] at once, where a kernel can.
+    def expand(self, packed: Tensors, starts: Tensor | None, out: Tensor) -> bool:
+        """Write all keys or values of a layer to `out` [B, H, P, D] at once, where a kernel can.
 
         Args:
-            units, rows, starts: those of `locret.quantization.packed.PackedKeys`.
+            packed: what each unit needs [B, H, P, *] and, of keys, the tables [B, H, G, *].
+            starts: of the blocks of keys (`locret.quantization.packed.PackedKeys`); None = values.
 
         Returns:
-            Whether it did; False = `decode_keys` is to be asked.
+            Whether it did; False = the methods above are to be asked.
         """
         return False
 
-    def expand_values(self, units: Parts, out: Tensor) -> bool:
-        """Likewise for values."""
-        return False
+
+@dataclass(frozen=True)
+class NoScheme(Scheme):
+    """Every unit stays as it is."""
+
+    name = "none"
+    packs = False
+    widths = (16,)
+    bits: int = 16

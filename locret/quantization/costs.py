@@ -1,7 +1,7 @@
-"""Bytes: what a scheme takes a unit, how many runs a head may have, how many units fit in memory.
+"""Bytes: what a scheme takes a unit, how many blocks a head may have, how many units fit in memory.
 
-The published figure of a scheme is the cost of full runs: 4-bit KIVI at group 64 takes 0.28125 of
-16-bit bytes. Residual units and thin runs cost more; together they get `OVERHEAD` of that figure.
+The published figure of a scheme is the cost of full blocks: 4-bit KIVI at group 64 takes 0.28125 of
+16-bit bytes. Residual units and thin blocks cost more; together they get `OVERHEAD` of that figure.
 Outliers depend on the data and are not counted here; `nbytes` of what is packed counts them.
 """
 
@@ -14,10 +14,10 @@ import torch
 from locret.quantization.base import Scheme
 
 OVERHEAD = 1 / 16
-"""What residual units and thin runs may add, next to packed units in full runs."""
+"""What residual units and thin blocks may add, next to packed units in full blocks."""
 
-FEWEST_RUNS = 1.25
-"""Runs that a head may have at least, next to full ones: a margin below that would have units
+FEWEST_BLOCKS = 1.25
+"""Blocks that a head may have at least, next to full ones: a margin below that would have units
 packed anew at nearly every eviction."""
 
 
@@ -27,20 +27,20 @@ class Costs:
 
     Attributes:
         unit: what a packed unit takes by itself.
-        row: a run's row of the key tables, with its start.
+        entry: a block's entries of the key tables, with its start.
         full: a unit in full precision.
-        group: units of a full run.
+        group: units of a full block.
     """
 
     unit: int
-    row: int
+    entry: int
     full: int
     group: int
 
     @property
     def packed(self) -> float:
-        """A packed unit in a full run."""
-        return self.unit + self.row / self.group
+        """A packed unit in a full block."""
+        return self.unit + self.entry / self.group
 
 
 @lru_cache
@@ -50,23 +50,18 @@ def costs_of(scheme: Scheme, head_size: int, element_size: int = 2) -> Costs:
     if not scheme.packs:
         return Costs(full, 0, full, scheme.group)
     x = torch.zeros(scheme.group, head_size)
-    units, rows = scheme.encode_keys(x, None)
-    each = (*(part[0] for part in units), *(part[0] for part in scheme.encode_values(x, None)))
-    start = torch.int32.itemsize
-    return Costs(
-        sum(part.nbytes for part in each),
-        sum(part.nbytes for part in rows) + start,
-        full,
-        scheme.group,
-    )
+    keys, tables = scheme.encode_keys(x, None)
+    units = (*keys, *scheme.encode_values(x, None))
+    entry = sum(tensor.nbytes for tensor in tables) + torch.int32.itemsize
+    return Costs(sum(tensor[0].nbytes for tensor in units), entry, full, scheme.group)
 
 
-def run_limit(costs: Costs, packed: int, residual: int) -> int:
-    """Most runs of a head with `packed` units in runs and `residual` ones in full precision."""
+def block_limit(costs: Costs, packed: int, residual: int) -> int:
+    """Most blocks of a head with `packed` units in blocks and `residual` ones in full precision."""
     fewest = -(-packed // costs.group)
     allowed = (1 + OVERHEAD) * costs.packed * (packed + residual)
-    rows = (allowed - residual * costs.full - packed * costs.unit) // costs.row
-    return max(int(rows) - 1, int(FEWEST_RUNS * fewest), fewest)  # one start more than runs
+    most = (allowed - residual * costs.full - packed * costs.unit) // costs.entry
+    return max(int(most) - 1, int(FEWEST_BLOCKS * fewest), fewest)  # one start more than blocks
 
 
 def most_bytes(scheme: Scheme, units: int, head_size: int, element_size: int = 2) -> int:
@@ -76,8 +71,8 @@ def most_bytes(scheme: Scheme, units: int, head_size: int, element_size: int = 2
     packed = units - residual
     if not scheme.packs or not packed:
         return units * costs.full
-    rows = run_limit(costs, packed, residual) + 1
-    return packed * costs.unit + rows * costs.row + residual * costs.full
+    entries = block_limit(costs, packed, residual) + 1
+    return packed * costs.unit + entries * costs.entry + residual * costs.full
 
 
 def units_within(scheme: Scheme, nbytes: float, head_size: int, element_size: int = 2) -> int:

@@ -5,13 +5,13 @@ A command that a signal stops leaves with the status that shells give to a proce
 raises an exception, so that files are closed and child processes ended on the way out.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -64,21 +64,15 @@ def run_command(
     return 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def ends_at_once() -> Iterator[None]:
     """Until the block ends, Ctrl-C ends the process on the spot. For imports: an exception in the
     middle of one is told as a traceback, or as a package that is missing."""
-    before = signal.getsignal(signal.SIGINT)
-    # A process started to ignore it goes on so, and signals are the main thread's.
-    main = threading.current_thread() is threading.main_thread()
-    ours = before is signal.default_int_handler and main
-    if ours:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
+    with contextlib.ExitStack() as undo:
+        if handlers().get(signal.SIGINT) is signal.default_int_handler:
+            undo.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, before)
 
 
 def stop_behind(error: BaseException | None) -> Stopped | None:
@@ -93,7 +87,7 @@ def stop_behind(error: BaseException | None) -> Stopped | None:
     return None
 
 
-@contextmanager
+@contextlib.contextmanager
 def raised() -> Iterator[None]:
     """Within, a signal raises `Stopped`."""
     if isinstance(signal.getsignal(signal.SIGTERM), _Raise):
@@ -103,8 +97,8 @@ def raised() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def held() -> Iterator[None]:
+@contextlib.contextmanager
+def delayed() -> Iterator[None]:
     """Within, signals wait: for what must not be broken off halfway."""
     came: list[int] = []
     with handled_by(lambda number, _: came.append(number)):
@@ -113,7 +107,7 @@ def held() -> Iterator[None]:
         os.kill(os.getpid(), came[0])
 
 
-@contextmanager
+@contextlib.contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """Within, a handler for both signals, where they can be handled."""
     before = handlers()

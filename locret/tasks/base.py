@@ -3,17 +3,34 @@
 A sample's user turn is `context + question`, exactly as the benchmark words it; the cut between the
 two is what the query-agnostic protocol needs. `answer_prefix` is given to the model as the first
 words of its answer.
+
+Data files are JSON Lines, plain or gzipped; what is wrong names the file and the line. Contexts
+with their questions are rows `{"id", "context", "qa": [{"question", "answers"}]}`.
 """
 
+import gzip
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-Measure = Callable[["Sample"], int]
-"""Tokens of a sample's rendered prompt."""
+
+class Prompts(Protocol):
+    """How samples become prompts: what generated ones are made and measured with."""
+
+    tokenizer: Any
+
+    @property
+    def fingerprint(self) -> str:
+        """Recognises the tokenizer and its template."""
+        ...
+
+    def measure(self, sample: "Sample") -> int:
+        """Tokens of the sample's rendered prompt."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,7 @@ class Sample:
         answers: the references.
         answer_prefix: the answer's first words, given to the model.
         group: samples of one group are about the same context; empty = a context of its own.
+        depth: where in the context the answer stands, 0 = start and 1 = end; None = not told.
         extra: what the task's score needs beside the answers.
     """
 
@@ -36,6 +54,7 @@ class Sample:
     answers: tuple[str, ...]
     answer_prefix: str = ""
     group: str = ""
+    depth: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -59,6 +78,8 @@ class TaskSettings:
         data_dir: folder of the data files that are not given by path.
         data: paths by name, such as `squad` or `haystack`; relative ones are within `data_dir`.
         length: tokens of a prompt and its answer, for tasks that are made to a length.
+        depths: at which the needles of `locret.tasks.needle` stand, spread evenly.
+        max_new_tokens: of an answer; None = as the task has it.
         seed: of generated samples.
         cache_dir: where generated samples are kept; None = nowhere.
     """
@@ -66,6 +87,8 @@ class TaskSettings:
     data_dir: Path | None = None
     data: dict[str, str] = field(default_factory=dict)
     length: int | None = None
+    depths: int = 10
+    max_new_tokens: int | None = None
     seed: int = 42
     cache_dir: Path | None = None
 
@@ -81,7 +104,7 @@ class TaskSettings:
         if not given.is_file():
             raise ValueError(
                 f"data {name!r}: {given} is not a file; give its folder with --data-dir, or its "
-                f"path with --set data.{name}=PATH"
+                f"path with --data.{name} PATH"
             )
         return given
 
@@ -100,13 +123,15 @@ class Task(ABC):
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
-    max_new_tokens: ClassVar[int]
+    max_new_tokens: int
     stop: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1
     length: int | None = None
 
     def __init__(self, settings: TaskSettings) -> None:
         self.settings = settings
+        if settings.max_new_tokens is not None:
+            self.max_new_tokens = settings.max_new_tokens
 
     @property
     def label(self) -> str:
@@ -130,15 +155,74 @@ class Task(ABC):
         return
 
     @abstractmethod
-    def samples(self, limit: int | None, measure: Measure, fingerprint: str) -> list[Sample]:
+    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
         """The first `limit` samples, or all. The same ones first, however many are asked for.
 
         Args:
             limit: None = all there are.
-            measure: tokens of a rendered prompt, for tasks that are made to a length.
-            fingerprint: of the tokenizer and its template: what generated samples depend on.
+            prompts: for tasks that are made to a length; the others may do without.
         """
 
     @abstractmethod
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         """The scores of an answer, by `metrics`."""
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row with where it stands (`FILE:LINE`); empty lines are skipped.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is no JSON object.
+    """
+    path = Path(path)
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _row(line, f"{path}:{number}")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON Lines: {error}") from error
+
+
+def _row(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} holds a {type(row).__name__}; expected an object")
+    return row
+
+
+def are_texts(value: Any) -> bool:
+    """Whether this is a list of texts, at least one. A text alone would be read by its letters."""
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def read_contexts(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file, in order, each with an `id`.
+
+    Raises:
+        ValueError: a line that is no such row; says where.
+    """
+    for number, (where, row) in enumerate(read_rows(path)):
+        if not _is_context(row):
+            raise ValueError(
+                f'{where} has no "context" with a list "qa" of questions and answers; expected '
+                '{"id", "context", "qa": [{"question", "answers": ["text", ...]}]}'
+            )
+        yield {"id": str(number)} | row
+
+
+def _is_context(row: dict[str, Any]) -> bool:
+    asked = row.get("qa")
+    fields = {"question", "answers"}
+    right = isinstance(asked, list) and all(
+        isinstance(qa, dict)
+        and fields <= set(qa)
+        and isinstance(qa["question"], str)
+        and are_texts(qa["answers"])
+        for qa in asked
+    )
+    return right and isinstance(row.get("context"), str)

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from locret.tasks import metrics
-from locret.tasks.base import Measure, Sample, Task, in_turns
-from locret.tasks.rows import read_contexts
+from locret.tasks.base import Prompts, Sample, Task, in_turns, read_contexts
 
 
 class FairytaleQATask(Task):
@@ -21,7 +20,7 @@ class FairytaleQATask(Task):
     def check_packages(self) -> None:
         metrics.check_rouge()
 
-    def samples(self, limit: int | None, measure: Measure, fingerprint: str) -> list[Sample]:
+    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
         """Questions go round the stories."""
         samples = (
             Sample(

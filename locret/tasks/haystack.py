@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from locret.tasks.base import TaskSettings
-from locret.tasks.rows import read_contexts
+from locret.tasks.base import TaskSettings, read_contexts
 
 NOISE = (
     "The grass is green.",
@@ -151,7 +150,7 @@ def word_files(settings: TaskSettings) -> dict[str, Path]:
     if spec is None or spec.origin is None:
         raise ValueError(
             "this RULER task draws words from the package wonderwords, which is not installed: pip "
-            "install 'locret[eval]', or give a file of words with --set data.words=PATH"
+            "install 'locret[eval]', or give a file of words with --data.words PATH"
         )
     folder = Path(spec.origin).parent / "assets"
     return {kind: folder / name for kind, name in LISTS.items()}

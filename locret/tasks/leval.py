@@ -24,8 +24,7 @@ from typing import Any, ClassVar
 
 from locret.heads import hub
 from locret.tasks import metrics
-from locret.tasks.base import Measure, Sample, Task, in_turns
-from locret.tasks.rows import are_texts, read_rows
+from locret.tasks.base import Prompts, Sample, Task, are_texts, in_turns, read_rows
 
 JUDGED = ("human", "LLM")
 """Values of `evaluation` in rows that people or language models are to judge."""
@@ -50,59 +49,69 @@ class Kind:
     score: Callable[[str, Sequence[str]], dict[str, float]]
 
 
-def _exact(
+def _exam(
+    instruction: str,
+    ending: str,
+    max_new_tokens: int,
     read_answer: Callable[[str], str],
     read_reference: Callable[[str], str],
     compare: Callable[[str, str], float],
-) -> Callable[[str, Sequence[str]], dict[str, float]]:
+) -> Kind:
+    """Questions whose answers are right or wrong."""
+
     def score(answer: str, references: Sequence[str]) -> dict[str, float]:
         given = read_answer(answer)
         found = metrics.best(lambda wanted: compare(given, read_reference(wanted)), references)
         return {"exact_match": found}
 
-    return score
+    return Kind(instruction, ending, max_new_tokens, ("exact_match",), score)
 
 
-LETTER = "Reply with the letter of the right option alone."
-OPTIONS = Kind(
-    "Read the long document below. Questions about it with several options will follow; exactly "
-    "one option is right.",
-    LETTER,
-    32,
-    ("exact_match",),
-    _exact(metrics.option_letter, metrics.reference_options, metrics.options_score),
+OPTIONS_FOLLOW = (
+    "Read the long document below. Questions about it with several options will follow; "
 )
-SEVERAL_OPTIONS = Kind(
-    "Read the long document below. Questions about it with several options will follow; one option "
-    "or more are right.",
+OPTIONS = _exam(
+    OPTIONS_FOLLOW + "exactly one option is right.",
+    "Reply with the letter of the right option alone.",
+    32,
+    metrics.option_letter,
+    metrics.reference_options,
+    metrics.options_score,
+)
+SEVERAL_OPTIONS = _exam(
+    OPTIONS_FOLLOW + "one option or more are right.",
     "Reply with the letters of all right options alone, for example A or BD.",
     32,
-    ("exact_match",),
-    _exact(metrics.option_letters, metrics.reference_options, metrics.options_score),
+    metrics.option_letters,
+    metrics.reference_options,
+    metrics.options_score,
 )
-NUMBER = Kind(
+NUMBER = _exam(
     "Below are problems with worked answers. Solve the last problem in the same manner, and end "
     'with "The answer is" and the number.',
     "",
     512,
-    ("exact_match",),
-    _exact(metrics.final_number, metrics.final_number, metrics.numbers_equal),
+    metrics.final_number,
+    metrics.final_number,
+    metrics.numbers_equal,
 )
-CODE = Kind(
+CODE = _exam(
     "Below is a code base of many functions with comments. At its end some of them are called; "
     "read the code with care to say what comes out.",
     'End with "the final output" and the output itself.',
     512,
-    ("exact_match",),
-    _exact(str, str, metrics.code_found),
+    str,
+    str,
+    metrics.code_found,
 )
-JUDGEMENT = Kind(
+JUDGEMENT = _exam(
     "Read the science fiction below. Statements about it will follow; judge them by the text, not "
     "by what you know of the world.",
     'Reply with "True" or "False" alone.',
     32,
-    ("exact_match",),
-    _exact(metrics.truth, metrics.truth, lambda given, wanted: float(given == wanted != "")),
+    metrics.truth,
+    metrics.truth,
+    lambda given, wanted: float(given == wanted != ""),
 )
 TOPIC = Kind(
     "Below is the record of a conversation about many topics, one after the other. Each begins "
@@ -210,13 +219,8 @@ def find_data(task: str, data: str | Path) -> Path:
     if not place.is_dir():
         if place.is_absolute() or str(data).count("/") != 1:
             raise ValueError(f"data {str(data)!r} for L-Eval {task} is no file, folder or Hub id")
-        place = hub.download(
-            str(data),
-            patterns=[f"*{name}" for name in names],
-            revision=None,
-            token=None,
-            repo_type="dataset",
-        )
+        patterns = [f"*{name}" for name in names]
+        place = hub.download(str(data), patterns=patterns, repo_type="dataset")
     found = sorted(path for name in names for path in place.rglob(name))
     if not found:
         raise ValueError(f"{data} holds no file for L-Eval {task}; expected {' or '.join(names)}")
@@ -229,20 +233,18 @@ def _is_ours(row: dict[str, Any]) -> bool:
 
 def _asked(row: dict[str, Any], place: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Questions and references of a row in either form."""
-    for question, answers in _our_pairs(row) if _is_ours(row) else _their_pairs(row, place):
+    if _is_ours(row):
+        given = (qa if isinstance(qa, dict) else {} for qa in row["qa"])
+        pairs = [(qa.get("question"), qa.get("answers")) for qa in given]
+    else:
+        pairs = _their_pairs(row, place)
+    for question, answers in pairs:
         if answers is None or not isinstance(question, str) or not are_texts(answers):
             raise ValueError(
                 f"{place} has a question without text or without answers: {question!r}, "
                 f"{answers!r}; expected a text and a list of texts"
             )
         yield question, tuple(answers)
-
-
-def _our_pairs(row: dict[str, Any]) -> list[tuple[Any, Any]]:
-    return [
-        (qa.get("question"), qa.get("answers")) if isinstance(qa, dict) else (None, None)
-        for qa in row["qa"]
-    ]
 
 
 def _their_pairs(row: dict[str, Any], place: str) -> list[tuple[Any, Any]]:
@@ -314,7 +316,7 @@ class LEvalTask(Task):
         if self.metrics == metrics.ROUGE:
             metrics.check_rouge()
 
-    def samples(self, limit: int | None, measure: Measure, fingerprint: str) -> list[Sample]:
+    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
         """Questions go round the documents."""
         return in_turns(load_questions(self.of, self.files()[0]))[:limit]
 

@@ -258,11 +258,13 @@ def _fit(quiz: _Quiz, hay: Haystack, tokens: int, tokenizer: "PreTrainedTokenize
     """The number of filler sentences that brings the prompt closest to `tokens` from below.
 
     Counts of single sentences add up only nearly, so the estimate is measured and corrected until
-    it settles.
+    it stays.
     """
 
     def measure(n: int) -> int:
-        return _count(tokenizer, prompt_text(_sample("", quiz, hay, n)))
+        text = prompt_text(_sample("", quiz, hay, n))
+        # verbose=False: a text above model_max_length is meant, and no reason for a warning.
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     least = measure(0)
     if least > tokens:
@@ -305,8 +307,3 @@ def _sentence_counts(tokenizer: "PreTrainedTokenizerBase", hay: Haystack) -> lis
         rows = tokenizer([f" {s}" for s in hay.sentences], add_special_tokens=False)["input_ids"]
         by_haystack[hay] = [max(1, len(row)) for row in rows]
     return by_haystack[hay]
-
-
-def _count(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
-    # verbose=False: a text above model_max_length is meant, and no reason for a warning.
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

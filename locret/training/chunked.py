@@ -1,6 +1,6 @@
 """Training on rows longer than memory: each layer reads the row in chunks of tokens.
 
-The chunks go through one layer before the next layer begins, so what is held is the row's hidden
+The chunks go through one layer before the next layer begins, so what is kept is the row's hidden
 states, and of a single layer its keys, values and features: about 24 KB a token of Llama-3.1-8B in
 bfloat16, where reading the row at once takes about 120 KB. The other order, every chunk through all
 layers against a KV cache of the backbone, holds the keys and values of all layers instead (131 KB a
@@ -12,6 +12,7 @@ Heads predict chunk by chunk too, and once more when gradients are taken, one ch
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class ChunkedRowLoss(RowLoss):
         start, end = read.seen, read.seen + call.query.shape[2]
         read.features[:, start:end] = features
         outputs = [
-            self._read_part(read, i, call, max(start, segment.start), min(end, segment.end))
+            self._read_chunk(read, i, call, max(start, segment.start), min(end, segment.end))
             for i, segment in enumerate(self.segments)
             if segment.start < end and start < segment.end
         ]
@@ -67,24 +68,21 @@ class ChunkedRowLoss(RowLoss):
         return torch.cat(outputs, dim=1)
 
     def predict(self, head: RetainingHead, features: Tensor) -> Tensor:
-        parts = features.split(self.chunk_size, dim=1)
-        scores = [
-            checkpoint(head, part, use_reentrant=False, preserve_rng_state=False) for part in parts
-        ]
-        return torch.cat(scores, dim=-1)
+        read = partial(checkpoint, head, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([*map(read, features.split(self.chunk_size, dim=1))], dim=-1)
 
-    def _read_part(
+    def _read_chunk(
         self, read: "_LayerOfRow", which: int, call: LayerCall, start: int, end: int
     ) -> Tensor:
         """Attention output of the tokens start .. end - 1 of the row, all of one segment.
 
         Takes the labels of the answers that end here.
         """
-        segment, part = self.segments[which], call.between(start - read.seen, end - read.seen)
+        segment, chunk = self.segments[which], call.between(start - read.seen, end - read.seen)
         slot, length = start - segment.start, segment.end - segment.start
-        query, key = (part.rotate(x, (slot,), (length,)) for x in (part.query, part.key))
+        query, key = (chunk.rotate(x, (slot,), (length,)) for x in (chunk.query, chunk.key))
         read.key[:, :, start:end] = key
-        read.value[:, :, start:end] = part.value
+        read.value[:, :, start:end] = chunk.value
         for first, last in segment.answers:
             here = slice(max(first, start) - start, min(last, end) - start)
             if here.start >= here.stop or call.retained_idx is None:
@@ -102,13 +100,13 @@ class ChunkedRowLoss(RowLoss):
 
 
 class _LayerOfRow:
-    """What is held of a layer while it reads the row's chunks.
+    """What is kept of a layer while it reads the row's chunks.
 
     Attributes:
         seen: tokens read.
         key, value: [B, H, row, D], keys rotated.
         features: [B, row, input width].
-        asking: rotated queries of the answer that is being read, part by part.
+        asking: rotated queries of the answer that is being read, chunk by chunk.
         targets: the labels of each segment's answers.
     """
 
@@ -153,13 +151,13 @@ class _LayerInChunks:
         length = self.hidden.shape[1]
         self.last = (length - 1) // self.chunk_size * self.chunk_size
         for start in range(0, self.last, self.chunk_size):
-            part = slice(start, start + self.chunk_size)
+            chunk = slice(start, start + self.chunk_size)
             # Not through the module's hooks, of which this is one: those of FSDP, for instance,
             # gather the layer's parameters once, for all of its chunks.
-            output = module.forward(self.hidden[:, part], *others, **_of(kwargs, part))
-            self.hidden[:, part] = output
-        part = slice(self.last, length)
-        return (self.hidden[:, part], *others), _of(kwargs, part)
+            output = module.forward(self.hidden[:, chunk], *others, **_of(kwargs, chunk))
+            self.hidden[:, chunk] = output
+        chunk = slice(self.last, length)
+        return (self.hidden[:, chunk], *others), _of(kwargs, chunk)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         hidden, self.hidden = self.hidden, None
@@ -169,10 +167,10 @@ class _LayerInChunks:
         return hidden
 
 
-def _of(kwargs: dict[str, Any], part: slice) -> dict[str, Any]:
+def _of(kwargs: dict[str, Any], chunk: slice) -> dict[str, Any]:
     """A layer's arguments for some of its tokens."""
     cos, sin = kwargs["position_embeddings"]
-    given = {**kwargs, "position_embeddings": (cos[:, part], sin[:, part])}
+    given = {**kwargs, "position_embeddings": (cos[:, chunk], sin[:, chunk])}
     if given.get("position_ids") is not None:
-        given["position_ids"] = given["position_ids"][:, part]
+        given["position_ids"] = given["position_ids"][:, chunk]
     return given

@@ -14,10 +14,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from locret.heads.features import FEATURES
-from locret.heads.heads import RetainingHeads
-from locret.heads.losses import LOSSES
-from locret.heads.targets import LABELS
+from locret.heads.heads import FEATURES, RetainingHeads
+from locret.heads.targets import LABELS, LOSSES
 from locret.model.backbone import Backbone
 from locret.training.chunked import ChunkedRowLoss
 from locret.training.row_loss import Distilled, PromptKeys, Recipe, RowLoss, Share
@@ -31,7 +29,7 @@ class Distillation:
         backbone: frozen; its parameters get no gradients and keep their mode.
         heads: what is trained; their config says what they read and which label they learn.
         alpha: weight of the smoothness loss (paper: 0.0025).
-        loss: a name of `locret.heads.losses.LOSSES`.
+        loss: a name of `locret.heads.targets.LOSSES`.
         keep_scores: also return predictions and targets of every layer.
         prompt_keys: "rotated" as they should be; "unrotated" is how the released Phi-3 recipe lets
             the answer meet the prompt's keys when it takes its labels. It reproduces those labels,

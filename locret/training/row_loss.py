@@ -2,7 +2,7 @@
 
 In every layer the answer's queries and the prompt's keys give the labels, the prompt's features
 give the predictions, and the layer's loss and its gradients are taken on the spot: nothing of a
-layer is kept after its loss.
+layer is kept after its loss. `PackedAttention` is the same row without heads or labels.
 
 B batch (1), H KV heads, G query heads a KV head, T tokens, D head size, P prompt tokens.
 """
@@ -15,10 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from locret.heads import losses
-from locret.heads.features import LayerTensors
-from locret.heads.heads import RetainingHead, RetainingHeads
-from locret.heads.targets import AnswerView, Label
+from locret.heads.heads import LayerTensors, RetainingHead, RetainingHeads
+from locret.heads.targets import AnswerView, Label, smoothness
 from locret.model.attend import Backend, attend
 from locret.model.hooks import LayerCall
 from locret.training.segments import Segment
@@ -106,8 +104,8 @@ class RowLoss:
         query = call.rotate_packed(call.query, lengths).split(lengths, dim=2)
         key = call.rotate_packed(call.key, lengths).split(lengths, dim=2)
         for i, segment in enumerate(self.segments):
-            part = call.between(segment.start, segment.end)
-            output, labels = self._read(part, query[i], key[i], segment)
+            own = call.between(segment.start, segment.end)
+            output, labels = self._read(own, query[i], key[i], segment)
             outputs.append(output)
             targets.append(labels)
         if call.retained_idx is not None:
@@ -134,10 +132,12 @@ class RowLoss:
                 for label in (each.to(device) for each in labels):
                     predicted = predictions[..., : label.shape[-1]]
                     main.append(self.recipe.loss(predicted, label) / (samples * len(labels)))
-                    self._keep(predicted, label)
-                smooth.append(losses.smoothness(predictions) / samples)
-            regression, smoothness = torch.stack(main).sum(), torch.stack(smooth).sum()
-            loss = regression / layers + self.recipe.alpha * smoothness
+                    if self.recipe.keep_scores:
+                        self.predictions.append(predicted.detach())
+                        self.targets.append(label)
+                smooth.append(smoothness(predictions) / samples)
+            regression, differences = torch.stack(main).sum(), torch.stack(smooth).sum()
+            loss = regression / layers + self.recipe.alpha * differences
         if loss.requires_grad:
             parameters = [p for p in head.parameters() if p.requires_grad]
             taken = [g.contiguous() for g in torch.autograd.grad(loss, parameters)]
@@ -145,7 +145,7 @@ class RowLoss:
             if self.share is not None:
                 self.shared.append(self.share(taken))
         self.regression.append(regression.detach())
-        self.smoothness.append(smoothness.detach())
+        self.smoothness.append(differences.detach())
 
     def predict(self, head: RetainingHead, features: Tensor) -> Tensor:
         """Scores [B, H, T] of features [B, T, input width]."""
@@ -216,10 +216,26 @@ class RowLoss:
         said = self.attend(call, answer, mixed, value)
         return torch.cat([read, said], dim=1), [labels]
 
-    def _keep(self, predictions: Tensor, targets: Tensor) -> None:
-        if self.recipe.keep_scores:
-            self.predictions.append(predictions.detach())
-            self.targets.append(targets)
+
+class PackedAttention:
+    """A layer function: every segment attends to itself, from slot 0 on; gradients flow.
+
+    Args:
+        segments: what stands in the row, in order, without gaps.
+        backend: `eager` or `sdpa`.
+    """
+
+    def __init__(self, segments: Sequence[Segment], backend: Backend) -> None:
+        self.segments = segments
+        self.backend = backend
+
+    def __call__(self, call: LayerCall) -> Tensor:
+        lengths = [segment.end - segment.start for segment in self.segments]
+        query = call.rotate_packed(call.query, lengths).split(lengths, dim=2)
+        key = call.rotate_packed(call.key, lengths).split(lengths, dim=2)
+        value = call.value.split(lengths, dim=2)
+        read = zip(query, key, value, strict=True)
+        return torch.cat([attend(*qkv, call.scaling, self.backend) for qkv in read], dim=1)
 
 
 def _stacked(values: list[Tensor]) -> Tensor:

@@ -8,10 +8,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from datamodules.conversations import Conversation
 from datamodules.datamodule import ConversationDataModule
-from datamodules.loader import ResumableLoader
-from datamodules.sampler import ResumableSampler
+from datamodules.dataset import Tally
+from datamodules.epochs import ResumableLoader, ResumableSampler
 from datamodules.sources import SyntheticSource
-from datamodules.tally import Tally
 from locret.training.segments import Segment
 from tests.tiny_tokenizer import tiny_tokenizer
 

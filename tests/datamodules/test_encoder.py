@@ -5,8 +5,7 @@ import torch
 
 from datamodules.chat_format import end_of_turn_id
 from datamodules.conversations import Conversation, SkippedRow
-from datamodules.cutting import cut_window
-from datamodules.encoder import ConversationEncoder
+from datamodules.encoder import ConversationEncoder, cut_window
 from tests.tiny_tokenizer import tiny_tokenizer
 
 

@@ -5,9 +5,7 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader, SequentialSampler
 
-from datamodules.epochs import InOrder, Mixed, Shuffled
-from datamodules.loader import ResumableLoader
-from datamodules.sampler import ResumableSampler
+from datamodules.epochs import InOrder, Mixed, ResumableLoader, ResumableSampler, Shuffled
 
 
 def test_shuffled_is_a_permutation_by_seed_and_number():

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from datamodules.conversations import Conversation, SkippedRow
-from datamodules.cutting import cut_spans, cut_window
-from datamodules.encoder import ConversationEncoder
+from datamodules.encoder import ConversationEncoder, cut_spans, cut_window
 from tests.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 TURNS = [("system", "S"), ("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")]

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
-from datamodules import synthetic
-from datamodules.conversations import SkippedRow
-from datamodules.rows import FIELDS, parse_row
+from datamodules import sources
+from datamodules.conversations import FIELDS, SkippedRow, parse_row
 from datamodules.sources import HubSource, JsonlSource, ParquetSource, Source, SyntheticSource
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -168,7 +167,7 @@ def test_synthetic_lengths_too_short_for_a_task_are_refused_when_loaded(tokenize
 
 
 def test_a_synthetic_sample_longer_than_those_tried_is_skipped(tokenizer, monkeypatch):
-    monkeypatch.setattr(synthetic, "PROBES", 0)
+    monkeypatch.setattr(sources, "PROBES", 0)
     source = SyntheticSource(["passkey"], 20, size=3, haystack="noise")
     with pytest.raises(SkippedRow, match="passkey:0:1 skipped: tokens too few for the task"):
         source.load(tokenizer)[1]

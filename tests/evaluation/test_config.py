@@ -3,60 +3,74 @@
 import pytest
 import yaml
 
-from locret.evaluation.config import EvalConfig, find_config, overridden, read_config
-from locret.system.config_files import CONFIGS
+from locret.evaluation.config import EvalConfig, find_config, parsed, parser, read_values
+from locret.system.files import CONFIGS
 
-LEAST = {"model": "m", "tasks": "ruler_vt", "rows": {"policy": "full"}, "output": "o"}
+LEAST = {"model": "m", "tasks": "ruler_vt", "setups": {"policy": "full"}, "output": "o"}
 
 
 def test_the_least_configuration():
     config = EvalConfig.from_dict(LEAST)
-    assert config.tasks == ("ruler_vt",) and [row.label for row in config.table_rows()] == ["full"]
+    assert config.tasks == ("ruler_vt",) and [setup.label for setup in config.all_setups()] == [
+        "full"
+    ]
     assert EvalConfig.from_dict(config.to_dict()) == config
 
 
 def test_values_are_replaced_also_within_others():
-    values = {"engine": {"chunk_size": 1, "stabilizers": 2}, "limit": 3}
-    found = overridden(values, {"engine.chunk_size": 5, "data.words": "w", "limit": 4})
-    assert found == {
-        "engine": {"chunk_size": 5, "stabilizers": 2},
-        "data": {"words": "w"},
-        "limit": 4,
-    }
+    values = LEAST | {"engine": {"chunk_size": 1, "stabilizers": 2}, "limit": 3}
+    args = ["--engine.chunk_size", "5", "--data.words=w", "--limit", "4"]
+    config, given = parsed(parser(), args, values)
+    assert config.engine == {"chunk_size": 5, "stabilizers": 2}
+    assert config.data == {"words": "w"} and config.limit == given.limit == 4
     assert values["engine"]["chunk_size"] == 1
+
+
+@pytest.mark.parametrize("given", ["ruler_vt,passkey", "[ruler_vt, passkey]"])
+def test_lists_have_commas_or_are_yaml(given):
+    config, _ = parsed(parser(), ["--tasks", given, "--lengths", "1K,3000"], LEAST)
+    assert config.tasks == ("ruler_vt", "passkey") and config.lengths == (1024, 3000)
+    config, _ = parsed(parser(), ["--lengths", "[1K, 3000]"], LEAST)
+    assert config.lengths == (1024, 3000)
+    assert parsed(parser(), ["--lengths", "2K"], LEAST)[0].lengths == (2048,)
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"task": 1}, "unknown task; expected adapter"),
-        ({"model": "m", "rows": []}, r"rows is \[\]"),
-        ({"tasks": {}}, "expected a list"),
-        ({"engine": 3}, "engine is 3; expected names and values"),
+        ({"task": 1}, "Option 'task' is not accepted"),
+        ({"setups": []}, "setups is empty; expected at least one"),
+        ({"tasks": {}}, "tasks is {}; expected tuple"),
+        ({"engine": 3}, "engine is 3; expected"),
         ({"limit": 0}, "limit is 0; expected a whole number of at least 1"),
-        ({"batch_size": "8"}, "batch_size is '8'"),
-        ({"limit": True}, "limit is True; expected a whole number"),
-        ({"lengths": [0]}, r"lengths is \(0,\); expected whole numbers of at least 1"),
-        ({"lengths": [True]}, r"lengths is \(True,\)"),
-        ({"device": 0}, "device is 0; expected a text"),
-        ({"model": None}, "missing model"),
-        ({"seed": "abc"}, "seed is 'abc'"),
-        ({"chat_template": "maybe"}, "chat_template is 'maybe'; expected true or false"),
-        ({"dtype": "foo"}, "dtype is 'foo'; expected one of"),
-        ({"output": 5}, "output is 5; expected a text"),
-        ({"data": {"words": 5}}, "data is {'words': 5}; expected a path for each name"),
+        ({"batch_size": "x8"}, "batch_size is x8; expected int"),
+        ({"limit": True}, "limit is True; expected int, NoneType"),
+        ({"lengths": [0]}, "'0' is less than 1"),
+        ({"lengths": ["a"]}, "'a' is not a number of tokens"),
+        ({"model": None}, "arguments are required: model"),
+        ({"seed": "abc"}, "seed is abc; expected int"),
+        ({"seed": -1}, "seed is -1"),
+        ({"chat_template": "maybe"}, "chat_template is maybe; expected bool"),
+        ({"dtype": "foo"}, "dtype is foo; expected Literal.*float32"),
+        ({"output": 5}, "output is 5; expected str"),
+        ({"rows": {"policy": "full"}}, "has rows; they are called setups now"),
+        ({"full": "maybe"}, "full is maybe; expected bool"),
+        ({"depths": 0}, "depths is 0; expected a whole number of at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; expected a whole number"),
+        ({"data": {"words": [5]}}, "data is .*; expected str"),
     ],
 )
 def test_what_is_no_configuration_is_refused(changes, complaint):
     with pytest.raises(ValueError, match=complaint):
         EvalConfig.from_dict(LEAST | changes)
-    with pytest.raises(ValueError, match="missing rows, tasks"):
+    with pytest.raises(ValueError, match="arguments are required: tasks, setups"):
         EvalConfig.from_dict({"model": "m", "output": "o"})
 
 
-def test_a_value_within_one_that_has_none_is_refused():
-    with pytest.raises(ValueError, match="model.x: model is 'm', and has no values by name"):
-        overridden(LEAST, {"model.x": 1})
+@pytest.mark.parametrize("args", [["--nosuch", "1"], ["--limit"], ["--seed", "a"]])
+def test_a_command_line_that_asks_for_nothing_there_is_is_refused(args):
+    with pytest.raises(ValueError, match=args[0].strip("-")):
+        parsed(parser(), args, LEAST)
 
 
 @pytest.mark.parametrize(
@@ -82,19 +96,20 @@ def test_a_file_is_found_by_its_path_or_its_name(tmp_path):
     path.write_text(yaml.safe_dump(LEAST))
     assert find_config(str(path)) == path
     assert find_config("ruler_smollm2.yaml") == find_config("eval/ruler_smollm2.yaml")
-    assert read_config(str(path), {"limit": 7}).limit == 7
+    assert read_values(str(path)) == LEAST
     with pytest.raises(ValueError, match="none.yaml is no file, nor one of configs/eval: .*ruler"):
         find_config("none.yaml")
     for text in ("a: [", "3", "\xff"):
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match="mine.yaml"):
-            read_config(str(path), {})
+            read_values(str(path))
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "eval").glob("*.yaml")), ids=lambda p: p.name)
 def test_a_configuration_of_ours_names_what_there_is(path):
-    config = read_config(str(path), {})
-    rows = config.table_rows()
-    assert rows[0].label == "full" and len(rows) > 1
-    smoke = EvalConfig.from_dict(overridden(config.to_dict(), config.smoke))
-    assert smoke.limit is not None and smoke.limit <= 5
+    config = EvalConfig.from_dict(read_values(str(path)))
+    setups = config.all_setups()
+    assert setups[0].label == "full" and len(setups) > 1
+    smoke = EvalConfig.from_dict({**config.to_dict(), **config.smoke})
+    assert smoke.limit is not None
+    assert smoke.limit <= 5 or smoke.limit == smoke.depths  # a needle at every depth

@@ -17,17 +17,16 @@ import yaml
 from locret import cli
 from locret.evaluation import evaluate
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.preparing import prepare
-from locret.evaluation.questions import batches, share
-from locret.evaluation.ranks import Ranks
+from locret.evaluation.processes import Ranks
+from locret.evaluation.questions import batches, prepare, share
 from locret.evaluation.records import Records
 from locret.evaluation.report import make_report
 from locret.heads.heads import RetainingHeads
-from locret.tasks.ruler.needles import NeedleTask
+from locret.tasks.ruler import NeedleTask
 from tests.evaluation.eval_data import DATA, write_artifacts, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = (
+SETUPS = (
     {"policy": ["locret", "streaming_llm"], "budget": "8x"},
     {"policy": "locret", "budget": 40, "protocol": "query_aware"},
 )
@@ -53,7 +52,7 @@ def config_of(folder, output):
         model=str(folder / "backbone"),
         heads=str(folder / "heads"),
         tasks=TASKS,
-        rows=ROWS,
+        setups=SETUPS,
         output=str(output),
         dtype="float32",
         device="cpu",
@@ -72,9 +71,9 @@ def config(folder, tmp_path):
 
 
 def answers(config):
-    """By row, task and sample: the answer and the units held."""
+    """By setup, task and sample: the answer and the units held."""
     found = Records(Path(config.output)).read().values()
-    return {(r.row, r.task, r.sample): (r.answer, r.units) for r in found}
+    return {(r.setup, r.task, r.sample): (r.answer, r.units) for r in found}
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +86,9 @@ def once(folder, tmp_path_factory):
     return config, json.loads(path.read_text())
 
 
-def test_there_is_a_cell_for_every_row_and_task_and_the_full_cache_is_first(once):
+def test_there_is_a_cell_for_every_setup_and_task_and_the_full_cache_is_first(once):
     _, result = once
-    labels = [row["row"] for row in result["rows"]]
+    labels = [setup["setup"] for setup in result["setups"]]
     assert labels == [
         "full",
         "locret 8x query_agnostic",
@@ -97,20 +96,20 @@ def test_there_is_a_cell_for_every_row_and_task_and_the_full_cache_is_first(once
         "locret 40 query_aware",
     ]
     tasks = ["ruler_niah_single_1@1300", "ruler_niah_multiquery@1300", "fairytaleqa"]
-    assert [(c["row"], c["task"]) for c in result["cells"]] == [
+    assert [(c["setup"], c["task"]) for c in result["cells"]] == [
         (a, b) for a in labels for b in tasks
     ]
     for cell in result["cells"]:
         assert cell["count"] == 3 == len(cell["scores"]) == len(cell["samples"])
         assert cell["interval"][0] <= cell["score"] <= cell["interval"][1]
-        assert ("difference" in cell) == (cell["row"] != "full")
-        assert cell["protocol"] == ("any" if cell["row"] == "full" else cell["row"].split()[2])
+        assert ("difference" in cell) == (cell["setup"] != "full")
+        assert cell["protocol"] == ("any" if cell["setup"] == "full" else cell["setup"].split()[2])
 
 
 def test_units_and_bytes_are_those_really_held(once):
     _, result = once
     for cell in result["cells"]:
-        if cell["row"] == "full":
+        if cell["setup"] == "full":
             assert cell["units"]["mean"] == cell["compressed_tokens"]["mean"]
             assert cell["units_allowed"] is None
         else:
@@ -148,16 +147,16 @@ def test_the_manifest_says_where_figures_come_from(once, folder):
     assert 0 < manifest["wall_seconds"] < 600
 
 
-def test_the_table_shows_every_row(once):
+def test_the_table_shows_every_setup(once):
     config, result = once
     text = (Path(config.output) / "result.md").read_text()
-    head, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    head, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
     assert [cell.strip() for cell in head.split("|")[-4:-1]] == [
         "ruler_niah_single_1@1300",
         "ruler_niah_multiquery@1300",
         "fairytaleqa",
     ]
-    assert [row.split("|")[1].strip() for row in rows] == [
+    assert [line.split("|")[1].strip() for line in lines] == [
         "full",
         "locret",
         "streaming_llm",
@@ -170,7 +169,7 @@ def test_a_complete_run_is_not_asked_again_and_needs_no_model(once, monkeypatch)
     config, result = once
     monkeypatch.setattr(evaluate, "load_model", lambda *a, **k: pytest.fail("loaded"))
     again = json.loads(evaluate.run(config).read_text())
-    assert again["cells"] == result["cells"] and again["rows"] == result["rows"]
+    assert again["cells"] == result["cells"] and again["setups"] == result["setups"]
 
 
 def test_a_run_that_was_stopped_goes_on(config, once, monkeypatch):
@@ -197,10 +196,10 @@ def test_a_run_that_was_stopped_goes_on(config, once, monkeypatch):
 
 
 def test_other_settings_are_asked_anew(config):
-    small = replace(config, tasks=("fairytaleqa",), rows=({"policy": "random", "budget": 20},))
+    small = replace(config, tasks=("fairytaleqa",), setups=({"policy": "random", "budget": 20},))
     evaluate.run(small)
     assert len(answers(small)) == 6
-    evaluate.run(replace(small, rows=({"policy": "random", "budget": 30},)))
+    evaluate.run(replace(small, setups=({"policy": "random", "budget": 30},)))
     assert len(answers(small)) == 9  # the full cache's were there
     evaluate.run(replace(small, engine={"chunk_size": 32}))
     assert len(Records(Path(small.output)).read()) == 15
@@ -214,12 +213,12 @@ def test_other_tasks_and_other_heads_leave_answers_as_they_are(config, folder, m
     real = evaluate.Asker.ask
 
     def ask(self, batch):
-        asked.extend((question.row.label, question.task.name) for question in batch)
+        asked.extend((question.setup.label, question.task.name) for question in batch)
         return real(self, batch)
 
     monkeypatch.setattr(evaluate.Asker, "ask", ask)
-    row = {"policy": "locret", "budget": 20}
-    small = replace(config, tasks=("fairytaleqa",), rows=(row,), limit=1)
+    setup = {"policy": "locret", "budget": 20}
+    small = replace(config, tasks=("fairytaleqa",), setups=(setup,), limit=1)
     evaluate.run(small)
     assert len(asked) == 2
     asked.clear()
@@ -233,17 +232,17 @@ def test_other_tasks_and_other_heads_leave_answers_as_they_are(config, folder, m
         for parameter in heads.parameters():
             parameter.neg_()
     heads.save_pretrained(other)
-    evaluate.run(replace(small, rows=(row, {**row, "heads": other, "name": "b"})))
+    evaluate.run(replace(small, setups=(setup, {**setup, "heads": other, "name": "b"})))
     assert asked == [("b 20 query_agnostic", "fairytaleqa")]
     asked.clear()
-    evaluate.run(replace(small, heads=other))  # the row's heads are others now
+    evaluate.run(replace(small, heads=other))  # the setup's heads are others now
     assert asked == [("locret 20 query_agnostic", "fairytaleqa")]
 
 
 def test_settings_that_heads_record_count_under_every_policy(config, folder):
     """An engine takes its chunk size from the heads, whoever ranks."""
     small = replace(config, tasks=("fairytaleqa",), engine={}, limit=1)
-    small = replace(small, rows=({"policy": "random", "budget": 20},))
+    small = replace(small, setups=({"policy": "random", "budget": 20},))
     heads = RetainingHeads.from_pretrained(folder / "heads")
     heads.config.defaults["chunk_size"] = 16
     other = replace(small, heads=str(heads.save_pretrained(folder / "other_settings")))
@@ -252,13 +251,13 @@ def test_settings_that_heads_record_count_under_every_policy(config, folder):
     retrained = replace(small, heads=str(heads.save_pretrained(folder / "retrained")))
     keys = [{question.key for question in prepare(c).asked} for c in (small, other, retrained)]
     assert not keys[0] & keys[1]
-    assert keys[1] == keys[2]  # no row ranks by their weights
+    assert keys[1] == keys[2]  # no setup ranks by their weights
 
 
-@pytest.mark.parametrize("rows", ["", '{"context": "a", "qa": []}\n'])
-def test_a_task_without_samples_is_refused(rows, config, tmp_path):
+@pytest.mark.parametrize("lines", ["", '{"context": "a", "qa": []}\n'])
+def test_a_task_without_samples_is_refused(lines, config, tmp_path):
     path = tmp_path / "none.jsonl"
-    path.write_text(rows)
+    path.write_text(lines)
     with pytest.raises(ValueError, match="task fairytaleqa has no samples: .*none.jsonl"):
         prepare(replace(config, tasks=("fairytaleqa",), data={"fairytaleqa": str(path)}))
 
@@ -271,21 +270,21 @@ def test_answers_that_are_no_list_name_file_and_line(config, tmp_path):
         prepare(replace(config, tasks=("fairytaleqa",), data={"fairytaleqa": str(path)}))
 
 
-def test_options_may_be_given_again(config, tmp_path, capsys):
+def test_any_value_is_overridden(config, tmp_path, capsys):
     args = ["evaluate", "--config", written(config, tmp_path), "--dry-run"]
-    args += ["--tasks", "fairytaleqa", "--tasks", "ruler_niah_single_1"]
-    args += ["--lengths", "900", "--lengths", "1000", "--set", "limit=2", "--set", "seed=7"]
+    args += ["--tasks", "fairytaleqa,ruler_niah_single_1"]
+    args += ["--lengths", "900,1000", "--limit", "2", "--seed=7"]
     assert cli.main(args) == 0
     out = capsys.readouterr().out
     for label in ("fairytaleqa", "ruler_niah_single_1@900", "ruler_niah_single_1@1000"):
         assert re.search(rf"{label} +2 samples", out)
 
 
-def test_rows_have_budgets_of_all_forms(config, tmp_path):
-    rows = ({"policy": "keydiff", "budget": ["8kB", [20, 30], "4x"]},)
-    config = replace(config, tasks=("fairytaleqa",), rows=rows)
+def test_setups_have_budgets_of_all_forms(config, tmp_path):
+    setups = ({"policy": "keydiff", "budget": ["8kB", [20, 30], "4x"]},)
+    config = replace(config, tasks=("fairytaleqa",), setups=setups)
     result = json.loads(evaluate.run(config).read_text())
-    _, memory, layers, share = result["rows"]
+    _, memory, layers, share = result["setups"]
     assert memory["bytes"]["max"] <= 8_000 < share["bytes"]["max"]
     assert layers["units"] == {"mean": 25, "max": 30}
     engines = result["manifest"]["engines"]
@@ -296,8 +295,8 @@ def test_rows_have_budgets_of_all_forms(config, tmp_path):
     assert "[20, 30]" in report.read_text()
 
 
-def test_rows_that_merge(config):
-    rows = (
+def test_setups_that_merge(config):
+    setups = (
         {"policy": "keydiff", "budget": 20},
         {"policy": "keydiff", "budget": 20, "name": "merged", "engine": {"merging": "similar"}},
         {
@@ -308,14 +307,36 @@ def test_rows_that_merge(config):
         },
     )
     result = json.loads(
-        evaluate.run(replace(config, tasks=("fairytaleqa",), rows=rows)).read_text()
+        evaluate.run(replace(config, tasks=("fairytaleqa",), setups=setups)).read_text()
     )
     engines = result["manifest"]["engines"]
     assert engines["keydiff 20 query_agnostic"]["merging"] is None
     assert engines["merged 20 query_agnostic"]["merging"]["threshold"] == "mean"
     assert engines["all 20 query_agnostic"]["merging"]["into"] == "adjacent"
-    weights = {row["row"]: row["bytes"]["mean"] for row in result["rows"]}
+    weights = {setup["setup"]: setup["bytes"]["mean"] for setup in result["setups"]}
     assert weights["merged 20 query_agnostic"] > weights["keydiff 20 query_agnostic"]
+
+
+@pytest.mark.parametrize(("sample", "tries"), [("story-0/0", 2), ("story-0/1", 1)])
+def test_of_a_context_that_is_asked_in_turn_one_answer_may_not_fit(
+    sample, tries, config, monkeypatch
+):
+    """Those before it stay, and those behind it are asked."""
+    answered, asked = evaluate.Asker._answers, []
+
+    def one_does_not_fit(self, engine, batch, *args):
+        asked.append(batch[0].sample.id)
+        if asked[-1] == sample:
+            raise torch.OutOfMemoryError("no")
+        return answered(self, engine, batch, *args)
+
+    monkeypatch.setattr(evaluate.Asker, "_answers", one_does_not_fit)
+    config = replace(config, tasks=("fairytaleqa",), limit=12, setups=({"policy": "full"},))
+    (cell,) = json.loads(evaluate.run(config).read_text())["cells"]
+    assert asked.count(sample) == tries and len(asked) == 12 + tries - 1
+    scores = dict(zip(cell["samples"], cell["scores"], strict=True))
+    assert [name for name, score in scores.items() if score is None] == [sample]
+    assert (cell["count"], cell["failed"], cell["ends"]["memory"]) == (12, 1, 1)
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -348,7 +369,7 @@ def test_every_question_is_dealt_once(world, size, config):
     keys = [question.key for batch in sum(dealt, []) for question in batch]
     assert len(keys) == len(set(keys)) == len(asked)
     for batch in sum(dealt, []):
-        assert len({(q.row.label, q.task.label, q.budget) for q in batch}) == 1
+        assert len({(q.setup.label, q.task.label, q.budget) for q in batch}) == 1
         assert len(batch) <= size or size == 1
 
 
@@ -360,8 +381,8 @@ def test_query_aware_heads_get_the_question_in_front(config, folder):
         "protocol": "query_aware",
         "name": "locret_q",
     }
-    config = replace(config, rows=(aware,), tasks=("ruler_niah_multiquery",), limit=2)
-    questions = [q for q in prepare(config).asked if q.row.name]
+    config = replace(config, setups=(aware,), tasks=("ruler_niah_multiquery",), limit=2)
+    questions = [q for q in prepare(config).asked if q.setup.name]
     assert all(q.query == q.prompt.ids[q.compressed : q.prompt.question_end] for q in questions)
     assert all(q.query for q in questions)
     evaluate.run(config)
@@ -369,12 +390,12 @@ def test_query_aware_heads_get_the_question_in_front(config, folder):
     evaluate.run(batched)
     assert answers(batched) == answers(config)
     with pytest.raises(ValueError, match="locret_q 60 query_agnostic: its heads are query-aware"):
-        prepare(replace(config, rows=(aware | {"protocol": "query_agnostic"},)))
+        prepare(replace(config, setups=(aware | {"protocol": "query_agnostic"},)))
 
 
 def test_prompts_beyond_the_limit_are_cut_and_counted(config):
     config = replace(
-        config, tasks=("ruler_niah_multiquery",), max_length=600, rows=({"policy": "full"},)
+        config, tasks=("ruler_niah_multiquery",), max_length=600, setups=({"policy": "full"},)
     )
     result = json.loads(evaluate.run(config).read_text())
     (cell,) = result["cells"]
@@ -382,7 +403,7 @@ def test_prompts_beyond_the_limit_are_cut_and_counted(config):
     assert cell["prompt_tokens"]["max"] == 600 - 8
     assert result["manifest"]["truncation"]["prompts_cut"] == 3
     table = (Path(config.output) / "result.md").read_text()
-    assert "prompts were cut to fit: 3 in all" in table
+    assert "\\* 3 prompts were cut to fit; in 3 of them an answer was cut away." in table
 
 
 BAD = [
@@ -390,19 +411,17 @@ BAD = [
     (["--data-dir", "nowhere"], "is not a file; give its folder with --data-dir"),
     (["--heads", "no/such/heads"], "no/such/heads"),
     (["--config", "nosuch.yaml"], "nosuch.yaml is no file"),
-    (["--set", "rows=[{policy: nosuch}]"], "policy 'nosuch' is unknown"),
-    (["--set", "heads=null"], "needs trained heads"),
-    (["--set", "nosuch=1"], "unknown nosuch"),
-    (["--set", "nosuch"], "--set nosuch is no NAME=VALUE"),
+    (["--setups", "[{policy: nosuch}]"], "policy 'nosuch' is unknown"),
+    (["--heads", "null"], "needs trained heads"),
+    (["--nosuch", "1"], "unrecognized arguments: --nosuch 1"),
     (["--adapter", "no/such/adapter"], "no/such/adapter"),
-    (["--set", "tasks=[a"], "is no YAML value"),
-    (["--set", "limit.x=1"], "limit is 3, and has no values by name"),
-    (["--set", "engine.chunksize=256"], "engine settings chunksize are unknown"),
-    (["--set", "rows=[{policy: snapkv, budget: 8x, policy_args: {windows: 3}}]"], "windows"),
-    (["--set", "rows=[{policy: snapkv, budget: 8x, quantization: kivi4}]"], "kivi4"),
-    (["--set", "rows=[{policy: snapkv, budget: 1.5}]"], "budget of snapkv is 1.5; expected a"),
-    (["--set", "engine.chunk_size=abc"], "row full: chunk_size is 'abc'; expected at least 1"),
-    (["--set", "dtype=float8"], "dtype is 'float8'; expected one of auto, float32"),
+    (["--limit.x", "1"], "limit"),
+    (["--engine.chunksize", "256"], "engine settings chunksize are unknown"),
+    (["--setups", "[{policy: snapkv, budget: 8x, policy_args: {windows: 3}}]"], "windows"),
+    (["--setups", "[{policy: snapkv, budget: 8x, quantization: kivi4}]"], "kivi4"),
+    (["--setups", "[{policy: snapkv, budget: 1.5}]"], "budget of snapkv is 1.5; expected a"),
+    (["--engine.chunk_size", "abc"], "setup full: chunk_size is 'abc'; expected at least 1"),
+    (["--dtype", "float8"], "dtype is float8; expected"),
     (["--device", "meta"], "device 'meta' holds no values"),
     (["--device", "hpu"], "device 'hpu' cannot be used by this torch"),
     (["--model", "nosuch.gguf"], "model 'nosuch.gguf' is not there"),
@@ -451,7 +470,7 @@ def test_an_evaluation_imports_only_what_it_needs():
     code = (
         "import sys, transformers.generation.utils\n"
         "there = {name.split('.')[0] for name in sys.modules}\n"  # some versions bring their own
-        "from locret.evaluation import evaluate, preparing, processes\n"
+        "from locret.evaluation import evaluate, questions, processes\n"
         "loaded = {name.split('.')[0] for name in sys.modules} - there\n"
         f"print(set({heavy.split()!r}) & loaded or '')"
     )

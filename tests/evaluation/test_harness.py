@@ -23,7 +23,7 @@ from locret.commands.lm_eval import PLUGIN, with_our_tasks  # noqa: E402
 from locret.engine.engine import Engine  # noqa: E402
 from locret.integrations.lm_eval import model as harness  # noqa: E402
 from locret.integrations.lm_eval.model import LocretLM  # noqa: E402
-from locret.integrations.lm_eval.task_files import harness_name, write_task_files  # noqa: E402
+from locret.integrations.lm_eval.tasks import harness_name, write_task_files  # noqa: E402
 from locret.model.hooks import as_argument  # noqa: E402
 from locret.model.loading import load_model  # noqa: E402
 from locret.tasks import TASKS  # noqa: E402
@@ -275,7 +275,7 @@ def test_continuations_share_their_context_and_are_scored_as_token_by_token(load
 def token_by_token(model, context, continuation):
     """The plain way: one token after the other over the compressed cache."""
     ids, wanted = model._encode_pair(context, continuation)
-    engine = model._engines.get(model.row, 40)
+    engine = model._engines.get(model.setup, 40)
     rest = harness.LOCAL_TOKENS
     total, best = 0.0, True
     with engine, torch.no_grad():

@@ -1,6 +1,5 @@
 """Evaluations and grids that a signal stops: the status, what they say, and that they go on."""
 
-import json
 import os
 import signal
 import subprocess
@@ -30,7 +29,7 @@ def evaluation(folder, out):
     config = {
         "model": str(folder / "backbone"),
         "tasks": ["ruler_niah_single_1"],
-        "rows": [{"policy": ["full", "knorm", "random"], "budget": "8x"}],
+        "setups": [{"policy": ["full", "knorm", "random"], "budget": "8x"}],
         "output": str(out),
         "dtype": "float32",
         "device": "cpu",
@@ -43,12 +42,17 @@ def evaluation(folder, out):
     }
     path = out.parent / "config.yaml"
     path.write_text(yaml.safe_dump(config))
+    return ["evaluate", "--config", str(path)], answers_in(out)
+
+
+def answers_in(folder):
+    """What reads the answers of a run, the unfinished left out."""
 
     def keys():
-        lines = [p.read_text().splitlines() for p in (out / "predictions").glob("*.jsonl")]
+        lines = [p.read_text().splitlines() for p in (folder / "predictions").glob("*.jsonl")]
         return [line for of_file in lines for line in of_file if line.endswith("}")]
 
-    return ["evaluate", "--config", str(path)], keys
+    return keys
 
 
 def grid(folder, out):
@@ -56,11 +60,7 @@ def grid(folder, out):
     args += ["--policies", "full", "knorm", "--bits", "16", "--ratios", "8", "--tokens", "700"]
     args += ["--max-new-tokens", "8", "--json-out", str(out / "grid.json")]
 
-    def keys():
-        files = [json.loads(path.read_text())["results"] for path in out.glob("*.json")]
-        return [(c["policy"], c["seed"]) for of_file in files for c in of_file]
-
-    return args, keys
+    return args, answers_in(out / "grid.answers")
 
 
 def start(args):

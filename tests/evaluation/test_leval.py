@@ -6,8 +6,8 @@ import json
 import huggingface_hub
 import pytest
 
-from locret.integrations.lm_eval import documents
-from locret.integrations.lm_eval.task_files import write_task_files
+from locret.integrations.lm_eval import tasks as harness_tasks
+from locret.integrations.lm_eval.tasks import write_task_files
 from locret.tasks import leval
 
 
@@ -208,4 +208,4 @@ def test_the_harness_reads_every_task_file(tasks):
 def test_the_harness_is_told_that_data_is_needed():
     pytest.importorskip("datasets")
     with pytest.raises(ValueError, match="leval_data"):
-        documents.dataset("leval_tpo", version=1.0)
+        harness_tasks.dataset("leval_tpo", version=1.0)

@@ -7,7 +7,7 @@ from locret.evaluation.records import Record, Records
 RECORD = Record(
     settings="s",
     prompt="p",
-    row="full",
+    setup="full",
     task="t",
     sample="0",
     answer="zwölf\n",

@@ -6,12 +6,16 @@ from dataclasses import replace
 import pytest
 
 from locret import cli
-from locret.evaluation import byte_grid, evaluate, grid, needle
-from locret.evaluation.comparison import Comparison, as_table, compare, drawn_means
+from locret.evaluation import evaluate
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.reproduce import reproduce, result_files
-from locret.heads.heads import RetainingHeads
-from locret.model.loading import load_model
+from locret.evaluation.reproduce import (
+    Comparison,
+    as_table,
+    compare,
+    drawn_means,
+    reproduce,
+    result_files,
+)
 from tests.evaluation.eval_data import DATA, write_artifacts, write_data
 
 
@@ -29,7 +33,7 @@ def committed(folder):
         model=str(folder / "backbone"),
         heads=str(folder / "heads"),
         tasks=("fairytaleqa", "leval_tpo"),
-        rows=({"policy": ["locret", "streaming_llm"], "budget": 30},),
+        setups=({"policy": ["locret", "streaming_llm"], "budget": 30},),
         output=str(folder / "run"),
         data_dir=str(folder / "data"),
         data={"fairytaleqa": DATA["fairytaleqa"]},
@@ -37,7 +41,7 @@ def committed(folder):
         device="cpu",
         limit=3,
         cache_dir=str(folder / "cache"),
-        smoke={"limit": 2, "rows": [{"policy": "locret", "budget": 30}]},
+        smoke={"limit": 2, "setups": [{"policy": "locret", "budget": 30}]},
     )
     path = evaluate.run(config)
     results = folder / "results"
@@ -60,7 +64,7 @@ def test_a_slice_of_the_same_samples_gives_the_same(committed, folder, tmp_path)
     (path,) = result_files([committed])
     found = reproduce(path, tmp_path / "again", {"data_dir": str(folder / "data")})
     assert found.reproduced and not found.left_out
-    assert [(one.row, one.count, one.equal) for one in found.compared] == [
+    assert [(one.setup, one.count, one.equal) for one in found.compared] == [
         ("full", 4, 4),
         ("locret 30 query_agnostic", 4, 4),
     ]
@@ -70,7 +74,7 @@ def test_a_slice_of_the_same_samples_gives_the_same(committed, folder, tmp_path)
 def test_another_figure_is_not_reproduced(committed, folder, tmp_path, capsys):
     args = ["--data-dir", str(folder / "data"), "--output", str(tmp_path / "again")]
     assert cli.main(["reproduce", str(committed), *args]) == 0
-    assert "all 2 rows reproduced" in capsys.readouterr().out
+    assert "all 2 setups reproduced" in capsys.readouterr().out
     assert cli.main(["reproduce", str(changed(committed, tmp_path, 1.0)), *args]) == 2
     said = capsys.readouterr()
     assert "NOT reproduced, 0 of 4 alike" in said.out
@@ -84,7 +88,7 @@ def test_tasks_without_their_data_are_left_out_and_said(committed, folder, tmp_p
     args = ["--output", str(tmp_path / "again"), "--limit", "1"]
     assert cli.main(["reproduce", str(committed), "--data-dir", str(some), *args]) == 0
     out = capsys.readouterr().out
-    assert "left out  tales: fairytaleqa: " in out and "all 2 rows reproduced" in out
+    assert "left out  tales: fairytaleqa: " in out and "all 2 setups reproduced" in out
     assert cli.main(["reproduce", str(committed), "--data-dir", str(tmp_path / "no"), *args]) == 2
     assert "nothing could be run again" in capsys.readouterr().err
 
@@ -128,57 +132,100 @@ def test_the_answers_of_an_evaluation_are_not_removed(committed, folder, tmp_pat
 def test_more_samples_than_were_committed_are_left_out(committed, folder, tmp_path, capsys):
     args = ["--data-dir", str(folder / "data"), "--output", str(tmp_path / "again")]
     assert cli.main(["reproduce", str(committed), *args, "--limit", "5"]) == 0
-    assert "all 2 rows reproduced" in capsys.readouterr().out
+    assert "all 2 setups reproduced" in capsys.readouterr().out
 
 
-def test_a_needle_grid_is_asked_again_at_its_shortest_length(folder, tmp_path):
-    loaded = load_model(str(folder / "backbone"), dtype="float32", device="cpu")
-    heads = RetainingHeads.from_pretrained(folder / "heads")
-    asked = grid.GridSettings(
+def needles_of(folder, output, **values):
+    """The file of a result of needles."""
+    config = EvalConfig(
+        model=str(folder / "backbone"),
+        heads=str(folder / "heads"),
+        output=str(output / "run"),
+        dtype="float32",
+        device="cpu",
+        max_new_tokens=2,
+        seed=0,
+        engine={"chunk_size": 64, "stabilizers": 4},
+        **values,
+    )
+    made = evaluate.run(config)
+    path = output / "needles.json"
+    path.write_text(made.read_text())
+    return path
+
+
+def test_a_map_of_needles_is_asked_again_at_one_length(folder, tmp_path):
+    path = needles_of(
+        folder,
+        tmp_path,
+        tasks=("niah_single",),
         lengths=(300, 400),
         depths=2,
-        needle=needle.NeedleSettings(chunk_size=64, local_tokens=20, max_new_tokens=2),
+        limit=2,
+        setups=({"policy": ["locret", "streaming_llm"], "budget": "8x"},),
+        smoke={"lengths": [300], "limit": 2, "setups": [{"policy": "locret", "budget": "8x"}]},
     )
-    path = tmp_path / "needles.json"
-    manifest = grid.manifest_of(loaded, str(folder / "heads"))
-    policies = ["full", "locret", "streaming_llm"]
-    grid.run_grid(loaded, policies, asked, path, heads, manifest)
     found = reproduce(path, tmp_path / "again", {})
-    assert [one.row for one in found.compared] == ["full 1x at 300", "locret 8x at 300"]
+    assert [one.setup for one in found.compared] == ["full", "locret 8x query_agnostic"]
     assert found.reproduced and all(one.equal == one.count == 2 for one in found.compared)
 
 
-def test_a_grid_at_equal_bytes_is_asked_again_at_one_budget(folder, tmp_path):
-    loaded = load_model(str(folder / "backbone"), dtype="float32", device="cpu")
-    heads = RetainingHeads.from_pretrained(folder / "heads")
-    asked = byte_grid.ByteGridSettings(
-        needle.NeedleSettings(
-            ("passkey",), tokens=400, count=2, ratios=(8, 4), chunk_size=64, local_tokens=20,
-            max_new_tokens=2,
+def test_needles_at_equal_bytes_are_asked_again_at_one_budget(folder, tmp_path):
+    kivi = [{"name": "kivi", "bits": bits, "group": 8, "residual": 0} for bits in (8, 4)]
+    again = {"policy": "locret", "budget": "4x bytes", "quantization": [None, kivi[1]]}
+    path = needles_of(
+        folder,
+        tmp_path,
+        tasks=("passkey",),
+        lengths=(400,),
+        depths=2,
+        limit=2,
+        full=False,
+        setups=(
+            {
+                "policy": ["knorm", "locret"],
+                "budget": ["8x bytes", "4x bytes"],
+                "quantization": [None, *kivi],
+            },
         ),
-        bits=(16, 8, 4),
-        group=8,
-    )  # fmt: skip
-    path = tmp_path / "bytes.json"
-    manifest = grid.manifest_of(loaded, str(folder / "heads"))
-    byte_grid.run_byte_grid(loaded, ["full", "knorm", "locret"], asked, path, heads, manifest)
+        smoke={"limit": 1, "setups": [again]},
+    )
     found = reproduce(path, tmp_path / "again", {})
-    assert [one.row for one in found.compared] == ["locret 4x in 16 bits", "locret 4x in 4 bits"]
+    assert [one.setup for one in found.compared] == [
+        "locret 4x bytes query_agnostic",
+        "locret 4x bytes query_agnostic kivi bits=4 group=8 residual=0",
+    ]
     assert found.reproduced and all(one.equal == one.count == 1 for one in found.compared)
+
+
+def test_samples_without_an_answer_are_not_compared():
+    committed = {"samples": ["a", "b"], "scores": [1.0, None]}
+    again = {"samples": ["a", "b"], "scores": [1.0, 0.0]}
+    one = compare("t", "setup", [(committed, again)])
+    assert (one.count, one.committed, one.low, one.high) == (1, 1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="none of the samples asked"):
+        compare("t", "setup", [({"samples": ["a"], "scores": [None]}, again)])
+
+
+def test_results_of_another_format_are_refused(committed, tmp_path):
+    result = json.loads((committed / "tales.json").read_text()) | {"format": 1}
+    (tmp_path / "old.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="old.json is of format 1; expected 2: ask again"):
+        result_files([tmp_path])
 
 
 def test_samples_that_both_have_are_compared():
     committed = {"samples": ["a", "b"], "scores": [1.0, 0.0]}
-    one = compare("t", "row", [(committed, {"samples": ["b", "c"], "scores": [0.0, 1.0]})])
+    one = compare("t", "setup", [(committed, {"samples": ["b", "c"], "scores": [0.0, 1.0]})])
     assert (one.count, one.committed, one.again, one.equal) == (1, 0.0, 0.0, 1)
-    with pytest.raises(ValueError, match="t, row: none of the samples asked"):
-        compare("t", "row", [(committed, {"samples": ["c"], "scores": [1.0]})])
+    with pytest.raises(ValueError, match="t, setup: none of the samples asked"):
+        compare("t", "setup", [(committed, {"samples": ["c"], "scores": [1.0]})])
 
 
 def test_what_is_allowed_is_what_so_many_draws_give():
     means = drawn_means([0.0, 1.0], 4)
     assert sorted(set(means.tolist())) == [0, 0.25, 0.5, 0.75, 1]
-    inside = Comparison("t", "row", 4, 0.5, 0.75, 0.1, 0.9, 3)
+    inside = Comparison("t", "setup", 4, 0.5, 0.75, 0.1, 0.9, 3)
     assert inside.reproduced and not replace(inside, again=0.95).reproduced
     assert "10.0-90.0  reproduced, 3 of 4 alike" in as_table([inside])
 

@@ -29,7 +29,7 @@ def renderer(tokenizer):
 
 def make(name, settings, renderer, count=4):
     task = TASKS[name](settings)
-    return task, task.samples(count, renderer.measure, renderer.fingerprint)
+    return task, task.samples(count, renderer)
 
 
 def test_there_are_thirteen():
@@ -163,8 +163,7 @@ def test_samples_are_kept_and_found_again(settings, renderer, tmp_path, monkeypa
     monkeypatch.undo()
     assert len(make("ruler_vt", kept, renderer, 5)[1]) == 5  # more than are kept
     assert list((tmp_path / "samples").iterdir()) == [file]
-    other_tokenizer = TASKS["ruler_vt"](kept)
-    other_tokenizer.samples(1, renderer.measure, "another")
+    make("ruler_vt", kept, Renderer(renderer.tokenizer, False), 1)  # of another fingerprint
     assert len(list((tmp_path / "samples").iterdir())) == 2
 
 

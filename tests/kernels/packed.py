@@ -1,13 +1,13 @@
-"""Random packed units: any codes, tables and runs, empty runs and spare room included."""
+"""Random packed units: any codes, tables and blocks, empty blocks and spare room included."""
 
 import torch
 
-from locret.kernels.decode_quantized import PackedUnits
+from locret.kernels.packed import PackedKV
 
 
 def random_units(batch, heads, count, size, bits, group, device, spare=3):
     """Packed units whose spare room, after the first `count`, is poisoned."""
-    runs = -(-count // group) + 3
+    blocks = -(-count // group) + 3
     nbytes, tables = -(-size * bits // 8), -(-size // group)
     step = 1 / 2**bits
 
@@ -20,26 +20,22 @@ def random_units(batch, heads, count, size, bits, group, device, spare=3):
     value_tables = table(2, count + spare, tables).half()
     value_tables[:, :, :, count:] = torch.nan
     scale, minimum = value_tables.unbind(2)
-    return PackedUnits(
-        codes[0, :, :, :count],
-        table(runs, size).half(),
-        table(runs, size).half(),
-        random_starts(batch, heads, count, runs, group).to(device),
-        codes[1, :, :, :count],
-        scale[:, :, :count],
-        minimum[:, :, :count],
+    return PackedKV(
+        (codes[0, :, :, :count], table(blocks, size).half(), table(blocks, size).half()),
+        random_starts(batch, heads, count, blocks, group).to(device),
+        (codes[1, :, :, :count], scale[:, :, :count], minimum[:, :, :count]),
         bits,
         group,
     )
 
 
-def random_starts(batch, heads, count, runs, group):
-    """int32 [B, H, runs + 1]: runs of 0 to `group` units that cover `count` units."""
-    starts = torch.zeros(batch, heads, runs + 1, dtype=torch.int32)
+def random_starts(batch, heads, count, blocks, group):
+    """int32 [B, H, blocks + 1]: blocks of 0 to `group` units that cover `count` units."""
+    starts = torch.zeros(batch, heads, blocks + 1, dtype=torch.int32)
     for start in starts.flatten(0, 1):
-        for run in range(runs):
-            left = count - int(start[run])
-            least = max(0, left - group * (runs - 1 - run))
+        for block in range(blocks):
+            left = count - int(start[block])
+            least = max(0, left - group * (blocks - 1 - block))
             most = min(group, left)
-            start[run + 1] = start[run] + torch.randint(least, most + 1, ()).int()
+            start[block + 1] = start[block] + torch.randint(least, most + 1, ()).int()
     return starts

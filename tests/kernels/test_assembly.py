@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from locret.kernels import few_rows
+from locret.kernels import decode_quantized_small
 from locret.kernels.decode_quantized import _assembly
 
 
@@ -55,8 +55,7 @@ def test_each_plane_gives_minimum_plus_scale_times_code(bits):
         for _ in range(20):
             packed = random.integers(0, 256, 4, dtype=np.uint8)
             scale, minimum = random.standard_normal((2, 4)).astype(np.float16)
-            given = [part.view(np.uint32) for part in (packed, scale, minimum)]
-            given = np.concatenate(given)
+            given = np.concatenate([x.view(np.uint32) for x in (packed, scale, minimum)])
             result = execute(assembly, {f"${i}": int(r) for i, r in enumerate(given, start=2)})
             code = packed >> plane * bits & 2**bits - 1
             exact = minimum.astype(np.float64) + scale.astype(np.float64) * code
@@ -64,9 +63,9 @@ def test_each_plane_gives_minimum_plus_scale_times_code(bits):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_codes_of_few_rows_lie_below_the_normal_range(bits):
+def test_codes_of_small_queries_lie_below_the_normal_range(bits):
     random = np.random.default_rng(0)
-    *planes, low, high = few_rows.assembly(bits)
+    *planes, low, high = decode_quantized_small.assembly(bits)
     for i, assembly in enumerate(planes):
         plane, parity = divmod(i, 2)
         packed = random.integers(0, 256, 4, dtype=np.uint8)

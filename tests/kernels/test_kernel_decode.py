@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from locret.kernels import decode
-from locret.kernels.decode import decode_attention, decode_attention_reference
-from locret.kernels.store import store_units
+from locret.kernels.decode import decode_attention, decode_attention_reference, store_units
+from locret.kernels.splits import number_of_splits
 from tests.kernels.close import assert_near
 
 
@@ -77,14 +76,14 @@ def test_large_logits_do_not_overflow(device):
     compare(200 * torch.randn(1, 4, 1, 64, device=device), 50 * keys, values, 300)
 
 
-def test_parts_fill_the_device_in_even_rounds():
-    assert decode.number_of_parts(8, 16384, 132) == 33
-    assert decode.number_of_parts(8, 100, 132) == 1
-    assert decode.number_of_parts(264, 16384, 132) == 1
+def test_splits_fill_the_device_in_even_rounds():
+    assert number_of_splits(8, 16384, 2 * 132) == 33
+    assert number_of_splits(8, 100, 2 * 132) == 1
+    assert number_of_splits(264, 16384, 2 * 132) == 1
     for heads in (1, 3, 30, 64, 200, 1000):
-        parts = decode.number_of_parts(heads, 131072, 132)
-        rounds = -(-heads * parts // 264)
-        assert heads * parts / (rounds * 264) > 0.93, (heads, parts)
+        splits = number_of_splits(heads, 131072, 2 * 132)
+        rounds = -(-heads * splits // 264)
+        assert heads * splits / (rounds * 264) > 0.93, (heads, splits)
 
 
 @pytest.mark.gpu

@@ -5,13 +5,13 @@ from locret.kernels.decode_quantized import (
     decode_attention_quantized,
     decode_attention_quantized_reference,
 )
-from locret.kernels.few_rows import takes_few_rows
+from locret.kernels.decode_quantized_small import takes_small
 from tests.kernels.close import assert_near
 from tests.kernels.packed import random_units
 
 
 def compare(query, packed, length, capacity, first=None):
-    batch, heads = packed.key_codes.shape[:2]
+    batch, heads = packed.keys[0].shape[:2]
     shape = (2, batch, heads, capacity, query.shape[3])
     storage = torch.randn(shape, device=query.device).to(query.dtype)
     storage[:, :, :, length:] = torch.nan
@@ -77,33 +77,33 @@ def test_only_packed_units_or_none(device):
         (1, 2, 128, 139, 64, 8),
     ],
 )
-def test_few_rows_equal_the_twin(heads, rows, size, count, group, bits, dtype, device):
+def test_small_queries_equal_the_twin(heads, rows, size, count, group, bits, dtype, device):
     packed = random_units(2, heads, count, size, bits, group, device)
     query = torch.randn(2, heads * rows, 1, size, device=device).to(dtype)
-    assert takes_few_rows(query, packed)
+    assert takes_small(query, packed)
     compare(query, packed, 21, 40)
     first = torch.randint(0, count + 20, (2, heads), dtype=torch.int32, device=device)
     compare(query, packed, 21, 40, first)
 
 
 @pytest.mark.parametrize("units", [16, 32])
-def test_few_rows_of_smaller_tiles(units, device, monkeypatch):
-    monkeypatch.setattr("locret.kernels.few_rows.UNITS", units)
+def test_small_queries_in_smaller_tiles(units, device, monkeypatch):
+    monkeypatch.setattr("locret.kernels.decode_quantized_small.UNITS", units)
     packed = random_units(1, 2, 150, 128, 4, 64, device)
     compare(torch.randn(1, 8, 1, 128, device=device).bfloat16(), packed, 21, 40)
 
 
-def test_few_rows_of_several_new_tokens(device):
+def test_small_queries_of_several_new_tokens(device):
     packed = random_units(1, 2, 100, 128, 4, 64, device)
     compare(torch.randn(1, 4, 3, 128, device=device).half(), packed, 21, 40)
 
 
-def test_few_rows_with_strong_and_weak_scales(device):
+def test_small_queries_with_strong_and_weak_scales(device):
     """Products with the query near the ends of float16, and a unit that outweighs all others."""
     packed = random_units(1, 1, 130, 128, 4, 64, device)
-    packed.key_scale[..., ::2] *= 2.0**-12
-    packed.key_scale[..., 1] = 60.0
-    packed.key_minimum[..., ::3] = 3.0
+    packed.keys[1][..., ::2] *= 2.0**-12
+    packed.keys[1][..., 1] = 60.0
+    packed.keys[2][..., ::3] = 3.0
     query = torch.randn(1, 4, 1, 128, device=device)
     query[:, 0] *= 30.0
     compare(query.half(), packed, 21, 40)

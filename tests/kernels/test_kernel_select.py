@@ -3,8 +3,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from locret.kernels import select
-from locret.kernels.select import threshold_select, threshold_select_reference
+from locret.kernels import evict
+from locret.kernels.evict import threshold_select, threshold_select_reference
 
 SCORES = st.sampled_from([-0.0, 0.0, 1.0, -1.0, 1e-40, -3e38, torch.inf, -torch.inf, torch.nan])
 
@@ -29,8 +29,8 @@ def test_highest_as_topk(device):
 
 
 def test_heads_longer_than_registers_hold(device, monkeypatch):
-    monkeypatch.setattr(select, "_RESIDENT", 64)
-    monkeypatch.setattr(select, "_TILE", 32)
+    monkeypatch.setattr(evict, "_RESIDENT", 64)
+    monkeypatch.setattr(evict, "_TILE", 32)
     scores = torch.randn(1, 1, 301, device=device).round(decimals=1)
     for budget in (1, 200, 300):
         compare(scores, budget, tail=budget // 2)

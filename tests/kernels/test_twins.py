@@ -10,7 +10,7 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as apply_i
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as apply_half
 
 from locret.kernels import (
-    PackedUnits,
+    PackedKV,
     decode_attention,
     decode_attention_quantized,
     gather_units,
@@ -20,9 +20,9 @@ from locret.kernels import (
 )
 from locret.kernels.decode import decode_attention_reference
 from locret.kernels.decode_quantized import expand_reference
-from locret.kernels.select import threshold_select_reference
-from locret.quantization.kivi import KiviScheme
-from locret.quantization.storage import QuantizedUnits
+from locret.kernels.evict import threshold_select_reference
+from locret.quantization.schemes import KiviScheme
+from locret.quantization.store import QuantizedStore
 
 
 def angles(slots, size):
@@ -82,21 +82,13 @@ def test_several_tokens_decode_as_one_after_the_other():
 def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
     """After an eviction, so that runs are of different lengths in every head."""
     keys, values = torch.randn(2, 1, 2, 100, size).unbind()
-    units = QuantizedUnits(KiviScheme(bits=bits, group=group, residual=5))
+    units = QuantizedStore(KiviScheme(bits=bits, group=group, residual=5))
     units.append(keys, values)
     units.select(torch.arange(100).expand(1, 2, -1))
     index = torch.stack([torch.randperm(100)[:70].sort().values for _ in range(2)])[None]
     units.select(index)
-    packed = PackedUnits(
-        *(
-            *units.packed_keys.units,
-            *units.packed_keys.rows,
-            units.packed_keys.starts,
-            *units.packed_values.units,
-        ),
-        bits=bits,
-        group=group,
-    )
+    of_keys = (*units.packed_keys.units, *units.packed_keys.tables)
+    packed = PackedKV(of_keys, units.packed_keys.starts, units.packed_values.units, bits, group)
     assert packed.count == 65
     expected = (
         units.packed_keys.dequantize(torch.float32),
@@ -108,7 +100,7 @@ def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
     rest = units.residual_keys, units.residual_values
     out = decode_attention_quantized(query, packed, *rest, length, 0.3)
     whole = units.dequantized(torch.float32)
-    assert units.held == 70
+    assert units.count == 70
     expected = decode_attention(query, *whole, length + 65, 0.3)
     torch.testing.assert_close(out, expected)
 
@@ -143,9 +135,10 @@ def test_select_keeps_the_highest_and_of_equals_the_earliest(scores, data):
 ONE = torch.ones(1, dtype=torch.int32)
 UNITS = torch.zeros(1, 2, 5, 4)
 
-CODES, ROWS = torch.zeros(1, 2, 5, 2, dtype=torch.uint8), torch.zeros(1, 2, 1, 4).half()
+CODES, ENTRIES = torch.zeros(1, 2, 5, 2, dtype=torch.uint8), torch.zeros(1, 2, 1, 4).half()
 STARTS, TABLES = torch.tensor([0, 5]).int().expand(1, 2, 2), torch.zeros(1, 2, 5, 1).half()
-PACKED = PackedUnits(CODES, ROWS, ROWS.float(), STARTS, CODES, TABLES, TABLES, bits=4, group=4)
+OF_KEYS, OF_VALUES = (CODES, ENTRIES, ENTRIES.float()), (CODES, TABLES, TABLES)
+PACKED = PackedKV(OF_KEYS, STARTS, OF_VALUES, bits=4, group=4)
 PACKED_CALL = (UNITS[:, :, :1], PACKED, UNITS, UNITS, ONE, 1.0)
 
 

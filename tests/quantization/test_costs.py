@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.quantization import SCHEMES, QuantizedUnits, make_scheme
-from locret.quantization.costs import costs_of, most_bytes, run_limit, units_within
+from locret.quantization import SCHEMES, QuantizedStore, make_scheme
+from locret.quantization.costs import block_limit, costs_of, most_bytes, units_within
 
 PACKING = sorted(name for name, scheme in SCHEMES.items() if scheme.packs)
 
@@ -32,15 +32,15 @@ def test_the_published_share_of_sixteen_bits(name, bits, share, size):
 def test_no_history_takes_more_bytes_than_foretold(name, budget, residual, size, evictions):
     scheme = make_scheme(name, group=8, residual=residual)
     generator = torch.Generator().manual_seed(budget)
-    store = QuantizedUnits(scheme)
+    store = QuantizedStore(scheme)
     for _ in range(evictions):
         x = torch.randn(1, 2, 70, size, generator=generator).half()
         store.append(x, x)
-        keep = min(budget, store.held)
-        ranks = torch.rand(1, 2, store.held, generator=generator)
+        keep = min(budget, store.count)
+        ranks = torch.rand(1, 2, store.count, generator=generator)
         store.select(ranks.topk(keep, -1).indices.sort(-1).values)
-    slack = 2 * 4 + store.held  # one start a head; outliers are not foretold
-    assert store.nbytes <= 2 * most_bytes(scheme, store.held, size) + slack
+    slack = 2 * 4 + store.count  # one start a head; outliers are not foretold
+    assert store.nbytes <= 2 * most_bytes(scheme, store.count, size) + slack
 
 
 @settings(max_examples=100)
@@ -57,9 +57,9 @@ def test_as_many_units_as_fit(name, nbytes, size):
 
 
 @given(packed=st.integers(1, 10**5), residual=st.integers(0, 200))
-def test_a_head_may_always_have_its_units_in_full_runs(packed, residual):
+def test_a_head_may_always_have_its_units_in_full_blocks(packed, residual):
     costs = costs_of(make_scheme("kivi"), 64)
-    assert run_limit(costs, packed, residual) >= -(-packed // 64)
+    assert block_limit(costs, packed, residual) >= -(-packed // 64)
 
 
 def test_layers_at_more_bits_hold_fewer_tokens_in_the_same_bytes():

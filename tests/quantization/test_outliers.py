@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.quantization.outliers import find_outliers
+from locret.quantization.codes import find_outliers
 
 
 def some(generator, units, size):

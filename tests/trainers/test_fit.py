@@ -1,4 +1,6 @@
+import pickletools
 import signal
+import zipfile
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 import locret
 from locret.model.loading import load_model
-from locret.system.config_files import CONFIGS
+from locret.system.files import CONFIGS
 from tests.trainers.killer import kill_at
 from tests.trainers.runs import (
     callbacks,
@@ -28,7 +30,6 @@ FAMILY_OF_CONFIG = {  # configs of heads
     "phi3.yaml": "phi3",
     "qwen3.yaml": "qwen3",
     "smollm2.yaml": "llama",
-    "smollm2_aware.yaml": "llama",
     "smollm2_long.yaml": "llama",
 }
 
@@ -69,6 +70,17 @@ def test_mixed_precision_as_shipped_with_clipping(backbones, rows, tmp_path):
     cli.trainer.fit(cli.model, cli.datamodule)
     on_gpu = MixedPrecision("bf16-mixed", "cuda")
     on_gpu.clip_gradients(cli.trainer.optimizers[0], 0.5, "value")
+
+
+def test_a_checkpoint_names_no_class_of_ours(backbones, rows, tmp_path):
+    """So that files may move, and a checkpoint of an older version can still be gone on from."""
+    main(tiny_run(backbones("llama"), rows, tmp_path))
+    with zipfile.ZipFile(tmp_path / "ckpt" / "last.ckpt") as file:
+        (name,) = [name for name in file.namelist() if name.endswith("data.pkl")]
+        pickled = file.read(name)
+    classes = {told for op, told, _ in pickletools.genops(pickled) if op.name == "GLOBAL"}
+    assert "collections OrderedDict" in classes  # a name and where it comes from
+    assert not [c for c in classes if c.startswith(("trainers", "datamodules", "locret"))]
 
 
 def test_training_changes_heads_and_nothing_else(backbones, rows, tmp_path):

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from trainers.metrics import TopOverlap
+from trainers.figures import TopOverlap
+from trainers.module import RECALL_AT, HeadsModule
 
 
 def naive_overlap(predictions, targets, fraction):
@@ -23,6 +24,16 @@ def test_overlap_equals_the_naive_count(length, fraction):
     assert metric.compute().item() == pytest.approx(expected)
     metric.update(targets, targets)
     assert metric.compute().item() == pytest.approx((expected + 1) / 2)
+
+
+def test_figures_that_agree_on_the_first_batch_are_counted_apart():
+    scores, truth = HeadsModule("any").val_scores, torch.arange(40.0).view(1, 1, -1)
+    scores.update(truth, truth)
+    scores.update(truth.roll(-3), truth)
+    found = scores.compute()
+    for fraction in RECALL_AT:
+        expected = (1 + naive_overlap(truth.roll(-3), truth, fraction)) / 2
+        assert found[f"val/recall_at_{fraction:.0%}"].item() == pytest.approx(expected)
 
 
 def test_a_bad_fraction_is_refused():

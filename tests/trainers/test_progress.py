@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from trainers.progress import PlainProgress
+from trainers.callbacks import PlainProgress
 
 
 def told(capsys, **more):

@@ -11,27 +11,14 @@ import pytest
 import locret
 from locret.system.interrupts import Stopped
 from tests.evaluation.test_interrupted import nothing_left
+from tests.signals import STATUS, handlers  # noqa: F401 - used by every test
 from tests.trainers.killer import kill_at
 from tests.trainers.runs import ROOT, callbacks, run_forked, source, tiny_run, weights
 from trainers import adapt, fit
-from trainers.callbacks import ExportHeads
+from trainers.callbacks import ExportHeads, StopBetweenSteps, signal_behind
 from trainers.cli import build, status
 from trainers.fit import main
 from trainers.module import HeadsModule
-from trainers.stopping import StopBetweenSteps, signal_behind
-
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """Those of a process that a user starts; this one may ignore Ctrl-C, in the background."""
-    ours = {number: signal.getsignal(number) for number in STATUS}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in ours.items():
-        signal.signal(number, handler)
 
 
 def last_line(capfd):

@@ -1,5 +1,5 @@
 """locret as a model of lm-evaluation-harness, and our tasks in its terms.
 
-`model` is the harness's `--model locret`; `tasks/` holds the harness's task files, which call
-`documents`. The tasks themselves are in `locret.tasks`.
+`model` is the harness's `--model locret`, `reading` what it knows of prompts; `tasks` writes the
+harness's task files. The tasks themselves are in `locret.tasks`.
 """

@@ -33,17 +33,26 @@ from tqdm import tqdm
 
 from locret.cache.cache import RetainedCache
 from locret.engine.engine import Engine
-from locret.evaluation.engines import Engines, are_query_aware, check_row
-from locret.evaluation.held import held_of
-from locret.evaluation.preparing import check_adapter
+from locret.evaluation.processes import Ranks
 from locret.evaluation.prompts import Protocol
 from locret.evaluation.provenance import commit, source, versions
-from locret.evaluation.ranks import Ranks
-from locret.evaluation.rows import FULL, Row, expand
+from locret.evaluation.questions import check_adapter
+from locret.evaluation.setups import (
+    FULL,
+    Engines,
+    Setup,
+    are_query_aware,
+    check_setup,
+    expand,
+    held_of,
+)
 from locret.heads.heads import RetainingHeads
-from locret.integrations.lm_eval.contexts import ContextFinder, tokens_after
-from locret.integrations.lm_eval.rolling import rolling_log_likelihood
-from locret.integrations.lm_eval.stops import HarnessStops
+from locret.integrations.lm_eval.reading import (
+    ContextFinder,
+    HarnessStops,
+    text_log_likelihood,
+    tokens_after,
+)
 from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import LocretPolicy
@@ -101,13 +110,13 @@ class LocretLM(HFLM):
         batch_size: int | str = 1,
         **kwargs: Any,
     ) -> None:
-        self.row = _row(policy or (LocretPolicy.name if heads else FULL), budget, protocol)
+        self.setup = _setup(policy or (LocretPolicy.name if heads else FULL), budget, protocol)
         if quantization is not None:
-            self.row = Row(**{**vars(self.row), "quantization": quantization})
+            self.setup = Setup(**{**vars(self.setup), "quantization": quantization})
         settings = {"chunk_size": chunk_size, "stabilizers": stabilizers, "positions": positions}
         settings = {name: None if v in NOTHING else v for name, v in settings.items()}
-        check_row(self.row, settings | {"local_tokens": local_tokens})
-        own = _checked_heads(self.row, heads)
+        check_setup(self.setup, settings | {"local_tokens": local_tokens})
+        own = _checked_heads(self.setup, heads)
         check_adapter(adapter)
         self._ranks = Ranks.of_environment()
         if isinstance(pretrained, str):
@@ -120,7 +129,7 @@ class LocretLM(HFLM):
                 adapter=adapter,
                 **chosen,  # type: ignore[arg-type]
             )
-        bounded = not self.row.keeps_all and positions != "original"
+        bounded = not self.setup.keeps_all and positions != "original"
         super().__init__(
             pretrained=pretrained.model,
             tokenizer=pretrained.tokenizer,
@@ -162,14 +171,14 @@ class LocretLM(HFLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        if self.row.keeps_all:
+        if self.setup.keeps_all:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         found = []
         for request in tqdm(requests, disable=disable_tqdm or self.rank != 0):
             (text,) = request.args
             ids = [self.prefix_token_id, *self.tok_encode(text)]
-            engine = self._engines.get(self.row, self.row.engine_budget(None))
-            score, cache = rolling_log_likelihood(engine, self._tensor(ids))
+            engine = self._engines.get(self.setup, self.setup.engine_budget(None))
+            score, cache = text_log_likelihood(engine, self._tensor(ids))
             self._note(cache, 1)
             found.append(score)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), score)
@@ -183,7 +192,7 @@ class LocretLM(HFLM):
             end = self._finder.end(prompt, request.doc) if prompt else None
             if end is not None:
                 self._context_ends[prompt] = end
-            elif prompt and self.row.protocol == "query_agnostic" and not self.row.keeps_all:
+            elif prompt and self.setup.protocol == "query_agnostic" and not self.setup.keeps_all:
                 self._finder.refuse(request.doc, str(request.task_name))
 
     def _rest_of(self, prompt: str, text: str | None = None) -> int:
@@ -234,7 +243,7 @@ class LocretLM(HFLM):
 
     def _answers(self, ids: Tensor, rest: int, new: int, settings: dict[str, Any]) -> Tensor:
         """What follows prompts [B, n] of which all but `rest` tokens are compressed."""
-        engine = self._engines.get(self.row, self.row.engine_budget(None))
+        engine = self._engines.get(self.setup, self.setup.engine_budget(None))
         rest = min(rest, ids.shape[1])
         cache = self._compressed(engine, ids, rest) if rest < ids.shape[1] else None
         given: dict[str, Any] = {} if cache is None else {"cache": cache}
@@ -245,7 +254,7 @@ class LocretLM(HFLM):
         return output[:, asked.shape[1] :]
 
     def _compressed(self, engine: Engine, ids: Tensor, rest: int) -> RetainedCache:
-        aware = self.row.protocol == "query_aware" and not self.row.keeps_all
+        aware = self.setup.protocol == "query_aware" and not self.setup.keeps_all
         query = {"query_ids": ids[:, -rest:]} if aware else {}
         context = ids[:, :-rest]
         cache = engine.prefill(context, torch.ones_like(context), **query)
@@ -285,7 +294,7 @@ class LocretLM(HFLM):
         rest = min(self._rest_of(key[0], key[0].rstrip()) if key else 1, len(context))
         if rest == len(context):
             return [self._scored(context, continuation, None) for _, _, continuation in requests]
-        engine = self._engines.get(self.row, self.row.engine_budget(None))
+        engine = self._engines.get(self.setup, self.setup.engine_budget(None))
         with engine:
             cache = self._compressed(engine, self._tensor(context), rest)
             untouched, scores = cache.snapshot(), []
@@ -322,7 +331,7 @@ class LocretLM(HFLM):
             "model_revision": self._loaded.revision or "",
             "model_sha": "",
             "locret": {
-                **self.row.to_dict(),
+                **self.setup.to_dict(),
                 "heads": self._heads_source,
                 "adapter": self._adapter_source,
                 "attention": self._loaded.model.config._attn_implementation,
@@ -335,19 +344,19 @@ class LocretLM(HFLM):
         }
 
 
-def _row(policy: str, budget: Any, protocol: Any) -> Row:
+def _setup(policy: str, budget: Any, protocol: Any) -> Setup:
     entry = {"policy": policy, "budget": None if budget in NOTHING else budget}
     return expand([entry | {"protocol": protocol}])[-1]
 
 
-def _checked_heads(row: Row, name: str | None) -> dict[str, RetainingHeads]:
+def _checked_heads(setup: Setup, name: str | None) -> dict[str, RetainingHeads]:
     """The heads by their name."""
     if name is None:
-        if row.policy == LocretPolicy.name:
+        if setup.policy == LocretPolicy.name:
             raise ValueError("policy locret needs trained heads: give heads=FOLDER")
         return {}
     heads = RetainingHeads.from_pretrained(name)
-    if row.protocol == "query_agnostic" and are_query_aware(row, heads):
+    if setup.protocol == "query_agnostic" and are_query_aware(setup, heads):
         raise ValueError(f"heads {name} are query-aware; use protocol=query_aware")
     return {name: heads}
 

@@ -1,0 +1,252 @@
+"""Values as small codes: groups quantized by one scale each, codes packed in bytes, and outliers
+kept beside them.
+
+**Groups**, x ~ minimum + scale * code (KIVI, arXiv 2402.02750, section 3.1). For a group with
+smallest value `low` and largest value `high`, and Q = 2 ** bits - 1:
+
+    minimum = low,   scale = (high - low) / Q,   code = clamp(round((x - minimum) / scale), 0, Q)
+
+Scale and minimum are stored as float16, and float16 is also the finest precision in which values
+are looked at (bfloat16 values are float16 values too, within float16's range; float32 is rounded).
+Math is in float32.
+
+Error: |x - (minimum + scale * code)| <= scale / 2 + STORAGE_ERROR for an x that float16 holds.
+Rounding the scale down leaves `high` at most Q * scale * 2 ** -11 above the last code, which is
+less than half a step at 8 bits or fewer; rounding the scale up costs nothing but that much step.
+
+Quantizing again what was dequantized to the input's type gives the same codes, scale and minimum
+(float32 goes as float16 does). Why: `low` has code 0 and comes back exactly, `high` has Q. With
+w = minimum + Q * scale and y its rounding, either y is so near to w that (y - minimum) / Q rounds
+to the same scale again; or it is not, and then `high`, itself a value of that type and no farther
+from w than that, is what w rounds to. The same holds of every code, with half a step for the
+distance. Float16 has twice the spacing above a power of two as below, so a scale that is one can
+miss on the wide side; its second derivation, from y, lands beside it and stays (`_stable_scale`).
+
+**Bytes**, planar. `size` codes take `packed_size(size, bits)` bytes; plane i of
+byte j, its bits [i * bits, (i + 1) * bits), holds code j + i * packed_size. So the low halves of
+the bytes are the first half of a head's channels in order, the high halves the second: a kernel
+unpacks with a shift and a mask, and needs no interleaving. Codes that are missing from the last
+plane are zero.
+
+**Outliers** (KVQuant, arXiv 2401.18079, section 3.4) are kept as they are, so that they do not
+stretch the steps of all others: of each unit how many, and their channels and values.
+B batch, H KV heads, P units, D head size, N outliers in all.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from locret.quantities import is_whole
+
+BITS = (2, 4, 8)
+
+LARGEST = 2.0**15
+"""Largest magnitude that is quantized; float16 ends not far above."""
+
+STORAGE_ERROR = 2.0**-25
+"""Half of float16's smallest step: what storing the minimum of a group of tiny values may cost."""
+
+
+def smallest_scale(bits: int) -> float:
+    """The scale of a constant group: fine enough to be harmless, coarse enough that float16 holds
+    every scale from here on to well within half a step of the last code."""
+    return 2.0 ** (bits - 24)
+
+
+def quantize(
+    x: Tensor, bits: int, dim: int, usable: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize groups that lie along one axis.
+
+    Args:
+        x: floating, any shape; everything along `dim` is one group.
+        bits: 2, 4 or 8.
+        dim: the axis that a group runs along.
+        usable: bool, like `x`; False: the value has no say in its group's scale and minimum (it is
+            padding, or kept elsewhere), and its code means nothing. None = all are usable.
+
+    Returns:
+        codes: uint8, like `x`.
+        scale, minimum: float16, like `x` with length 1 along `dim`.
+
+    Raises:
+        ValueError: usable values are not finite, or beyond `LARGEST`.
+    """
+    x_dtype, x = _output_dtype(x), as_stored(x)
+    low, high = _extremes(x, dim, usable)
+    refuse_unstorable(torch.maximum(low.abs(), high.abs()))
+    minimum = low.half()
+    scale = _stable_scale(minimum.float(), high, bits, x_dtype)
+    steps = (x - minimum.float()) / scale.float()
+    return steps.round().clamp(0, 2**bits - 1).to(torch.uint8), scale, minimum
+
+
+def dequantize(codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    """minimum + scale * code, float32.
+
+    Args:
+        codes: uint8.
+        scale, minimum: float16, broadcast against `codes`.
+    """
+    return minimum.float() + scale.float() * codes.float()
+
+
+def as_stored(x: Tensor) -> Tensor:
+    """`x` in float32, rounded to what float16 holds."""
+    return x.half().float() if x.dtype != torch.float16 else x.float()
+
+
+def refuse_unstorable(x: Tensor) -> None:
+    """
+    Raises:
+        ValueError: a value is not finite, or beyond `LARGEST`.
+    """
+    if not bool((x.abs() <= LARGEST).all()):
+        raise ValueError(
+            f"cannot quantize: keys or values hold NaN, infinity or magnitudes above {LARGEST:.0f}"
+            "; quantization 'none' stores them as they are"
+        )
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
+
+
+def _stable_scale(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The scale of a group, taken twice: from its range, and from its range as restored."""
+    last = 2**bits - 1
+    for _ in range(2):
+        scale = ((high - low) / last).clamp(min=smallest_scale(bits)).half()
+        step = scale.float()
+        high = (low + step * ((high - low) / step).round().clamp(0, last)).to(dtype).float()
+    return scale
+
+
+def _extremes(x: Tensor, dim: int, usable: Tensor | None) -> tuple[Tensor, Tensor]:
+    if usable is None:
+        return x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    low = x.masked_fill(~usable, torch.inf).amin(dim, keepdim=True)
+    high = x.masked_fill(~usable, -torch.inf).amax(dim, keepdim=True)
+    empty = ~usable.any(dim, keepdim=True)
+    return low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
+
+
+def packed_size(size: int, bits: int) -> int:
+    """Bytes that `size` codes of `bits` bits take."""
+    return -(-size * bits // 8)
+
+
+def check_bits(bits: int) -> None:
+    """
+    Raises:
+        ValueError: `bits` is not a width that codes are packed in.
+    """
+    if not is_whole(bits, 1) or bits not in BITS:
+        raise ValueError(f"bits is {bits!r}; expected one of {', '.join(map(str, BITS))}")
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [..., size], each below 2 ** `bits`, as bytes uint8 [..., packed size]."""
+    assert codes.dtype == torch.uint8, codes.dtype
+    check_bits(bits)
+    if bits == 8:
+        return codes
+    room = packed_size(codes.shape[-1], bits)
+    codes = pad(codes, (0, room * 8 // bits - codes.shape[-1])).unflatten(-1, (-1, room))
+    packed = codes[..., 0, :].clone()
+    for plane in range(1, 8 // bits):
+        packed |= codes[..., plane, :] << (plane * bits)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
+    """The codes [..., `size`] that `pack` was given."""
+    assert packed.dtype == torch.uint8, packed.dtype
+    assert packed.shape[-1] == packed_size(size, bits), (packed.shape, bits, size)
+    if bits == 8:
+        return packed
+    planes = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.cat(planes, -1)[..., :size]
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """
+    Attributes:
+        counts: uint8 or int16 [B, H, P], outliers of each unit.
+        channels: uint8 or int16 [N], in the order of heads and units.
+        values: float16 [N].
+    """
+
+    counts: Tensor
+    channels: Tensor
+    values: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.counts, self.channels, self.values
+
+    @property
+    def offsets(self) -> Tensor:
+        """long [B, H, P]: where a unit's outliers begin."""
+        counts = self.counts.long().flatten()
+        return (counts.cumsum(0) - counts).view(self.counts.shape)
+
+    def write(self, x: Tensor, unit: Tensor) -> None:
+        """Put outliers back in place.
+
+        Args:
+            x: float32 [..., D], overwritten where a unit has an outlier.
+            unit: long [...], of the flattened B * H * P units.
+        """
+        counts = self.counts.flatten()[unit].long().flatten()
+        entries = _ragged(self.offsets.flatten()[unit].flatten(), counts)
+        of_unit = torch.repeat_interleave(counts)
+        channels = self.channels[entries].long()
+        x.view(-1, x.shape[-1])[of_unit, channels] = self.values[entries].float()
+
+    def select(self, index: Tensor) -> "Outliers":
+        """Those of the units at `index` [B, H, K]."""
+        return self._of(self.counts.gather(2, index), self.offsets.gather(2, index))
+
+    def select_batch(self, rows: Tensor) -> "Outliers":
+        """Those of the batch rows `rows` [B']."""
+        return self._of(self.counts[rows], self.offsets[rows])
+
+    def join(self, other: "Outliers") -> "Outliers":
+        """Those of these units, followed in each head by those of `other`."""
+        pool = Outliers(
+            torch.cat([self.counts, other.counts], 2),
+            torch.cat([self.channels, other.channels]),
+            torch.cat([self.values, other.values]),
+        )
+        offsets = torch.cat([self.offsets, other.offsets + len(self.values)], 2)
+        return pool._of(pool.counts, offsets)
+
+    def _of(self, counts: Tensor, offsets: Tensor) -> "Outliers":
+        entries = _ragged(offsets.flatten(), counts.flatten().long())
+        return Outliers(counts, self.channels[entries], self.values[entries])
+
+
+def find_outliers(x: Tensor, limit: float) -> Outliers:
+    """What is larger than `limit` in `x` [B, H, P, D].
+
+    Raises:
+        ValueError: a value is not finite, or beyond `LARGEST`.
+    """
+    x = as_stored(x)
+    refuse_unstorable(x)
+    large = x.abs() > limit
+    small = torch.uint8 if x.shape[-1] < 256 else torch.int16
+    channels = large.nonzero()[:, -1].to(small)
+    return Outliers(large.sum(-1).to(small), channels, x[large].half())
+
+
+def _ragged(offsets: Tensor, counts: Tensor) -> Tensor:
+    """offsets[i] .. offsets[i] + counts[i] - 1 of each i, one after the other; all long [n]."""
+    before = counts.cumsum(0) - counts
+    shift = torch.repeat_interleave(offsets - before, counts)
+    return shift + torch.arange(len(shift), device=shift.device)

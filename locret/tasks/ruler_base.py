@@ -1,0 +1,145 @@
+"""What the tasks of RULER (Hsieh et al., arXiv 2404.06654) share: a haystack cut to a length.
+
+A task drafts a sample around so many units of haystack (words, sentences, documents). How many fit
+is found on the first sample; a sample that turns out too long gets fewer. Sample number i depends
+on the seed and i alone, so the first samples are the same however many are asked for.
+Made samples are kept in files by what they depend on: task, length, seed, data, tokenizer.
+"""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar
+
+from locret.system.files import file_hash, write_whole
+from locret.tasks.base import Prompts, Sample, Task, TaskSettings
+from locret.tasks.metrics import string_match_all, without_controls
+
+Measure = Callable[[Sample], int]
+"""Tokens of a sample's rendered prompt."""
+
+DEFAULT_LENGTH = 4096
+DEFAULT_SAMPLES = 500
+SHRINK = 0.01  # of the haystack, where a sample is longer than the first one
+
+
+class RulerTask(Task):
+    """A task made to a length: prompt, chat template and answer fit `length` tokens.
+
+    Attributes:
+        least: units of haystack without which there is no sample.
+        most: the most units there are, or None.
+    """
+
+    metrics = ("string_match",)
+    match: ClassVar[Callable[..., float]] = staticmethod(string_match_all)
+    least: int = 1
+    most: int | None = None
+
+    def __init__(self, settings: TaskSettings) -> None:
+        super().__init__(settings)
+        self.length = settings.length or DEFAULT_LENGTH
+
+    def prepare(self) -> None:
+        """Read the data files."""
+
+    @abstractmethod
+    def draft(self, rng: Random, index: int, size: int) -> Sample:
+        """Sample number `index` with `size` units of haystack."""
+
+    def available(self) -> int | None:
+        """How many samples there can be; None = any number."""
+        return None
+
+    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
+        count = DEFAULT_SAMPLES if limit is None else limit
+        assert prompts is not None
+        made = partial(self._made, count, prompts.measure)
+        return stored_samples(self, count, prompts.fingerprint, made)
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        return {"string_match": type(self).match(without_controls(answer), sample.answers)}
+
+    def _made(self, wanted: int, measure: Measure) -> list[Sample]:
+        self.prepare()
+        size = self._size(measure)
+        available = self.available()
+        indices = range(wanted if available is None else available)
+        made = (self._longest(index, size, measure) for index in indices)
+        found = list(islice((sample for sample in made if sample is not None), wanted))
+        if not found:
+            raise ValueError(
+                f"{self.name} does not fit {self.length} tokens with {self.max_new_tokens} for the "
+                "answer; ask for a larger length"
+            )
+        return found
+
+    def _size(self, measure: Measure) -> int:
+        """The most units of haystack that fit the first sample; `least` if none do."""
+        fits, beyond = self.least, self.least + 1
+        while self.most is None or beyond <= self.most:
+            if self._fitting(0, beyond, measure) is None:
+                break
+            fits, beyond = beyond, 2 * beyond
+        beyond = beyond if self.most is None else min(beyond, self.most + 1)
+        while beyond - fits > 1:
+            middle = (fits + beyond) // 2
+            if self._fitting(0, middle, measure) is None:
+                beyond = middle
+            else:
+                fits = middle
+        return fits
+
+    def _longest(self, index: int, size: int, measure: Measure) -> Sample | None:
+        """The sample with as much haystack as fits; None if it does not fit at all."""
+        step = max(1, int(size * SHRINK))
+        sizes = (max(fewer, self.least) for fewer in range(size, self.least - step, -step))
+        drafts = (self._fitting(index, fewer, measure) for fewer in sizes)
+        return next((sample for sample in drafts if sample is not None), None)
+
+    def _fitting(self, index: int, size: int, measure: Measure) -> Sample | None:
+        """The sample, if it fits."""
+        rng = Random(f"ruler {self.name} {self.settings.seed} {index}")
+        sample = self.draft(rng, index, size)
+        assert self.length is not None
+        return sample if measure(sample) + self.max_new_tokens <= self.length else None
+
+
+def stored_samples(
+    task: Task, count: int, fingerprint: str, make: Callable[[], list[Sample]]
+) -> list[Sample]:
+    """The first `count` samples, from the file if it has as many, else made and kept."""
+    if task.settings.cache_dir is None:
+        return make()
+    path = _path(task, task.settings.cache_dir, fingerprint)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ["0"]
+    if int(lines[0]) >= count:
+        return [_sample(line) for line in lines[1:]][:count]
+    samples = make()
+    rows = [str(count), *(json.dumps(asdict(sample)) for sample in samples)]
+    write_whole(path, "\n".join(rows) + "\n")
+    return samples
+
+
+def _path(task: Task, folder: Path, fingerprint: str) -> Path:
+    depends_on: dict[str, Any] = {
+        "version": task.version,
+        "seed": task.settings.seed,
+        "tokenizer": fingerprint,
+        "files": [file_hash(path) for path in task.files()],
+    }
+    if task.settings.max_new_tokens is not None:
+        depends_on["max_new_tokens"] = task.settings.max_new_tokens  # of the length, it is a part
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
+    return folder / "samples" / f"{task.name}-{task.length}-{key}.jsonl"
+
+
+def _sample(line: str) -> Sample:
+    row = json.loads(line)
+    return Sample(**row | {"answers": tuple(row["answers"])})
