@@ -19,7 +19,7 @@ from benchmarks import record
 from benchmarks.answer_clock import AnswerClock, OutOfTime
 from locret import Engine, RetainingHeads
 from locret.evaluation.prompts import Renderer
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import POLICIES, LocretPolicy
 from locret.tasks.needle import as_sample

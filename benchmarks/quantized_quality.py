@@ -24,7 +24,7 @@ from benchmarks.transformers_backends import transformers_backends
 from locret import Engine
 from locret.evaluation.prompts import Renderer
 from locret.evaluation.results import wilson
-from locret.model.cache_names import as_argument
+from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.tasks import TASKS, TaskSettings
 from locret.tasks.needle import HAYSTACK

@@ -20,7 +20,7 @@ from benchmarks.answer_clock import AnswerClock
 from benchmarks.transformers_backends import transformers_backends
 from locret import Engine, HeadsConfig, RetainingHeads
 from locret.model.backbone import Backbone
-from locret.model.cache_names import as_argument, as_before, cache_of
+from locret.model.hooks import as_argument, as_before, cache_of
 from locret.policies import LocretPolicy
 
 Answer = Callable[[Tensor, AnswerClock], Any]

@@ -18,7 +18,7 @@ import torch
 import locret
 from benchmarks.shapes import random_model
 from benchmarks.systems import Setting, random_heads
-from locret.model.cache_names import as_argument
+from locret.model.hooks import as_argument
 
 PACKAGE = Path(locret.__file__).parent
 BUDGET = 8
@@ -49,16 +49,16 @@ def traced() -> dict[str, set[tuple[str, str]]]:
         longer = torch.cat([ids, token], dim=1)
         chunks: list[set[tuple[str, str]]] = []
         reader: Any = engine._reader
-        read = reader.take_in
+        read = reader.store
 
-        def counted(chunk: torch.Tensor, into: Any) -> None:
-            chunks.append(_passed(lambda: read(chunk, into)))
+        def counted(*given: Any) -> None:
+            chunks.append(_passed(lambda: read(*given)))
 
-        reader.take_in = counted
+        reader.store = counted
         try:
             engine.prefill(longer)
         finally:
-            del reader.take_in
+            del reader.store
         answer = _passed(lambda: model(token, **as_argument(model, cache)))
     return {"a chunk of a prompt": chunks[-1], "a token of an answer": answer}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import locret
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from locret.policies import POLICIES
 from locret.quantization import SCHEMES
 from tests.test_batches import padded

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import locret
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from tests.tiny_models import FAMILIES, VOCAB, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -187,7 +187,7 @@ def test_questions_of_different_lengths_are_asked_together(positions, quantizati
             assert torch.equal(together[row, asked.shape[1] :], own[0, length:])
     for layer, *own in zip(cache.layers, *(each.layers for each in alone), strict=True):
         for row, single in enumerate(own):
-            positions = layer.source_positions[row, :, -single.held :]
+            positions = layer.source_positions[row, :, -single.slots :]
             assert torch.equal(positions[..., :10], single.source_positions[0, ..., :10])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import locret
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from locret.quantities import Memory
 from tests.reference import Settings, answer
 from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model

@@ -7,10 +7,8 @@ from hypothesis import strategies as st
 
 import locret
 from locret import RetainedCache
-from locret.cache.cache import Eviction
-from locret.cache.layer import RetainedLayer
-from locret.cache.units import Units, unscored
-from locret.model.cache_names import as_argument, cache_in
+from locret.cache.layer import NewTokens, PlainStore, RetainedLayer
+from locret.model.hooks import as_argument, cache_in
 from locret.policies import Policy
 from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
 
@@ -107,7 +105,7 @@ class WatchingPolicy(Policy):
         self.held, self.peak = [], 0
 
     def score(self, chunk):
-        self.held.append(self.cache.layers[chunk.layer_idx].held)
+        self.held.append(self.cache.layers[chunk.layer_idx].slots)
         self.peak = max(self.peak, self.cache.nbytes)
         new = torch.arange(chunk.start, chunk.start + chunk.key.shape[2])
         return new.float().expand(chunk.key.shape[:3])
@@ -209,10 +207,10 @@ def test_reset_makes_it_new():
     assert [layer.rotated for layer in cache.layers] == [False, False]
     with engine, torch.no_grad():
         for given in (cache, RetainedCache(2, budget=20)):
-            given.eviction = Eviction((20, 20), 3)
             given.prompt_lengths = (30,)
             decoder = engine.backbone.decoder
-            decoder(input_ids=prompt(30), use_cache=True, **as_argument(decoder, given))
+            with engine.reading_into(given, (20, 20)):
+                decoder(input_ids=prompt(30), use_cache=True, **as_argument(decoder, given))
             assert given.report()["units"] == [20, 20]
 
 
@@ -229,7 +227,7 @@ def test_seen_is_not_what_is_held():
     cache = filled_cache()
     for layer_idx in range(2):
         assert cache.get_seq_length(layer_idx) == 50
-        assert cache.layers[layer_idx].held == 20
+        assert cache.layers[layer_idx].slots == 20
     assert cache.is_initialized
     assert cache.layers[0].get_max_length() == -1
 
@@ -265,7 +263,7 @@ def test_update_without_an_engine_is_refused_and_stores_nothing():
     assert layer.update(key, key) == (key, key)
     with pytest.raises(ValueError, match="no engine is attached"):
         layer.update(key, key)
-    assert layer.held == layer.seen == 0
+    assert layer.slots == layer.seen == 0
 
 
 def test_positions_are_checked():
@@ -332,7 +330,7 @@ STEPS = st.lists(
 @settings(max_examples=150)
 @given(steps=STEPS, batch=st.integers(1, 3), heads=st.integers(1, 3))
 def test_units_behave_like_lists(steps, batch, heads):
-    units, model = Units(), ListUnits()
+    units, model = PlainStore(), ListUnits()
     rows, next_position, next_value = batch, 0, 0
     for step, *arguments in steps:
         if step == "append":
@@ -341,7 +339,7 @@ def test_units_behave_like_lists(steps, batch, heads):
             numbers = torch.arange(next_value, next_value + count).reshape(rows, heads, new)
             keys = numbers.float()[..., None].expand(-1, -1, -1, 2)
             positions = torch.arange(next_position, next_position + new)
-            units.append(keys, -keys, numbers / 2, positions, room)
+            units.append(NewTokens.of(keys, -keys, positions, numbers / 2), room)
             model.append(
                 [
                     [
@@ -357,12 +355,12 @@ def test_units_behave_like_lists(steps, batch, heads):
         elif step == "clear":
             units.clear()
             model, rows = ListUnits(), batch
-        elif not units.held:
+        elif not units.count:
             continue
         elif step == "select":
-            keep, seed = min(arguments[0], units.held), arguments[1]
+            keep, seed = min(arguments[0], units.count), arguments[1]
             generator = torch.Generator().manual_seed(seed)
-            noise = torch.rand(rows, heads, units.held, generator=generator)
+            noise = torch.rand(rows, heads, units.count, generator=generator)
             index = noise.topk(keep).indices.sort().values
             units.select(index)
             model.select(index)
@@ -378,20 +376,20 @@ def test_units_behave_like_lists(steps, batch, heads):
                 for row in model.rows
             ]
         if model.rows is None:
-            assert units.held == units.nbytes == 0
+            assert units.count == units.nbytes == 0
         else:
             assert as_lists(units) == model.rows
-            assert units.held == len(model.rows[0][0])
+            assert units.count == len(model.rows[0][0])
             assert units.nbytes == sum(t.nbytes for t in units.tensors)
 
 
 def test_spare_room_is_never_looked_at():
-    units = Units()
+    units = PlainStore()
     key = torch.ones(1, 2, 3, 4)
-    units.append(key, key, unscored(key), torch.arange(3), room=10)
+    units.append(NewTokens.of(key, key, torch.arange(3)), room=10)
     for tensor in units.tensors[:3]:
         tensor[:, :, 3:] = torch.nan
-    units.append(key, key, unscored(key), torch.arange(3, 6))
+    units.append(NewTokens.of(key, key, torch.arange(3, 6)))
     units.select_batch(torch.tensor([0, 0]))
     units.select(torch.tensor([0, 4]).expand(2, 2, 2))
     for view in (units.keys, units.values, units.scores):
@@ -399,7 +397,7 @@ def test_spare_room_is_never_looked_at():
 
 
 def test_units_do_not_alias_what_they_were_given():
-    units, key = Units(), torch.ones(1, 1, 2, 4)
-    units.append(key, key.clone(), unscored(key), torch.arange(2))
+    units, key = PlainStore(), torch.ones(1, 1, 2, 4)
+    units.append(NewTokens.of(key, key.clone(), torch.arange(2)))
     key.zero_()
     assert units.keys.eq(1).all()

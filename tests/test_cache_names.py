@@ -12,7 +12,7 @@ import torch
 import locret
 from locret.engine.answering import Answering
 from locret.engine.engine import Engine
-from locret.model.cache_names import NAMES, as_argument, as_before, cache_in, cache_of
+from locret.model.hooks import CACHE_NAMES, as_argument, as_before, cache_in, cache_of
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,12 +33,12 @@ def takes_only(name, function):
     stock = native()
 
     def method(self, *args, **kwargs):
-        assert not (set(NAMES) - {name}) & set(kwargs), f"called by another name than {name}"
+        assert not (set(CACHE_NAMES) - {name}) & set(kwargs), f"called by another name than {name}"
         return function(self, *args, **renamed(kwargs, name, stock))
 
     shown = inspect.signature(function)
     parameters = [
-        each.replace(name=name) if each.name in NAMES else each
+        each.replace(name=name) if each.name in CACHE_NAMES else each
         for each in shown.parameters.values()
     ]
     method.__signature__ = shown.replace(parameters=parameters)
@@ -75,13 +75,13 @@ def model_with(name):
     """A tiny Llama of which every part that takes a cache calls it `name`."""
     model = tiny_model("llama")
     for module in model.modules():
-        if set(NAMES) & set(inspect.signature(module.forward).parameters):
+        if set(CACHE_NAMES) & set(inspect.signature(module.forward).parameters):
             module.__class__ = speaking(type(module), name)
     return model
 
 
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CACHE_NAMES)
 def test_models_of_either_name_answer_alike(name, fast, monkeypatch):
     monkeypatch.setattr(Answering, "fast_steps", property(lambda self: fast))
     stock, model = tiny_model("llama"), model_with(name)
@@ -96,9 +96,9 @@ def test_models_of_either_name_answer_alike(name, fast, monkeypatch):
     assert torch.equal(engine.generate(prompt(60), **GREEDY), stock.generate(prompt(60), **GREEDY))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CACHE_NAMES)
 def test_the_models_under_test_know_one_name(name):
-    model, (other,) = model_with(name), set(NAMES) - {name}
+    model, (other,) = model_with(name), set(CACHE_NAMES) - {name}
     with locret.Engine(model, "full") as engine, pytest.raises(AssertionError, match="another"):
         model(prompt(4), **{other: engine.prefill(prompt(9))})
     assert as_argument(model, 1) == as_argument(model, 1, "generate") == {name: 1}
@@ -106,7 +106,7 @@ def test_the_models_under_test_know_one_name(name):
 
 
 def test_the_cache_is_found_under_either_name():
-    for name in NAMES:
+    for name in CACHE_NAMES:
         assert cache_in({name: 1, "use_cache": True}) == 1
         assert cache_of(SimpleNamespace(**{name: 1})) == 1
     assert cache_in({}) is None
@@ -126,7 +126,7 @@ def test_nothing_of_ours_uses_a_deprecated_name():
     code = (
         "import locret, torch\n"
         "from tests.tiny_models import prompt, tiny_heads, tiny_model\n"
-        "from locret.model.cache_names import cache_of\n"
+        "from locret.model.hooks import cache_of\n"
         "model = tiny_model('llama')\n"
         "engine = locret.Engine(model, heads=tiny_heads(model), budget=20, stabilizers=3)\n"
         "output = engine.generate(prompt(150), max_new_tokens=4, return_dict_in_generate=True)\n"

@@ -11,8 +11,7 @@ from transformers import CompileConfig
 
 import locret
 from locret.model.backbone import Backbone
-from locret.model.cache_names import as_argument
-from locret.model.hooks import RunningUncompiled
+from locret.model.hooks import RunningUncompiled, as_argument
 from locret.policies import Policy
 from locret.training.distill import Distillation
 from locret.training.segments import Segment

@@ -13,7 +13,7 @@ from locret.engine.config import PAPER
 from locret.engine.engine import DEFAULT_NEW_TOKENS
 from locret.heads.heads import FEATURES
 from locret.model.backbone import Backbone
-from locret.model.cache_names import as_argument, cache_of
+from locret.model.hooks import as_argument, cache_of
 from locret.policies import POLICIES, LocretPolicy, Policy
 from tests.test_batches import padded
 from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model

@@ -42,7 +42,7 @@ def test_units_are_recalled_as_on_the_cpu(positions, interval):
     model = model.cuda()
     engine = Engine(model, "keydiff", **settings)
     cache = engine.prefill(ids[:, :-5].cuda())
-    assert all(layer.host.view().pool.segments[0].columns[0].is_pinned() for layer in cache.layers)
+    assert all(layer.host.view().pool.segments[0].tensors[0].is_pinned() for layer in cache.layers)
     given = engine.generate(ids.cuda(), **GREEDY)
     assert torch.equal(given.cpu(), expected)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locret.model.backbone import Backbone
-from locret.model.identity import IdentityTable, identity_tables
+from locret.model.rotary import IdentityTable, identity_tables
 from tests.tiny_models import FAMILIES, tiny_model
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import kvpress_answers
 from benchmarks import kvpress_positions as comparison
-from locret.model.cache_names import as_before
+from locret.model.hooks import as_before
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 RECORDED = RESULTS / "kvpress_positions.json"

@@ -6,15 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locret
+from locret.cache.layer import NewTokens, PlainStore
 from locret.cache.merging import (
     Mergeable,
-    Merged,
     Merging,
     describe_merging,
     merge_evicted,
     merging_of,
 )
-from locret.cache.units import Units, unscored
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from tests import policy_reference
 from tests.policy_reference import Unit, merge
@@ -139,7 +138,7 @@ def test_what_receives_nothing_stays_bit_for_bit():
 def assert_as_the_twin(cache, layers):
     for layer, expected in zip(cache.layers, layers, strict=True):
         for head, units in enumerate(expected.units):
-            first = layer.held - len(units)
+            first = layer.slots - len(units)
             positions = layer.source_positions[0, head, first:].tolist()
             assert positions == [unit.position for unit in units]
             weights = layer.units.weights[0, head]
@@ -207,7 +206,7 @@ def test_answers_that_are_evicted_stay_bounded_and_lose_nothing(model, name):
     cache = engine.prefill(prompt(60))
     engine.generate(prompt(5, seed=1), cache=cache, max_new_tokens=40, do_sample=False)
     for layer in cache.layers:
-        assert layer.held <= 17 + 3
+        assert layer.slots <= 17 + 3
         assert layer.units.weights.sum(dim=-1).eq(cache.seen).all()
 
 
@@ -278,10 +277,10 @@ def test_contexts_are_saved_restored_and_repeated(tmp_path, dtype):
 
 
 def test_units_written_in_place_weigh_one():
-    units = Units(weighs=True)
+    units = PlainStore(weighs=True)
     keys = torch.randn(1, 2, 5, 4)
-    units.append(keys, keys, unscored(keys), torch.arange(5))
-    units.replace_merged(Merged(keys, torch.full((1, 2, 5), 3.0)))
+    units.append(NewTokens.of(keys, keys, torch.arange(5)))
+    units.replace(4, torch.full((1, 2, 5), 3.0))
     units.make_room(4, first_position=5)
     for _ in range(3):
         units.note_written()
@@ -293,7 +292,7 @@ def test_a_budget_in_bytes_counts_weights(model):
     with_weights = locret.Engine(model, "keydiff", merging="similar", **settings)
     cache = with_weights.prefill(prompt(200))
     assert cache.nbytes <= 40_000
-    assert cache.nbytes == with_weights.sizing.cache_bytes([layer.held for layer in cache.layers])
+    assert cache.nbytes == with_weights.sizing.cache_bytes([layer.slots for layer in cache.layers])
 
 
 # --- what is asked for ---

@@ -10,7 +10,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import locret
-from locret.model.cache_names import as_argument, cache_of
+from locret.model.hooks import as_argument, cache_of
 from locret.policies import Policy
 from tests.tiny_models import FAMILIES, PHI3_WINDOW, SLIDING, prompt, tiny_model
 

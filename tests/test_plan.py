@@ -10,8 +10,9 @@ from transformers import AutoConfig
 
 import locret
 from benchmarks.shapes import SHAPES
+from locret.cache.sizing import Sizing
 from locret.cli import main
-from locret.engine.plan import SCHEMES, as_text, make_plan, sizing_of
+from locret.engine.plan import SCHEMES, as_text, make_plan
 from locret.model.backbone import Backbone
 from locret.quantities import format_bytes, parse_bytes, parse_tokens
 from tests.tiny_models import prompt, tiny_config, tiny_heads, tiny_model
@@ -67,7 +68,7 @@ def test_the_cache_is_as_large_as_said():
         model, heads=tiny_heads(model), budget=24, chunk_size=16, stabilizers=4, local_tokens=1
     )
     cache = engine.prefill(prompt(70))
-    sizing = sizing_of(SCHEMES[0], Backbone(model).geometry, torch.float32)
+    sizing = Sizing.of(SCHEMES[0], Backbone(model).geometry, 4)
     assert sizing.cache_bytes([24, 24]) == cache.nbytes
 
 
@@ -77,7 +78,7 @@ def test_everything_is_within_the_memory():
     fixed = plan.weights_bytes + plan.heads_bytes + plan.chunk_bytes + plan.reserve_bytes
     assert fixed + plan.left_bytes == plan.memory
     for scheme, planned in zip(SCHEMES, plan.schemes, strict=True):
-        sizing = sizing_of(scheme, plan.geometry, torch.bfloat16)
+        sizing = Sizing.of(scheme, plan.geometry, 2)
         held = sizing.cache_bytes([planned.budget + 600] * 32)
         assert 0.5 * plan.left_bytes < held < plan.left_bytes
 

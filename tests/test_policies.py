@@ -130,7 +130,7 @@ def test_answers_stay_bounded_and_scores_finite(model, name):
     engine.generate(prompt(3, vocab=VOCAB), cache=cache, max_new_tokens=40, do_sample=False)
     limits = engine.policy.budgets(20, 2, 60)
     for layer, limit in zip(cache.layers, limits, strict=True):
-        assert layer.held <= limit + 5
+        assert layer.slots <= limit + 5
         assert layer.scores.isfinite().all()
 
 
@@ -255,7 +255,7 @@ def test_the_last_chunk_ends_with_the_question(model, name, chunk_size):
         progress=lambda done, total: seen.append((done, total)),
     )
     with engine:
-        cache = engine._prompts.read_prompt(ids, [0])
+        cache = engine._reader.read_prompt(ids, [0])
     expected, _ = policy_reference.read(
         model, RULES[name](), ids[0, :-1].tolist(), 17, chunk_size, 3, together=5
     )

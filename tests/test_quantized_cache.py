@@ -7,7 +7,7 @@ import torch
 
 import locret
 from locret.model.backbone import Backbone
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.quantization import SCHEMES, make_scheme, scheme_of
@@ -143,7 +143,7 @@ def test_answers_are_packed_as_they_come(model, scheme):
     cache = engine.prefill(prompt(60))
     engine.generate(prompt(3), cache=cache, max_new_tokens=40, do_sample=False)
     for layer in cache.layers:
-        assert layer.held == 20 + 42
+        assert layer.slots == 20 + 42
         assert layer.units.store.residual.count < RUNS["residual"] + RUNS["group"]
         assert layer.rotated == (scheme["name"] != "kvquant")
 
@@ -220,10 +220,10 @@ def test_rows_of_different_lengths_hold_what_they_would_alone(model, scheme, len
     for row, length in enumerate(lengths):
         alone = engine.prefill(prompt(length, seed=row, vocab=VOCAB))
         for layer, single in zip(cache.layers, alone.layers, strict=True):
-            held = single.held
-            assert torch.equal(layer.keys[row, :, layer.held - held :], single.keys[0])
-            assert torch.equal(layer.values[row, :, layer.held - held :], single.values[0])
-            assert (layer.empty[row] == layer.held - held).all()
+            held = single.slots
+            assert torch.equal(layer.keys[row, :, layer.slots - held :], single.keys[0])
+            assert torch.equal(layer.values[row, :, layer.slots - held :], single.values[0])
+            assert (layer.empty[row] == layer.slots - held).all()
 
 
 @pytest.mark.parametrize("settings", [{}, {"positions": "original"}, {"decode_interval": 4}])

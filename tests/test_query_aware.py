@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import locret
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from locret.policies import LocretPolicy
 from locret.training.distill import Distillation
 from locret.training.segments import Segment, with_query_in_front

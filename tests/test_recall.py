@@ -12,7 +12,7 @@ from locret.cache.merging import Merging
 from locret.cache.recall import block_relevance, mean_logits
 from locret.evaluation.setups import Engines, expand
 from locret.model.attend import attend
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from locret.model.loading import LoadedModel
 from locret.policies import POLICIES, Policy
 from locret.policies.compose import AdaptiveHeads, SharedLayers
@@ -368,15 +368,15 @@ def test_recalled_keys_are_rotated_whole_and_at_one_slot(family):
         for positions in ("compact", "original")
     ]
     compact, original = (layer.host.view().pool.segments[0] for layer in first)
-    assert torch.equal(compact.columns[2], original.columns[2])
-    assert (compact.columns[0].norm(dim=-1) - original.columns[0].norm(dim=-1)).abs().max() < 1e-4
+    assert torch.equal(compact.tensors[2], original.tensors[2])
+    assert (compact.tensors[0].norm(dim=-1) - original.tensors[0].norm(dim=-1)).abs().max() < 1e-4
     hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(prompt(60)))
     attention = model.model.layers[0].self_attn
     keys = attention.qkv_proj(hidden)[..., 64:80] if family == "phi3" else attention.k_proj(hidden)
     keys = keys.unflatten(-1, (2, 8)).transpose(1, 2)[0]
-    positions = compact.columns[2].unflatten(0, (2, -1)).flatten(1)
+    positions = compact.tensors[2].unflatten(0, (2, -1)).flatten(1)
     unrotated = keys.gather(1, positions[..., None].expand(*positions.shape, 8))
-    recalled = compact.columns[0].unflatten(0, (2, -1)).flatten(1, 2)
+    recalled = compact.tensors[0].unflatten(0, (2, -1)).flatten(1, 2)
     scale = model.model.rotary_emb.attention_scaling
     assert (scale > 1) == (family == "phi3")
     assert (recalled - unrotated * scale).abs().max() < 1e-5
@@ -544,7 +544,7 @@ class Spy(Policy):
         self.held = []
 
     def score(self, chunk):
-        self.held.append(chunk.num_held)
+        self.held.append(chunk.context_length)
         return chunk.own_positions[:, None].float().expand(chunk.key.shape[:3])
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.policies.selection import keep_highest
+from locret.policies.base import keep_highest
 
 
 def naive(scores, budget, protected_tail):

@@ -8,7 +8,7 @@ import locret
 from locret.engine.answering import Answering
 from locret.engine.steps import EAGER_STEPS, StepCounts
 from locret.kernels import decode_attention_quantized
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from tests.tiny_models import FAMILIES, MIXED, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -211,7 +211,7 @@ def spied(seen):
 @pytest.mark.parametrize("name", ["kivi", "kvquant", "fp8"])
 def test_long_answers_are_packed_now_and_then(both, monkeypatch, name):
     model = tiny_model("llama")
-    monkeypatch.setattr("locret.cache.coded.STEPS", 11)
+    monkeypatch.setattr("locret.cache.packed.STEPS", 11)
     scheme = {"name": name, "bits": 8, "group": 4, "residual": 3}
 
     def work():

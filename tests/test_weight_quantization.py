@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from locret.model.backbone import Backbone
-from locret.model.loading import load_model
-from locret.model.weight_quantization import PACKAGES, quantization_config
+from locret.model.loading import PACKAGES, load_model, quantization_config
 from locret.training.distill import Distillation
 from locret.training.segments import Segment
 from tests.tiny_models import prompt, tiny_heads, tiny_model

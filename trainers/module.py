@@ -19,9 +19,8 @@ from locret.cache.cache import Positions
 from locret.engine.config import EngineConfig
 from locret.heads.heads import HeadsConfig, RetainingHeads
 from locret.model.backbone import Backbone
-from locret.model.loading import Dtype, load_model, load_tokenizer
+from locret.model.loading import Dtype, Quantization, load_model, load_tokenizer
 from locret.model.rotary import LongRopeRule
-from locret.model.weight_quantization import Quantization
 from locret.training.distill import Distillation
 from locret.training.row_loss import Distilled, Share
 from locret.training.segments import with_query_in_front
@@ -47,7 +46,7 @@ class HeadsModule(LightningModule):
     Args:
         model: the backbone: a Hub id, a folder, or `embedded:smollm2`.
         adapter: a PEFT adapter of the backbone, merged into its weights unless they are quantized.
-        quantization: of the backbone's weights: "int8", "nf4" (`locret.model.weight_quantization`).
+        quantization: of the backbone's weights: "int8", "nf4" (`locret.model.loading`).
         width: hidden width of a head (the paper's d_R).
         tap: what a head reads (`locret.heads.heads.FEATURES`).
         label: label definition (`locret.heads.targets.LABELS`).

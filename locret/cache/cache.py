@@ -10,51 +10,29 @@ Positions (`Positions`):
   original  keys are rotated once, at their source position; bounded by the backbone's window.
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from locret.cache import files as saved
+from locret.cache import files
 from locret.cache.host_blocks import HostBlocks
-from locret.cache.layer import LayerView, RetainedLayer
-from locret.cache.merging import Merging, describe_merging, merging_of
+from locret.cache.layer import RetainedLayer
+from locret.cache.merging import Merging, describe_merging
 from locret.cache.recall import Recall
-from locret.quantization import NO_SCHEME, SCHEMES, Scheme, describe_scheme, scheme_of
+from locret.quantization import NO_SCHEME, Scheme, describe_scheme
 
 Positions = Literal["compact", "original"]
 
 DECODE_ROOM = 256  # units of spare storage a growing layer takes, so that decoding appends in place
-
-
-@dataclass(frozen=True)
-class Eviction:
-    """What layers do after attending: keep `budgets[layer]` units.
-
-    The last `stabilizers` units and the first `query` ones are among them whatever they scored.
-    A layer evicts when it holds more than `slack` units above its budget. The last `drop` tokens
-    of the chunk are read for the policy to see and not kept: a question that will be asked later.
-    The values of evicted units are merged into others by the rule `merging`; None = they are lost.
-    """
-
-    budgets: tuple[int, ...]
-    stabilizers: int
-    query: int = 0
-    slack: int = 0
-    drop: int = 0
-    merging: Merging | None = None
-
-    def protected(self, layer_idx: int, recent: int = 0) -> tuple[int, int]:
-        """Protected units at the (tail, head) of a layer, the policy's `recent` ones included: a
-        small budget protects fewer."""
-        head = min(self.query, self.budgets[layer_idx])
-        return min(max(self.stabilizers, recent), self.budgets[layer_idx] - head), head
 
 
 def check_storage(
@@ -93,7 +71,7 @@ def check_storage(
 class Snapshot:
     """What a cache was at some moment (`RetainedCache.snapshot`). It holds no copy of the units."""
 
-    layers: tuple[LayerView, ...]
+    layers: tuple[SimpleNamespace, ...]
     fields: dict[str, Any]
 
 
@@ -113,8 +91,8 @@ class RetainedCache(Cache):
             go with merging.
 
     Attributes:
-        eviction: what layers do after attending now; None = nothing is evicted.
-        room: units expected to come after the prompt was read, for which storage is made at once.
+        current: what the forward that runs now does with the cache, a `Pass` of
+            `locret.engine.attention`; None = it answers, or nothing runs.
         prompt_lengths: tokens of each row's first prompt (they decide LongRoPE's `by_length`
             rule); one for all rows if they agree.
         longrope: the LongRoPE rule that keys are rotated by; None where the backbone has none.
@@ -126,8 +104,6 @@ class RetainedCache(Cache):
         unread_ids: [B, 0 or 1] long, on the CPU: the last token of the answer, which ends a call
             without being read; the next turn reads it first.
         padding: how many leading tokens of each row are padding; None = none.
-        takes_in: a chunk of a context is read, and its output is not wanted.
-        steps: computes the layers of a one-token step just now (`locret.engine.steps`); else None.
         model: what the cache belongs to (`locret.cache.files.describe`), for `save`.
     """
 
@@ -162,13 +138,10 @@ class RetainedCache(Cache):
         self.budget = budget
         self.positions = positions
         self.model: dict[str, Any] = {}
-        self.takes_in = False
-        self.steps: Any = None
+        self.current: Any = None
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self.eviction: Eviction | None = None
-        self.room = DECODE_ROOM
         self.prompt_lengths: tuple[int, ...] = (0,)
         self.longrope: str | None = None
         self.query_length = 0
@@ -177,11 +150,11 @@ class RetainedCache(Cache):
         self.unread_ids = torch.empty(0, 0, dtype=torch.long)
         self.padding: tuple[int, ...] | None = None
 
-    def shifted(self, column: int) -> tuple[int, ...]:
-        """The position of token `column` in each row, or one for all rows if they agree."""
+    def shifted(self, token: int) -> tuple[int, ...]:
+        """The position of token number `token` in each row, or one for all rows if they agree."""
         if self.padding is None:
-            return (column,)
-        return tuple(column - padding for padding in self.padding)
+            return (token,)
+        return tuple(token - padding for padding in self.padding)
 
     def __bool__(self) -> bool:
         """False, so that stock Phi-3 keeps the cache; ask `cache is None` or `cache.seen` instead.
@@ -192,15 +165,19 @@ class RetainedCache(Cache):
         """
         return False
 
+    @contextlib.contextmanager
+    def during(self, current: Any) -> Iterator[None]:
+        """Let forwards with the cache do `current` with it, until the block ends."""
+        before, self.current = self.current, current
+        try:
+            yield
+        finally:
+            self.current = before
+
     @property
     def seen(self) -> int:
         """Tokens seen."""
         return self.get_seq_length()
-
-    @property
-    def quantized(self) -> bool:
-        """Whether any layer holds keys and values in few bits."""
-        return any(layer.quantized for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
@@ -230,7 +207,8 @@ class RetainedCache(Cache):
     def snapshot(self) -> Snapshot:
         """What the cache is now, to come back to with `restore`: ask a question, restore, ask the
         next one. Nothing is copied; the storage lives as long as the snapshot or the cache."""
-        fields = {name: copy.copy(getattr(self, name)) for name in _FIELDS}
+        names = ("token_ids", "unread_ids", *files.REQUEST)
+        fields = {name: copy.copy(getattr(self, name)) for name in names}
         return Snapshot(tuple(layer.view() for layer in self.layers), fields)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -256,28 +234,7 @@ class RetainedCache(Cache):
             ValueError: nothing was read yet, the path is taken by something else, or a scheme of
                 your own that `locret.quantization.SCHEMES` does not know stores the units.
         """
-        if not self.seen or self.token_ids is None:
-            raise ValueError("the cache holds no context to save, or one that beams have mixed up")
-        if SCHEMES.get(self.scheme.name) is not type(self.scheme):
-            raise ValueError(
-                f"{type(self.scheme).__name__} is not in locret.quantization.SCHEMES, where "
-                "loading looks for it; add it there under its name"
-            )
-        tensors = {"token_ids": self.token_ids, "unread_ids": self.unread_ids}
-        for i, layer in enumerate(self.layers):
-            tensors |= {f"{i}.{name}": tensor for name, tensor in layer.named_tensors().items()}
-        record = {name: getattr(self, name) for name in _RECORDED}
-        record |= {
-            "seen": [layer.seen for layer in self.layers],
-            "rotated": [layer.rotated for layer in self.layers],
-            "windows": list(self.windows),
-            "quantization": describe_scheme(self.scheme),
-            "merging": describe_merging(self.merging),
-            "recall": dataclasses.asdict(self.recall) if self.recall else None,
-            "shift": [layer.shift for layer in self.layers],
-            "settled": [layer.settled for layer in self.layers],
-        }
-        saved.write(path, record, tensors)
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> "RetainedCache":
@@ -286,47 +243,7 @@ class RetainedCache(Cache):
         Raises:
             ValueError: no context there, a damaged one, or one of another model; says which.
         """
-        stock = model.get_base_model() if hasattr(model, "get_base_model") else model
-        record, tensors = saved.read(path, stock)
-        # Layers that are elsewhere take their units there when they run.
-        device = "cpu" if stock.device.type == "meta" else stock.device
-        try:
-            return cls._of_record(record, tensors, device)
-        except (KeyError, IndexError, TypeError) as error:
-            file = Path(path) / saved.CONTEXT
-            raise ValueError(f"{file} is damaged ({error}); save the context again") from error
-
-    @classmethod
-    def _of_record(
-        cls, record: dict[str, Any], tensors: dict[str, Tensor], device: Any
-    ) -> "RetainedCache":
-        """What `save` wrote."""
-        recall = record["recall"]
-        cache = cls(
-            len(record["seen"]),
-            positions=record["positions"],
-            windows=record["windows"],
-            scheme=scheme_of(record["quantization"]),
-            merging=merging_of(record["merging"]),
-            recall=Recall(**recall) if recall else None,
-        )
-        for name in _RECORDED:
-            value = record[name]
-            setattr(cache, name, tuple(value) if isinstance(value, list) else value)
-        cache.token_ids, cache.unread_ids = tensors.pop("token_ids"), tensors.pop("unread_ids")
-        for i, layer in enumerate(cache.layers):
-            layer.seen, layer.rotated = record["seen"][i], record["rotated"][i]
-            layer.shift, layer.settled = tuple(record["shift"][i]), record["settled"][i]
-            start = f"{i}."
-            layer.take_tensors(
-                {
-                    name.removeprefix(start): tensor
-                    for name, tensor in tensors.items()
-                    if name.startswith(start)
-                },
-                device,
-            )
-        return cache
+        return files.load(cls, path, model)
 
     def _emptied(self) -> "RetainedCache":
         """A cache of the same settings and model that has read nothing."""
@@ -363,38 +280,36 @@ class RetainedCache(Cache):
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
         batch.padding = tuple(padded_to - row.shifted(row.seen)[0] for row in rows)
         for layer, *of_rows in zip(batch.layers, *(row.layers for row in rows), strict=True):
-            layer.take_rows(of_rows, num_heads, device)
+            _take_rows(layer, of_rows, num_heads, device)
             layer.seen = padded_to
         return batch
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, one after the other, for the beams of stock `generate`."""
-        held = next((layer for layer in self.layers if layer.held), None)
-        batch = len(self.padding or ()) or (held.scores.shape[0] if held else 1)
-        known = [row for row in range(batch) for _ in range(repeats)]
-        for layer in self.layers:
-            layer.select_rows(torch.tensor(known), known)
-        if self.padding is not None:
-            self.padding = tuple(self.padding[row] for row in known)
-        if len(self.prompt_lengths) > 1:
-            self.prompt_lengths = tuple(self.prompt_lengths[row] for row in known)
+        some = next((layer for layer in self.layers if layer.slots), None)
+        batch = len(self.padding or ()) or (some.scores.shape[0] if some else 1)
+        self._select_rows([row for row in range(batch) for _ in range(repeats)])
 
     def rows(self, indices: Sequence[int]) -> "RetainedCache":
         """Some rows as a cache of their own; this one stays as it is."""
-        part = self._emptied()
-        part.restore(self.snapshot())
-        device = next((layer.scores.device for layer in self.layers if layer.held), None)
-        on_device = torch.tensor(indices, device=device)
-        for layer in part.layers:
-            layer.select_rows(on_device, indices)
-        if len(self.prompt_lengths) > 1:
-            part.prompt_lengths = tuple(self.prompt_lengths[i] for i in indices)
-        if self.padding is not None:
-            part.padding = tuple(self.padding[i] for i in indices)
+        chosen = self._emptied()
+        chosen.restore(self.snapshot())
+        chosen._select_rows(indices)
         if self.token_ids is not None:
-            part.token_ids = self.token_ids[list(indices)]
-            part.unread_ids = self.unread_ids[list(indices)]
-        return part
+            chosen.token_ids = self.token_ids[list(indices)]
+            chosen.unread_ids = self.unread_ids[list(indices)]
+        return chosen
+
+    def _select_rows(self, indices: Sequence[int]) -> None:
+        """Let the layers hold only these rows of the batch, which may repeat."""
+        device = next((layer.scores.device for layer in self.layers if layer.slots), None)
+        on_device = torch.tensor(indices, device=device)
+        for layer in self.layers:
+            layer.select_rows(on_device, indices)
+        if self.padding is not None:
+            self.padding = tuple(self.padding[i] for i in indices)
+        if len(self.prompt_lengths) > 1:
+            self.prompt_lengths = tuple(self.prompt_lengths[i] for i in indices)
 
     def report(self) -> dict[str, Any]:
         """What is held, in units and real bytes, against what a full cache would take.
@@ -410,6 +325,7 @@ class RetainedCache(Cache):
             the last step or chunk), all in the layer or head that has most but for the bytes, which
             are of all; what it takes of the device is part of `bytes`.
         """
+        quantized = any(layer.quantized for layer in self.layers)
         full = sum(
             layer.units.full_bytes * min(layer.seen, layer.window or layer.seen)
             for layer in self.layers
@@ -418,10 +334,10 @@ class RetainedCache(Cache):
             "seen_tokens": self.seen,
             "budget": self.budget,
             "positions": self.positions,
-            "quantization": describe_scheme(self.scheme) if self.quantized else None,
+            "quantization": describe_scheme(self.scheme) if quantized else None,
             "merging": describe_merging(self.merging),
             "windows": list(self.windows),
-            "units": [layer.held for layer in self.layers],
+            "units": [layer.slots for layer in self.layers],
             "recall": self._report_recall(),
             "bytes": [layer.nbytes for layer in self.layers],
             "total_bytes": self.nbytes,
@@ -450,6 +366,42 @@ def _layer_schemes(
         retained += window is None
 
 
-_REQUEST = ("budget", "prompt_lengths", "longrope", "query_length", "answered", "padding")
-_RECORDED = ("model", "positions", *_REQUEST)
-_FIELDS = ("eviction", "room", "token_ids", "unread_ids", *_REQUEST)
+def _take_rows(
+    layer: RetainedLayer, rows: Sequence[RetainedLayer], num_heads: int, device: torch.device
+) -> None:
+    """Let a new layer hold layers of one row each as one batch, aligned at their last unit. Empties
+    `rows`, so that one layer at a time is held twice."""
+    units: Any = [row.units for row in rows]
+    layer.units = type(layer.units).of_rows(units)
+    # A row without a context has read nothing, and was never asked to rotate it.
+    layer.rotated = next((row.rotated for row in rows if row.slots), rows[0].rotated)
+    layer.after_eviction = max(row.after_eviction for row in rows)
+    layer.empty = _stack_empty([row.empty for row in rows])
+    layer.shift = tuple(row.shift[0] for row in rows)
+    layer.add_empty([layer.slots - row.slots for row in rows], num_heads, device)
+    layer.state = _stack_states([row.state for row in rows])
+    if layer.host:
+        layer.host = HostBlocks.stack([row.host for row in rows if row.host])
+    for row in rows:
+        row.units.clear()
+        if row.host:
+            row.host.clear()
+
+
+def _stack_empty(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """[B, H] where heads of some row keep different numbers of units; None = nowhere."""
+    like = next((row for row in rows if row is not None), None)
+    if like is None:
+        return None
+    return torch.cat([torch.zeros_like(like) if row is None else row for row in rows])
+
+
+def _stack_states(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What policies remember of rows, as one batch; zeros for rows that remember nothing."""
+    some: dict[str, Tensor] = {}
+    for row in rows:
+        some = row | some
+    return {
+        name: torch.cat([row.get(name, torch.zeros_like(like)) for row in rows])
+        for name, like in some.items()
+    }

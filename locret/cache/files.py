@@ -7,6 +7,7 @@ A folder with `units.safetensors` (keys, values, scores, source positions of eve
 import contextlib
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from locret.cache.layer import RetainedLayer
+from locret.cache.merging import describe_merging, merging_of
+from locret.cache.recall import recall_of
 from locret.heads.files import written_aside
+from locret.quantization import SCHEMES, describe_scheme, scheme_of
 
 SCHEMA = 2
 UNITS, CONTEXT = "units.safetensors", "context.json"
+
+REQUEST = ("budget", "prompt_lengths", "longrope", "query_length", "answered", "padding")
+"""What a `RetainedCache` knows of its request, beside the tokens."""
+
+_RECORDED = ("model", "positions", *REQUEST)
+_OF_LAYERS = {
+    "seen": "seen",
+    "rotated": "rotated",
+    "windows": "window",
+    "shift": "shift",
+    "settled": "after_eviction",
+}
+"""What the record says of every layer, and the layer's attribute."""
+
+EVICTED, STATE = "evicted.", "state."
+"""How the names of a layer's evicted units begin, and of what a policy remembers."""
 
 
 def describe(model: Any) -> dict[str, Any]:
@@ -77,29 +98,107 @@ def _first_values(module: Any, name: str) -> Tensor:
         return getattr(module, name).detach().flatten()[:32].float().cpu()
 
 
-def write(path: str | Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a context to the folder `path`, aside first: there is the whole of it or nothing.
-
-    Raises:
-        ValueError: the path is taken by something else.
-    """
+def save(cache: Any, path: str | Path) -> None:
+    """Write a `RetainedCache` to the folder `path` (`RetainedCache.save`), aside first: there is
+    the whole of it or nothing."""
+    if not cache.seen or cache.token_ids is None:
+        raise ValueError("the cache holds no context to save, or one that beams have mixed up")
+    if SCHEMES.get(cache.scheme.name) is not type(cache.scheme):
+        raise ValueError(
+            f"{type(cache.scheme).__name__} is not in locret.quantization.SCHEMES, where "
+            "loading looks for it; add it there under its name"
+        )
     path = Path(path)
     if path.exists() and not (path / CONTEXT).is_file():
         raise ValueError(f"{path} exists and is not a saved context; choose another path")
+    tensors = {"token_ids": cache.token_ids, "unread_ids": cache.unread_ids}
+    for i, layer in enumerate(cache.layers):
+        tensors |= {f"{i}.{name}": tensor for name, tensor in _layer_tensors(layer).items()}
+    record = {"schema": SCHEMA} | {name: getattr(cache, name) for name in _RECORDED}
+    record |= {name: [getattr(x, own) for x in cache.layers] for name, own in _OF_LAYERS.items()}
+    record |= {
+        "quantization": describe_scheme(cache.scheme),
+        "merging": describe_merging(cache.merging),
+        "recall": asdict(cache.recall) if cache.recall else None,
+        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+    }
     with written_aside(path) as aside:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, aside / UNITS)
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        text = json.dumps({"schema": SCHEMA} | record | {"tensors": shapes}, indent=1)
-        (aside / CONTEXT).write_text(text, encoding="utf-8")
+        (aside / CONTEXT).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
-def read(path: str | Path, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load(kind: Any, path: str | Path, model: Any) -> Any:
+    """The `RetainedCache`, which is `kind`, that was saved at `path` (`RetainedCache.load`)."""
+    stock = model.get_base_model() if hasattr(model, "get_base_model") else model
+    record, tensors = _read(Path(path), stock)
+    # Layers that are elsewhere take their units there when they run.
+    device = "cpu" if stock.device.type == "meta" else stock.device
+    try:
+        return _cache_of(kind, record, tensors, device)
+    except (KeyError, IndexError, TypeError) as error:
+        file = Path(path) / CONTEXT
+        raise ValueError(f"{file} is damaged ({error}); save the context again") from error
+
+
+def _cache_of(kind: Any, record: dict[str, Any], tensors: dict[str, Tensor], device: Any) -> Any:
+    cache = kind(
+        len(record["seen"]),
+        positions=record["positions"],
+        windows=record["windows"],
+        scheme=scheme_of(record["quantization"]),
+        merging=merging_of(record["merging"]),
+        recall=recall_of(record["recall"]),
+    )
+    for name in _RECORDED:
+        setattr(cache, name, _as_tuple(record[name]))
+    cache.token_ids, cache.unread_ids = tensors.pop("token_ids"), tensors.pop("unread_ids")
+    for i, layer in enumerate(cache.layers):
+        for name, own in _OF_LAYERS.items():
+            setattr(layer, own, _as_tuple(record[name][i]))
+        _take_tensors(layer, _under(f"{i}.", tensors), device)
+    return cache
+
+
+def _as_tuple(value: Any) -> Any:
+    """JSON has lists where the cache has tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _under(start: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `start`, without it."""
+    return {name.removeprefix(start): x for name, x in named.items() if name.startswith(start)}
+
+
+def _layer_tensors(layer: RetainedLayer) -> dict[str, Tensor]:
+    """All that a layer holds, without spare room."""
+    named = layer.units.named_tensors()
+    if layer.empty is not None:
+        named["empty"] = layer.empty
+    if layer.host:
+        named |= {f"{EVICTED}{name}": x for name, x in layer.host.named_tensors().items()}
+    return named | {f"{STATE}{name}": value for name, value in layer.state.items()}
+
+
+def _take_tensors(layer: RetainedLayer, named: dict[str, Tensor], device: Any) -> None:
+    """Let a new layer hold what `_layer_tensors` gave, on `device` but for what waits on the
+    host."""
+    named = {
+        name: tensor if name.startswith(f"{EVICTED}host.") else tensor.to(device)
+        for name, tensor in named.items()
+    }
+    layer.units.take_tensors(named)
+    layer.empty = named.get("empty")
+    if layer.host:
+        layer.host.take_tensors(_under(EVICTED, named))
+    layer.state = _under(STATE, named)
+
+
+def _read(path: Path, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Record and tensors of the context saved at `path`; the tensors on the CPU.
 
     Raises:
         ValueError: no context there, a damaged one, or one of another model; says which.
     """
-    path = Path(path)
     record = _read_record(path)
     check_model(path, record["model"], describe(model))
     tensors = _read_tensors(path)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from locret.cache.host_pool import HostPool
-from locret.cache.recall import Recall, block_relevance, mean_logits
+from locret.cache.recall import HostPool, Recall, block_relevance, mean_logits
 from locret.kernels import gather_units
 
 WAITING = ("keys", "values", "positions", "scores")
@@ -34,21 +33,6 @@ class Recalled(NamedTuple):
     valid: Tensor | None
 
 
-class Evicted(NamedTuple):
-    """Units that a layer gives up: keys and values [B, H, E, D], positions and representative
-    scores [B, H, E]. Each head's `counts` first ones, long [B, H] on the CPU, are units."""
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    scores: Tensor
-    counts: Tensor
-
-    @property
-    def columns(self) -> tuple[Tensor, ...]:
-        return tuple(self[:4])
-
-
 @dataclass(frozen=True)
 class _Stored:
     """All that was evicted in one layer. Never changed where it stands.
@@ -57,7 +41,7 @@ class _Stored:
         waiting: `WAITING` of units that fill no block yet, [B, H, W, D] or [B, H, W], on the
             device, each head's at the front; the oldest first.
         counts: how many a head has of them, long [B, H] on the CPU.
-        table: the pool's row of every block of a head, in the order they came, long [B, H, N] on
+        table: the pool's place of every block of a head, in the order they came, long [B, H, N] on
             the CPU; -1 behind a head's last.
         means: mean keys of the blocks' representatives, [B, H, N, D] on the device.
         pool: the blocks.
@@ -72,7 +56,7 @@ class _Stored:
     @classmethod
     def nothing(cls, like: Sequence[Tensor], counts: Tensor) -> "_Stored":
         """No units, in tensors like these `WAITING`."""
-        waiting = tuple(column[:, :, :0] for column in like)
+        waiting = tuple(tensor[:, :, :0] for tensor in like)
         table = torch.empty(*counts.shape, 0, dtype=torch.long)
         return cls(waiting, torch.zeros_like(counts), table, waiting[0], HostPool())
 
@@ -106,11 +90,8 @@ class HostBlocks:
         self._stored: _Stored | None = view
         self._looked: Callable[[], Tensor] | None = None
         self._rotate: Callable[[Tensor], Tensor] | None = None
-        self._forget_fetched()
-
-    def _forget_fetched(self) -> None:
-        self._fetched: tuple[Tensor, ...] = ()  # columns `BLOCK` of [B * H * blocks, n, ...]
-        self._rows = torch.empty(0, 0, 0, dtype=torch.long)  # of the pool, [B, H, blocks]
+        self._fetched: tuple[Tensor, ...] = ()  # tensors `BLOCK` of [B * H * blocks, n, ...]
+        self._places = torch.empty(0, 0, 0, dtype=torch.long)  # in the pool, [B, H, blocks]
 
     @property
     def nbytes(self) -> int:
@@ -139,14 +120,14 @@ class HostBlocks:
         most."""
         if self._stored is None:
             return 0
-        blocks = (self._rows >= 0).sum(dim=-1)
+        blocks = (self._places >= 0).sum(dim=-1)
         blocks_at_most = int(blocks.max()) if blocks.numel() else 0
         return blocks_at_most * self.recall.block_size + int(self._stored.counts.max())
 
     def look(
         self,
         query: Tensor,
-        held: Tensor | None,
+        context: Tensor | None,
         key: Tensor,
         rotate: Callable[[Tensor], Tensor] | None,
         at_once: bool,
@@ -154,13 +135,13 @@ class HostBlocks:
         """Note how a chunk looks at the units that may be evicted after it.
 
         Args:
-            query: [B, H*G, T, D]; held: keys [B, H, S, D], None = none; key: [B, H, T, D]; all of
-                them rotated.
+            query: [B, H*G, T, D]; context: keys [B, H, S, D], None = none; key: [B, H, T, D]; all
+                rotated.
             rotate: rotates stored keys [B, H, any, D] at the one slot of recalled units; None =
                 they are stored as they are attended to.
             at_once: what comes is decided only after other layers ran.
         """
-        looked: Callable[[], Tensor] = lambda: mean_logits(query, held, key)  # noqa: E731
+        looked: Callable[[], Tensor] = lambda: mean_logits(query, context, key)  # noqa: E731
         if at_once:
             scores = looked()
             looked = lambda: scores  # noqa: E731
@@ -172,7 +153,7 @@ class HostBlocks:
 
     def take(
         self,
-        held: Sequence[Tensor],
+        context: Sequence[Tensor],
         new: Sequence[Tensor],
         kept: Tensor,
         fillers: Tensor | None,
@@ -181,62 +162,63 @@ class HostBlocks:
         """Take those of held and new units that are not kept.
 
         Args:
-            held: keys, values [B, H, S, D] as stored, and source positions [B, H, S]; new: the same
-                of T units, which may be fewer than `look` was shown.
+            context: keys, values [B, H, S, D] as stored, and source positions [B, H, S]; new: the
+                same of T units, which may be fewer than `look` was shown.
             kept: indices [B, H, K] long, ascending, of held and new units together.
             fillers: how many leading ones of a head's `kept` keep nothing, [B, H]; None = none.
             empty: leading slots of a head that hold nothing, [B, H]; None = none.
         """
         assert self._looked is not None, "a chunk is looked at before it is evicted from"
-        scores = self._looked()[:, :, : held[0].shape[2] + new[0].shape[2]]
+        scores = self._looked()[:, :, : context[0].shape[2] + new[0].shape[2]]
         index, counts = _not_kept(scores.shape[2], kept, fillers, empty)
         if not index.shape[2]:
             return
-        keys, values, positions = gather_units(held, new, index)
+        keys, values, positions = gather_units(context, new, index)
         if self._rotate is not None:
             keys = self._rotate(keys)
-        self.add(Evicted(keys, values, positions, scores.gather(2, index), counts))
+        self._add((keys, values, positions, scores.gather(2, index)), counts)
         self.forget_look()
 
-    def add(self, evicted: Evicted) -> None:
-        """Take evicted units: full blocks go to the host, what is left waits."""
-        stored = self._stored or _Stored.nothing(evicted.columns, evicted.counts)
-        size, device = self.recall.block_size, evicted.keys.device
-        total = stored.counts + evicted.counts
-        order = _in_front(stored.counts, evicted.counts, stored.waiting[0], evicted.keys)
+    def _add(self, evicted: Sequence[Tensor], counts: Tensor) -> None:
+        """Take `WAITING` of evicted units, [B, H, E, D] or [B, H, E], of which each head's `counts`
+        first ones, [B, H] on the CPU, are units: full blocks go to the host, what is left waits."""
+        stored = self._stored or _Stored.nothing(evicted, counts)
+        size, device = self.recall.block_size, evicted[0].device
+        total = stored.counts + counts
+        order = _in_front(stored.counts, counts, stored.waiting[0], evicted[0])
         full = total // size
         most, left = int(full.max()), total - full * size
         pool, table, means = stored.pool, stored.table, stored.means
         if most:
             index = order[:, :, : most * size].contiguous()
-            blocks = gather_units(stored.waiting, evicted.columns, index)
-            place = (torch.arange(most) < full[..., None]).nonzero().unbind(dim=1)
-            at = tuple(x.to(device) for x in place)
+            blocks = gather_units(stored.waiting, evicted, index)
+            which = (torch.arange(most) < full[..., None]).nonzero().unbind(dim=1)
+            at = tuple(x.to(device) for x in which)
             keys, *others, scores = (x.unflatten(2, (most, size))[at] for x in blocks)
-            table, means = self._listed(stored, full, place, self._mean_keys(keys, scores))
+            table, means = self._listed(stored, full, which, self._mean_keys(keys, scores))
             pool = pool.with_blocks([keys, *others])
         step = torch.arange(int(left.max()))
         rest = (full[..., None] * size + step).clamp(max=order.shape[2] - 1).to(device)
-        waiting = gather_units(stored.waiting, evicted.columns, order.gather(2, rest))
+        waiting = gather_units(stored.waiting, evicted, order.gather(2, rest))
         self._stored = _Stored(waiting, left, table, means, pool)
 
     def _mean_keys(self, keys: Tensor, scores: Tensor) -> Tensor:
-        """[rows, D], of the representatives of blocks with keys [rows, n, D], scores [rows, n]."""
+        """[N, D], of the representatives of blocks with keys [N, n, D] and scores [N, n]."""
         chosen = scores.topk(self.recall.representatives, dim=-1).indices
         chosen = chosen[..., None].expand(*chosen.shape, keys.shape[-1])
         return keys.gather(1, chosen).float().mean(dim=1).to(keys.dtype)
 
     def _listed(
-        self, stored: _Stored, more: Tensor, place: Sequence[Tensor], new_means: Tensor
+        self, stored: _Stored, more: Tensor, which: Sequence[Tensor], new_means: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Table and means with `more` [B, H] blocks; the new ones are blocks `place` of these."""
-        row, head, which = place
+        """Table and means with `more` [B, H] blocks; the new ones are blocks `which` of these."""
+        row, head, number = which
         blocks = stored.blocks
         count = int((blocks + more).max())
         grow = count - stored.table.shape[2]
         table = pad(stored.table, (0, grow), value=-1)
         means = pad(stored.means, (0, 0, 0, grow))
-        at = blocks[row, head] + which
+        at = blocks[row, head] + number
         table[row, head, at] = stored.pool.count + torch.arange(len(row))
         device = means.device
         means[row.to(device), head.to(device), at.to(device)] = new_means
@@ -282,18 +264,18 @@ class HostBlocks:
         waiting, counts = stored.waiting[:3], stored.counts
         self._fetch(stored, self._choose(stored, query))
         blocks = [x[:, :, :0] for x in waiting]
-        if self._rows.shape[2]:
-            shape = (*self._rows.shape[:2], -1)
+        if self._places.shape[2]:
+            shape = (*self._places.shape[:2], -1)
             blocks = [x.reshape(*shape, *x.shape[2:]) for x in self._fetched]
         keys, values, positions = (torch.cat(two, 2) for two in zip(blocks, waiting, strict=True))
-        filled = (self._rows >= 0).repeat_interleave(self.recall.block_size, dim=2)
+        filled = (self._places >= 0).repeat_interleave(self.recall.block_size, dim=2)
         step = torch.arange(waiting[0].shape[2])
         valid = torch.cat([filled, step < counts[..., None]], dim=2)
         some = None if bool(valid.all()) else valid.to(query.device)
         return Recalled(keys, values, positions, some)
 
     def _choose(self, stored: _Stored, query: Tensor) -> Tensor:
-        """The pool's rows of each head's most relevant blocks, in the order they came, long
+        """The pool's places of each head's most relevant blocks, in the order they came, long
         [B, H, blocks at most] on the CPU; -1 at the end of heads that have fewer."""
         count = stored.table.shape[2]
         if count <= self.recall.blocks:
@@ -308,32 +290,32 @@ class HostBlocks:
         chosen = order[..., : self.recall.blocks].sort(dim=-1).values
         return stored.table.gather(2, chosen.cpu())
 
-    def _fetch(self, stored: _Stored, rows: Tensor) -> None:
-        """Have the blocks on `rows` [B, H, blocks] on the device. Those there are not copied."""
-        if torch.equal(rows, self._rows) or not rows.numel():
-            self._rows = rows
+    def _fetch(self, stored: _Stored, places: Tensor) -> None:
+        """Have the blocks on `places` [B, H, blocks] on the device. Those there are not copied."""
+        if torch.equal(places, self._places) or not places.numel():
+            self._places = places
             return
-        device, wanted = stored.means.device, rows.flatten().tolist()
-        there = {row: i for i, row in enumerate(self._rows.flatten().tolist()) if row >= 0}
-        missing = sorted({row for row in wanted if row >= 0} - set(there))
-        columns = self._fetched
+        device, wanted = stored.means.device, places.flatten().tolist()
+        there = {place: i for i, place in enumerate(self._places.flatten().tolist()) if place >= 0}
+        missing = sorted({place for place in wanted if place >= 0} - set(there))
+        tensors = self._fetched
         if missing:
             fetched = stored.pool.fetch(missing, device)
             before = len(self._fetched[0]) if self._fetched else 0
-            there |= {row: before + i for i, row in enumerate(missing)}
-            columns = fetched
+            there |= {place: before + i for i, place in enumerate(missing)}
+            tensors = fetched
             if before:
-                columns = tuple(map(torch.cat, zip(self._fetched, fetched, strict=True)))
+                tensors = tuple(map(torch.cat, zip(self._fetched, fetched, strict=True)))
         # A head with fewer blocks has any block in the places of those that it has not.
-        index = torch.tensor([there.get(row, 0) for row in wanted], device=device)
-        self._fetched = tuple(column.index_select(0, index) for column in columns)
-        self._rows = rows
+        index = torch.tensor([there.get(place, 0) for place in wanted], device=device)
+        self._fetched = tuple(tensor.index_select(0, index) for tensor in tensors)
+        self._places = places
 
     def move(self, device: torch.device) -> None:
         """Be on `device`, but for what is in host memory."""
         if self._stored is None:
             return
-        waiting = tuple(column.to(device) for column in self._stored.waiting)
+        waiting = tuple(tensor.to(device) for tensor in self._stored.waiting)
         means, pool = self._stored.means.to(device), self._stored.pool
         if device.type == "cuda":
             pool = pool.pinned()
@@ -349,7 +331,7 @@ class HostBlocks:
         most = int((table >= 0).sum(dim=-1).max())  # blocks of the rows that are left
         self._stored = replace(
             self._stored,
-            waiting=tuple(column.index_select(0, rows) for column in self._stored.waiting),
+            waiting=tuple(tensor.index_select(0, rows) for tensor in self._stored.waiting),
             counts=self._stored.counts[at],
             table=table[:, :, :most],
             means=self._stored.means.index_select(0, rows)[:, :, :most],
@@ -362,9 +344,9 @@ class HostBlocks:
             return {}
         named = {f"waiting.{name}": x for name, x in zip(WAITING, stored.waiting, strict=True)}
         named |= {"means": stored.means, "host.counts": stored.counts}
-        rows, table = stored.table.unique(return_inverse=True)
-        used = rows[rows >= 0]
-        named["host.table"] = table - (len(rows) - len(used))
+        places, table = stored.table.unique(return_inverse=True)
+        used = places[places >= 0]
+        named["host.table"] = table - (len(places) - len(used))
         if len(used):
             blocks = stored.pool.fetch(used.tolist(), torch.device("cpu"))
             named |= {f"host.{name}": x for name, x in zip(BLOCK, blocks, strict=True)}
@@ -390,18 +372,18 @@ class HostBlocks:
         some = next((row._stored for row in rows if row._stored is not None), None)
         if some is None:
             return stacked
-        parts = [row._stored or _Stored.nothing(some.waiting, some.counts) for row in rows]
+        stored = [row._stored or _Stored.nothing(some.waiting, some.counts) for row in rows]
         pool, tables = HostPool(), []
-        for part in parts:
-            pool, moved = pool.joined(part.pool)
-            there = part.table >= 0
-            tables.append(part.table.masked_scatter(there, moved[part.table[there]]))
-        waiting = zip(*(part.waiting for part in parts), strict=True)
+        for row in stored:
+            pool, moved = pool.joined(row.pool)
+            there = row.table >= 0
+            tables.append(row.table.masked_scatter(there, moved[row.table[there]]))
+        waiting = zip(*(row.waiting for row in stored), strict=True)
         stacked._stored = _Stored(
-            tuple(_stack(columns) for columns in waiting),
-            torch.cat([part.counts for part in parts]),
+            tuple(_stack(tensors) for tensors in waiting),
+            torch.cat([row.counts for row in stored]),
             _stack(tables, -1),
-            _stack([part.means for part in parts]),
+            _stack([row.means for row in stored]),
             pool,
         )
         return stacked
@@ -442,9 +424,9 @@ def _in_front(first: Tensor, second: Tensor, like: Tensor, other: Tensor) -> Ten
     return (~counted).byte().argsort(dim=-1, stable=True).to(device)
 
 
-def _stack(columns: Sequence[Tensor], filler: int = 0) -> Tensor:
+def _stack(tensors: Sequence[Tensor], filler: int = 0) -> Tensor:
     """Tensors [1, H, any, ...] as one batch, filled up behind."""
-    longest = max(column.shape[2] for column in columns)
+    longest = max(tensor.shape[2] for tensor in tensors)
     return torch.cat(
-        [pad(x, (*[0, 0] * (x.dim() - 3), 0, longest - x.shape[2]), value=filler) for x in columns]
+        [pad(x, (*[0, 0] * (x.dim() - 3), 0, longest - x.shape[2]), value=filler) for x in tensors]
     )

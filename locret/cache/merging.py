@@ -225,8 +225,8 @@ def _least(alike: Tensor, given: Tensor, threshold: float | str | None) -> Tenso
     return -torch.inf if threshold is None else threshold - ROUNDING
 
 
-def _at(column: Tensor, index: Tensor) -> Tensor:
-    return column.gather(2, index if column.dim() == 3 else _wide(index, column))
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(2, index if x.dim() == 3 else _wide(index, x))
 
 
 def _wide(index: Tensor, like: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from locret.heads.heads import Geometry
 from locret.quantization import Scheme
 from locret.quantization.costs import most_bytes
 
-MARK_BYTES = 12
-"""Of a unit in a KV head: its score (float32) and source position (int64)."""
+BESIDE_BYTES = 12
+"""Of a unit in a KV head beside key and value: its score (float32) and source position (int64)."""
 WEIGHT_BYTES = 4
 """Of a unit in a KV head, where evicted values are merged: its weight (float32)."""
 
@@ -37,11 +38,31 @@ class Sizing:
     weighs: bool = False
     windows: tuple[int, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        scheme: Scheme,
+        shape: Geometry,
+        element_size: int,
+        weighs: bool = False,
+        windows: Sequence[int | None] = (),
+    ) -> "Sizing":
+        """What a cache of a backbone of this shape takes, which has these windows (None = none)."""
+        return cls(
+            scheme,
+            shape.num_layers,
+            shape.num_kv_heads,
+            shape.head_size,
+            element_size,
+            weighs,
+            tuple(window for window in windows if window),
+        )
+
     def layer_bytes(self, layer: int, units: int) -> int:
         """Most bytes of a layer that holds `units` units in every KV head after a chunk."""
         stored = most_bytes(self.scheme.for_layer(layer), units, self.head_size, self.element_size)
-        marks = MARK_BYTES + WEIGHT_BYTES * self.weighs
-        return self.num_kv_heads * (stored + marks * units)
+        beside = BESIDE_BYTES + WEIGHT_BYTES * self.weighs
+        return self.num_kv_heads * (stored + beside * units)
 
     def cache_bytes(self, budgets: Sequence[int]) -> int:
         """Most bytes of layers that hold so many units."""
@@ -50,7 +71,7 @@ class Sizing:
     def window_bytes(self, tokens: int) -> int:
         """Bytes of the layers with a window after so many tokens, as they are stored: in full."""
         units = sum(min(max(window - 1, 1), tokens) for window in self.windows)
-        return units * self.num_kv_heads * (2 * self.head_size * self.element_size + MARK_BYTES)
+        return units * self.num_kv_heads * (2 * self.head_size * self.element_size + BESIDE_BYTES)
 
     def shared(self, budgets: Sequence[int]) -> list[int]:
         """What each layer may keep by the scheme's own rule, where a policy gives it `budgets`:

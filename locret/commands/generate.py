@@ -15,7 +15,7 @@ from locret.commands.shared import (
     read_text,
     whole,
 )
-from locret.model.cache_names import cache_of
+from locret.model.hooks import cache_of
 from locret.policies import POLICIES
 from locret.quantities import BUDGET_TEXTS, parse_budget
 from locret.quantization import SCHEMES, Scheme, scheme_of

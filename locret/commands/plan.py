@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
 from locret.commands.shared import DTYPES, MODEL, argument, whole
@@ -39,4 +40,4 @@ def _plan(given: argparse.Namespace) -> None:
     config = load_config(given.model, revision=given.revision)
     dtype = getattr(torch, given.dtype) if given.dtype else None
     made = plan.make_plan(config, dtype=dtype, **asked)
-    print(json.dumps(made.to_dict()) if given.json else plan.as_text(made, given.model))
+    print(json.dumps(asdict(made)) if given.json else plan.as_text(made, given.model))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from locret.cache.cache import DECODE_ROOM, Eviction, RetainedCache
+from locret.cache.cache import DECODE_ROOM, RetainedCache
 from locret.cache.sizing import Sizing
 from locret.engine.arguments import (
     BRANCHING,
@@ -16,14 +16,14 @@ from locret.engine.arguments import (
     setting,
     stock_settings,
 )
+from locret.engine.attention import AnswerPass, Pass, RetainedAttention
 from locret.engine.config import EngineConfig
 from locret.engine.reading import one_if_equal
 from locret.engine.steps import GraphedSteps, StepCounts, seen_through, without_mask
 from locret.kernels.dispatch import AVAILABLE
 from locret.model.backbone import Backbone
-from locret.model.cache_names import as_argument
-from locret.model.hooks import without_autocast
-from locret.policies import Policy
+from locret.model.hooks import as_argument, without_autocast
+from locret.policies.base import Eviction
 
 MOST_ROOM = 8192  # tokens of an answer for which storage is made at once
 
@@ -39,7 +39,7 @@ class Answering:
 
     model: Any
     backbone: Backbone
-    policy: Policy
+    attention: RetainedAttention
     config: EngineConfig
     sizing: Sizing
     last_steps: StepCounts | None = None
@@ -60,23 +60,29 @@ class Answering:
         """
         beams, returned = (setting(self.model, kwargs, name) or 1 for name in BRANCHING)
         last = longest(self.model, kwargs, sequence)
-        self._bound_answer(cache, last)
+        eviction = self._eviction(cache, last)
         if max(beams, returned) > 1:
             cache.batch_repeat_interleave(max(beams, returned))
             cache.token_ids = None  # whose rows are the beams' no more
         kwargs = kwargs | stock_settings(self.model, kwargs)
-        cache.room = min(max(last - cache.seen, DECODE_ROOM), MOST_ROOM)
-        model, steps = self._stepping(cache, any(padding), beams)
+        room = min(max(last - cache.seen, DECODE_ROOM), MOST_ROOM)
+        model, steps = self.model, None
+        if eviction is None and beams == 1 and self._takes_steps(cache):
+            steps = GraphedSteps(self.backbone, cache, room, bool(self.config.compute.graphs))
+        if steps is not None or any(padding):
+            model = seen_through(self.backbone.model, steps or without_mask)
+        current: Pass = AnswerPass(self.attention.backend, room)
         seen = cache.seen
-        output = model.generate(
-            sequence,
-            attention_mask=left_mask(sequence, padding),
-            **as_argument(self.backbone.model, cache, "generate"),
-            **kwargs,
-        )
+        with cache.during(self.attention.reading(eviction) if eviction else current):
+            output = model.generate(
+                sequence,
+                attention_mask=left_mask(sequence, padding),
+                **as_argument(self.backbone.model, cache, "generate"),
+                **kwargs,
+            )
         with without_autocast(sequence.device):
             for layer in cache.layers:
-                layer.units.settle()
+                layer.units.pack()
         # Beside those of new tokens, the call that reads what is left of a prompt, if that is one.
         taken = cache.seen - sequence.shape[1] + (sequence.shape[1] - seen == 1)
         self.last_steps = StepCounts(taken, *((steps.fast, steps.replayed) if steps else ()))
@@ -90,15 +96,8 @@ class Answering:
         output.sequences = sequences[:, context:]
         return output
 
-    def _stepping(
-        self, cache: RetainedCache, padded: bool, beams: int
-    ) -> tuple[Any, GraphedSteps | None]:
-        """The model whose `generate` answers, and what takes its one-token steps, if anything."""
-        takes_steps = all(layer.takes_steps for layer in cache.layers)
-        if beams == 1 and cache.eviction is None and takes_steps and self.fast_steps:
-            steps = GraphedSteps(self.backbone, cache, bool(self.config.compute.graphs))
-            return seen_through(self.backbone.model, steps), steps
-        return seen_through(self.backbone.model, without_mask) if padded else self.model, None
+    def _takes_steps(self, cache: RetainedCache) -> bool:
+        return self.fast_steps and all(layer.takes_steps for layer in cache.layers)
 
     @property
     def fast_steps(self) -> bool:
@@ -106,13 +105,12 @@ class Answering:
         backbone, fused = self.backbone, self.config.compute.backend != "eager" and AVAILABLE
         return fused and backbone.plain and [d.type for d in backbone.devices] == ["cuda"]
 
-    def _bound_answer(self, cache: RetainedCache, last: int) -> None:
-        """Let the layers evict while the answer comes, of at most `last` tokens with all before
-        it, if that was asked for."""
-        cache.eviction = None
+    def _eviction(self, cache: RetainedCache, last: int) -> Eviction | None:
+        """How layers evict while the answer comes, of at most `last` tokens with all before it, if
+        that was asked for."""
         interval = self.config.reading.decode_interval
         if interval is None or cache.budget is None:
-            return
+            return None
         if cache.answered:
             raise ValueError(
                 "decode_interval: this cache answered without eviction before, so that it holds "
@@ -120,13 +118,13 @@ class Answering:
                 "again"
             )
         whole = max(cache.prompt_lengths)
-        budgets = self.config.answer_budgets(self.policy, self.sizing, whole, last)
+        budgets = self.config.answer_budgets(self.attention.policy, self.sizing, whole, last)
         if budgets is None:
             layers = self.backbone.geometry.num_layers
             budgets = cache.budget if isinstance(cache.budget, tuple) else (cache.budget,) * layers
         cache.budget = one_if_equal(budgets)
         stabilizers = self.config.stabilizers_for(budgets)
-        cache.eviction = Eviction(
+        return Eviction(
             budgets, stabilizers, cache.query_length, interval - 1, merging=cache.merging
         )
 

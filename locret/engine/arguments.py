@@ -68,7 +68,7 @@ def left_padding(
             f"{tuple(input_ids.shape)}"
         )
     mask = attention_mask[:, -new:].bool()
-    if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
+    if not _only_on_the_left(mask):
         raise ValueError(
             "attention_mask holds zeros after ones: pad prompts on the left "
             "(tokenizer.padding_side = 'left')"
@@ -89,13 +89,18 @@ def inferred_mask(model: Any, kwargs: dict[str, Any], input_ids: Tensor) -> Tens
     mask = ~torch.isin(input_ids, torch.tensor(pads, device=input_ids.device))
     if bool(mask.all()):
         return None
-    if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
+    if not _only_on_the_left(mask):
         raise ValueError(
             f"input_ids holds pad_token_id ({pads[0]}) after other tokens, or nothing else in a "
             "row, and no attention_mask is given, so that stock generate would take it for "
             "padding; pass attention_mask, ones if it counts, or pad prompts on the left"
         )
     return mask
+
+
+def _only_on_the_left(mask: Tensor) -> bool:
+    """Whether zeros of a mask, bool [B, n], come before all ones, and no row is all zeros."""
+    return bool((mask[:, 1:] | ~mask[:, :-1]).all()) and bool(mask[:, -1].all())
 
 
 def _token_ids(value: Any) -> list[int]:
@@ -138,8 +143,8 @@ def _repeated(context: Tensor, question: Tensor) -> int:
 
 def left_mask(ids: Tensor, padding: Sequence[int]) -> Tensor:
     """[B, n] long: zeros for so many leading tokens of each row of `ids`, ones for the others."""
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    return (columns >= torch.tensor(padding, device=ids.device)[:, None]).long()
+    token = torch.arange(ids.shape[1], device=ids.device)
+    return (token >= torch.tensor(padding, device=ids.device)[:, None]).long()
 
 
 def unpadded(input_ids: Tensor, padding: list[int]) -> list[Tensor]:

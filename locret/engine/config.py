@@ -210,16 +210,10 @@ class EngineConfig:
 
     def sizing(self, backbone: Backbone) -> Sizing:
         """What units take in the cache of one row."""
-        shape = backbone.geometry
-        return Sizing(
-            self.storage.quantization,
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.head_size,
-            backbone.model.dtype.itemsize,
-            self.storage.merging is not None,
-            tuple(window for window in backbone.windows if window),
-        )
+        storage, element_size = self.storage, backbone.model.dtype.itemsize
+        weighs = storage.merging is not None
+        shape, windows = backbone.geometry, backbone.windows
+        return Sizing.of(storage.quantization, shape, element_size, weighs, windows)
 
     def budgets(self, policy: Policy, sizing: Sizing, context: int) -> tuple[int, ...] | None:
         """Units that every layer keeps of a context of that many tokens; None = all.

@@ -7,6 +7,7 @@ eviction.
 """
 
 import contextlib
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,15 +30,14 @@ from locret.engine.arguments import (
 )
 from locret.engine.attention import RetainedAttention
 from locret.engine.config import Auto, EngineConfig
-from locret.engine.fitting import make_policy, scoring_heads
-from locret.engine.prompts import Prompts
 from locret.engine.reading import Progress, Reader
 from locret.engine.steps import StepCounts
 from locret.heads.heads import RetainingHeads
 from locret.model.attend import Backend
 from locret.model.backbone import Backbone
 from locret.model.rotary import LongRopeRule
-from locret.policies import Policy
+from locret.policies import POLICIES, LocretPolicy, Policy
+from locret.policies.base import Eviction
 from locret.quantities import BudgetChoice
 from locret.quantization import Quantization
 
@@ -126,7 +126,7 @@ class Engine:
         graphs: bool | Auto = "auto",
         progress: Progress | None = None,
     ) -> None:
-        scoring = scoring_heads(policy, heads)
+        scoring = _scoring_heads(policy, heads)
         config = EngineConfig.of(
             policy,
             scoring.config if scoring else None,
@@ -147,12 +147,13 @@ class Engine:
         )
         self.model = model
         self.backbone = Backbone(model, config.reading.longrope)
-        self.policy = make_policy(policy, heads, self.backbone)
+        self.policy = _make_policy(policy, heads, self.backbone)
         self.config = config = config.for_model(self.backbone)
         self.sizing = sizing = config.sizing(self.backbone)
-        self._reader = Reader(self.backbone, self.policy, config, sizing, progress)
-        self._prompts = Prompts(self._reader)
-        self._answering = Answering(model, self.backbone, self.policy, config, sizing)
+        chosen: Any = config.compute.backend  # "auto" no more
+        self._attention = RetainedAttention(self.policy, chosen, self.backbone.surprise)
+        self._reader = Reader(self.backbone, self._attention, config, sizing, progress)
+        self._answering = Answering(model, self.backbone, self._attention, config, sizing)
         self._attached: contextlib.ExitStack | None = None
         self._depth = 0
 
@@ -177,14 +178,12 @@ class Engine:
 
     @property
     def asks_together(self) -> bool:
-        """Whether questions of different lengths can be asked together (`Prompts`)."""
-        return self._prompts.asks_together
+        """Whether questions of different lengths can be asked together (`Reader`)."""
+        return self._reader.asks_together
 
     def __enter__(self) -> "Engine":
         if self._depth == 0:
-            stack = contextlib.ExitStack()
-            backend: Any = self.config.compute.backend
-            run = RetainedAttention(self.policy, backend, self.backbone.surprise)
+            stack, run = contextlib.ExitStack(), self._attention
             finish = run.finish if self.policy.waits else None
             stack.enter_context(self.backbone.attached(run, run.rotation, finish))
             self._attached = stack
@@ -206,6 +205,14 @@ class Engine:
     def new_cache(self, context: int) -> tuple[RetainedCache, tuple[int, ...] | None]:
         """An empty cache for a context of that many tokens, and what each layer keeps of it."""
         return self._reader.new_cache(context)
+
+    def reading_into(
+        self, cache: RetainedCache, budgets: tuple[int, ...]
+    ) -> contextlib.AbstractContextManager[None]:
+        """While it is entered, the attached model reads what it is called with into `cache`, of
+        which every layer keeps so many units: for callers who need the model's outputs."""
+        eviction = Eviction(budgets, self.config.stabilizers_for(budgets))
+        return cache.during(self._attention.reading(eviction))
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -238,9 +245,9 @@ class Engine:
         if attention_mask is None:
             attention_mask = inferred_mask(self.model, {}, input_ids)
         padding = left_padding(attention_mask, input_ids)
-        query_ids = self._prompts.checked_query(query_ids, input_ids)
+        query_ids = self._reader.checked_query(query_ids, input_ids)
         with self:
-            return self._prompts.read_context(input_ids, padding, query_ids)
+            return self._reader.read_context(input_ids, padding, query_ids)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -277,7 +284,7 @@ class Engine:
                 that needs to roll back the cache.
         """
         check_ids(input_ids)
-        context = input_ids[:, :0] if cache is None else self._prompts.context_ids(cache, input_ids)
+        context = input_ids[:, :0] if cache is None else self._reader.context_ids(cache, input_ids)
         if attention_mask is None:
             attention_mask = inferred_mask(self.model, kwargs, input_ids)
         padding = left_padding(attention_mask, input_ids, context.shape[1])
@@ -304,9 +311,9 @@ class Engine:
 
     def _answer_prompt(self, prompt: Tensor, padding: list[int], kwargs: dict[str, Any]) -> Any:
         """What stock generate returns for a prompt [B, n]."""
-        cache, tokens = self._prompts.read_prompt(prompt, padding), prompt.shape[1]
+        cache, tokens = self._reader.read_prompt(prompt, padding), prompt.shape[1]
         # What was read in front of the prompt, for stock generate's bookkeeping.
-        front = cache.seen - (tokens - min(self._prompts.unread, tokens))
+        front = cache.seen - (tokens - min(self._reader.unread, tokens))
         self._answering.lengthen(kwargs, front)
         sequence = torch.cat([prompt[:, tokens - front :], prompt], dim=1)
         # What stands in front of padding is repeated behind it, and need not count.
@@ -325,7 +332,7 @@ class Engine:
         the tokens are `context`."""
         self._answering.lengthen(kwargs, cache.query_length)
         if any(padding):
-            sequence = self._prompts.read_questions(cache, questions, padding)
+            sequence = self._reader.read_questions(cache, questions, padding)
             output = self._answering.generate(
                 sequence, cache, sequence.shape[1], cache.padding or padding, kwargs
             )
@@ -333,3 +340,55 @@ class Engine:
         sequence = torch.cat([context, questions], dim=1)
         padding = list(cache.padding or padding)
         return self._answering.generate(sequence, cache, context.shape[1], padding, kwargs)
+
+
+def _scoring_heads(policy: str | Policy, heads: RetainingHeads | None) -> RetainingHeads | None:
+    """The heads whose record says what "auto" means: the policy's own, else those given."""
+    core = policy.core if isinstance(policy, Policy) else None
+    return core.heads if isinstance(core, LocretPolicy) else heads
+
+
+def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:
+    """The policy of that name, or as it is given (the name: checked by `EngineConfig.of`).
+
+    Raises:
+        ValueError: heads are missing, or are for another backbone.
+    """
+    if heads is not None:
+        _check_fit(heads, backbone)
+    if isinstance(policy, Policy):
+        if isinstance(policy.core, LocretPolicy):
+            _check_fit(policy.core.heads, backbone)
+        return policy
+    if policy != LocretPolicy.name:
+        return POLICIES[policy]()
+    if heads is None:
+        raise ValueError(
+            "policy 'locret' needs trained heads: pass "
+            "heads=locret.RetainingHeads.from_pretrained(...), or choose another policy"
+        )
+    return LocretPolicy(_fitting(heads, backbone))
+
+
+def _check_fit(heads: RetainingHeads, backbone: Backbone) -> None:
+    differences = heads.config.differences(backbone.geometry)
+    if differences:
+        raise ValueError(
+            f"these heads are for another backbone ({heads.config.backbone or 'not recorded'}): "
+            + "; ".join(differences)
+        )
+
+
+def _fitting(heads: RetainingHeads, backbone: Backbone) -> RetainingHeads:
+    """The heads, each on its layer's device, in the backbone's dtype."""
+    dtype: Any = backbone.model.dtype
+    places = [(layer.device, dtype) for layer in backbone.retained]
+    if any(
+        (p.device, p.dtype) != place
+        for head, place in zip(heads.layers, places, strict=True)
+        for p in head.parameters()
+    ):
+        heads = copy.deepcopy(heads)  # the caller's stay as they are
+        for head, place in zip(heads.layers, places, strict=True):
+            head.to(*place)
+    return heads

@@ -4,13 +4,13 @@
 
 Counted are the weights, the retaining heads, the cache with its scores and source positions, what
 one chunk needs while a layer computes, and a reserve for everything else. Weights and cache are
-exact (thin runs of quantized keys as far as they may go, outliers not counted); the chunk is an
+exact (thin blocks of quantized keys as far as they may go, outliers not counted); the chunk is an
 estimate of the largest tensors that live at once, with attention that
 materialises no T x S matrix: on Llama-3.1-8B's shapes (one H200, budgets 16K and 48K) prefill took
 at most what is said here and 95 % of it at least. B is 1.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class SchemePlan:
     Attributes:
         name, bits: of the scheme; "none" stores elements as they are.
         bytes_per_token: of keys and values with their scales, all layers and KV heads, in full
-            runs.
+            blocks.
         context_bytes: the cache if nothing of the context is evicted, bookkeeping included.
         budget: units a KV head can keep, at most the context; 0 = nothing fits.
         compression: tokens of the context for every unit of the budget; None if nothing fits.
@@ -86,9 +86,6 @@ class Plan:
     left_bytes: int
     schemes: tuple[SchemePlan, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def make_plan(
     config: Any,
@@ -133,8 +130,8 @@ def make_plan(
     chunk = _chunk_bytes(geometry, config, min(chunk_size, context), dtype, head_width)
     reserve = round(memory * RESERVE)
     after = PAPER["local_tokens"] + new_tokens
-    windows = tuple(window for window in backbone.windows if window)
-    sliding = sizing_of(NO_SCHEME, geometry, dtype, windows).window_bytes(context + after)
+    sizing = Sizing.of(NO_SCHEME, geometry, dtype.itemsize, windows=backbone.windows)
+    sliding = sizing.window_bytes(context + after)
     left = memory - weights - heads - sliding - chunk - reserve
     return Plan(
         memory=memory,
@@ -147,7 +144,7 @@ def make_plan(
         parameters=model.num_parameters(),
         weights_bytes=weights,
         heads_bytes=heads,
-        sliding_layers=len(windows),
+        sliding_layers=len(sizing.windows),
         sliding_bytes=sliding,
         chunk_bytes=chunk,
         reserve_bytes=reserve,
@@ -156,24 +153,10 @@ def make_plan(
     )
 
 
-def sizing_of(
-    scheme: Scheme, geometry: Geometry, dtype: torch.dtype, windows: tuple[int, ...] = ()
-) -> Sizing:
-    """What a cache of that backbone takes, with the sliding windows of layers beside it."""
-    return Sizing(
-        scheme,
-        geometry.num_layers,
-        geometry.num_kv_heads,
-        geometry.head_size,
-        dtype.itemsize,
-        windows=windows,
-    )
-
-
 def _scheme(
     scheme: Scheme, geometry: Geometry, dtype: torch.dtype, left: int, context: int, after: int
 ) -> SchemePlan:
-    sizing = sizing_of(scheme, geometry, dtype)
+    sizing = Sizing.of(scheme, geometry, dtype.itemsize)
     # A slot costs its units in all layers, and its share of the one layer that is at work.
     units = sizing.units_within(left, context + after, slot_bytes=_working_slot(geometry, dtype))
     budget = max(0, min(context, units - after))

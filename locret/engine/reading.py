@@ -1,8 +1,9 @@
-"""How contexts are read: in which chunks, what is kept of them, and which rows go together.
+"""How prompts, contexts and questions are read: which tokens, in which chunks, and how much stays.
 
-Every chunk goes through all layers, each of which evicts at once (`locret.engine.attention`). Rows
-of different lengths are not padded to be read: chunks that begin and end alike are read together,
-and each row's last ones by themselves.
+A prompt's last tokens are left for the call that answers; query-aware heads read some of them in
+front of it. Every chunk goes through all layers, each of which evicts at once
+(`locret.engine.attention`). Rows of different lengths are not padded to be read: chunks that begin
+and end alike are read together, and each row's last ones by themselves.
 """
 
 import contextlib
@@ -13,15 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from locret.cache.cache import Eviction, RetainedCache
-from locret.cache.files import describe
+from locret.cache.cache import RetainedCache
+from locret.cache.files import check_model, describe
 from locret.cache.sizing import Sizing
-from locret.engine.attention import TakenIn
+from locret.engine.arguments import check_ids, unpadded
+from locret.engine.attention import RetainedAttention, Stored
 from locret.engine.config import EngineConfig
 from locret.model.backbone import Backbone
-from locret.model.cache_names import as_argument
-from locret.model.hooks import without_autocast
-from locret.policies import Policy
+from locret.model.hooks import as_argument, without_autocast
+from locret.policies.base import Eviction
 
 Progress = Callable[[int, int], None]
 """Called after every chunk with the tokens read so far and the tokens to read in all."""
@@ -55,16 +56,162 @@ class Reader:
     """Reads contexts through an attached backbone, into caches of their own.
 
     Attributes:
+        attention: the layer function that the backbone is attached with.
         config: the engine's settings.
         sizing: what units take.
         progress: called after every chunk.
     """
 
     backbone: Backbone
-    policy: Policy
+    attention: RetainedAttention
     config: EngineConfig
     sizing: Sizing
     progress: Progress | None = None
+
+    def read_context(
+        self, input_ids: Tensor, padding: list[int], query_ids: Tensor | None
+    ) -> RetainedCache:
+        """The cache of whole contexts [B, n], for a query [B, q] if one is given."""
+        rows = unpadded(input_ids, padding)
+        lengths = [row.shape[1] for row in rows]
+        if len(set(lengths)) == 1:
+            return self.read(torch.cat(rows), lengths[0], query_ids)
+        queries = [None] * len(rows) if query_ids is None else query_ids.split(1)
+        return self.read_rows(rows, lengths, queries, input_ids.shape[1])
+
+    @property
+    def unread(self) -> int:
+        """Last tokens of a prompt that are read after the final eviction."""
+        return 1 if self.config.reading.query_aware else self.config.reading.local_tokens
+
+    def read_prompt(self, input_ids: Tensor, padding: list[int]) -> RetainedCache:
+        """The cache after all of the prompt but its local tokens, or the last one of them."""
+        width = input_ids.shape[1]
+        unread = min(self.unread, width)
+        if not any(padding):
+            context = input_ids[:, : width - unread]
+            return self.read(context, width, self._query_of(input_ids, context))
+        rows = unpadded(input_ids, padding)
+        contexts = [row[:, : max(row.shape[1] - unread, 0)] for row in rows]
+        queries = [self._query_of(row, c) for row, c in zip(rows, contexts, strict=True)]
+        in_front = {0 if query is None else query.shape[1] for query in queries}
+        if self.config.reading.decode_interval and len(in_front) > 1:
+            raise ValueError(
+                "decode_interval: some rows are too short for query-aware heads to read a question "
+                "in front, which is never evicted, and others are not; ask one row at a time"
+            )
+        lengths = [row.shape[1] for row in rows]
+        cache = self.read_rows(contexts, lengths, queries, width - unread)
+        heads, device = self.backbone.geometry.num_kv_heads, input_ids.device
+        # Rows shorter than the local tokens are padded within these.
+        within = [max(unread - length, 0) for length in lengths]
+        if cache.padding is not None:
+            cache.padding = tuple(map(sum, zip(cache.padding, within, strict=True)))
+        for layer in cache.layers:
+            layer.add_empty(within, heads, device)
+        return cache
+
+    @property
+    def asks_together(self) -> bool:
+        """Whether questions of different lengths about contexts can be asked together: all but
+        their last tokens are read before, which is not the same to eviction and recall."""
+        return self.config.reading.decode_interval is None and self.config.storage.recall is None
+
+    def read_questions(self, cache: RetainedCache, questions: Tensor, padding: list[int]) -> Tensor:
+        """Read questions of different lengths, all but their last tokens.
+
+        Returns:
+            [B, n] long: all that the cache knows then, padded on the left, and the last tokens.
+        """
+        one = questions.shape[1] - max(padding) + cache.unread_ids.shape[1] == 1
+        if one or not self.asks_together or cache.recall is not None:
+            what = "a question of one token" if one else "with decode_interval or recall, questions"
+            raise ValueError(
+                f"attention_mask holds zeros: {what} cannot be asked together with longer ones; "
+                "ask rows of equal length, or one row at a time"
+            )
+        rows: dict[int, RetainedCache] = {}
+        for skip in sorted(set(padding)):
+            alike = [i for i, length in enumerate(padding) if length == skip]
+            some = cache.rows(alike)
+            assert some.token_ids is not None
+            new = torch.cat([some.unread_ids.to(questions.device), questions[alike, skip:]], dim=1)
+            self.store(new[:, :-1], some)
+            some.token_ids = torch.cat([some.token_ids, new[:, :-1].cpu()], dim=1)
+            rows |= {i: some.rows([place]) for place, i in enumerate(alike)}
+        stacked = self.stacked([rows[i] for i in range(len(padding))], 0)
+        cache.restore(stacked.snapshot())
+        assert cache.token_ids is not None
+        return torch.cat([cache.token_ids.to(questions.device), questions[:, -1:]], dim=1)
+
+    def _query_of(self, prompt: Tensor, context: Tensor) -> Tensor | None:
+        """What query-aware heads read in front of a prompt's context, if there is any."""
+        tokens = self.config.recorded.query_tokens
+        if tokens and self.config.reading.budget is not None and context.shape[1]:
+            return prompt[:, -tokens:]
+        return None
+
+    def checked_query(self, query_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
+        """The query to read in front of a context, or behind it, if any."""
+        tokens, aware = self.config.recorded.query_tokens, self.config.reading.query_aware
+        evicts = self.config.reading.budget is not None
+        if query_ids is None:
+            if aware and evicts:
+                raise ValueError(
+                    "the engine is query_aware, so that a context is compressed for a question: "
+                    "pass query_ids, or leave query_aware out"
+                )
+            if tokens and evicts:
+                raise ValueError(
+                    f"these heads are query-aware (they learned with {tokens} tokens of the "
+                    "question in front): pass query_ids, or use heads with query_tokens 0"
+                )
+            return None
+        check_ids(query_ids)
+        if not tokens and not aware:
+            raise ValueError(
+                "query_ids given, but the policy's heads are not query-aware, nor was the engine "
+                "made with query_aware=True"
+            )
+        if query_ids.shape[0] != input_ids.shape[0]:
+            raise ValueError(
+                f"query_ids has {query_ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they "
+                "must match"
+            )
+        if not evicts or not self.sizing.num_layers:
+            return None
+        # All of it behind the context, as much as the heads learned with in front.
+        return query_ids[:, -tokens:].to(input_ids.device)
+
+    def context_ids(self, cache: RetainedCache, input_ids: Tensor) -> Tensor:
+        """Tokens that the cache has seen or was answered, for stock generate's bookkeeping."""
+        layers, had = len(self.backbone.layers), len(getattr(cache, "layers", ()))
+        if not isinstance(cache, RetainedCache) or had != layers:
+            raise ValueError(
+                f"cache is a {type(cache).__name__} of {had} layers; expected one of "
+                f"engine.prefill for this model, of {layers}"
+            )
+        ids = cache.token_ids
+        if ids is None and not cache.seen:
+            raise ValueError("the cache has read nothing yet; make one with engine.prefill")
+        if ids is None or ids.shape[1] != cache.seen:
+            known = 0 if ids is None else ids.shape[1]
+            raise ValueError(
+                f"the cache has seen {cache.seen} tokens but knows the ids of {known}: it was "
+                "advanced outside the engine, or by beams; make a fresh one with engine.prefill"
+            )
+        if ids.shape[0] != input_ids.shape[0]:
+            raise ValueError(
+                f"the cache has {ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they must "
+                "match"
+            )
+        check_model("the cache", cache.model, describe(self.backbone.model))
+        if cache.longrope != self.backbone.longrope:
+            raise ValueError(
+                f"the cache was read with longrope={cache.longrope!r} and this engine has "
+                f"{self.backbone.longrope!r}; use one with the same"
+            )
+        return torch.cat([ids, cache.unread_ids], dim=1).to(input_ids.device)
 
     def read(
         self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None = None
@@ -97,17 +244,14 @@ class Reader:
         ]
         return self.stacked(self._read_apart(readings), width)
 
-    def take_in(self, chunk: Tensor, cache: RetainedCache) -> None:
+    def store(self, chunk: Tensor, cache: RetainedCache, eviction: Eviction | None = None) -> None:
         """Run a chunk [B, n] through the layers, for what they store of it."""
         # Devices that share a model put layers back after use; they must be let finish.
         spread = getattr(self.backbone.model, "hf_device_map", None)
-        decoder = self.backbone.decoder
-        cache.takes_in = not spread and not self.policy.waits
-        try:
-            with contextlib.suppress(TakenIn):
-                decoder(input_ids=chunk, use_cache=True, **as_argument(decoder, cache))
-        finally:
-            cache.takes_in = False
+        stores_only = not spread and not self.attention.policy.waits
+        decoder, current = self.backbone.decoder, self.attention.reading(eviction, stores_only)
+        with cache.during(current), contextlib.suppress(Stored):
+            decoder(input_ids=chunk, use_cache=True, **as_argument(decoder, cache))
 
     def stacked(self, rows: Sequence[RetainedCache], width: int) -> RetainedCache:
         """Caches of one row each as one of at least `width` tokens."""
@@ -125,11 +269,11 @@ class Reader:
 
     def new_cache(self, context: int) -> tuple[RetainedCache, tuple[int, ...] | None]:
         """An empty cache for a context of that many tokens, and what each layer keeps of it."""
-        budgets = self.config.budgets(self.policy, self.sizing, context)
+        budgets = self.config.budgets(self.attention.policy, self.sizing, context)
         return self._empty(budgets), budgets
 
     def _plan(self, ids: Tensor, prompt_length: int, query_ids: Tensor | None) -> Planned:
-        budgets = self.config.budgets(self.policy, self.sizing, ids.shape[1])
+        budgets = self.config.budgets(self.attention.policy, self.sizing, ids.shape[1])
         aware = self.config.reading.query_aware
         in_last, drop, query = self.config.reading.local_tokens - 1 if aware else 0, 0, 0
         if query_ids is not None and aware:
@@ -152,14 +296,14 @@ class Reader:
             cache, rows, at = left.pop()
             for alike in _alike_at(readings, rows, at):
                 whole = len(alike) == len(rows)
-                part = cache if whole else cache.rows([rows.index(i) for i in alike])
+                those = cache if whole else cache.rows([rows.index(i) for i in alike])
                 if at == len(readings[alike[0]].chunks):
                     for place, i in enumerate(alike):
-                        row = part if len(alike) == 1 else part.rows([place])
+                        row = those if len(alike) == 1 else those.rows([place])
                         done[i] = self._closed(row, readings[i])
                 else:
-                    self._read_chunk(part, [readings[i] for i in alike], at)
-                    left.append((part, alike, at + 1))
+                    self._read_chunk(those, [readings[i] for i in alike], at)
+                    left.append((those, alike, at + 1))
         return [done[i] for i in range(len(readings))]
 
     def _opened(self, readings: Sequence[Planned]) -> RetainedCache:
@@ -174,20 +318,20 @@ class Reader:
 
     def _read_chunk(self, cache: RetainedCache, readings: Sequence[Planned], at: int) -> None:
         """Read the chunk number `at`, which all readings have."""
-        like = readings[0]
+        like, eviction = readings[0], None
         (start, end), final = like.chunks[at], at + 1 == len(like.chunks)
         if like.budgets is not None:
             stabilizers = 0 if final else self.config.stabilizers_for(like.budgets)
             drop = like.drop if final else 0
             query, merging = like.query_length, cache.merging
-            cache.eviction = Eviction(like.budgets, stabilizers, query, drop=drop, merging=merging)
-        self.take_in(torch.cat([reading.ids[:, start:end] for reading in readings]), cache)
+            eviction = Eviction(like.budgets, stabilizers, query, drop=drop, merging=merging)
+        chunk = torch.cat([reading.ids[:, start:end] for reading in readings])
+        self.store(chunk, cache, eviction)
         if self.progress is not None:
             self.progress(end, like.ids.shape[1])
 
     def _closed(self, cache: RetainedCache, reading: Planned) -> RetainedCache:
         """The cache after the last chunk, to be asked."""
-        cache.eviction = None
         cache.token_ids = reading.ids[:, : reading.ids.shape[1] - reading.drop].cpu()
         cache.unread_ids = cache.token_ids[:, :0]
         return cache

@@ -1,8 +1,8 @@
 """One-token steps near the bandwidth limit: fixed shapes, counters on the device, a CUDA graph.
 
 While an answer is generated nothing moves any more: every step writes one unit behind those held
-and attends to them. `Steps` keeps the number of units held on the device, so that the same kernel
-launches serve every step; `GraphedSteps` records them once and replays them.
+and attends to them. `StepPass` keeps the number of units held on the device, so that the same
+kernel launches serve every step; `GraphedSteps` records them once and replays them.
 
 Python never reads the counters; it keeps its own, which move in step.
 """
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from locret.cache.cache import RetainedCache
-from locret.cache.layer import RetainedLayer
+from locret.cache.layer import PlainStore, RetainedLayer
+from locret.cache.packed import PackedStore
+from locret.engine.attention import Pass
 from locret.kernels import decode_attention, decode_attention_quantized, store_units
 from locret.model.backbone import Backbone
-from locret.model.cache_names import as_argument, cache_in
-from locret.model.hooks import LayerCall
+from locret.model.hooks import LayerCall, as_argument, cache_in, without_autocast
+from locret.model.rotary import Rotary
 
 EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces
 
@@ -38,26 +40,26 @@ class StepCounts(NamedTuple):
     replayed: int = 0
 
 
-class Steps:
+class StepPass(Pass):
     """One-token attention with counters on the device.
 
     Args:
         backbone: attached.
-        cache: a cache whose prompt is read; gets room for the steps. Its storage must not move
-            while this lives.
+        cache: a cache whose prompt is read. Its storage must not move while this lives.
+        room: steps to make storage for.
     """
 
-    def __init__(self, backbone: Backbone, cache: RetainedCache) -> None:
+    def __init__(self, backbone: Backbone, cache: RetainedCache, room: int) -> None:
         self.cache = cache
         self._rotary = backbone.rotary
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
         self._now: dict[Any, tuple[Tensor, Tensor]] = {}
         device = cache.layers[0].scores.device
         for layer in cache.layers:
-            layer.units.make_room(cache.room, layer.seen)
-        held = [layer.held for layer in cache.layers]
+            layer.units.make_room(room, layer.seen)
+        slots = [layer.slots for layer in cache.layers]
         filled = [layer.units.filled for layer in cache.layers]
-        self._slots = torch.tensor(held, dtype=torch.int32, device=device)
+        self._slots = torch.tensor(slots, dtype=torch.int32, device=device)
         self._filled = torch.tensor(filled, dtype=torch.int32, device=device)
         self._lengths = self._filled + 1
         self._group = [self._group_of(layer) for layer in cache.layers]
@@ -67,22 +69,20 @@ class Steps:
         self._like = torch.empty(0, dtype=cache.layers[0].units.tail[0].dtype, device=device)
 
     @property
-    def room(self) -> int:
-        """Steps for which there is storage."""
+    def left(self) -> int:
+        """Steps for which there is storage still."""
         return min(layer.units.spare for layer in self.cache.layers)
 
     def _group_of(self, layer: RetainedLayer) -> tuple[int, tuple[int, ...]]:
         """Units held, and the position of slot 0 in each row: one look-up rotates for all layers
         that agree in both."""
         if self.cache.positions == "original":
-            return layer.held, self.cache.shifted(layer.seen - layer.held)
-        return layer.held, layer.own_slots(0)
+            return layer.slots, self.cache.shifted(layer.seen - layer.slots)
+        return layer.slots, layer.own_slots(0)
 
-    def begin(self) -> None:
-        """Before the layers of a step run."""
-        self._now = {}
-
-    def rotation(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def rotation(
+        self, layer_idx: int, hidden: Tensor, cache: RetainedCache, rotary: Rotary
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin [1 or B, 1, rotary size] at a layer's next slot."""
         group = self._group[layer_idx]
         if group not in self._now:
@@ -93,15 +93,20 @@ class Steps:
 
     def _table(self, starts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if starts not in self._tables:
-            capacity = max(layer.held + layer.units.spare for layer in self.cache.layers)
+            capacity = max(layer.slots + layer.units.spare for layer in self.cache.layers)
             self._tables[starts] = self._rotary.cos_sin(
                 starts, capacity, self.cache.prompt_lengths, self._like
             )
         return self._tables[starts]
 
-    def attend(self, call: LayerCall, layer: RetainedLayer) -> Tensor:
+    def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor:
+        with without_autocast(call.key.device):
+            return self._attend(call, layer.units)
+
+    def _attend(self, call: LayerCall, units: PlainStore | PackedStore) -> Tensor:
         """Store the new unit and attend, [B, 1, H*G, D]."""
-        i, units = call.layer_idx, layer.units
+        i = call.layer_idx
+        self.cache.answered = self.cache.budget is not None
         keys, values = units.tail
         store_units(keys, values, call.key, call.value, self._filled[i : i + 1])
         length = self._lengths[i : i + 1]
@@ -136,16 +141,19 @@ class GraphedSteps:
     Args:
         backbone: attached.
         cache: of the request; its prompt is read by calls that this object declines.
+        room: units expected to come, for which storage is made at once.
+        graphs: whether steps are recorded and replayed, once they have run a few times.
 
     Attributes:
         fast, replayed: see `StepCounts`.
     """
 
-    def __init__(self, backbone: Backbone, cache: RetainedCache, graphs: bool) -> None:
+    def __init__(self, backbone: Backbone, cache: RetainedCache, room: int, graphs: bool) -> None:
         self._backbone = backbone
         self._cache = cache
+        self._room = room
         self._graphs = graphs
-        self._steps: Steps | None = None
+        self._steps: StepPass | None = None
         self._graph: Any = None
         self._ids: Tensor | None = None
         self._outputs: Any = None
@@ -160,7 +168,7 @@ class GraphedSteps:
             return without_mask(run, inputs)
         assert ids is not None
         self.fast += 1
-        if self._steps is None or self._steps.room == 0:
+        if self._steps is None or self._steps.left == 0:
             self._prepare()
         if self._graph is None and (not self._graphs or self._eager < EAGER_STEPS):
             self._eager += 1
@@ -179,20 +187,18 @@ class GraphedSteps:
     def _is_step(self, ids: Tensor | None, inputs: dict[str, Any]) -> bool:
         asked = any(inputs.get(name) for name in ("output_hidden_states", "output_attentions"))
         cache = self._cache
-        frozen = all(layer.rotated and layer.held for layer in cache.layers)
-        ours = cache_in(inputs) is cache and cache.eviction is None and frozen
+        frozen = all(layer.rotated and layer.slots for layer in cache.layers)
+        ours = cache_in(inputs) is cache and frozen
         return ids is not None and ids.shape[1] == 1 and ours and not asked
 
     def _prepare(self) -> None:
-        self._steps = Steps(self._backbone, self._cache)
+        self._steps = StepPass(self._backbone, self._cache, self._room)
         self._graph = self._outputs = self._ids = None
         self._eager = 0
 
     def _step(self, run: Callable[..., Any], ids: Tensor) -> Any:
         assert self._steps is not None
-        self._cache.steps = self._steps
-        try:
-            self._steps.begin()
+        with self._cache.during(self._steps):
             # Positions are the cache's business; the stock rotary module only needs a shape.
             outputs = run(
                 input_ids=ids,
@@ -202,8 +208,6 @@ class GraphedSteps:
                 return_dict=True,
             )
             self._steps.end()
-        finally:
-            self._cache.steps = None
         return outputs
 
     def _record(self, run: Callable[..., Any], ids: Tensor) -> None:

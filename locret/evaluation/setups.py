@@ -275,7 +275,7 @@ def held_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
     """
     report = cache.report()
     units = [
-        layer.held - (0.0 if layer.empty is None else float(layer.empty[row].float().mean()))
+        layer.slots - (0.0 if layer.empty is None else float(layer.empty[row].float().mean()))
         for layer in cache.layers
     ]
     return {

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from locret.engine.engine import Engine
 from locret.heads.heads import FEATURES, RetainingHeads
-from locret.model.cache_names import as_before
+from locret.model.hooks import as_before
 from locret.policies import LocretPolicy
 
 if importlib.util.find_spec("kvpress") is None:

@@ -1,10 +1,11 @@
 """Stock transformers models, as they are loaded and as they are seen by everything else.
 
 `loading` finds a model by name (a Hub id, a folder, `gguf`, embedded), with its `adapters` and
-`weight_quantization`. `backbone` is the only file that knows architectures: to support another one,
+weights in fewer bits. `backbone` is the only file that knows architectures: to support another one,
 edit its `SUPPORTED` and what differs, and add a tiny model to `tests/tiny_models.py`. `hooks` is
-the attention function that a model calls while an engine is attached, `attend` the backends that
-compute attention, `rotary` the rotation at chosen slots.
+how a stock model's layers reach an attached engine, and what its release calls the cache; `attend`
+the backends that compute attention (`sparse_prefill` a baseline), `rotary` the rotation at chosen
+slots.
 
 Nothing may be left on a model after detaching, and no method of it may be reassigned.
 """

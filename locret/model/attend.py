@@ -14,9 +14,7 @@ queries at a time, and those with a window in blocks of one window by SDPA.
 B batch, H KV heads, G query heads a KV head, T new tokens, S slots, D head size.
 """
 
-import functools
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -160,9 +158,9 @@ def _attend_blocks(
         own = slots - new + start
         first, last = max(own - window + 1, 0), min(own + window, slots)
         left = None if empty is None else (empty - first).clamp(min=0)
-        part = query[:, :, start : start + window]
+        queries = query[:, :, start : start + window]
         keys, values = key[:, :, first:last], value[:, :, first:last]
-        outputs.append(attend(part, keys, values, scaling, backend, left, weighting))
+        outputs.append(attend(queries, keys, values, scaling, backend, left, weighting))
     return torch.cat(outputs, dim=1)
 
 
@@ -177,8 +175,8 @@ def attend_past(
 ) -> Tensor:
     """`attend` where keys and values of the past [B, H, S - T, D] and of the new tokens
     [B, H, T, D] lie apart."""
-    tokens, held = query.shape[2], past[0].shape[2]
-    if not held:
+    tokens, before = query.shape[2], past[0].shape[2]
+    if not before:
         return attend(query, *new, scaling, backend, empty, weighting)
     if backend == "cudnn" and tokens >= SPLIT_FROM and empty is None and weighting.plain:
         return merge_attention(
@@ -223,16 +221,11 @@ def _attend_sdpa(
 
 
 def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    run = _flash_function()
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return run(q, k, v, softmax_scale=scaling, causal=True)  # lower-right causal by itself
-
-
-@functools.cache
-def _flash_function() -> Callable[..., Tensor]:
     from flash_attn import flash_attn_func
 
-    return flash_attn_func
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    output: Tensor = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True)
+    return output  # it is lower-right causal by itself
 
 
 def _attend_eager(
@@ -250,8 +243,8 @@ def _attend_eager(
     for start in range(0, new, rows):
         end = min(start + rows, new)
         last = slots - new + end  # later slots are the future of all of them
-        part, keys, values = query[:, :, start:end], key[:, :, :last], value[:, :, :last]
-        outputs.append(_eager_block(part, keys, values, scaling, empty, weighting))
+        queries, keys, values = query[:, :, start:end], key[:, :, :last], value[:, :, :last]
+        outputs.append(_eager_block(queries, keys, values, scaling, empty, weighting))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 

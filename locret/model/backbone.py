@@ -11,28 +11,28 @@ import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from locret.cache.cache import RetainedCache
 from locret.heads.heads import Geometry
-from locret.model.attend import Backend, Weighting
-from locret.model.cache_names import cache_in
+from locret.model.attend import Backend
 from locret.model.hooks import (
     IMPLEMENTATION,
-    LayerCall,
+    AttentionLayer,
+    Finish,
     LayerFunction,
+    Rotation,
+    finish_chunk,
+    hand_over,
     is_compiled,
     register,
     running_uncompiled,
     without_compiling,
 )
-from locret.model.identity import identity_tables
-from locret.model.rotary import ApplyRotary, LongRopeRule, Rotary
+from locret.model.rotary import LongRopeRule, Rotary
 
 SUPPORTED = (
     "cohere",
@@ -58,60 +58,6 @@ SUPPORTED = (
     "starcoder2",
 )
 """`config.model_type` of the architectures that the parity tests cover."""
-
-
-Rotation = Callable[[int, Tensor, Any, Rotary | None], tuple[Tensor, Tensor] | None]
-"""Given layer index, hidden states, cache and rotary: the tables with which the layer may rotate by
-itself, or None if it must hand over queries and keys unrotated."""
-
-Finish = Callable[[Any, Tensor, Tensor], None]
-"""Given the cache, input_ids [B, T] and the decoder's output [B, T, hidden size]."""
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """An attention layer, and what it does differently from others.
-
-    Attributes:
-        layer_idx, retained_idx: see `LayerCall`.
-        module: the layer.
-        rotary: its rotation; None for a layer without RoPE.
-        window: it attends to so many tokens, its own included; None = all.
-    """
-
-    layer_idx: int
-    retained_idx: int | None
-    module: Any
-    rotary: Rotary | None
-    window: int | None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layer computes.
-
-        Raises:
-            ValueError: nowhere: its weights are on the meta device, without values elsewhere.
-        """
-        for tensor in self.module.parameters():
-            if tensor.device.type != "meta":
-                return tensor.device
-        hooks = (getattr(module, "_hf_hook", None) for module in self.module.modules())
-        places = (getattr(hook, "execution_device", None) for hook in hooks)
-        place = next((place for place in places if place is not None), None)
-        if place is None:
-            raise ValueError(
-                "the model was made on the meta device, where weights have no values; load it with "
-                "from_pretrained, or give it values with to_empty and load_state_dict"
-            )
-        return torch.device(place)
-
-    def key_bias(self, size: int) -> Tensor | None:
-        """What the layer's projection adds to all keys, `size` numbers; None if nothing."""
-        bias = getattr(getattr(self.module, "k_proj", None), "bias", None)
-        fused = getattr(getattr(self.module, "qkv_proj", None), "bias", None)
-        if isinstance(fused, Tensor):  # of queries, keys and values
-            bias = fused[-2 * size : -size]
-        return bias if isinstance(bias, Tensor) and bias.device.type != "meta" else None
 
 
 class Backbone:
@@ -144,7 +90,10 @@ class Backbone:
         self.config = self.decoder.config
         attentions = [without_compiling(layer.self_attn) for layer in self.decoder.layers]
         apply = sys.modules[type(attentions[0]).__module__].apply_rotary_pos_emb
-        self._rotaries = _rotaries(self.decoder.rotary_emb, apply, longrope)
+        rotary = self.decoder.rotary_emb
+        types: list[str | None] = [*_by_type(rotary.config.rope_parameters or {})] or [None]
+        # By layer type, or that of all layers as None.
+        self._rotaries = {each: Rotary(rotary, apply, longrope, each) for each in types}
         self.longrope = next((r.longrope for r in self._rotaries.values() if r.longrope), None)
         self.windows = _windows(self.config)
         self.layers = _layers(attentions, self.config, self._rotaries, self.windows)
@@ -181,7 +130,7 @@ class Backbone:
     def key_biases(self) -> list[Tensor]:
         """What the layers that are retained add to all their keys, [H * D] each that does."""
         size = self.geometry.num_kv_heads * self.geometry.head_size
-        biases = (layer.key_bias(size) for layer in self.retained)
+        biases = (_key_bias(layer.module, size) for layer in self.retained)
         return [bias for bias in biases if bias is not None]
 
     @property
@@ -227,11 +176,11 @@ class Backbone:
             stack.callback(self.model.set_attn_implementation, before)
             self.model.set_attn_implementation(IMPLEMENTATION)
             for layer in self.layers:
-                hook = functools.partial(_hand_over, run, rotation, layer)
+                hook = functools.partial(hand_over, run, rotation, layer)
                 handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
             if finish is not None:
-                after = functools.partial(_finish, finish)
+                after = functools.partial(finish_chunk, finish)
                 handle = self.decoder.register_forward_hook(after, with_kwargs=True)
                 stack.callback(handle.remove)
             yield
@@ -274,71 +223,6 @@ class Backbone:
             yield
         finally:
             module.rope_type = before
-
-
-def _hand_over(
-    run: LayerFunction,
-    rotation: Rotation | None,
-    layer: AttentionLayer,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of an attention layer: our rotation in, our layer function in."""
-    cache = cache_in(kwargs)
-    if isinstance(cache, RetainedCache):
-        cache.layers[layer.layer_idx].expect_hand_over()
-    elif cache is not None:
-        raise ValueError(
-            f"the attached model was given a {type(cache).__name__}; expected a RetainedCache "
-            "(engine.prefill makes one)"
-        )
-
-    hidden = args[0] if args else kwargs["hidden_states"]
-    tables = None
-    if rotation is not None:
-        tables = rotation(layer.layer_idx, hidden, cache, layer.rotary)
-    rotated = tables is not None
-
-    def compute(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        # Under autocast projections give half precision; rotations and norms, float32 again.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        return run(
-            LayerCall(
-                layer.layer_idx,
-                layer.retained_idx,
-                query,
-                key,
-                value,
-                hidden,
-                scaling,
-                layer.rotary,
-                cache,
-                getattr(module, "o_proj", None),
-                rotated,
-                Weighting(layer.window, softcap, sinks),
-            )
-        )
-
-    if tables is None:
-        tables = identity_tables(*kwargs["position_embeddings"])
-    return args, {**kwargs, "position_embeddings": tables, "retained": compute}
-
-
-def _finish(
-    finish: Finish, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    """Forward hook of the decoder."""
-    ids = args[0] if args else kwargs.get("input_ids")
-    assert ids is not None, "an attached decoder reads tokens, not embeddings"
-    finish(cache_in(kwargs), ids, output.last_hidden_state)
 
 
 def check_supported(config: Any) -> None:
@@ -391,12 +275,6 @@ def _by_type(rope: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: each for name, each in rope.items() if isinstance(each, dict)}
 
 
-def _rotaries(module: Any, apply: ApplyRotary, longrope: LongRopeRule) -> dict[str | None, Rotary]:
-    """A backbone's rotations by layer type, or that of all layers as None."""
-    types: list[str | None] = [*_by_type(module.config.rope_parameters or {})]
-    return {each: Rotary(module, apply, longrope, each) for each in types or [None]}
-
-
 def _layers(
     attentions: list[Any],
     config: Any,
@@ -423,3 +301,12 @@ def _uses_rope(attention: Any, config: Any) -> bool:
     if config.model_type == "exaone4":  # hybrid ones rotate in sliding layers only
         return attention.sliding_window is None or attention.is_sliding
     return bool(getattr(attention, "use_rope", True))
+
+
+def _key_bias(attention: Any, size: int) -> Tensor | None:
+    """What a layer's projection adds to all keys, `size` numbers; None if nothing."""
+    bias = getattr(getattr(attention, "k_proj", None), "bias", None)
+    fused = getattr(getattr(attention, "qkv_proj", None), "bias", None)
+    if isinstance(fused, Tensor):  # of queries, keys and values
+        bias = fused[-2 * size : -size]
+    return bias if isinstance(bias, Tensor) and bias.device.type != "meta" else None

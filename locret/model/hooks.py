@@ -1,12 +1,18 @@
-"""How stock attention layers reach us: the registered functions, a layer's call as a value, and how
-compiled models run uncompiled.
+"""How stock models reach us: hooks and registered functions of their attention layers, a layer's
+call as a value, what their releases call the cache, and how compiled ones run uncompiled.
+
+transformers calls the cache `cache` since 5.24, `past_key_values` before. Hooks that run before a
+forward see the name its caller used, and stock code warns of the old name. So every hook, call and
+output of a stock model goes through `cache_in`, `cache_of` and `as_argument`.
 
 B batch, H KV heads, G query heads a KV head, T new tokens, S slots, D head size.
 """
 
 import contextlib
+import functools
+import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +21,9 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from locret.cache.cache import RetainedCache
 from locret.model.attend import PLAIN, Weighting
-from locret.model.rotary import Rotary
+from locret.model.rotary import Rotary, identity_tables
 
 IMPLEMENTATION = "locret"
 """The name under which transformers knows our attention function."""
@@ -59,7 +66,7 @@ class LayerCall:
 
     @property
     def output_weight(self) -> Tensor | None:
-        """[hidden size, H*G * D]; None where it is stored in fewer bits, in parts, or elsewhere."""
+        """[hidden size, H*G * D]; None where it is in fewer bits, in shards, or elsewhere."""
         if hasattr(self.output, "base_layer"):  # an adapter adds to the weight that it wraps
             return None
         weight = getattr(self.output, "weight", None)
@@ -69,7 +76,7 @@ class LayerCall:
             return None
         return weight if weight.is_floating_point() and weight.device.type != "meta" else None
 
-    def part(self, start: int, end: int) -> "LayerCall":
+    def between(self, start: int, end: int) -> "LayerCall":
         """The same call, for some of its tokens."""
         heads = {name: getattr(self, name)[:, :, start:end] for name in ("query", "key", "value")}
         return replace(self, **heads, hidden=self.hidden[:, start:end])
@@ -87,8 +94,53 @@ class LayerCall:
         return x if self.rotary is None else self.rotary.rotate(x, starts, prompt_lengths)
 
 
+@dataclass(frozen=True)
+class AttentionLayer:
+    """An attention layer, and what it does differently from others.
+
+    Attributes:
+        layer_idx, retained_idx: see `LayerCall`.
+        module: the layer.
+        rotary: its rotation; None for a layer without RoPE.
+        window: it attends to so many tokens, its own included; None = all.
+    """
+
+    layer_idx: int
+    retained_idx: int | None
+    module: Any
+    rotary: Rotary | None
+    window: int | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes.
+
+        Raises:
+            ValueError: nowhere: its weights are on the meta device, without values elsewhere.
+        """
+        for tensor in self.module.parameters():
+            if tensor.device.type != "meta":
+                return tensor.device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.module.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        place = next((place for place in places if place is not None), None)
+        if place is None:
+            raise ValueError(
+                "the model was made on the meta device, where weights have no values; load it with "
+                "from_pretrained, or give it values with to_empty and load_state_dict"
+            )
+        return torch.device(place)
+
+
 LayerFunction = Callable[[LayerCall], Tensor]
 """Computes a layer's attention output [B, T, H*G, D] from its call."""
+
+Rotation = Callable[[int, Tensor, Any, Rotary | None], tuple[Tensor, Tensor] | None]
+"""Given layer index, hidden states, cache and rotary: the tables with which the layer may rotate by
+itself, or None if it must hand over queries and keys unrotated."""
+
+Finish = Callable[[Any, Tensor, Tensor], None]
+"""Given the cache, input_ids [B, T] and the decoder's output [B, T, hidden size]."""
 
 
 def register() -> None:
@@ -141,6 +193,128 @@ def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> 
             "attention_mask holds zeros: inside `with engine:` the attached model takes no "
             "padding; engine.generate does"
         )
+
+
+def hand_over(
+    run: LayerFunction,
+    rotation: Rotation | None,
+    layer: AttentionLayer,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of an attention layer: our rotation in, our layer function in."""
+    cache = cache_in(kwargs)
+    if isinstance(cache, RetainedCache):
+        cache.layers[layer.layer_idx].expect_hand_over()
+    elif cache is not None:
+        raise ValueError(
+            f"the attached model was given a {type(cache).__name__}; expected a RetainedCache "
+            "(engine.prefill makes one)"
+        )
+
+    hidden = args[0] if args else kwargs["hidden_states"]
+    tables = None
+    if rotation is not None:
+        tables = rotation(layer.layer_idx, hidden, cache, layer.rotary)
+    rotated = tables is not None
+
+    def compute(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        # Under autocast projections give half precision; rotations and norms, float32 again.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        return run(
+            LayerCall(
+                layer.layer_idx,
+                layer.retained_idx,
+                query,
+                key,
+                value,
+                hidden,
+                scaling,
+                layer.rotary,
+                cache,
+                getattr(module, "o_proj", None),
+                rotated,
+                Weighting(layer.window, softcap, sinks),
+            )
+        )
+
+    if tables is None:
+        tables = identity_tables(*kwargs["position_embeddings"])
+    return args, {**kwargs, "position_embeddings": tables, "retained": compute}
+
+
+def finish_chunk(
+    finish: Finish, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Forward hook of the decoder."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    assert ids is not None, "an attached decoder reads tokens, not embeddings"
+    finish(cache_in(kwargs), ids, output.last_hidden_state)
+
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""The newest first."""
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the keyword arguments of a model, decoder or attention layer, or None."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def as_before(layer: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What an attention layer ran with, as transformers 5.2 would have called it: with
+    `past_key_values` and `cache_position`. For hooks of libraries written for it."""
+    cache, new = cache_in(arguments), arguments["hidden_states"].shape[1]
+    end = cache.get_seq_length(layer.layer_idx)
+    return {"cache_position": torch.arange(end - new, end), **arguments, CACHE_NAMES[-1]: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a model or stock `generate` returned.
+
+    Raises:
+        AttributeError: it holds none.
+    """
+    # The old name is an attribute of new outputs too, which warns.
+    return output.cache if hasattr(output, CACHE_NAMES[0]) else output.past_key_values
+
+
+def as_argument(module: nn.Module, cache: Any, method: str = "forward") -> dict[str, Any]:
+    """`{name: cache}`, under the name that a method of `module` takes.
+
+    Args:
+        method: "forward" or "generate".
+
+    Raises:
+        ValueError: the method takes no cache under either name.
+    """
+    # Stock `generate` takes any keyword and hands it on to this.
+    takes = "prepare_inputs_for_generation" if method == "generate" else method
+    kind: Any = type(module)
+    return {_name(kind, takes): cache}
+
+
+@functools.cache
+def _name(kind: Any, method: str) -> str:
+    """A method of `**kwargs` alone reveals nothing, so that base classes are searched."""
+    for each in kind.__mro__:
+        if method in vars(each):
+            taken = inspect.signature(vars(each)[method]).parameters
+            for name in CACHE_NAMES:
+                if name in taken:
+                    return name
+    raise ValueError(
+        f"{kind.__name__}.{method} takes no cache: expected a parameter called "
+        f"{' or '.join(map(repr, CACHE_NAMES))}; is it a transformers causal language model?"
+    )
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

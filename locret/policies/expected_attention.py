@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from locret.policies.base import LayerChunk, Policy
+from locret.policies.base import HIGHEST, LayerChunk, Policy
 from locret.quantities import check_between, check_whole
 
 
@@ -58,14 +58,14 @@ class ExpectedAttentionPolicy(Policy):
         scores = logits.softmax(dim=-1).nan_to_num(0.0).mean(dim=2)
         if self.value_norm:
             scores = (scores + self.epsilon) * chunk.all_values().float().norm(dim=-1)
-        return scores.masked_fill(is_sink, torch.finfo(torch.float32).max)
+        return scores.masked_fill(is_sink, HIGHEST)
 
     def _sinks(self, chunk: LayerChunk) -> Tensor:
         """Which units are sinks, bool [B, H, S + T]; held ones by the scores they were given."""
-        new = (chunk.own_positions < self.sinks)[:, None].expand(chunk.key.shape[:3])
-        if chunk.held is None:
+        new = chunk.among_first(self.sinks)
+        if chunk.context is None:
             return new
-        old = chunk.held.scores == torch.finfo(torch.float32).max
+        old = chunk.context.scores == HIGHEST
         return torch.cat([old, new], dim=2)
 
     def _taken_in(self, chunk: LayerChunk, new: int) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from locret.cache.units import unscored
+from locret.cache.layer import unscored
 from locret.policies.base import LayerChunk, Policy
 
 

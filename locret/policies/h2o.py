@@ -3,8 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import pad
 
-from locret.policies.attention import attention_received
-from locret.policies.base import LayerChunk, Policy
+from locret.policies.base import LayerChunk, Policy, attention_received
 from locret.quantities import check_between, check_whole
 
 
@@ -30,9 +29,9 @@ class H2OPolicy(Policy):
 
     def rank(self, chunk: LayerChunk) -> Tensor:
         mass = attention_received(chunk, self.block)
-        if chunk.held is None:
+        if chunk.context is None:
             return mass
-        return mass + pad(chunk.held.scores, (0, chunk.key.shape[2]))
+        return mass + pad(chunk.context.scores, (0, chunk.key.shape[2]))
 
     def recent(self, budget: int) -> int:
         return int(self.recent_share * budget)

@@ -5,11 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from locret.cache.units import unscored
-from locret.policies.base import LayerChunk, Policy
+from locret.cache.layer import unscored
+from locret.policies.base import HIGHEST, LayerChunk, Policy
 from locret.quantities import check_between, check_whole
-
-HIGHEST = torch.finfo(torch.float32).max  # finite, so that stabilizers rank higher
 
 
 class SirLLMPolicy(Policy):
@@ -40,8 +38,7 @@ class SirLLMPolicy(Policy):
         self.decay = decay
 
     def score(self, chunk: LayerChunk) -> Tensor:
-        first = (chunk.own_positions < self.sinks)[:, None].expand(chunk.key.shape[:3])
-        return unscored(chunk.key).masked_fill(first, HIGHEST)
+        return unscored(chunk.key).masked_fill(chunk.among_first(self.sinks), HIGHEST)
 
     def reconsider(self, scores: list[Tensor], surprisal: Callable[[], Tensor]) -> list[Tensor]:
         given = surprisal().clamp(max=HIGHEST)[:, None]

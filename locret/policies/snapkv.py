@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
-from locret.policies.attention import attention_weights
-from locret.policies.base import LayerChunk, Policy
+from locret.policies.base import HIGHEST, LayerChunk, Policy, attention_weights
 from locret.quantities import check_whole
 
 Pooling = Literal["avg", "max"]
@@ -50,7 +49,7 @@ class SnapKVPolicy(Policy):
         received = (weights[..., :before] * known[..., None]).sum(dim=3)
         scores = self._pooled(received).mean(dim=2)
         # The window is kept as `recent` units; a small budget does not protect all of them.
-        return pad(scores, (0, last), value=torch.finfo(torch.float32).max)
+        return pad(scores, (0, last), value=HIGHEST)
 
     def recent(self, budget: int) -> int:
         return self.window
@@ -59,7 +58,7 @@ class SnapKVPolicy(Policy):
         """[B, H*G, up to `window`, D], rotated at the last slots. Remembers them for later."""
         new = chunk.query[:, :, -self.window :]
         before = chunk.state.get("window_queries")
-        earlier = min(self.window - new.shape[2], 0 if before is None else chunk.num_held)
+        earlier = min(self.window - new.shape[2], 0 if before is None else chunk.context_length)
         chunk.state["window_queries"] = self._remembered(before, chunk)
         if earlier <= 0 or before is None:
             return chunk.rotated_query[:, :, -self.window :]

@@ -1,9 +1,8 @@
 """StreamingLLM (arXiv 2309.17453): the first tokens (attention sinks) and the most recent ones."""
 
-import torch
 from torch import Tensor
 
-from locret.policies.base import LayerChunk, Policy
+from locret.policies.base import HIGHEST, LayerChunk, Policy
 from locret.quantities import check_whole
 
 
@@ -21,8 +20,6 @@ class StreamingLLMPolicy(Policy):
         self.sinks = sinks
 
     def score(self, chunk: LayerChunk) -> Tensor:
-        positions = chunk.own_positions
-        # float32 counts exactly up to 16.7 million tokens; finite, so that stabilizers rank higher
-        highest = torch.finfo(torch.float32).max
-        scores = positions.float().masked_fill(positions < self.sinks, highest)
-        return scores[:, None].expand(chunk.key.shape[:3])
+        # float32 counts exactly up to 16.7 million tokens
+        scores = chunk.own_positions.float()[:, None].expand(chunk.key.shape[:3])
+        return scores.masked_fill(chunk.among_first(self.sinks), HIGHEST)

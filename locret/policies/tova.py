@@ -1,11 +1,9 @@
 """TOVA (arXiv 2401.06104): what the last query looks at, the same units in every head."""
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from locret.policies.attention import attention_weights
-from locret.policies.base import LayerChunk, Policy
+from locret.policies.base import HIGHEST, LayerChunk, Policy, attention_weights
 
 
 class TOVAPolicy(Policy):
@@ -23,6 +21,4 @@ class TOVAPolicy(Policy):
         query = chunk.rotated_query[:, :, -1:]
         weights = attention_weights(query, keys, before, chunk.scaling, chunk.filled())
         scores = weights[..., 0, :before].mean(dim=(1, 2))
-        return pad(scores, (0, 1), value=torch.finfo(torch.float32).max)[:, None].expand(
-            keys.shape[:3]
-        )
+        return pad(scores, (0, 1), value=HIGHEST)[:, None].expand(keys.shape[:3])

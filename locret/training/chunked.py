@@ -78,7 +78,7 @@ class ChunkedRowLoss(RowLoss):
 
         Takes the labels of the answers that end here.
         """
-        segment, chunk = self.segments[which], call.part(start - read.seen, end - read.seen)
+        segment, chunk = self.segments[which], call.between(start - read.seen, end - read.seen)
         slot, length = start - segment.start, segment.end - segment.start
         query, key = (chunk.rotate(x, (slot,), (length,)) for x in (chunk.query, chunk.key))
         read.key[:, :, start:end] = key

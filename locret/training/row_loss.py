@@ -104,7 +104,7 @@ class RowLoss:
         query = call.rotate_packed(call.query, lengths).split(lengths, dim=2)
         key = call.rotate_packed(call.key, lengths).split(lengths, dim=2)
         for i, segment in enumerate(self.segments):
-            own = call.part(segment.start, segment.end)
+            own = call.between(segment.start, segment.end)
             output, labels = self._read(own, query[i], key[i], segment)
             outputs.append(output)
             targets.append(labels)

@@ -24,7 +24,7 @@ from locret.engine.engine import Engine  # noqa: E402
 from locret.integrations.lm_eval import model as harness  # noqa: E402
 from locret.integrations.lm_eval.model import LocretLM  # noqa: E402
 from locret.integrations.lm_eval.tasks import harness_name, write_task_files  # noqa: E402
-from locret.model.cache_names import as_argument  # noqa: E402
+from locret.model.hooks import as_argument  # noqa: E402
 from locret.model.loading import load_model  # noqa: E402
 from locret.tasks import TASKS  # noqa: E402
 from tests.evaluation.eval_data import DATA, NOUNS, TRAITS, write_artifacts, write_data  # noqa: E402

@@ -13,7 +13,7 @@ kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed")
 
 import locret  # noqa: E402
 from locret.integrations.kvpress import LocretPress  # noqa: E402
-from locret.model.cache_names import as_argument  # noqa: E402
+from locret.model.hooks import as_argument  # noqa: E402
 from tests.tiny_models import VOCAB, distinct_prompt, prompt, tiny_heads, tiny_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -53,7 +53,7 @@ from locret.integrations.lm_eval.reading import (
     text_log_likelihood,
     tokens_after,
 )
-from locret.model.cache_names import as_argument
+from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import LocretPolicy
 

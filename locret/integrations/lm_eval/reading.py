@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import StoppingCriteria
 
-from locret.cache.cache import Eviction, RetainedCache
+from locret.cache.cache import RetainedCache
 from locret.engine.engine import Engine
-from locret.model.cache_names import as_argument
+from locret.model.hooks import as_argument
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,11 @@ def text_log_likelihood(engine: Engine, ids: Tensor) -> tuple[float, RetainedCac
     assert budgets is not None, "without a budget the text is scored as it stands"
     cache.prompt_lengths = (length,)
     total, size = 0.0, engine.config.reading.chunk_size or length
-    with engine:
+    with engine, engine.reading_into(cache, budgets):
         for start in range(0, length - 1, size):
-            cache.eviction = Eviction(budgets, engine.config.stabilizers_for(budgets))
             chunk = ids[:, start : min(start + size, length - 1)]
             following = ids[0, start + 1 : start + 1 + chunk.shape[1]]
             logits = model(input_ids=chunk, use_cache=True, **as_argument(model, cache)).logits[0]
             logs = log_softmax(logits.float(), dim=-1)
             total += float(logs.gather(1, following[:, None]).sum())
-    cache.eviction = None
     return total, cache

@@ -1,5 +1,6 @@
-"""The cache units of one layer with keys and values in few bits: `locret.cache.units.Units` over a
-quantized store (`docs/quantization.md`). Scores and source positions stay as they are.
+"""The units of one layer with keys and values in few bits (`docs/quantization.md`): what
+`locret.cache.layer.PlainStore` does, over quantized units. Scores and source positions stay as they
+are.
 
 Keys and values are expanded when they are asked for, a layer at a time.
 
@@ -12,27 +13,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from locret.cache.units import NewUnits, Units, number_spare
 from locret.kernels import PackedKV
 from locret.quantization import QuantizedStore, Scheme
 from locret.quantization.buffers import Buffers, BuffersView
 from locret.quantization.schemes import KiviScheme
 from locret.quantization.store import QuantizedView, named_tensors, stack_stores, store_of
 
-MARKS = ("scores", "source_positions")
+EXACT = ("scores", "source_positions")
 STEPS = 256
 """Most units that an answer holds in full precision before they are packed, where its steps come
 from a CUDA graph: packing makes new tensors, and so a new graph."""
 
 
-class CodedView(NamedTuple):
+class PackedView(NamedTuple):
     """What a layer held at some moment."""
 
     store: QuantizedView
-    marks: BuffersView
+    exact: BuffersView
 
 
-class CodedUnits:
+class PackedStore:
     """Keys and values [B, H, S, D] in a quantized store, scores [B, H, S] float32, source positions
     [B, H, S] long.
 
@@ -42,12 +42,12 @@ class CodedUnits:
 
     def __init__(self, scheme: Scheme) -> None:
         self.store = QuantizedStore(scheme)
-        self._marks = Buffers()
+        self._exact = Buffers()
 
     @property
-    def held(self) -> int:
+    def count(self) -> int:
         """S."""
-        return self._marks.count
+        return self._exact.count
 
     @property
     def keys(self) -> Tensor:
@@ -61,16 +61,16 @@ class CodedUnits:
 
     @property
     def scores(self) -> Tensor:
-        return self._marks[0]
+        return self._exact[0]
 
     @property
     def source_positions(self) -> Tensor:
-        return self._marks[1]
+        return self._exact[1]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All storage, spare room included: what the memory is really spent on."""
-        return *self.store.tensors, *self._marks.tensors
+        return *self.store.tensors, *self._exact.tensors
 
     @property
     def takes_steps(self) -> bool:
@@ -102,14 +102,14 @@ class CodedUnits:
     @property
     def spare(self) -> int:
         """Units that can be written in place."""
-        store, marks = self.store.residual, self._marks
-        return min(store.capacity - store.count, marks.capacity - marks.count)
+        both = (self.store.residual, self._exact)
+        return min(each.capacity - each.count for each in both)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all storage: codes, tables, outliers, residual, scores, positions, spare
         room."""
-        return self.store.nbytes + self._marks.nbytes
+        return self.store.nbytes + self._exact.nbytes
 
     @property
     def kv_bytes(self) -> int:
@@ -119,44 +119,41 @@ class CodedUnits:
     @property
     def full_bytes(self) -> int:
         """Bytes of one token's keys and values as they come."""
-        return self.store.full_bytes if self.held else 0
+        return self.store.full_bytes if self.count else 0
 
-    def append(
-        self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, room: int = 0
-    ) -> None:
-        """Add T new units after those held, in full precision until they are settled.
+    def append(self, new: Sequence[Tensor], room: int = 0) -> None:
+        """Add T new units after those held, in full precision until they are packed.
 
         Args:
-            keys, values, scores, positions: see `NewUnits`; scores: higher = keep.
+            new: as they are stored (`locret.cache.layer.NewTokens`).
             room: units that are expected to come.
         """
-        new = NewUnits(keys, values, scores, positions).prepared()
-        scheme = self.store.scheme
-        self.store.append(*new[:2], min(room, scheme.residual + scheme.group))
-        self._marks.append(new[2:], room)
+        (keys, values, *exact), scheme = new, self.store.scheme
+        self.store.append(keys, values, min(room, scheme.residual + scheme.group))
+        self._exact.append(exact, room)
 
-    def append_selected(self, new: NewUnits, index: Tensor) -> None:
+    def append_selected(self, new: Sequence[Tensor], index: Tensor) -> None:
         """Hold those units at `index` [B, H, K] (long, ascending) that held and new ones are
         together: evict, then pack.
 
         Raises:
             ValueError: a key or value cannot be stored.
         """
-        keys, values, *marks = new.prepared()
+        keys, values, *exact = new
         self.store.append(keys, values)
         self.store.select(index)
-        self._marks.append_selected(marks, index)
+        self._exact.append_selected(exact, index)
 
     def select(self, index: Tensor) -> None:
         """Hold only the units at `index` [B, H, K] (long, ascending): evict, then pack."""
         self.store.select(index)
-        self._marks.select(index)
+        self._exact.select(index)
 
-    def settle(self, tight: bool = False) -> None:
-        """What was appended has been attended to: pack it as far as it fills runs; if `tight`, all
-        but the scheme's residual, so that the bytes are those of an eviction."""
+    def pack(self, tight: bool = False) -> None:
+        """What was appended has been attended to: pack it as far as it fills blocks; if `tight`,
+        all but the scheme's residual, so that the bytes are those of an eviction."""
         if tight:
-            every = torch.arange(self.held, device=self.scores.device)
+            every = torch.arange(self.count, device=self.scores.device)
             self.store.select(every.expand(*self.scores.shape[:2], -1))
         else:
             self.store.pack(room=self.store.scheme.group)
@@ -164,40 +161,40 @@ class CodedUnits:
     def rebuild(self, keys: Tensor, room: int, empty: Tensor | None = None) -> None:
         """Hold the same units with other `keys` [B, H, S, D], in a storage with `room` to spare.
         The first `empty` [B, H] slots hold nothing."""
-        if empty is not None:  # what stands there must not widen the range of its run
-            slot = torch.arange(self.held, device=keys.device)
-            filled = slot.maximum(empty[..., None]).clamp(max=self.held - 1)
+        if empty is not None:  # what stands there must not widen the range of its block
+            slot = torch.arange(self.count, device=keys.device)
+            filled = slot.maximum(empty[..., None]).clamp(max=self.count - 1)
             keys = keys.gather(2, filled[..., None].expand_as(keys))
         scheme = self.store.scheme
         self.store.rebuild(keys, min(room, scheme.residual + scheme.group))
 
     def make_room(self, room: int, first_position: int) -> None:
-        """Let units be written to the residual in place: pack what fills runs, and have room for at
-        most `STEPS` units, whose scores are zero and whose source positions go on from
-        `first_position`. They are packed when the next are asked for, or by `settle`."""
+        """Let units be written to the residual in place: pack what fills blocks, and have room for
+        at most `STEPS` units, whose scores are zero and whose source positions go on from
+        `first_position`. They are packed when the next are asked for, or by `pack`."""
         self.store.pack()
         self.store.residual = self.store.residual.with_room(min(room, STEPS))
-        self._marks = self._marks.with_room(min(room, STEPS))
-        scores, positions = self._marks.tensors
-        number_spare(scores, positions, self.held, first_position)
+        self._exact = self._exact.with_room(min(room, STEPS))
+        scores, positions = self._exact.tensors
+        number_spare(scores, positions, self.count, first_position)
 
     def note_written(self) -> None:
         """A unit was written to the residual."""
         self.store.residual.count += 1
-        self._marks.count += 1
+        self._exact.count += 1
 
     def replace_scores(self, scores: Tensor) -> None:
         """Give the units held other `scores` [B, H, S]."""
-        self._marks.replace(0, scores)
+        self._exact.replace(0, scores)
 
-    def view(self) -> CodedView:
+    def view(self) -> PackedView:
         """What is held now, for `restore`."""
-        return CodedView(self.store.view(), self._marks.view())
+        return PackedView(self.store.view(), self._exact.view())
 
-    def restore(self, view: CodedView) -> None:
+    def restore(self, view: PackedView) -> None:
         """Hold again what was held when `view` was taken."""
         self.store.restore(view.store)
-        self._marks.restore(view.marks)
+        self._exact.restore(view.exact)
 
     def move(self, device: torch.device) -> None:
         """Be on `device`."""
@@ -207,36 +204,33 @@ class CodedUnits:
     def select_batch(self, rows: Tensor) -> None:
         """Hold only the batch rows `rows` [B'] (long); rows may repeat."""
         self.store.select_batch(rows)
-        self._marks.select_batch(rows)
+        self._exact.select_batch(rows)
 
     def clear(self) -> None:
         self.store.clear()
-        self._marks.clear()
+        self._exact.clear()
 
     def named_tensors(self) -> dict[str, Tensor]:
         """What is held, by name, without spare room."""
-        marks = dict(zip(MARKS, self._marks, strict=True)) if self.held else {}
-        return marks | named_tensors(self.store)
+        exact = dict(zip(EXACT, self._exact, strict=True)) if self.count else {}
+        return exact | named_tensors(self.store)
 
     def take_tensors(self, named: dict[str, Tensor]) -> None:
         """Hold what `named_tensors` gave, which may be among other things."""
         self.store = store_of(self.store.scheme, named)
-        self._marks = Buffers([named[name] for name in MARKS if name in named])
+        self._exact = Buffers([named[name] for name in EXACT if name in named])
 
     @staticmethod
-    def stack(rows: "Sequence[CodedUnits]") -> "CodedUnits":
+    def of_rows(rows: "Sequence[PackedStore]") -> "PackedStore":
         """The rows of a batch, of one row each, as one, aligned at their last unit."""
-        stacked = CodedUnits(rows[0].store.scheme)
+        stacked = PackedStore(rows[0].store.scheme)
         stacked.store = stack_stores([row.store for row in rows])
-        stacked._marks = Buffers.stack([row._marks for row in rows])
+        stacked._exact = Buffers.stack([row._exact for row in rows])
         return stacked
 
 
-LayerUnits = Units | CodedUnits
-"""What a layer holds, one way or the other."""
-
-
-def units_for(scheme: Scheme, weighs: bool = False) -> LayerUnits:
-    """Empty units of a layer stored by `scheme`, or as they are and perhaps with weights."""
-    assert not (scheme.packs and weighs), "packed values cannot be merged"
-    return CodedUnits(scheme) if scheme.packs else Units(weighs)
+def number_spare(scores: Tensor, positions: Tensor, filled: int, first_position: int) -> None:
+    """Prepare scores (zero) and source positions of the units behind those held."""
+    scores[:, :, filled:] = 0
+    last = first_position + scores.shape[2] - filled
+    positions[:, :, filled:] = torch.arange(first_position, last, device=positions.device)
