@@ -32,7 +32,8 @@ class Record:
         cut: tokens taken out of the context to fit; answer_cut: an answer among them.
         budget: units a KV head may keep; None = all.
         units: held after the context was compressed, [mean, largest] over layers.
-        bytes: of the cache then; full_bytes: of the keys and values of a full one.
+        bytes: of the cache then; room_bytes: of them, room for an answer; full_bytes: of the keys
+            and values of a full cache.
         bytes_after: of the cache after the answer, room for more of it included.
         seconds: a share of the batch's time.
     """
@@ -55,6 +56,7 @@ class Record:
     full_bytes: int
     bytes_after: int
     seconds: float
+    room_bytes: int = 0
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -163,7 +163,14 @@ HELD = ("units", "bytes", "bytes_after", "full_cache_bytes")
 def _held(records: Sequence[Record]) -> dict[str, Any]:
     """Prompts, budgets, units and bytes: means and the largest."""
     if not records:
-        empty = ("prompt_tokens", "compressed_tokens", "rest_tokens", "units_allowed", *HELD)
+        empty = (
+            "prompt_tokens",
+            "compressed_tokens",
+            "rest_tokens",
+            "units_allowed",
+            "room_bytes",
+            *HELD,
+        )
         return dict.fromkeys(empty) | {"seconds": 0.0}
     return {
         "prompt_tokens": _spread([record.prompt_tokens for record in records]),
@@ -177,6 +184,7 @@ def _held(records: Sequence[Record]) -> dict[str, Any]:
             "max": max(record.units[1] for record in records),
         },
         "bytes": _spread([record.bytes for record in records]),
+        "room_bytes": _spread([record.room_bytes for record in records]),
         "bytes_after": _spread([record.bytes_after for record in records]),
         "full_cache_bytes": _spread([record.full_bytes for record in records]),
         "seconds": round(sum(record.seconds for record in records), 2),

@@ -15,7 +15,9 @@ from types import NoneType
 from typing import Any, get_args
 
 from locret.cache.cache import RetainedCache
+from locret.cache.layer import RetainedLayer
 from locret.cache.merging import describe_merging
+from locret.cache.sizing import BESIDE_BYTES
 from locret.engine.config import EngineConfig
 from locret.engine.engine import Engine
 from locret.evaluation.prompts import Protocol
@@ -271,7 +273,8 @@ def held_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
 
     Returns:
         `units`: (mean, largest) number of units of a head, over layers; `bytes`: the row's share
-        of the storage; `full_bytes`: its share of the keys and values of a full cache.
+        of the storage; `room_bytes`: of it, room for an answer; `full_bytes`: its share of the keys
+        and values of a full cache.
     """
     report = cache.report()
     units = [
@@ -281,5 +284,13 @@ def held_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
     return {
         "units": (round(sum(units) / len(units), 1), round(max(units))),
         "bytes": report["total_bytes"] // rows,
+        "room_bytes": sum(map(_room_bytes, cache.layers)) // rows,
         "full_bytes": report["full_cache_bytes"] // rows,
     }
+
+
+def _room_bytes(layer: RetainedLayer) -> int:
+    """Of slots that a growing layer has taken ahead: they hold numbers as they come."""
+    units = layer.units
+    heads = units.scores.shape[0] * units.scores.shape[1]
+    return units.spare * (units.full_bytes + BESIDE_BYTES * heads)

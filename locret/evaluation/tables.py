@@ -176,17 +176,20 @@ def _line(
     def most(name: str, of: Sequence[Mapping[str, Any]] = cells) -> float:
         return max(cell[name]["max"] for cell in of)
 
+    def context(of: Sequence[Mapping[str, Any]] = cells) -> float:
+        return most("bytes", of) - most("room_bytes", of)
+
     found = _found(cells)
     found_by_full = None if of_full is None else _found(of_full)
     bytes_of_full = most("bytes_after", of_full) if of_full else most("full_cache_bytes")
-    context_of_full = most("bytes", of_full) if of_full else most("full_cache_bytes")
+    context_of_full = context(of_full) if of_full else most("full_cache_bytes")
     stored = f" {in_words(setup['quantization'])}" if setup["quantization"] else ""
     aware = ", query-aware" if setup["protocol"] == "query_aware" else ""
     return Line(
         name=f"{setup['name']}{stored}{aware}",
         asked="1x" if setup["budget"] is None else str(setup["budget"]).removesuffix(" bytes"),
         real=bytes_of_full / max(1, most("bytes_after")),
-        real_context=context_of_full / max(1, most("bytes")),
+        real_context=context_of_full / max(1, context()),
         found=len(found),
         of_full="-"
         if found_by_full is None
@@ -194,7 +197,7 @@ def _line(
         asked_of=sum(cell["count"] - cell["failed"] for cell in cells),
         units=int(most("units")),
         context_tokens=int(most("compressed_tokens")),
-        context_bytes=most("bytes"),
+        context_bytes=context(),
         rest_tokens=int(most("rest_tokens")),
         bytes=most("bytes_after"),
         seconds=sum(cell["seconds"] for cell in cells),
