@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from locret.cli import main
-from locret.commands import progress
+from locret.commands import shared
 from locret.commands.shared import Progress
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """The time, in a list of one number."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(shared.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -64,7 +64,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     asking = Progress("asking")
     asking(0, 4)
     asking(2, 4)
-    shown = progress.sys.stderr.getvalue()
+    shown = shared.sys.stderr.getvalue()
     assert "\r" in shown and "asking:   0%" in shown and "0/4" in shown
     asking(4, 4)
 

@@ -190,9 +190,7 @@ def manifest(
         "config": prepared.config.to_dict(),
         "sources": prepared.sources,
         "computed": _different(sessions),
-        "engines": {
-            setup: made for s in reversed(sessions) for setup, made in s["engines"].items()
-        },
+        "engines": {setup: made for s in sessions for setup, made in s["engines"].items()},
         "processes": max((session["world"] for session in sessions), default=0),
         "protocols": {
             "query_agnostic": "the context is compressed before the question is read",
@@ -256,7 +254,7 @@ class Session:
 
     def __init__(self, folder: Path, rank: int, world: int, asker: Asker) -> None:
         started = time.time()
-        self._path = folder / FOLDER / f"{started:.0f}-{rank}.json"
+        self._path = folder / FOLDER / f"{started:.3f}-{rank}.json"
         self._facts = {"rank": rank, "world": world, "started": started, **_facts(asker)}
         self._asker = asker
         self.beat()
