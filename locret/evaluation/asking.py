@@ -15,7 +15,7 @@ from locret.cache.cache import RetainedCache
 from locret.engine.engine import Engine
 from locret.evaluation.questions import Question
 from locret.evaluation.records import OUT_OF_MEMORY, Record
-from locret.evaluation.setups import Engines, held_of
+from locret.evaluation.setups import Engines, sizes_of
 from locret.model.loading import LoadedModel
 
 LOOK_BACK = 16  # tokens whose text can hold the end of a stop string
@@ -63,14 +63,14 @@ class Asker:
         started = time.perf_counter()
         with engine:
             if not self._in_turn:
-                cache, held = self._read(engine, batch)
-                yield self._answers(engine, batch, cache, held, started)
+                cache, sizes = self._read(engine, batch)
+                yield self._answers(engine, batch, cache, sizes, started)
                 return
-            cache, held = self._read(engine, batch[:1])
+            cache, sizes = self._read(engine, batch[:1])
             untouched = cache.snapshot()
             for question in batch:
                 cache.restore(untouched)
-                yield self._answers(engine, [question], cache, held, started)
+                yield self._answers(engine, [question], cache, sizes, started)
                 started = time.perf_counter()
 
     def _read(
@@ -84,14 +84,14 @@ class Asker:
             queries = [question.query for question in batch]
             given["query_ids"] = torch.tensor(queries, device=self.model.device)
         cache = engine.prefill(ids, **given)
-        return cache, [held_of(cache, row, len(batch)) for row in range(len(batch))]
+        return cache, [sizes_of(cache, row, len(batch)) for row in range(len(batch))]
 
     def _answers(
         self,
         engine: Engine,
         batch: Sequence[Question],
         cache: RetainedCache,
-        held: list[dict[str, Any]],
+        sizes: list[dict[str, Any]],
         started: float,
     ) -> list[Record]:
         groups = _asked_together(batch, engine.asks_together)
@@ -106,7 +106,7 @@ class Asker:
         for row, question in enumerate(batch):
             new, bytes_after = answers[row]
             after = {"bytes_after": bytes_after, "seconds": seconds}
-            records.append(self._record(question, new, held[row] | after))
+            records.append(self._record(question, new, sizes[row] | after))
         return records
 
     def _generated(self, engine: Engine, batch: Sequence[Question], cache: RetainedCache) -> Tensor:
@@ -140,7 +140,7 @@ class Asker:
         found = self.tokenizer.eos_token_id if found is None else found
         return [] if found is None else [found] if isinstance(found, int) else list(found)
 
-    def _record(self, question: Question, new: Tensor, held: dict[str, Any]) -> Record:
+    def _record(self, question: Question, new: Tensor, sizes: dict[str, Any]) -> Record:
         tokens, ends = new.tolist(), set(self.end_tokens)
         length = next((i for i, token in enumerate(tokens) if token in ends), None)
         tokens = tokens[:length]
@@ -151,7 +151,7 @@ class Asker:
             answer=answer,
             end="stop" if stopped else "length" if length is None else "eos",
             new_tokens=len(tokens),
-            **held,
+            **sizes,
         )
 
 

@@ -78,8 +78,8 @@ class Renderer:
     @property
     def fingerprint(self) -> str:
         """Recognises the tokenizer and its template."""
-        parts = (self.tokenizer.backend_tokenizer.to_str(), str(self.chat and self._template()))
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        both = (self.tokenizer.backend_tokenizer.to_str(), str(self.chat and self._template()))
+        return hashlib.sha256("\n".join(both).encode()).hexdigest()[:16]
 
     def _template(self) -> str:
         return str(self.tokenizer.chat_template)

@@ -71,8 +71,8 @@ def _markdown(block: Block) -> str:
         return block.text
     if isinstance(block, Figure):
         return f"![{block.caption}]({block.file.as_posix()})"
-    marks = ["---"] + ["---:"] * (len(block.header) - 1)
-    lines = [block.header, marks, *block.rows]
+    aligned = ["---"] + ["---:"] * (len(block.header) - 1)
+    lines = [block.header, aligned, *block.rows]
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
 
 

@@ -82,7 +82,7 @@ def _cell(answered: Sequence[Answered], scores: Scores, of_full: Scores | None) 
         "count": len(records),
         "failed": sum(record.end == OUT_OF_MEMORY for record in records),
         "other_metrics": {m: _mean_score(v) for m, v in scores.items() if m != main},
-        **_held([record for record in records if record.end != OUT_OF_MEMORY]),
+        **_sizes([record for record in records if record.end != OUT_OF_MEMORY]),
         "cut": sum(record.cut > 0 for record in records),
         "answer_cut": sum(record.answer_cut for record in records),
         "ends": {
@@ -157,10 +157,10 @@ def _mean_score(scores: Sequence[float | None]) -> float | None:
     return sum(answered) / len(answered) if answered else None
 
 
-HELD = ("units", "bytes", "bytes_after", "full_cache_bytes")
+SIZES = ("units", "bytes", "bytes_after", "full_cache_bytes")
 
 
-def _held(records: Sequence[Record]) -> dict[str, Any]:
+def _sizes(records: Sequence[Record]) -> dict[str, Any]:
     """Prompts, budgets, units and bytes: means and the largest."""
     if not records:
         empty = (
@@ -169,7 +169,7 @@ def _held(records: Sequence[Record]) -> dict[str, Any]:
             "rest_tokens",
             "units_allowed",
             "room_bytes",
-            *HELD,
+            *SIZES,
         )
         return dict.fromkeys(empty) | {"seconds": 0.0}
     return {
@@ -203,7 +203,7 @@ def _setup(
         **{key: own[0][key] for key in ("policy", "name", "budget", "protocol", "quantization")},
         "tasks": len(own),
         **_average(scores, groups, metrics.pop() if len(metrics) == 1 else ""),
-        **{key: _over_tasks([cell[key] for cell in own]) for key in HELD},
+        **{key: _over_tasks([cell[key] for cell in own]) for key in SIZES},
         **{key: sum(c[key] for c in own) for key in ("count", "failed", "cut", "answer_cut")},
         "seconds": round(sum(cell["seconds"] for cell in own), 2),
     }

@@ -67,12 +67,12 @@ class Setup:
     def label(self) -> str:
         """What the table calls the setup; different setups have different labels."""
         name = self.name or self.policy
-        parts = [name]
+        words = [name]
         if not self.keeps_all:
-            parts += [str(self.budget), self.protocol]
+            words += [str(self.budget), self.protocol]
         if self.quantization is not None:
-            parts.append(in_words(self.quantization))
-        return " ".join(parts)
+            words.append(in_words(self.quantization))
+        return " ".join(words)
 
     def engine_budget(self, length: int | None) -> Budget:
         """The engine's budget for a task that is made to `length` tokens: at least one unit. For a
@@ -268,7 +268,7 @@ def _shown(engine: Engine) -> dict[str, Any]:
     return shown | ({"recall": asdict(config.storage.recall)} if config.storage.recall else {})
 
 
-def held_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
+def sizes_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
     """Units and bytes of one row.
 
     Returns:

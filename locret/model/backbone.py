@@ -190,8 +190,8 @@ class Backbone:
         """The modules whose calls lead to an attention layer, itself included, as they are now."""
         modules = dict(self.model.named_modules())
         ours = {layer.module for layer in self.layers}
-        for parts in [name.split(".") for name, module in modules.items() if module in ours]:
-            yield from (modules[".".join(parts[:count])] for count in range(len(parts) + 1))
+        for path in [name.split(".") for name, module in modules.items() if module in ours]:
+            yield from (modules[".".join(path[:count])] for count in range(len(path) + 1))
 
     def surprise(self, hidden: Tensor, next_ids: Tensor) -> Tensor:
         """-log p of the tokens that came next, [B, T] float32.

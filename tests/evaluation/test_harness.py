@@ -214,7 +214,7 @@ def test_a_prompt_is_compressed_up_to_its_question(loaded, folder, read):
     assert read[-1][0][0].tolist() == ids[:-3] and read[-1][1][0].tolist() == ids[-3:]
     aware.generate_until(asked, disable_tqdm=True)  # here the document tells the context
     assert text(read[-1][0][0]) == f"Read this.\n{CONTEXT.strip()}"
-    aware._held.pop()
+    aware._sizes.pop()
     for one in (model, by_marker, aware):
         held = one.get_model_info()["locret"]["held"]
         assert held["units_max"] == 40 and held["prompts"] == 1

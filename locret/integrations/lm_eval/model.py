@@ -44,7 +44,7 @@ from locret.evaluation.setups import (
     are_query_aware,
     check_setup,
     expand,
-    held_of,
+    sizes_of,
 )
 from locret.heads.heads import RetainingHeads
 from locret.integrations.lm_eval.reading import (
@@ -144,7 +144,7 @@ class LocretLM(HFLM):
         self._heads_source, self._adapter_source = source(heads), source(adapter)
         self._context_ends: dict[str, int] = {}
         self._rests: list[int] = []
-        self._held: list[dict[str, Any]] = []
+        self._sizes: list[dict[str, Any]] = []
         self._truncated = 0
         self._join_ranks()
 
@@ -321,7 +321,7 @@ class LocretLM(HFLM):
     # ---- what is told ----------------------------------------------------------------------------
 
     def _note(self, cache: RetainedCache, rows: int) -> None:
-        self._held += [held_of(cache, row, rows) for row in range(rows)]
+        self._sizes += [sizes_of(cache, row, rows) for row in range(rows)]
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside the scores."""
@@ -337,7 +337,7 @@ class LocretLM(HFLM):
                 "attention": self._loaded.model.config._attn_implementation,
                 "engines": self._engines.used,
                 "prompts_cut": self._truncated,
-                "held": _summary(self._held),
+                "held": _summary(self._sizes),
                 "versions": versions(),
                 "commit": commit(),
             },
@@ -370,15 +370,15 @@ def _decoding(kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _summary(held: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def _summary(prompts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Units and bytes of a prompt after its compression."""
-    if not held:
+    if not prompts:
         return None
-    units, sizes = [one["units"] for one in held], [one["bytes"] for one in held]
+    units, sizes = [one["units"] for one in prompts], [one["bytes"] for one in prompts]
     return {
-        "prompts": len(held),
-        "units_mean": round(sum(mean for mean, _ in units) / len(held), 1),
+        "prompts": len(prompts),
+        "units_mean": round(sum(mean for mean, _ in units) / len(units), 1),
         "units_max": max(most for _, most in units),
-        "bytes_mean": round(sum(sizes) / len(held)),
+        "bytes_mean": round(sum(sizes) / len(sizes)),
         "bytes_max": max(sizes),
     }
