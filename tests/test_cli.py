@@ -191,7 +191,7 @@ def test_a_mistake_gives_one_line_on_stderr(args, says, folder, capsys):
         (["needle", "--ratios", "1"], "argument --ratios: '1' is not a whole number of at least 2"),
         (["needle", "--count", "0"], "argument --count: '0' is not a whole number of at least 1"),
         (["needle", "--depths", "0"], "argument --depths: '0' is not a whole number of at least 1"),
-        (["needle", "--tokens", "x"], "argument --tokens: 'x' is not a whole number of at least 1"),
+        (["needle", "--tokens", "x"], "argument --tokens: 'x' is not a number of tokens"),
         (
             ["needle", "--seed", "3"],
             "argument --seed: '3' is not a whole number of at least 1000000",

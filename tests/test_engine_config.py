@@ -67,9 +67,23 @@ REFUSED = [
 def test_what_works_with_no_model_is_refused_without_one(settings, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig.of(**settings)
-    if "budget" not in settings:
-        with pytest.raises(ValueError, match=f"setup random 8x query_agnostic: .*{message}"):
-            check_setup(Setup("random", "8x"), settings)
+    if not {"budget", "query_aware"} & settings.keys():
+        others = {name: value for name, value in settings.items() if name != "quantization"}
+        setup = Setup("random", "8x", quantization=settings.get("quantization"))
+        with pytest.raises(ValueError, match=f"setup random 8x query_agnostic.*: .*{message}"):
+            check_setup(setup, others)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"budget": 5}, {"quantization": "kivi"}, {"query_aware": True}], ids=str
+)
+def test_what_is_a_setups_own_is_no_setting_of_all(settings):
+    for setup, all_of in (
+        (Setup("random", "8x"), settings),
+        (Setup("random", engine=settings), {}),
+    ):
+        with pytest.raises(ValueError, match=f"engine settings hold {next(iter(settings))}; give"):
+            check_setup(setup, all_of)
 
 
 def test_heads_that_read_the_question_need_no_switch():

@@ -50,8 +50,10 @@ def run(args: Sequence[str]) -> None:
     command = "python -m locret " + shlex.join(sys.argv[1:])
     progress = Progress("asking") if ranks.rank == 0 else None
     path = evaluate.run(config, command, ranks, progress, given.processes, given.minutes)
+    if path is None and ranks.world == 1:
+        raise ValueError("there are answers to give yet: run the same command again")
     if path is None:
-        print(f"rank {ranks.rank} of {ranks.world}: done; there are questions left")
+        print(f"rank {ranks.rank} of {ranks.world}: done; other processes have questions left")
     elif ranks.world == 1 or given.processes == 1:
         _say(path)
 

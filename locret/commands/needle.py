@@ -20,10 +20,9 @@ def add_to(commands: Any) -> None:
         "--lengths",
         action=Listed,
         each=parse_tokens,
-        default=[1024, 2048, 4096],
-        help="of the prompts, such as 1024,2K",
+        help="of the prompts, such as 1024,2K; default 1K,2K,4K",
     )
-    grid.add_argument("--depths", type=whole(1), default=10)
+    grid.add_argument("--depths", type=whole(1), help="default 10")
     grid.add_argument("--plot", type=Path, help="write the maps to this file")
     command.set_defaults(run=run)
 
@@ -42,7 +41,10 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError("a map needs --json-out FILE: answers are kept beside it as they come")
     values: dict[str, Any] = {}
     if given.grid:
-        rounds = given.count or 1
-        values = {"lengths": given.lengths, "depths": given.depths, "limit": given.depths * rounds}
+        depths = given.depths or 10
+        lengths = given.lengths or [1024, 2048, 4096]
+        values = {"lengths": lengths, "depths": depths, "limit": depths * (given.count or 1)}
+    elif given.lengths or given.depths:
+        raise ValueError("--lengths and --depths are those of a map: give --grid too")
     setups = needles.setups_of(given.policies, [f"{ratio}x" for ratio in given.ratios])
     needles.ask(given, needles.config_of(given, setups, **values), needle_map)

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from locret.commands.shared import Listed, Progress, add_model, report_of, say_next, whole
+from locret.commands.shared import Listed, Progress, add_model, argument, report_of, say_next, whole
 from locret.policies import POLICIES
-from locret.quantities import MOST
+from locret.quantities import MOST, parse_tokens
+from locret.tasks import GROUPS
 from locret.tasks.needle import FIRST_SEED, HAYSTACK
 
 GENERATE = ("model", "adapter", "heads")
@@ -29,7 +30,9 @@ def add_arguments(
     add_model(command)
     command.add_argument("--policies", action=Listed, default=policies)
     command.add_argument("--tasks", action=Listed, default=["niah_single"])
-    command.add_argument("--tokens", type=whole(1), default=tokens, help="length of the prompts")
+    command.add_argument(
+        "--tokens", type=argument(parse_tokens), default=tokens, help="length of the prompts"
+    )
     command.add_argument("--count", type=whole(1), help="samples a task, spread over depths")
     command.add_argument(
         "--ratios", action=Listed, each=whole(2), default=ratios, help="tokens a budget unit"
@@ -58,6 +61,12 @@ def config_of(
         raise ValueError(f"policies {unknown} are unknown; expected some of {sorted(POLICIES)}")
     if not given.heads and "locret" in given.policies:
         raise ValueError("policy locret needs --heads; train some with python -m trainers.fit")
+    others = sorted(set(given.tasks) - set(GROUPS["needles"]))
+    if others:
+        raise ValueError(
+            f"tasks {', '.join(others)} are no needles; expected some of "
+            f"{', '.join(GROUPS['needles'])}; `locret evaluate` asks the others"
+        )
     count = given.count or 10
     config = {
         "model": given.model,
@@ -117,20 +126,24 @@ def ask(
     check_file(given.json_out, "--json-out")
     if given.plot:
         figures.check(given.plot)
+    if given.minutes is not None and given.json_out is None:
+        raise ValueError("--minutes needs --json-out FILE: answers are kept beside it")
     with tempfile.TemporaryDirectory() as temporary:
         out: Path | None = given.json_out
         folder = out.with_name(f"{out.stem}.answers") if out else Path(temporary)
         result = _asked(given, config | {"output": str(folder)})
-    if result is None:
-        return
     if given.plot:
         assert draw is not None
         print(f"figure   {figures.save(draw(result), given.plot).resolve()}")
     _say_next(given)
 
 
-def _asked(given: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result, written to `--json-out` and shown; None if there are answers to give yet."""
+def _asked(given: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The result, written to `--json-out` and shown.
+
+    Raises:
+        ValueError: there are answers to give yet.
+    """
     from locret.evaluation import evaluate, tables
     from locret.evaluation.config import EvalConfig
     from locret.evaluation.processes import Ranks
@@ -142,8 +155,7 @@ def _asked(given: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, An
     made = EvalConfig.from_dict(config)
     path = evaluate.run(made, command, ranks, progress, given.processes, given.minutes)
     if path is None:
-        print("there are answers to give yet: run the same command again")
-        return None
+        raise ValueError("there are answers to give yet: run the same command again")
     text = path.read_text(encoding="utf-8")
     result: dict[str, Any] = json.loads(text)
     prompts = [cell["prompt_tokens"] for cell in result["cells"] if cell["prompt_tokens"]]

@@ -39,12 +39,13 @@ def run(given: argparse.Namespace) -> None:
     left_out: list[str] = []
     paths = again.result_files(given.results)
     for path in paths:
-        _check(given.output / path.stem, paths)
+        _check(given.output / again.name_of(path), paths)
     for path in paths:
-        folder = _cleared(given.output / path.stem)
-        found = again.reproduce(path, folder, changes, Progress(path.stem))
+        name = again.name_of(path)
+        folder = _cleared(given.output / name)
+        found = again.reproduce(path, folder, changes, Progress(name))
         compared += found.compared
-        left_out += [f"{path.stem}: {reason}" for reason in found.left_out]
+        left_out += [f"{name}: {reason}" for reason in found.left_out]
     for reason in left_out:
         print(f"left out  {reason}")
     print(as_table(compared))

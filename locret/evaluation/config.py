@@ -15,7 +15,7 @@ from locret.evaluation.setups import Setup, expand
 from locret.model.loading import Dtype
 from locret.quantities import check_whole, parse_tokens
 from locret.system import files
-from locret.tasks import TASKS, Task, TaskSettings, task_names
+from locret.tasks import DATA, TASKS, Task, TaskSettings, task_names
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -93,6 +93,11 @@ class EvalConfig:
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
         check_whole("seed", self.seed, 0)
+        if not self.output.strip():
+            raise ValueError("output is empty; expected a folder")
+        unknown = sorted(set(self.data) - set(DATA))
+        if unknown:
+            raise ValueError(f"data has {', '.join(unknown)}; expected some of {', '.join(DATA)}")
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "EvalConfig":

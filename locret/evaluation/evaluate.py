@@ -31,6 +31,7 @@ from locret.evaluation.questions import Prepared, Question, batches, prepare, sh
 from locret.evaluation.records import Record, Records
 from locret.evaluation.setups import Engines
 from locret.model.loading import load_model
+from locret.quantities import check_between, check_whole
 from locret.system.files import as_json, write_whole
 
 ANSWERS = ".answers"
@@ -66,11 +67,16 @@ def run(
         ValueError: a configuration that cannot be run (`locret.evaluation.questions.prepare`), or a
             process that failed.
     """
+    check_whole("processes", processes, 1)
+    if minutes is not None:
+        check_between("minutes", minutes, 0)
     prepared, ranks = prepare(config), ranks or Ranks()
     path = prepared.output / CONFIG
     if ranks.rank == 0:
         plain = json.loads(as_json(prepared.config.to_dict()))  # YAML has no tuples
         write_whole(path, yaml.safe_dump(plain, sort_keys=False))
+        for name in (RESULT, TABLE):  # those of another configuration would stand beside this one
+            (prepared.output / name).unlink(missing_ok=True)
     if processes > 1 and ranks.world == 1:
         arguments = ["evaluate", "--config", str(path)]
         arguments += [] if minutes is None else ["--minutes", str(minutes)]
@@ -88,7 +94,6 @@ def ask(
     minutes: float | None = None,
 ) -> None:
     """Ask what of this process's share has no answer yet, for so many minutes at most."""
-    last = time.monotonic() + 60 * (minutes if minutes is not None else float("inf"))
     records = Records(prepared.output, str(ranks.rank))
     done = records.read().keys()
     all_batches = batches(prepared.asked, prepared.config.batch_size)
@@ -103,6 +108,7 @@ def ask(
         return
     asker = _load(prepared, ranks)
     session = Session(prepared.output, ranks.rank, ranks.world, asker)
+    last = time.monotonic() + 60 * (minutes if minutes is not None else float("inf"))
     for batch in left:
         if time.monotonic() > last:
             return
@@ -283,7 +289,12 @@ def _facts(asker: Asker) -> dict[str, Any]:
 def read_sessions(folder: Path) -> list[dict[str, Any]]:
     """What the processes of a run wrote, earliest first."""
     files = (folder / FOLDER).glob("*.json")
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    found = []
+    for path in files:
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}; remove it") from error
     return sorted(found, key=lambda session: session["started"])
 
 

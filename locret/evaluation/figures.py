@@ -33,10 +33,10 @@ def check(path: Path) -> None:
     """Refuse a figure that could not be drawn in the end.
 
     Raises:
-        ValueError: matplotlib is not installed or does not write such files, or it is a folder.
+        ValueError: matplotlib is not installed, it is no such file, or it is a folder.
     """
-    kinds = sorted(plotting().figure().canvas.get_supported_filetypes())
-    plotting().close()
+    plotting()
+    kinds = ("jpg", "pdf", "png", "svg")
     if path.suffix[1:].lower() not in kinds:
         raise ValueError(f"{str(path)!r}: a figure's name ends in one of {', '.join(kinds)}")
     check_file(path, "the figure")

@@ -16,6 +16,9 @@ OUT_OF_MEMORY = "memory"
 """Why there is no answer."""
 
 
+COUNTS = ("new_tokens", "prompt_tokens", "compressed_tokens", "bytes", "full_bytes", "bytes_after")
+
+
 @dataclass(frozen=True)
 class Record:
     """One answer.
@@ -103,6 +106,8 @@ def _records(path: Path) -> Iterator[Record]:
     for line in path.read_bytes().split(b"\n"):
         try:
             values: Any = json.loads(line)
-            yield Record(**values | {"units": tuple(values["units"])})
+            record = Record(**values | {"units": tuple(values["units"])})
         except (ValueError, TypeError, KeyError):
             continue  # unfinished, or of another version: the sample is asked again
+        if all(isinstance(getattr(record, name), int) for name in COUNTS):
+            yield record

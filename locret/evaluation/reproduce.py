@@ -169,10 +169,24 @@ def reproduce(
     if not here:
         return Reproduction((), left_out)
     config = replace(config, tasks=here)
+    if not _labels(config) & {(cell["setup"], cell["task"]) for cell in result["cells"]}:
+        slice_of = ", ".join(sorted(task for _, task in _labels(config)))
+        return Reproduction((), (*left_out, f"its slice ({slice_of}) is not among its results"))
     made = evaluate.run(config, "python -m locret reproduce", progress=progress)
     assert made is not None
     again = json.loads(made.read_text(encoding="utf-8"))
-    return Reproduction(tuple(_compared(path.stem, result, again)), left_out)
+    return Reproduction(tuple(_compared(name_of(path), result, again)), left_out)
+
+
+def _labels(config: EvalConfig) -> set[tuple[str, str]]:
+    """Setups and tasks that a configuration asks."""
+    tasks = [task.label for task in config.make_tasks()]
+    return {(setup.label, task) for setup in config.all_setups() for task in tasks}
+
+
+def name_of(path: Path) -> str:
+    """What a result is called: by its file, or its folder, if the file is `evaluate`'s own."""
+    return path.resolve().parent.name if path.name == evaluate.RESULT else path.stem
 
 
 def _slice(config: Mapping[str, Any], changes: Mapping[str, Any]) -> EvalConfig:

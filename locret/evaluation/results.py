@@ -102,7 +102,7 @@ def _identity(question: Question) -> dict[str, Any]:
     return {
         "policy": setup.policy,
         "name": setup.name or setup.policy,
-        "budget": setup.budget,
+        "budget": None if setup.keeps_all else setup.budget,
         "protocol": "any" if setup.keeps_all else setup.protocol,
         "quantization": setup.quantization,
     }

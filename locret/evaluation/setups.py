@@ -153,6 +153,8 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _checked(setup: Setup) -> Setup:
+    if setup.quantization == "none":
+        setup = replace(setup, quantization=None)
     kinds: dict[str, Any] = {"policy": str, "heads": (str, NoneType), "name": str}
     kinds |= {"engine": Mapping, "policy_args": Mapping}
     for key, kind in kinds.items():
@@ -226,6 +228,14 @@ def are_query_aware(setup: Setup, heads: RetainingHeads | None) -> bool:
     return bool(uses_them and heads is not None and heads.config.query_tokens)
 
 
+OF_SETUPS = {
+    "budget": "give it beside the policy: {policy: ..., budget: 8x}",
+    "quantization": "give it beside the policy: {policy: ..., quantization: {name: kivi, bits: 4}}",
+    "query_aware": "give the setup protocol: query_aware",
+}
+"""Engine settings that are values of a setup, which the table tells of."""
+
+
 def check_setup(setup: Setup, settings: Mapping[str, Any]) -> None:
     """Refuse what the setup's engine would refuse, before there is a model.
 
@@ -236,6 +246,10 @@ def check_setup(setup: Setup, settings: Mapping[str, Any]) -> None:
         ValueError: settings that engines do not have or that cannot work, arguments that the policy
             does not take, or a quantization that cannot be.
     """
+    given = {**settings, **setup.engine}
+    for name, instead in OF_SETUPS.items():
+        if name in given:
+            raise ValueError(f"setup {setup.label}: engine settings hold {name}; {instead}")
     try:
         policy = _policy(setup)
     except TypeError as error:
@@ -253,7 +267,7 @@ def _settings(setup: Setup, settings: Mapping[str, Any], budget: Budget) -> dict
 
 
 def _policy(setup: Setup) -> str | Policy:
-    if not setup.policy_args or setup.policy == LocretPolicy.name:
+    if not setup.policy_args:
         return setup.policy
     return POLICIES[setup.policy](**setup.policy_args)
 

@@ -215,7 +215,7 @@ KEPT: list[Column] = [
     ("context kept", 15, lambda line: f"{line.units:,}/{line.context_tokens:,}"),
     ("MiB", 7, lambda line: f"{line.context_bytes / MIB:.1f}"),
     ("rest", 6, lambda line: str(line.rest_tokens)),
-    ("MiB", 7, lambda line: f"{(line.bytes - line.context_bytes) / MIB:.1f}"),
+    ("MiB", 7, lambda line: f"{max(line.bytes - line.context_bytes, 0) / MIB:.1f}"),
     ("cache MiB", 11, lambda line: f"{line.bytes / MIB:.1f}"),
     ("seconds", 9, lambda line: f"{line.seconds:.1f}"),
 ]
@@ -297,6 +297,8 @@ def _legend(result: Result) -> list[tuple[str, str]]:
 
 
 def _legend_of_bytes(result: Result) -> list[tuple[str, str]]:
+    asked = full_of(result) is not None
+    whole = "bytes of the context under policy full" if asked else "those of all keys and values"
     said = [
         (
             "asked",
@@ -304,7 +306,7 @@ def _legend_of_bytes(result: Result) -> list[tuple[str, str]]:
             "into the same bytes",
         ),
         ("KiB", "of the compressed context; the question and the answer come on top"),
-        ("real", "bytes of the context under policy full / those of the line"),
+        ("real", f"{whole} / those of the line"),
     ]
     dtypes = {facts.get("dtype") for facts in result["manifest"].get("computed", [])}
     if "float32" in dtypes:

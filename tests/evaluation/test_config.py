@@ -113,3 +113,10 @@ def test_a_configuration_of_ours_names_what_there_is(path):
     smoke = EvalConfig.from_dict({**config.to_dict(), **config.smoke})
     assert smoke.limit is not None
     assert smoke.limit <= 5 or smoke.limit == smoke.depths  # a needle at every depth
+
+
+def test_no_data_is_named_for_nothing():
+    with pytest.raises(ValueError, match="data has needle_haystak; expected some of squad"):
+        EvalConfig.from_dict(LEAST | {"data": {"needle_haystak": "noise"}})
+    with pytest.raises(ValueError, match="output is empty"):
+        EvalConfig.from_dict(LEAST | {"output": " "})

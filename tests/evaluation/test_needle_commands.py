@@ -83,10 +83,10 @@ def test_what_a_command_asked_is_a_configuration_of_evaluate(name, folder, out, 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_stopped_run_goes_on_and_ends_the_same(name, folder, out, tmp_path, asked, capsys):
     command, count = COMMANDS[name]
-    assert run(folder, out, command, "--minutes", "0") == 0
-    said = capsys.readouterr().out
-    assert "there are answers to give yet: run the same command again" in said
-    assert "result" not in said and not asked and not out.exists()
+    assert run(folder, out, command, "--minutes", "0") == 2
+    said = capsys.readouterr()
+    assert "there are answers to give yet: run the same command again" in said.err
+    assert not said.out and not asked and not out.exists()
     assert run(folder, out, command) == 0
     assert len(asked) == count
     whole = figures(out)
@@ -122,7 +122,7 @@ def test_a_policy_and_a_length_can_be_added_to_what_is_there(folder, out, asked)
 
 
 def config_of(folder, out, command, *more):
-    assert run(folder, out, command, "--minutes", "0", *more) == 0
+    assert run(folder, out, command, "--minutes", "0", *more) == 2
     return EvalConfig.from_dict(yaml.safe_load((answers_of(out) / "config.yaml").read_text()))
 
 
@@ -239,9 +239,23 @@ def test_processes_share_the_samples(folder, out, tmp_path):
 def test_processes_are_told_when_to_stop(folder, out, monkeypatch, capsys):
     told = []
     monkeypatch.setattr(evaluate, "run_together", lambda *args: told.append(args))
-    assert run(folder, out, NEEDLE, "--processes", "2", "--minutes", "0.5") == 0
-    assert "there are answers to give yet" in capsys.readouterr().out
+    assert run(folder, out, NEEDLE, "--processes", "2", "--minutes", "0.5") == 2
+    assert "there are answers to give yet" in capsys.readouterr().err
     ((arguments, count, logs, _),) = told
     config = str(answers_of(out) / "config.yaml")
     assert arguments == ["evaluate", "--config", config, "--minutes", "0.5"]
     assert (count, logs) == (2, answers_of(out) / "logs")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("needle --policies full --minutes 1", "--minutes needs --json-out"),
+        ("needle --policies full --lengths 1K", "give --grid too"),
+        ("needle --policies full --tasks ruler_vt", "tasks ruler_vt are no needles"),
+    ],
+)
+def test_flags_that_would_be_for_nothing_are_refused(folder, command, says, capsys):
+    args = [*command.split(), "--model", str(folder / "backbone"), "--device", "cpu"]
+    assert main(args) == 2
+    assert says in capsys.readouterr().err
