@@ -171,7 +171,7 @@ def parsed(
     that the command line says.
 
     Raises:
-        ValueError: names or values that are none of a configuration's, or of the wrong kind.
+        ValueError: a name that is unknown or missing, or a value of the wrong kind.
     """
     from jsonargparse import ArgumentError
 

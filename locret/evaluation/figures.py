@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from locret.evaluation.setups import FULL, in_words
-from locret.evaluation.tables import MIB, Result, budget_of, cells_of, full_of
+from locret.evaluation.tables import MIB, Result, budget_text, cells_of, full_of
 from locret.system.files import check_file
 
 
@@ -78,7 +78,7 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def _lines(setups: Sequence[Mapping[str, Any]], by_bytes: bool) -> list[Line]:
-    """Rows of one line of a figure, from the smallest to the largest."""
+    """The lines of a figure, the setups of each from the smallest to the largest."""
     lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for setup in setups:
         who = setup["name"]
@@ -196,7 +196,7 @@ def _panel(
     values = [[found.get((n, row), float("nan")) for n in lengths] for row in range(depths)]
     axis.set_facecolor("lightgrey")
     image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    budget = "" if setup["budget"] is None else f", {budget_of(setup)}"
+    budget = "" if setup["budget"] is None else f", {budget_text(setup)}"
     stored = f", {in_words(setup['quantization'])}" if setup["quantization"] else ""
     axis.set_title(f"{setup['name']}{budget}{stored}", fontsize=9)
     axis.set_xticks(range(len(lengths)), [_thousands(n) for n in lengths], fontsize=8)

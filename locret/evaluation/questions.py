@@ -31,7 +31,8 @@ NOT_OF_ANSWERS = frozenset(
     {"setups", "full", "tasks", "output", "batch_size", "limit", "lengths", "depths", "max_length"}
     | {"smoke", "cache_dir", "device", "adapter", "heads", "data_dir", "data", "engine"}
 )
-"""Values of a configuration that no answer depends on, or that `settings_of` holds by content."""
+"""Values of a configuration that are not recorded as they are: no answer depends on them, or the
+prompt's tokens show them, or `settings_of` records their content."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _heads_of(setup: Setup, sources: dict[str, Any], default: str | None) -> Any
     return found["records"], (found["sha256"] or found["source"]) if ranks else None
 
 
-class Prompts:
+class Rendered:
     """The samples of a task, rendered once for all setups that need the same.
 
     Args:
@@ -153,7 +154,7 @@ def questions(
     config: EvalConfig,
     setup: Setup,
     task: Task,
-    prompts: Prompts,
+    prompts: Rendered,
     sources: dict[str, Any],
 ) -> Iterator[Question]:
     """The samples of a task under a setup.
@@ -175,9 +176,8 @@ def _needs_window(config: EvalConfig, setup: Setup) -> bool:
 def batches(asked: Iterable[Question], batch_size: int) -> list[list[Question]]:
     """Questions that one call can answer: of one setup, task and budget.
 
-    With a batch size of 1, the samples about one context stand together, to share its prefill;
-    else questions about contexts of any length. Of those that are seen while their contexts are
-    compressed, such of one length.
+    With a batch size of 1, a batch is the samples about one context, which share its prefill. With
+    a larger one, contexts may have any length; questions that the policy sees must be equally long.
     """
     groups: dict[tuple[Any, ...], list[Question]] = {}
     for question in asked:
@@ -258,7 +258,7 @@ def prepare(config: EvalConfig) -> Prepared:
         if not samples:
             files = ", ".join(map(str, task.files())) or "no file"
             raise ValueError(f"task {task.label} has no samples: there are none in {files}")
-        prompts.append(Prompts(samples, renderer, task.max_new_tokens, config.max_length, window))
+        prompts.append(Rendered(samples, renderer, task.max_new_tokens, config.max_length, window))
     asked = [
         question
         for setup in setups

@@ -29,7 +29,7 @@ from locret.evaluation.setups import FULL, in_words
 from locret.evaluation.tables import (
     MIB,
     Result,
-    budget_of,
+    budget_text,
     cells_of,
     full_of,
     mean_of,
@@ -88,7 +88,7 @@ def _line(setup: Mapping[str, Any]) -> list[str]:
     return [
         setup["name"],
         in_words(setup["quantization"]),
-        budget_of(setup),
+        budget_text(setup),
         PROTOCOLS[setup["protocol"]],
         with_interval(setup["score"], setup["interval"]),
         with_interval(setup.get("difference"), setup.get("difference_interval"), signed=True),

@@ -11,9 +11,9 @@ from typing import Any
 
 from locret.evaluation.figures import plotting
 from locret.evaluation.report_blocks import Block, Paragraph, Table
+from locret.evaluation.setups import FULL
 
 OK = "ok"
-FULL = "full"
 COLUMNS = (
     ("first token, s", "first_token_seconds", ".3g"),
     ("prefill, tokens/s", "prefill_tokens_per_second", ",.0f"),

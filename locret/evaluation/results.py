@@ -7,8 +7,8 @@ The JSON holds
     cells                 one for a setup and task: scores, their interval, units and bytes, ...
     setups                one for a setup: the mean over tasks
 
-Scores are 0 to 1; None where a sample alone did not fit into the device's memory (`failed` counts
-them), and such samples count in no mean. Intervals are 95 %: Wilson's of a share found, else
+Scores are 0 to 1. A sample that did not fit into the device's memory has the score None, counts in
+`failed`, and in no mean. Intervals are 95 %: Wilson's of a share found, else
 bootstrapped; samples about one context are drawn together. `difference` is to the full cache on
 the same samples, with its own interval.
 """

@@ -237,7 +237,7 @@ OF_SETUPS = {
 
 
 def check_setup(setup: Setup, settings: Mapping[str, Any]) -> None:
-    """Refuse what the setup's engine would refuse, before there is a model.
+    """Refuse, before there is a model, what its engine would refuse without one.
 
     Args:
         settings: of the engine, for all setups.

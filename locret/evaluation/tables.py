@@ -26,7 +26,7 @@ def as_markdown(result: Result) -> str:
         lines.append(
             [
                 setup["name"] + stored,
-                budget_of(setup),
+                budget_text(setup),
                 setup["protocol"],
                 with_interval(setup["score"], setup["interval"]),
                 with_interval(
@@ -56,7 +56,7 @@ def full_of(result: Result) -> Mapping[str, Any] | None:
     return next((setup for setup in result["setups"] if setup["setup"] == FULL), None)
 
 
-def budget_of(setup: Mapping[str, Any]) -> str:
+def budget_text(setup: Mapping[str, Any]) -> str:
     return "all" if setup["budget"] is None else str(setup["budget"])
 
 
@@ -232,7 +232,7 @@ def as_text(result: Result) -> str:
     lines = lines_of(result)
     if len({cell["length"] for cell in result["cells"]}) > 1:
         table, legend = _over_lengths(result), _legend(result)[:2]
-    elif any(" bytes" in budget_of(setup) for setup in result["setups"]):
+    elif any(" bytes" in budget_text(setup) for setup in result["setups"]):
         table, legend = _table(lines, EQUAL_BYTES), _legend_of_bytes(result)
     else:
         table, legend = _table(lines, KEPT), _legend(result)
@@ -313,8 +313,8 @@ def _legend_of_bytes(result: Result) -> list[tuple[str, str]]:
         said.append(
             (
                 "float32",
-                "the model computes in 32 bits: what is not quantized takes twice the bytes that "
-                "budgets are reckoned in; with --dtype bfloat16 bytes are equal",
+                "the model computes in 32 bits, so that what is not quantized takes twice its "
+                "bytes; with --dtype bfloat16 bytes are equal",
             )
         )
     return said

@@ -126,7 +126,7 @@ def test_at_equal_bytes_units_differ(dtype, said):
         ["knorm", "8x", "3", "128", "8.0x", "1/1"],
         ["knorm", "kivi", "bits=4,", "query-aware", "8x", "12", "128", "8.0x", "0/1"],
     ]
-    assert ("twice the bytes" in " ".join(" ".join(lines).split())) == said
+    assert ("twice its bytes" in " ".join(" ".join(lines).split())) == said
     assert max(map(len, lines)) <= 100
 
 
