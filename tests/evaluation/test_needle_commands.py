@@ -211,7 +211,7 @@ def test_a_grid_is_a_table_and_a_figure(folder, out, tmp_path, capsys):
     table = said.partition("\n\n")[2].partition("\n\n")[0].splitlines()
     assert table[0].split() == ["policy", "asked", "units", "KiB", "real", "found"]
     assert len(table) == 1 + 4
-    assert "twice the bytes" in " ".join(said.split())  # the tiny model computes in 32 bits
+    assert "twice its bytes" in " ".join(said.split())  # the tiny model computes in 32 bits
     assert f"figure   {plot}" in said and plot.stat().st_size > 10_000
 
 
