@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 CACHE = "~/.cache/locret"
+NEEDED = {"model", "tasks", "setups", "output"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class EvalConfig:
     output: str
     adapter: str | None = None
     heads: str | None = None
-    dtype: Dtype = "auto"
+    dtype: str = "auto"
     device: str | None = None
     attention: str | None = None
     full: bool = True
@@ -93,6 +94,8 @@ class EvalConfig:
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
         check_whole("seed", self.seed, 0)
+        if self.dtype not in get_args(Dtype):
+            raise ValueError(f"dtype is {self.dtype}; expected one of {', '.join(get_args(Dtype))}")
         if not self.output.strip():
             raise ValueError("output is empty; expected a folder")
         unknown = sorted(set(self.data) - set(DATA))
@@ -178,12 +181,24 @@ def parsed(
     if "rows" in values:
         raise ValueError("the configuration has rows; they are called setups now")
     there = {name: value for name, value in values.items() if value is not None}
+    _check_names(there)
     try:
         given = parser.parse_args(list(args), namespace=parser.parse_object(there))
     except ArgumentError as error:
         raise ValueError(_in_short(str(error))) from None
     names = [entry.name for entry in fields(EvalConfig)]
     return EvalConfig(**{name: given[name] for name in names}), given
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    known = {entry.name for entry in fields(EvalConfig)}
+    unknown, missing = set(values) - known, NEEDED - set(values)
+    if unknown or missing:
+        wrong = [f"unknown {', '.join(sorted(unknown))}"] * bool(unknown)
+        wrong += [f"missing {', '.join(sorted(missing))}"] * bool(missing)
+        raise ValueError(
+            f"the configuration has {' and '.join(wrong)}; expected {', '.join(sorted(known))}"
+        )
 
 
 def _in_short(told: str) -> str:

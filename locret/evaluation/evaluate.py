@@ -139,7 +139,7 @@ def _load(prepared: Prepared, ranks: Ranks) -> Asker:
         chosen["attn_implementation"] = config.attention
     loaded = load_model(
         config.model,
-        dtype=config.dtype,
+        dtype=config.dtype,  # type: ignore[arg-type]
         device=ranks.device(config.device),
         adapter=config.adapter,
         **chosen,

@@ -38,20 +38,20 @@ def test_lists_have_commas_or_are_yaml(given):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"task": 1}, "Option 'task' is not accepted"),
+        ({"task": 1}, "unknown task; expected adapter"),
         ({"setups": []}, "setups is empty; expected at least one"),
         ({"tasks": {}}, "tasks is {}; expected tuple"),
         ({"engine": 3}, "engine is 3; expected"),
         ({"limit": 0}, "limit is 0; expected a whole number of at least 1"),
         ({"batch_size": "x8"}, "batch_size is x8; expected int"),
-        ({"limit": True}, "limit is True; expected int, NoneType"),
+        ({"limit": True}, "limit is True; expected"),
         ({"lengths": [0]}, "'0' is less than 1"),
         ({"lengths": ["a"]}, "'a' is not a number of tokens"),
-        ({"model": None}, "arguments are required: model"),
+        ({"model": None}, "missing model"),
         ({"seed": "abc"}, "seed is abc; expected int"),
         ({"seed": -1}, "seed is -1"),
         ({"chat_template": "maybe"}, "chat_template is maybe; expected bool"),
-        ({"dtype": "foo"}, "dtype is foo; expected Literal.*float32"),
+        ({"dtype": "foo"}, "dtype is foo; expected one of auto, float32"),
         ({"output": 5}, "output is 5; expected str"),
         ({"rows": {"policy": "full"}}, "has rows; they are called setups now"),
         ({"full": "maybe"}, "full is maybe; expected bool"),
@@ -63,7 +63,7 @@ def test_lists_have_commas_or_are_yaml(given):
 def test_what_is_no_configuration_is_refused(changes, complaint):
     with pytest.raises(ValueError, match=complaint):
         EvalConfig.from_dict(LEAST | changes)
-    with pytest.raises(ValueError, match="arguments are required: tasks, setups"):
+    with pytest.raises(ValueError, match="missing setups, tasks"):
         EvalConfig.from_dict({"model": "m", "output": "o"})
 
 

@@ -413,7 +413,7 @@ BAD = [
     (["--config", "nosuch.yaml"], "nosuch.yaml is no file"),
     (["--setups", "[{policy: nosuch}]"], "policy 'nosuch' is unknown"),
     (["--heads", "null"], "needs trained heads"),
-    (["--nosuch", "1"], "unrecognized arguments: --nosuch 1"),
+    (["--nosuch", "1"], "nrecognized arguments: --nosuch 1"),
     (["--adapter", "no/such/adapter"], "no/such/adapter"),
     (["--limit.x", "1"], "limit"),
     (["--engine.chunksize", "256"], "engine settings chunksize are unknown"),
