@@ -169,8 +169,9 @@ def reproduce(
     if not here:
         return Reproduction((), left_out)
     config = replace(config, tasks=here)
-    if not _labels(config) & {(cell["setup"], cell["task"]) for cell in result["cells"]}:
-        slice_of = ", ".join(sorted(task for _, task in _labels(config)))
+    asked = _labels(config)
+    if not asked & {(cell["setup"], cell["task"]) for cell in result["cells"]}:
+        slice_of = ", ".join(sorted({task for _, task in asked}))
         return Reproduction((), (*left_out, f"its slice ({slice_of}) is not among its results"))
     made = evaluate.run(config, "python -m locret reproduce", progress=progress)
     assert made is not None

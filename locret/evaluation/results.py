@@ -161,17 +161,7 @@ SIZES = ("units", "bytes", "bytes_after", "full_cache_bytes")
 
 
 def _sizes(records: Sequence[Record]) -> dict[str, Any]:
-    """Prompts, budgets, units and bytes: means and the largest."""
-    if not records:
-        empty = (
-            "prompt_tokens",
-            "compressed_tokens",
-            "rest_tokens",
-            "units_allowed",
-            "room_bytes",
-            *SIZES,
-        )
-        return dict.fromkeys(empty) | {"seconds": 0.0}
+    """Prompts, budgets, units and bytes: means and the largest; None where there is no answer."""
     return {
         "prompt_tokens": _spread([record.prompt_tokens for record in records]),
         "compressed_tokens": _spread([record.compressed_tokens for record in records]),
@@ -179,16 +169,20 @@ def _sizes(records: Sequence[Record]) -> dict[str, Any]:
             [r.prompt_tokens - r.compressed_tokens + r.new_tokens for r in records]
         ),
         "units_allowed": _spread([r.budget for r in records if r.budget is not None]),
-        "units": {
-            "mean": _mean([record.units[0] for record in records]),
-            "max": max(record.units[1] for record in records),
-        },
+        "units": _units(records),
         "bytes": _spread([record.bytes for record in records]),
         "room_bytes": _spread([record.room_bytes for record in records]),
         "bytes_after": _spread([record.bytes_after for record in records]),
         "full_cache_bytes": _spread([record.full_bytes for record in records]),
         "seconds": round(sum(record.seconds for record in records), 2),
     }
+
+
+def _units(records: Sequence[Record]) -> dict[str, float] | None:
+    if not records:
+        return None
+    means, largest = zip(*(record.units for record in records), strict=True)
+    return {"mean": _mean(means), "max": max(largest)}
 
 
 def _setup(

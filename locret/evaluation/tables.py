@@ -22,10 +22,9 @@ def as_markdown(result: Result) -> str:
     lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
     for setup in result["setups"]:
         cells = {cell["task"]: cell for cell in cells_of(result, setup)}
-        stored = f" {in_words(setup['quantization'])}" if setup["quantization"] else ""
         lines.append(
             [
-                setup["name"] + stored,
+                _name(setup),
                 budget_text(setup),
                 setup["protocol"],
                 with_interval(setup["score"], setup["interval"]),
@@ -54,6 +53,12 @@ def cells_of(result: Result, setup: Mapping[str, Any]) -> list[Mapping[str, Any]
 def full_of(result: Result) -> Mapping[str, Any] | None:
     """The setup of the full cache, if it was asked."""
     return next((setup for setup in result["setups"] if setup["setup"] == FULL), None)
+
+
+def _name(setup: Mapping[str, Any]) -> str:
+    """The policy, and how keys and values are stored, if not as they are."""
+    stored = f" {in_words(setup['quantization'])}" if setup["quantization"] else ""
+    return f"{setup['name']}{stored}"
 
 
 def budget_text(setup: Mapping[str, Any]) -> str:
@@ -183,10 +188,9 @@ def _line(
     found_by_full = None if of_full is None else _found(of_full)
     bytes_of_full = most("bytes_after", of_full) if of_full else most("full_cache_bytes")
     context_of_full = context(of_full) if of_full else most("full_cache_bytes")
-    stored = f" {in_words(setup['quantization'])}" if setup["quantization"] else ""
     aware = ", query-aware" if setup["protocol"] == "query_aware" else ""
     return Line(
-        name=f"{setup['name']}{stored}{aware}",
+        name=f"{_name(setup)}{aware}",
         asked="1x" if setup["budget"] is None else str(setup["budget"]).removesuffix(" bytes"),
         real=bytes_of_full / max(1, most("bytes_after")),
         real_context=context_of_full / max(1, context()),
