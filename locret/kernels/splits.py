@@ -6,8 +6,12 @@ All logits are in units of log2, so that exp2 serves. `merge_attention` merges t
 by natural log-sum-exps in the same way.
 """
 
+import bisect
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,6 +21,8 @@ from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton,
 _LEAST_SPLIT = 128  # units of the capacity that are worth a program of their own
 _SLICE = 32  # channels that a program merges
 _STEP = 128  # splits that it reads at a time
+_STATES = 64  # states of tiles that it reads at a time
+_ROUNDS = 4  # most rounds of programs that tiles are made for
 _TOKENS = 32  # tokens of one head of which a program merges two attentions
 
 
@@ -65,6 +71,167 @@ class Splits:
                 STEP=min(_STEP, padded(count)),
                 num_warps=4,
             )
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which program attends to which units of some flat sequences.
+
+    Attributes:
+        tiles: int32 [P, 3] on the device: sequence, first unit, one past the last (flat indices).
+            No tile is empty, none crosses a sequence's border. P is fixed while the context lives.
+        firsts: int32 [Q + 1] on the device: the tiles of sequence s are firsts[s] ..
+            firsts[s + 1] - 1; tiles stand in the order of sequences.
+        lengths: units of each of the Q sequences.
+    """
+
+    tiles: Tensor
+    firsts: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """P."""
+        return self.tiles.shape[0]
+
+    @property
+    def units(self) -> int:
+        """N, units of all sequences."""
+        return sum(self.lengths)
+
+
+def share_out(
+    lengths: Sequence[int],
+    at_once: int,
+    device: torch.device | str,
+    least: int = _LEAST_SPLIT,
+    start: int = 0,
+) -> Shares:
+    """Tiles of nearly equal size for sequences of these lengths, the size that finishes soonest.
+
+    Args:
+        lengths: units of each sequence, zero included.
+        at_once: programs that run at a time.
+        least: units that are worth a program of their own.
+        start: how many units a program could read in the time that it takes to begin and end.
+
+    Raises:
+        ValueError: a length is negative, `at_once` or `least` is not positive.
+    """
+    if min(lengths, default=0) < 0 or min(at_once, least) < 1:
+        raise ValueError(
+            f"lengths {tuple(lengths)}, at_once {at_once} and least {least}: "
+            "expected no negative length and positive others"
+        )
+    lengths = tuple(lengths)
+    tiles, firsts = _tiles(lengths, at_once, least, start)
+    # Not blocking: a copy from memory that is not pinned is staged before the call returns.
+    return Shares(
+        torch.tensor(tiles, dtype=torch.int32).view(-1, 3).to(device, non_blocking=True),
+        torch.tensor(firsts, dtype=torch.int32).to(device, non_blocking=True),
+        lengths,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _tiles(
+    lengths: tuple[int, ...], at_once: int, least: int, start: int
+) -> tuple[list[tuple[int, int, int]], list[int]]:
+    """`Shares.tiles` and `Shares.firsts`."""
+    size = _tile_size(lengths, at_once, least, start)
+    counts = [-(-length // size) for length in lengths]
+    offsets = accumulate(lengths, initial=0)
+    tiles = [
+        (sequence, offset + length * i // count, offset + length * (i + 1) // count)
+        for sequence, (length, count, offset) in enumerate(
+            zip(lengths, counts, offsets, strict=False)
+        )
+        for i in range(count)
+    ]
+    return tiles, [*accumulate(counts, initial=0)]
+
+
+def _tile_size(lengths: tuple[int, ...], at_once: int, least: int, start: int) -> int:
+    """The most units of a tile: the size whose rounds of `at_once` programs finish soonest, in as
+    few rounds as that takes."""
+    longest = max(lengths, default=0)
+
+    def tiles(size: int) -> int:
+        return sum(-(-length // size) for length in lengths)
+
+    def smallest(rounds: int) -> int:
+        programs = rounds * at_once
+        sizes = range(max(least, -(-sum(lengths) // programs)), longest)
+        return sizes.start + bisect.bisect_left(sizes, True, key=lambda n: tiles(n) <= programs)
+
+    fewest = max(1, -(-sum(length > 0 for length in lengths) // at_once))
+    sizes = {rounds: smallest(rounds) for rounds in range(fewest, max(fewest, _ROUNDS) + 1)}
+    return sizes[min(sizes, key=lambda rounds: rounds * (sizes[rounds] + start))]
+
+
+@dataclass(frozen=True)
+class States:
+    """What the programs of one attention over ragged sequences leave for the merge.
+
+    First those of the context's tiles, in the order of the tiles, then `tail_splits` of every
+    sequence's tail, sequence-major.
+
+    Attributes:
+        values: float32 [P + Q * tail_splits, R, D], the average value of each of R queries.
+        weights: float32 [P + Q * tail_splits, R], log2 of the sum of weights; -inf of no units.
+        tail_splits: states of each sequence's tail.
+    """
+
+    values: Tensor
+    weights: Tensor
+    tail_splits: int
+
+    @classmethod
+    def empty(cls, query: Tensor, heads: int, tiles: int, tail_splits: int) -> "States":
+        """For queries [B, H*G, T, D] on `heads` KV heads and P = `tiles` tiles."""
+        batch, q_heads, new, size = query.shape
+        shape = (tiles + batch * heads * tail_splits, q_heads // heads * new)
+        return cls(
+            torch.empty(*shape, size, dtype=torch.float32, device=query.device),
+            torch.empty(shape, dtype=torch.float32, device=query.device),
+            tail_splits,
+        )
+
+    def merge(self, out: Tensor, shares: Sequence[Shares]) -> None:
+        """Write the attention of all states together to `out` [B, H*G, T, D]; zeros of no units.
+
+        Args:
+            shares: one or two, whose tiles together are the P, in this order.
+        """
+        queries, size = self.values.shape[1:]
+        batch, q_heads, new, _ = out.shape
+        slice_size = min(_SLICE, padded(size))
+        first, second = shares[0], shares[1] if len(shares) > 1 else None
+        with on_device(out):
+            _merge_states[(queries * -(-size // slice_size), q_heads * new // queries, batch)](
+                *(self.values, self.weights, out, first.firsts),
+                None if second is None else second.firsts,
+                *(first.count, sum(share.count for share in shares), self.tail_splits),
+                out.stride(),
+                NEW=new,
+                QUERIES=queries,
+                SIZE=size,
+                SLICE=slice_size,
+                STEP=_STATES,
+                num_warps=4,
+            )
+
+
+def merge_states_reference(states: States, out: Tensor, shares: Sequence[Shares]) -> None:
+    """The twin of `States.merge`, in plain PyTorch."""
+    sequence = torch.arange(out[..., 0].numel() // states.values.shape[1], device=out.device)
+    of_tails = sequence.repeat_interleave(states.tail_splits)
+    owners = torch.cat([*(share.tiles[:, 0] for share in shares), of_tails])
+    others = owners != sequence[:, None]  # [Q, states]
+    sums = states.weights.masked_fill(others[..., None], -torch.inf)  # [Q, states, R]
+    weights = (sums * math.log(2)).softmax(1).nan_to_num(0.0)
+    merged = torch.einsum("qnr,nrd->qrd", weights, states.values)
+    out.copy_(merged.reshape(out.shape))
 
 
 @functools.cache
@@ -142,6 +309,42 @@ def average(summed, total):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def tile_at(tiles, tile):  # type: ignore[no-untyped-def]
+    """The sequence of a tile of `Shares`, its first unit and the first after it."""
+    tiles += 3 * tile
+    return tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2)
+
+
+@triton.jit
+def share_of(end, share, shares):  # type: ignore[no-untyped-def]
+    """An equal share of the units 0 .. end - 1: its first one and the first after it."""
+    each = tl.cdiv(tl.maximum(end, 0), shares)
+    return share * each, tl.minimum((share + 1) * each, end)
+
+
+@triton.jit
+def leave_state(  # type: ignore[no-untyped-def]
+    values,
+    weights,
+    state,
+    which,
+    d,
+    highest,
+    total,
+    summed,
+    QUERIES: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Store what a tile or a tail's share gives at its place among `States`: the online softmax's
+    [R] highest logit and sum of weights, and the [R, D] sum of values; `which` [R], `d` [D]."""
+    at = state.to(tl.int64) * QUERIES + which
+    some = which < QUERIES
+    tl.store(weights + at, log_sum(highest, total), mask=some)
+    mask = some[:, None] & (d < SIZE)[None, :]
+    tl.store(values + at[:, None] * SIZE + d[None, :], average(summed, total), mask=mask)
+
+
+@triton.jit
 def _merge_splits(  # type: ignore[no-untyped-def]
     values,
     weights,
@@ -179,6 +382,67 @@ def _merge_splits(  # type: ignore[no-untyped-def]
     merged = tl.sum(summed, 0) / tl.where(total > 0.0, total, 1.0)
     q_head = h * (QUERIES // NEW) + which // NEW
     out += b * strides[0] + q_head * strides[1] + (which % NEW) * strides[2] + d * strides[3]
+    tl.store(out, merged.to(out.dtype.element_ty), mask=d < SIZE)
+
+
+# Nothing is compiled anew for these, which differ from prompt to prompt.
+@triton.jit(do_not_specialize=["second_at", "tail_at", "tail_splits"])
+def _merge_states(  # type: ignore[no-untyped-def]
+    values,
+    weights,
+    out,
+    firsts,
+    second_firsts,
+    second_at,
+    tail_at,
+    tail_splits,
+    strides,
+    NEW: tl.constexpr,
+    QUERIES: tl.constexpr,
+    SIZE: tl.constexpr,
+    SLICE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    which = tl.program_id(0) % QUERIES
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    sequence = b * tl.num_programs(1) + h
+    d = tl.program_id(0) // QUERIES * SLICE + tl.arange(0, SLICE)
+
+    # The states of a sequence, counted through: its tiles, those of a second kind, its tail.
+    begin = tl.load(firsts + sequence)
+    tiles = tl.load(firsts + sequence + 1) - begin
+    others_begin = second_at
+    context = tiles
+    if second_firsts is not None:
+        others_begin += tl.load(second_firsts + sequence)
+        context += tl.load(second_firsts + sequence + 1) + second_at - others_begin
+    tail_begin = tail_at + sequence * tail_splits
+    count = context + tail_splits
+
+    highest = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    summed = tl.zeros((STEP, SLICE), tl.float32)
+    for start in range(0, count, STEP):
+        state = start + tl.arange(0, STEP)
+        there = state < count
+        in_tail = tail_begin + state - context
+        at = tl.where(state < context, others_begin + state - tiles, in_tail)
+        at = tl.where(state < tiles, begin + state, at).to(tl.int64) * QUERIES + which
+        sums = tl.load(weights + at, mask=there, other=float("-inf"))
+        mask = there[:, None] & (d < SIZE)[None, :]
+        averages = tl.load(values + at[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
+        higher = tl.maximum(highest, tl.max(sums, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        share = tl.exp2(sums - base)
+        shrink = tl.exp2(highest - base)
+        total = total * shrink + tl.sum(share, 0)
+        summed = summed * shrink + share[:, None] * averages
+        highest = higher
+    merged = tl.sum(summed, 0) / tl.where(total > 0.0, total, 1.0)
+    q_head = (h * (QUERIES // NEW) + which // NEW).to(tl.int64)
+    out += b.to(tl.int64) * strides[0] + q_head * strides[1]
+    out += (which % NEW) * strides[2] + d * strides[3]
     tl.store(out, merged.to(out.dtype.element_ty), mask=d < SIZE)
 
 
