@@ -211,7 +211,7 @@ class Past(NamedTuple):
 def attend_past(
     query: Tensor,
     pasts: Sequence[Past],
-    new: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor] | None,
     scaling: float,
     backend: Backend,
     weighting: Weighting = PLAIN,
@@ -221,20 +221,23 @@ def attend_past(
     Args:
         query: [B, H*G, T, D], rotated.
         pasts: what they all see, the oldest first.
-        new: keys (rotated) and values [B, H, T, D].
+        new: keys (rotated) and values [B, H, T, D]; None = those of a single token, which are the
+            last of the last past.
         scaling, backend, weighting: as of `attend`; no window.
 
     Returns:
         [B, T, H*G, D].
     """
     pasts = [past.as_rectangle() for past in pasts if past.length]
-    if not pasts:
+    if not pasts and new is not None:
         return attend(query, *new, scaling, backend, None, weighting)
-    mergeable = weighting.plain and _leaves_sums(query, backend)
-    if not mergeable:
+    if not (weighting.plain and _leaves_sums(query, backend)):
         return _attend_joined(query, pasts, new, scaling, backend, weighting)
     states = [_over(query, past, scaling, backend) for past in pasts]
-    states.append(_attention(query, *new, scaling, backend, causal=query.shape[2] > 1))
+    if new is not None:
+        states.append(_attention(query, *new, scaling, backend, causal=True))
+    if len(states) == 1:
+        return states[0][0].transpose(1, 2).contiguous()
     return merge_attention(*_merged(states[:-1]), *states[-1])
 
 
@@ -249,34 +252,29 @@ def _leaves_sums(query: Tensor, backend: Backend) -> bool:
 def _attend_joined(
     query: Tensor,
     pasts: Sequence[Past],
-    new: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor] | None,
     scaling: float,
     backend: Backend,
     weighting: Weighting,
 ) -> Tensor:
     """`attend_past` with all units of a sequence put side by side: the plain form."""
-    if all(past.sequences is None for past in pasts):
-        keys, values = (
-            torch.cat([*(past[i] for past in pasts), new[i]], dim=2) for i in range(2)
-        )
+    every = [*pasts, *([] if new is None else [Past(*new)])]
+    if all(past.sequences is None for past in every):
+        keys, values = (torch.cat([past[i] for past in every], dim=2) for i in range(2))
         return attend(query, keys, values, scaling, backend, None, weighting)
-    rows, heads, group = *new[0].shape[:2], query.shape[1] // new[0].shape[1]
-    output = query.new_empty(rows, query.shape[2], query.shape[1], new[1].shape[3])
+    some = next(past.sequences for past in every if past.sequences is not None)
+    (rows, heads), outputs = some.shape, []
+    group = query.shape[1] // heads
     for row in range(rows):
         for head in range(heads):
             of_head = slice(head * group, (head + 1) * group)
-            each = [*(past.of(row, head) for past in pasts), Past(*new).of(row, head)]
-            keys, values = (torch.cat(x, dim=2) for x in zip(*each, strict=True))
-            output[row : row + 1, :, of_head] = attend(
-                query[row : row + 1, of_head],
-                keys,
-                values,
-                scaling,
-                backend,
-                None,
-                weighting.of_heads(of_head),
-            )
-    return output
+            each = zip(*(past.of(row, head) for past in every), strict=True)
+            keys, values = (torch.cat(x, dim=2) for x in each)
+            own = query[row : row + 1, of_head]
+            its = weighting.of_heads(of_head)
+            outputs.append(attend(own, keys, values, scaling, backend, None, its))
+    joined = torch.stack(outputs).view(rows, heads, *outputs[0].shape[1:])
+    return joined.transpose(1, 2).flatten(2, 3)
 
 
 def _over(query: Tensor, past: Past, scaling: float, backend: Backend) -> tuple[Tensor, Tensor]:
