@@ -10,6 +10,8 @@ first, so that a mistake is told before a model is loaded.
 """
 
 import warnings
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -20,6 +22,7 @@ from locret.cache.recall import Recall, recall_of
 from locret.cache.sizing import Sizing
 from locret.engine.steps import why_not_graphed
 from locret.heads.heads import HeadsConfig
+from locret.heads.quotas import Quotas, quotas_of, unit_counts
 from locret.model.attend import Backend, available, check_backend, fastest
 from locret.model.backbone import Backbone
 from locret.model.rotary import LongRopeRule
@@ -33,7 +36,7 @@ from locret.quantities import (
     is_whole,
     parse_bytes,
 )
-from locret.quantization import NO_SCHEME, Scheme, scheme_of
+from locret.quantization import Scheme, scheme_of
 from locret.quantization.schemes import Fp8Scheme, key_bias_warning
 
 Auto = Literal["auto"]
@@ -52,20 +55,24 @@ class Recorded:
     longrope: Any = "long"
     query_tokens: int = 0
     """Tokens of the question that the heads read in front of the prompt (Locret-Q); 0 = none."""
+    quotas: Quotas | None = None
+    """Of the heads, where they score; None = equal."""
 
     @classmethod
-    def by(cls, heads: HeadsConfig | None, query_tokens: int) -> "Recorded":
+    def by(cls, heads: HeadsConfig | None, query_tokens: int, scores: bool) -> "Recorded":
         """What these heads record.
 
         Args:
             query_tokens: of the heads that score; heads may be given for their settings alone.
+            scores: these heads score.
         """
         if heads is None:
             return cls(PAPER, query_tokens=query_tokens)
         settings = PAPER | heads.defaults
         if "stabilizers" not in heads.defaults and settings["budget"] < PAPER["budget"]:
             settings["stabilizers"] = PAPER["stabilizers"] * settings["budget"] // PAPER["budget"]
-        return cls(settings, heads.positions, heads.longrope, query_tokens)
+        quotas = quotas_of(heads.quotas) if scores else None
+        return cls(settings, heads.positions, heads.longrope, query_tokens, quotas)
 
     def stabilizers_for(self, budget: int | None) -> int:
         """The recorded stabilizers, fewer in proportion where the budget is smaller."""
@@ -79,7 +86,9 @@ class Reading:
     """How a prompt is read, and how much is kept of it."""
 
     budget: Budget
-    """Units every KV head keeps (`locret.quantities.budget_of`); None = all."""
+    """Units a KV head keeps on average (`locret.quantities.budget_of`); None = all."""
+    quotas: Quotas | None
+    """Which heads keep more and which less (`locret.heads.quotas`); None = all alike."""
     chunk_size: int | None
     """Tokens of the prompt read at a time; None = all at once."""
     stabilizers: int | Auto
@@ -120,7 +129,7 @@ class Compute:
 
 
 DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("budget", "chunk_size", "stabilizers", "local_tokens"), "auto"),
+    **dict.fromkeys(("budget", "quotas", "chunk_size", "stabilizers", "local_tokens"), "auto"),
     **dict.fromkeys(("positions", "longrope", "backend", "graphs"), "auto"),
     **dict.fromkeys(("decode_interval", "quantization", "merging", "recall"), None),
     "query_aware": False,
@@ -169,10 +178,10 @@ class EngineConfig:
         """
         given = DEFAULTS | _renamed(flat)
         evicts = _policy_or_class(policy).evicts  # of a composed one, what its own says
+        scores = _scores_with_heads(policy)
         if query_tokens is None:
-            scoring = heads if _scores_with_heads(policy) else None
-            query_tokens = scoring.query_tokens if scoring else 0
-        recorded = Recorded.by(heads, query_tokens)
+            query_tokens = heads.query_tokens if heads and scores else 0
+        recorded = Recorded.by(heads, query_tokens, scores)
         scheme, merging = scheme_of(given["quantization"]), merging_of(given["merging"])
         config = cls(
             _reading(given, recorded, evicts),
@@ -195,6 +204,8 @@ class EngineConfig:
                 f"budget is {list(budget)}; expected one whole number of at least 1 for each of "
                 f"the {layers} layers"
             )
+        if self.reading.quotas is not None:
+            self.reading.quotas.check_shape(layers, backbone.geometry.num_kv_heads)
         if isinstance(self.storage.quantization, Fp8Scheme):
             told = key_bias_warning(backbone.key_biases)
             if told is not None:
@@ -216,7 +227,8 @@ class EngineConfig:
         return Sizing.of(storage.quantization, shape, element_size, weighs, windows)
 
     def budgets(self, policy: Policy, sizing: Sizing, context: int) -> tuple[int, ...] | None:
-        """Units that every layer keeps of a context of that many tokens; None = all.
+        """Units that every layer keeps of a context of that many tokens, as the policy shares them
+        out and before quotas do; None = all.
 
         Raises:
             ValueError: not one unit fits into the memory.
@@ -230,13 +242,43 @@ class EngineConfig:
         def of_layers(average: int) -> Sequence[int]:
             return sizing.shared(policy.budgets(average, sizing.num_layers, context))
 
-        if isinstance(budget, ByteShare):
-            budget = _memory_of(budget, sizing, context)
-        if isinstance(budget, Memory):
-            units = _units_within(budget, sizing, context, of_layers)
+        if isinstance(budget, Memory | ByteShare):
+
+            def needed(average: int) -> int:
+                return _bytes_of(self._dealt(of_layers(average), sizing, context), sizing)
+
+            units = _units_within(budget, sizing, context, needed)
         else:
             units = budget if isinstance(budget, int) else max(1, round(budget * context))
         return tuple(of_layers(units))
+
+    def counts(
+        self, policy: Policy, sizing: Sizing, context: int
+    ) -> tuple[tuple[int, ...], ...] | None:
+        """Units that every KV head of every layer keeps of a context of that many tokens,
+        [layers][KV heads]: the layers' budgets, dealt out by the quotas (`unit_counts`). A head
+        that may keep the whole context has its layer's budget, if that is more. None = all.
+
+        Raises:
+            ValueError: not one unit fits into the memory.
+        """
+        budgets = self.budgets(policy, sizing, context)
+        return None if budgets is None else self._dealt(budgets, sizing, context)
+
+    def _dealt(
+        self, budgets: Sequence[int], sizing: Sizing, context: int
+    ) -> tuple[tuple[int, ...], ...]:
+        """Units of every head, by the quotas, where layers have these budgets."""
+        heads, quotas = sizing.num_kv_heads, self.reading.quotas
+        if quotas is None:
+            return tuple((budget,) * heads for budget in budgets)
+        context = max(context, 1)
+        kept = sum(min(budget, context) for budget in budgets)
+        shares = quotas.at(context * len(budgets) / kept)
+        return tuple(
+            tuple(max(units, budget) if units == context else units for units in layer)
+            for layer, budget in zip(unit_counts(shares, budgets, context), budgets, strict=True)
+        )
 
     def answer_budgets(
         self, policy: Policy, sizing: Sizing, prompt: int, last: int
@@ -340,8 +382,10 @@ def _reading(given: Mapping[str, Any], recorded: Recorded, evicts: bool) -> Read
     if stabilizers == "auto" and not isinstance(budget, float | Memory | ByteShare):
         stabilizers = recorded.stabilizers_for(_smallest(budget))
     positions, longrope = given["positions"], given["longrope"]
+    quotas = given["quotas"]
     return Reading(
         budget=budget,
+        quotas=recorded.quotas if _is_auto(quotas) else quotas_of(quotas),
         chunk_size=chosen("chunk_size"),
         stabilizers=stabilizers,
         local_tokens=chosen("local_tokens"),
@@ -350,6 +394,10 @@ def _reading(given: Mapping[str, Any], recorded: Recorded, evicts: bool) -> Read
         query_aware=given["query_aware"],
         decode_interval=given["decode_interval"] if evicts else None,
     )
+
+
+def _is_auto(given: Any) -> bool:
+    return isinstance(given, str) and given == "auto"  # an array compares element by element
 
 
 def _smallest(budget: Budget) -> int | None:
@@ -397,25 +445,43 @@ def _check_stabilizers(reading: Reading, query_tokens: int) -> None:
         )
 
 
-def _memory_of(budget: ByteShare, sizing: Sizing, context: int) -> Memory:
-    """What that share of the context takes in 16 bits, beside the layers with a window."""
-    units = max(1, round(budget.share * (budget.context or context)))
-    plain = replace(sizing, scheme=NO_SCHEME, element_size=BYTES_IN_16_BITS)
-    nbytes = plain.cache_bytes([units] * sizing.num_layers)
-    return Memory(nbytes + sizing.window_bytes(context))
+def _full_bytes(sizing: Sizing, tokens: int) -> int:
+    """Keys and values of so many tokens in 16 bits, in the layers without a window."""
+    elements = 2 * sizing.head_size * sizing.num_kv_heads * sizing.num_layers
+    return tokens * elements * BYTES_IN_16_BITS
+
+
+def _bytes_of(counts: Sequence[Sequence[int]], sizing: Sizing) -> int:
+    """Most bytes of heads that hold so many units, [layers][KV heads]: a head's blocks and their
+    tables depend on how many it holds."""
+    return sum(
+        sizing.layer_bytes(layer, units) // sizing.num_kv_heads * heads
+        for layer, of_heads in enumerate(counts)
+        for units, heads in Counter(of_heads).items()
+    )
 
 
 def _units_within(
-    memory: Memory, sizing: Sizing, context: int, of_layers: Callable[[int], Sequence[int]]
+    budget: Memory | ByteShare, sizing: Sizing, context: int, needed: Callable[[int], int]
 ) -> int:
-    """Units on average that fit into the memory, at least 1."""
-    windows = sizing.window_bytes(context)
-    units = sizing.units_within(memory.nbytes - windows, max(context, 1), of_layers)
+    """Units on average that fit, at least 1.
+
+    A share of the full cache's bytes is that of the layers without a window, and one unit in every
+    head is kept where not even that is a share of them.
+
+    Args:
+        needed: bytes where heads keep so many units on average.
+    """
+    most, windows = range(1, max(context, 1) + 1), sizing.window_bytes(context)
+    if isinstance(budget, ByteShare):
+        nbytes = int(budget.share * _full_bytes(sizing, budget.context or context))
+        return max(1, bisect_right(most, nbytes, key=needed))
+    units = bisect_right(most, budget.nbytes - windows, key=needed)
     if not units:
         also = f", sliding windows {format_bytes(windows)}" if windows else ""
         raise ValueError(
-            f"budget is {format_bytes(memory.nbytes)}; one unit in every KV head takes "
-            f"{format_bytes(sizing.cache_bytes(of_layers(1)))}{also}"
+            f"budget is {format_bytes(budget.nbytes)}; one unit in every KV head takes "
+            f"{format_bytes(needed(1))}{also}"
         )
     return units
 
