@@ -18,7 +18,7 @@ from locret.engine.arguments import (
 )
 from locret.engine.attention import AnswerPass, Pass, RetainedAttention
 from locret.engine.config import EngineConfig
-from locret.engine.reading import one_if_equal
+from locret.engine.reading import counts_of, one_if_equal
 from locret.engine.steps import (
     GraphedSteps,
     StepCounts,

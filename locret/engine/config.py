@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from locret.cache.cache import Positions, check_storage
 from locret.cache.merging import Merging, merging_of
 from locret.cache.recall import Recall, recall_of
+from locret.cache.sequences import Counts
 from locret.cache.sizing import Sizing
 from locret.engine.steps import why_not_graphed
 from locret.heads.heads import HeadsConfig
@@ -27,6 +28,7 @@ from locret.model.attend import Backend, available, check_backend, fastest
 from locret.model.backbone import Backbone
 from locret.model.rotary import LongRopeRule
 from locret.policies import POLICIES, LocretPolicy, Policy
+from locret.policies.base import Eviction
 from locret.quantities import (
     Budget,
     ByteShare,
@@ -254,7 +256,7 @@ class EngineConfig:
 
     def counts(
         self, policy: Policy, sizing: Sizing, context: int
-    ) -> tuple[tuple[int, ...], ...] | None:
+    ) -> Counts | None:
         """Units that every KV head of every layer keeps of a context of that many tokens,
         [layers][KV heads]: the layers' budgets, dealt out by the quotas (`unit_counts`). A head
         that may keep the whole context has its layer's budget, if that is more. None = all.
@@ -267,7 +269,7 @@ class EngineConfig:
 
     def _dealt(
         self, budgets: Sequence[int], sizing: Sizing, context: int
-    ) -> tuple[tuple[int, ...], ...]:
+    ) -> Counts:
         """Units of every head, by the quotas, where layers have these budgets."""
         heads, quotas = sizing.num_kv_heads, self.reading.quotas
         if quotas is None:
@@ -280,23 +282,26 @@ class EngineConfig:
             for layer, budget in zip(unit_counts(shares, budgets, context), budgets, strict=True)
         )
 
-    def answer_budgets(
+    def answer_counts(
         self, policy: Policy, sizing: Sizing, prompt: int, last: int
-    ) -> tuple[int, ...] | None:
-        """Units that every layer keeps while an answer comes, where that depends on the tokens: a
+    ) -> Counts | None:
+        """Units that every head of every layer keeps while an answer comes, where that depends on the tokens: a
         share is of the whole prompt's, and memory holds what fits into it of `last` tokens, the
         prompt's and the answer's. None = what it kept of the context."""
         budget = self.reading.budget
         if isinstance(budget, Memory):
-            return self.budgets(policy, sizing, last)
+            return self.counts(policy, sizing, last)
         follows_prompt = isinstance(budget, float | ByteShare)
-        return self.budgets(policy, sizing, prompt) if follows_prompt else None
+        return self.counts(policy, sizing, prompt) if follows_prompt else None
 
-    def stabilizers_for(self, budgets: Sequence[int]) -> int:
-        """Stabilizers where layers keep `budgets`: in the recorded proportion, if "auto"."""
-        if self.reading.stabilizers != "auto":
-            return self.reading.stabilizers
-        return self.recorded.stabilizers_for(min(budgets))
+    def eviction(self, counts: Counts, query: int = 0, above: int = 0, **others: Any) -> Eviction:
+        """The eviction of layers whose heads keep `counts`, with stabilizers, in the recorded
+        proportion if they are "auto"; arguments of `Eviction`."""
+        stabilizers = self.reading.stabilizers
+        if stabilizers == "auto":
+            smallest = min(sum(heads) // len(heads) for heads in counts)
+            stabilizers = self.recorded.stabilizers_for(smallest)
+        return Eviction(counts, stabilizers, query, above, **others)
 
     def _check(self) -> None:
         reading, storage, compute = self.reading, self.storage, self.compute

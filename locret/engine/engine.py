@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from locret.cache.cache import Positions, RetainedCache
 from locret.cache.merging import MergingChoice
 from locret.cache.recall import Recall
+from locret.cache.sequences import Counts
 from locret.engine.answering import Answering
 from locret.engine.arguments import (
     ShowingPrompt,
@@ -38,7 +39,6 @@ from locret.model.attend import Backend
 from locret.model.backbone import Backbone
 from locret.model.rotary import LongRopeRule
 from locret.policies import POLICIES, LocretPolicy, Policy
-from locret.policies.base import Eviction
 from locret.quantities import BudgetChoice
 from locret.quantization import Quantization
 
@@ -120,6 +120,7 @@ class Engine:
         heads: RetainingHeads | None = None,
         budget: BudgetChoice | Auto = "auto",
         quotas: QuotasChoice | Auto = "auto",
+        quotas: QuotasChoice | Auto = "auto",
         budget_bytes: int | str | None = None,
         chunk_size: int | None | Auto = "auto",
         stabilizers: int | Auto = "auto",
@@ -142,6 +143,7 @@ class Engine:
             budget=budget,
             quotas=quotas,
             budget_bytes=budget_bytes,
+            quotas=quotas,
             chunk_size=chunk_size,
             stabilizers=stabilizers,
             local_tokens=local_tokens,
@@ -212,17 +214,16 @@ class Engine:
             stack, self._attached = self._attached, None
             stack.close()
 
-    def new_cache(self, context: int) -> tuple[RetainedCache, tuple[int, ...] | None]:
-        """An empty cache for a context of that many tokens, and what each layer keeps of it."""
+    def new_cache(self, context: int) -> tuple[RetainedCache, Counts | None]:
+        """An empty cache for a context of that many tokens, and what each head keeps of it."""
         return self._reader.new_cache(context)
 
     def reading_into(
-        self, cache: RetainedCache, budgets: tuple[int, ...]
+        self, cache: RetainedCache, counts: Counts
     ) -> contextlib.AbstractContextManager[None]:
         """While it is entered, the attached model reads what it is called with into `cache`, of
-        which every layer keeps so many units: for callers who need the model's outputs."""
-        eviction = Eviction(budgets, self.config.stabilizers_for(budgets))
-        return cache.during(self._attention.reading(eviction))
+        which every head keeps so many units: for callers who need the model's outputs."""
+        return cache.during(self._attention.reading(self.config.eviction(counts)))
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -323,7 +324,7 @@ class Engine:
         """What stock generate returns for a prompt [B, n]."""
         cache, tokens = self._reader.read_prompt(prompt, padding), prompt.shape[1]
         # What was read in front of the prompt, for stock generate's bookkeeping.
-        front = cache.seen - (tokens - min(self._reader.unread, tokens))
+        front = cache.query_length
         self._answering.lengthen(kwargs, front)
         sequence = torch.cat([prompt[:, tokens - front :], prompt], dim=1)
         # What stands in front of padding is repeated behind it, and need not count.
