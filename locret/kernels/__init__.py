@@ -14,7 +14,7 @@ from locret.kernels.decode import (
     store_units,
 )
 from locret.kernels.decode_quantized import decode_attention_quantized
-from locret.kernels.evict import gather_units, threshold_select
+from locret.kernels.evict import gather_units, select_sequences, threshold_select
 from locret.kernels.packed import PackedKV, expand_units
 from locret.kernels.rotate import rotate_at_slots
 from locret.kernels.splits import Shares, merge_attention, share_out
@@ -30,6 +30,7 @@ __all__ = [
     "gather_units",
     "merge_attention",
     "rotate_at_slots",
+    "select_sequences",
     "share_out",
     "store_units",
     "threshold_select",

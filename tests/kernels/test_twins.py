@@ -17,6 +17,7 @@ from locret.kernels import (
     decode_shares,
     gather_units,
     rotate_at_slots,
+    select_sequences,
     store_units,
     threshold_select,
 )
@@ -153,6 +154,32 @@ def test_select_keeps_the_highest_and_of_equals_the_earliest(scores, data):
     assert reference[0, 0].tolist() == expected
 
 
+def per_sequence(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("tail", "head"), [(0, 0), (5, 3)])
+def test_sequences_of_a_rectangle_keep_what_topk_chooses(tail, head):
+    scores = torch.randint(0, 9, (2, 3, 60)).float()  # topk has its own rule for equal scores
+    protected = scores.clone()
+    protected[..., 60 - tail :] = protected[..., :head] = torch.inf
+    expected = protected.topk(21, sorted=False).indices.sort().values
+    numbers = (per_sequence(*range(0, 241, 40)), per_sequence(*[21] * 6))
+    numbers += (per_sequence(*range(0, 127, 21)), *per_sequence(*[tail] * 6, *[head] * 6).split(6))
+    old, new = scores[..., :40].flatten(), scores[..., 40:]
+    index = select_sequences(old, new, *numbers, 126, 60)
+    assert torch.equal(index.view(2, 3, 21), expected)
+    assert torch.equal(scores[..., 40:], new)
+
+
+def test_unequal_sequences_keep_their_highest():
+    old, new = torch.tensor([5.0, 1, 7, 3, 3]), torch.tensor([[[2.0, 4], [3, 1], [0, 9]]])
+    offsets, kept = per_sequence(0, 3, 5, 5), per_sequence(3, 2, 8)
+    tails, heads = per_sequence(1, 0, 0), per_sequence(0, 0, 0)
+    index = select_sequences(old, new, offsets, kept, per_sequence(0, 3, 5, 7), tails, heads, 7, 5)
+    assert index.tolist() == [0, 2, 4, 0, 1, 0, 1]
+
+
 ONE = torch.ones(1, dtype=torch.int32)
 UNITS = torch.zeros(1, 2, 5, 4)
 
@@ -196,6 +223,14 @@ PACKED_CALL = (UNITS[:, :, :1], PACKED, UNITS, UNITS, ONE, 1.0)
         (
             lambda: decode_sequences(UNITS, FLAT, FLAT, *SEQUENCES_CALL[:3], ONE.long(), 1.0),
             "int32",
+        ),
+        (
+            lambda: select_sequences(FLAT, UNITS[..., 0], *[ONE] * 5, 2, 2),
+            r"expected \[N\] and \[B, H, T\] of torch.float32",
+        ),
+        (
+            lambda: select_sequences(FLAT[:, 0], UNITS[..., 0], *[ONE] * 5, 2, 2),
+            r"kept is \(1,\) torch.int32; expected \[2\]",
         ),
         (lambda: store_units(UNITS, UNITS, UNITS.half(), UNITS, ONE), "do not fit storage"),
         (lambda: store_units(UNITS, UNITS, UNITS, UNITS, ONE[0]), "slot is"),
