@@ -71,6 +71,131 @@ def threshold_select_reference(
     return order.gather(-1, by_rank[..., :budget]).sort(-1).values
 
 
+def select_sequences(
+    old: Tensor,
+    new: Tensor,
+    offsets: Tensor,
+    kept: Tensor,
+    out_offsets: Tensor,
+    tails: Tensor,
+    heads: Tensor,
+    total: int,
+    longest: int,
+) -> Tensor:
+    """Indices of the highest scores of each sequence's old and, after them, new units, ascending.
+
+    Scores rank as in `threshold_select`: NaN lowest, of equal ones the earliest. On a CPU, where
+    all sequences are equally long and keep and protect as many, those that `torch.topk` chooses.
+
+    Args:
+        old: [N] float32, the old scores of the B*H sequences one after the other; N >= 0.
+        new: [B, H, T] float32, any strides; T >= 0.
+        offsets: int32 [B*H + 1], where each sequence's old scores begin.
+        kept: int32 [B*H], how many units a sequence keeps; all that it has, if those are fewer.
+        out_offsets: int32 [B*H + 1], where each sequence's indices go: the running sum of what
+            sequences keep. Not checked on a GPU.
+        tails, heads: int32 [B*H], so many of the last, of the first units of a sequence are kept
+            whatever they scored; together at most `kept`.
+        total: out_offsets[-1].
+        longest: the most units of a sequence, old and new.
+
+    Returns:
+        Long [total], each index counted from its sequence's first old unit.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    given = (old, new, offsets, kept, out_offsets, tails, heads)
+    _check_select(*given)
+    if not takes_triton(*given):
+        return _select_on_cpu(*given)
+    index = torch.empty(total, dtype=torch.long, device=old.device)
+    if total:
+        block = min(padded(longest, least=16), _RESIDENT)
+        with on_device(old):
+            _select_ragged[(kept.numel(),)](
+                *(old, new.contiguous(), *given[2:], index, new.shape[2]),
+                BLOCK=block,
+                TILE=min(block, _TILE),
+                RESIDENT=longest <= block,
+                num_warps=min(32, max(1, block // 512)),
+            )
+    return index
+
+
+def select_sequences_reference(
+    old: Tensor,
+    new: Tensor,
+    offsets: Tensor,
+    kept: Tensor,
+    out_offsets: Tensor,
+    tails: Tensor,
+    heads: Tensor,
+) -> Tensor:
+    """The twin of `select_sequences`, in plain PyTorch; it waits for the device."""
+    chosen = []
+    lengths = offsets.diff().tolist()
+    protected = zip(kept.tolist(), tails.tolist(), heads.tolist(), strict=True)
+    for before, after, how in zip(old.split(lengths), new.flatten(0, 1), protected, strict=True):
+        scores = torch.cat([before, after])
+        chosen.append(
+            threshold_select_reference(scores, *how)
+            if how[0] < len(scores)
+            else torch.arange(len(scores), device=scores.device)
+        )
+    return torch.cat(chosen)
+
+
+def _select_on_cpu(
+    old: Tensor,
+    new: Tensor,
+    offsets: Tensor,
+    kept: Tensor,
+    out_offsets: Tensor,
+    tails: Tensor,
+    heads: Tensor,
+) -> Tensor:
+    """What the twin chooses, or `torch.topk` where sequences make a rectangle."""
+    how = (offsets.diff(), kept, tails, heads)
+    if not kept.numel() or any((x != x[0]).any() for x in how):
+        return select_sequences_reference(old, new, offsets, kept, out_offsets, tails, heads)
+    length, keep, tail, head = (int(x[0]) for x in how)
+    scores = torch.cat([old.view(*new.shape[:2], length), new], dim=2)
+    size = scores.shape[2]
+    if size <= keep:
+        return torch.arange(size, device=old.device).repeat(kept.numel())
+    scores[..., size - tail :] = torch.inf
+    scores[..., :head] = torch.inf
+    return scores.topk(keep, dim=-1, sorted=False).indices.sort(dim=-1).values.flatten()
+
+
+def _check_select(
+    old: Tensor,
+    new: Tensor,
+    offsets: Tensor,
+    kept: Tensor,
+    out_offsets: Tensor,
+    tails: Tensor,
+    heads: Tensor,
+) -> None:
+    if old.dim() != 1 or new.dim() != 3 or not old.dtype == new.dtype == torch.float32:
+        raise ValueError(
+            f"old scores are {tuple(old.shape)} {old.dtype} and new ones {tuple(new.shape)} "
+            f"{new.dtype}; expected [N] and [B, H, T] of torch.float32"
+        )
+    count = new.shape[0] * new.shape[1]
+    _check_per_sequence(count, kept=kept, tails=tails, heads=heads)
+    _check_per_sequence(count + 1, offsets=offsets, out_offsets=out_offsets)
+
+
+def _check_per_sequence(count: int, **numbers: Tensor) -> None:
+    for name, tensor in numbers.items():
+        if tensor.shape != (count,) or tensor.dtype != torch.int32:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected [{count}] of torch.int32"
+            )
+
+
 @triton.jit
 def _select(  # type: ignore[no-untyped-def]
     scores,
@@ -86,15 +211,58 @@ def _select(  # type: ignore[no-untyped-def]
     b, h = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     scores = units_at(scores, scores_strides, b, h, 0)
     kept += (b * tl.num_programs(0) + h) * budget
-    scores_s = scores_strides[2]
+    where = (scores, scores, size, scores_strides[2])
+    _write_highest(where, size, budget, unprotected, kept, BLOCK, TILE, RESIDENT)
 
+
+# Nothing is compiled anew for the number of new units.
+@triton.jit(do_not_specialize=["new_count"])
+def _select_ragged(  # type: ignore[no-untyped-def]
+    old,
+    new,
+    offsets,
+    kept,
+    out_offsets,
+    tails,
+    heads,
+    index,
+    new_count,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    first = tl.load(offsets + sequence)
+    old_count = tl.load(offsets + sequence + 1) - first
+    size = old_count + new_count
+    budget = tl.minimum(tl.load(kept + sequence), size)
+    unprotected = (tl.load(heads + sequence), size - tl.load(tails + sequence))
+    # Both are counted from the sequence's first old unit.
+    new += sequence.to(tl.int64) * new_count - old_count
+    where = (old + first, new, old_count, 1)
+    index += tl.load(out_offsets + sequence)
+    _write_highest(where, size, budget, unprotected, index, BLOCK, TILE, RESIDENT)
+
+
+@triton.jit
+def _write_highest(  # type: ignore[no-untyped-def]
+    where,
+    size,
+    budget,
+    unprotected,
+    kept,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """Write the indices of the `budget` highest of `size` scores to `kept`."""
     # The threshold is the largest order that at least `budget` units reach. It is found two bits
     # at a time; `above` counts the units strictly above the candidates that remain.
     threshold = tl.full((), -(2**31), tl.int32)
     above = tl.full((), 0, tl.int32)
     step = tl.full((), 2**30, tl.int32)
     if RESIDENT:
-        order = _order(scores, tl.arange(0, BLOCK), size, unprotected, scores_s)
+        order = _order(where, tl.arange(0, BLOCK), size, unprotected)
     for _ in range(16):
         if RESIDENT:
             n_1 = _reaching(order, threshold + step)
@@ -106,7 +274,7 @@ def _select(  # type: ignore[no-untyped-def]
             n_3 = tl.full((), 0, tl.int32)
             for start in range(0, size, BLOCK):
                 unit = start + tl.arange(0, BLOCK)
-                block = _order(scores, unit, size, unprotected, scores_s)
+                block = _order(where, unit, size, unprotected)
                 n_1 += _reaching(block, threshold + step)
                 n_2 += _reaching(block, threshold + step + step)
                 n_3 += _reaching(block, threshold + step + step + step)
@@ -128,7 +296,7 @@ def _select(  # type: ignore[no-untyped-def]
     ties_before = tl.full((), 0, tl.int32)
     for start in range(0, size, TILE):
         at = start + tl.arange(0, TILE)
-        tile = _order(scores, at, size, unprotected, scores_s)
+        tile = _order(where, at, size, unprotected)
         is_above = tile > threshold
         is_tie = (tile == threshold) & (at < size)
         # Both counts in one scan: a tile is smaller than 2 ** 15.
@@ -144,10 +312,14 @@ def _select(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _order(scores, unit, size, unprotected, stride):  # type: ignore[no-untyped-def]
-    """Int32 that is ordered as the scores are: NaN lowest, protected units highest."""
+def _order(where, unit, size, unprotected):  # type: ignore[no-untyped-def]
+    """Int32 that is ordered as the scores are: NaN lowest, protected units highest.
+
+    `where` is a pointer to the old scores, another to the new ones, how many are old, and a stride.
+    """
     there = unit < size
-    score = tl.load(scores + unit.to(tl.int64) * stride, mask=there, other=0.0).to(tl.float32)
+    scores = tl.where(unit < where[2], where[0], where[1])
+    score = tl.load(scores + unit.to(tl.int64) * where[3], mask=there, other=0.0).to(tl.float32)
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     order = tl.where(score != score, -(2**31), order)

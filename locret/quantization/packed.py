@@ -144,16 +144,10 @@ def pack_keys(scheme: Scheme, x: Tensor, lengths: Sequence[int]) -> PackedKeys:
         ValueError: a value is not finite, or too large to be stored.
     """
     sizes, _ = aligned(torch.tensor(lengths, dtype=torch.long), scheme.group)
-    blocks = Blocks(sizes, torch.full_like(sizes, FRESH))
-    places = _places(blocks, scheme.group)
-    filled = x[places.to(x.device, non_blocking=True)]
-    units, tables = scheme.encode_keys(filled, _usable(scheme, filled))
-    # Of a short block's repeated last unit, the first is the unit itself.
-    own = (torch.arange(scheme.group) < sizes[:, None]).flatten().nonzero()[:, 0]
-    own = own.to(x.device, non_blocking=True)
-    units = tuple(tensor.flatten(0, 1).index_select(0, own) for tensor in units)
-    starts = blocks.starts.to(x.device, non_blocking=True)
-    return PackedKeys(scheme, x.shape[-1], units, _outliers_of(scheme, x), _owned(tables), starts)
+    blocks = Blocks(sizes, torch.full_like(sizes, FRESH)).to(x.device)
+    filled = x[_places(blocks.starts[:-1], blocks.sizes, scheme.group)]
+    units, tables = _encoded(scheme, filled, blocks.sizes, sum(lengths))
+    return PackedKeys(scheme, x.shape[-1], units, _outliers_of(scheme, x), tables, blocks.starts)
 
 
 def pack_values(scheme: Scheme, x: Tensor) -> PackedValues:
@@ -172,8 +166,8 @@ def select_keys(
 ) -> PackedKeys:
     """Pack the keys at `index`, and no others.
 
-    The host waits for the device once, to learn how many units are left of each block: the size of
-    the new tables depends on it.
+    The host waits for the device to learn how many units are left of each block, since the size of
+    the new tables depends on it. (Schemes wait besides, to refuse what they cannot store.)
 
     Args:
         packed: N keys; None = none.
@@ -188,15 +182,14 @@ def select_keys(
     """
     if packed is None or not packed.count:
         return pack_keys(scheme, fresh.index_select(0, index), new_lengths)
-    old, there = index < packed.count, index.clamp(max=packed.count - 1)
-    blocks = _arranged(packed, lengths, old, there, fresh.element_size(), new_lengths)
-    entries = blocks.kept.clamp(min=0).to(index.device, non_blocking=True)
+    blocks = _arranged(packed, lengths, index, new_lengths, fresh.element_size())
+    here = blocks.to(index.device)
     kept = replace(
         packed,
-        units=_at(packed.units, there),
+        units=_at(packed.units, index.clamp(max=packed.count - 1)),
         outliers=_selected_outliers(packed, fresh, index),
-        tables=_at(packed.tables, entries),
-        starts=blocks.starts.to(index.device, non_blocking=True),
+        tables=_at(packed.tables, here.kept.clamp(min=0)),
+        starts=here.starts,
     )
     for which in (FRESH, REPACKED):
         _encode_blocks(kept, blocks, which, packed, fresh, index)
@@ -206,15 +199,14 @@ def select_keys(
 def _arranged(
     packed: PackedKeys,
     lengths: Sequence[int],
-    old: Tensor,
-    there: Tensor,
-    element_size: int,
+    index: Tensor,
     new_lengths: Sequence[int],
+    element_size: int,
 ) -> Blocks:
-    """The blocks, on the host, of those of the packed units `there` [K] that are `old` (bool [K])
-    and of fresh ones in place of the others."""
-    survivors = torch.zeros(len(packed.starts) - 1, dtype=torch.long, device=old.device)
-    survivors.scatter_add_(0, packed.blocks_of(there), old.long())
+    """The blocks of what `select_keys` keeps, on the host; `element_size` is of fresh keys."""
+    old, block = index < packed.count, packed.blocks_of(index.clamp(max=packed.count - 1))
+    survivors = torch.zeros(len(packed.starts) - 1, dtype=torch.long, device=index.device)
+    survivors.scatter_add_(0, block, old.long())
     survivors, starts = torch.stack([survivors, packed.starts[:-1]]).cpu()
     sequence = torch.searchsorted(
         torch.tensor(lengths, dtype=torch.long).cumsum(0), starts, right=True
@@ -235,20 +227,46 @@ def _encode_blocks(
     at = (blocks.kept == which).nonzero()[:, 0]
     if not len(at):
         return
-    places = _places(blocks, packed.scheme.group)[at].to(index.device, non_blocking=True)
-    at, unit = at.to(index.device, non_blocking=True), index[places]
+    total = int(blocks.sizes[at].sum())
+    sizes, at = (x.to(index.device, non_blocking=True) for x in (blocks.sizes[at], at))
+    starts, group = kept.starts[at].long(), packed.scheme.group
+    unit = index[_places(starts, sizes, group)]
     x = fresh[unit - packed.count].float() if which == FRESH else fetch(packed, fresh, unit)
-    units, tables = packed.scheme.encode_keys(x, _usable(packed.scheme, x))
+    units, tables = _encoded(packed.scheme, x, sizes, total)
+    places = ragged(starts, sizes, total)
     for tensor, new in zip(kept.units, units, strict=True):
-        tensor[places] = new  # of a short block's last unit repeatedly, but the same
+        tensor.index_copy_(0, places, new)
     for table, new in zip(kept.tables, tables, strict=True):
-        table[at] = new
+        table.index_copy_(0, at, new)
+
+
+def _encoded(scheme: Scheme, x: Tensor, sizes: Tensor, total: int) -> tuple[Tensors, Tensors]:
+    """What each of `total` units needs, [total, *], and each block's entries, [A, *].
+
+    Args:
+        x: [A, group, D], blocks of keys, short ones filled up with their last unit.
+        sizes: long [A], units of each block.
+    """
+    units, tables = scheme.encode_keys(x, _usable(scheme, x))
+    first = torch.arange(len(sizes), device=x.device) * scheme.group
+    own = ragged(first, sizes, total)
+    return _at(tuple(tensor.flatten(0, 1) for tensor in units), own), _owned(tables)
+
+
+def _places(starts: Tensor, sizes: Tensor, group: int) -> Tensor:
+    """long [A, group], where the units of blocks are. Short blocks are filled up with their last
+    unit, which has no say in a smallest or largest value."""
+    step = torch.arange(group, device=sizes.device)
+    return starts[:, None] + torch.minimum(step, sizes[:, None] - 1)
 
 
 def select_values(
     scheme: Scheme, packed: PackedValues | None, fresh: Tensor, index: Tensor
 ) -> PackedValues:
-    """Pack the values at `index`, and no others; arguments as for keys."""
+    """Pack the values at `index`, and no others; arguments as for keys.
+
+    The host waits for the device to learn how many are fresh.
+    """
     if packed is None or not packed.count:
         return pack_values(scheme, fresh.index_select(0, index))
     units = _at(packed.units, index.clamp(max=packed.count - 1))
@@ -315,9 +333,8 @@ def take(packed: _P, lengths: Sequence[int], sequences: Sequence[int]) -> _P:
     bounds = torch.searchsorted(starts, torch.tensor(firsts))
     of = torch.tensor(sequences, dtype=torch.long)
     blocks = ragged(bounds[of], bounds.diff()[of])
-    own = Blocks(starts.diff()[blocks], blocks).starts.to(packed.device, non_blocking=True)
-    entries = blocks.to(packed.device, non_blocking=True)
-    return replace(taken, tables=_at(packed.tables, entries), starts=own)
+    own = Blocks(starts.diff()[blocks], blocks).to(packed.device)
+    return replace(taken, tables=_at(packed.tables, own.kept), starts=own.starts)
 
 
 def to_named(keys: PackedKeys | None, values: PackedValues | None) -> dict[str, Tensor]:
@@ -353,13 +370,6 @@ def from_named(
     return keys, PackedValues(scheme, head_size, tensors("value_units"), of_values)
 
 
-def _places(blocks: Blocks, group: int) -> Tensor:
-    """long [M, group], where the units of each block are; short blocks are filled up with their
-    last unit, which has no say in a smallest or largest value."""
-    step = torch.minimum(torch.arange(group), blocks.sizes[:, None] - 1)
-    return blocks.starts[:-1, None] + step
-
-
 def _outliers_of(scheme: Scheme, x: Tensor) -> Outliers | None:
     """The outliers that `scheme` keeps of `x` [N, D]."""
     return None if scheme.outliers is None else find_outliers(x, scheme.outliers)
@@ -391,7 +401,7 @@ def _owned(tensors: Tensors) -> Tensors:
 def _at(tensors: Tensors, index: Tensor) -> Tensors:
     """Rows of all tensors, [..., *] of [N, *]."""
     return tuple(
-        tensor.index_select(0, index.flatten()).unflatten(0, index.shape) for tensor in tensors
+        x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]) for x in tensors
     )
 
 

@@ -13,8 +13,11 @@ from locret.kernels import (
     PackedKV,
     decode_attention,
     decode_attention_quantized,
+    decode_sequences,
+    decode_shares,
     gather_units,
     rotate_at_slots,
+    select_sequences,
     store_units,
     threshold_select,
 )
@@ -78,6 +81,25 @@ def test_several_tokens_decode_as_one_after_the_other():
         torch.testing.assert_close(out[:, :, t : t + 1], one)
 
 
+@pytest.mark.parametrize("lengths", [(3, 0, 7, 1, 20, 6), (4,) * 6, (0,) * 6])
+def test_decode_sequences_is_attention_over_context_and_tail(lengths):
+    keys, values = torch.randn(2, sum(lengths), 8).unbind()
+    tails = torch.randn(2, 2, 3, 9, 8)
+    tails[..., 5:, :] = torch.nan
+    query, filled = torch.randn(2, 6, 2, 8), torch.tensor([5]).int()
+    shares = decode_shares(lengths, torch.device("cpu"))
+    out = decode_sequences(query, keys, values, shares, *tails, filled, 0.3)
+    contexts = [*zip(keys.split(lengths), values.split(lengths), strict=True)]
+    for sequence, (context_keys, context_values) in enumerate(contexts):
+        row, head = divmod(sequence, 3)
+        for t in range(2):
+            k = torch.cat([context_keys, tails[0, row, head, : 4 + t]])
+            v = torch.cat([context_values, tails[1, row, head, : 4 + t]])
+            for q_head in (2 * head, 2 * head + 1):
+                expected = (0.3 * query[row, q_head, t] @ k.T).softmax(-1) @ v
+                torch.testing.assert_close(out[row, q_head, t], expected)
+
+
 @pytest.mark.parametrize(("bits", "size", "group"), [(4, 64, 16), (2, 20, 32), (8, 12, 8)])
 def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
     """After an eviction, so that runs are of different lengths in every head."""
@@ -132,8 +154,38 @@ def test_select_keeps_the_highest_and_of_equals_the_earliest(scores, data):
     assert reference[0, 0].tolist() == expected
 
 
+def per_sequence(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("tail", "head"), [(0, 0), (5, 3)])
+def test_sequences_of_a_rectangle_keep_what_topk_chooses(tail, head):
+    scores = torch.randint(0, 9, (2, 3, 60)).float()  # topk has its own rule for equal scores
+    protected = scores.clone()
+    protected[..., 60 - tail :] = protected[..., :head] = torch.inf
+    expected = protected.topk(21, sorted=False).indices.sort().values
+    numbers = (per_sequence(*range(0, 241, 40)), per_sequence(*[21] * 6))
+    numbers += (per_sequence(*range(0, 127, 21)), *per_sequence(*[tail] * 6, *[head] * 6).split(6))
+    old, new = scores[..., :40].flatten(), scores[..., 40:]
+    index = select_sequences(old, new, *numbers, 126, 60)
+    assert torch.equal(index.view(2, 3, 21), expected)
+    assert torch.equal(scores[..., 40:], new)
+
+
+def test_unequal_sequences_keep_their_highest():
+    old, new = torch.tensor([5.0, 1, 7, 3, 3]), torch.tensor([[[2.0, 4], [3, 1], [0, 9]]])
+    offsets, kept = per_sequence(0, 3, 5, 5), per_sequence(3, 2, 8)
+    tails, heads = per_sequence(1, 0, 0), per_sequence(0, 0, 0)
+    index = select_sequences(old, new, offsets, kept, per_sequence(0, 3, 5, 7), tails, heads, 7, 5)
+    assert index.tolist() == [0, 2, 4, 0, 1, 0, 1]
+
+
 ONE = torch.ones(1, dtype=torch.int32)
 UNITS = torch.zeros(1, 2, 5, 4)
+
+SHARES = decode_shares([3, 2], torch.device("cpu"))
+FLAT = torch.zeros(5, 4)
+SEQUENCES_CALL = (SHARES, UNITS, UNITS, ONE)
 
 CODES, ENTRIES = torch.zeros(1, 2, 5, 2, dtype=torch.uint8), torch.zeros(1, 2, 1, 4).half()
 STARTS, TABLES = torch.tensor([0, 5]).int().expand(1, 2, 2), torch.zeros(1, 2, 5, 1).half()
@@ -154,6 +206,32 @@ PACKED_CALL = (UNITS[:, :, :1], PACKED, UNITS, UNITS, ONE, 1.0)
         (lambda: decode_attention(UNITS, UNITS, UNITS.half(), ONE, 1.0), "equal shapes"),
         (lambda: decode_attention(UNITS[:, :1], UNITS, UNITS, ONE, 1.0), "a multiple of 2"),
         (lambda: decode_attention_quantized(*PACKED_CALL), "key_minimum is torch.float32"),
+        (
+            lambda: decode_sequences(UNITS, FLAT, FLAT[:4], *SEQUENCES_CALL, 1.0),
+            r"do not fit: expected \(5, 4\)",
+        ),
+        (
+            lambda: decode_sequences(UNITS, FLAT, FLAT.half(), *SEQUENCES_CALL, 1.0),
+            "do not fit: expected",
+        ),
+        (
+            lambda: decode_sequences(
+                UNITS, FLAT, FLAT, decode_shares([5], torch.device("cpu")), *SEQUENCES_CALL[1:], 1.0
+            ),
+            "shares are of 1 sequences; expected 1 x 2",
+        ),
+        (
+            lambda: decode_sequences(UNITS, FLAT, FLAT, *SEQUENCES_CALL[:3], ONE.long(), 1.0),
+            "int32",
+        ),
+        (
+            lambda: select_sequences(FLAT, UNITS[..., 0], *[ONE] * 5, 2, 2),
+            r"expected \[N\] and \[B, H, T\] of torch.float32",
+        ),
+        (
+            lambda: select_sequences(FLAT[:, 0], UNITS[..., 0], *[ONE] * 5, 2, 2),
+            r"kept is \(1,\) torch.int32; expected \[2\]",
+        ),
         (lambda: store_units(UNITS, UNITS, UNITS.half(), UNITS, ONE), "do not fit storage"),
         (lambda: store_units(UNITS, UNITS, UNITS, UNITS, ONE[0]), "slot is"),
     ],
