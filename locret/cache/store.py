@@ -24,6 +24,7 @@ from locret.quantization import NO_SCHEME, Scheme
 from locret.quantization.packed import (
     PackedKeys,
     PackedValues,
+    fetch,
     from_named,
     join,
     pack_keys,
@@ -325,7 +326,8 @@ class Store:
         old = tuple(x.new_empty(0, *x.shape[3:]) for x in fresh)
         if context is not None:
             before, old = context.sequences, (context.keys, context.values, *context.exact)
-        keys, values, *exact = gather_sequences(old, fresh, index, before, kept)
+        gathered = gather_sequences(old, fresh, index, before.offsets, kept.offsets)
+        keys, values, *exact = gathered
         none = sequences_of(tuple((0,) * len(row) for row in kept.counts), kept.device)
         self.context = StoredContext(kept, none, kept, keys, values, *exact)
         self.tail = Tail()
@@ -338,7 +340,7 @@ class Store:
         rows, heads, tokens, size = new_keys.shape
         before = alike(rows, (0,) * heads, kept.device) if context is None else context.sequences
         old_exact = [x.new_empty(0) for x in new_exact] if context is None else [*context.exact]
-        exact = gather_sequences(old_exact, new_exact, index, before, kept)
+        exact = gather_sequences(old_exact, new_exact, index, before.offsets, kept.offsets)
         rest = tuple(
             tuple(n - p for n, p in zip(*row, strict=True))
             for row in zip(kept.counts, packed.counts, strict=True)
@@ -362,7 +364,7 @@ class Store:
         if packed.total:
             keys = select_keys(self.scheme, old[0], done, both[0], to_pack, packed.flat)
             values = select_values(self.scheme, old[1], both[1], to_pack)
-        left = (_as_they_are(o, x, to_leave) for o, x in zip(old, both, strict=True))
+        left = (fetch(o, x, to_leave) for o, x in zip(old, both, strict=True))
         self.context = StoredContext(
             kept, packed, plain, *left, *exact, packed_keys=keys, packed_values=values
         )
@@ -560,15 +562,3 @@ def _in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: in
     return torch.where(index < done, of_packed, torch.where(index < before, of_plain, of_fresh))
 
 
-def _as_they_are(
-    packed: PackedKeys | PackedValues | None, others: Tensor, index: Tensor
-) -> Tensor:
-    """Units in full precision, [K, D] like `others`: `index` counts the packed ones first."""
-    if packed is None:
-        return others.index_select(0, index)
-    # Both for every unit: to ask which ones are packed would be to wait for the device.
-    old = packed.at(index.clamp(max=packed.count - 1)).to(others.dtype)
-    if not len(others):
-        return old
-    new = others.index_select(0, (index - packed.count).clamp(min=0))
-    return torch.where((index < packed.count)[:, None], old, new)

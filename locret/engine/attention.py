@@ -299,11 +299,7 @@ class ReadPass(Pass):
                 whole.device,
             )
             tails, heads = zip(*self.eviction.protected(i, self.policy), strict=True)
-            rows = whole.shape[0]
-            protected = (_numbers(x * rows, whole.device) for x in (tails, heads))
-            before = whole.plus(-each.rest.shape[2])
-            index = select_sequences(each.context, each.rest, before, kept, *protected)
-            chosen.append((index, kept))
+            chosen.append((_highest(each, whole, kept, tails, heads), kept))
         return chosen
 
     def _allotted(
@@ -572,6 +568,23 @@ def _recalled(
     assert layer.host is not None
     keys, values = (_rectangle(layer, pasts, name) for name in ("keys", "values"))
     return layer.host.in_front(query, keys, values, empty)
+
+
+def _highest(
+    scores: Scores, whole: Sequences, kept: Sequences, tails: Sequence[int], heads: Sequence[int]
+) -> Tensor:
+    """Which units of each sequence have the highest scores, long [K], ascending.
+
+    Args:
+        whole: all units; kept: how many stay.
+        tails, heads: of each KV head, last and first units that stay whatever they scored.
+    """
+    rest, device = scores.rest, whole.device
+    before = whole.plus(-rest.shape[2])
+    context = rest.new_empty(0) if scores.context is None else scores.context
+    numbers = (_numbers(tuple(x) * whole.shape[0], device) for x in (tails, heads))
+    how = before.offsets, _numbers(kept.flat, device), kept.offsets, *numbers
+    return select_sequences(context, rest, *how, kept.total, whole.longest)
 
 
 @functools.lru_cache(maxsize=1024)

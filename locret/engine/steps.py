@@ -17,7 +17,7 @@ from torch import Tensor
 from locret.cache.cache import RetainedCache
 from locret.cache.layer import RetainedLayer
 from locret.engine.attention import Pass
-from locret.kernels import Shares, decode_sequences, share_out, store_units
+from locret.kernels import Shares, decode_sequences, decode_shares, store_units
 from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall, as_argument, cache_in, without_autocast
 from locret.model.rotary import Rotary
@@ -60,7 +60,7 @@ class StepContext(NamedTuple):
             keys, values = (x.new_empty(0, x.shape[3]) for x in tail.tensors[:2])
         else:
             lengths, keys, values = [*context.sequences.flat], context.keys, context.values
-        return cls(keys, values, share_out(lengths, programs_at_once(keys.device), keys.device))
+        return cls(keys, values, decode_shares(lengths, keys.device))
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, length: Tensor, scaling: float
@@ -263,6 +263,11 @@ def _seen_class(kind: type) -> type:
 
     body = {"__call__": call, "__slots__": ("_through",), "__module__": kind.__module__}
     return type(kind.__name__, (kind,), body)
+
+
+def takes_steps(layer: RetainedLayer) -> bool:
+    """Whether one-token steps of a layer can write in place and attend to all."""
+    return layer.host is None and not layer.quantized
 
 
 def why_not_graphed(backbone: Backbone) -> str | None:
