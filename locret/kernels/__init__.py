@@ -14,7 +14,12 @@ from locret.kernels.decode import (
     store_units,
 )
 from locret.kernels.decode_quantized import decode_attention_quantized
-from locret.kernels.evict import gather_units, select_sequences, threshold_select
+from locret.kernels.evict import (
+    gather_sequences,
+    gather_units,
+    select_sequences,
+    threshold_select,
+)
 from locret.kernels.packed import PackedKV, expand_units
 from locret.kernels.rotate import rotate_at_slots
 from locret.kernels.splits import Shares, merge_attention, share_out
@@ -27,6 +32,7 @@ __all__ = [
     "decode_sequences",
     "decode_shares",
     "expand_units",
+    "gather_sequences",
     "gather_units",
     "merge_attention",
     "rotate_at_slots",

@@ -420,6 +420,106 @@ def _check_gather(old: Sequence[Tensor], new: Sequence[Tensor], index: Tensor) -
             )
 
 
+def gather_sequences(
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    index: Tensor,
+    offsets: Tensor,
+    out_offsets: Tensor,
+) -> tuple[Tensor, ...]:
+    """The units at `index` of each sequence's old and, after them, new units.
+
+    Args:
+        old: tensors [N, D] or [N], each of its own dtype, D and strides: the old units of the B*H
+            sequences one after the other; N >= 0.
+        new: parallel to `old`: [B, H, T, D] or [B, H, T], any strides; T >= 0.
+        index: [K] long, counted from its sequence's first old unit, as `select_sequences` gives it.
+            Not checked on a GPU.
+        offsets: int32 [B*H + 1], where each sequence's old units begin.
+        out_offsets: int32 [B*H + 1], where each sequence's indices begin; the last is K.
+
+    Returns:
+        One contiguous tensor [K, D] or [K] for each of `old`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    _check_gather_sequences(old, new, index, offsets, out_offsets)
+    if not takes_triton(index, offsets, out_offsets, *old, *new):
+        return gather_sequences_reference(old, new, index, offsets, out_offsets)
+    kept = index.shape[0]
+    gathered = tuple(x.new_empty(kept, *x.shape[1:]) for x in old)
+    if kept:
+        sequences = offsets.numel() - 1
+        sizes = tuple(units.shape[1] if units.dim() == 2 else 1 for units in old)
+        widest = padded(max(sizes))
+        old = tuple(x if x.dim() == 1 or x.stride(1) == 1 else x.contiguous() for x in old)
+        new = tuple(map(_side_by_side, new))
+        at_once = max(16, min(padded(kept, least=16), 8192 // widest))
+        with on_device(index):
+            _gather_ragged[(triton.cdiv(kept, at_once),)](
+                *(old, new, gathered, index.contiguous(), offsets, out_offsets),
+                *(kept, sequences, new[0].shape[1]),
+                tuple(units.stride(0) for units in old),
+                tuple(units.stride()[:3] for units in new),
+                SIZES=sizes,
+                BLOCKS=tuple(padded(size) for size in sizes),
+                UNITS=at_once,
+                HALVINGS=sequences.bit_length(),
+                num_warps=4,
+            )
+    return gathered
+
+
+def gather_sequences_reference(
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    index: Tensor,
+    offsets: Tensor,
+    out_offsets: Tensor,
+) -> tuple[Tensor, ...]:
+    """The twin of `gather_sequences`, in plain PyTorch."""
+    count = new[0].shape[2]
+    to = torch.arange(index.shape[0], dtype=torch.int32, device=index.device)
+    sequence = torch.searchsorted(out_offsets, to, right=True) - 1
+    from_new = index - offsets.diff()[sequence]
+    at_new = old[0].shape[0] + sequence * count + from_new
+    at = torch.where(from_new < 0, index + offsets[sequence], at_new)
+    return tuple(
+        torch.cat([before, after.flatten(0, 2)]).index_select(0, at)
+        for before, after in zip(old, new, strict=True)
+    )
+
+
+def _check_gather_sequences(
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    index: Tensor,
+    offsets: Tensor,
+    out_offsets: Tensor,
+) -> None:
+    if len(old) != len(new) or not old:
+        raise ValueError(f"{len(old)} old tensors and {len(new)} new; expected as many of both")
+    if index.dim() != 1 or index.dtype != torch.long:
+        raise ValueError(f"index is {tuple(index.shape)} {index.dtype}; expected [K] of torch.long")
+    shape = new[0].shape[:3]
+    for was, fresh in zip(old, new, strict=True):
+        fits = (
+            was.dim() in (1, 2)
+            and was.dtype == fresh.dtype
+            and was.shape[0] == old[0].shape[0]
+            and fresh.shape == (*shape, *was.shape[1:])
+            and len(shape) == 3
+        )
+        if not fits:
+            raise ValueError(
+                f"{tuple(was.shape)} {was.dtype} old and {tuple(fresh.shape)} {fresh.dtype} new "
+                f"do not fit: expected [N] or [N, D] and [B, H, T] or [B, H, T, D], "
+                f"N = {old[0].shape[0]} and [B, H, T] = {tuple(shape)} in all tensors"
+            )
+    _check_per_sequence(shape[0] * shape[1] + 1, offsets=offsets, out_offsets=out_offsets)
+
+
 def _side_by_side(units: Tensor) -> Tensor:
     """`units` with the elements of a unit side by side."""
     return units if units.dim() == 3 or units.stride(3) == 1 else units.contiguous()
@@ -455,3 +555,49 @@ def _gather(  # type: ignore[no-untyped-def]
         units = tl.load(tl.where(is_old, at_old, at_new)[:, None] + d[None, :], mask=mask)
         at_storage = units_at(storage[i], storage_strides[i], b, h, to)
         tl.store(at_storage[:, None] + d[None, :], units, mask=mask)
+
+
+# Nothing is compiled anew for the number of units.
+@triton.jit(do_not_specialize=["kept", "sequences", "heads"])
+def _gather_ragged(  # type: ignore[no-untyped-def]
+    old,
+    new,
+    gathered,
+    index,
+    offsets,
+    out_offsets,
+    kept,
+    sequences,
+    heads,
+    old_strides,
+    new_strides,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    UNITS: tl.constexpr,
+    HALVINGS: tl.constexpr,
+):
+    to = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    there = to < kept
+    unit = tl.load(index + to, mask=there, other=0)
+
+    # The sequence whose indices the unit's is among: the last that begins at or before it.
+    sequence = tl.zeros((UNITS,), tl.int32)
+    after = tl.zeros((UNITS,), tl.int32) + sequences
+    for _ in tl.static_range(HALVINGS):
+        middle = (sequence + after) // 2
+        is_before = tl.load(out_offsets + middle) <= to
+        sequence = tl.where(is_before, middle, sequence)
+        after = tl.where(is_before, after, middle)
+    first = tl.load(offsets + sequence)
+    old_count = tl.load(offsets + sequence + 1) - first
+    is_old = unit < old_count
+    b = (sequence // heads).to(tl.int64)
+    h = (sequence % heads).to(tl.int64)
+    to = to.to(tl.int64)
+    for i in tl.static_range(len(old)):
+        d = tl.arange(0, BLOCKS[i])
+        mask = there[:, None] & (d < SIZES[i])[None, :]
+        at_old = old[i] + (first + unit) * old_strides[i]
+        at_new = units_at(new[i], new_strides[i], b, h, unit - old_count)
+        units = tl.load(tl.where(is_old, at_old, at_new)[:, None] + d[None, :], mask=mask)
+        tl.store(gathered[i] + to[:, None] * SIZES[i] + d[None, :], units, mask=mask)
