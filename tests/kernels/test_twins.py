@@ -15,6 +15,7 @@ from locret.kernels import (
     decode_attention_quantized,
     decode_sequences,
     decode_shares,
+    gather_sequences,
     gather_units,
     rotate_at_slots,
     select_sequences,
@@ -58,6 +59,16 @@ def test_gather_takes_held_then_new(held, new, room, data):
     (storage,) = gather_units((both[None, None, :held],), (both[None, None, held:],), index, room)
     assert storage.shape[2] == index.shape[2] + room
     assert torch.equal(storage[..., : index.shape[2]].long(), index)
+
+
+def test_gather_sequences_takes_old_then_new_of_each_sequence():
+    names = torch.arange(5), torch.arange(10, 16).view(1, 3, 2)
+    offsets, out_offsets = per_sequence(0, 3, 3, 5), per_sequence(0, 3, 4, 8)
+    index = torch.tensor([0, 2, 4, 1, 0, 1, 2, 3])
+    old, new = (names[0], names[0][:, None].float()), (names[1], names[1][..., None].float())
+    flat, wide = gather_sequences(old, new, index, offsets, out_offsets)
+    assert flat.tolist() == [0, 2, 11, 13, 3, 4, 14, 15]
+    assert torch.equal(wide, flat[:, None].float())
 
 
 def test_decode_is_attention_over_what_is_filled():
@@ -185,6 +196,7 @@ UNITS = torch.zeros(1, 2, 5, 4)
 
 SHARES = decode_shares([3, 2], torch.device("cpu"))
 FLAT = torch.zeros(5, 4)
+INDEX, OFFSETS = torch.zeros(2).long(), (per_sequence(0, 2, 5), per_sequence(0, 1, 2))
 SEQUENCES_CALL = (SHARES, UNITS, UNITS, ONE)
 
 CODES, ENTRIES = torch.zeros(1, 2, 5, 2, dtype=torch.uint8), torch.zeros(1, 2, 1, 4).half()
@@ -232,6 +244,13 @@ PACKED_CALL = (UNITS[:, :, :1], PACKED, UNITS, UNITS, ONE, 1.0)
             lambda: select_sequences(FLAT[:, 0], UNITS[..., 0], *[ONE] * 5, 2, 2),
             r"kept is \(1,\) torch.int32; expected \[2\]",
         ),
+        (
+            lambda: gather_sequences((FLAT,), (UNITS.half(),), INDEX, *OFFSETS),
+            r"\[B, H, T\] = \(1, 2, 5\)",
+        ),
+        (lambda: gather_sequences((FLAT,), (UNITS,), INDEX.int(), *OFFSETS), "torch.long"),
+        (lambda: gather_sequences((FLAT,), (UNITS,), INDEX, ONE, ONE), r"offsets is .* \[3\]"),
+        (lambda: gather_sequences((FLAT,), (), INDEX, *OFFSETS), "as many of both"),
         (lambda: store_units(UNITS, UNITS, UNITS.half(), UNITS, ONE), "do not fit storage"),
         (lambda: store_units(UNITS, UNITS, UNITS, UNITS, ONE[0]), "slot is"),
     ],
