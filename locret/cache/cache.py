@@ -391,7 +391,6 @@ def _take_rows(layer: RetainedLayer, rows: Sequence[RetainedLayer]) -> None:
     layer.store = Store.of_rows([row.store for row in rows])
     # A row without a context has read nothing, and was never asked to rotate it.
     layer.rotated = next((row.rotated for row in rows if not row.is_empty), rows[0].rotated)
-    layer.after_eviction = max(row.after_eviction for row in rows)
     layer.state = _stack_states([row.state for row in rows])
     if layer.host:
         layer.host = HostBlocks.stack([row.host for row in rows if row.host])

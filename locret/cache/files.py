@@ -32,7 +32,6 @@ _OF_LAYERS = {
     "seen": "seen",
     "rotated": "rotated",
     "windows": "window",
-    "after_eviction": "after_eviction",
 }
 """What the record says of every layer, and the layer's attribute."""
 

@@ -21,7 +21,7 @@ from locret.cache.sequences import Sequences
 from locret.cache.store import NewTokens, Store
 from locret.quantization import NO_SCHEME, Scheme
 
-_VALUES = ("seen", "rotated", "after_eviction")
+_VALUES = ("seen", "rotated")
 """What a view of a layer holds beside units, state and what waits on the host."""
 
 
@@ -34,10 +34,9 @@ class RetainedLayer(CacheLayerMixin):
     shorter than others; what is packed is expanded each time. `rotated` says whether the keys
     already carry their rotation; where `stays_unrotated` they never do.
 
-    `after_eviction` is how many units the longest sequence had after the last eviction, 0 before
-    the first. `state` is what a policy remembers of this layer and request, by name. `host` holds
-    what was evicted, for recall; None = what is evicted is gone. Units hold weights if the layer
-    `merges` evicted values.
+    `state` is what a policy remembers of this layer and request, by name. `host` holds what was
+    evicted, for recall; None = what is evicted is gone. Units hold weights if the layer `merges`
+    evicted values.
 
     A layer with a `window` attends to so many tokens, the newest included: it holds the last
     window - 1 units, unrotated, whatever the budget and the positions are.
@@ -66,7 +65,6 @@ class RetainedLayer(CacheLayerMixin):
     def _start_anew(self) -> None:
         self.seen = 0
         self.rotated = self._rotated_at_first
-        self.after_eviction = 0
         self.state: dict[str, Tensor] = {}
 
     @property
@@ -180,7 +178,6 @@ class RetainedLayer(CacheLayerMixin):
         store.retain(index, kept, new)
         if merged is not None:
             store.replace_values(*map(kept.flattened, merged))
-        self.after_eviction = kept.longest
 
     def place(self, device: torch.device) -> None:
         """Be on the layer's device, wherever the tensors came from."""

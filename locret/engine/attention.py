@@ -272,13 +272,15 @@ class ReadPass(Pass):
 
     def _left(self, layer: RetainedLayer, retained_idx: int, new: int) -> int:
         """How many more units a layer can hold after `new` ones came; below zero: it evicts."""
-        counts, eviction = self.eviction.counts[retained_idx], self.eviction
-        if self._shares:  # what one head has more, another has less
-            most = max(*counts, layer.after_eviction)
-            return most + eviction.above - layer.longest - new
-        rows = ((0,) * len(counts),) if layer.is_empty else layer.store.sequences.counts
-        most = min(c - held for row in rows for c, held in zip(counts, row, strict=True))
-        return most + eviction.above - new
+        counts, context = self.eviction.counts[retained_idx], layer.store.context
+        spare = max(counts) if self._shares else min(counts)
+        if context is not None:
+            # A row may hold more than it is to keep: it was read with a budget of its own. Where
+            # heads share what they have, what one has less, another has more.
+            rows = () if self._shares else context.sequences.counts
+            free = (c - n for row in rows for c, n in zip(counts, row, strict=True))
+            spare = max(min(free, default=0), 0)
+        return spare + self.eviction.above - layer.store.tail.count - new
 
     def _choose(
         self, scores: Sequence[Scores], layers: Sequence[RetainedLayer], indices: Sequence[int]
