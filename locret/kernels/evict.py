@@ -156,10 +156,10 @@ def _select_on_cpu(
     heads: Tensor,
 ) -> Tensor:
     """What the twin chooses, or `torch.topk` where sequences make a rectangle."""
-    how = (offsets.diff(), kept, tails, heads)
-    if not kept.numel() or any((x != x[0]).any() for x in how):
+    how = [set(x.tolist()) for x in (offsets.diff(), kept, tails, heads)]
+    if any(len(numbers) != 1 for numbers in how):
         return select_sequences_reference(old, new, offsets, kept, out_offsets, tails, heads)
-    length, keep, tail, head = (int(x[0]) for x in how)
+    length, keep, tail, head = (numbers.pop() for numbers in how)
     scores = torch.cat([old.view(*new.shape[:2], length), new], dim=2)
     size = scores.shape[2]
     if size <= keep:
