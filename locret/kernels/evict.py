@@ -455,7 +455,7 @@ def gather_sequences(
         widest = padded(max(sizes))
         old = tuple(x if x.dim() == 1 or x.stride(1) == 1 else x.contiguous() for x in old)
         new = tuple(map(_side_by_side, new))
-        at_once = max(16, min(padded(kept, least=16), 8192 // widest))
+        at_once = max(16, 8192 // widest)
         with on_device(index):
             _gather_ragged[(triton.cdiv(kept, at_once),)](
                 *(old, new, gathered, index.contiguous(), offsets, out_offsets),
