@@ -21,7 +21,7 @@ from locret.kernels.evict import (
     threshold_select,
 )
 from locret.kernels.packed import PackedKV, expand_units
-from locret.kernels.rotate import rotate_at_slots
+from locret.kernels.rotate import rotate_at_slots, rotate_units
 from locret.kernels.splits import Shares, merge_attention, share_out
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "gather_units",
     "merge_attention",
     "rotate_at_slots",
+    "rotate_units",
     "select_sequences",
     "share_out",
     "store_units",

@@ -156,10 +156,10 @@ def _select_on_cpu(
     heads: Tensor,
 ) -> Tensor:
     """What the twin chooses, or `torch.topk` where sequences make a rectangle."""
-    how = (offsets.diff(), kept, tails, heads)
-    if not kept.numel() or any((x != x[0]).any() for x in how):
+    how = [set(x.tolist()) for x in (offsets.diff(), kept, tails, heads)]
+    if any(len(numbers) != 1 for numbers in how):
         return select_sequences_reference(old, new, offsets, kept, out_offsets, tails, heads)
-    length, keep, tail, head = (int(x[0]) for x in how)
+    length, keep, tail, head = (numbers.pop() for numbers in how)
     scores = torch.cat([old.view(*new.shape[:2], length), new], dim=2)
     size = scores.shape[2]
     if size <= keep:
@@ -455,7 +455,7 @@ def gather_sequences(
         widest = padded(max(sizes))
         old = tuple(x if x.dim() == 1 or x.stride(1) == 1 else x.contiguous() for x in old)
         new = tuple(map(_side_by_side, new))
-        at_once = max(16, min(padded(kept, least=16), 8192 // widest))
+        at_once = max(16, 8192 // widest)
         with on_device(index):
             _gather_ragged[(triton.cdiv(kept, at_once),)](
                 *(old, new, gathered, index.contiguous(), offsets, out_offsets),

@@ -206,10 +206,8 @@ class Outliers:
         unit = unit.flatten()
         counts = self.counts[unit].long()
         entries = ragged(self.offsets[unit], counts)
-        channels = self.channels[entries].long()
-        x.view(-1, x.shape[-1])[torch.repeat_interleave(counts), channels] = self.values[
-            entries
-        ].float()
+        of_unit, channels = torch.repeat_interleave(counts), self.channels[entries].long()
+        x.view(-1, x.shape[-1])[of_unit, channels] = self.values[entries].float()
 
     def select(self, index: Tensor) -> "Outliers":
         """Those of the units at `index` [K] (long)."""

@@ -208,10 +208,8 @@ def _arranged(
     survivors = torch.zeros(len(packed.starts) - 1, dtype=torch.long, device=index.device)
     survivors.scatter_add_(0, block, old.long())
     survivors, starts = torch.stack([survivors, packed.starts[:-1]]).cpu()
-    sequence = torch.searchsorted(
-        torch.tensor(lengths, dtype=torch.long).cumsum(0), starts, right=True
-    )
-    total = torch.tensor(new_lengths, dtype=torch.long)
+    before, total = (torch.tensor(counts, dtype=torch.long) for counts in (lengths, new_lengths))
+    sequence = torch.searchsorted(before.cumsum(0), starts, right=True)
     costs = costs_of(packed.scheme, packed.head_size, element_size)
     residual = packed.scheme.residual
     limits = torch.tensor([block_limit(costs, length, residual) for length in new_lengths])
@@ -317,11 +315,10 @@ def take(packed: _P, lengths: Sequence[int], sequences: Sequence[int]) -> _P:
         lengths: of all the sequences in `packed`.
     """
     firsts = list(accumulate(lengths, initial=0))
-    chosen = torch.tensor([(firsts[i], lengths[i]) for i in sequences], dtype=torch.long).view(
-        -1, 2
-    )
-    at, counts = chosen.to(packed.device, non_blocking=True).unbind(1)
-    index = ragged(at, counts, sum(lengths[i] for i in sequences))
+    of = torch.tensor(sequences, dtype=torch.long)
+    ranges = torch.tensor([firsts[:-1], lengths], dtype=torch.long)[:, of]
+    at, counts = ranges.to(packed.device, non_blocking=True)
+    index = ragged(at, counts, int(ranges[1].sum()))
     taken = replace(
         packed,
         units=_at(packed.units, index),
@@ -331,7 +328,6 @@ def take(packed: _P, lengths: Sequence[int], sequences: Sequence[int]) -> _P:
         return taken
     starts = packed.starts.cpu().long()
     bounds = torch.searchsorted(starts, torch.tensor(firsts))
-    of = torch.tensor(sequences, dtype=torch.long)
     blocks = ragged(bounds[of], bounds.diff()[of])
     own = Blocks(starts.diff()[blocks], blocks).to(packed.device)
     return replace(taken, tables=_at(packed.tables, own.kept), starts=own.starts)

@@ -18,6 +18,7 @@ from locret.kernels import (
     gather_sequences,
     gather_units,
     rotate_at_slots,
+    rotate_units,
     select_sequences,
     store_units,
     threshold_select,
@@ -48,6 +49,15 @@ def test_interleaved_is_what_glm_does():
     cos, sin = cos[..., :4].repeat_interleave(2, -1), sin[..., :4].repeat_interleave(2, -1)
     signed = sin * torch.tensor([-1.0, 1.0]).repeat(4)
     torch.testing.assert_close(rotate_at_slots(x, cos, signed, "interleaved"), expected)
+
+
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+def test_units_rotate_as_at_their_slots(pairing):
+    x, (cos, sin) = torch.randn(20, 8), torch.randn(2, 30, 6)
+    slots = torch.randint(0, 30, (20,), dtype=torch.int32)
+    at_slots = cos[slots][None], sin[slots][None]
+    expected = rotate_at_slots(x[None, None], *at_slots, pairing)[0, 0]
+    assert torch.equal(rotate_units(x, cos, sin, slots, pairing), expected)
 
 
 @given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 3), st.data())
@@ -211,6 +221,9 @@ PACKED_CALL = (UNITS[:, :, :1], PACKED, UNITS, UNITS, ONE, 1.0)
     [
         (lambda: rotate_at_slots(UNITS, UNITS[0], UNITS[0]), "do not fit"),
         (lambda: rotate_at_slots(UNITS, UNITS[:, 0], UNITS[:, 0], "pairs"), "pairing is 'pairs'"),
+        (lambda: rotate_units(FLAT, FLAT[:, :3], FLAT[:, :3], FLAT[:, 0].int()), "do not fit"),
+        (lambda: rotate_units(FLAT, FLAT, FLAT, FLAT[:, 0]), r"expected \[N, D\] and \[N\]"),
+        (lambda: rotate_units(UNITS, FLAT, FLAT, INDEX), r"expected \[N, D\] and \[N\]"),
         (lambda: gather_units((UNITS,), (UNITS.half(),), UNITS[..., 0].long()), "do not fit"),
         (lambda: gather_units((UNITS,), (UNITS,), UNITS[..., 0]), "torch.long"),
         (lambda: gather_units((), (), UNITS[..., 0].long()), "as many of both"),

@@ -93,8 +93,9 @@ class KeySequence:
         blocks = []
         for start in range(0, len(x), self.scheme.group):
             own = x[start : start + self.scheme.group]
-            large = self._large(own)
-            units, entry = self.scheme.encode_keys(own, None if large is None else ~large)
+            filled = own[torch.arange(self.scheme.group).clamp(max=len(own) - 1)]
+            large = self._large(filled)
+            units, entry = self.scheme.encode_keys(filled, None if large is None else ~large)
             blocks.append((entry, [self._unit(units, own, large, i) for i in range(len(own))]))
         return blocks
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from locret.quantization.packed import (
     Packed,
@@ -16,7 +17,7 @@ from locret.quantization.packed import (
 
 @dataclass
 class Rectangle:
-    """What is packed, of sequences [B, H]."""
+    """What is packed of sequences [B, H] that are equally long, in equal blocks."""
 
     packed: Packed
     shape: tuple[int, int]
@@ -29,9 +30,34 @@ class Rectangle:
     def outliers(self):
         return self.packed.outliers
 
+    @property
+    def count(self):
+        """Units of a sequence."""
+        return self.packed.count // (self.shape[0] * self.shape[1])
+
+    @property
+    def units(self):
+        """Tensors [B, H, P, *]."""
+        return self._rectangular(self.packed.units)
+
+    @property
+    def tables(self):
+        """Tensors [B, H, G, *]."""
+        return self._rectangular(self.packed.tables)
+
+    @property
+    def starts(self):
+        """[B, H, G + 1], counted in each sequence."""
+        sizes = self._rectangular((self.packed.starts.diff(),))[0]
+        return pad(sizes.cumsum(-1), (1, 0))
+
     def dequantize(self, dtype):
-        count = self.packed.count // (self.shape[0] * self.shape[1])
-        return self.packed.dense(dtype).view(*self.shape, count, self.packed.head_size)
+        """[B, H, P, D]."""
+        return self._rectangular((self.packed.dense(dtype),))[0]
+
+    def _rectangular(self, tensors):
+        count = self.shape[0] * self.shape[1]
+        return tuple(x.view(*self.shape, len(x) // count, *x.shape[1:]) for x in tensors)
 
 
 def quantize_keys(scheme, x):
