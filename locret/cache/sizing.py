@@ -12,8 +12,8 @@ from locret.heads.heads import Geometry
 from locret.quantization import Scheme
 from locret.quantization.costs import most_bytes
 
-BESIDE_BYTES = 12
-"""Of a unit in a KV head beside key and value: its score (float32) and source position (int64)."""
+BESIDE_BYTES = 8
+"""Of a unit in a KV head beside key and value: its score (float32) and source position (int32)."""
 WEIGHT_BYTES = 4
 """Of a unit in a KV head, where evicted values are merged: its weight (float32)."""
 
