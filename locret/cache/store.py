@@ -11,7 +11,7 @@ B rows, H KV heads, Q = B * H sequences, N units of the context, T units of the 
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +82,7 @@ class StoredContext:
         scores, positions: of all units, [N] float32 and int32.
         weights: how many tokens each unit's value is the mean of, [N] float32; None = one.
         packed_keys, packed_values: None = nothing is packed.
+        appended: of each row, how many of every head's last units came after its last eviction.
     """
 
     sequences: Sequences
@@ -94,6 +95,7 @@ class StoredContext:
     weights: Tensor | None = None
     packed_keys: PackedKeys | None = None
     packed_values: PackedValues | None = None
+    appended: tuple[int, ...] = field(kw_only=True)
 
     @property
     def exact(self) -> tuple[Tensor, ...]:
@@ -137,6 +139,7 @@ class StoredContext:
             None if self.weights is None else self.weights.index_select(0, index),
             keys,
             values,
+            appended=tuple(self.appended[row] for row in rows),
         )
 
 
@@ -283,6 +286,8 @@ class Store:
             self._repack(index, kept, sequences_of(packed, kept.device), fresh)
         else:
             self._gather(index, kept, fresh)
+        assert self.context is not None
+        self.context = replace(self.context, appended=(0,) * len(kept.counts))
 
     def pack(self, tight: bool = False) -> None:
         """What was appended has been attended to: pack it as far as it fills blocks; if `tight`,
@@ -304,6 +309,14 @@ class Store:
             self._repack(whole.local, whole, sequences_of(packed, whole.device), self._fresh(None))
 
     @property
+    def _appended(self) -> tuple[int, ...]:
+        """`StoredContext.appended` once the tail is context."""
+        tail = self.tail.count
+        if self.context is not None:
+            return tuple(count + tail for count in self.context.appended)
+        return (tail,) * (self.tail.tensors[0].shape[0] if tail else 0)
+
+    @property
     def _packed_counts(self) -> tuple[tuple[int, ...], ...]:
         if self.context is not None:
             return self.context.packed.counts
@@ -313,7 +326,7 @@ class Store:
     def _fresh(self, new: NewTokens | None) -> tuple[Tensor, ...]:
         """Tail and new units, put side by side only where there are both."""
         if new is None:
-            return tuple(self.tail)
+            return tuple(self._tail_like())
         if not self.tail.count:
             return self._weighed(new)
         pairs = zip(self.tail, self._weighed(new), strict=True)
@@ -329,7 +342,9 @@ class Store:
         gathered = gather_sequences(old, fresh, index, before.offsets, kept.offsets)
         keys, values, *exact = gathered
         none = sequences_of(tuple((0,) * len(row) for row in kept.counts), kept.device)
-        self.context = StoredContext(kept, none, kept, keys, values, *exact)
+        self.context = StoredContext(
+            kept, none, kept, keys, values, *exact, appended=self._appended
+        )
         self.tail = Tail()
 
     def _repack(
@@ -364,9 +379,12 @@ class Store:
         if packed.total:
             keys = select_keys(self.scheme, old[0], done, both[0], to_pack, packed.flat)
             values = select_values(self.scheme, old[1], both[1], to_pack)
-        left = (fetch(o, x, to_leave) for o, x in zip(old, both, strict=True))
+        left = (fetch(o, x, to_leave).to(x.dtype) for o, x in zip(old, both, strict=True))
         self.context = StoredContext(
-            kept, packed, plain, *left, *exact, packed_keys=keys, packed_values=values
+            *(kept, packed, plain, *left, *exact),
+            packed_keys=keys,
+            packed_values=values,
+            appended=self._appended,
         )
         self.tail = Tail()
 
@@ -476,14 +494,14 @@ class Store:
         """The rows of a batch, of one row each, as one. All of it is context then; no unit is
         packed, or packed anew, for it."""
         stacked = Store(rows[0].scheme, rows[0].weighs)
-        contexts = [context for row in rows if (context := row.as_context()) is not None]
+        of_rows = [row.as_context() for row in rows]
+        contexts = [context for context in of_rows if context is not None]
         if not contexts:
             return stacked
         heads, device = contexts[0].sequences.shape[1], contexts[0].sequences.device
         missing = alike(1, (0,) * heads, device)
         counts: list[list[tuple[int, ...]]] = [[], [], []]
-        for row in rows:
-            own = row.as_context()
+        for own in of_rows:
             lengths = (own.sequences, own.packed, own.plain) if own else (missing,) * 3
             for all_counts, some in zip(counts, lengths, strict=True):
                 all_counts.append(some.counts[0])
@@ -495,6 +513,7 @@ class Store:
             *(torch.cat(each) for each in tensors),
             packed_keys=join(keys) if keys else None,
             packed_values=join(values) if values else None,
+            appended=tuple(own.appended[0] if own else 0 for own in of_rows),
         )
         return stacked
 
@@ -512,11 +531,13 @@ class Store:
             absorbed._gather(whole.local, whole, fresh)
         return absorbed.context
 
-    def lengths(self) -> dict[str, Counts]:
-        """Of the context's sequences, for `take_tensors`."""
-        if self.context is None:
+    def lengths(self) -> dict[str, Any]:
+        """How many units the context's sequences have, for `take_tensors`."""
+        context = self.context
+        if context is None:
             return {}
-        return {name: getattr(self.context, name).counts for name in ("sequences", "packed", "plain")}
+        counts = {name: getattr(context, name).counts for name in ("sequences", "packed", "plain")}
+        return counts | {"appended": context.appended}
 
     def named_tensors(self) -> dict[str, Tensor]:
         """What is held, by name, without spare room."""
@@ -541,7 +562,10 @@ class Store:
         packed = from_named(self.scheme, keys.shape[-1], named)
         own = (named[name] for name in NAMES if name in named)
         self.context = StoredContext(
-            *lengths, *own, packed_keys=packed[0], packed_values=packed[1]
+            *(*lengths, *own),
+            packed_keys=packed[0],
+            packed_values=packed[1],
+            appended=counts["appended"],
         )
 
 
