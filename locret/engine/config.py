@@ -34,7 +34,6 @@ from locret.quantities import (
     parse_bytes,
 )
 from locret.quantization import NO_SCHEME, Scheme, scheme_of
-from locret.quantization.schemes import Fp8Scheme, key_bias_warning
 
 Auto = Literal["auto"]
 
@@ -195,10 +194,6 @@ class EngineConfig:
                 f"budget is {list(budget)}; expected one whole number of at least 1 for each of "
                 f"the {layers} layers"
             )
-        if isinstance(self.storage.quantization, Fp8Scheme):
-            told = key_bias_warning(backbone.key_biases)
-            if told is not None:
-                warnings.warn(told, stacklevel=3)  # whoever makes the engine
         backend = _backend(self.compute.backend, backbone)
         graphs = _graphs(self.compute.graphs, backbone, self.storage.recall)
         return replace(self, compute=Compute(backend, graphs))

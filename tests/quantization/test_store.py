@@ -44,6 +44,8 @@ class Twin:
 def histories(draw):
     name = draw(st.sampled_from(PACKING))
     options = {"group": draw(st.sampled_from([2, 5, 8])), "residual": draw(st.integers(0, 9))}
+    if name == "rotated":
+        options["bits"] = 8
     steps = st.tuples(st.sampled_from(["append", "select", "pack"]), st.integers(1, 40))
     return make_scheme(name, **options).for_layer(1), draw(st.lists(steps, max_size=12))
 
