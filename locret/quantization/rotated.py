@@ -13,7 +13,8 @@ Both:  z ~ zq = scale * level[code], with the code whose level is nearest to z /
 - 8 bits: r = max |z| / 127.5 and levels are code - 127.5. An even grid up to a unit's own largest
   element loses as little as the 256 levels of Lloyd and Max, and needs no table.
 - scale = <z, level> / <level, level>, a float16 a unit: it makes <z, zq> = <zq, zq>, the least
-  error that these codes allow, so that an inner product with zq is, on average, that with z.
+  error that these codes allow, so that an inner product with zq is, on average, that with z. Codes
+  are then chosen once more, with r = scale.
 
 Nobody has to rotate a unit back: <q, x> = <H q, zq> + <q, mean>, and a weighted sum of values is
 H (sum of weights * zq). `attend` shows both.
@@ -142,12 +143,18 @@ def encode(z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         size = z.abs().amax(-1, keepdim=True) / level[-1]
     else:
         size = z.square().mean(-1, keepdim=True).sqrt()
+    codes, scale = _nearest(z, size, level)
+    codes, scale = _nearest(z, scale, level)  # a unit is not quite normal: 2 % less error
+    refuse_unstorable(scale * (LARGEST / FLOAT16_LAST))
+    return pack_planes(codes.to(torch.uint8), bits), scale.half()
+
+
+def _nearest(z: Tensor, size: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the levels nearest to z / size, and the scale of least error for them."""
     between = (level[1:] + level[:-1]) / 2
     codes = torch.bucketize(z / size.clamp(min=SMALLEST), between, out_int32=True)
     chosen = level[codes]
-    scale = (z * chosen).sum(-1, keepdim=True) / chosen.square().sum(-1, keepdim=True)
-    refuse_unstorable(scale * (LARGEST / FLOAT16_LAST))
-    return pack_planes(codes.to(torch.uint8), bits), scale.half()
+    return codes, (z * chosen).sum(-1, keepdim=True) / chosen.square().sum(-1, keepdim=True)
 
 
 def decode(units: Tensors, bits: int, head_size: int) -> Tensor:

@@ -10,11 +10,14 @@
   Keys are held before RoPE (section 3.2): rotation mixes channels and so blurs what makes keys easy
   to quantize.
 - `layerquant` (arXiv 2412.12706): some layers at other bits, and as many tokens as make up for it,
-  so that every layer takes the bytes it would take at `bits`. The published setting: 8 bits in the
-  first 4 layers, 4 elsewhere.
+  so that every layer takes the bytes it would take at `bits`. The published setting: KIVI at 8 bits
+  in the first 4 layers, at 4 elsewhere.
 - `fp8`: 8-bit floats (e4m3) with a scale, keys per channel of a block, values per token.
   code = e4m3(x / scale), scale = largest |x| / 448, 448 being e4m3's largest number. Error: at most
-  2 ** -4 of |x| or, near zero, 2 ** -10 of the scale.
+  2 ** -4 of |x| or, near zero, 2 ** -10 of the scale. Of keys the block's mean is subtracted first:
+  an error that is relative to a large bias (Qwen2.5: some channels are hundreds high) would take
+  away what tells keys apart.
+- `rotated`: `locret.quantization.rotated`.
 """
 
 from collections.abc import Mapping
@@ -124,9 +127,9 @@ class LayerQuantScheme(Scheme):
             object.__setattr__(self, option, _bits_of(option, getattr(self, option)))
         check_whole("quant_begin_layers", self.quant_begin_layers, 0)
         check_whole("quant_end_layers", self.quant_end_layers, self.quant_begin_layers)
-        base, _ = self._with_bits(self.bits), self._with_bits(self.quant_layers_bits)
-        if not base.packs or base.name == self.name:
+        if self.scheme in (self.name, NoScheme.name):
             raise ValueError(f"scheme is {self.scheme!r}; layerquant needs one that packs")
+        base, _ = self._with_bits(self.bits), self._with_bits(self.quant_layers_bits)
         object.__setattr__(self, "keys_are", base.keys_are)
 
     def for_layer(self, layer: int) -> Scheme:

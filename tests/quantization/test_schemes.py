@@ -191,6 +191,11 @@ def test_what_cannot_be_stored_is_refused(name, quantize, bad):
             "quant_end_layers is 4; expected a whole number of at least 5",
         ),
         ("layerquant", {"quant_layers_bits": 5}, "bits is 5"),
+        ("layerquant", {"bits": [3, 2]}, "'kivi' has no option key_bits, value_bits"),
+        ("layerquant", {"bits": {"key_bits": 3}}, "expected a number, or key_bits and value_bits"),
+        ("layerquant", {"scheme": "layerquant"}, "scheme is 'layerquant'; layerquant needs one"),
+        ("layerquant", {"scheme": "none"}, "layerquant needs one"),
+        ("layerquant", {"scheme": "kivy"}, "no quantization 'kivy'"),
     ],
 )
 def test_wrong_choices_are_refused(name, options, message):
