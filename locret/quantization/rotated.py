@@ -203,7 +203,7 @@ def attend(
         float32 [..., R], for a merge with attention over other units.
     """
     query, size = query.float(), query.shape[-1]
-    coded = hadamard(query) @ decode(keys, scheme.key_bits, size).mT
-    logits = (coded + query @ tables[0].float().mT) * scaling
+    turned = hadamard(query) @ decode(keys, scheme.key_bits, size).mT
+    logits = (turned + query @ tables[0].float().mT) * scaling
     summed = logits.softmax(-1) @ decode(values, scheme.value_bits, size)
     return hadamard(summed), logits.logsumexp(-1)
