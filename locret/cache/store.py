@@ -516,7 +516,9 @@ class Store:
         """Of the context's sequences, for `take_tensors`."""
         if self.context is None:
             return {}
-        return {name: getattr(self.context, name).counts for name in ("sequences", "packed", "plain")}
+        return {
+            name: getattr(self.context, name).counts for name in ("sequences", "packed", "plain")
+        }
 
     def named_tensors(self) -> dict[str, Tensor]:
         """What is held, by name, without spare room."""
@@ -540,9 +542,7 @@ class Store:
         lengths = (sequences_of(counts[name], device) for name in ("sequences", "packed", "plain"))
         packed = from_named(self.scheme, keys.shape[-1], named)
         own = (named[name] for name in NAMES if name in named)
-        self.context = StoredContext(
-            *lengths, *own, packed_keys=packed[0], packed_values=packed[1]
-        )
+        self.context = StoredContext(*lengths, *own, packed_keys=packed[0], packed_values=packed[1])
 
 
 def _in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: int) -> Tensor:
@@ -560,5 +560,3 @@ def _in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: in
     of_plain = packed.total + plain.offsets.long()[owner] + index - done
     of_fresh = packed.total + plain.total + owner * tokens + index - before
     return torch.where(index < done, of_packed, torch.where(index < before, of_plain, of_fresh))
-
-

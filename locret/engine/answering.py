@@ -129,9 +129,7 @@ class Answering:
             shape = self.backbone.geometry
             counts = counts_of(cache.budget, shape.num_layers, shape.num_kv_heads)
         cache.budget = one_if_equal(counts)
-        return self.config.eviction(
-            counts, cache.query_length, interval - 1, merging=cache.merging
-        )
+        return self.config.eviction(counts, cache.query_length, interval - 1, merging=cache.merging)
 
     def lengthen(self, kwargs: dict[str, Any], front: int) -> None:
         """Make lengths that count the prompt count `front` tokens read in front of it too."""

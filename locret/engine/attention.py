@@ -223,9 +223,7 @@ class ReadPass(Pass):
         if layer.host is not None and pasts:
             keys, values, empty = _recalled(layer, query, pasts, chunk.empty)
             if empty is not None:
-                keys, values = (
-                    torch.cat(x, dim=2) for x in zip((keys, values), new, strict=True)
-                )
+                keys, values = (torch.cat(x, dim=2) for x in zip((keys, values), new, strict=True))
                 how = call.scaling, self.backend, empty, call.weighting
                 return attend(query, keys, values, *how)
             pasts = [Past(keys, values)]
@@ -287,9 +285,7 @@ class ReadPass(Pass):
     ) -> list[tuple[Tensor, Sequences]]:
         """What layers with these scores, the retained ones at `indices`, keep: which units of each
         sequence, ascending, and how many."""
-        wholes = [
-            _with_new(layer, each.rest) for layer, each in zip(layers, scores, strict=True)
-        ]
+        wholes = [_with_new(layer, each.rest) for layer, each in zip(layers, scores, strict=True)]
         counts = self._allotted(scores, layers, wholes, indices)
         chosen = []
         for each, whole, of_layer, i in zip(scores, wholes, counts, indices, strict=True):
@@ -347,9 +343,7 @@ class ReadPass(Pass):
         device = layers[0].store.like.device
         layers[0].state["last_hidden"] = last.to(device, copy=True)
         with without_autocast(hidden.device):
-            scores = [
-                Scores.of(x.float(), layer) for x, layer in zip(ranked, layers, strict=True)
-            ]
+            scores = [Scores.of(x.float(), layer) for x, layer in zip(ranked, layers, strict=True)]
             self._evict_ranked(layers, scores)
 
     def _evict_ranked(self, layers: Sequence[RetainedLayer], ranked: list[Scores]) -> None:

@@ -37,7 +37,6 @@ from locret.quantities import (
     parse_bytes,
 )
 from locret.quantization import Scheme, scheme_of
-from locret.quantization.schemes import Fp8Scheme, key_bias_warning
 
 Auto = Literal["auto"]
 
@@ -205,10 +204,6 @@ class EngineConfig:
             )
         if self.reading.quotas is not None:
             self.reading.quotas.check_shape(layers, backbone.geometry.num_kv_heads)
-        if isinstance(self.storage.quantization, Fp8Scheme):
-            told = key_bias_warning(backbone.key_biases)
-            if told is not None:
-                warnings.warn(told, stacklevel=3)  # whoever makes the engine
         backend = _backend(self.compute.backend, backbone)
         graphs = _graphs(self.compute.graphs, backbone, self.storage.recall)
         return replace(self, compute=Compute(backend, graphs))
@@ -235,9 +230,7 @@ class EngineConfig:
         reading = self.reading
         return layer_budgets(reading.budget, reading.quotas, policy, sizing, context)
 
-    def counts(
-        self, policy: Policy, sizing: Sizing, context: int
-    ) -> Counts | None:
+    def counts(self, policy: Policy, sizing: Sizing, context: int) -> Counts | None:
         """Units that every KV head of every layer keeps of a context of that many tokens,
         [layers][KV heads]: the layers' budgets, dealt out by the quotas. None = all.
 

@@ -42,4 +42,7 @@ __all__ = [
     "store_units",
     "threshold_select",
 ]
-def rotate_units(*a, **k): raise NotImplementedError
+
+
+def rotate_units(*a, **k):
+    raise NotImplementedError

@@ -35,7 +35,9 @@ Backend = Literal["eager", "sdpa", "cudnn", "flash_attn", "minference"]
 
 SPLIT_FROM = 128  # new tokens; below that two calls and a merge cost more than one call
 
-_FEW = 32  # queries of a KV head; on a CPU a product of matrices is faster than fused attention then
+_FEW = (
+    32  # queries of a KV head; on a CPU a product of matrices is faster than fused attention then
+)
 
 _BLOCK_ELEMENTS = 2**28  # of the logits that the eager backend has in memory at a time
 

@@ -23,7 +23,7 @@ class Scheme:
     """How keys and values are stored. Subclasses implement the four methods.
 
     Attributes:
-        bits: of a code: 8, 4 or 2.
+        bits: of a code, one of `widths`.
         group: units of a block of keys, and channels of a value group.
         residual: how many of the last units stay in full precision.
     """
@@ -45,12 +45,16 @@ class Scheme:
     residual: int = 16
 
     def __post_init__(self) -> None:
-        if not is_whole(self.bits, 1) or self.bits not in self.widths:
-            raise ValueError(
-                f"bits is {self.bits!r}; {self.name} takes {', '.join(map(str, self.widths))}"
-            )
+        self._check_width("bits")
         check_whole("group", self.group, 1)
         check_whole("residual", self.residual, 0)
+
+    def _check_width(self, option: str) -> None:
+        given = getattr(self, option)
+        if not is_whole(given, 1) or given not in self.widths:
+            raise ValueError(
+                f"{option} is {given!r}; {self.name} takes {', '.join(map(str, self.widths))}"
+            )
 
     def for_layer(self, layer: int) -> "Scheme":
         """The scheme of one layer."""

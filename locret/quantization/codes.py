@@ -43,6 +43,10 @@ from torch.nn.functional import pad
 from locret.quantities import is_whole
 
 BITS = (2, 4, 8)
+"""Bits that a code of a group may have."""
+
+WIDTHS = (1, *BITS)
+"""Bits that are packed: of a code, or of a plane of one."""
 
 LARGEST = 2.0**15
 """Largest magnitude that is quantized; float16 ends not far above."""
@@ -100,6 +104,23 @@ def as_stored(x: Tensor) -> Tensor:
     return x.half().float() if x.dtype != torch.float16 else x.float()
 
 
+def storable(x: Tensor) -> Tensor:
+    """`x` in float32. Raises as `refuse_unstorable` does."""
+    refuse_unstorable(x)
+    return x.float()
+
+
+def block_mean(x: Tensor) -> Tensor:
+    """Mean of each channel over a block of units, [..., g, D] -> [..., 1, D].
+
+    A block that has fewer units is filled up with its last one, which counts once.
+    """
+    same = (x == x[..., -1:, :]).all(-1)  # [..., g]
+    own = 1 - same.flip(-1).to(x.dtype).cumprod(-1).flip(-1)
+    own[..., -1] = 1
+    return (x * own[..., None]).sum(-2, keepdim=True) / own.sum(-1)[..., None, None]
+
+
 def refuse_unstorable(x: Tensor) -> None:
     """
     Raises:
@@ -140,19 +161,19 @@ def packed_size(size: int, bits: int) -> int:
     return -(-size * bits // 8)
 
 
-def check_bits(bits: int) -> None:
+def check_bits(bits: int, allowed: tuple[int, ...] = BITS) -> None:
     """
     Raises:
-        ValueError: `bits` is not a width that codes are packed in.
+        ValueError: `bits` is not one of `allowed`.
     """
-    if not is_whole(bits, 1) or bits not in BITS:
-        raise ValueError(f"bits is {bits!r}; expected one of {', '.join(map(str, BITS))}")
+    if not is_whole(bits, 1) or bits not in allowed:
+        raise ValueError(f"bits is {bits!r}; expected one of {', '.join(map(str, allowed))}")
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes uint8 [..., size], each below 2 ** `bits`, as bytes uint8 [..., packed size]."""
     assert codes.dtype == torch.uint8, codes.dtype
-    check_bits(bits)
+    check_bits(bits, WIDTHS)
     if bits == 8:
         return codes
     room = packed_size(codes.shape[-1], bits)
