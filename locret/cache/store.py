@@ -1,9 +1,9 @@
 """The units of one layer: a flat, ragged context that never changes, and a tail that grows.
 
 The *context* is what evictions have left: keys, values, scores and source positions of all
-sequences, one after the other, as many in each as it keeps (`locret.cache.sequences`). What a scheme
-packs (`locret.quantization`) is packed but for the last `residual` units of each sequence. It is
-never changed where it stands: snapshots and rows share it. The *tail* is a rectangle of what came
+sequences, one after the other, as many in each as it keeps (`locret.cache.sequences`). Where a
+scheme packs (`locret.quantization`), all but the last `residual` units of each sequence are packed.
+It is never changed where it stands: snapshots share it. The *tail* is a rectangle of what came
 after, as it came. An eviction chooses among both and makes a new context.
 
 B rows, H KV heads, Q = B * H sequences, N units of the context, T units of the tail, D head size.
@@ -297,7 +297,10 @@ class Store:
         whole, done = self.sequences, self._packed_counts
         unit = 1 if tight else scheme.group
         packed = tuple(
-            tuple(p + max(n - p - scheme.residual, 0) // unit * unit for n, p in zip(*row))
+            tuple(
+                p + max(n - p - scheme.residual, 0) // unit * unit
+                for n, p in zip(*row, strict=True)
+            )
             for row in zip(whole.counts, done, strict=True)
         )
         if packed != done or tight:
@@ -459,7 +462,7 @@ class Store:
         self.tail.restore(view.tail)
 
     def select_rows(self, rows: Sequence[int], index: Tensor) -> None:
-        """Hold only some rows of the batch, which may repeat: `rows` and, on the device, `index`."""
+        """Hold only some rows of the batch, which may repeat: `rows`; on the device, `index`."""
         if self.context is not None:
             self.context = self.context.take(rows)
         if self.tail.tensors:

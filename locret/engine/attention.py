@@ -545,7 +545,7 @@ def _pasts(call: LayerCall, layer: RetainedLayer) -> list[Past]:
 
 
 def _rectangle(layer: RetainedLayer, pasts: Sequence[Past], name: str) -> Tensor:
-    """What a layer holds as a rectangle (`Store.rectangle`), but keys and values those of `pasts`."""
+    """What a layer holds as a rectangle (`Store.rectangle`); keys and values are those of `pasts`."""
     if name not in ("keys", "values"):
         return layer.store.rectangle(name)
     each = [

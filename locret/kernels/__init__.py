@@ -42,7 +42,3 @@ __all__ = [
     "store_units",
     "threshold_select",
 ]
-
-
-def rotate_units(*a, **k):
-    raise NotImplementedError
