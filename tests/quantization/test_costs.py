@@ -7,14 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.quantization import (
-    SCHEMES,
-    QuantizedStore,
-    describe_scheme,
-    make_scheme,
-    scheme_of,
+from locret.quantization import SCHEMES, describe_scheme, make_scheme, scheme_of
+from locret.quantization.costs import (
+    block_limit,
+    costs_of,
+    most_bytes,
+    most_bytes_of,
+    units_within,
 )
-from locret.quantization.costs import block_limit, costs_of, most_bytes, units_within
+from tests.quantization.rectangles import Layer
 
 PACKING = sorted(name for name, scheme in SCHEMES.items() if scheme.packs)
 
@@ -40,15 +41,24 @@ def test_the_published_share_of_sixteen_bits(name, bits, share, size):
 def test_no_history_takes_more_bytes_than_foretold(name, budget, residual, size, evictions):
     scheme = make_scheme(name, group=8, residual=residual)
     generator = torch.Generator().manual_seed(budget)
-    store = QuantizedStore(scheme)
+    layer = Layer(scheme)
     for _ in range(evictions):
         x = torch.randn(1, 2, 70, size, generator=generator).half()
-        store.append(x, x)
-        keep = min(budget, store.count)
-        ranks = torch.rand(1, 2, store.count, generator=generator)
-        store.select(ranks.topk(keep, -1).indices.sort(-1).values)
-    slack = 2 * 4 + store.count  # one start a head; outliers are not foretold
-    assert store.nbytes <= 2 * most_bytes(scheme, store.count, size) + slack
+        layer.append(x, x)
+        keep = min(budget, layer.count)
+        ranks = torch.rand(1, 2, layer.count, generator=generator)
+        if scheme.packs:
+            layer.select(ranks.topk(keep, -1).indices.sort(-1).values)
+        else:
+            layer.plain = tuple(x[:, :, :keep] for x in layer.plain)
+    # Outliers are not foretold; one start more than blocks.
+    assert layer.nbytes <= most_bytes_of(scheme, [layer.count] * 2, size) + 4
+
+
+def test_sequences_cost_what_each_does():
+    scheme, lengths = make_scheme("kivi"), [0, 3, 1000, 17]
+    assert most_bytes_of(scheme, lengths, 64) == sum(most_bytes(scheme, n, 64) for n in lengths)
+    assert most_bytes(scheme, 0, 64) == 0
 
 
 @settings(max_examples=100)

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.quantization import QuantizedStore, describe_scheme, make_scheme, scheme_of
+from locret.quantization import describe_scheme, make_scheme, scheme_of
 from locret.quantization.codes import block_mean
-from locret.quantization.packed import quantize_keys, quantize_values
 from locret.quantization.rotated import (
     DISTORTION,
     PLANES,
@@ -20,6 +19,7 @@ from locret.quantization.rotated import (
     pack_planes,
     unpack_planes,
 )
+from tests.quantization.rectangles import Layer, quantize_keys, quantize_values
 
 BITS = sorted(PLANES)
 LLOYD_MAX = sorted(DISTORTION)
@@ -243,15 +243,15 @@ def test_other_bits_are_refused(option):
 def test_drift_over_many_evictions_is_small(residual):
     """Keys of blocks that are packed anew are rounded again, which must not add up."""
     scheme = make_scheme("rotated", bits=4, residual=residual)
-    store, generator = QuantizedStore(scheme), torch.Generator().manual_seed(0)
+    layer, generator = Layer(scheme), torch.Generator().manual_seed(0)
     kept = torch.empty(1, 2, 0, 64)
     for turn in range(30):
         x = normal(1, 2, 128, 64, seed=turn) + 20
-        store.append(x, x)
+        layer.append(x, x)
         kept = torch.cat([kept, x], 2)
         index = torch.rand(1, 2, kept.shape[2], generator=generator)
         index = index.topk(min(512, kept.shape[2]), -1).indices.sort(-1).values
-        store.select(index)
+        layer.select(index)
         kept = kept.gather(2, index[..., None].expand(-1, -1, -1, 64))
-    error = (store.keys(torch.float32) - kept)[:, :, : store.packed].square().mean()
+    error = (layer.dense(torch.float32)[0] - kept)[:, :, : layer.packed].square().mean()
     assert error < 4 * DISTORTION[4]

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.quantization import SCHEMES, QuantizedStore, make_scheme
+from locret.quantization import SCHEMES, make_scheme
 from locret.quantization.base import Scheme
 from locret.quantization.codes import LARGEST, STORAGE_ERROR, as_stored
-from locret.quantization.packed import quantize_keys, quantize_values
 from tests.quantization import naive
+from tests.quantization.rectangles import Layer, quantize_keys, quantize_values
 
 PACKING = sorted(name for name, scheme in SCHEMES.items() if scheme.packs)
 PER_ELEMENT = [name for name in PACKING if name != "rotated"]
@@ -228,10 +228,10 @@ def test_a_scheme_is_one_short_class():
         def decode_values(self, units, head_size):
             return units[0].float()
 
-    store = QuantizedStore(SignScheme(group=4, residual=2))
+    layer = Layer(SignScheme(group=4, residual=2))
     x = tensors(0, (1, 2, 40, 6), torch.float16)
-    store.append(x, x)
-    store.select(torch.arange(0, 40, 2).expand(1, 2, 20))
-    keys, values = store.dequantized()
+    layer.append(x, x)
+    layer.select(torch.arange(0, 40, 2).expand(1, 2, 20))
+    keys, values = layer.dense()
     assert torch.equal(values, x[:, :, ::2])
     assert torch.equal(keys.sign(), x[:, :, ::2].sign())
