@@ -82,11 +82,10 @@ class RotatedScheme(Scheme):
     value_bits: int = 0
 
     def __post_init__(self) -> None:
-        for option in ("key_bits", "value_bits"):
-            if getattr(self, option) in (0, None):
-                object.__setattr__(self, option, self.bits)
-            self._check_width(option)
         self._check_width("bits")
+        for option in ("key_bits", "value_bits"):
+            object.__setattr__(self, option, getattr(self, option) or self.bits)
+            self._check_width(option)
         object.__setattr__(self, "bits", max(self.key_bits, self.value_bits))
         super().__post_init__()
 
