@@ -11,7 +11,8 @@ Both:  z ~ zq = scale * level[code], with the code whose level is nearest to z /
 - 2, 3, 4 bits: r = root mean square of z, and levels are those of Lloyd and Max for N(0, 1), which
   lose 11.7 %, 3.45 % and 0.95 % of the energy.
 - 8 bits: r = max |z| / 127.5 and levels are code - 127.5. An even grid up to a unit's own largest
-  element loses as little as the 256 levels of Lloyd and Max, and needs no table.
+  element needs no table and loses about what the 256 levels of Lloyd and Max do: 0.82 of it at
+  D = 64, 0.98 at 128, 1.15 at 256.
 - scale = <z, level> / <level, level>, a float16 a unit: it makes <z, zq> = <zq, zq>, the least
   error that these codes allow, so that an inner product with zq is, on average, that with z. Codes
   are then chosen once more, with r = scale.
@@ -82,11 +83,10 @@ class RotatedScheme(Scheme):
     value_bits: int = 0
 
     def __post_init__(self) -> None:
-        for option in ("key_bits", "value_bits"):
-            if getattr(self, option) in (0, None):
-                object.__setattr__(self, option, self.bits)
-            self._check_width(option)
         self._check_width("bits")
+        for option in ("key_bits", "value_bits"):
+            object.__setattr__(self, option, getattr(self, option) or self.bits)
+            self._check_width(option)
         object.__setattr__(self, "bits", max(self.key_bits, self.value_bits))
         super().__post_init__()
 
@@ -144,7 +144,7 @@ def encode(z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     else:
         size = z.square().mean(-1, keepdim=True).sqrt()
     codes, scale = _nearest(z, size, level)
-    codes, scale = _nearest(z, scale, level)  # a unit is not quite normal: 2 % less error
+    codes, scale = _nearest(z, scale, level)  # a unit is not quite normal
     refuse_unstorable(scale * (LARGEST / FLOAT16_LAST))
     return pack_planes(codes.to(torch.uint8), bits), scale.half()
 
