@@ -9,13 +9,11 @@ from locret.quantization.schemes import (
     make_scheme,
     scheme_of,
 )
-from locret.quantization.store import QuantizedStore
 
 __all__ = [
     "NO_SCHEME",
     "SCHEMES",
     "Quantization",
-    "QuantizedStore",
     "Scheme",
     "describe_scheme",
     "make_scheme",

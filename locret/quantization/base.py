@@ -90,12 +90,15 @@ class Scheme:
         """float32 [..., D] from what `encode_values` returned."""
         raise NotImplementedError(f"{type(self).__name__} must implement decode_values()")
 
-    def expand(self, packed: Tensors, starts: Tensor | None, out: Tensor) -> bool:
+    def expand(
+        self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
+    ) -> bool:
         """Write all keys or values of a layer to `out` [B, H, P, D] at once, where a kernel can.
 
         Args:
             packed: what each unit needs [B, H, P, *] and, of keys, the tables [B, H, G, *].
             starts: of the blocks of keys (`locret.quantization.packed.PackedKeys`); None = values.
+            at: rows of `out` that the units go to; None = all, in order.
 
         Returns:
             Whether it did; False = the methods above are to be asked.

@@ -30,9 +30,10 @@ plane are zero.
 
 **Outliers** (KVQuant, arXiv 2401.18079, section 3.4) are kept as they are, so that they do not
 stretch the steps of all others: of each unit how many, and their channels and values.
-B batch, H KV heads, P units, D head size, N outliers in all.
+N units, D head size, O outliers in all.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -176,9 +177,9 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
 class Outliers:
     """
     Attributes:
-        counts: uint8 or int16 [B, H, P], outliers of each unit.
-        channels: uint8 or int16 [N], in the order of heads and units.
-        values: float16 [N].
+        counts: uint8 or int16 [N], outliers of each unit.
+        channels: uint8 or int16 [O], in the order of units.
+        values: float16 [O].
     """
 
     counts: Tensor
@@ -191,48 +192,39 @@ class Outliers:
 
     @property
     def offsets(self) -> Tensor:
-        """long [B, H, P]: where a unit's outliers begin."""
-        counts = self.counts.long().flatten()
-        return (counts.cumsum(0) - counts).view(self.counts.shape)
+        """long [N]: where a unit's outliers begin."""
+        counts = self.counts.long()
+        return counts.cumsum(0) - counts
 
     def write(self, x: Tensor, unit: Tensor) -> None:
         """Put outliers back in place.
 
         Args:
             x: float32 [..., D], overwritten where a unit has an outlier.
-            unit: long [...], of the flattened B * H * P units.
+            unit: long [...], below N.
         """
-        counts = self.counts.flatten()[unit].long().flatten()
-        entries = _ragged(self.offsets.flatten()[unit].flatten(), counts)
-        of_unit = torch.repeat_interleave(counts)
+        unit = unit.flatten()
+        counts = self.counts[unit].long()
+        entries = ragged(self.offsets[unit], counts)
         channels = self.channels[entries].long()
-        x.view(-1, x.shape[-1])[of_unit, channels] = self.values[entries].float()
+        x.view(-1, x.shape[-1])[torch.repeat_interleave(counts), channels] = self.values[
+            entries
+        ].float()
 
     def select(self, index: Tensor) -> "Outliers":
-        """Those of the units at `index` [B, H, K]."""
-        return self._of(self.counts.gather(2, index), self.offsets.gather(2, index))
-
-    def select_batch(self, rows: Tensor) -> "Outliers":
-        """Those of the batch rows `rows` [B']."""
-        return self._of(self.counts[rows], self.offsets[rows])
-
-    def join(self, other: "Outliers") -> "Outliers":
-        """Those of these units, followed in each head by those of `other`."""
-        pool = Outliers(
-            torch.cat([self.counts, other.counts], 2),
-            torch.cat([self.channels, other.channels]),
-            torch.cat([self.values, other.values]),
-        )
-        offsets = torch.cat([self.offsets, other.offsets + len(self.values)], 2)
-        return pool._of(pool.counts, offsets)
-
-    def _of(self, counts: Tensor, offsets: Tensor) -> "Outliers":
-        entries = _ragged(offsets.flatten(), counts.flatten().long())
+        """Those of the units at `index` [K] (long)."""
+        counts = self.counts[index]
+        entries = ragged(self.offsets[index], counts.long())
         return Outliers(counts, self.channels[entries], self.values[entries])
+
+    @staticmethod
+    def join(some: "Sequence[Outliers]") -> "Outliers":
+        """Those of one after the other."""
+        return Outliers(*map(torch.cat, zip(*(each.tensors for each in some), strict=True)))
 
 
 def find_outliers(x: Tensor, limit: float) -> Outliers:
-    """What is larger than `limit` in `x` [B, H, P, D].
+    """What is larger than `limit` in `x` [N, D].
 
     Raises:
         ValueError: a value is not finite, or beyond `LARGEST`.
@@ -245,8 +237,9 @@ def find_outliers(x: Tensor, limit: float) -> Outliers:
     return Outliers(large.sum(-1).to(small), channels, x[large].half())
 
 
-def _ragged(offsets: Tensor, counts: Tensor) -> Tensor:
-    """offsets[i] .. offsets[i] + counts[i] - 1 of each i, one after the other; all long [n]."""
+def ragged(offsets: Tensor, counts: Tensor, total: int | None = None) -> Tensor:
+    """offsets[i] .. offsets[i] + counts[i] - 1 of each i, one after the other; all long [n].
+    `total` is the sum of `counts`, where it is known: then no device is waited for."""
     before = counts.cumsum(0) - counts
-    shift = torch.repeat_interleave(offsets - before, counts)
+    shift = torch.repeat_interleave(offsets - before, counts, output_size=total)
     return shift + torch.arange(len(shift), device=shift.device)

@@ -1,27 +1,32 @@
-"""Packed keys and packed values of one layer: how they are made, read and selected from.
-`docs/quantization.md` says what each tensor is.
+"""Packed keys and packed values of one layer: how they are made, read, selected from, joined and
+named. `docs/quantization.md` says what each tensor is.
 
 Evict first, then quantize: units that were packed keep their codes. Keys keep the entries of their
-block with them, unless the head has too many thin blocks (`blocks.arrange`); only then are some
-decoded and encoded anew. Units that were not packed yet are encoded once, in blocks of their own.
+block with them, unless their sequence has too many thin blocks (`blocks.arrange`); only then are
+some decoded and encoded anew. Units that were not packed yet are encoded once, in blocks of their
+own.
 
-B batch, H KV heads, P packed units, r others after them, D head size, G blocks, K units kept.
+All tensors are flat: the units of one row and KV head are a *sequence*, sequences stand one after
+the other, and Python knows the length of each. Nothing that is packed is ever written to.
+
+Q sequences, N packed units, M blocks, F fresh units (in full precision), K units kept, D head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from locret.kernels.packed import owners
 from locret.quantization.base import Scheme, Tensors
-from locret.quantization.blocks import Blocks, aligned, arrange, owners_at
-from locret.quantization.buffers import gathered
-from locret.quantization.codes import Outliers, as_stored, find_outliers
+from locret.quantization.blocks import FRESH, REPACKED, Blocks, aligned, arrange
+from locret.quantization.codes import Outliers, as_stored, find_outliers, ragged
+from locret.quantization.costs import block_limit, costs_of
 
-SLAB = 4096
-"""Units of a head that are expanded at a time, so that float32 copies stay small."""
+SLAB = 16384
+"""Units that are decoded at a time, so that float32 copies stay small."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Packed:
     Attributes:
         scheme: encodes and decodes.
         head_size: D.
-        units: what each unit needs, tensors [B, H, P, *].
+        units: what each unit needs, tensors [N, *].
         outliers: None unless the scheme keeps them.
     """
 
@@ -42,56 +47,51 @@ class Packed:
 
     @property
     def count(self) -> int:
-        """P."""
-        return self.units[0].shape[2]
+        """N."""
+        return self.units[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.units[0].device
 
     @property
     def tensors(self) -> Tensors:
         return *self.units, *(() if self.outliers is None else self.outliers.tensors)
 
-    def at(self, head: Tensor, unit: Tensor) -> Tensor:
-        """float32 [..., D], some units.
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
-        Args:
-            head: long [...], of the flattened B * H heads.
-            unit: long [...], below P.
-        """
-        flat = head * self.count + unit
-        x = self._decoded(flat)
+    def at(self, index: Tensor) -> Tensor:
+        """float32 [..., D]: the units at `index` [...] (long, below N)."""
+        x = self._decoded(index)
         if self.outliers is None or self.scheme.outliers is None:
             return x
         # Rounding must not make outliers of values that were none.
         x = x.clamp(-self.scheme.outliers, self.scheme.outliers)
-        self.outliers.write(x, flat)
+        self.outliers.write(x, index)
         return x
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """[B, H, P, D] in `dtype`."""
-        like = self.units[0]
-        out = torch.empty(*like.shape[:3], self.head_size, dtype=dtype, device=like.device)
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[N, D] in `dtype`."""
+        out = torch.empty(self.count, self.head_size, dtype=dtype, device=self.device)
         self.write(out)
         return out
 
-    def write(self, out: Tensor) -> None:
-        """Write all units to `out` [B, H, P, D]."""
-        if self.outliers is None and self._expanded(out):
+    def write(self, out: Tensor, at: Tensor | None = None) -> None:
+        """Write all units to `out` [N, D], or to its rows `at` (long [N])."""
+        if self.outliers is None and self._expanded(out, at):
             return
-        batch, heads, count, _ = self.units[0].shape
-        head = torch.arange(batch * heads, device=out.device).view(batch, heads, 1)
-        for start in range(0, count, SLAB):
-            unit = torch.arange(start, min(start + SLAB, count), device=out.device)
-            out[:, :, start : start + SLAB] = self.at(*torch.broadcast_tensors(head, unit))
+        for start in range(0, self.count, SLAB):
+            slab = slice(start, min(start + SLAB, self.count))
+            x = self.at(torch.arange(slab.start, slab.stop, device=self.device))
+            out[slab if at is None else at[slab]] = x.to(out.dtype)
 
-    def select_batch(self, rows: Tensor) -> Self:
-        """The batch rows `rows` [B'] (long)."""
-        outliers = self.outliers and self.outliers.select_batch(rows)
-        return replace(self, units=tuple(t[rows] for t in self.units), outliers=outliers)
-
-    def _decoded(self, flat: Tensor) -> Tensor:
-        """float32 [..., D], units of the flattened B * H * P, outliers clipped."""
+    def _decoded(self, index: Tensor) -> Tensor:
+        """float32 [..., D], outliers clipped."""
         raise NotImplementedError
 
-    def _expanded(self, out: Tensor) -> bool:
+    def _expanded(self, out: Tensor, at: Tensor | None) -> bool:
         """Whether a kernel wrote all units to `out`."""
         raise NotImplementedError
 
@@ -100,8 +100,9 @@ class Packed:
 class PackedKeys(Packed):
     """
     Attributes:
-        tables: tensors [B, H, G, *], an entry a block.
-        starts: int32 [B, H, G + 1], the first unit of each block; `starts[..., -1]` is P.
+        tables: tensors [M, *], an entry a block.
+        starts: int32 [M + 1]: block i is the units `starts[i] <= u < starts[i + 1]`. No block is
+            empty, none crosses a sequence's border.
     """
 
     tables: Tensors
@@ -111,148 +112,264 @@ class PackedKeys(Packed):
     def tensors(self) -> Tensors:
         return *super().tensors, *self.tables, self.starts
 
-    def select_batch(self, rows: Tensor) -> Self:
-        """The batch rows `rows` [B'] (long)."""
-        tables = tuple(table[rows] for table in self.tables)
-        return replace(super().select_batch(rows), tables=tables, starts=self.starts[rows])
+    def blocks_of(self, index: Tensor) -> Tensor:
+        """The blocks that the units at `index` [...] are in, long."""
+        return torch.searchsorted(self.starts[1:], index.int(), right=True)
 
-    def _decoded(self, flat: Tensor) -> Tensor:
-        entries = _at(self.tables, owners_at(self.starts, flat))
-        return self.scheme.decode_keys(_at(self.units, flat), entries, self.head_size)
+    def _decoded(self, index: Tensor) -> Tensor:
+        entries = _at(self.tables, self.blocks_of(index))
+        return self.scheme.decode_keys(_at(self.units, index), entries, self.head_size)
 
-    def _expanded(self, out: Tensor) -> bool:
-        return self.scheme.expand((*self.units, *self.tables), self.starts, out)
+    def _expanded(self, out: Tensor, at: Tensor | None) -> bool:
+        return self.scheme.expand((*self.units, *self.tables), self.starts, out, at)
 
 
 @dataclass(frozen=True)
 class PackedValues(Packed):
-    def _decoded(self, flat: Tensor) -> Tensor:
-        return self.scheme.decode_values(_at(self.units, flat), self.head_size)
+    def _decoded(self, index: Tensor) -> Tensor:
+        return self.scheme.decode_values(_at(self.units, index), self.head_size)
 
-    def _expanded(self, out: Tensor) -> bool:
-        return self.scheme.expand(self.units, None, out)
+    def _expanded(self, out: Tensor, at: Tensor | None) -> bool:
+        return self.scheme.expand(self.units, None, out, at)
 
 
-def quantize_keys(scheme: Scheme, x: Tensor) -> PackedKeys:
-    """Pack keys [B, H, P, D], P >= 1, in blocks of `scheme.group` units from the first on.
+_P = TypeVar("_P", bound=Packed)
+
+
+def pack_keys(scheme: Scheme, x: Tensor, lengths: Sequence[int]) -> PackedKeys:
+    """Pack keys [N, D] of sequences of these lengths, each in blocks of `scheme.group` units from
+    its first on.
 
     Raises:
         ValueError: a value is not finite, or too large to be stored.
     """
-    batch, heads, count, size = x.shape
-    total = torch.full((batch, heads), count, device=x.device)
-    sizes = aligned(total, scheme.group, -(-count // scheme.group))
-    # The last block is filled up with its last unit, which has no say in a smallest or largest
-    # value.
-    padded = torch.arange(sizes.shape[-1] * scheme.group, device=x.device).clamp(max=count - 1)
-    filled = x[:, :, padded].unflatten(2, (-1, scheme.group))
+    sizes, _ = aligned(torch.tensor(lengths, dtype=torch.long), scheme.group)
+    blocks = Blocks(sizes, torch.full_like(sizes, FRESH))
+    places = _places(blocks, scheme.group)
+    filled = x[places.to(x.device, non_blocking=True)]
     units, tables = scheme.encode_keys(filled, _usable(scheme, filled))
-    units = _owned(tuple(tensor.flatten(2, 3)[:, :, :count] for tensor in units))
-    starts = Blocks(sizes, sizes).starts
-    return PackedKeys(scheme, size, units, _outliers_of(scheme, x), tables, starts)
+    # Of a short block's repeated last unit, the first is the unit itself.
+    own = (torch.arange(scheme.group) < sizes[:, None]).flatten().nonzero()[:, 0]
+    own = own.to(x.device, non_blocking=True)
+    units = tuple(tensor.flatten(0, 1).index_select(0, own) for tensor in units)
+    starts = blocks.starts.to(x.device, non_blocking=True)
+    return PackedKeys(scheme, x.shape[-1], units, _outliers_of(scheme, x), _owned(tables), starts)
 
 
-def quantize_values(scheme: Scheme, x: Tensor) -> PackedValues:
-    """Pack values [B, H, P, D]. Raises as `quantize_keys` does."""
+def pack_values(scheme: Scheme, x: Tensor) -> PackedValues:
+    """Pack values [N, D]. Raises as `pack_keys` does."""
     units = _owned(scheme.encode_values(x, _usable(scheme, x)))
     return PackedValues(scheme, x.shape[-1], units, _outliers_of(scheme, x))
 
 
-def select_keys(packed: PackedKeys, others: Tensor, index: Tensor, limit: int) -> PackedKeys:
+def select_keys(
+    scheme: Scheme,
+    packed: PackedKeys | None,
+    lengths: Sequence[int],
+    fresh: Tensor,
+    index: Tensor,
+    new_lengths: Sequence[int],
+) -> PackedKeys:
     """Pack the keys at `index`, and no others.
 
+    The host waits for the device once, to learn how many units are left of each block: the size of
+    the new tables depends on it.
+
     Args:
-        packed: P keys.
-        others: [B, H, r, D], the keys after them.
-        index: long [B, H, K], ascending, below P + r; K >= 1.
-        limit: most blocks of a head.
+        packed: N keys; None = none.
+        lengths: how many of them each sequence has.
+        fresh: [F, D], other keys.
+        index: long [K]: u < N is unit u of `packed`, N + i is unit i of `fresh`. Sequence by
+            sequence, in slot order: the packed ones of a sequence before its fresh ones.
+        new_lengths: how many of the K each sequence has.
 
     Raises:
         ValueError: a value that is to be encoded cannot be stored.
     """
-    there = index.clamp(max=packed.count - 1)
-    old = index < packed.count
-    survivors = torch.zeros_like(packed.starts[..., 1:], dtype=torch.long)
-    survivors.scatter_add_(2, owners(packed.starts, packed.count).gather(2, there), old.long())
-    fresh, most = (~old).sum(2), min(others.shape[2], index.shape[2])
-    blocks = arrange(survivors, fresh, most, packed.scheme.group, limit)
+    if packed is None or not packed.count:
+        return pack_keys(scheme, fresh.index_select(0, index), new_lengths)
+    old, there = index < packed.count, index.clamp(max=packed.count - 1)
+    blocks = _arranged(packed, lengths, old, there, fresh.element_size(), new_lengths)
+    entries = blocks.kept.clamp(min=0).to(index.device, non_blocking=True)
     kept = replace(
         packed,
-        units=gathered(packed.units, there),
-        outliers=_selected_outliers(packed, others, index),
-        tables=gathered(packed.tables, blocks.kept.clamp(min=0)),
-        starts=blocks.starts,
+        units=_at(packed.units, there),
+        outliers=_selected_outliers(packed, fresh, index),
+        tables=_at(packed.tables, entries),
+        starts=blocks.starts.to(index.device, non_blocking=True),
     )
-    _encode_blocks(kept, blocks, packed, others, index)
+    for which in (FRESH, REPACKED):
+        _encode_blocks(kept, blocks, which, packed, fresh, index)
     return kept
 
 
+def _arranged(
+    packed: PackedKeys,
+    lengths: Sequence[int],
+    old: Tensor,
+    there: Tensor,
+    element_size: int,
+    new_lengths: Sequence[int],
+) -> Blocks:
+    """The blocks, on the host, of those of the packed units `there` [K] that are `old` (bool [K])
+    and of fresh ones in place of the others."""
+    survivors = torch.zeros(len(packed.starts) - 1, dtype=torch.long, device=old.device)
+    survivors.scatter_add_(0, packed.blocks_of(there), old.long())
+    survivors, starts = torch.stack([survivors, packed.starts[:-1]]).cpu()
+    sequence = torch.searchsorted(
+        torch.tensor(lengths, dtype=torch.long).cumsum(0), starts, right=True
+    )
+    total = torch.tensor(new_lengths, dtype=torch.long)
+    costs = costs_of(packed.scheme, packed.head_size, element_size)
+    residual = packed.scheme.residual
+    limits = torch.tensor([block_limit(costs, length, residual) for length in new_lengths])
+    fresh = total.index_add(0, sequence, survivors, alpha=-1)
+    return arrange(survivors, sequence, fresh, limits, packed.scheme.group)
+
+
 def _encode_blocks(
-    kept: PackedKeys, blocks: Blocks, packed: PackedKeys, others: Tensor, index: Tensor
+    kept: PackedKeys, blocks: Blocks, which: int, packed: PackedKeys, fresh: Tensor, index: Tensor
 ) -> None:
-    """Fill in the codes and entries of the blocks of `kept` that keep no entry."""
-    at = ((blocks.kept < 0) & (blocks.sizes > 0)).nonzero(as_tuple=True)
-    if not len(at[0]):
+    """Fill in the codes and entries of the blocks of `kept` whose units are all fresh ones, or of
+    those with units that were packed: `which` is `FRESH` or `REPACKED`."""
+    at = (blocks.kept == which).nonzero()[:, 0]
+    if not len(at):
         return
-    starts, sizes = blocks.starts[..., :-1][at].long(), blocks.sizes[at]
-    # Short blocks are filled up with their last unit: it is encoded, and written, repeatedly.
-    step = torch.arange(packed.scheme.group, device=index.device)
-    place = starts[:, None] + torch.minimum(step, sizes[:, None] - 1)
-    head = (at[0] * index.shape[1] + at[1])[:, None].expand(place.shape)
-    x = _in_full(packed, others, head, index.flatten(0, 1)[head, place])
+    places = _places(blocks, packed.scheme.group)[at].to(index.device, non_blocking=True)
+    at, unit = at.to(index.device, non_blocking=True), index[places]
+    x = fresh[unit - packed.count].float() if which == FRESH else fetch(packed, fresh, unit)
     units, tables = packed.scheme.encode_keys(x, _usable(packed.scheme, x))
     for tensor, new in zip(kept.units, units, strict=True):
-        tensor.flatten(0, 1)[head, place] = new
+        tensor[places] = new  # of a short block's last unit repeatedly, but the same
     for table, new in zip(kept.tables, tables, strict=True):
         table[at] = new
 
 
-def select_values(packed: PackedValues, others: Tensor, index: Tensor) -> PackedValues:
+def select_values(
+    scheme: Scheme, packed: PackedValues | None, fresh: Tensor, index: Tensor
+) -> PackedValues:
     """Pack the values at `index`, and no others; arguments as for keys."""
-    units = gathered(packed.units, index.clamp(max=packed.count - 1))
-    new_at = (index >= packed.count).nonzero(as_tuple=True)
-    if len(new_at[0]):
-        x = others[new_at[0], new_at[1], index[new_at] - packed.count]
+    if packed is None or not packed.count:
+        return pack_values(scheme, fresh.index_select(0, index))
+    units = _at(packed.units, index.clamp(max=packed.count - 1))
+    new_at = (index >= packed.count).nonzero()[:, 0]
+    if len(new_at):
+        x = fresh[index[new_at] - packed.count]
         encoded = packed.scheme.encode_values(x, _usable(packed.scheme, x))
         for tensor, new in zip(units, encoded, strict=True):
             tensor[new_at] = new
-    return replace(packed, units=units, outliers=_selected_outliers(packed, others, index))
+    return replace(packed, units=units, outliers=_selected_outliers(packed, fresh, index))
 
 
-def fetch(packed: Packed | None, others: Tensor, index: Tensor) -> Tensor:
-    """The units at `index` [B, H, K] in full precision, [B, H, K, D] like `others`.
+def fetch(packed: Packed | None, fresh: Tensor, index: Tensor) -> Tensor:
+    """float32 [..., D]: the units at `index` [...], counted as for `select_keys`."""
+    if packed is None or not packed.count:
+        return fresh[index].float()
+    # Both for every unit: to ask which ones are packed would be to wait for the device.
+    old = packed.at(index.clamp(max=packed.count - 1))
+    if not len(fresh):
+        return old
+    new = fresh[(index - packed.count).clamp(min=0)].float()
+    return torch.where((index < packed.count)[..., None], old, new)
+
+
+def join(some: Sequence[_P]) -> _P:
+    """The sequences of one after those of the other: rows of a batch."""
+    found = [each.outliers for each in some if each.outliers is not None]
+    joined = replace(
+        some[0],
+        units=_joined([each.units for each in some]),
+        outliers=Outliers.join(found) if found else None,
+    )
+    keys = [each for each in some if isinstance(each, PackedKeys)]
+    if not isinstance(joined, PackedKeys):
+        return joined
+    before = accumulate((each.count for each in keys), initial=0)
+    ends = [each.starts[1:] + first for each, first in zip(keys, before, strict=False)]
+    starts = torch.cat([keys[0].starts[:1], *ends])
+    return replace(joined, tables=_joined([each.tables for each in keys]), starts=starts)
+
+
+def take(packed: _P, lengths: Sequence[int], sequences: Sequence[int]) -> _P:
+    """Only these sequences, in this order; they may repeat.
+
+    Of keys, the host waits for the device once: it does not know how many blocks a sequence has.
 
     Args:
-        packed: P units, or None for P = 0.
-        others: [B, H, r, D], the units after them.
+        lengths: of all the sequences in `packed`.
     """
-    if packed is None:
-        return gathered((others,), index)[0]
-    heads = torch.arange(index.shape[0] * index.shape[1], device=index.device)
-    head = heads.view(*index.shape[:2], 1).expand(index.shape)
-    return _in_full(packed, others, head, index).to(others.dtype)
+    firsts = list(accumulate(lengths, initial=0))
+    chosen = torch.tensor([(firsts[i], lengths[i]) for i in sequences], dtype=torch.long).view(
+        -1, 2
+    )
+    at, counts = chosen.to(packed.device, non_blocking=True).unbind(1)
+    index = ragged(at, counts, sum(lengths[i] for i in sequences))
+    taken = replace(
+        packed,
+        units=_at(packed.units, index),
+        outliers=packed.outliers and packed.outliers.select(index),
+    )
+    if not isinstance(packed, PackedKeys) or not isinstance(taken, PackedKeys):
+        return taken
+    starts = packed.starts.cpu().long()
+    bounds = torch.searchsorted(starts, torch.tensor(firsts))
+    of = torch.tensor(sequences, dtype=torch.long)
+    blocks = ragged(bounds[of], bounds.diff()[of])
+    own = Blocks(starts.diff()[blocks], blocks).starts.to(packed.device, non_blocking=True)
+    entries = blocks.to(packed.device, non_blocking=True)
+    return replace(taken, tables=_at(packed.tables, entries), starts=own)
 
 
-def _in_full(packed: Packed, others: Tensor, head: Tensor, slot: Tensor) -> Tensor:
-    """float32 [..., D]: the units at `slot` [...] of the flattened B * H heads `head` [...]."""
-    # Both for every unit: to ask which ones are packed would be to wait for the device.
-    old = packed.at(head, slot.clamp(max=packed.count - 1))
-    if not others.shape[2]:
-        return old
-    new = others.flatten(0, 1)[head, (slot - packed.count).clamp(min=0)].float()
-    return torch.where((slot < packed.count)[..., None], old, new)
+def to_named(keys: PackedKeys | None, values: PackedValues | None) -> dict[str, Tensor]:
+    """All tensors by name, for files."""
+    if keys is None or values is None:
+        return {}
+    named = {
+        "key_units": keys.units,
+        "key_tables": keys.tables,
+        "key_outliers": keys.outliers.tensors if keys.outliers else (),
+        "value_units": values.units,
+        "value_outliers": values.outliers.tensors if values.outliers else (),
+    }
+    flat = {f"{name}.{i}": x for name, tensors in named.items() for i, x in enumerate(tensors)}
+    return flat | {"key_starts": keys.starts}
+
+
+def from_named(
+    scheme: Scheme, head_size: int, named: dict[str, Tensor]
+) -> tuple[PackedKeys | None, PackedValues | None]:
+    """What `to_named` was told of; there may be other tensors among them."""
+    if "key_starts" not in named:
+        return None, None
+
+    def tensors(name: str) -> Tensors:
+        count = sum(other.startswith(f"{name}.") for other in named)
+        return tuple(named[f"{name}.{i}"] for i in range(count))
+
+    found = [tensors(f"{side}_outliers") for side in ("key", "value")]
+    of_keys, of_values = (Outliers(*each) if each else None for each in found)
+    tables = tensors("key_tables"), named["key_starts"]
+    keys = PackedKeys(scheme, head_size, tensors("key_units"), of_keys, *tables)
+    return keys, PackedValues(scheme, head_size, tensors("value_units"), of_values)
+
+
+def _places(blocks: Blocks, group: int) -> Tensor:
+    """long [M, group], where the units of each block are; short blocks are filled up with their
+    last unit, which has no say in a smallest or largest value."""
+    step = torch.minimum(torch.arange(group), blocks.sizes[:, None] - 1)
+    return blocks.starts[:-1, None] + step
 
 
 def _outliers_of(scheme: Scheme, x: Tensor) -> Outliers | None:
-    """The outliers that `scheme` keeps of `x` [B, H, P, D]."""
+    """The outliers that `scheme` keeps of `x` [N, D]."""
     return None if scheme.outliers is None else find_outliers(x, scheme.outliers)
 
 
-def _selected_outliers(packed: Packed, others: Tensor, index: Tensor) -> Outliers | None:
-    found = _outliers_of(packed.scheme, others)
+def _selected_outliers(packed: Packed, fresh: Tensor, index: Tensor) -> Outliers | None:
+    found = _outliers_of(packed.scheme, fresh)
     if packed.outliers is None or found is None:
         return None
-    return packed.outliers.join(found).select(index)
+    return Outliers.join([packed.outliers, found]).select(index)
 
 
 def _usable(scheme: Scheme, x: Tensor) -> Tensor | None:
@@ -271,5 +388,12 @@ def _owned(tensors: Tensors) -> Tensors:
     )
 
 
-def _at(tensors: Tensors, flat: Tensor) -> Tensors:
-    return tuple(tensor.flatten(0, 2)[flat] for tensor in tensors)
+def _at(tensors: Tensors, index: Tensor) -> Tensors:
+    """Rows of all tensors, [..., *] of [N, *]."""
+    return tuple(
+        tensor.index_select(0, index.flatten()).unflatten(0, index.shape) for tensor in tensors
+    )
+
+
+def _joined(some: Sequence[Tensors]) -> Tensors:
+    return tuple(torch.cat(each) for each in zip(*some, strict=True))

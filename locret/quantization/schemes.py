@@ -74,10 +74,13 @@ class KiviScheme(Scheme):
         x = dequantize(grouped, scale[..., None], minimum[..., None])
         return x.flatten(-2)[..., :head_size]
 
-    def expand(self, packed: Tensors, starts: Tensor | None, out: Tensor) -> bool:
-        if takes_triton(out):
-            expand_units(packed, self.bits, self.group, out, starts)
-        return takes_triton(out)
+    def expand(
+        self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
+    ) -> bool:
+        if at is not None or not takes_triton(out):
+            return False
+        expand_units(packed, self.bits, self.group, out, starts)
+        return True
 
     def _grouped(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., groups, group], padded with zeros."""

@@ -1,9 +1,9 @@
-"""Buffers of one layer that grow, are selected from and go back to what they were, all together.
+"""The tail of a layer: the tokens that came after the last eviction, equally many in all sequences.
 
-What is stored is never changed where it stands: appending writes behind it, evicting makes a new
-storage. That is why a snapshot of a cache costs nothing (`BuffersView`).
+What is stored is never changed where it stands: appending writes behind it, all else makes new
+tensors. That is why a view, and so a snapshot of a cache, costs nothing.
 
-B batch, H KV heads, S units, D head size.
+B batch, H KV heads, T units of a sequence, D head size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,31 +12,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from locret.kernels import gather_units
 
-
-class BuffersView(NamedTuple):
-    """What the buffers held at some moment: the storage and how many units of it were in use."""
+class TailView(NamedTuple):
+    """What a tail held at some moment: its storage and how many units of it were in use."""
 
     storage: tuple[Tensor, ...]
     units: int
 
 
-class Buffers:
-    """Tensors [B, H, S] or [B, H, S, D], parallel to each other.
+class Tail:
+    """Tensors [B, H, T] or [B, H, T, D], parallel to each other.
 
     Storage may be larger than the units in it (`room`), so that units are appended in place.
 
     Attributes:
         tensors: the storage, spare room included.
-        count: S.
+        count: T.
     """
 
     tensors: tuple[Tensor, ...]
     count: int
 
     def __init__(self, storage: Sequence[Tensor] = ()) -> None:
-        self._replace(tuple(storage))
+        self.tensors, self._room_is_ours = tuple(storage), True
+        self.count = storage[0].shape[2] if storage else 0
 
     def __getitem__(self, which: int) -> Tensor:
         return self.tensors[which][:, :, : self.count]
@@ -75,19 +74,6 @@ class Buffers:
             stored[:, :, self.count : end] = fresh
         self.count = end
 
-    def append_selected(self, new: Sequence[Tensor], index: Tensor) -> None:
-        """Hold the units at `index` [B, H, K] (long, ascending) of old and new ones together; drop
-        spare room. Old and new units are never put side by side."""
-        if self.tensors:
-            self._replace(gather_units(list(self), new, index))
-        else:
-            self._replace(tuple(new))
-            self.select(index)
-
-    def select(self, index: Tensor) -> None:
-        """Hold only the units at `index` [B, H, K] (long, ascending); drop spare room."""
-        self._replace(gathered(tuple(self), index))
-
     def replace(self, which: int, tensor: Tensor) -> None:
         """Hold `tensor` in place of one of the tensors, for the same units."""
         if self.tensors[0].shape[2] > self.count:  # there may be room behind the units
@@ -96,17 +82,17 @@ class Buffers:
             tensor = whole
         self.tensors = (*self.tensors[:which], tensor, *self.tensors[which + 1 :])
 
-    def with_room(self, room: int) -> "Buffers":
+    def with_room(self, room: int) -> "Tail":
         """A copy with room for so many units more."""
-        copied = Buffers()
+        copied = Tail()
         copied.append(list(self), room)
         return copied
 
-    def view(self) -> BuffersView:
+    def view(self) -> TailView:
         """What is held now, for `restore`."""
-        return BuffersView(self.tensors, self.count)
+        return TailView(self.tensors, self.count)
 
-    def restore(self, view: BuffersView) -> None:
+    def restore(self, view: TailView) -> None:
         """Hold again what was held when `view` was taken.
 
         What came after it may be in the spare room, and in another view: the room is not used.
@@ -125,32 +111,4 @@ class Buffers:
         self._room_is_ours = True
 
     def clear(self) -> None:
-        self._replace(())
-
-    @staticmethod
-    def stack(rows: "Sequence[Buffers]") -> "Buffers":
-        """Buffers of one batch row each as one batch, aligned at their last unit; zeros before."""
-        longest = max(row.count for row in rows)
-        if longest and all(row.count == longest for row in rows):
-            return Buffers([torch.cat(tensors) for tensors in zip(*rows, strict=True)])
-        some = next((row for row in rows if row.tensors), None)
-        stacked = []
-        for which, like in enumerate(some.tensors if some else ()):
-            whole = like.new_zeros(len(rows), like.shape[1], longest, *like.shape[3:])
-            for target, row in zip(whole, rows, strict=True):
-                if row.count:
-                    target[:, longest - row.count :] = row[which][0]
-            stacked.append(whole)
-        return Buffers(stacked)
-
-    def _replace(self, storage: tuple[Tensor, ...]) -> None:
-        self.tensors, self._room_is_ours = storage, True
-        self.count = storage[0].shape[2] if storage else 0
-
-
-def gathered(tensors: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
-    """The units at `index` [B, H, K] of tensors [B, H, S] or [B, H, S, D]."""
-    return tuple(
-        x.gather(2, index if x.dim() == 3 else index[..., None].expand(*index.shape, x.shape[3]))
-        for x in tensors
-    )
+        self.tensors, self._room_is_ours, self.count = (), True, 0
