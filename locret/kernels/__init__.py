@@ -7,21 +7,30 @@ depends on a value there. This is the lowest layer: it imports torch and, if the
 Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 """
 
-from locret.kernels.decode import decode_attention, store_units
+from locret.kernels.decode import (
+    decode_attention,
+    decode_sequences,
+    decode_shares,
+    store_units,
+)
 from locret.kernels.decode_quantized import decode_attention_quantized
 from locret.kernels.evict import gather_units, threshold_select
 from locret.kernels.packed import PackedKV, expand_units
 from locret.kernels.rotate import rotate_at_slots
-from locret.kernels.splits import merge_attention
+from locret.kernels.splits import Shares, merge_attention, share_out
 
 __all__ = [
     "PackedKV",
+    "Shares",
     "decode_attention",
     "decode_attention_quantized",
+    "decode_sequences",
+    "decode_shares",
     "expand_units",
     "gather_units",
     "merge_attention",
     "rotate_at_slots",
+    "share_out",
     "store_units",
     "threshold_select",
 ]

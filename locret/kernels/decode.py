@@ -8,6 +8,7 @@ by the current length: a captured CUDA graph stays right and balanced while the 
 """
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,19 +24,27 @@ from locret.kernels.dispatch import (
     units_at,
 )
 from locret.kernels.splits import (
+    Shares,
     Splits,
+    States,
     average,
     first_slot,
+    leave_state,
     log_sum,
     number_of_splits,
+    number_of_tail_splits,
     queries_at,
+    share_of,
+    share_out,
     split_of,
     states_at,
+    tile_at,
     weigh,
 )
 
 _PROGRAMS = 2  # programs that share a multiprocessor
 _QUERIES = 128  # queries of a KV head (G * T) that one program holds
+_START = 32  # units in whose time a program begins and ends
 
 
 def decode_attention(
@@ -247,6 +256,264 @@ def _attend(  # type: ignore[no-untyped-def]
     at_values = splits[0] + at_state[:, None] * SIZE + d[None, :]
     mask = (which < QUERIES)[:, None] & in_size[None, :]
     tl.store(at_values, average(summed, total), mask=mask)
+
+
+def decode_sequences(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    shares: Shares,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    tail_length: Tensor,
+    scaling: float,
+) -> Tensor:
+    """softmax(scaling q k) v over the context of each sequence and, after it, its tail.
+
+    The T tokens are the last of the tail's filled slots, causal: token t sees the slots below
+    tail_length - (T - 1 - t) and all of the context.
+
+    Args:
+        query: [B, H*G, T, D], rotated; G*T at most 128.
+        keys, values: [N, D] in query's dtype, the contexts of the B*H sequences one after the
+            other; any of them may be empty.
+        shares: of the context's lengths, as `decode_shares` gives them.
+        tail_keys, tail_values: [B, H, C, D], storage of capacity C >= 0 in query's dtype, any
+            strides. What lies outside the filled slots may hold anything.
+        tail_length: [1] int32 on the same device: slots filled, the new tokens' included; at
+            most C.
+        scaling: factor of the logits.
+
+    Returns:
+        [B, H*G, T, D] in query's dtype; zeros where a token sees nothing.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    given = (query, keys, values, shares, tail_keys, tail_values, tail_length)
+    check_sequences(*given)
+    if not takes_triton(query, keys, values, shares.tiles, tail_keys, tail_values, tail_length):
+        return decode_sequences_reference(*given, scaling)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out.numel():
+        heads, capacity = tail_keys.shape[1:3]
+        at_once = _PROGRAMS * multiprocessors(query.device)
+        tile = shares.units // max(1, shares.count)
+        splits = number_of_tail_splits(len(shares.lengths), capacity, tile, at_once)
+        states = States.empty(query, heads, shares.count, splits)
+        attend_sequences(*given, scaling, states)
+        states.merge(out, [shares])
+    return out
+
+
+def decode_shares(lengths: Sequence[int], device: torch.device) -> Shares:
+    """How `decode_sequences` divides contexts of these lengths among its programs.
+
+    Programs that run at a time are left for the tails, lest those take a round of their own.
+    """
+    at_once = _PROGRAMS * multiprocessors(device)
+    return share_out(lengths, max(at_once // 2, at_once - len(lengths), 1), device, start=_START)
+
+
+def decode_sequences_reference(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    shares: Shares,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    tail_length: Tensor,
+    scaling: float,
+) -> Tensor:
+    """The twin of `decode_sequences`, in plain PyTorch."""
+    batch, heads, capacity, size = tail_keys.shape
+    group, new = query.shape[1] // heads, query.shape[2]
+    longest = max(shares.lengths, default=0)
+    grouped = scaling * query.reshape(batch * heads, group * new, size).float()
+    slot = torch.arange(capacity, device=query.device)
+    ends = tail_length - (new - 1 - torch.arange(new, device=query.device))
+    hidden = (slot >= ends[:, None]).repeat(group, 1)  # [G*T, C]
+    of_tail = grouped @ tail_keys.flatten(0, 1).float().mT
+    shape = (*grouped.shape[:2], longest + capacity)
+    logits = torch.full(shape, -torch.inf, device=query.device)
+    logits[..., longest:] = of_tail.masked_fill(hidden, -torch.inf)
+    for which, units in _by_sequence(keys, shares.lengths):
+        logits[which, :, : units.shape[1]] = grouped[which] @ units.float().mT
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    # Slots that nobody sees may hold NaN.
+    tail = tail_values.flatten(0, 1).float().masked_fill((slot >= tail_length)[:, None], 0.0)
+    out = weights[..., longest:] @ tail
+    for which, units in _by_sequence(values, shares.lengths):
+        out[which] += weights[which, :, : units.shape[1]] @ units.float()
+    return out.view(query.shape).to(query.dtype)
+
+
+def _by_sequence(flat: Tensor, lengths: tuple[int, ...]) -> Iterator[tuple[slice, Tensor]]:
+    """Which sequences, and their units [sequences, S, D] of flat ones: all at once if they are of
+    equal length, one at a time otherwise."""
+    if len(set(lengths)) == 1:
+        yield slice(None), flat.view(len(lengths), lengths[0], flat.shape[1])
+        return
+    for i, units in enumerate(flat.split(lengths)):
+        yield slice(i, i + 1), units[None]
+
+
+def check_sequences(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    shares: Shares,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    tail_length: Tensor,
+) -> None:
+    """Refuse what does not fit; arguments as of `decode_sequences`."""
+    check_decode(query, tail_keys, tail_values, tail_length, None)
+    batch, heads, _, size = tail_keys.shape
+    expected = (shares.units, size)
+    if not keys.shape == values.shape == expected or not keys.dtype == values.dtype == query.dtype:
+        raise ValueError(
+            f"the context's keys {tuple(keys.shape)} {keys.dtype} and values "
+            f"{tuple(values.shape)} {values.dtype} do not fit: expected {expected} {query.dtype}"
+        )
+    if len(shares.lengths) != batch * heads:
+        raise ValueError(
+            f"shares are of {len(shares.lengths)} sequences; expected {batch} x {heads}"
+        )
+
+
+def attend_sequences(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    shares: Shares,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    tail_length: Tensor,
+    scaling: float,
+    states: States,
+    at_state: int = 0,
+) -> None:
+    """Leave the attention over the tiles of a context, then over the tails, in `states`.
+
+    Args: as of `decode_sequences`, and
+        at_state: where the states of these tiles begin: after those of other tiles. The tails'
+            come after these tiles'.
+    """
+    heads, capacity, size = tail_keys.shape[1:]
+    new = query.shape[2]
+    queries = query.shape[1] // heads * new
+    wide = padded(size, least=16)
+    keys, values, tail_keys, tail_values = (
+        units if units.stride(-1) == 1 else units.contiguous()
+        for units in (keys, values, tail_keys, tail_values)
+    )
+    programs = shares.count + len(shares.lengths) * states.tail_splits
+    if not programs:
+        return
+    with on_device(query):
+        _attend_sequences[(programs,)](
+            *(query, (keys, values), shares.tiles, (tail_keys, tail_values), tail_length),
+            *((states.values, states.weights), at_state, shares.count, states.tail_splits),
+            *(scaling * math.log2(math.e), heads, capacity, query.stride()),
+            *((keys.stride(0), values.stride(0)), tail_keys.stride(), tail_values.stride()),
+            NEW=new,
+            QUERIES=queries,
+            SIZE=size,
+            QUERY_BLOCK=padded(queries, least=16),
+            SIZE_BLOCK=wide,
+            UNITS=min(128, max(16, 16384 // (wide * query.element_size()))),
+            UPCAST=INTERPRETED or query.dtype == torch.float32,
+            num_warps=8 if query.dtype == torch.float32 else 4,
+            num_stages=3,
+        )
+
+
+# Nothing is compiled anew for these, which differ from prompt to prompt.
+@triton.jit(do_not_specialize=["at_state", "tile_count", "tail_splits", "heads", "capacity"])
+def _attend_sequences(  # type: ignore[no-untyped-def]
+    query,
+    context,
+    tiles,
+    tail,
+    tail_length,
+    states,
+    at_state,
+    tile_count,
+    tail_splits,
+    scaling,
+    heads,
+    capacity,
+    query_strides,
+    unit_strides,
+    tail_key_strides,
+    tail_value_strides,
+    NEW: tl.constexpr,
+    QUERIES: tl.constexpr,
+    SIZE: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    SIZE_BLOCK: tl.constexpr,
+    UNITS: tl.constexpr,
+    UPCAST: tl.constexpr,  # the interpreter multiplies bfloat16 blocks as integers
+):
+    # A tile of the context, or an equal share of what is filled now of a sequence's tail. Both
+    # take one loop, which differs only in where its units begin and how far apart they are.
+    program = tl.program_id(0)
+    in_tail = program >= tile_count
+    end = tl.minimum(tl.load(tail_length), capacity)
+    if in_tail:
+        sequence = (program - tile_count) // tail_splits
+        start, stop = share_of(end, (program - tile_count) % tail_splits, tail_splits)
+    else:
+        sequence, start, stop = tile_at(tiles, program)
+    b = (sequence // heads).to(tl.int64)
+    h = (sequence % heads).to(tl.int64)
+
+    which = tl.arange(0, QUERY_BLOCK)
+    d = tl.arange(0, SIZE_BLOCK)
+    in_size = d < SIZE
+    q_at = queries_at(query, query_strides, b, h, which, NEW, QUERIES)
+    q_at += d[None, :] * query_strides[3]
+    q = tl.load(q_at, mask=(which < QUERIES)[:, None] & in_size[None, :], other=0.0)
+    query_end = tl.where(in_tail, end - (NEW - 1 - which % NEW), stop)
+    if UPCAST:
+        q = q.to(tl.float32)
+
+    unit = tl.arange(0, UNITS)
+    first = start.to(tl.int64)
+    k_s = tl.where(in_tail, tail_key_strides[2], unit_strides[0])
+    v_s = tl.where(in_tail, tail_value_strides[2], unit_strides[1])
+    tail_keys = units_at(tail[0], tail_key_strides, b, h, 0)
+    tail_values = units_at(tail[1], tail_value_strides, b, h, 0)
+    keys = tl.where(in_tail, tail_keys, context[0]) + first * k_s
+    values = tl.where(in_tail, tail_values, context[1]) + first * v_s
+    k_at = keys + d[:, None] + unit[None, :] * k_s  # transposed
+    v_at = values + unit[:, None] * v_s + d[None, :]
+
+    highest = tl.full((QUERY_BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERY_BLOCK,), tl.float32)
+    summed = tl.zeros((QUERY_BLOCK, SIZE_BLOCK), tl.float32)
+    for at in tl.range(start, stop, UNITS):
+        here = at + unit < stop
+        k = tl.load(k_at, mask=here[None, :] & in_size[:, None], other=0.0)
+        v = tl.load(v_at, mask=here[:, None] & in_size[None, :], other=0.0)
+        if UPCAST:
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
+        logits = tl.dot(q, k, input_precision="ieee") * scaling
+        if NEW == 1:
+            logits = tl.where(here[None, :], logits, float("-inf"))
+        else:
+            visible = here[None, :] & ((at + unit)[None, :] < query_end[:, None])
+            logits = tl.where(visible, logits, float("-inf"))
+        weights, shrink, highest, total = weigh(logits, highest, total)
+        summed *= shrink[:, None]
+        summed = tl.dot(weights.to(v.dtype), v, acc=summed, input_precision="ieee")
+        k_at += UNITS * k_s
+        v_at += UNITS * v_s
+
+    state = at_state + program
+    leave_state(states[0], states[1], state, which, d, highest, total, summed, QUERIES, SIZE)
 
 
 def store_units(

@@ -94,7 +94,7 @@ class Shares:
         """P."""
         return self.tiles.shape[0]
 
-    @property
+    @functools.cached_property
     def units(self) -> int:
         """N, units of all sequences."""
         return sum(self.lengths)
@@ -167,6 +167,15 @@ def _tile_size(lengths: tuple[int, ...], at_once: int, least: int, start: int) -
     fewest = max(1, -(-sum(length > 0 for length in lengths) // at_once))
     sizes = {rounds: smallest(rounds) for rounds in range(fewest, max(fewest, _ROUNDS) + 1)}
     return sizes[min(sizes, key=lambda rounds: rounds * (sizes[rounds] + start))]
+
+
+@functools.lru_cache(maxsize=256)
+def number_of_tail_splits(sequences: int, capacity: int, tile: int, at_once: int) -> int:
+    """Programs that share the tail of each of so many sequences, beside tiles of `tile` units on
+    average (0 = none): as many as make their shares as large when the capacity is filled, and no
+    more than finish soonest by themselves."""
+    alone = _tile_size((capacity,) * sequences, at_once, _LEAST_SPLIT, 0)
+    return -(-capacity // max(tile, alone))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from locret.kernels import (
     PackedKV,
     decode_attention,
     decode_attention_quantized,
+    decode_sequences,
+    decode_shares,
     gather_units,
     rotate_at_slots,
     store_units,
@@ -78,6 +80,25 @@ def test_several_tokens_decode_as_one_after_the_other():
         torch.testing.assert_close(out[:, :, t : t + 1], one)
 
 
+@pytest.mark.parametrize("lengths", [(3, 0, 7, 1, 20, 6), (4,) * 6, (0,) * 6])
+def test_decode_sequences_is_attention_over_context_and_tail(lengths):
+    keys, values = torch.randn(2, sum(lengths), 8).unbind()
+    tails = torch.randn(2, 2, 3, 9, 8)
+    tails[..., 5:, :] = torch.nan
+    query, filled = torch.randn(2, 6, 2, 8), torch.tensor([5]).int()
+    shares = decode_shares(lengths, torch.device("cpu"))
+    out = decode_sequences(query, keys, values, shares, *tails, filled, 0.3)
+    contexts = [*zip(keys.split(lengths), values.split(lengths), strict=True)]
+    for sequence, (context_keys, context_values) in enumerate(contexts):
+        row, head = divmod(sequence, 3)
+        for t in range(2):
+            k = torch.cat([context_keys, tails[0, row, head, : 4 + t]])
+            v = torch.cat([context_values, tails[1, row, head, : 4 + t]])
+            for q_head in (2 * head, 2 * head + 1):
+                expected = (0.3 * query[row, q_head, t] @ k.T).softmax(-1) @ v
+                torch.testing.assert_close(out[row, q_head, t], expected)
+
+
 @pytest.mark.parametrize(("bits", "size", "group"), [(4, 64, 16), (2, 20, 32), (8, 12, 8)])
 def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
     """After an eviction, so that runs are of different lengths in every head."""
@@ -135,6 +156,10 @@ def test_select_keeps_the_highest_and_of_equals_the_earliest(scores, data):
 ONE = torch.ones(1, dtype=torch.int32)
 UNITS = torch.zeros(1, 2, 5, 4)
 
+SHARES = decode_shares([3, 2], torch.device("cpu"))
+FLAT = torch.zeros(5, 4)
+SEQUENCES_CALL = (SHARES, UNITS, UNITS, ONE)
+
 CODES, ENTRIES = torch.zeros(1, 2, 5, 2, dtype=torch.uint8), torch.zeros(1, 2, 1, 4).half()
 STARTS, TABLES = torch.tensor([0, 5]).int().expand(1, 2, 2), torch.zeros(1, 2, 5, 1).half()
 OF_KEYS, OF_VALUES = (CODES, ENTRIES, ENTRIES.float()), (CODES, TABLES, TABLES)
@@ -154,6 +179,24 @@ PACKED_CALL = (UNITS[:, :, :1], PACKED, UNITS, UNITS, ONE, 1.0)
         (lambda: decode_attention(UNITS, UNITS, UNITS.half(), ONE, 1.0), "equal shapes"),
         (lambda: decode_attention(UNITS[:, :1], UNITS, UNITS, ONE, 1.0), "a multiple of 2"),
         (lambda: decode_attention_quantized(*PACKED_CALL), "key_minimum is torch.float32"),
+        (
+            lambda: decode_sequences(UNITS, FLAT, FLAT[:4], *SEQUENCES_CALL, 1.0),
+            r"do not fit: expected \(5, 4\)",
+        ),
+        (
+            lambda: decode_sequences(UNITS, FLAT, FLAT.half(), *SEQUENCES_CALL, 1.0),
+            "do not fit: expected",
+        ),
+        (
+            lambda: decode_sequences(
+                UNITS, FLAT, FLAT, decode_shares([5], torch.device("cpu")), *SEQUENCES_CALL[1:], 1.0
+            ),
+            "shares are of 1 sequences; expected 1 x 2",
+        ),
+        (
+            lambda: decode_sequences(UNITS, FLAT, FLAT, *SEQUENCES_CALL[:3], ONE.long(), 1.0),
+            "int32",
+        ),
         (lambda: store_units(UNITS, UNITS, UNITS.half(), UNITS, ONE), "do not fit storage"),
         (lambda: store_units(UNITS, UNITS, UNITS, UNITS, ONE[0]), "slot is"),
     ],
