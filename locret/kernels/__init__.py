@@ -13,22 +13,24 @@ from locret.kernels.decode import (
     decode_shares,
     store_units,
 )
-from locret.kernels.decode_quantized import decode_attention_quantized
+from locret.kernels.decode_packed import decode_packed, packed_shares
 from locret.kernels.evict import gather_units, threshold_select
-from locret.kernels.packed import PackedKV, expand_units
+from locret.kernels.packed import PackedKV, PackedShares, expand_units
 from locret.kernels.rotate import rotate_at_slots
 from locret.kernels.splits import Shares, merge_attention, share_out
 
 __all__ = [
     "PackedKV",
+    "PackedShares",
     "Shares",
     "decode_attention",
-    "decode_attention_quantized",
+    "decode_packed",
     "decode_sequences",
     "decode_shares",
     "expand_units",
     "gather_units",
     "merge_attention",
+    "packed_shares",
     "rotate_at_slots",
     "share_out",
     "store_units",

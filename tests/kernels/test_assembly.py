@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from locret.kernels import decode_quantized_small
-from locret.kernels.decode_quantized import _assembly
+from locret.kernels import decode_kivi_small
+from locret.kernels.decode_kivi import _assembly
 
 
 def as_halves(register):
@@ -65,7 +65,7 @@ def test_each_plane_gives_minimum_plus_scale_times_code(bits):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_of_small_queries_lie_below_the_normal_range(bits):
     random = np.random.default_rng(0)
-    *planes, low, high = decode_quantized_small.assembly(bits)
+    *planes, low, high = decode_kivi_small.assembly(bits)
     for i, assembly in enumerate(planes):
         plane, parity = divmod(i, 2)
         packed = random.integers(0, 256, 4, dtype=np.uint8)
