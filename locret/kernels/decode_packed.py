@@ -19,8 +19,10 @@ from locret.kernels.decode import (
 from locret.kernels.decode_kivi import PROGRAMS, attend_packed
 from locret.kernels.decode_kivi_small import PROGRAMS as SMALL_PROGRAMS
 from locret.kernels.decode_kivi_small import attend_small, takes_small
+from locret.kernels.decode_rotated import attend_rotated, merge_rotated, rotated_programs
 from locret.kernels.dispatch import multiprocessors, takes_triton
 from locret.kernels.packed import PackedKV, PackedShares, check_packed, expand_units_reference
+from locret.kernels.packed_rotated import RotatedKV, check_rotated, expand_rotated_reference
 from locret.kernels.splits import Shares, States, share_out
 
 _START = 64  # units in whose time a program begins and ends
@@ -28,7 +30,7 @@ _START = 64  # units in whose time a program begins and ends
 
 def decode_packed(
     query: Tensor,
-    packed: PackedKV,
+    packed: PackedKV | RotatedKV,
     shares: PackedShares,
     plain_keys: Tensor,
     plain_values: Tensor,
@@ -69,17 +71,24 @@ def decode_packed(
     heads = tail_keys.shape[1]
     splits = tail_splits(plain_shares, tail_keys)
     states = States.empty(query, heads, shares.count + plain_shares.count, splits)
-    if shares.count:
-        is_small = takes_small(states.weights.shape[1], query.dtype, packed)
-        attend = attend_small if is_small else attend_packed
-        attend(query, packed, shares, scaling, heads, states)
+    if not shares.count:
+        pass
+    elif isinstance(packed, RotatedKV):
+        attend_rotated(query, packed, shares, scaling, heads, states)
+    elif takes_small(states.weights.shape[1], query.dtype, packed):
+        attend_small(query, packed, shares, scaling, heads, states)
+    else:
+        attend_packed(query, packed, shares, scaling, heads, states)
     attend_sequences(query, *rest, scaling, states, shares.count)
-    states.merge(out, [shares, plain_shares])
+    if shares.count and isinstance(packed, RotatedKV):
+        merge_rotated(states, out, shares, plain_shares)
+    else:
+        states.merge(out, [shares, plain_shares])
     return out
 
 
 def packed_shares(
-    packed: PackedKV, lengths: Sequence[int], queries: int, dtype: torch.dtype
+    packed: PackedKV | RotatedKV, lengths: Sequence[int], queries: int, dtype: torch.dtype
 ) -> PackedShares:
     """How `decode_packed` divides packed units among its programs.
 
@@ -89,14 +98,17 @@ def packed_shares(
             too, but not as soon.
     """
     device = packed.starts.device
-    programs = SMALL_PROGRAMS if takes_small(queries, dtype, packed) else PROGRAMS
+    if isinstance(packed, RotatedKV):
+        programs = rotated_programs(packed)
+    else:
+        programs = SMALL_PROGRAMS if takes_small(queries, dtype, packed) else PROGRAMS
     shares = share_out(lengths, programs * multiprocessors(device), device, start=_START)
     return PackedShares.along(packed.starts, shares)
 
 
 def decode_packed_reference(
     query: Tensor,
-    packed: PackedKV,
+    packed: PackedKV | RotatedKV,
     shares: PackedShares,
     plain_keys: Tensor,
     plain_values: Tensor,
@@ -116,8 +128,14 @@ def decode_packed_reference(
     return decode_sequences_reference(query, keys, values, both, *tails, scaling)
 
 
-def expand_reference(packed: PackedKV) -> tuple[Tensor, Tensor]:
+def expand_reference(packed: PackedKV | RotatedKV) -> tuple[Tensor, Tensor]:
     """Keys and values float32 [N, D] of packed units, in plain PyTorch."""
+    if isinstance(packed, RotatedKV):
+        size = packed.keys[2].shape[1]
+        return (
+            expand_rotated_reference(packed.keys, packed.key_levels, size, packed.starts),
+            expand_rotated_reference(packed.values, packed.value_levels, size),
+        )
     how = (packed.bits, packed.group, packed.keys[1].shape[1])
     return (
         expand_units_reference(packed.keys, *how, packed.starts),
@@ -133,10 +151,16 @@ def _interleaved(
     return torch.cat([units for pair in pairs for units in pair])
 
 
-def _check(query: Tensor, packed: PackedKV, shares: PackedShares, plain_shares: Shares) -> None:
+def _check(
+    query: Tensor, packed: PackedKV | RotatedKV, shares: PackedShares, plain_shares: Shares
+) -> None:
     shape = (shares.units, query.shape[3])
-    check_packed(packed.keys, packed.bits, packed.group, shape, packed.starts, "key_")
-    check_packed(packed.values, packed.bits, packed.group, shape, None, "value_")
+    if isinstance(packed, RotatedKV):
+        check_rotated(packed.keys, packed.key_levels, shape, packed.starts, "key_")
+        check_rotated(packed.values, packed.value_levels, shape, None, "value_")
+    else:
+        check_packed(packed.keys, packed.bits, packed.group, shape, packed.starts, "key_")
+        check_packed(packed.values, packed.bits, packed.group, shape, None, "value_")
     if len(shares.lengths) != len(plain_shares.lengths):
         raise ValueError(
             f"shares are of {len(shares.lengths)} sequences and of {len(plain_shares.lengths)} "

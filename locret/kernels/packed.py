@@ -69,18 +69,18 @@ class PackedShares(Shares):
         by at most half a step, to where a step ends: else both neighbours had a step of few units.
         """
         border = shares.tiles[:, 1:].contiguous()
-        block = _blocks_at(starts, border)
+        block = blocks_at(starts, border)
         start, stop = starts[block], starts[block + 1]
         before = border - (border - start) % STEP
         after = torch.minimum(before + STEP, stop)
         moved = torch.where(border - before < after - border, before, after)
         tiles = torch.cat([shares.tiles[:, :1], moved], 1)
-        blocks = _blocks_at(starts, moved[:, 0].contiguous()).int()
+        blocks = blocks_at(starts, moved[:, 0].contiguous()).int()
         return cls(tiles, shares.firsts, shares.lengths, blocks)
 
 
-def _blocks_at(starts: Tensor, unit: Tensor) -> Tensor:
-    """The block of each unit, long; the last block for what comes after all units."""
+def blocks_at(starts: Tensor, unit: Tensor) -> Tensor:
+    """The block of each unit (int32, any shape), long; the last block for what comes after all."""
     return torch.searchsorted(starts[1:], unit, right=True).clamp(max=len(starts) - 2)
 
 
@@ -141,7 +141,7 @@ def expand_units_reference(
     if starts is None:
         channel = torch.arange(size, device=codes.device) // group
         return minimum[:, channel].float() + scale[:, channel].float() * x
-    block = _blocks_at(starts, torch.arange(len(codes), device=starts.device).int())
+    block = blocks_at(starts, torch.arange(len(codes), device=starts.device).int())
     return minimum[block].float() + scale[block].float() * x
 
 
