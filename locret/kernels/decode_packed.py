@@ -19,7 +19,8 @@ from locret.kernels.decode import (
 from locret.kernels.decode_kivi import PROGRAMS, attend_packed
 from locret.kernels.decode_kivi_small import PROGRAMS as SMALL_PROGRAMS
 from locret.kernels.decode_kivi_small import attend_small, takes_small
-from locret.kernels.decode_rotated import attend_rotated, merge_rotated, rotated_programs
+from locret.kernels.decode_rotated import PROGRAMS as ROTATED_PROGRAMS
+from locret.kernels.decode_rotated import attend_rotated, merge_rotated
 from locret.kernels.dispatch import multiprocessors, takes_triton
 from locret.kernels.packed import PackedKV, PackedShares, check_packed, expand_units_reference
 from locret.kernels.packed_rotated import RotatedKV, check_rotated, expand_rotated_reference
@@ -99,7 +100,7 @@ def packed_shares(
     """
     device = packed.starts.device
     if isinstance(packed, RotatedKV):
-        programs = rotated_programs(packed)
+        programs = ROTATED_PROGRAMS
     else:
         programs = SMALL_PROGRAMS if takes_small(queries, dtype, packed) else PROGRAMS
     shares = share_out(lengths, programs * multiprocessors(device), device, start=_START)

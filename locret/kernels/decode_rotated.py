@@ -33,21 +33,10 @@ from locret.kernels.splits import (
     weigh,
 )
 
-_WARPS = 12  # that share a multiprocessor
-_REGISTERS = 168  # of a thread, so that they fit
+PROGRAMS = 3  # programs that share a multiprocessor
+_REGISTERS = 168  # of a thread, so that PROGRAMS of 128 threads fit
 _STATES = 32  # states that the merge reads at a time
 _ROWS = 32  # elements of a vector that are rotated at a time
-
-
-def rotated_programs(packed: RotatedKV) -> int:
-    """Programs that share a multiprocessor."""
-    return _WARPS // _warps(packed)
-
-
-def _warps(packed: RotatedKV) -> int:
-    """Of a program. A product with a chunk of few channels of values keeps no more busy."""
-    size = packed.keys[2].shape[1]
-    return min(4, padded(chunk_of(size, bits_of(packed.value_levels)), least=16) // 8)
 
 
 def attend_rotated(
@@ -69,7 +58,7 @@ def attend_rotated(
     rotated = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     sizes = {"SIZE": size, "SIZE_BLOCK": padded(size, least=16)}
     with on_device(query):
-        _rotate[(new, query.shape[1], query.shape[0])](
+        _rotate[(new * triton.cdiv(size, _ROWS), query.shape[1], query.shape[0])](
             *(query, rotated, query.stride()), ROOT=_root(size), ROWS=_ROWS, num_warps=4, **sizes
         )
         _attend[(shares.count,)](
@@ -84,12 +73,12 @@ def attend_rotated(
             VALUE_LEVELS=packed.value_levels if value_bits < 8 else (),
             QUERY_BLOCK=query_block,
             KEY_BLOCK=padded(chunk_of(size, key_bits), least=16),
-            VALUE_BLOCK=padded(chunk_of(size, value_bits), least=16),
+            VALUE_BLOCK=padded(chunk_of(size, value_bits), least=32),  # wider than a query block
             UNITS=max(16, min(STEP // 2 if wide else STEP, padded(packed.group))),
             UPCAST=upcast,
             KEY_ASSEMBLY=None if upcast else assembly(packed.key_levels),
             VALUE_ASSEMBLY=None if upcast else assembly(packed.value_levels),
-            num_warps=8 if wide else _warps(packed),
+            num_warps=8 if wide else 4,
             maxnreg=None if wide or query_block > 16 else _REGISTERS,
             **sizes,
         )
@@ -130,17 +119,17 @@ def _rotate(  # type: ignore[no-untyped-def]
     ROOT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    t = tl.program_id(0)
+    SLICES: tl.constexpr = (SIZE + ROWS - 1) // ROWS
+    t = tl.program_id(0) // SLICES
     head = tl.program_id(1)
     b = tl.program_id(2)
+    i = tl.program_id(0) % SLICES * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, SIZE_BLOCK)
     at = query + b.to(tl.int64) * strides[0] + head * strides[1] + t * strides[2] + d * strides[3]
     q = tl.load(at, mask=d < SIZE, other=0.0).to(tl.float32)
-    row = (b * tl.num_programs(1) + head) * tl.num_programs(0) + t
-    for start in tl.static_range(0, SIZE, ROWS):
-        i = start + tl.arange(0, ROWS)
-        x = tl.sum(hadamard_at(i[:, None], d[None, :], SIZE) * q[None, :], 1) * ROOT
-        tl.store(rotated + row * SIZE + i, x, mask=i < SIZE)
+    x = tl.sum(hadamard_at(i[:, None], d[None, :], SIZE) * q[None, :], 1) * ROOT
+    row = (b * tl.num_programs(1) + head) * (tl.num_programs(0) // SLICES) + t
+    tl.store(rotated + row * SIZE + i, x, mask=i < SIZE)
 
 
 # Nothing is compiled anew for these, which differ from prompt to prompt.
@@ -173,8 +162,8 @@ def _attend(  # type: ignore[no-untyped-def]
     KEY_ASSEMBLY: tl.constexpr,
     VALUE_ASSEMBLY: tl.constexpr,
 ):
-    KEY_CHUNKS: tl.constexpr = 8 if KEY_BITS == 3 else 8 // KEY_BITS
-    VALUE_CHUNKS: tl.constexpr = 8 if VALUE_BITS == 3 else 8 // VALUE_BITS
+    KEY_CHUNKS: tl.constexpr = 8 // (KEY_BITS - KEY_BITS % 2)
+    VALUE_CHUNKS: tl.constexpr = 8 // (VALUE_BITS - VALUE_BITS % 2)
     KEY_CHUNK: tl.constexpr = SIZE // KEY_CHUNKS
     VALUE_CHUNK: tl.constexpr = SIZE // VALUE_CHUNKS
     tile = tl.program_id(0)
@@ -216,12 +205,12 @@ def _attend(  # type: ignore[no-untyped-def]
         after = tl.minimum(tl.load(ends + tl.minimum(block + 1, blocks - 1)), stop)
         there = at + unit < end
         slot = (at + unit).to(tl.int64)
-        k_at = key_codes + k_byte[:, None] + slot[None, :] * (SIZE * KEY_BITS // 8)
+        k_at = key_codes + slot[None, :] * (SIZE * KEY_BITS // 8)
         k_mask = (k_byte < KEY_CHUNK)[:, None] & there[None, :]
-        k_codes = load_codes(k_at, k_mask, KEY_BITS, KEY_CHUNK)
-        v_at = value_codes + slot[:, None] * (SIZE * VALUE_BITS // 8) + v_byte[None, :]
+        k_codes = load_codes(k_at, k_byte[:, None], k_mask, KEY_BITS, KEY_CHUNK, KEY_ASSEMBLY)
+        v_at = value_codes + slot[:, None] * (SIZE * VALUE_BITS // 8)
         v_mask = there[:, None] & (v_byte < VALUE_CHUNK)[None, :]
-        v_codes = load_codes(v_at, v_mask, VALUE_BITS, VALUE_CHUNK)
+        v_codes = load_codes(v_at, v_byte[None, :], v_mask, VALUE_BITS, VALUE_CHUNK, VALUE_ASSEMBLY)
         k_scale = tl.load(key_scale + slot, mask=there, other=0.0).to(tl.float32)
         v_scale = tl.load(value_scale + slot, mask=there, other=0.0).to(tl.float32)
         mean = tl.load(key_mean + block.to(tl.int64) * SIZE + d, mask=d < SIZE, other=0.0)

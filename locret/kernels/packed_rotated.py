@@ -57,8 +57,8 @@ def bits_of(levels: tuple[float, ...]) -> int:
 
 
 def chunk_of(size: int, bits: int) -> int:
-    """Channels that have their codes in the same bits of bytes that follow each other."""
-    return size // (8 if bits == 3 else 8 // bits)
+    """Channels that have their codes, or the lower 2 bits of 3, in the same bits of their bytes."""
+    return size * max(2, bits - bits % 2) // 8
 
 
 def expand_rotated(
@@ -182,16 +182,16 @@ def _expand(  # type: ignore[no-untyped-def]
     UNITS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    CHUNKS: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+    CHUNKS: tl.constexpr = 8 // (BITS - BITS % 2)
     CHUNK: tl.constexpr = SIZE // CHUNKS
     first = tl.program_id(0) * UNITS
     unit = first + tl.arange(0, UNITS)
     there = unit < count
     byte = tl.arange(0, CHUNK_BLOCK)
     d = tl.arange(0, SIZE_BLOCK)
-    at = packed[0] + unit.to(tl.int64)[:, None] * (SIZE * BITS // 8) + byte[None, :]
+    at = packed[0] + unit.to(tl.int64)[:, None] * (SIZE * BITS // 8)
     mask = there[:, None] & (byte < CHUNK)[None, :]
-    codes = load_codes(at, mask, BITS, CHUNK)
+    codes = load_codes(at, byte[None, :], mask, BITS, CHUNK, ASSEMBLY)
     x = tl.zeros((UNITS, SIZE_BLOCK), tl.float32)
     for chunk in tl.static_range(CHUNKS):
         level = levels_at(codes, chunk, BITS, LEVELS, ASSEMBLY)
@@ -224,12 +224,28 @@ def hadamard_at(i, j, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def load_codes(at, mask, BITS: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The bytes of units, CHUNK of them each, in as many tensors as that takes: one, or three for
-    3 bits. `at` are the first."""
-    codes = ()  # type: tuple
-    for piece in tl.static_range(3 if BITS == 3 else 1):
-        codes += (tl.load(at + piece * CHUNK, mask=mask, other=0),)
+def load_codes(  # type: ignore[no-untyped-def]
+    at, byte, mask, BITS: tl.constexpr, CHUNK: tl.constexpr, ASSEMBLY: tl.constexpr
+):
+    """The bytes with the codes of units, which begin at `at`; for 3 bits also those with the
+    highest bits, moved so that bit 2 * c is that of chunk c."""
+    codes = (tl.load(at + byte, mask=mask, other=0),)
+    if BITS == 3:
+        # A byte has those of eight channels: of two in each chunk, CHUNK / 2 apart.
+        HALF: tl.constexpr = CHUNK // 2
+        high = tl.load(at + CHUNK + byte % HALF, mask=mask, other=0)
+        if ASSEMBLY is None:
+            high = tl.where(byte < HALF, high, high >> 1)
+        else:
+            high = tl.inline_asm_elementwise(
+                "{ .reg .b32 next; shr.b32 next, $1, 1; lop3.b32 $0, $2, $1, next, 0xCA; }",
+                "=r,r,r",
+                [high, tl.where(byte < HALF, -1, 0).to(tl.int8)],
+                dtype=tl.uint8,
+                is_pure=True,
+                pack=4,
+            )
+        codes += (high,)
     return codes
 
 
@@ -249,7 +265,7 @@ def levels_at(  # type: ignore[no-untyped-def]
             x = tl.inline_asm_elementwise(
                 ASSEMBLY[chunk],
                 "=r,=r,r,r",
-                [codes[chunk % 2], codes[2]],
+                [codes[0], codes[1]],
                 dtype=tl.float16,
                 is_pure=True,
                 pack=4,
@@ -260,8 +276,8 @@ def levels_at(  # type: ignore[no-untyped-def]
             )
     else:
         if BITS == 3:
-            code = (codes[chunk % 2].to(tl.int32) >> (chunk // 2 * 2)) & 3
-            code += ((codes[2].to(tl.int32) >> chunk) & 1) << 2
+            code = (codes[0].to(tl.int32) >> (2 * chunk)) & 3
+            code += ((codes[1].to(tl.int32) >> (2 * chunk)) & 1) << 2
         else:
             code = (codes[0].to(tl.int32) >> (chunk * BITS)) & (2 * HALF - 1)
         if BITS == 8:
@@ -295,7 +311,7 @@ def assembly(levels: tuple[float, ...]) -> tuple[str, ...]:
             sub.f16x2 $1, high, middle;
             }""",
         )
-    chunks = 8 if bits == 3 else 8 // bits
+    chunks = 8 // (bits - bits % 2)
     return tuple(
         "{ .reg .b32 code, low, high, sign; "
         + " ".join((*_code(bits, chunk), *_lookup(levels), *_signed(bits)))
@@ -308,9 +324,9 @@ def _code(bits: int, chunk: int) -> tuple[str, ...]:
     """PTX that puts the codes of a chunk into `code`, a byte each; of 4 bits, what the level's size
     is looked up by, and 8 in a byte of `sign` where it is negative."""
     if bits == 3:
-        move = f"shr.b32 high, $3, {chunk - 2};" if chunk > 1 else f"shl.b32 high, $3, {2 - chunk};"
         return (
-            *(f"shr.b32 code, $2, {chunk // 2 * 2};", move),
+            f"shr.b32 code, $2, {2 * chunk};",
+            f"shr.b32 high, $3, {2 * chunk - 2};" if chunk else "shl.b32 high, $3, 2;",
             "and.b32 high, high, 0x04040404;",
             "lop3.b32 code, code, 0x03030303, high, 0xEA;",
         )
