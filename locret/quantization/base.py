@@ -7,7 +7,7 @@ g units of a block, D head size. "..." is any shape.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -106,17 +106,28 @@ class Scheme:
     def expand(
         self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
     ) -> bool:
-        """Write all keys or values of a layer to `out` [B, H, P, D] at once, where a kernel can.
+        """Write all keys or values of a layer at once, where a kernel can.
 
         Args:
-            packed: what each unit needs [B, H, P, *] and, of keys, the tables [B, H, G, *].
+            packed: what each unit needs [N, *] and, of keys, the tables [M, *].
             starts: of the blocks of keys (`locret.quantization.packed.PackedKeys`); None = values.
-            at: rows of `out` that the units go to; None = all, in order.
+            out: [*, D], floating.
+            at: rows of `out` that the units go to, [N] long; None = all, in order.
 
         Returns:
             Whether it did; False = the methods above are to be asked.
         """
         return False
+
+    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> Any | None:
+        """Packed units as `locret.kernels.decode_packed` takes them; None = it does not.
+
+        Args:
+            keys: what each unit needs [N, *], and the tables [M, *].
+            starts: of the blocks of keys.
+            values: what each unit needs [N, *].
+        """
+        return None
 
 
 @dataclass(frozen=True)

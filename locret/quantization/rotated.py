@@ -34,6 +34,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from locret.kernels import RotatedKV, expand_rotated
+from locret.kernels.dispatch import takes_triton
 from locret.quantization.base import Scheme, Tensors
 from locret.quantization.codes import (
     LARGEST,
@@ -103,6 +105,18 @@ class RotatedScheme(Scheme):
 
     def decode_values(self, units: Tensors, head_size: int) -> Tensor:
         return hadamard(decode(units, self.value_bits, head_size))
+
+    def expand(
+        self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
+    ) -> bool:
+        bits = self.value_bits if starts is None else self.key_bits
+        if takes_triton(out):
+            expand_rotated(packed, POSITIVE_LEVELS[bits], out, starts, at)
+        return takes_triton(out)
+
+    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> RotatedKV | None:
+        both = POSITIVE_LEVELS[self.key_bits], POSITIVE_LEVELS[self.value_bits]
+        return RotatedKV(keys, starts, values, *both, self.group)
 
 
 def hadamard(x: Tensor) -> Tensor:

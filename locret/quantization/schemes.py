@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from locret.kernels import expand_units
+from locret.kernels import PackedKV, expand_units
 from locret.kernels.dispatch import takes_triton
 from locret.quantities import check_whole
 from locret.quantization.base import NoScheme, Scheme, Tensors
@@ -82,10 +82,14 @@ class KiviScheme(Scheme):
     def expand(
         self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
     ) -> bool:
-        if at is not None or not takes_triton(out):
-            return False
-        expand_units(packed, self.bits, self.group, out, starts)
-        return True
+        if takes_triton(out):
+            expand_units(packed, self.bits, self.group, out, starts, at)
+        return takes_triton(out)
+
+    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> PackedKV | None:
+        if self.outliers is not None:
+            return None
+        return PackedKV(keys, starts, values, self.bits, self.group)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., groups, group], padded with zeros."""
