@@ -124,7 +124,7 @@ class StepPass(Pass):
         self._filled = torch.tensor(counts, dtype=torch.int32, device=device)
         self._lengths = self._filled + 1
         self._starts = [self._start_of(layer) for layer in cache.layers]
-        group = backbone.config.num_attention_heads // backbone.geometry.num_kv_heads
+        group = backbone.geometry.num_query_heads // backbone.geometry.num_kv_heads
         self._contexts = [StepContext.of(layer, group) for layer in cache.layers]
         self._like = torch.empty(0, dtype=cache.layers[0].store.like.dtype, device=device)
 
