@@ -265,9 +265,7 @@ class RetainedCache(Cache):
         return made
 
     @classmethod
-    def stack(
-        cls, rows: "Sequence[RetainedCache]", padded_to: int
-    ) -> "RetainedCache":
+    def stack(cls, rows: "Sequence[RetainedCache]", padded_to: int) -> "RetainedCache":
         """Caches of one row each as one batch. Empties `rows`.
 
         Args:

@@ -123,15 +123,18 @@ class Answering:
                 "units without a score; go on with the engine it came from, or read its context "
                 "again"
             )
+        if not all(layer.store.scored for layer in cache.layers if not layer.is_empty):
+            raise ValueError(
+                "decode_interval: this cache was read by an engine without it and holds no scores; "
+                "read its context again with this engine"
+            )
         whole = max(cache.prompt_lengths)
         counts = self.config.answer_counts(self.attention.policy, self.sizing, whole, last)
         if counts is None:
             shape = self.backbone.geometry
             counts = counts_of(cache.budget, shape.num_layers, shape.num_kv_heads)
         cache.budget = one_if_equal(counts)
-        return self.config.eviction(
-            counts, cache.query_length, interval - 1, merging=cache.merging
-        )
+        return self.config.eviction(counts, cache.query_length, interval - 1, merging=cache.merging)
 
     def lengthen(self, kwargs: dict[str, Any], front: int) -> None:
         """Make lengths that count the prompt count `front` tokens read in front of it too."""

@@ -10,9 +10,7 @@ first, so that a mistake is told before a model is loaded.
 """
 
 import warnings
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -21,9 +19,10 @@ from locret.cache.merging import Merging, merging_of
 from locret.cache.recall import Recall, recall_of
 from locret.cache.sequences import Counts
 from locret.cache.sizing import Sizing
+from locret.engine.budgets import head_counts, layer_budgets
 from locret.engine.steps import why_not_graphed
 from locret.heads.heads import HeadsConfig
-from locret.heads.quotas import Quotas, quotas_of, unit_counts
+from locret.heads.quotas import Quotas, quotas_of
 from locret.model.attend import Backend, available, check_backend, fastest
 from locret.model.backbone import Backbone
 from locret.model.rotary import LongRopeRule
@@ -34,12 +33,10 @@ from locret.quantities import (
     ByteShare,
     Memory,
     budget_of,
-    format_bytes,
     is_whole,
     parse_bytes,
 )
 from locret.quantization import Scheme, scheme_of
-from locret.quantization.schemes import Fp8Scheme, key_bias_warning
 
 Auto = Literal["auto"]
 
@@ -138,7 +135,6 @@ DEFAULTS: dict[str, Any] = {
 }
 """The settings by name, with what each is where the user does not say."""
 
-BYTES_IN_16_BITS = 2
 ALIAS = "budget_bytes"
 """The old name of a budget that is memory, taken with a warning."""
 
@@ -208,10 +204,6 @@ class EngineConfig:
             )
         if self.reading.quotas is not None:
             self.reading.quotas.check_shape(layers, backbone.geometry.num_kv_heads)
-        if isinstance(self.storage.quantization, Fp8Scheme):
-            told = key_bias_warning(backbone.key_biases)
-            if told is not None:
-                warnings.warn(told, stacklevel=3)  # whoever makes the engine
         backend = _backend(self.compute.backend, backbone)
         graphs = _graphs(self.compute.graphs, backbone, self.storage.recall)
         return replace(self, compute=Compute(backend, graphs))
@@ -226,7 +218,8 @@ class EngineConfig:
         storage, element_size = self.storage, backbone.model.dtype.itemsize
         weighs = storage.merging is not None
         shape, windows = backbone.geometry, backbone.windows
-        return Sizing.of(storage.quantization, shape, element_size, weighs, windows)
+        scored = self.reading.decode_interval is not None
+        return Sizing.of(storage.quantization, shape, element_size, weighs, windows, scored)
 
     def budgets(self, policy: Policy, sizing: Sizing, context: int) -> tuple[int, ...] | None:
         """Units that every layer keeps of a context of that many tokens, as the policy shares them
@@ -235,59 +228,27 @@ class EngineConfig:
         Raises:
             ValueError: not one unit fits into the memory.
         """
-        budget = self.reading.budget
-        if budget is None or not sizing.num_layers:
-            return None
-        if isinstance(budget, tuple):
-            return budget
+        reading = self.reading
+        return layer_budgets(reading.budget, reading.quotas, policy, sizing, context)
 
-        def of_layers(average: int) -> Sequence[int]:
-            return sizing.shared(policy.budgets(average, sizing.num_layers, context))
-
-        if isinstance(budget, Memory | ByteShare):
-
-            def needed(average: int) -> int:
-                return _bytes_of(self._dealt(of_layers(average), sizing, context), sizing)
-
-            units = _units_within(budget, sizing, context, needed)
-        else:
-            units = budget if isinstance(budget, int) else max(1, round(budget * context))
-        return tuple(of_layers(units))
-
-    def counts(
-        self, policy: Policy, sizing: Sizing, context: int
-    ) -> Counts | None:
+    def counts(self, policy: Policy, sizing: Sizing, context: int) -> Counts | None:
         """Units that every KV head of every layer keeps of a context of that many tokens,
-        [layers][KV heads]: the layers' budgets, dealt out by the quotas (`unit_counts`). A head
-        that may keep the whole context has its layer's budget, if that is more. None = all.
+        [layers][KV heads]: the layers' budgets, dealt out by the quotas. None = all.
 
         Raises:
             ValueError: not one unit fits into the memory.
         """
         budgets = self.budgets(policy, sizing, context)
-        return None if budgets is None else self._dealt(budgets, sizing, context)
-
-    def _dealt(
-        self, budgets: Sequence[int], sizing: Sizing, context: int
-    ) -> Counts:
-        """Units of every head, by the quotas, where layers have these budgets."""
-        heads, quotas = sizing.num_kv_heads, self.reading.quotas
-        if quotas is None:
-            return tuple((budget,) * heads for budget in budgets)
-        context = max(context, 1)
-        kept = sum(min(budget, context) for budget in budgets)
-        shares = quotas.at(context * len(budgets) / kept)
-        return tuple(
-            tuple(max(units, budget) if units == context else units for units in layer)
-            for layer, budget in zip(unit_counts(shares, budgets, context), budgets, strict=True)
-        )
+        if budgets is None:
+            return None
+        return head_counts(budgets, self.reading.quotas, sizing.num_kv_heads, context)
 
     def answer_counts(
         self, policy: Policy, sizing: Sizing, prompt: int, last: int
     ) -> Counts | None:
-        """Units that every head of every layer keeps while an answer comes, where that depends on the tokens: a
-        share is of the whole prompt's, and memory holds what fits into it of `last` tokens, the
-        prompt's and the answer's. None = what it kept of the context."""
+        """Units that every head of every layer keeps while an answer comes, where that depends on
+        the tokens: a share is of the whole prompt's, and memory holds what fits into it of `last`
+        tokens, the prompt's and the answer's. None = what it kept of the context."""
         budget = self.reading.budget
         if isinstance(budget, Memory):
             return self.counts(policy, sizing, last)
@@ -448,47 +409,6 @@ def _check_stabilizers(reading: Reading, query_tokens: int) -> None:
             f"stabilizers is {stabilizers}{query} but the budget is {smallest}: they are kept "
             "within the budget; lower stabilizers or raise the budget"
         )
-
-
-def _full_bytes(sizing: Sizing, tokens: int) -> int:
-    """Keys and values of so many tokens in 16 bits, in the layers without a window."""
-    elements = 2 * sizing.head_size * sizing.num_kv_heads * sizing.num_layers
-    return tokens * elements * BYTES_IN_16_BITS
-
-
-def _bytes_of(counts: Sequence[Sequence[int]], sizing: Sizing) -> int:
-    """Most bytes of heads that hold so many units, [layers][KV heads]: a head's blocks and their
-    tables depend on how many it holds."""
-    return sum(
-        sizing.layer_bytes(layer, units) // sizing.num_kv_heads * heads
-        for layer, of_heads in enumerate(counts)
-        for units, heads in Counter(of_heads).items()
-    )
-
-
-def _units_within(
-    budget: Memory | ByteShare, sizing: Sizing, context: int, needed: Callable[[int], int]
-) -> int:
-    """Units on average that fit, at least 1.
-
-    A share of the full cache's bytes is that of the layers without a window, and one unit in every
-    head is kept where not even that is a share of them.
-
-    Args:
-        needed: bytes where heads keep so many units on average.
-    """
-    most, windows = range(1, max(context, 1) + 1), sizing.window_bytes(context)
-    if isinstance(budget, ByteShare):
-        nbytes = int(budget.share * _full_bytes(sizing, budget.context or context))
-        return max(1, bisect_right(most, nbytes, key=needed))
-    units = bisect_right(most, budget.nbytes - windows, key=needed)
-    if not units:
-        also = f", sliding windows {format_bytes(windows)}" if windows else ""
-        raise ValueError(
-            f"budget is {format_bytes(budget.nbytes)}; one unit in every KV head takes "
-            f"{format_bytes(needed(1))}{also}"
-        )
-    return units
 
 
 def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:

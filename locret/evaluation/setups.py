@@ -285,9 +285,9 @@ def sizes_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
     """Units and bytes of one row.
 
     Returns:
-        `units`: (mean, largest) number of units of a layer's heads on average; `bytes`: the row's share
-        of the storage; `room_bytes`: of it, room for an answer; `full_bytes`: its share of the keys
-        and values of a full cache.
+        `units`: (mean, largest) over layers of the units that a head holds on average; `bytes`: the
+        row's share of the storage; `room_bytes`: of it, room for an answer; `full_bytes`: its share
+        of the keys and values of a full cache.
     """
     report = cache.report()
     held = [layer.store.sequences.counts[row] for layer in cache.layers]

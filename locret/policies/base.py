@@ -23,9 +23,9 @@ HIGHEST = torch.finfo(torch.float32).max
 
 
 class Context:
-    """The units that a layer holds when a chunk comes, as rectangles: filled up in front where heads
-    or rows hold fewer than others (`LayerChunk.empty`). Each is made when a policy first asks for
-    it, so that policies that score units once cost nothing.
+    """The units that a layer holds when a chunk comes, as rectangles: filled up in front where
+    heads or rows hold fewer than others (`LayerChunk.empty`). Each is made when a policy first asks
+    for it, so that policies that score units once cost nothing.
 
     Args:
         length: S.
@@ -57,11 +57,6 @@ class Context:
     @functools.cached_property
     def positions(self) -> Tensor:
         return self._make("source_positions").long()
-
-    keys: Tensor
-    values: Tensor
-    scores: Tensor
-    positions: Tensor
 
 
 def _cannot_rotate(x: Tensor, offset: int) -> Tensor:

@@ -1,11 +1,13 @@
 """Bytes foretold are bytes taken; budgets move so that layers cost the same."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.quantization import SCHEMES, make_scheme
+from locret.quantization import SCHEMES, describe_scheme, make_scheme, scheme_of
 from locret.quantization.costs import (
     block_limit,
     costs_of,
@@ -30,10 +32,10 @@ def test_the_published_share_of_sixteen_bits(name, bits, share, size):
 
 @settings(max_examples=60)
 @given(
-    name=st.sampled_from(["none", "kivi", "fp8"]),
+    name=st.sampled_from(["none", "kivi", "fp8", "rotated"]),
     budget=st.integers(1, 300),
     residual=st.integers(0, 20),
-    size=st.sampled_from([5, 16]),
+    size=st.sampled_from([6, 16]),
     evictions=st.integers(1, 8),
 )
 def test_no_history_takes_more_bytes_than_foretold(name, budget, residual, size, evictions):
@@ -86,6 +88,31 @@ def test_layers_at_more_bits_hold_fewer_tokens_in_the_same_bytes():
     assert 0.5 < budgets[0] / 4096 < 0.56  # scales and minimums cost the same at any bits
     eight, four = (most_bytes(scheme.for_layer(layer), budgets[layer], 128) for layer in (0, 5))
     assert eight <= four < eight * 1.01
+
+
+@pytest.mark.parametrize("options", [{}, {"scheme": "rotated"}, {"scheme": "kvquant"}])
+def test_layers_of_any_scheme_cost_the_same(options):
+    scheme = make_scheme("layerquant", **options)
+    budgets = scheme.budgets(4096, num_layers=6, head_size=128)
+    eight, four = (most_bytes(scheme.for_layer(layer), budgets[layer], 128) for layer in (0, 5))
+    assert budgets[5] == 4096 and eight <= four < eight * 1.01
+
+
+def test_layers_at_other_bits_of_keys_than_of_values():
+    scheme = make_scheme(
+        "layerquant",
+        scheme="rotated",
+        bits={"key_bits": 3, "value_bits": 2},
+        quant_layers_bits=4,
+        quant_begin_layers=1,
+        quant_end_layers=3,
+    )
+    found = [scheme.for_layer(layer) for layer in range(4)]
+    assert [(each.key_bits, each.value_bits) for each in found] == [(3, 2), (4, 4), (4, 4), (3, 2)]
+    assert {each.name for each in found} == {"rotated"}
+    budgets = scheme.budgets(4096, num_layers=4, head_size=128)
+    assert budgets[0] == budgets[3] == 4096 and 2500 < budgets[1] == budgets[2] < 3000
+    assert hash(scheme) and scheme_of(json.loads(json.dumps(describe_scheme(scheme)))) == scheme
 
 
 def test_a_range_beyond_the_model_is_refused():
