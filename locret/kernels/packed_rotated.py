@@ -240,8 +240,9 @@ def load_codes(  # type: ignore[no-untyped-def]
         if ASSEMBLY is None:
             high = tl.where(byte < HALF, high, high >> 1)
         else:
+            ASM: tl.constexpr = ASSEMBLY[len(ASSEMBLY) - 1]
             high = tl.inline_asm_elementwise(
-                "{ .reg .b32 next; shr.b32 next, $1, 1; lop3.b32 $0, $2, $1, next, 0xCA; }",
+                ASM,
                 "=r,r,r",
                 [high, tl.where(byte < HALF, -1, 0).to(tl.int8)],
                 dtype=tl.uint8,
@@ -296,8 +297,11 @@ def levels_at(  # type: ignore[no-untyped-def]
 
 @functools.cache
 def assembly(levels: tuple[float, ...]) -> tuple[str, ...]:
-    """For each chunk of channels, PTX that makes four float16 levels ($0, $1) of four bytes ($2),
-    and of the bytes with their highest bits ($3) where codes have 3 bits."""
+    """For each chunk of channels, PTX that makes four float16 levels ($0, $1) of four bytes ($2).
+
+    Of 3 bits, the bytes with the highest ones are $3; after the chunks comes PTX that moves each of
+    four such bytes ($1) by a bit, but where a mask ($2) says that it stays.
+    """
     bits = bits_of(levels)
     if bits == 8:
         # 0x6400 is 1024 in float16 and its last bits count by one; 0x57f8 is 127.5.
@@ -315,12 +319,15 @@ def assembly(levels: tuple[float, ...]) -> tuple[str, ...]:
             }""",
         )
     chunks = 8 // (bits - bits % 2)
-    return tuple(
+    looked_up = tuple(
         "{ .reg .b32 code, low, high, sign; "
         + " ".join((*_code(bits, chunk), *_lookup(levels), *_signed(bits)))
         + " prmt.b32 $0, low, high, 0x5140; prmt.b32 $1, low, high, 0x7362; }"
         for chunk in range(chunks)
     )
+    # The bit that comes from the next byte is of no chunk.
+    moved = "{ .reg .b32 next; shr.b32 next, $1, 1; lop3.b32 $0, $2, $1, next, 0xCA; }"
+    return looked_up if bits != 3 else (*looked_up, moved)
 
 
 def _code(bits: int, chunk: int) -> tuple[str, ...]:
