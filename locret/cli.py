@@ -6,6 +6,7 @@ grid       policies, bits and budgets at equal bytes, on synthetic retrieval
 evaluate   benchmarks under several policies and budgets, with a manifest
 reproduce  small slices of committed results again, on a CPU
 lm_eval    lm-evaluation-harness with `--model locret` and our task files
+calibrate  measure which KV heads need to keep more than others
 convert    between the artifact folder and the released .bin format
 inspect    what an artifact records, and whether its weights look sound
 push       an artifact to the Hugging Face Hub
@@ -20,6 +21,7 @@ from typing import Any
 
 from locret.commands import (
     artifacts,
+    calibrate,
     evaluate,
     generate,
     grid,
@@ -32,7 +34,18 @@ from locret.commands import (
 )
 from locret.system import interrupts
 
-COMMANDS = (generate, needle, grid, evaluate, reproduce, lm_eval, artifacts, report, plan)
+COMMANDS = (
+    generate,
+    needle,
+    grid,
+    evaluate,
+    reproduce,
+    lm_eval,
+    calibrate,
+    artifacts,
+    report,
+    plan,
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -51,8 +51,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class ByteShare:
-    """A budget in bytes: as many as a share of the context takes in 16 bits, however the cache is
-    stored.
+    """A budget in bytes: at most that share of what keys and values of the context take in 16 bits,
+    however the cache is stored; its scores and source positions are counted in.
 
     Attributes:
         share: between 0 and 1.
@@ -67,8 +67,8 @@ class ByteShare:
 
 
 Budget = int | float | tuple[int, ...] | Memory | ByteShare | None
-"""Units every KV head keeps: a number; a share of the context, below 1; one number for each layer;
-what fits into a memory, or into the bytes of a share; None = all."""
+"""Units a KV head keeps on average: a number; a share of the context, below 1; one number for each
+layer; what fits into a memory, or into the bytes of a share; None = all."""
 
 BudgetChoice = int | float | str | Sequence[int] | Memory | ByteShare | None
 """How a user gives a budget (`budget_of`)."""

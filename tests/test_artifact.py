@@ -532,3 +532,54 @@ def test_target_whose_record_is_a_folder_keeps_everything(folder, heads):
 def test_weights_are_plain_safetensors(heads, folder):
     with safetensors.safe_open(folder / "heads.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == sorted(heads.state_dict())
+
+
+# --- quotas ---
+
+QUOTAS = {"2": [[1.2, 0.8], [1.0, 1.0]], "8": [[3.0, 0.5], [0.25, 0.25]]}
+
+
+def test_quotas_survive(tmp_path):
+    heads = tiny_heads(tiny_model("llama"), quotas=QUOTAS)
+    folder = heads.save_pretrained(tmp_path)
+    loaded = RetainingHeads.from_pretrained(folder)
+    assert loaded.config == heads.config and loaded.config.quotas == QUOTAS
+    assert "[3.0, 0.5]" in (folder / "config.json").read_text()
+    assert (
+        loaded.save_pretrained(tmp_path / "again").joinpath("config.json").read_bytes()
+        == (folder / "config.json").read_bytes()
+    )
+
+
+def test_a_record_without_quotas_is_written_as_before_there_were_any(folder):
+    assert "quotas" not in json.loads((folder / "config.json").read_text())
+    assert RetainingHeads.from_pretrained(folder).config.quotas is None
+    rewrite_record(folder, quotas=None)
+    assert RetainingHeads.from_pretrained(folder).config.quotas is None
+
+
+@pytest.mark.parametrize(
+    ("quotas", "message"),
+    [
+        ({"2": [[1.0, 1.0]]}, "quotas are for 1 layers of 2 KV heads; expected 2 layers"),
+        ({"2": [[1.0], [1.0]]}, "quotas are for 2 layers of 1 KV heads; expected 2 layers"),
+        ({"2": [[1.0, 1.0], [1.0, -1.0]]}, "expected finite numbers of at least 0"),
+        ({"2": [[0, 0], [0, 0]]}, "not all of them 0"),
+        ({"much": [[1.0, 1.0]] * 2}, "compression 'much'"),
+        ({"2": "many"}, "expected lists of lists by compression"),
+        ([[1.0, 1.0]] * 2, "quotas are a list, expected lists of lists by compression"),
+        ({}, "an empty mapping"),
+        ("quotas.json", "quotas are a str"),
+    ],
+    ids=str,
+)
+def test_quotas_that_do_not_fit_the_heads_are_refused(quotas, message, folder):
+    rewrite_record(folder, quotas=quotas)
+    refused(folder, message)
+
+
+def test_a_record_is_written_anew_beside_its_weights(heads, folder):
+    before = (folder / "heads.safetensors").stat()
+    artifact.save_record(folder, heads.config.to_dict() | {"quotas": QUOTAS})
+    assert RetainingHeads.from_pretrained(folder).config.quotas == QUOTAS
+    assert (folder / "heads.safetensors").stat() == before

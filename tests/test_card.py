@@ -272,3 +272,14 @@ def test_write_card_takes_in_what_lies_beside(folder):
     assert 'from_pretrained("me/heads")' in card
     assert "notes" not in card
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+
+
+def test_quotas_are_told_by_their_spread(heads):
+    quotas = {"16": [[3.0, 0.5], [0.25, 0.25]], "2": [[1.0, 1.0], [1.0, 1.0]]}
+    rows = table_rows(model_card(heads.config.to_dict() | {"quotas": quotas}))
+    assert "quotas" not in rows
+    assert rows["quotas at 16x"] == (
+        "from 0.25 to 3.00 of the mean; the tenth of the heads that keeps most has 75%"
+    )
+    assert rows["quotas at 2x"].startswith("from 1.00 to 1.00")
+    assert not [name for name in table_rows(model_card(heads.config.to_dict())) if "quota" in name]

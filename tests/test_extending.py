@@ -1,4 +1,7 @@
-"""A new label, loss or head input is one function and one line in a table (under 30 lines)."""
+"""A new label, loss or head input is one function and one line in a table (under 30 lines), a new
+quantization scheme one class (under 60)."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -7,6 +10,8 @@ import locret
 from locret.heads.heads import FEATURES, HeadsConfig, RetainingHeads
 from locret.heads.targets import LABELS, LOSSES
 from locret.model.backbone import Backbone
+from locret.quantization import SCHEMES, Scheme
+from locret.quantization.codes import refuse_unstorable
 from locret.training.distill import Distillation
 from locret.training.segments import Segment
 from tests.tiny_models import prompt, tiny_heads, tiny_model
@@ -80,6 +85,63 @@ def test_a_head_input(monkeypatch, tmp_path):
     heads = tiny_heads(model, tap="key_and_norm")
     train(model, heads)
     assert_answers(model, heads, tmp_path)
+
+
+@dataclass(frozen=True)
+class HalfStepScheme(Scheme):
+    """Eight bits of the range of a block's channel or of a value's channels, no minimum stored."""
+
+    name = "half_step"
+    widths = (8,)
+    bits: int = 8
+
+    def encode_keys(self, x, usable):
+        codes, scale = self._encode(x, -2)
+        return (codes,), (scale.squeeze(-2),)
+
+    def decode_keys(self, units, tables, head_size):
+        return self._decode(units[0], tables[0])
+
+    def encode_values(self, x, usable):
+        return self._encode(x, -1)
+
+    def decode_values(self, units, head_size):
+        return self._decode(*units)
+
+    def _encode(self, x, dim):
+        refuse_unstorable(x)
+        scale = (x.float().abs().amax(dim, keepdim=True) / 127).clamp(min=2.0**-14).half()
+        return ((x.float() / scale.float()).round().clamp(-127, 127) + 128).to(torch.uint8), scale
+
+    def _decode(self, codes, scale):
+        return (codes.float() - 128) * scale.float()
+
+
+@pytest.mark.parametrize("budget", [20, "16KiB"])
+def test_a_quantization_scheme(monkeypatch, budget):
+    monkeypatch.setitem(SCHEMES, HalfStepScheme.name, HalfStepScheme)
+
+    model = tiny_model("llama")
+    settings = {**SMALL, "budget": budget}
+    quantization = {"name": "half_step", "group": 4, "residual": 3}
+    engine = locret.Engine(model, "streaming_llm", quantization=quantization, **settings)
+    plain = locret.Engine(model, "streaming_llm", **settings)
+    one, other = (
+        each.generate(
+            prompt(60),
+            max_new_tokens=1,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        ).logits[0]
+        for each in (engine, plain)
+    )
+    report = engine.prefill(prompt(60)).report()
+    if budget == SMALL["budget"]:
+        assert report["kv_bytes"] < 0.75 * plain.prefill(prompt(60)).report()["kv_bytes"]
+        assert 0 < (one - other).norm() < 0.05 * other.norm()
+    else:
+        assert report["total_bytes"] < 20 * 1024 and min(report["units"]) > SMALL["budget"]
 
 
 @pytest.mark.parametrize("label", sorted(LABELS))

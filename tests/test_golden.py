@@ -76,7 +76,7 @@ def test_prompt_keeps_the_same_units_with_the_same_scores(name, attn):
     policy = RecordingPolicy(heads)
     context = trace["input_ids"][:, : -params["local_len"]]
     cache = engine_of(model, policy, params).prefill(context)
-    kept = torch.stack([layer.source_positions[0] for layer in cache.layers])
+    kept = torch.stack([torch.stack(layer.source_positions[0]) for layer in cache.layers])
     assert torch.equal(kept, trace["kept_positions"].long())
     assert close(policy.all_scores(), trace["scores"])
 

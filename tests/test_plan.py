@@ -43,7 +43,7 @@ def test_llama_31_8b_at_128k():
         69632 + starts,
         36864 + starts,
         20480 + starts,
-        32 * 8 * (256 + 4 + 2) + starts,
+        32 * 8 * (256 + 8 + 2) + starts,
     ]
     bookkeeping = 32 * 8 * 12 * CONTEXT
     plain, kivi = schemes["none", 16], {bits: schemes["kivi", bits] for bits in (8, 4, 2)}

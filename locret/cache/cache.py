@@ -28,9 +28,13 @@ from locret.cache.host_blocks import HostBlocks
 from locret.cache.layer import RetainedLayer
 from locret.cache.merging import Merging, describe_merging
 from locret.cache.recall import Recall
+from locret.cache.sequences import Counts
+from locret.cache.store import Store
 from locret.quantization import NO_SCHEME, Scheme, describe_scheme
 
 Positions = Literal["compact", "original"]
+Budgets = int | tuple[int, ...] | Counts | None
+"""Units that a KV head keeps: one number for all, for each layer, or for each layer's heads."""
 
 DECODE_ROOM = 256  # units of spare storage a growing layer takes, so that decoding appends in place
 
@@ -80,7 +84,8 @@ class RetainedCache(Cache):
 
     Args:
         num_layers: layers of the backbone.
-        budget: units a KV head keeps while the prompt is read, or those of every layer; None = all.
+        budget: units a KV head keeps while the prompt is read, or those of every layer, or of every
+            layer's heads; None = all.
         positions: see the file's head.
         windows: the sliding window of each layer (`RetainedLayer`), None for those without; empty =
             no layer has one.
@@ -112,7 +117,7 @@ class RetainedCache(Cache):
     def __init__(
         self,
         num_layers: int,
-        budget: int | tuple[int, ...] | None = None,
+        budget: Budgets = None,
         positions: Positions = "compact",
         windows: Sequence[int | None] = (),
         scheme: Scheme = NO_SCHEME,
@@ -260,16 +265,12 @@ class RetainedCache(Cache):
         return made
 
     @classmethod
-    def stack(
-        cls, rows: "Sequence[RetainedCache]", padded_to: int, num_heads: int, device: torch.device
-    ) -> "RetainedCache":
-        """Caches of one row each as one batch, aligned at their last unit. Empties `rows`.
+    def stack(cls, rows: "Sequence[RetainedCache]", padded_to: int) -> "RetainedCache":
+        """Caches of one row each as one batch. Empties `rows`.
 
         Args:
             rows: caches of the same settings, that of a padded row with its `padding`.
             padded_to: tokens of the longest row; shorter ones count as padded on the left.
-            num_heads: KV heads of the backbone.
-            device: where the new tensors go.
         """
         first = rows[0]
         batch = first._emptied()
@@ -280,14 +281,14 @@ class RetainedCache(Cache):
         batch.prompt_lengths = tuple(row.prompt_lengths[0] for row in rows)
         batch.padding = tuple(padded_to - row.shifted(row.seen)[0] for row in rows)
         for layer, *of_rows in zip(batch.layers, *(row.layers for row in rows), strict=True):
-            _take_rows(layer, of_rows, num_heads, device)
+            _take_rows(layer, of_rows)
             layer.seen = padded_to
         return batch
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, one after the other, for the beams of stock `generate`."""
-        some = next((layer for layer in self.layers if layer.slots), None)
-        batch = len(self.padding or ()) or (some.scores.shape[0] if some else 1)
+        some = next((layer for layer in self.layers if not layer.is_empty), None)
+        batch = len(self.padding or ()) or (some.store.sequences.shape[0] if some else 1)
         self._select_rows([row for row in range(batch) for _ in range(repeats)])
 
     def rows(self, indices: Sequence[int]) -> "RetainedCache":
@@ -302,7 +303,8 @@ class RetainedCache(Cache):
 
     def _select_rows(self, indices: Sequence[int]) -> None:
         """Let the layers hold only these rows of the batch, which may repeat."""
-        device = next((layer.scores.device for layer in self.layers if layer.slots), None)
+        filled = (layer.store.like.device for layer in self.layers if not layer.is_empty)
+        device = next(filled, None)
         on_device = torch.tensor(indices, device=device)
         for layer in self.layers:
             layer.select_rows(on_device, indices)
@@ -311,40 +313,51 @@ class RetainedCache(Cache):
         if len(self.prompt_lengths) > 1:
             self.prompt_lengths = tuple(self.prompt_lengths[i] for i in indices)
 
-    def report(self) -> dict[str, Any]:
+    def report(self, heads: bool = False) -> dict[str, Any]:
         """What is held, in units and real bytes, against what a full cache would take.
+
+        Args:
+            heads: say of every head what it holds, too.
 
         Returns:
             `seen_tokens`, `budget`, `positions`, `quantization` (None or the scheme with its
             options), `merging` (likewise), per layer `windows` (None where the budget holds),
-            `units` (held in each head) and `bytes` (storage of keys, values, their scales and
+            `units` (held by a head on average), `most_units` and `least_units` (of the head and row
+            that has most, or fewest) and `bytes` (storage of keys, values, their scales and
             outliers, scores, positions, weights, spare room), their sum `total_bytes`, `kv_bytes`
             (the part of it for keys and values), `full_cache_bytes` (keys and values of every token
             seen, or of a window) and `ratio` = total / full. `recall` is None, or its options with
             `host_units` (evicted), `host_bytes` and `recalled_units` (attended to beside `units` in
             the last step or chunk), all in the layer or head that has most but for the bytes, which
-            are of all; what it takes of the device is part of `bytes`.
+            are of all; what it takes of the device is part of `bytes`. With `heads`, also
+            `head_units` [layer][row][head].
         """
-        quantized = any(layer.quantized for layer in self.layers)
+        counts = [
+            ((0,),) if layer.is_empty else layer.store.sequences.counts for layer in self.layers
+        ]
+        flat = [[n for row in layer for n in row] for layer in counts]
         full = sum(
-            layer.units.full_bytes * min(layer.seen, layer.window or layer.seen)
+            layer.store.full_bytes * min(layer.seen, layer.window or layer.seen)
             for layer in self.layers
         )
-        return {
+        report = {
             "seen_tokens": self.seen,
             "budget": self.budget,
             "positions": self.positions,
-            "quantization": describe_scheme(self.scheme) if quantized else None,
+            "quantization": describe_scheme(self.scheme) if self.scheme.packs else None,
             "merging": describe_merging(self.merging),
             "windows": list(self.windows),
-            "units": [layer.slots for layer in self.layers],
+            "units": [_whole_if_so(sum(layer) / len(layer)) for layer in flat],
+            "most_units": [*map(max, flat)],
+            "least_units": [*map(min, flat)],
             "recall": self._report_recall(),
             "bytes": [layer.nbytes for layer in self.layers],
             "total_bytes": self.nbytes,
-            "kv_bytes": sum(layer.units.kv_bytes for layer in self.layers),
+            "kv_bytes": sum(layer.store.kv_bytes for layer in self.layers),
             "full_cache_bytes": full,
             "ratio": self.nbytes / full if full else 0.0,
         }
+        return report | ({"head_units": [[[*row] for row in x] for x in counts]} if heads else {})
 
     def _report_recall(self) -> dict[str, Any] | None:
         if self.recall is None:
@@ -354,6 +367,10 @@ class RetainedCache(Cache):
             "host_bytes": sum(host.host_bytes for host in self.hosts),
             "recalled_units": max((host.recalled for host in self.hosts), default=0),
         }
+
+
+def _whole_if_so(number: float) -> int | float:
+    return int(number) if number == int(number) else number
 
 
 def _layer_schemes(
@@ -366,34 +383,19 @@ def _layer_schemes(
         retained += window is None
 
 
-def _take_rows(
-    layer: RetainedLayer, rows: Sequence[RetainedLayer], num_heads: int, device: torch.device
-) -> None:
-    """Let a new layer hold layers of one row each as one batch, aligned at their last unit. Empties
-    `rows`, so that one layer at a time is held twice."""
-    units: Any = [row.units for row in rows]
-    layer.units = type(layer.units).of_rows(units)
+def _take_rows(layer: RetainedLayer, rows: Sequence[RetainedLayer]) -> None:
+    """Let a new layer hold layers of one row each as one batch. Empties `rows`, so that one layer
+    at a time is held twice."""
+    layer.store = Store.of_rows([row.store for row in rows])
     # A row without a context has read nothing, and was never asked to rotate it.
-    layer.rotated = next((row.rotated for row in rows if row.slots), rows[0].rotated)
-    layer.after_eviction = max(row.after_eviction for row in rows)
-    layer.empty = _stack_empty([row.empty for row in rows])
-    layer.shift = tuple(row.shift[0] for row in rows)
-    layer.add_empty([layer.slots - row.slots for row in rows], num_heads, device)
+    layer.rotated = next((row.rotated for row in rows if not row.is_empty), rows[0].rotated)
     layer.state = _stack_states([row.state for row in rows])
     if layer.host:
         layer.host = HostBlocks.stack([row.host for row in rows if row.host])
     for row in rows:
-        row.units.clear()
+        row.store.clear()
         if row.host:
             row.host.clear()
-
-
-def _stack_empty(rows: Sequence[Tensor | None]) -> Tensor | None:
-    """[B, H] where heads of some row keep different numbers of units; None = nowhere."""
-    like = next((row for row in rows if row is not None), None)
-    if like is None:
-        return None
-    return torch.cat([torch.zeros_like(like) if row is None else row for row in rows])
 
 
 def _stack_states(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from locret.cache.recall import recall_of
 from locret.heads.files import written_aside
 from locret.quantization import SCHEMES, describe_scheme, scheme_of
 
-SCHEMA = 2
+SCHEMA = 3
 UNITS, CONTEXT = "units.safetensors", "context.json"
 
 REQUEST = ("budget", "prompt_lengths", "longrope", "query_length", "answered", "padding")
@@ -32,8 +32,6 @@ _OF_LAYERS = {
     "seen": "seen",
     "rotated": "rotated",
     "windows": "window",
-    "shift": "shift",
-    "settled": "after_eviction",
 }
 """What the record says of every layer, and the layer's attribute."""
 
@@ -116,6 +114,7 @@ def save(cache: Any, path: str | Path) -> None:
         tensors |= {f"{i}.{name}": tensor for name, tensor in _layer_tensors(layer).items()}
     record = {"schema": SCHEMA} | {name: getattr(cache, name) for name in _RECORDED}
     record |= {name: [getattr(x, own) for x in cache.layers] for name, own in _OF_LAYERS.items()}
+    record["lengths"] = [layer.store.lengths() for layer in cache.layers]
     record |= {
         "quantization": describe_scheme(cache.scheme),
         "merging": describe_merging(cache.merging),
@@ -155,13 +154,14 @@ def _cache_of(kind: Any, record: dict[str, Any], tensors: dict[str, Tensor], dev
     for i, layer in enumerate(cache.layers):
         for name, own in _OF_LAYERS.items():
             setattr(layer, own, _as_tuple(record[name][i]))
-        _take_tensors(layer, _under(f"{i}.", tensors), device)
+        lengths = {name: _as_tuple(x) for name, x in record["lengths"][i].items()}
+        _take_tensors(layer, _under(f"{i}.", tensors), lengths, device)
     return cache
 
 
 def _as_tuple(value: Any) -> Any:
     """JSON has lists where the cache has tuples."""
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def _under(start: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -171,23 +171,22 @@ def _under(start: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _layer_tensors(layer: RetainedLayer) -> dict[str, Tensor]:
     """All that a layer holds, without spare room."""
-    named = layer.units.named_tensors()
-    if layer.empty is not None:
-        named["empty"] = layer.empty
+    named = layer.store.named_tensors()
     if layer.host:
         named |= {f"{EVICTED}{name}": x for name, x in layer.host.named_tensors().items()}
     return named | {f"{STATE}{name}": value for name, value in layer.state.items()}
 
 
-def _take_tensors(layer: RetainedLayer, named: dict[str, Tensor], device: Any) -> None:
-    """Let a new layer hold what `_layer_tensors` gave, on `device` but for what waits on the
-    host."""
+def _take_tensors(
+    layer: RetainedLayer, named: dict[str, Tensor], lengths: dict[str, Any], device: Any
+) -> None:
+    """Let a new layer hold what `_layer_tensors` gave, in sequences of these lengths, on `device`
+    but for what waits on the host."""
     named = {
         name: tensor if name.startswith(f"{EVICTED}host.") else tensor.to(device)
         for name, tensor in named.items()
     }
-    layer.units.take_tensors(named)
-    layer.empty = named.get("empty")
+    layer.store.take_tensors(named, lengths)
     if layer.host:
         layer.host.take_tensors(_under(EVICTED, named))
     layer.state = _under(STATE, named)

@@ -11,6 +11,7 @@ from huggingface_hub import CommitOperationAdd, constants
 from locret.commands.shared import size_of
 from locret.heads import files as artifact
 from locret.heads import hub
+from locret.heads.card import quota_words
 from locret.heads.heads import RetainingHeads
 
 CARD_LINES = 16  # of the card, shown before a push
@@ -64,7 +65,9 @@ def _inspect(given: argparse.Namespace) -> None:
     if given.json:
         print(json.dumps({"source": given.source, "record": heads.config.to_dict(), **found}))
         return
-    rows = heads.config.to_dict() | {
+    record = heads.config.to_dict()
+    rows = record | {
+        "quotas": {f"{key}x": words for key, words in quota_words(record).items()},
         "parameters": f"{found['parameters']:,}",
         "weights": f"{', '.join(found['dtypes'])}, {size_of(found['bytes'])}",
         "files": {name: size_of(size) for name, size in found["files"].items()},

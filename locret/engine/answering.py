@@ -18,8 +18,14 @@ from locret.engine.arguments import (
 )
 from locret.engine.attention import AnswerPass, Pass, RetainedAttention
 from locret.engine.config import EngineConfig
-from locret.engine.reading import one_if_equal
-from locret.engine.steps import GraphedSteps, StepCounts, seen_through, without_mask
+from locret.engine.reading import counts_of, one_if_equal
+from locret.engine.steps import (
+    GraphedSteps,
+    StepCounts,
+    seen_through,
+    takes_steps,
+    without_mask,
+)
 from locret.kernels.dispatch import AVAILABLE
 from locret.model.backbone import Backbone
 from locret.model.hooks import as_argument, without_autocast
@@ -82,7 +88,7 @@ class Answering:
             )
         with without_autocast(sequence.device):
             for layer in cache.layers:
-                layer.units.pack()
+                layer.store.pack()
         # Beside those of new tokens, the call that reads what is left of a prompt, if that is one.
         taken = cache.seen - sequence.shape[1] + (sequence.shape[1] - seen == 1)
         self.last_steps = StepCounts(taken, *((steps.fast, steps.replayed) if steps else ()))
@@ -97,7 +103,7 @@ class Answering:
         return output
 
     def _takes_steps(self, cache: RetainedCache) -> bool:
-        return self.fast_steps and all(layer.takes_steps for layer in cache.layers)
+        return self.fast_steps and all(takes_steps(layer) for layer in cache.layers)
 
     @property
     def fast_steps(self) -> bool:
@@ -117,16 +123,18 @@ class Answering:
                 "units without a score; go on with the engine it came from, or read its context "
                 "again"
             )
+        if not all(layer.store.scored for layer in cache.layers if not layer.is_empty):
+            raise ValueError(
+                "decode_interval: this cache was read by an engine without it and holds no scores; "
+                "read its context again with this engine"
+            )
         whole = max(cache.prompt_lengths)
-        budgets = self.config.answer_budgets(self.attention.policy, self.sizing, whole, last)
-        if budgets is None:
-            layers = self.backbone.geometry.num_layers
-            budgets = cache.budget if isinstance(cache.budget, tuple) else (cache.budget,) * layers
-        cache.budget = one_if_equal(budgets)
-        stabilizers = self.config.stabilizers_for(budgets)
-        return Eviction(
-            budgets, stabilizers, cache.query_length, interval - 1, merging=cache.merging
-        )
+        counts = self.config.answer_counts(self.attention.policy, self.sizing, whole, last)
+        if counts is None:
+            shape = self.backbone.geometry
+            counts = counts_of(cache.budget, shape.num_layers, shape.num_kv_heads)
+        cache.budget = one_if_equal(counts)
+        return self.config.eviction(counts, cache.query_length, interval - 1, merging=cache.merging)
 
     def lengthen(self, kwargs: dict[str, Any], front: int) -> None:
         """Make lengths that count the prompt count `front` tokens read in front of it too."""

@@ -15,31 +15,49 @@ units of a window, and no policy is asked.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from locret.cache.cache import DECODE_ROOM, RetainedCache
-from locret.cache.layer import NewTokens, RetainedLayer
-from locret.model.attend import Backend, attend, attend_past
+from locret.cache.layer import RetainedLayer
+from locret.cache.sequences import Counts, Sequences, alike, sequences_of
+from locret.cache.store import NewTokens
+from locret.kernels import select_sequences
+from locret.model.attend import Backend, Past, attend, attend_past
 from locret.model.hooks import LayerCall, without_autocast
 from locret.model.rotary import Rotary
-from locret.policies.base import (
-    Context,
-    Eviction,
-    Kept,
-    LayerChunk,
-    Policy,
-    keep_counts,
-    keep_highest,
-    with_protected,
-)
+from locret.policies.base import Context, Eviction, LayerChunk, Policy, with_protected
 
 Surprise = Callable[[Tensor, Tensor], Tensor]
 """Given hidden states [B, T, hidden size] and the tokens [B, T] that came next: -log p, [B, T]."""
 
 BLOCK = 256  # tokens whose logits over the whole vocabulary are in memory at a time
+
+
+class Scores(NamedTuple):
+    """Scores float32 of a layer's units: [N] of the context, None = there is none; [B, H, n] of the
+    tail and of new units."""
+
+    context: Tensor | None
+    rest: Tensor
+
+    @classmethod
+    def of(cls, scores: Tensor, layer: RetainedLayer) -> "Scores":
+        """Those [B, H, S + n] of a rectangle (`Store.rectangle`), with n new units."""
+        context = layer.store.context
+        if context is None:
+            return cls(None, scores)
+        first = context.sequences.longest
+        return cls(context.sequences.flattened(scores[:, :, :first]), scores[:, :, first:])
+
+    def rectangle(self, whole: Sequences) -> Tensor:
+        """[B, H, S + n], filled up in front."""
+        if self.context is None:
+            return self.rest
+        before = whole.plus(-self.rest.shape[2])
+        return torch.cat([before.rectangle(self.context), self.rest], dim=2)
 
 
 class Stored(Exception):
@@ -90,31 +108,39 @@ class AnswerPass(Pass):
             return self._attend(call, layer, wanted)
 
     def _attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
-        cache = call.cache
+        cache, store = call.cache, layer.store
         cache.answered = cache.budget is not None
         layer.state = {}  # the policy does not see these tokens, so what it remembers goes stale
-        lengths, starts = cache.prompt_lengths, _first_slots(layer, cache)
-        layer.freeze(lambda keys: call.rotate(keys, layer.own_slots(0), lengths), self.room)
+        lengths, starts = cache.prompt_lengths, _next_slots(layer, cache)
+        _freeze(call, layer, self.room)
         query, key = call.query, call.key
         if not call.rotated:
             query = call.rotate(query, starts, lengths)
             key = call.rotate(key, starts, lengths) if layer.rotated else key
         positions = torch.arange(layer.seen, layer.seen + key.shape[2], device=key.device)
-        new = NewTokens.of(*_without_padding(layer, key, call.value), positions)
-        layer.units.append(new, self.room)
-        output = None
-        if wanted:
-            keys, values, empty = _rotated_keys(call, layer), layer.values, layer.empty
-            if layer.host is not None:
-                keys, values, empty = layer.host.in_front(query, keys, values, empty)
-            output = attend(query, keys, values, call.scaling, self.backend, empty, call.weighting)
-        layer.units.pack()
+        store.append(NewTokens.of(key, call.value, _own(cache, positions)), self.room)
+        output = self._output(call, layer, query) if wanted else None
+        store.pack()
         return output
+
+    def _output(self, call: LayerCall, layer: RetainedLayer, query: Tensor) -> Tensor:
+        """Attention to all units held, of which the last are the queries' own."""
+        pasts, new = _pasts(call, layer), query.shape[2]
+        how = call.scaling, self.backend, call.weighting
+        if layer.host is not None:
+            keys, values, empty = _recalled(layer, query, pasts, layer.store.sequences.empty)
+            return attend(query, keys, values, call.scaling, self.backend, empty, call.weighting)
+        if new == 1:
+            return attend_past(query, pasts, None, *how)
+        tail = pasts.pop()
+        before = Past(tail.keys[:, :, :-new], tail.values[:, :, :-new])
+        own = tail.keys[:, :, -new:], tail.values[:, :, -new:]
+        return attend_past(query, [*pasts, before], own, *how)
 
     def rotation(
         self, layer_idx: int, hidden: Tensor, cache: RetainedCache, rotary: Rotary
     ) -> tuple[Tensor, Tensor] | None:
-        starts = _first_slots(cache.layers[layer_idx], cache)
+        starts = _next_slots(cache.layers[layer_idx], cache)
         return rotary.cos_sin(starts, hidden.shape[1], cache.prompt_lengths, hidden)
 
 
@@ -141,9 +167,10 @@ class ReadPass(Pass):
         return self.eviction.drop
 
     def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
-        chunk, host = self._chunk(call, layer), layer.host
-        output = self._output(call, layer, chunk) if wanted else None
-        scores = self._ranked(chunk)
+        pasts, host = _pasts(call, layer), layer.host
+        chunk = self._chunk(call, layer, pasts)
+        output = self._output(call, layer, chunk, pasts) if wanted else None
+        scores = self._ranked(chunk, layer)
         if host is not None:
             rotate = None if layer.rotated else functools.partial(_at_first_slot, call)
             before = chunk.context.keys if chunk.context else None
@@ -155,16 +182,17 @@ class ReadPass(Pass):
             host.forget_look()
         return output
 
-    def _chunk(self, call: LayerCall, layer: RetainedLayer) -> LayerChunk:
+    def _chunk(self, call: LayerCall, layer: RetainedLayer, pasts: Sequence[Past]) -> LayerChunk:
         """What the policy sees of the call."""
         assert call.retained_idx is not None
         cache = call.cache
-        starts, lengths = _first_slots(layer, cache), cache.prompt_lengths
+        starts, lengths = _next_slots(layer, cache), cache.prompt_lengths
         query, key = (call.rotate(x, starts, lengths) for x in (call.query, call.key))
-        context = None
-        if layer.slots:
-            keys = _rotated_keys(call, layer)
-            context = Context(keys, layer.values, layer.scores, layer.source_positions)
+        context, empty = None, None
+        if pasts:
+            sequences = layer.store.sequences
+            empty = sequences.empty
+            context = Context(sequences.longest, functools.partial(_rectangle, layer, pasts))
 
         def rotate(x: Tensor, offset: int) -> Tensor:
             return call.rotate(x, tuple(start + offset for start in starts), lengths)
@@ -182,79 +210,118 @@ class ReadPass(Pass):
             context=context,
             state=layer.state,
             drop=self.drop,
-            empty=layer.empty,
+            empty=empty,
             padding=torch.tensor(cache.padding, device=key.device) if cache.padding else None,
             rotate=rotate,
         )
 
-    def _output(self, call: LayerCall, layer: RetainedLayer, chunk: LayerChunk) -> Tensor:
-        query, new, context = chunk.rotated_query, (chunk.rotated_key, chunk.value), chunk.context
-        past = (context.keys, context.values) if context else (new[0][:, :, :0], new[1][:, :, :0])
-        empty = layer.empty
-        if layer.host is not None:
-            *both, empty = layer.host.in_front(query, *past, empty)
-            past = both[0], both[1]
-        return attend_past(query, past, new, call.scaling, self.backend, empty, call.weighting)
+    def _output(
+        self, call: LayerCall, layer: RetainedLayer, chunk: LayerChunk, pasts: Sequence[Past]
+    ) -> Tensor:
+        query, new = chunk.rotated_query, (chunk.rotated_key, chunk.value)
+        empty = None
+        if layer.host is not None and pasts:
+            keys, values, empty = _recalled(layer, query, pasts, chunk.empty)
+            if empty is not None:
+                keys, values = (torch.cat(x, dim=2) for x in zip((keys, values), new, strict=True))
+                how = call.scaling, self.backend, empty, call.weighting
+                return attend(query, keys, values, *how)
+            pasts = [Past(keys, values)]
+        return attend_past(query, pasts, new, call.scaling, self.backend, call.weighting)
 
-    def _ranked(self, chunk: LayerChunk) -> Tensor:
-        """Scores [B, H, S + T] float32 of held and new units."""
-        scores = self.policy.rank(chunk)
+    def _ranked(self, chunk: LayerChunk, layer: RetainedLayer) -> Scores:
+        """Scores of the units held and of new ones."""
+        policy, store = self.policy, layer.store
+        if not policy.ranks_anew:
+            new, of_tail = policy.score_new(chunk), [*store.tail][3:4]
+            context = None if store.context is None else store.context.exact["scores"]
+            return Scores(context, torch.cat([*of_tail, new], dim=2) if of_tail else new)
+        scores = policy.rank(chunk)
         expected = (*chunk.key.shape[:2], chunk.context_length + chunk.key.shape[2])
         if tuple(scores.shape) != expected:
             raise ValueError(
-                f"policy {type(self.policy).__name__} ranked {tuple(scores.shape)} units; expected "
+                f"policy {type(policy).__name__} ranked {tuple(scores.shape)} units; expected "
                 f"[batch, KV heads, held and new units], {expected}"
             )
-        return scores.float()
+        return Scores.of(scores.float(), layer)
 
     def _store(
-        self, call: LayerCall, layer: RetainedLayer, chunk: LayerChunk, scores: Tensor
+        self, call: LayerCall, layer: RetainedLayer, chunk: LayerChunk, scores: Scores
     ) -> None:
         """Hold the chunk's units and those held before, but for the lowest scores."""
-        before, eviction = chunk.context_length, self.eviction
+        before, eviction, store = layer.store.tail.count, self.eviction, layer.store
         key = chunk.rotated_key if layer.rotated else call.key
-        new = NewTokens.of(key, call.value, chunk.own_positions[:, None], scores[:, :, before:])
-        if before:
-            layer.units.replace_scores(scores[:, :, :before])
+        own = scores.rest[:, :, before:]
+        new = NewTokens.of(key, call.value, chunk.own_positions[:, None], own)
+        store.replace_scores(scores.context, scores.rest[:, :, :before])
         if self.policy.waits:
-            layer.units.append(new)
+            store.append(new)
             return
         if self.drop:
-            new, scores = new.first(key.shape[2] - self.drop), scores[:, :, : -self.drop]
-        left = eviction.most(chunk.layer_idx, layer.after_eviction) - scores.shape[2]
+            new, rest = new.first(key.shape[2] - self.drop), scores.rest[:, :, : -self.drop]
+            scores = scores._replace(rest=rest)
+        left = self._left(layer, chunk.layer_idx, new.keys.shape[2])
         if left >= 0:
-            layer.units.append(new, room=min(left, DECODE_ROOM) if eviction.above else 0)
-            layer.units.pack(tight=not eviction.above)
+            store.append(new, room=min(left, DECODE_ROOM) if eviction.above else 0)
+            store.pack(tight=not eviction.above)
             return
-        (kept,) = self._choose([scores], [layer], [chunk.layer_idx])
-        layer.evict(*kept, new, eviction.merging, eviction.query)
+        ((index, kept),) = self._choose([scores], [layer], [chunk.layer_idx])
+        layer.evict(index, kept, new, eviction.merging, eviction.query)
+
+    def _left(self, layer: RetainedLayer, retained_idx: int, new: int) -> int:
+        """How many more units a layer can hold after `new` ones came; below zero: it evicts."""
+        counts, context = self.eviction.counts[retained_idx], layer.store.context
+        spare = max(counts) if self._shares else min(counts)
+        if context is not None:
+            # A row may hold more than it is to keep: it was read with a budget of its own. Where
+            # heads share what they have, what one has less, another has more.
+            rows = () if self._shares else context.sequences.counts
+            free = (c - n for row in rows for c, n in zip(counts, row, strict=True))
+            spare = max(min(free, default=0), 0)
+        return spare + self.eviction.above - layer.store.tail.count - new
 
     def _choose(
-        self, scores: Sequence[Tensor], layers: Sequence[RetainedLayer], indices: Sequence[int]
-    ) -> list[Kept]:
-        """What layers with these scores [B, H, S], the retained ones at `indices`, keep."""
-        eviction = self.eviction
-        budgets = [eviction.budgets[i] for i in indices]
-        protected = [
-            eviction.protected(i, self.policy.recent(budget))
-            for i, budget in zip(indices, budgets, strict=True)
+        self, scores: Sequence[Scores], layers: Sequence[RetainedLayer], indices: Sequence[int]
+    ) -> list[tuple[Tensor, Sequences]]:
+        """What layers with these scores, the retained ones at `indices`, keep: which units of each
+        sequence, ascending, and how many."""
+        wholes = [_with_new(layer, each.rest) for layer, each in zip(layers, scores, strict=True)]
+        counts = self._allotted(scores, layers, wholes, indices)
+        chosen = []
+        for each, whole, of_layer, i in zip(scores, wholes, counts, indices, strict=True):
+            kept = sequences_of(
+                tuple(
+                    tuple(map(min, of_row, has))
+                    for of_row, has in zip(of_layer, whole.counts, strict=True)
+                ),
+                whole.device,
+            )
+            tails, heads = zip(*self.eviction.protected(i, self.policy), strict=True)
+            chosen.append((_highest(each, whole, kept, tails, heads), kept))
+        return chosen
+
+    def _allotted(
+        self,
+        scores: Sequence[Scores],
+        layers: Sequence[RetainedLayer],
+        wholes: Sequence[Sequences],
+        indices: Sequence[int],
+    ) -> list[Counts]:
+        """How many units each row and head may keep."""
+        static = [
+            (self.eviction.counts[i],) * whole.shape[0]
+            for i, whole in zip(indices, wholes, strict=True)
         ]
-        if self._shares:
-            known = [
-                with_protected(s, *p, layer.empty)
-                for s, p, layer in zip(scores, protected, layers, strict=True)
-            ]
-            counts = self.policy.allot(known, budgets)
-            if counts is not None:
-                filled = [(s > -torch.inf).sum(dim=-1) for s in known]
-                return [
-                    keep_counts(s, count.minimum(most))
-                    for s, count, most in zip(known, counts, filled, strict=True)
-                ]
-        return [
-            Kept(keep_highest(s, budget, *p, layer.empty), None)
-            for s, budget, p, layer in zip(scores, budgets, protected, layers, strict=True)
-        ]
+        if not self._shares:
+            return static
+        known = []
+        for each, whole, i in zip(scores, wholes, indices, strict=True):
+            tail, head = self.eviction.protected(i, self.policy)[0]
+            known.append(with_protected(each.rectangle(whole), tail, head, whole.empty))
+        allotted = self.policy.allot(known, [self.eviction.budget(i) for i in indices])
+        if allotted is None:
+            return static
+        return [tuple(map(tuple, counts.tolist())) for counts in allotted]
 
     @property
     def _shares(self) -> bool:
@@ -269,31 +336,35 @@ class ReadPass(Pass):
         """
         layers = cache.retained_layers
         surprisal = functools.partial(self._surprisal, cache, input_ids, hidden)
-        ranked = self.policy.reconsider([layer.scores for layer in layers], surprisal)
+        ranked = self.policy.reconsider(
+            [layer.store.rectangle("scores") for layer in layers], surprisal
+        )
         last = hidden[:, -1 - self.drop]
-        layers[0].state["last_hidden"] = last.to(layers[0].scores.device, copy=True)
+        device = layers[0].store.like.device
+        layers[0].state["last_hidden"] = last.to(device, copy=True)
         with without_autocast(hidden.device):
-            self._evict_ranked(layers, ranked)
+            scores = [Scores.of(x.float(), layer) for x, layer in zip(ranked, layers, strict=True)]
+            self._evict_ranked(layers, scores)
 
-    def _evict_ranked(self, layers: Sequence[RetainedLayer], ranked: Sequence[Tensor]) -> None:
-        """Hold what a policy that waited ranks highest, by scores [B, H, S] of every layer."""
+    def _evict_ranked(self, layers: Sequence[RetainedLayer], ranked: list[Scores]) -> None:
+        """Hold what a policy that waited ranks highest."""
         eviction = self.eviction
-        for layer, scores in zip(layers, ranked, strict=True):
-            layer.units.replace_scores(scores.float())
+        for i, (layer, scores) in enumerate(zip(layers, ranked, strict=True)):
+            layer.store.replace_scores(*scores)
+            layer.store.drop_last(self.drop)
             if self.drop:
-                left = torch.arange(layer.slots - self.drop, device=scores.device)
-                layer.units.select(left.expand(*scores.shape[:2], len(left)))
-        most = [eviction.most(i, layer.after_eviction) for i, layer in enumerate(layers)]
-        full = [i for i, layer in enumerate(layers) if layer.slots > most[i]]
+                ranked[i] = scores._replace(rest=scores.rest[:, :, : -self.drop])
+        full = [i for i, layer in enumerate(layers) if self._left(layer, i, 0) < 0]
         if full and self._shares:  # judged together, with the layers that are not full
             full = [*range(len(layers))]
         for i in set(range(len(layers))) - set(full):
-            layers[i].units.pack(tight=not eviction.above)
+            layers[i].store.pack(tight=not eviction.above)
         if not full:
             return
-        chosen = self._choose([layers[i].scores for i in full], [layers[i] for i in full], full)
-        for i, kept in zip(full, chosen, strict=True):
-            layers[i].evict(*kept, None, eviction.merging, eviction.query)
+        some = [layers[i] for i in full]
+        chosen = self._choose([ranked[i] for i in full], some, full)
+        for layer, (index, kept) in zip(some, chosen, strict=True):
+            layer.evict(index, kept, None, eviction.merging, eviction.query)
 
     def _surprisal(self, cache: RetainedCache, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """-log p of every token given those before it, [B, T] float32; +inf where not known."""
@@ -378,44 +449,50 @@ def _slide(
     call: LayerCall, layer: RetainedLayer, window: int, backend: Backend, drop: int, wanted: bool
 ) -> Tensor | None:
     """Attend within the window, and hold no more than the next token sees of it."""
-    lengths, before = call.cache.prompt_lengths, layer.slots
-    output, keep = None, max(window - 1, 1)
+    store, lengths, new = layer.store, call.cache.prompt_lengths, call.key.shape[2]
+    rows = (0,) if layer.is_empty else store.sequences.longest_of_rows
+    output = None
     if wanted:
-        keys, values = call.key, call.value
-        if before:
+        keys, values, empty = call.key, call.value, None
+        if not layer.is_empty:
             keys = torch.cat([layer.keys, keys], dim=2)
             values = torch.cat([layer.values, values], dim=2)
-        keys = call.rotate(keys, layer.own_slots(0), lengths)
-        query = call.rotate(call.query, layer.own_slots(before), lengths)
-        output = attend(query, keys, values, call.scaling, backend, layer.empty, call.weighting)
-    tokens = call.key.shape[2] - drop
-    positions = torch.arange(layer.seen, layer.seen + call.key.shape[2], device=call.key.device)
-    new = NewTokens.of(call.key, call.value, positions).first(tokens)
-    gone = max(before + tokens - keep, 0)
-    if not gone:
-        layer.units.append(new)
+            empty = store.sequences.empty
+        keys = call.rotate(keys, tuple(n - layer.longest for n in rows), lengths)
+        query = call.rotate(call.query, rows, lengths)
+        output = attend(query, keys, values, call.scaling, backend, empty, call.weighting)
+    positions = torch.arange(layer.seen, layer.seen + new, device=call.key.device)
+    added = NewTokens.of(call.key, call.value, _own(call.cache, positions)).first(new - drop)
+    whole = _with_new(layer, added.scores)
+    keep = max(window - 1, 1)
+    if whole.longest <= keep:
+        store.append(added)
         return output
-    index = torch.arange(gone, before + tokens, device=call.key.device)
-    layer.units.append_selected(new, index.expand(*call.key.shape[:2], -1))
-    layer.note_evicted(gone)
+    kept = sequences_of(tuple(tuple(min(n, keep) for n in r) for r in whole.counts), whole.device)
+    gone = (whole.lengths - kept.lengths).flatten()
+    layer.evict(kept.local + gone[kept.owner], kept, added)
     return output
 
 
-def _without_padding(layer: RetainedLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """New keys and values [B, H, T, D], those of padding replaced by the row's first own ones if
-    they will be packed: what stands there must not widen the range of its block."""
-    if layer.empty is None or max(layer.shift) <= layer.slots or not layer.quantized:
-        return key, value
-    new = torch.arange(key.shape[2], device=key.device)
-    own = new.maximum((layer.empty - layer.slots)[..., None]).clamp(max=key.shape[2] - 1)
-    index = own[..., None].expand_as(key)
-    return key.gather(2, index), value.gather(2, index)
+def _with_new(layer: RetainedLayer, rest: Tensor) -> Sequences:
+    """The sequences of a layer's context and of the units [B, H, n] that follow."""
+    context = layer.store.context
+    if context is None:
+        return alike(rest.shape[0], (rest.shape[2],) * rest.shape[1], rest.device)
+    return context.sequences.plus(rest.shape[2])
+
+
+def _own(cache: RetainedCache, positions: Tensor) -> Tensor:
+    """Positions [T] counted from each row's own first token, [1 or B, 1, T]."""
+    if cache.padding is None:
+        return positions[None, None]
+    return (positions - torch.tensor(cache.padding, device=positions.device)[:, None])[:, None]
 
 
 def _dtype_of(layer: RetainedLayer, new: torch.dtype, ranks: bool) -> torch.dtype:
     """What a layer computes in: that of the units held, else of `new` ones. They differ where
     autocast was turned on or off between a context and its question."""
-    stored = layer.units.tail[0].dtype if layer.slots else new
+    stored = new if layer.is_empty else layer.store.like.dtype
     if stored != new and ranks:
         raise ValueError(
             f"the cache holds {stored} and the model now gives {new}: autocast was turned on or "
@@ -425,11 +502,9 @@ def _dtype_of(layer: RetainedLayer, new: torch.dtype, ranks: bool) -> torch.dtyp
     return stored
 
 
-def _first_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:
+def _next_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:
     """Where the first new token goes, in each row or in all of them."""
-    if cache.positions == "original":
-        return cache.shifted(layer.seen)
-    return layer.own_slots(layer.slots)
+    return cache.shifted(layer.seen) if cache.positions == "original" else layer.next_slots()
 
 
 def _at_first_slot(call: LayerCall, keys: Tensor) -> Tensor:
@@ -439,8 +514,89 @@ def _at_first_slot(call: LayerCall, keys: Tensor) -> Tensor:
     return keys * call.rotate(ones, (0,), call.cache.prompt_lengths)
 
 
-def _rotated_keys(call: LayerCall, layer: RetainedLayer) -> Tensor:
-    """The keys held, rotated at their slots."""
-    if layer.rotated:
-        return layer.keys
-    return call.rotate(layer.keys, layer.own_slots(0), call.cache.prompt_lengths)
+def _freeze(call: LayerCall, layer: RetainedLayer, room: int) -> None:
+    """From here on slots do not move: rotate the keys once, where they stand."""
+    if layer.rotated or layer.stays_unrotated:
+        return
+    lengths, store = call.cache.prompt_lengths, layer.store
+    context = store.context
+    store.freeze(
+        lambda keys: call.rotate_context(keys, context.sequences, lengths) if context else keys,
+        lambda keys: call.rotate(keys, layer.first_tail_slots(), lengths),
+        room,
+    )
+    layer.rotated = True
+
+
+def _pasts(call: LayerCall, layer: RetainedLayer) -> list[Past]:
+    """Context and tail of a layer, keys rotated."""
+    store, lengths, pasts = layer.store, call.cache.prompt_lengths, []
+    if store.context is not None:
+        sequences = store.context.sequences
+        keys = store.context.all_keys()
+        if not layer.rotated:
+            keys = call.rotate_context(keys, sequences, lengths)
+        pasts.append(Past(keys, store.context.all_values(), sequences))
+    if store.tail.count:
+        keys = store.tail[0]
+        if not layer.rotated:
+            keys = call.rotate(keys, layer.first_tail_slots(), lengths)
+        pasts.append(Past(keys, store.tail[1]))
+    return pasts
+
+
+def _rectangle(layer: RetainedLayer, pasts: Sequence[Past], name: str) -> Tensor:
+    """What a layer holds as a rectangle (`Store.rectangle`), keys and values from `pasts`."""
+    if name not in ("keys", "values"):
+        return layer.store.rectangle(name)
+    each = [
+        getattr(past, name)
+        if past.sequences is None
+        else past.sequences.rectangle(getattr(past, name))
+        for past in pasts
+    ]
+    return each[0] if len(each) == 1 else torch.cat(each, dim=2)
+
+
+def _recalled(
+    layer: RetainedLayer, query: Tensor, pasts: Sequence[Past], empty: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`HostBlocks.in_front` of what a layer holds."""
+    assert layer.host is not None
+    keys, values = (_rectangle(layer, pasts, name) for name in ("keys", "values"))
+    return layer.host.in_front(query, keys, values, empty)
+
+
+def _highest(
+    scores: Scores, whole: Sequences, kept: Sequences, tails: Sequence[int], heads: Sequence[int]
+) -> Tensor:
+    """Which units of each sequence have the highest scores, long [K], ascending.
+
+    Args:
+        whole: all units; kept: how many stay.
+        tails, heads: of each KV head, last and first units that stay whatever they scored.
+    """
+    rest, device = scores.rest, whole.device
+    before = whole.plus(-rest.shape[2])
+    context = rest.new_empty(0) if scores.context is None else scores.context
+    stay, last, first = (
+        _numbers(tuple(x), device)
+        for x in (kept.flat, (*tails,) * whole.shape[0], (*heads,) * whole.shape[0])
+    )
+    return select_sequences(
+        context,
+        rest,
+        before.offsets,
+        stay,
+        kept.offsets,
+        last,
+        first,
+        total=kept.total,
+        longest=whole.longest,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 on the device; what is asked for again is not copied again."""
+    return torch.tensor(numbers, dtype=torch.int32, device=device)

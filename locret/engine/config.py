@@ -10,31 +10,33 @@ first, so that a mistake is told before a model is loaded.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from locret.cache.cache import Positions, check_storage
 from locret.cache.merging import Merging, merging_of
 from locret.cache.recall import Recall, recall_of
+from locret.cache.sequences import Counts
 from locret.cache.sizing import Sizing
+from locret.engine.budgets import head_counts, layer_budgets
 from locret.engine.steps import why_not_graphed
 from locret.heads.heads import HeadsConfig
+from locret.heads.quotas import Quotas, quotas_of
 from locret.model.attend import Backend, available, check_backend, fastest
 from locret.model.backbone import Backbone
 from locret.model.rotary import LongRopeRule
 from locret.policies import POLICIES, LocretPolicy, Policy
+from locret.policies.base import Eviction
 from locret.quantities import (
     Budget,
     ByteShare,
     Memory,
     budget_of,
-    format_bytes,
     is_whole,
     parse_bytes,
 )
-from locret.quantization import NO_SCHEME, Scheme, scheme_of
-from locret.quantization.schemes import Fp8Scheme, key_bias_warning
+from locret.quantization import Scheme, scheme_of
 
 Auto = Literal["auto"]
 
@@ -52,20 +54,24 @@ class Recorded:
     longrope: Any = "long"
     query_tokens: int = 0
     """Tokens of the question that the heads read in front of the prompt (Locret-Q); 0 = none."""
+    quotas: Quotas | None = None
+    """Of the heads, where they score; None = equal."""
 
     @classmethod
-    def by(cls, heads: HeadsConfig | None, query_tokens: int) -> "Recorded":
+    def by(cls, heads: HeadsConfig | None, query_tokens: int, scores: bool) -> "Recorded":
         """What these heads record.
 
         Args:
             query_tokens: of the heads that score; heads may be given for their settings alone.
+            scores: these heads score.
         """
         if heads is None:
             return cls(PAPER, query_tokens=query_tokens)
         settings = PAPER | heads.defaults
         if "stabilizers" not in heads.defaults and settings["budget"] < PAPER["budget"]:
             settings["stabilizers"] = PAPER["stabilizers"] * settings["budget"] // PAPER["budget"]
-        return cls(settings, heads.positions, heads.longrope, query_tokens)
+        quotas = quotas_of(heads.quotas) if scores else None
+        return cls(settings, heads.positions, heads.longrope, query_tokens, quotas)
 
     def stabilizers_for(self, budget: int | None) -> int:
         """The recorded stabilizers, fewer in proportion where the budget is smaller."""
@@ -79,7 +85,9 @@ class Reading:
     """How a prompt is read, and how much is kept of it."""
 
     budget: Budget
-    """Units every KV head keeps (`locret.quantities.budget_of`); None = all."""
+    """Units a KV head keeps on average (`locret.quantities.budget_of`); None = all."""
+    quotas: Quotas | None
+    """Which heads keep more and which less (`locret.heads.quotas`); None = all alike."""
     chunk_size: int | None
     """Tokens of the prompt read at a time; None = all at once."""
     stabilizers: int | Auto
@@ -120,14 +128,13 @@ class Compute:
 
 
 DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("budget", "chunk_size", "stabilizers", "local_tokens"), "auto"),
+    **dict.fromkeys(("budget", "quotas", "chunk_size", "stabilizers", "local_tokens"), "auto"),
     **dict.fromkeys(("positions", "longrope", "backend", "graphs"), "auto"),
     **dict.fromkeys(("decode_interval", "quantization", "merging", "recall"), None),
     "query_aware": False,
 }
 """The settings by name, with what each is where the user does not say."""
 
-BYTES_IN_16_BITS = 2
 ALIAS = "budget_bytes"
 """The old name of a budget that is memory, taken with a warning."""
 
@@ -169,10 +176,10 @@ class EngineConfig:
         """
         given = DEFAULTS | _renamed(flat)
         evicts = _policy_or_class(policy).evicts  # of a composed one, what its own says
+        scores = _scores_with_heads(policy)
         if query_tokens is None:
-            scoring = heads if _scores_with_heads(policy) else None
-            query_tokens = scoring.query_tokens if scoring else 0
-        recorded = Recorded.by(heads, query_tokens)
+            query_tokens = heads.query_tokens if heads and scores else 0
+        recorded = Recorded.by(heads, query_tokens, scores)
         scheme, merging = scheme_of(given["quantization"]), merging_of(given["merging"])
         config = cls(
             _reading(given, recorded, evicts),
@@ -195,10 +202,8 @@ class EngineConfig:
                 f"budget is {list(budget)}; expected one whole number of at least 1 for each of "
                 f"the {layers} layers"
             )
-        if isinstance(self.storage.quantization, Fp8Scheme):
-            told = key_bias_warning(backbone.key_biases)
-            if told is not None:
-                warnings.warn(told, stacklevel=3)  # whoever makes the engine
+        if self.reading.quotas is not None:
+            self.reading.quotas.check_shape(layers, backbone.geometry.num_kv_heads)
         backend = _backend(self.compute.backend, backbone)
         graphs = _graphs(self.compute.graphs, backbone, self.storage.recall)
         return replace(self, compute=Compute(backend, graphs))
@@ -213,48 +218,51 @@ class EngineConfig:
         storage, element_size = self.storage, backbone.model.dtype.itemsize
         weighs = storage.merging is not None
         shape, windows = backbone.geometry, backbone.windows
-        return Sizing.of(storage.quantization, shape, element_size, weighs, windows)
+        scored = self.reading.decode_interval is not None
+        return Sizing.of(storage.quantization, shape, element_size, weighs, windows, scored)
 
     def budgets(self, policy: Policy, sizing: Sizing, context: int) -> tuple[int, ...] | None:
-        """Units that every layer keeps of a context of that many tokens; None = all.
+        """Units that every layer keeps of a context of that many tokens, as the policy shares them
+        out and before quotas do; None = all.
 
         Raises:
             ValueError: not one unit fits into the memory.
         """
-        budget = self.reading.budget
-        if budget is None or not sizing.num_layers:
+        reading = self.reading
+        return layer_budgets(reading.budget, reading.quotas, policy, sizing, context)
+
+    def counts(self, policy: Policy, sizing: Sizing, context: int) -> Counts | None:
+        """Units that every KV head of every layer keeps of a context of that many tokens,
+        [layers][KV heads]: the layers' budgets, dealt out by the quotas. None = all.
+
+        Raises:
+            ValueError: not one unit fits into the memory.
+        """
+        budgets = self.budgets(policy, sizing, context)
+        if budgets is None:
             return None
-        if isinstance(budget, tuple):
-            return budget
+        return head_counts(budgets, self.reading.quotas, sizing.num_kv_heads, context)
 
-        def of_layers(average: int) -> Sequence[int]:
-            return sizing.shared(policy.budgets(average, sizing.num_layers, context))
-
-        if isinstance(budget, ByteShare):
-            budget = _memory_of(budget, sizing, context)
-        if isinstance(budget, Memory):
-            units = _units_within(budget, sizing, context, of_layers)
-        else:
-            units = budget if isinstance(budget, int) else max(1, round(budget * context))
-        return tuple(of_layers(units))
-
-    def answer_budgets(
+    def answer_counts(
         self, policy: Policy, sizing: Sizing, prompt: int, last: int
-    ) -> tuple[int, ...] | None:
-        """Units that every layer keeps while an answer comes, where that depends on the tokens: a
-        share is of the whole prompt's, and memory holds what fits into it of `last` tokens, the
-        prompt's and the answer's. None = what it kept of the context."""
+    ) -> Counts | None:
+        """Units that every head of every layer keeps while an answer comes, where that depends on
+        the tokens: a share is of the whole prompt's, and memory holds what fits into it of `last`
+        tokens, the prompt's and the answer's. None = what it kept of the context."""
         budget = self.reading.budget
         if isinstance(budget, Memory):
-            return self.budgets(policy, sizing, last)
+            return self.counts(policy, sizing, last)
         follows_prompt = isinstance(budget, float | ByteShare)
-        return self.budgets(policy, sizing, prompt) if follows_prompt else None
+        return self.counts(policy, sizing, prompt) if follows_prompt else None
 
-    def stabilizers_for(self, budgets: Sequence[int]) -> int:
-        """Stabilizers where layers keep `budgets`: in the recorded proportion, if "auto"."""
-        if self.reading.stabilizers != "auto":
-            return self.reading.stabilizers
-        return self.recorded.stabilizers_for(min(budgets))
+    def eviction(self, counts: Counts, query: int = 0, above: int = 0, **others: Any) -> Eviction:
+        """The eviction of layers whose heads keep `counts`, with stabilizers, in the recorded
+        proportion if they are "auto"; arguments of `Eviction`."""
+        stabilizers = self.reading.stabilizers
+        if stabilizers == "auto":
+            smallest = min(sum(heads) // len(heads) for heads in counts)
+            stabilizers = self.recorded.stabilizers_for(smallest)
+        return Eviction(counts, stabilizers, query, above, **others)
 
     def _check(self) -> None:
         reading, storage, compute = self.reading, self.storage, self.compute
@@ -340,8 +348,10 @@ def _reading(given: Mapping[str, Any], recorded: Recorded, evicts: bool) -> Read
     if stabilizers == "auto" and not isinstance(budget, float | Memory | ByteShare):
         stabilizers = recorded.stabilizers_for(_smallest(budget))
     positions, longrope = given["positions"], given["longrope"]
+    quotas = given["quotas"]
     return Reading(
         budget=budget,
+        quotas=recorded.quotas if _is_auto(quotas) else quotas_of(quotas),
         chunk_size=chosen("chunk_size"),
         stabilizers=stabilizers,
         local_tokens=chosen("local_tokens"),
@@ -350,6 +360,10 @@ def _reading(given: Mapping[str, Any], recorded: Recorded, evicts: bool) -> Read
         query_aware=given["query_aware"],
         decode_interval=given["decode_interval"] if evicts else None,
     )
+
+
+def _is_auto(given: Any) -> bool:
+    return isinstance(given, str) and given == "auto"  # an array compares element by element
 
 
 def _smallest(budget: Budget) -> int | None:
@@ -395,29 +409,6 @@ def _check_stabilizers(reading: Reading, query_tokens: int) -> None:
             f"stabilizers is {stabilizers}{query} but the budget is {smallest}: they are kept "
             "within the budget; lower stabilizers or raise the budget"
         )
-
-
-def _memory_of(budget: ByteShare, sizing: Sizing, context: int) -> Memory:
-    """What that share of the context takes in 16 bits, beside the layers with a window."""
-    units = max(1, round(budget.share * (budget.context or context)))
-    plain = replace(sizing, scheme=NO_SCHEME, element_size=BYTES_IN_16_BITS)
-    nbytes = plain.cache_bytes([units] * sizing.num_layers)
-    return Memory(nbytes + sizing.window_bytes(context))
-
-
-def _units_within(
-    memory: Memory, sizing: Sizing, context: int, of_layers: Callable[[int], Sequence[int]]
-) -> int:
-    """Units on average that fit into the memory, at least 1."""
-    windows = sizing.window_bytes(context)
-    units = sizing.units_within(memory.nbytes - windows, max(context, 1), of_layers)
-    if not units:
-        also = f", sliding windows {format_bytes(windows)}" if windows else ""
-        raise ValueError(
-            f"budget is {format_bytes(memory.nbytes)}; one unit in every KV head takes "
-            f"{format_bytes(sizing.cache_bytes(of_layers(1)))}{also}"
-        )
-    return units
 
 
 def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from locret.cache.cache import Positions, RetainedCache
 from locret.cache.merging import MergingChoice
 from locret.cache.recall import Recall
+from locret.cache.sequences import Counts
 from locret.engine.answering import Answering
 from locret.engine.arguments import (
     ShowingPrompt,
@@ -33,11 +34,11 @@ from locret.engine.config import Auto, EngineConfig
 from locret.engine.reading import Progress, Reader
 from locret.engine.steps import StepCounts
 from locret.heads.heads import RetainingHeads
+from locret.heads.quotas import QuotasChoice
 from locret.model.attend import Backend
 from locret.model.backbone import Backbone
 from locret.model.rotary import LongRopeRule
 from locret.policies import POLICIES, LocretPolicy, Policy
-from locret.policies.base import Eviction
 from locret.quantities import BudgetChoice
 from locret.quantization import Quantization
 
@@ -59,11 +60,18 @@ class Engine:
         model: a stock transformers causal language model.
         policy: a name of `locret.policies.POLICIES`, or a `Policy`.
         heads: retaining heads; the policy "locret" needs them.
-        budget: units every KV head keeps: a whole number; a share of the context, 0.25 or "8x", an
-            eighth; one number for each layer; memory, "2GiB"; None = nothing is ever evicted. Into
-            memory goes what fits of one row's keys, values, scores and source positions, in all
-            layers, as they are stored. Outliers (kvquant), what is recalled, the local tokens and
-            the answer come on top.
+        budget: units a KV head keeps on average: a whole number; a share of the context, 0.25 or
+            "8x", an eighth; one number for each layer; memory, "2GiB"; "8x bytes", at most an
+            eighth of the bytes that keys and values of the whole context take in 16 bits; None =
+            nothing is ever evicted. Into bytes goes what fits of one row's keys, values, scores and
+            source positions, in all layers, as they are stored ("8x bytes": layers with a sliding
+            window aside, and at least one unit a head). Outliers (kvquant), what is recalled, the
+            local tokens and the answer come on top.
+        quotas: which KV heads keep more than the average and which less: numbers [layers, KV heads]
+            on any scale, such tables by compression ({"2": ..., "8": ...}), or a .json or .npy file
+            of either, as `python -m locret calibrate` writes them; None = all heads alike. "auto" =
+            what the heads record, where the policy scores with them. The total is the budget's:
+            `locret.heads.quotas`.
         budget_bytes: the old name of a budget that is memory; use budget="2GiB".
         chunk_size: tokens of the prompt read at a time; None = all at once.
         stabilizers: last units that survive every eviction but the final one.
@@ -111,6 +119,7 @@ class Engine:
         *,
         heads: RetainingHeads | None = None,
         budget: BudgetChoice | Auto = "auto",
+        quotas: QuotasChoice | Auto = "auto",
         budget_bytes: int | str | None = None,
         chunk_size: int | None | Auto = "auto",
         stabilizers: int | Auto = "auto",
@@ -131,6 +140,7 @@ class Engine:
             policy,
             scoring.config if scoring else None,
             budget=budget,
+            quotas=quotas,
             budget_bytes=budget_bytes,
             chunk_size=chunk_size,
             stabilizers=stabilizers,
@@ -202,17 +212,16 @@ class Engine:
             stack, self._attached = self._attached, None
             stack.close()
 
-    def new_cache(self, context: int) -> tuple[RetainedCache, tuple[int, ...] | None]:
-        """An empty cache for a context of that many tokens, and what each layer keeps of it."""
+    def new_cache(self, context: int) -> tuple[RetainedCache, Counts | None]:
+        """An empty cache for a context of that many tokens, and what each head keeps of it."""
         return self._reader.new_cache(context)
 
     def reading_into(
-        self, cache: RetainedCache, budgets: tuple[int, ...]
+        self, cache: RetainedCache, counts: Counts
     ) -> contextlib.AbstractContextManager[None]:
         """While it is entered, the attached model reads what it is called with into `cache`, of
-        which every layer keeps so many units: for callers who need the model's outputs."""
-        eviction = Eviction(budgets, self.config.stabilizers_for(budgets))
-        return cache.during(self._attention.reading(eviction))
+        which every head keeps so many units: for callers who need the model's outputs."""
+        return cache.during(self._attention.reading(self.config.eviction(counts)))
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -313,7 +322,7 @@ class Engine:
         """What stock generate returns for a prompt [B, n]."""
         cache, tokens = self._reader.read_prompt(prompt, padding), prompt.shape[1]
         # What was read in front of the prompt, for stock generate's bookkeeping.
-        front = cache.seen - (tokens - min(self._reader.unread, tokens))
+        front = cache.query_length
         self._answering.lengthen(kwargs, front)
         sequence = torch.cat([prompt[:, tokens - front :], prompt], dim=1)
         # What stands in front of padding is repeated behind it, and need not count.

@@ -8,14 +8,15 @@ and end alike are read together, and each row's last ones by themselves.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from locret.cache.cache import RetainedCache
+from locret.cache.cache import Budgets, RetainedCache
 from locret.cache.files import check_model, describe
+from locret.cache.sequences import Counts
 from locret.cache.sizing import Sizing
 from locret.engine.arguments import check_ids, unpadded
 from locret.engine.attention import RetainedAttention, Stored
@@ -37,7 +38,7 @@ class Planned(NamedTuple):
     Attributes:
         ids: [B, n] long, a question in front of or behind the context included.
         prompt_length: tokens of the whole prompt.
-        budgets: units that every layer keeps of it; None = all.
+        counts: units that every head of every layer keeps of it; None = all.
         query_length: tokens of the question in front.
         drop: tokens of the question behind, which are not kept.
         chunks: start and end of every chunk.
@@ -45,7 +46,7 @@ class Planned(NamedTuple):
 
     ids: Tensor
     prompt_length: int
-    budgets: tuple[int, ...] | None
+    counts: Counts | None
     query_length: int
     drop: int
     chunks: tuple[tuple[int, int], ...]
@@ -87,12 +88,15 @@ class Reader:
     def read_prompt(self, input_ids: Tensor, padding: list[int]) -> RetainedCache:
         """The cache after all of the prompt but its local tokens, or the last one of them."""
         width = input_ids.shape[1]
-        unread = min(self.unread, width)
-        if not any(padding):
-            context = input_ids[:, : width - unread]
-            return self.read(context, width, self._query_of(input_ids, context))
+        unread = min(self.unread, width - max(padding))
         rows = unpadded(input_ids, padding)
-        contexts = [row[:, : max(row.shape[1] - unread, 0)] for row in rows]
+        # A row that is shorter than the local tokens has fewer to be read by the call that answers;
+        # what other rows have more, they read before.
+        before = [row.shape[1] - min(self.unread, row.shape[1]) for row in rows]
+        if not any(padding):
+            context = input_ids[:, : before[0]]
+            return self.read(context, width, self._query_of(input_ids, context))
+        contexts = [row[:, :end] for row, end in zip(rows, before, strict=True)]
         queries = [self._query_of(row, c) for row, c in zip(rows, contexts, strict=True)]
         in_front = {0 if query is None else query.shape[1] for query in queries}
         if self.config.reading.decode_interval and len(in_front) > 1:
@@ -101,14 +105,28 @@ class Reader:
                 "in front, which is never evicted, and others are not; ask one row at a time"
             )
         lengths = [row.shape[1] for row in rows]
-        cache = self.read_rows(contexts, lengths, queries, width - unread)
-        heads, device = self.backbone.geometry.num_kv_heads, input_ids.device
-        # Rows shorter than the local tokens are padded within these.
-        within = [max(unread - length, 0) for length in lengths]
-        if cache.padding is not None:
-            cache.padding = tuple(map(sum, zip(cache.padding, within, strict=True)))
-        for layer in cache.layers:
-            layer.add_empty(within, heads, device)
+        readings = [
+            self._plan(context, length, query)
+            for context, length, query in zip(contexts, lengths, queries, strict=True)
+        ]
+        caches = self._read_apart(readings)
+        for i, row in enumerate(rows):
+            local = row[:, before[i] : row.shape[1] - unread]
+            caches[i] = self._with_local(caches[i], local, readings[i])
+        return self.stacked(caches, width - unread)
+
+    def _with_local(self, cache: RetainedCache, local: Tensor, reading: Planned) -> RetainedCache:
+        """The cache of one row after some of its local tokens [1, n], too."""
+        if not local.shape[1]:
+            return cache
+        interval, eviction = self.config.reading.decode_interval, None
+        if interval and reading.counts is not None:
+            eviction = self.config.eviction(
+                reading.counts, reading.query_length, interval - 1, merging=cache.merging
+            )
+        self.store(local, cache, eviction)
+        assert cache.token_ids is not None
+        cache.token_ids = torch.cat([cache.token_ids, local.cpu()], dim=1)
         return cache
 
     @property
@@ -258,22 +276,21 @@ class Reader:
         padded_to = max(width, *(row.seen for row in rows))
         ids = [row.token_ids for row in rows if row.token_ids is not None]
         assert len(ids) == len(rows)
-        heads, device = self.backbone.geometry.num_kv_heads, self.backbone.model.device
-        with without_autocast(device):
-            cache = RetainedCache.stack(list(rows), padded_to, heads, device)
+        with without_autocast(self.backbone.model.device):
+            cache = RetainedCache.stack(list(rows), padded_to)
         cache.token_ids = torch.cat(
             [nn.functional.pad(i, (padded_to - i.shape[1], 0)) for i in ids]
         )
         cache.unread_ids = cache.token_ids[:, :0]
         return cache
 
-    def new_cache(self, context: int) -> tuple[RetainedCache, tuple[int, ...] | None]:
-        """An empty cache for a context of that many tokens, and what each layer keeps of it."""
-        budgets = self.config.budgets(self.attention.policy, self.sizing, context)
-        return self._empty(budgets), budgets
+    def new_cache(self, context: int) -> tuple[RetainedCache, Counts | None]:
+        """An empty cache for a context of that many tokens, and what each head keeps of it."""
+        counts = self.config.counts(self.attention.policy, self.sizing, context)
+        return self._empty(counts), counts
 
     def _plan(self, ids: Tensor, prompt_length: int, query_ids: Tensor | None) -> Planned:
-        budgets = self.config.budgets(self.attention.policy, self.sizing, ids.shape[1])
+        counts = self.config.counts(self.attention.policy, self.sizing, ids.shape[1])
         aware = self.config.reading.query_aware
         in_last, drop, query = self.config.reading.local_tokens - 1 if aware else 0, 0, 0
         if query_ids is not None and aware:
@@ -283,7 +300,7 @@ class Reader:
             query = query_ids.shape[1]
             ids = torch.cat([query_ids, ids], dim=1)
         chunks = tuple(_chunks(ids.shape[1], self.config.reading.chunk_size, in_last))
-        return Planned(ids, prompt_length, budgets, query, drop, chunks)
+        return Planned(ids, prompt_length, counts, query, drop, chunks)
 
     def _read_apart(self, readings: list[Planned]) -> list[RetainedCache]:
         """A cache for each reading of one row. Chunks that begin and end alike are read together,
@@ -308,7 +325,7 @@ class Reader:
 
     def _opened(self, readings: Sequence[Planned]) -> RetainedCache:
         """An empty cache for readings that go together."""
-        cache = self._empty(readings[0].budgets)
+        cache = self._empty(readings[0].counts)
         cache.model = describe(self.backbone.model)
         cache.longrope = self.backbone.longrope
         lengths = tuple(reading.prompt_length for reading in readings)
@@ -320,11 +337,13 @@ class Reader:
         """Read the chunk number `at`, which all readings have."""
         like, eviction = readings[0], None
         (start, end), final = like.chunks[at], at + 1 == len(like.chunks)
-        if like.budgets is not None:
-            stabilizers = 0 if final else self.config.stabilizers_for(like.budgets)
+        if like.counts is not None:
             drop = like.drop if final else 0
-            query, merging = like.query_length, cache.merging
-            eviction = Eviction(like.budgets, stabilizers, query, drop=drop, merging=merging)
+            eviction = self.config.eviction(
+                like.counts, like.query_length, drop=drop, merging=cache.merging
+            )
+            if final:
+                eviction = replace(eviction, stabilizers=0)
         chunk = torch.cat([reading.ids[:, start:end] for reading in readings])
         self.store(chunk, cache, eviction)
         if self.progress is not None:
@@ -334,31 +353,44 @@ class Reader:
         """The cache after the last chunk, to be asked."""
         cache.token_ids = reading.ids[:, : reading.ids.shape[1] - reading.drop].cpu()
         cache.unread_ids = cache.token_ids[:, :0]
+        if self.config.reading.decode_interval is None:
+            for layer in cache.layers:
+                layer.store.drop_scores()
         return cache
 
-    def _empty(self, budgets: tuple[int, ...] | None) -> RetainedCache:
+    def _empty(self, counts: Counts | None) -> RetainedCache:
         windows, storage = self.backbone.windows, self.config.storage
         return RetainedCache(
             len(windows),
-            one_if_equal(budgets),
+            one_if_equal(counts),
             self.config.reading.positions,
             windows,
             storage.quantization,
-            merging=storage.merging if budgets else None,
+            merging=storage.merging if counts else None,
             recall=storage.recall,
         )
 
 
-def one_if_equal(budgets: tuple[int, ...] | None) -> int | tuple[int, ...] | None:
-    """The budgets of layers as `RetainedCache` has them."""
-    return budgets[0] if budgets and len(set(budgets)) == 1 else budgets
+def one_if_equal(counts: Counts | None) -> Budgets:
+    """What heads keep, as `RetainedCache` has it."""
+    if counts is None or any(len(set(heads)) > 1 for heads in counts):
+        return counts
+    budgets = tuple(heads[0] for heads in counts)
+    return budgets[0] if len(set(budgets)) == 1 else budgets
+
+
+def counts_of(budgets: Budgets, layers: int, heads: int) -> Counts:
+    """What `one_if_equal` was given."""
+    assert budgets is not None
+    of_layers = (budgets,) * layers if isinstance(budgets, int) else budgets
+    return tuple((of,) * heads if isinstance(of, int) else of for of in of_layers)
 
 
 def _together(readings: Sequence[Planned], most: int) -> list[list[int]]:
     """Which readings may begin together, `most` at a time: they keep alike, of alike questions."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, reading in enumerate(readings):
-        alike = reading.budgets, reading.query_length, reading.drop
+        alike = reading.counts, reading.query_length, reading.drop
         groups.setdefault(alike, []).append(i)
     return [group[at : at + most] for group in groups.values() for at in range(0, len(group), most)]
 

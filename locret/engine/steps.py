@@ -15,13 +15,21 @@ import torch
 from torch import Tensor
 
 from locret.cache.cache import RetainedCache
-from locret.cache.layer import PlainStore, RetainedLayer
-from locret.cache.packed import PackedStore
+from locret.cache.layer import RetainedLayer
 from locret.engine.attention import Pass
-from locret.kernels import decode_attention, decode_attention_quantized, store_units
+from locret.kernels import (
+    PackedShares,
+    Shares,
+    decode_packed,
+    decode_sequences,
+    decode_shares,
+    packed_shares,
+    store_units,
+)
 from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall, as_argument, cache_in, without_autocast
 from locret.model.rotary import Rotary
+from locret.quantization import Scheme
 
 EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces
 
@@ -40,6 +48,61 @@ class StepCounts(NamedTuple):
     replayed: int = 0
 
 
+class StepContext(NamedTuple):
+    """What the steps of one layer attend to beside its tail.
+
+    Attributes:
+        keys, values: units that stand as they came, flat [N, D].
+        shares: which program attends to which of these.
+        packed: packed units, as the kernel takes them; None = there are none.
+        packed_shares: which program attends to which of these.
+    """
+
+    keys: Tensor
+    values: Tensor
+    shares: Shares
+    packed: Any = None
+    packed_shares: PackedShares | None = None
+
+    @classmethod
+    def of(cls, layer: RetainedLayer, group: int) -> "StepContext":
+        """A layer's context, of no units where there is none.
+
+        Args:
+            group: query heads of a KV head.
+        """
+        context, tail = layer.store.context, layer.store.tail
+        if context is None:
+            rows, heads, _, size = tail.tensors[0].shape
+            none = tail.tensors[0].new_empty(0, size)
+            return cls(none, none, decode_shares([0] * (rows * heads), none.device))
+        shares = decode_shares(context.plain.flat, context.keys.device)
+        packed = packed_form(layer)
+        if packed is None:
+            return cls(context.keys, context.values, shares)
+        of_packed = packed_shares(packed, context.packed.flat, group, context.keys.dtype)
+        return cls(context.keys, context.values, shares, packed, of_packed)
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, length: Tensor, scaling: float
+    ) -> Tensor:
+        """[B, H*G, 1, D], over the context and the first `length` units of the tail."""
+        plain = self.keys, self.values, self.shares, keys, values, length, scaling
+        if self.packed is None:
+            return decode_sequences(query, *plain)
+        assert self.packed_shares is not None
+        return decode_packed(query, self.packed, self.packed_shares, *plain)
+
+
+def packed_form(layer: RetainedLayer) -> Any:
+    """A layer's packed units as the kernel takes them; None = there are none, or it does not."""
+    context, scheme = layer.store.context, layer.store.scheme
+    if context is None or context.packed_keys is None or context.packed_values is None:
+        return None
+    keys, values = context.packed_keys, context.packed_values
+    return scheme.kernel_form((*keys.units, *keys.tables), keys.starts, values.units)
+
+
 class StepPass(Pass):
     """One-token attention with counters on the device.
 
@@ -54,46 +117,45 @@ class StepPass(Pass):
         self._rotary = backbone.rotary
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
         self._now: dict[Any, tuple[Tensor, Tensor]] = {}
-        device = cache.layers[0].scores.device
+        device = cache.layers[0].store.like.device
         for layer in cache.layers:
-            layer.units.make_room(room, layer.seen)
-        slots = [layer.slots for layer in cache.layers]
-        filled = [layer.units.filled for layer in cache.layers]
-        self._slots = torch.tensor(slots, dtype=torch.int32, device=device)
-        self._filled = torch.tensor(filled, dtype=torch.int32, device=device)
+            layer.store.make_room(room, layer.seen)
+        counts = [layer.store.tail.count for layer in cache.layers]
+        self._filled = torch.tensor(counts, dtype=torch.int32, device=device)
         self._lengths = self._filled + 1
-        self._group = [self._group_of(layer) for layer in cache.layers]
-        self._empty = [
-            None if layer.empty is None else layer.empty.to(torch.int32) for layer in cache.layers
-        ]
-        self._like = torch.empty(0, dtype=cache.layers[0].units.tail[0].dtype, device=device)
+        self._starts = [self._start_of(layer) for layer in cache.layers]
+        group = backbone.geometry.num_query_heads // backbone.geometry.num_kv_heads
+        self._contexts = [StepContext.of(layer, group) for layer in cache.layers]
+        self._like = torch.empty(0, dtype=cache.layers[0].store.like.dtype, device=device)
 
     @property
     def left(self) -> int:
         """Steps for which there is storage still."""
-        return min(layer.units.spare for layer in self.cache.layers)
+        tails = (layer.store.tail for layer in self.cache.layers)
+        return min(tail.capacity - tail.count for tail in tails)
 
-    def _group_of(self, layer: RetainedLayer) -> tuple[int, tuple[int, ...]]:
-        """Units held, and the position of slot 0 in each row: one look-up rotates for all layers
-        that agree in both."""
+    def _start_of(self, layer: RetainedLayer) -> tuple[int, tuple[int, ...]]:
+        """Units in the tail, and the slot of the first of them in each row: one look-up rotates for
+        all layers that agree in both."""
+        count = layer.store.tail.count
         if self.cache.positions == "original":
-            return layer.slots, self.cache.shifted(layer.seen - layer.slots)
-        return layer.slots, layer.own_slots(0)
+            return count, self.cache.shifted(layer.seen - count)
+        return count, layer.first_tail_slots()
 
     def rotation(
         self, layer_idx: int, hidden: Tensor, cache: RetainedCache, rotary: Rotary
     ) -> tuple[Tensor, Tensor]:
         """cos and sin [1 or B, 1, rotary size] at a layer's next slot."""
-        group = self._group[layer_idx]
+        group = self._starts[layer_idx]
         if group not in self._now:
             cos, sin = self._table(group[1])
-            slot = self._slots[layer_idx : layer_idx + 1]
+            slot = self._filled[layer_idx : layer_idx + 1]
             self._now[group] = cos.index_select(1, slot), sin.index_select(1, slot)
         return self._now[group]
 
     def _table(self, starts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if starts not in self._tables:
-            capacity = max(layer.slots + layer.units.spare for layer in self.cache.layers)
+            capacity = max(layer.store.tail.capacity for layer in self.cache.layers)
             self._tables[starts] = self._rotary.cos_sin(
                 starts, capacity, self.cache.prompt_lengths, self._like
             )
@@ -101,29 +163,21 @@ class StepPass(Pass):
 
     def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor:
         with without_autocast(call.key.device):
-            return self._attend(call, layer.units)
+            return self._attend(call, layer)
 
-    def _attend(self, call: LayerCall, units: PlainStore | PackedStore) -> Tensor:
+    def _attend(self, call: LayerCall, layer: RetainedLayer) -> Tensor:
         """Store the new unit and attend, [B, 1, H*G, D]."""
-        i = call.layer_idx
+        i, tail = call.layer_idx, layer.store.tail
         self.cache.answered = self.cache.budget is not None
-        keys, values = units.tail
+        keys, values = tail.tensors[:2]
         store_units(keys, values, call.key, call.value, self._filled[i : i + 1])
         length = self._lengths[i : i + 1]
-        if units.packed is None:
-            output = decode_attention(
-                call.query, keys, values, length, call.scaling, self._empty[i]
-            )
-        else:
-            output = decode_attention_quantized(
-                call.query, units.packed, keys, values, length, call.scaling, self._empty[i]
-            )
-        units.note_written()
+        output = self._contexts[i].attend(call.query, keys, values, length, call.scaling)
+        tail.count += 1
         return output.transpose(1, 2)
 
     def end(self) -> None:
         """After the layers of a step ran: move the device's counters."""
-        self._slots += 1
         self._filled += 1
         self._lengths += 1
         self._now = {}
@@ -131,7 +185,7 @@ class StepPass(Pass):
     def advance(self) -> None:
         """Python's counters, after a replay."""
         for layer in self.cache.layers:
-            layer.units.note_written()
+            layer.store.tail.count += 1
             layer.seen += 1
 
 
@@ -187,7 +241,7 @@ class GraphedSteps:
     def _is_step(self, ids: Tensor | None, inputs: dict[str, Any]) -> bool:
         asked = any(inputs.get(name) for name in ("output_hidden_states", "output_attentions"))
         cache = self._cache
-        frozen = all(layer.rotated and layer.slots for layer in cache.layers)
+        frozen = all(layer.rotated and not layer.is_empty for layer in cache.layers)
         ours = cache_in(inputs) is cache and frozen
         return ids is not None and ids.shape[1] == 1 and ours and not asked
 
@@ -242,6 +296,15 @@ def _seen_class(kind: type) -> type:
 
     body = {"__call__": call, "__slots__": ("_through",), "__module__": kind.__module__}
     return type(kind.__name__, (kind,), body)
+
+
+def takes_steps(layer: RetainedLayer) -> bool:
+    """Whether one-token steps of a layer can write in place and attend to all: nothing comes back
+    from the host, and what is packed is as a kernel takes it."""
+    if layer.host is not None or layer.stays_unrotated:
+        return False
+    scheme = layer.store.scheme
+    return not scheme.packs or type(scheme).kernel_form is not Scheme.kernel_form
 
 
 def why_not_graphed(backbone: Backbone) -> str | None:

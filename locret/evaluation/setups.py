@@ -17,7 +17,6 @@ from typing import Any, get_args
 from locret.cache.cache import RetainedCache
 from locret.cache.layer import RetainedLayer
 from locret.cache.merging import describe_merging
-from locret.cache.sizing import BESIDE_BYTES
 from locret.engine.config import EngineConfig
 from locret.engine.engine import Engine
 from locret.evaluation.prompts import Protocol
@@ -286,15 +285,13 @@ def sizes_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
     """Units and bytes of one row.
 
     Returns:
-        `units`: (mean, largest) number of units of a head, over layers; `bytes`: the row's share
-        of the storage; `room_bytes`: of it, room for an answer; `full_bytes`: its share of the keys
-        and values of a full cache.
+        `units`: (mean, largest) over layers of the units that a head holds on average; `bytes`: the
+        row's share of the storage; `room_bytes`: of it, room for an answer; `full_bytes`: its share
+        of the keys and values of a full cache.
     """
     report = cache.report()
-    units = [
-        layer.slots - (0.0 if layer.empty is None else float(layer.empty[row].float().mean()))
-        for layer in cache.layers
-    ]
+    held = [layer.store.sequences.counts[row] for layer in cache.layers]
+    units = [sum(heads) / len(heads) for heads in held]
     return {
         "units": (round(sum(units) / len(units), 1), round(max(units))),
         "bytes": report["total_bytes"] // rows,
@@ -305,6 +302,5 @@ def sizes_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
 
 def _room_bytes(layer: RetainedLayer) -> int:
     """Of slots that a growing layer has taken ahead: they hold numbers as they come."""
-    units = layer.units
-    heads = units.scores.shape[0] * units.scores.shape[1]
-    return units.spare * (units.full_bytes + BESIDE_BYTES * heads)
+    tail = layer.store.tail
+    return tail.nbytes - sum(tensor.nbytes for tensor in tail)

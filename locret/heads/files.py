@@ -29,6 +29,7 @@ from torch import Tensor
 
 from locret.heads import hub
 from locret.heads.card import Facts, is_generated, model_card
+from locret.system.files import as_json
 
 WEIGHTS = "heads.safetensors"
 RECORD = "config.json"
@@ -112,18 +113,33 @@ def save_folder(
     if folder.is_file():
         raise ValueError(f"{folder} is a file; expected a folder to write the heads to")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
     with written_aside(folder) as aside:
         try:
             save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:  # also what a full disk gives
             raise OSError(f"could not write {folder / WEIGHTS}: {error}") from error
-        (aside / RECORD).write_text(text, encoding="utf-8")
+        (aside / RECORD).write_text(_record_text(record), encoding="utf-8")
         if not has_own_card(folder):
             (aside / CARD).write_text(model_card(record), encoding="utf-8")
         # safetensors writes files that only their owner may read
         (aside / WEIGHTS).chmod((aside / RECORD).stat().st_mode)
     return folder
+
+
+def save_record(folder: str | Path, record: Mapping[str, Any]) -> None:
+    """Write the record of an artifact folder anew, and its card, unless that is somebody's own."""
+    folder = Path(folder)
+    with written_aside(folder) as aside:
+        (aside / RECORD).write_text(_record_text(record), encoding="utf-8")
+        if not has_own_card(folder):
+            card = model_card(record, _facts(folder, None))
+            (aside / CARD).write_text(card, encoding="utf-8")
+
+
+def _record_text(record: Mapping[str, Any]) -> str:
+    """Indented JSON; where there are quotas, with those of a layer on one line."""
+    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+    return as_json(json.loads(text)) if record.get("quotas") else text
 
 
 def save_released(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:

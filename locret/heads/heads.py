@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 
 from locret.heads import files as artifact
 from locret.heads.card import DEFAULT_LICENSE
+from locret.heads.quotas import quotas_of
 from locret.heads.targets import LABELS
 
 
@@ -131,6 +132,8 @@ class HeadsConfig:
         defaults: engine settings to use when the user gives none: `budget`, `chunk_size`,
             `stabilizers`, `local_tokens`.
         metrics: figures of the training run, by name.
+        quotas: which heads keep how much, by compression: {"2": [layers][KV heads], ...}
+            (`locret.heads.quotas`); None = all alike.
         license: of the heads, as the Hub names it.
         schema_version: of this record.
     """
@@ -155,6 +158,7 @@ class HeadsConfig:
     trained_tokens: int | None = None
     defaults: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    quotas: dict[str, list[list[float]]] | None = None
     license: str = DEFAULT_LICENSE
     schema_version: int = SCHEMA_VERSION
 
@@ -213,7 +217,10 @@ class HeadsConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The record as it is written. Quotas are left out where there are none: versions before
+        them read such a record too."""
+        values = dataclasses.asdict(self)
+        return {name: v for name, v in values.items() if name != "quotas" or v is not None}
 
     def differences(self, geometry: Geometry) -> list[str]:
         """What keeps these heads from fitting a backbone; empty if they fit."""
@@ -340,13 +347,31 @@ def _wrong_values(values: Mapping[str, Any]) -> list[str]:
     at_least = {"query_tokens": 0}
     for name, kind in get_type_hints(HeadsConfig).items():
         value = values[name]
-        if not _is_a(value, kind):
+        if name == "quotas":
+            wrong += _wrong_quotas(values)
+        elif not _is_a(value, kind):
             wrong.append(f"{name} is {value!r}, expected {kind}")
         elif isinstance(value, int) and value < at_least.get(name, 1):
             wrong.append(f"{name} is {value}, expected at least {at_least.get(name, 1)}")
         elif name in CHOICES and value not in CHOICES[name]:
             wrong.append(f"{name} {value!r} is unknown; expected one of {sorted(CHOICES[name])}")
     return wrong
+
+
+def _wrong_quotas(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the quotas of a record; none are right for heads of any shape."""
+    given = values["quotas"]
+    if given is None:
+        return []
+    if not (isinstance(given, dict) and all(isinstance(table, list) for table in given.values())):
+        return [f"quotas are a {type(given).__name__}, expected lists of lists by compression"]
+    try:
+        quotas = quotas_of(given)
+        if quotas is not None:
+            quotas.check_shape(values["num_layers"], values["num_kv_heads"])
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _is_a(value: Any, kind: Any) -> bool:

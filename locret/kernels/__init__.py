@@ -14,24 +14,35 @@ from locret.kernels.decode import (
     store_units,
 )
 from locret.kernels.decode_packed import decode_packed, packed_shares
-from locret.kernels.evict import gather_units, threshold_select
+from locret.kernels.evict import (
+    gather_sequences,
+    gather_units,
+    select_sequences,
+    threshold_select,
+)
 from locret.kernels.packed import PackedKV, PackedShares, expand_units
-from locret.kernels.rotate import rotate_at_slots
+from locret.kernels.packed_rotated import RotatedKV, expand_rotated
+from locret.kernels.rotate import rotate_at_slots, rotate_units
 from locret.kernels.splits import Shares, merge_attention, share_out
 
 __all__ = [
     "PackedKV",
     "PackedShares",
+    "RotatedKV",
     "Shares",
     "decode_attention",
     "decode_packed",
     "decode_sequences",
     "decode_shares",
+    "expand_rotated",
     "expand_units",
+    "gather_sequences",
     "gather_units",
     "merge_attention",
     "packed_shares",
     "rotate_at_slots",
+    "rotate_units",
+    "select_sequences",
     "share_out",
     "store_units",
     "threshold_select",

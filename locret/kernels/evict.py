@@ -71,6 +71,131 @@ def threshold_select_reference(
     return order.gather(-1, by_rank[..., :budget]).sort(-1).values
 
 
+def select_sequences(
+    old: Tensor,
+    new: Tensor,
+    offsets: Tensor,
+    kept: Tensor,
+    out_offsets: Tensor,
+    tails: Tensor,
+    heads: Tensor,
+    total: int,
+    longest: int,
+) -> Tensor:
+    """Indices of the highest scores of each sequence's old and, after them, new units, ascending.
+
+    Scores rank as in `threshold_select`: NaN lowest, of equal ones the earliest. On a CPU, where
+    all sequences are equally long and keep and protect as many, those that `torch.topk` chooses.
+
+    Args:
+        old: [N] float32, the old scores of the B*H sequences one after the other; N >= 0.
+        new: [B, H, T] float32, any strides; T >= 0.
+        offsets: int32 [B*H + 1], where each sequence's old scores begin.
+        kept: int32 [B*H], how many units a sequence keeps; all that it has, if those are fewer.
+        out_offsets: int32 [B*H + 1], where each sequence's indices go: the running sum of what
+            sequences keep. Not checked on a GPU.
+        tails, heads: int32 [B*H], so many of the last, of the first units of a sequence are kept
+            whatever they scored; together at most `kept`.
+        total: out_offsets[-1].
+        longest: the most units of a sequence, old and new.
+
+    Returns:
+        Long [total], each index counted from its sequence's first old unit.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    given = (old, new, offsets, kept, out_offsets, tails, heads)
+    _check_select(*given)
+    if not takes_triton(*given):
+        return _select_on_cpu(*given)
+    index = torch.empty(total, dtype=torch.long, device=old.device)
+    if total:
+        block = min(padded(longest, least=16), _RESIDENT)
+        with on_device(old):
+            _select_ragged[(kept.numel(),)](
+                *(old, new.contiguous(), *given[2:], index, new.shape[2]),
+                BLOCK=block,
+                TILE=min(block, _TILE),
+                RESIDENT=longest <= block,
+                num_warps=min(32, max(1, block // 512)),
+            )
+    return index
+
+
+def select_sequences_reference(
+    old: Tensor,
+    new: Tensor,
+    offsets: Tensor,
+    kept: Tensor,
+    out_offsets: Tensor,
+    tails: Tensor,
+    heads: Tensor,
+) -> Tensor:
+    """The twin of `select_sequences`, in plain PyTorch; it waits for the device."""
+    chosen = []
+    lengths = offsets.diff().tolist()
+    protected = zip(kept.tolist(), tails.tolist(), heads.tolist(), strict=True)
+    for before, after, how in zip(old.split(lengths), new.flatten(0, 1), protected, strict=True):
+        scores = torch.cat([before, after])
+        chosen.append(
+            threshold_select_reference(scores, *how)
+            if how[0] < len(scores)
+            else torch.arange(len(scores), device=scores.device)
+        )
+    return torch.cat(chosen)
+
+
+def _select_on_cpu(
+    old: Tensor,
+    new: Tensor,
+    offsets: Tensor,
+    kept: Tensor,
+    out_offsets: Tensor,
+    tails: Tensor,
+    heads: Tensor,
+) -> Tensor:
+    """What the twin chooses, or `torch.topk` where sequences make a rectangle."""
+    how = [set(x.tolist()) for x in (offsets.diff(), kept, tails, heads)]
+    if any(len(numbers) != 1 for numbers in how):
+        return select_sequences_reference(old, new, offsets, kept, out_offsets, tails, heads)
+    length, keep, tail, head = (numbers.pop() for numbers in how)
+    scores = torch.cat([old.view(*new.shape[:2], length), new], dim=2)
+    size = scores.shape[2]
+    if size <= keep:
+        return torch.arange(size, device=old.device).repeat(kept.numel())
+    scores[..., size - tail :] = torch.inf
+    scores[..., :head] = torch.inf
+    return scores.topk(keep, dim=-1, sorted=False).indices.sort(dim=-1).values.flatten()
+
+
+def _check_select(
+    old: Tensor,
+    new: Tensor,
+    offsets: Tensor,
+    kept: Tensor,
+    out_offsets: Tensor,
+    tails: Tensor,
+    heads: Tensor,
+) -> None:
+    if old.dim() != 1 or new.dim() != 3 or not old.dtype == new.dtype == torch.float32:
+        raise ValueError(
+            f"old scores are {tuple(old.shape)} {old.dtype} and new ones {tuple(new.shape)} "
+            f"{new.dtype}; expected [N] and [B, H, T] of torch.float32"
+        )
+    count = new.shape[0] * new.shape[1]
+    _check_per_sequence(count, kept=kept, tails=tails, heads=heads)
+    _check_per_sequence(count + 1, offsets=offsets, out_offsets=out_offsets)
+
+
+def _check_per_sequence(count: int, **numbers: Tensor) -> None:
+    for name, tensor in numbers.items():
+        if tensor.shape != (count,) or tensor.dtype != torch.int32:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected [{count}] of torch.int32"
+            )
+
+
 @triton.jit
 def _select(  # type: ignore[no-untyped-def]
     scores,
@@ -86,15 +211,58 @@ def _select(  # type: ignore[no-untyped-def]
     b, h = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     scores = units_at(scores, scores_strides, b, h, 0)
     kept += (b * tl.num_programs(0) + h) * budget
-    scores_s = scores_strides[2]
+    where = (scores, scores, size, scores_strides[2])
+    _write_highest(where, size, budget, unprotected, kept, BLOCK, TILE, RESIDENT)
 
+
+# Nothing is compiled anew for the number of new units.
+@triton.jit(do_not_specialize=["new_count"])
+def _select_ragged(  # type: ignore[no-untyped-def]
+    old,
+    new,
+    offsets,
+    kept,
+    out_offsets,
+    tails,
+    heads,
+    index,
+    new_count,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    first = tl.load(offsets + sequence)
+    old_count = tl.load(offsets + sequence + 1) - first
+    size = old_count + new_count
+    budget = tl.minimum(tl.load(kept + sequence), size)
+    unprotected = (tl.load(heads + sequence), size - tl.load(tails + sequence))
+    # Both are counted from the sequence's first old unit.
+    new += sequence.to(tl.int64) * new_count - old_count
+    where = (old + first, new, old_count, 1)
+    index += tl.load(out_offsets + sequence)
+    _write_highest(where, size, budget, unprotected, index, BLOCK, TILE, RESIDENT)
+
+
+@triton.jit
+def _write_highest(  # type: ignore[no-untyped-def]
+    where,
+    size,
+    budget,
+    unprotected,
+    kept,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """Write the indices of the `budget` highest of `size` scores to `kept`."""
     # The threshold is the largest order that at least `budget` units reach. It is found two bits
     # at a time; `above` counts the units strictly above the candidates that remain.
     threshold = tl.full((), -(2**31), tl.int32)
     above = tl.full((), 0, tl.int32)
     step = tl.full((), 2**30, tl.int32)
     if RESIDENT:
-        order = _order(scores, tl.arange(0, BLOCK), size, unprotected, scores_s)
+        order = _order(where, tl.arange(0, BLOCK), size, unprotected)
     for _ in range(16):
         if RESIDENT:
             n_1 = _reaching(order, threshold + step)
@@ -106,7 +274,7 @@ def _select(  # type: ignore[no-untyped-def]
             n_3 = tl.full((), 0, tl.int32)
             for start in range(0, size, BLOCK):
                 unit = start + tl.arange(0, BLOCK)
-                block = _order(scores, unit, size, unprotected, scores_s)
+                block = _order(where, unit, size, unprotected)
                 n_1 += _reaching(block, threshold + step)
                 n_2 += _reaching(block, threshold + step + step)
                 n_3 += _reaching(block, threshold + step + step + step)
@@ -128,7 +296,7 @@ def _select(  # type: ignore[no-untyped-def]
     ties_before = tl.full((), 0, tl.int32)
     for start in range(0, size, TILE):
         at = start + tl.arange(0, TILE)
-        tile = _order(scores, at, size, unprotected, scores_s)
+        tile = _order(where, at, size, unprotected)
         is_above = tile > threshold
         is_tie = (tile == threshold) & (at < size)
         # Both counts in one scan: a tile is smaller than 2 ** 15.
@@ -144,10 +312,14 @@ def _select(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _order(scores, unit, size, unprotected, stride):  # type: ignore[no-untyped-def]
-    """Int32 that is ordered as the scores are: NaN lowest, protected units highest."""
+def _order(where, unit, size, unprotected):  # type: ignore[no-untyped-def]
+    """Int32 that is ordered as the scores are: NaN lowest, protected units highest.
+
+    `where` is a pointer to the old scores, another to the new ones, how many are old, and a stride.
+    """
     there = unit < size
-    score = tl.load(scores + unit.to(tl.int64) * stride, mask=there, other=0.0).to(tl.float32)
+    scores = tl.where(unit < where[2], where[0], where[1])
+    score = tl.load(scores + unit.to(tl.int64) * where[3], mask=there, other=0.0).to(tl.float32)
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     order = tl.where(score != score, -(2**31), order)
@@ -248,6 +420,106 @@ def _check_gather(old: Sequence[Tensor], new: Sequence[Tensor], index: Tensor) -
             )
 
 
+def gather_sequences(
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    index: Tensor,
+    offsets: Tensor,
+    out_offsets: Tensor,
+) -> tuple[Tensor, ...]:
+    """The units at `index` of each sequence's old and, after them, new units.
+
+    Args:
+        old: tensors [N, D] or [N], each of its own dtype, D and strides: the old units of the B*H
+            sequences one after the other; N >= 0.
+        new: parallel to `old`: [B, H, T, D] or [B, H, T], any strides; T >= 0.
+        index: [K] long, counted from its sequence's first old unit, as `select_sequences` gives it.
+            Not checked on a GPU.
+        offsets: int32 [B*H + 1], where each sequence's old units begin.
+        out_offsets: int32 [B*H + 1], where each sequence's indices begin; the last is K.
+
+    Returns:
+        One contiguous tensor [K, D] or [K] for each of `old`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    _check_gather_sequences(old, new, index, offsets, out_offsets)
+    if not takes_triton(index, offsets, out_offsets, *old, *new):
+        return gather_sequences_reference(old, new, index, offsets, out_offsets)
+    kept = index.shape[0]
+    gathered = tuple(x.new_empty(kept, *x.shape[1:]) for x in old)
+    if kept:
+        sequences = offsets.numel() - 1
+        sizes = tuple(units.shape[1] if units.dim() == 2 else 1 for units in old)
+        widest = padded(max(sizes))
+        old = tuple(x if x.dim() == 1 or x.stride(1) == 1 else x.contiguous() for x in old)
+        new = tuple(map(_side_by_side, new))
+        at_once = max(16, 8192 // widest)
+        with on_device(index):
+            _gather_ragged[(triton.cdiv(kept, at_once),)](
+                *(old, new, gathered, index.contiguous(), offsets, out_offsets),
+                *(kept, sequences, new[0].shape[1]),
+                tuple(units.stride(0) for units in old),
+                tuple(units.stride()[:3] for units in new),
+                SIZES=sizes,
+                BLOCKS=tuple(padded(size) for size in sizes),
+                UNITS=at_once,
+                HALVINGS=sequences.bit_length(),
+                num_warps=4,
+            )
+    return gathered
+
+
+def gather_sequences_reference(
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    index: Tensor,
+    offsets: Tensor,
+    out_offsets: Tensor,
+) -> tuple[Tensor, ...]:
+    """The twin of `gather_sequences`, in plain PyTorch."""
+    count = new[0].shape[2]
+    to = torch.arange(index.shape[0], dtype=torch.int32, device=index.device)
+    sequence = torch.searchsorted(out_offsets, to, right=True) - 1
+    from_new = index - offsets.diff()[sequence]
+    at_new = old[0].shape[0] + sequence * count + from_new
+    at = torch.where(from_new < 0, index + offsets[sequence], at_new)
+    return tuple(
+        torch.cat([before, after.flatten(0, 2)]).index_select(0, at)
+        for before, after in zip(old, new, strict=True)
+    )
+
+
+def _check_gather_sequences(
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    index: Tensor,
+    offsets: Tensor,
+    out_offsets: Tensor,
+) -> None:
+    if len(old) != len(new) or not old:
+        raise ValueError(f"{len(old)} old tensors and {len(new)} new; expected as many of both")
+    if index.dim() != 1 or index.dtype != torch.long:
+        raise ValueError(f"index is {tuple(index.shape)} {index.dtype}; expected [K] of torch.long")
+    shape = new[0].shape[:3]
+    for was, fresh in zip(old, new, strict=True):
+        fits = (
+            was.dim() in (1, 2)
+            and was.dtype == fresh.dtype
+            and was.shape[0] == old[0].shape[0]
+            and fresh.shape == (*shape, *was.shape[1:])
+            and len(shape) == 3
+        )
+        if not fits:
+            raise ValueError(
+                f"{tuple(was.shape)} {was.dtype} old and {tuple(fresh.shape)} {fresh.dtype} new "
+                f"do not fit: expected [N] or [N, D] and [B, H, T] or [B, H, T, D], "
+                f"N = {old[0].shape[0]} and [B, H, T] = {tuple(shape)} in all tensors"
+            )
+    _check_per_sequence(shape[0] * shape[1] + 1, offsets=offsets, out_offsets=out_offsets)
+
+
 def _side_by_side(units: Tensor) -> Tensor:
     """`units` with the elements of a unit side by side."""
     return units if units.dim() == 3 or units.stride(3) == 1 else units.contiguous()
@@ -283,3 +555,49 @@ def _gather(  # type: ignore[no-untyped-def]
         units = tl.load(tl.where(is_old, at_old, at_new)[:, None] + d[None, :], mask=mask)
         at_storage = units_at(storage[i], storage_strides[i], b, h, to)
         tl.store(at_storage[:, None] + d[None, :], units, mask=mask)
+
+
+# Nothing is compiled anew for the number of units.
+@triton.jit(do_not_specialize=["kept", "sequences", "heads"])
+def _gather_ragged(  # type: ignore[no-untyped-def]
+    old,
+    new,
+    gathered,
+    index,
+    offsets,
+    out_offsets,
+    kept,
+    sequences,
+    heads,
+    old_strides,
+    new_strides,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    UNITS: tl.constexpr,
+    HALVINGS: tl.constexpr,
+):
+    to = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    there = to < kept
+    unit = tl.load(index + to, mask=there, other=0)
+
+    # The sequence whose indices the unit's is among: the last that begins at or before it.
+    sequence = tl.zeros((UNITS,), tl.int32)
+    after = tl.zeros((UNITS,), tl.int32) + sequences
+    for _ in tl.static_range(HALVINGS):
+        middle = (sequence + after) // 2
+        is_before = tl.load(out_offsets + middle) <= to
+        sequence = tl.where(is_before, middle, sequence)
+        after = tl.where(is_before, after, middle)
+    first = tl.load(offsets + sequence)
+    old_count = tl.load(offsets + sequence + 1) - first
+    is_old = unit < old_count
+    b = (sequence // heads).to(tl.int64)
+    h = (sequence % heads).to(tl.int64)
+    to = to.to(tl.int64)
+    for i in tl.static_range(len(old)):
+        d = tl.arange(0, BLOCKS[i])
+        mask = there[:, None] & (d < SIZES[i])[None, :]
+        at_old = old[i] + (first + unit) * old_strides[i]
+        at_new = units_at(new[i], new_strides[i], b, h, unit - old_count)
+        units = tl.load(tl.where(is_old, at_old, at_new)[:, None] + d[None, :], mask=mask)
+        tl.store(gathered[i] + to[:, None] * SIZES[i] + d[None, :], units, mask=mask)

@@ -36,13 +36,14 @@ def rotate_at_slots(
     Raises:
         ValueError: shapes or the pairing do not fit.
     """
-    _check(x, cos, sin, pairing)
+    batch, _, slots, size = x.shape
+    _check_tables(cos, sin, size, (batch, slots), pairing)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not takes_triton(x, cos, sin, out):
         return out.copy_(rotate_at_slots_reference(x, cos, sin, pairing))
     if x.numel():
-        _launch(x, cos, sin, pairing == "half", out)
+        _launch(x, cos, sin, None, pairing == "half", out)
     return out
 
 
@@ -58,19 +59,66 @@ def rotate_at_slots_reference(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pair
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
-def _check(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> None:
+def rotate_units(
+    x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, pairing: Pairing = "half"
+) -> Tensor:
+    """Flat units rotated at slots of their own, as by `rotate_at_slots`.
+
+    Args:
+        x: [N, D], any float dtype, any strides.
+        cos, sin: [S, R], the tables of all slots, R even and at most D.
+        slots: int32 or int64 [N], each in 0 .. S - 1. Not checked on a GPU.
+        pairing: the partner of a dimension.
+
+    Returns:
+        [N, D] in x's dtype.
+
+    Raises:
+        ValueError: shapes, a dtype or the pairing do not fit.
+    """
+    if x.dim() != 2 or slots.shape != x.shape[:1] or slots.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"x is {tuple(x.shape)} and slots {tuple(slots.shape)} {slots.dtype}; "
+            "expected [N, D] and [N] of int32 or int64"
+        )
+    _check_tables(cos[None], sin[None], x.shape[1], (1, None), pairing)
+    if not takes_triton(x, cos, sin, slots):
+        return rotate_units_reference(x, cos, sin, slots, pairing)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        tables = cos[None], sin[None], slots.contiguous()
+        _launch(x[None, None], *tables, pairing == "half", out[None, None])
+    return out
+
+
+def rotate_units_reference(
+    x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, pairing: Pairing
+) -> Tensor:
+    """The twin of `rotate_units`, in plain PyTorch."""
+    cos, sin = (table.index_select(0, slots)[None] for table in (cos, sin))
+    return rotate_at_slots_reference(x[None, None], cos, sin, pairing)[0, 0]
+
+
+def _check_tables(
+    cos: Tensor, sin: Tensor, size: int, expected: tuple[int, int | None], pairing: str
+) -> None:
+    """Refuse tables that are not [rows or 1, slots, R] for units of this size; slots None = any."""
+    rows, slots = expected
     if pairing not in get_args(Pairing):
         raise ValueError(f"pairing is {pairing!r}; expected one of {get_args(Pairing)}")
-    batch, _, slots, size = x.shape
-    fits = cos.dim() == 3 and cos.shape[0] in (1, batch) and cos.shape[1] == slots
+    fits = cos.dim() == 3 and cos.shape[0] in (1, rows) and slots in (None, cos.shape[1])
     if not fits or cos.shape[2] > size or cos.shape[2] % 2 or sin.shape != cos.shape:
         raise ValueError(
-            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit x {tuple(x.shape)}: "
-            f"expected [{batch} or 1, {slots}, an even number up to {size}]"
+            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit units of {size}: "
+            f"expected [{rows} or 1, {'any' if slots is None else slots}, an even number up to "
+            f"{size}]"
         )
 
 
-def _launch(x: Tensor, cos: Tensor, sin: Tensor, half: bool, out: Tensor) -> None:
+def _launch(
+    x: Tensor, cos: Tensor, sin: Tensor, table_slots: Tensor | None, half: bool, out: Tensor
+) -> None:
+    """`table_slots` [S] says where in the tables the slots of x are; None = in order."""
     batch, heads, slots, size = x.shape
     rotary = cos.shape[2]
     pairs = padded(rotary // 2)
@@ -79,7 +127,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, half: bool, out: Tensor) -> Non
     grid = (triton.cdiv(slots, at_once), heads // together, batch)
     with on_device(x):
         _rotate[grid](
-            *(x, cos, sin, out, slots),
+            *(x, cos, sin, table_slots, out, slots),
             *(x.stride(), _table_strides(cos), _table_strides(sin), out.stride()),
             ROTARY=rotary,
             REST=size - rotary,
@@ -97,11 +145,13 @@ def _table_strides(table: Tensor) -> tuple[int, ...]:
     return (0, *table.stride()[1:]) if table.shape[0] == 1 else table.stride()
 
 
-@triton.jit
+# Nothing is compiled anew for the number of slots.
+@triton.jit(do_not_specialize=["slots"])
 def _rotate(  # type: ignore[no-untyped-def]
     x,
     cos,
     sin,
+    table_slots,
     out,
     slots,
     x_strides,
@@ -121,12 +171,15 @@ def _rotate(  # type: ignore[no-untyped-def]
     slot = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)[:, None]
     x = units_at(x, x_strides, batch, head, slot)
     out = units_at(out, out_strides, batch, head, slot)
-    cos += batch * cos_strides[0] + slot * cos_strides[1]
-    sin += batch * sin_strides[0] + slot * sin_strides[1]
+    there = slot < slots
+    in_table = slot
+    if table_slots is not None:
+        in_table = tl.load(table_slots + slot, mask=there, other=0).to(tl.int64)
+    cos += batch * cos_strides[0] + in_table * cos_strides[1]
+    sin += batch * sin_strides[0] + in_table * sin_strides[1]
     x_h, x_d = x_strides[1], x_strides[3]
     out_h, out_d = out_strides[1], out_strides[3]
     cos_d, sin_d = cos_strides[2], sin_strides[2]
-    there = slot < slots
     if ROTARY > 0:
         if HALF:
             d = tl.arange(0, PAIRS)[None, :]

@@ -2,11 +2,14 @@
 
 eager       plain PyTorch, the twin that tests compare the others with; takes T x S memory a head.
 sdpa        PyTorch's scaled_dot_product_attention, lower-right causal; runs everywhere.
-cudnn       the past in full and the new tokens in a causal square, two cuDNN calls merged by
-            log-sum-exp: the fastest on NVIDIA GPUs from Ampere on, in half precision.
+cudnn       cuDNN, the fastest on NVIDIA GPUs from Ampere on, in half precision.
 flash_attn  the flash-attn package (extra `flash`).
 minference  a whole prompt sparsely (`locret.model.sparse_prefill`), anything else by SDPA: a
 baseline.
+
+What is past, every new token sees: with `cudnn` and `sdpa` attention to it, a sequence at a time
+where heads hold different numbers of units, is merged by log-sum-exp with that of the new tokens
+to themselves, a causal square (`attend_past`).
 
 Whatever the backend, layers with a softcap or with sinks are computed in plain PyTorch, a block of
 queries at a time, and those with a window in blocks of one window by SDPA.
@@ -15,20 +18,26 @@ B batch, H KV heads, G query heads a KV head, T new tokens, S slots, D head size
 """
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from locret.cache.sequences import Sequences
 from locret.kernels import merge_attention
 from locret.model import sparse_prefill
 
 Backend = Literal["eager", "sdpa", "cudnn", "flash_attn", "minference"]
 
 SPLIT_FROM = 128  # new tokens; below that two calls and a merge cost more than one call
+
+_FEW = (
+    32  # queries of a KV head; on a CPU a product of matrices is faster than fused attention then
+)
 
 _BLOCK_ELEMENTS = 2**28  # of the logits that the eager backend has in memory at a time
 
@@ -50,6 +59,10 @@ class Weighting:
     @property
     def plain(self) -> bool:
         return self.window is None and not self.bends
+
+    def of_heads(self, which: slice) -> "Weighting":
+        """That of some query heads."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[which])
 
     @property
     def bends(self) -> bool:
@@ -164,36 +177,167 @@ def _attend_blocks(
     return torch.cat(outputs, dim=1)
 
 
+class Past(NamedTuple):
+    """Units that every new token sees.
+
+    Attributes:
+        keys, values: flat [N, D] over `sequences`, keys rotated; or rectangles [B, H, S, D] where
+            that is None.
+        sequences: how many units each row and head has.
+    """
+
+    keys: Tensor
+    values: Tensor
+    sequences: Sequences | None = None
+
+    @property
+    def length(self) -> int:
+        """Units of the longest sequence."""
+        return self.keys.shape[2] if self.sequences is None else self.sequences.longest
+
+    def as_rectangle(self) -> "Past":
+        """The same as a rectangle, if all sequences are equally long."""
+        if self.sequences is None or not self.sequences.equal:
+            return self
+        return Past(self.sequences.rectangle(self.keys), self.sequences.rectangle(self.values))
+
+    def of(self, row: int, head: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, 1, S, D] of one sequence."""
+        if self.sequences is None:
+            return tuple(x[row : row + 1, head : head + 1] for x in self[:2])  # type: ignore[return-value]
+        at = row * self.sequences.shape[1] + head
+        start, end = self.sequences.bounds[at : at + 2]
+        return self.keys[None, None, start:end], self.values[None, None, start:end]
+
+
 def attend_past(
     query: Tensor,
-    past: tuple[Tensor, Tensor],
-    new: tuple[Tensor, Tensor],
+    pasts: Sequence[Past],
+    new: tuple[Tensor, Tensor] | None,
     scaling: float,
     backend: Backend,
-    empty: Tensor | None = None,
     weighting: Weighting = PLAIN,
 ) -> Tensor:
-    """`attend` where keys and values of the past [B, H, S - T, D] and of the new tokens
-    [B, H, T, D] lie apart."""
-    tokens, before = query.shape[2], past[0].shape[2]
-    if not before:
-        return attend(query, *new, scaling, backend, empty, weighting)
-    if backend == "cudnn" and tokens >= SPLIT_FROM and empty is None and weighting.plain:
-        return merge_attention(
-            *_cudnn(query, *past, scaling, causal=False), *_cudnn(query, *new, scaling, causal=True)
-        )
-    keys, values = (torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
-    return attend(query, keys, values, scaling, backend, empty, weighting)
+    """Causal attention of new tokens to themselves and to all of what is past.
+
+    Args:
+        query: [B, H*G, T, D], rotated.
+        pasts: what they all see, the oldest first.
+        new: keys (rotated) and values [B, H, T, D]; None = those of a single token, which are the
+            last of the last past.
+        scaling, backend, weighting: as of `attend`; no window.
+
+    Returns:
+        [B, T, H*G, D].
+    """
+    pasts = [past.as_rectangle() for past in pasts if past.length]
+    if not pasts and new is not None:
+        return attend(query, *new, scaling, backend, None, weighting)
+    if not (weighting.plain and _leaves_sums(query, backend)):
+        return _attend_joined(query, pasts, new, scaling, backend, weighting)
+    states = [_over(query, past, scaling, backend) for past in pasts]
+    if new is not None:
+        states.append(_attention(query, *new, scaling, backend, causal=True))
+    if len(states) == 1:
+        return states[0][0].transpose(1, 2).contiguous()
+    return merge_attention(*_merged(states[:-1]), *states[-1])
 
 
-def _cudnn(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool
+def _leaves_sums(query: Tensor, backend: Backend) -> bool:
+    """Whether attention over some of the units says how much weight they have, so that it can be
+    merged with that over others."""
+    if backend == "cudnn":
+        return query.shape[2] >= SPLIT_FROM
+    return backend == "sdpa" and query.device.type in ("cpu", "cuda")
+
+
+def _attend_joined(
+    query: Tensor,
+    pasts: Sequence[Past],
+    new: tuple[Tensor, Tensor] | None,
+    scaling: float,
+    backend: Backend,
+    weighting: Weighting,
+) -> Tensor:
+    """`attend_past` with all units of a sequence put side by side: the plain form."""
+    every = [*pasts, *([] if new is None else [Past(*new)])]
+    if all(past.sequences is None for past in every):
+        keys = torch.cat([past.keys for past in every], dim=2)
+        values = torch.cat([past.values for past in every], dim=2)
+        return attend(query, keys, values, scaling, backend, None, weighting)
+    some = next(past.sequences for past in every if past.sequences is not None)
+    (rows, heads), outputs = some.shape, []
+    group = query.shape[1] // heads
+    for row in range(rows):
+        for head in range(heads):
+            of_head = slice(head * group, (head + 1) * group)
+            each = zip(*(past.of(row, head) for past in every), strict=True)
+            keys, values = (torch.cat(x, dim=2) for x in each)
+            own = query[row : row + 1, of_head]
+            its = weighting.of_heads(of_head)
+            outputs.append(attend(own, keys, values, scaling, backend, None, its))
+    joined = torch.stack(outputs).view(rows, heads, *outputs[0].shape[1:])
+    return joined.transpose(1, 2).flatten(2, 3)
+
+
+def _over(query: Tensor, past: Past, scaling: float, backend: Backend) -> tuple[Tensor, Tensor]:
+    """Attention of every query to all of a past: output [B, H*G, T, D], log-sum-exp [B, H*G, T]
+    (natural, float32)."""
+    sequences = past.sequences
+    if sequences is None:
+        return _attention(query, past.keys, past.values, scaling, backend, causal=False)
+    rows, heads = sequences.shape
+    group = query.shape[1] // heads
+    output = query.new_zeros(*query.shape[:3], past.values.shape[1])
+    sums = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    for row in range(rows):
+        for head in range(heads):
+            if sequences.counts[row][head]:
+                at = slice(row, row + 1), slice(head * group, (head + 1) * group)
+                output[at], sums[at] = _attention(
+                    query[at], *past.of(row, head), scaling, backend, causal=False
+                )
+    return output, sums
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, backend: Backend, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, H*G, T, D] and log-sum-exp [B, H*G, T] (natural, float32)."""
-    output, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, key, value, None, True, 0.0, causal, False, scale=scaling
-    )
-    return output, logsumexp.reshape(query.shape[:3])
+    """Output and log-sum-exp of [B, H*G, T, D] over [B, H, S, D], S = T if it is causal."""
+    if backend == "cudnn":
+        output, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, causal, False, scale=scaling
+        )
+        return output, sums.reshape(query.shape[:3])
+    batch, heads, tokens = query.shape[:3]
+    if causal:
+        group = heads // key.shape[1]
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    else:  # the tokens of a group's heads side by side, so that nothing is repeated
+        query = query.reshape(batch, key.shape[1], -1, query.shape[3])
+    if query.is_cuda:
+        output, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scaling
+        )
+        sums = sums[:, :, : query.shape[2]]
+    elif query.dtype == torch.float32 and not causal and query.shape[2] <= _FEW:
+        logits = query @ key.transpose(-1, -2) * scaling
+        output, sums = logits.softmax(dim=-1) @ value, logits.logsumexp(dim=-1)
+    else:
+        output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, scale=scaling
+        )
+    return output.reshape(batch, heads, tokens, -1), sums.float().reshape(batch, heads, tokens)
+
+
+def _merged(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over several sets of units together: output and log-sum-exp."""
+    output, sums = states[0]
+    for other, more in states[1:]:
+        both = torch.logaddexp(sums, more)
+        share, rest = ((x - both).exp().nan_to_num(0.0)[..., None] for x in (sums, more))
+        output, sums = (output.float() * share + other.float() * rest).to(other.dtype), both
+    return output, sums
 
 
 def _attend_sdpa(

@@ -127,13 +127,6 @@ class Backbone:
         return {layer.device for layer in self.layers}
 
     @property
-    def key_biases(self) -> list[Tensor]:
-        """What the layers that are retained add to all their keys, [H * D] each that does."""
-        size = self.geometry.num_kv_heads * self.geometry.head_size
-        biases = (_key_bias(layer.module, size) for layer in self.retained)
-        return [bias for bias in biases if bias is not None]
-
-    @property
     def plain(self) -> bool:
         """All layers retain their units, rotate alike and weigh by an ordinary softmax."""
         names = ("attn_logit_softcapping", "sinks")
@@ -301,12 +294,3 @@ def _uses_rope(attention: Any, config: Any) -> bool:
     if config.model_type == "exaone4":  # hybrid ones rotate in sliding layers only
         return attention.sliding_window is None or attention.is_sliding
     return bool(getattr(attention, "use_rope", True))
-
-
-def _key_bias(attention: Any, size: int) -> Tensor | None:
-    """What a layer's projection adds to all keys, `size` numbers; None if nothing."""
-    bias = getattr(getattr(attention, "k_proj", None), "bias", None)
-    fused = getattr(getattr(attention, "qkv_proj", None), "bias", None)
-    if isinstance(fused, Tensor):  # of queries, keys and values
-        bias = fused[-2 * size : -size]
-    return bias if isinstance(bias, Tensor) and bias.device.type != "meta" else None

@@ -22,6 +22,7 @@ from torch._dynamo import OptimizedModule
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from locret.cache.cache import RetainedCache
+from locret.cache.sequences import Sequences
 from locret.model.attend import PLAIN, Weighting
 from locret.model.rotary import Rotary, identity_tables
 
@@ -92,6 +93,14 @@ class LayerCall:
         """`x` [B, heads, S, D] at the slots from each row's start on (one start: of all rows);
         unchanged in a layer without RoPE."""
         return x if self.rotary is None else self.rotary.rotate(x, starts, prompt_lengths)
+
+    def rotate_context(
+        self, x: Tensor, sequences: Sequences, prompt_lengths: Sequence[int]
+    ) -> Tensor:
+        """Flat `x` [N, D] at the slots of its sequences (`Rotary.rotate_sequences`)."""
+        if self.rotary is None:
+            return x
+        return self.rotary.rotate_sequences(x, sequences, prompt_lengths)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,15 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from locret.cache.sequences import Sequences
 from locret.heads.heads import LongRopeRule
-from locret.kernels import rotate_at_slots
+from locret.kernels import rotate_at_slots, rotate_units
 from locret.kernels.rotate import Pairing
 
 ApplyRotary = Callable[..., tuple[Tensor, Tensor]]
 
 _TABLES_KEPT = 4  # a chunk needs two ranges (all keys, new queries), the same in every layer
+_SLOTS = 1024  # tables of slots for sequences of different lengths are rounded up to so many
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,30 @@ class Rotary:
         rule reads the latter.
         """
         return self._turn(x, self._for_rows(starts, x.shape[2], prompt_lengths, x))
+
+    def rotate_sequences(
+        self, x: Tensor, sequences: Sequences, prompt_lengths: Sequence[int]
+    ) -> Tensor:
+        """Rotate flat `x` [N, D]: the longest sequence of a row at the slots from 0 on, the others
+        such that their last units share its last slot."""
+        if sequences.equal:
+            return sequences.flattened(self.rotate(sequences.rectangle(x), (0,), prompt_lengths))
+        if len({*map(self._is_long, prompt_lengths)}) > 1:
+            rows = range(sequences.shape[0])
+            first = [sequences.take([row]) for row in rows]
+            each = x.split([own.total for own in first])
+            lengths = [prompt_lengths[row : row + 1] for row in rows]
+            turned = map(self.rotate_sequences, each, first, lengths)
+            return torch.cat([*turned])
+        # One table for sequences of about that length, of any layer.
+        most = -(-sequences.longest // _SLOTS) * _SLOTS
+        tables = self._tables_of(((0, most, prompt_lengths[0]),), x, dim=0)
+        slots = sequences.slots(aligned=True)
+        if tables.fused is not None and self._pattern is not None:
+            cos, sin = (table[0] for table in tables.fused)
+            return rotate_units(x, cos, sin, slots, self._pattern.pairing)
+        at_slots = Tables(tables.cos[:, slots], tables.sin[:, slots], None)
+        return self._turn(x[None, None], at_slots)[0, 0]
 
     def cos_sin(
         self, starts: Sequence[int], count: int, prompt_lengths: Sequence[int], like: Tensor

@@ -1,30 +1,35 @@
 """What a policy is: a rule that says which cache units to keep. One method makes a policy.
 
 `LayerChunk` is what it sees, `attention_weights` and `attention_received` what several policies
-look at, `keep_highest` and `keep_counts` how the units with the highest scores are chosen (paper,
-section 3.3: after a chunk every KV head keeps its highest scores; the last units, the stabilizers,
-are kept whatever they scored; kept units stay in order).
+look at, `Eviction` how many units stay. How the units with the highest scores are chosen:
+`locret.kernels.select_sequences` (paper, section 3.3: after a chunk every KV head keeps its highest
+scores; the last units, the stabilizers, are kept whatever they scored; kept units stay in order).
 
 B batch, H KV heads, G query heads a KV head, S units held, T new tokens, W queries, D head size.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from locret.cache.merging import Merging
-from locret.kernels import threshold_select
 
 HIGHEST = torch.finfo(torch.float32).max
 """The score of units to be kept in any case: finite, so that stabilizers rank higher."""
 
 
-@dataclass(frozen=True)
 class Context:
-    """The units that a layer holds when a chunk comes.
+    """The units that a layer holds when a chunk comes, as rectangles: filled up in front where
+    heads or rows hold fewer than others (`LayerChunk.empty`). Each is made when a policy first asks
+    for it, so that policies that score units once cost nothing.
+
+    Args:
+        length: S.
+        make: given a name, the tensor.
 
     Attributes:
         keys: [B, H, S, D], rotated at their slots.
@@ -33,10 +38,25 @@ class Context:
         positions: [B, H, S] long, source positions.
     """
 
-    keys: Tensor
-    values: Tensor
-    scores: Tensor
-    positions: Tensor
+    def __init__(self, length: int, make: Callable[[str], Tensor]) -> None:
+        self.length = length
+        self._make = make
+
+    @functools.cached_property
+    def keys(self) -> Tensor:
+        return self._make("keys")
+
+    @functools.cached_property
+    def values(self) -> Tensor:
+        return self._make("values")
+
+    @functools.cached_property
+    def scores(self) -> Tensor:
+        return self._make("scores")
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        return self._make("source_positions").long()
 
 
 def _cannot_rotate(x: Tensor, offset: int) -> Tensor:
@@ -89,7 +109,7 @@ class LayerChunk:
     @property
     def context_length(self) -> int:
         """S, units held before."""
-        return 0 if self.context is None else self.context.keys.shape[2]
+        return 0 if self.context is None else self.context.length
 
     @property
     def own_positions(self) -> Tensor:
@@ -141,6 +161,11 @@ class Policy:
     """True: layers evict only when the chunk has gone through all of them, by the scores that
     `reconsider` returns. Then every layer holds its budget and the whole chunk for a moment."""
 
+    @property
+    def ranks_anew(self) -> bool:
+        """Whether scores of old units change: whether `rank` is the policy's own."""
+        return type(self).rank is not Policy.rank
+
     def score(self, chunk: LayerChunk) -> Tensor:
         """Finite scores [B, H, T] of the chunk's units, given once; higher = keep."""
         raise NotImplementedError(f"{type(self).__name__} must implement score()")
@@ -151,6 +176,15 @@ class Policy:
         Policies whose scores of old units change override it; what it returns becomes
         `chunk.context.scores` of the next chunk.
         """
+        new = self.score_new(chunk)
+        return new if chunk.context is None else torch.cat([chunk.context.scores, new], dim=2)
+
+    def score_new(self, chunk: LayerChunk) -> Tensor:
+        """What `score` says, float32, if it fits the chunk.
+
+        Raises:
+            ValueError: it is of another shape.
+        """
         new = self.score(chunk)
         expected = tuple(chunk.key.shape[:3])
         if tuple(new.shape) != expected:
@@ -158,9 +192,7 @@ class Policy:
                 f"policy {type(self).__name__} returned scores of shape {tuple(new.shape)}; "
                 f"expected [batch, KV heads, new tokens], {expected}"
             )
-        if chunk.context is None:
-            return new.float()
-        return torch.cat([chunk.context.scores, new.float()], dim=2)
+        return new.float()
 
     def reconsider(self, scores: list[Tensor], surprisal: Callable[[], Tensor]) -> list[Tensor]:
         """Scores after a chunk has gone through all layers, for policies that wait.
@@ -250,94 +282,39 @@ def attention_received(chunk: LayerChunk, block: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Eviction:
-    """What layers do after attending: keep `budgets[layer]` units.
+    """What layers do after attending: keep `counts[layer][head]` units.
 
-    The last `stabilizers` units and the first `query` ones are among them whatever they scored.
-    A layer evicts when it holds more than `above` units above its budget. The last `drop` tokens
-    of the chunk are read for the policy to see and not kept: a question that will be asked later.
-    The values of evicted units are merged into others by the rule `merging`; None = they are lost.
+    The last `stabilizers` units and the first `query` ones are among them whatever they scored; a
+    head that keeps fewer than others has fewer stabilizers in proportion. A layer evicts when a
+    head holds more than `above` units above what it keeps. The last `drop` tokens of the chunk are
+    read for the policy to see and not kept: a question that will be asked later. The values of
+    evicted units are merged into others by the rule `merging`; None = they are lost.
     """
 
-    budgets: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
     stabilizers: int
     query: int = 0
     above: int = 0
     drop: int = 0
     merging: Merging | None = None
 
-    def most(self, retained_idx: int, after_eviction: int) -> int:
-        """Units that a layer, which held so many after its last eviction, may hold."""
-        return max(self.budgets[retained_idx], after_eviction) + self.above
+    def budget(self, retained_idx: int) -> int:
+        """Units a head of a layer keeps on average."""
+        counts = self.counts[retained_idx]
+        return sum(counts) // len(counts)
 
-    def protected(self, retained_idx: int, recent: int = 0) -> tuple[int, int]:
-        """Protected units at the (tail, head) of a layer, the policy's `recent` ones included: a
-        small budget protects fewer."""
-        budget = self.budgets[retained_idx]
-        head = min(self.query, budget)
-        return min(max(self.stabilizers, recent - self.drop), budget - head), head
+    def protected(self, retained_idx: int, policy: Policy) -> list[tuple[int, int]]:
+        """Protected units at the (tail, head) of each sequence of a layer's KV heads, those that
+        are recent to the policy included: a small budget protects fewer."""
+        average = max(self.budget(retained_idx), 1)
+        return [
+            self._protected(count, self.stabilizers * count // average, policy.recent(count))
+            for count in self.counts[retained_idx]
+        ]
 
-
-class Kept(NamedTuple):
-    """Indices [B, H, K] long, ascending; how many leading ones of a head are mere fillers, [B, H]
-    long; None = those that were empty before, as far as they are still there."""
-
-    units: Tensor
-    fillers: Tensor | None
-
-
-def keep_highest(
-    scores: Tensor,
-    budget: int,
-    protected_tail: int = 0,
-    protected_head: int = 0,
-    empty: Tensor | None = None,
-) -> Tensor:
-    """Indices of the units to keep, ascending in each head.
-
-    Args:
-        scores: [B, H, S]; higher = keep. Of equal scores, and equal tokens score alike in the first
-            layer, those stay that `torch.topk` chooses, as in the released code; on a GPU, where
-            its choice changes from call to call, the earliest.
-        budget: units a head keeps, at least as many as are protected.
-        protected_tail: how many of the last units are kept whatever they scored; they count
-            towards the budget.
-        protected_head: likewise, of the first units.
-        empty: [B, H] long: leading slots that hold nothing; None = none.
-
-    Returns:
-        Long [B, H, min(budget, S)].
-    """
-    assert min(protected_head, protected_tail) >= 0, (protected_head, protected_tail)
-    assert protected_head + protected_tail <= budget, (protected_head, protected_tail, budget)
-    if empty is not None:
-        return keep_highest(with_protected(scores, protected_tail, protected_head, empty), budget)
-    size = scores.shape[-1]
-    if size <= budget:
-        return torch.arange(size, device=scores.device).expand(scores.shape)
-    if scores.is_cuda:
-        return threshold_select(scores, budget, protected_tail, protected_head)
-    if protected_head or protected_tail:
-        scores = with_protected(scores, protected_tail, protected_head)
-    return scores.topk(budget, dim=-1, sorted=False).indices.sort(dim=-1).values
-
-
-def keep_counts(scores: Tensor, counts: Tensor) -> Kept:
-    """Each head's `counts` highest scores, where heads keep different numbers.
-
-    Args:
-        scores: [B, H, S]; higher = keep.
-        counts: long [B, H], at most S.
-
-    Returns:
-        Indices aligned at the end, K the largest count.
-    """
-    size, most = scores.shape[-1], int(counts.max())
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    kept = torch.zeros_like(order, dtype=torch.bool)
-    kept.scatter_(-1, order, torch.arange(size, device=scores.device) < counts[..., None])
-    slot = torch.arange(size, device=scores.device).expand(scores.shape)
-    aligned = slot.masked_fill(~kept, -1).sort(dim=-1).values[..., size - most :]
-    return Kept(aligned.clamp(min=0), most - counts)
+    def _protected(self, count: int, stabilizers: int, recent: int) -> tuple[int, int]:
+        head = min(self.query, count)
+        return min(max(stabilizers, recent - self.drop), count - head), head
 
 
 def with_protected(

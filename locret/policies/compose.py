@@ -40,6 +40,13 @@ class Composed(Policy):
     def core(self) -> Policy:
         return self.policy.core
 
+    @property
+    def ranks_anew(self) -> bool:
+        return self.policy.ranks_anew
+
+    def score(self, chunk: LayerChunk) -> Tensor:
+        return self.policy.score(chunk)
+
     def rank(self, chunk: LayerChunk) -> Tensor:
         return self.policy.rank(chunk)
 
@@ -106,9 +113,7 @@ class AdaptiveHeads(Composed):
     """Heads of a layer share what they have (AdaKV, arXiv 2407.11550): the layer's highest scores
     stay, whichever head they are in; every head keeps its own highest `floor` of the budget.
 
-    Cost: a sort of the layer's scores, and one wait for the device, at every eviction. Heads stand
-    in one rectangular storage, as wide as the one that keeps most: the total of *units* is that of
-    the budget, the bytes are more (`report()` counts the slots and bytes really taken).
+    Cost: a sort of the layer's scores, and one wait for the device, at every eviction.
 
     Args:
         policy: see `Composed`; its scores should be comparable between heads.

@@ -41,6 +41,10 @@ class Blocks:
         """int32 [M + 1]: block i is the units `starts[i] <= u < starts[i + 1]`."""
         return pad(self.sizes.cumsum(0), (1, 0)).int()
 
+    def to(self, device: torch.device) -> "Blocks":
+        """The same on `device`, which is not waited for."""
+        return Blocks(*(x.to(device, non_blocking=True) for x in (self.sizes, self.kept)))
+
 
 def aligned(units: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Full blocks and then one of what is left, of each of R stretches of units.

@@ -43,6 +43,10 @@ from torch.nn.functional import pad
 from locret.quantities import is_whole
 
 BITS = (2, 4, 8)
+"""Bits that a code of a group may have."""
+
+WIDTHS = (1, *BITS)
+"""Bits that are packed: of a code, or of a plane of one."""
 
 LARGEST = 2.0**15
 """Largest magnitude that is quantized; float16 ends not far above."""
@@ -100,6 +104,34 @@ def as_stored(x: Tensor) -> Tensor:
     return x.half().float() if x.dtype != torch.float16 else x.float()
 
 
+def storable(x: Tensor) -> Tensor:
+    """`x` in float32. Raises as `refuse_unstorable` does."""
+    refuse_unstorable(x)
+    return x.float()
+
+
+def block_mean(x: Tensor) -> Tensor:
+    """Mean of each channel over a block of units, [..., g, D] -> [..., 1, D].
+
+    A block that has fewer units is filled up with its last one, which counts once.
+    """
+    own = _own_units(x)[..., None].to(x.dtype)
+    return (x * own).sum(-2, keepdim=True) / own.sum(-2, keepdim=True)
+
+
+def block_median(x: Tensor) -> Tensor:
+    """Median of each channel over a block of units, otherwise as `block_mean`."""
+    return x.masked_fill(~_own_units(x)[..., None], torch.nan).nanmedian(-2, keepdim=True).values
+
+
+def _own_units(x: Tensor) -> Tensor:
+    """bool [..., g]: not what fills up a block [..., g, D], its last unit again and again."""
+    same = (x == x[..., -1:, :]).all(-1)
+    own = same.flip(-1).int().cumprod(-1).flip(-1) == 0
+    own[..., -1] = True
+    return own
+
+
 def refuse_unstorable(x: Tensor) -> None:
     """
     Raises:
@@ -140,19 +172,19 @@ def packed_size(size: int, bits: int) -> int:
     return -(-size * bits // 8)
 
 
-def check_bits(bits: int) -> None:
+def check_bits(bits: int, allowed: tuple[int, ...] = BITS) -> None:
     """
     Raises:
-        ValueError: `bits` is not a width that codes are packed in.
+        ValueError: `bits` is not one of `allowed`.
     """
-    if not is_whole(bits, 1) or bits not in BITS:
-        raise ValueError(f"bits is {bits!r}; expected one of {', '.join(map(str, BITS))}")
+    if not is_whole(bits, 1) or bits not in allowed:
+        raise ValueError(f"bits is {bits!r}; expected one of {', '.join(map(str, allowed))}")
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes uint8 [..., size], each below 2 ** `bits`, as bytes uint8 [..., packed size]."""
     assert codes.dtype == torch.uint8, codes.dtype
-    check_bits(bits)
+    check_bits(bits, WIDTHS)
     if bits == 8:
         return codes
     room = packed_size(codes.shape[-1], bits)
@@ -206,10 +238,8 @@ class Outliers:
         unit = unit.flatten()
         counts = self.counts[unit].long()
         entries = ragged(self.offsets[unit], counts)
-        channels = self.channels[entries].long()
-        x.view(-1, x.shape[-1])[torch.repeat_interleave(counts), channels] = self.values[
-            entries
-        ].float()
+        of_unit, channels = torch.repeat_interleave(counts), self.channels[entries].long()
+        x.view(-1, x.shape[-1])[of_unit, channels] = self.values[entries].float()
 
     def select(self, index: Tensor) -> "Outliers":
         """Those of the units at `index` [K] (long)."""
@@ -223,15 +253,14 @@ class Outliers:
         return Outliers(*map(torch.cat, zip(*(each.tensors for each in some), strict=True)))
 
 
-def find_outliers(x: Tensor, limit: float) -> Outliers:
-    """What is larger than `limit` in `x` [N, D].
+def find_outliers(x: Tensor, large: Tensor) -> Outliers:
+    """What `large` (bool [N, D]) says of `x` [N, D].
 
     Raises:
         ValueError: a value is not finite, or beyond `LARGEST`.
     """
     x = as_stored(x)
     refuse_unstorable(x)
-    large = x.abs() > limit
     small = torch.uint8 if x.shape[-1] < 256 else torch.int16
     channels = large.nonzero()[:, -1].to(small)
     return Outliers(large.sum(-1).to(small), channels, x[large].half())

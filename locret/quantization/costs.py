@@ -1,4 +1,4 @@
-"""Bytes: what a scheme takes a unit, how many blocks a head may have, how many units fit in memory.
+"""Bytes: what a scheme takes a unit, how many blocks a sequence may have, how many units fit.
 
 The published figure of a scheme is the cost of full blocks: 4-bit KIVI at group 64 takes 0.28125 of
 16-bit bytes. Residual units and thin blocks cost more; together they get `OVERHEAD` of that figure.
@@ -6,6 +6,7 @@ Outliers depend on the data and are not counted here; `nbytes` of what is packed
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,13 +18,13 @@ OVERHEAD = 1 / 16
 """What residual units and thin blocks may add, next to packed units in full blocks."""
 
 FEWEST_BLOCKS = 1.25
-"""Blocks that a head may have at least, next to full ones: a margin below that would have units
+"""Blocks that a sequence may have at least, next to full ones: a margin below that would have units
 packed anew at nearly every eviction."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes, of keys and values of one KV head.
+    """Bytes, of keys and values of one sequence (the units of a row and KV head).
 
     Attributes:
         unit: what a packed unit takes by itself.
@@ -45,7 +46,7 @@ class Costs:
 
 @lru_cache
 def costs_of(scheme: Scheme, head_size: int, element_size: int = 2) -> Costs:
-    """What `scheme` costs a KV head of size `head_size`; `element_size` bytes in full precision."""
+    """What `scheme` costs at head size `head_size`; `element_size` bytes in full precision."""
     full = 2 * head_size * element_size
     if not scheme.packs:
         return Costs(full, 0, full, scheme.group)
@@ -57,7 +58,7 @@ def costs_of(scheme: Scheme, head_size: int, element_size: int = 2) -> Costs:
 
 
 def block_limit(costs: Costs, packed: int, residual: int) -> int:
-    """Most blocks of a head with `packed` units in blocks and `residual` ones in full precision."""
+    """Most blocks of a sequence of `packed` units in blocks and `residual` in full precision."""
     fewest = -(-packed // costs.group)
     allowed = (1 + OVERHEAD) * costs.packed * (packed + residual)
     most = (allowed - residual * costs.full - packed * costs.unit) // costs.entry
@@ -65,7 +66,7 @@ def block_limit(costs: Costs, packed: int, residual: int) -> int:
 
 
 def most_bytes(scheme: Scheme, units: int, head_size: int, element_size: int = 2) -> int:
-    """Most bytes of a KV head that holds `units` units after an eviction, outliers not counted."""
+    """Most bytes of a sequence of `units` units after an eviction, outliers not counted."""
     costs = costs_of(scheme, head_size, element_size)
     residual = min(scheme.residual, units)
     packed = units - residual
@@ -75,8 +76,15 @@ def most_bytes(scheme: Scheme, units: int, head_size: int, element_size: int = 2
     return packed * costs.unit + entries * costs.entry + residual * costs.full
 
 
+def most_bytes_of(
+    scheme: Scheme, lengths: Sequence[int], head_size: int, element_size: int = 2
+) -> int:
+    """Most bytes of sequences of these lengths after an eviction, outliers not counted."""
+    return sum(most_bytes(scheme, units, head_size, element_size) for units in lengths)
+
+
 def units_within(scheme: Scheme, nbytes: float, head_size: int, element_size: int = 2) -> int:
-    """Most units that a KV head can hold in `nbytes` bytes, however they were evicted."""
+    """Most units that a sequence can have in `nbytes` bytes, however they were evicted."""
     costs = costs_of(scheme, head_size, element_size)
     most = int(nbytes // costs.unit) + 1
     return bisect_right(

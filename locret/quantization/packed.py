@@ -22,7 +22,7 @@ from torch import Tensor
 
 from locret.quantization.base import Scheme, Tensors
 from locret.quantization.blocks import FRESH, REPACKED, Blocks, aligned, arrange
-from locret.quantization.codes import Outliers, as_stored, find_outliers, ragged
+from locret.quantization.codes import Outliers, find_outliers, ragged
 from locret.quantization.costs import block_limit, costs_of
 
 SLAB = 16384
@@ -65,11 +65,8 @@ class Packed:
     def at(self, index: Tensor) -> Tensor:
         """float32 [..., D]: the units at `index` [...] (long, below N)."""
         x = self._decoded(index)
-        if self.outliers is None or self.scheme.outliers is None:
-            return x
-        # Rounding must not make outliers of values that were none.
-        x = x.clamp(-self.scheme.outliers, self.scheme.outliers)
-        self.outliers.write(x, index)
+        if self.outliers is not None:
+            self.outliers.write(x, index)
         return x
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -144,22 +141,16 @@ def pack_keys(scheme: Scheme, x: Tensor, lengths: Sequence[int]) -> PackedKeys:
         ValueError: a value is not finite, or too large to be stored.
     """
     sizes, _ = aligned(torch.tensor(lengths, dtype=torch.long), scheme.group)
-    blocks = Blocks(sizes, torch.full_like(sizes, FRESH))
-    places = _places(blocks, scheme.group)
-    filled = x[places.to(x.device, non_blocking=True)]
-    units, tables = scheme.encode_keys(filled, _usable(scheme, filled))
-    # Of a short block's repeated last unit, the first is the unit itself.
-    own = (torch.arange(scheme.group) < sizes[:, None]).flatten().nonzero()[:, 0]
-    own = own.to(x.device, non_blocking=True)
-    units = tuple(tensor.flatten(0, 1).index_select(0, own) for tensor in units)
-    starts = blocks.starts.to(x.device, non_blocking=True)
-    return PackedKeys(scheme, x.shape[-1], units, _outliers_of(scheme, x), _owned(tables), starts)
+    blocks = Blocks(sizes, torch.full_like(sizes, FRESH)).to(x.device)
+    filled = x[_places(blocks.starts[:-1], blocks.sizes, scheme.group)]
+    units, tables, outliers = _encoded(scheme, filled, blocks.sizes, sum(lengths))
+    return PackedKeys(scheme, x.shape[-1], units, outliers, tables, blocks.starts)
 
 
 def pack_values(scheme: Scheme, x: Tensor) -> PackedValues:
     """Pack values [N, D]. Raises as `pack_keys` does."""
-    units = _owned(scheme.encode_values(x, _usable(scheme, x)))
-    return PackedValues(scheme, x.shape[-1], units, _outliers_of(scheme, x))
+    units, outliers = _encoded_values(scheme, x)
+    return PackedValues(scheme, x.shape[-1], _owned(units), outliers)
 
 
 def select_keys(
@@ -172,8 +163,8 @@ def select_keys(
 ) -> PackedKeys:
     """Pack the keys at `index`, and no others.
 
-    The host waits for the device once, to learn how many units are left of each block: the size of
-    the new tables depends on it.
+    The host waits for the device to learn how many units are left of each block, since the size of
+    the new tables depends on it. (Schemes wait besides, to refuse what they cannot store.)
 
     Args:
         packed: N keys; None = none.
@@ -188,38 +179,34 @@ def select_keys(
     """
     if packed is None or not packed.count:
         return pack_keys(scheme, fresh.index_select(0, index), new_lengths)
-    old, there = index < packed.count, index.clamp(max=packed.count - 1)
-    blocks = _arranged(packed, lengths, old, there, fresh.element_size(), new_lengths)
-    entries = blocks.kept.clamp(min=0).to(index.device, non_blocking=True)
+    blocks = _arranged(packed, lengths, index, new_lengths, fresh.element_size())
+    here = blocks.to(index.device)
     kept = replace(
         packed,
-        units=_at(packed.units, there),
-        outliers=_selected_outliers(packed, fresh, index),
-        tables=_at(packed.tables, entries),
-        starts=blocks.starts.to(index.device, non_blocking=True),
+        units=_at(packed.units, index.clamp(max=packed.count - 1)),
+        tables=_at(packed.tables, here.kept.clamp(min=0)),
+        starts=here.starts,
     )
-    for which in (FRESH, REPACKED):
-        _encode_blocks(kept, blocks, which, packed, fresh, index)
-    return kept
+    encoded = [
+        _encode_blocks(kept, blocks, which, packed, fresh, index) for which in (FRESH, REPACKED)
+    ]
+    return replace(kept, outliers=_outliers_after(packed, index, encoded))
 
 
 def _arranged(
     packed: PackedKeys,
     lengths: Sequence[int],
-    old: Tensor,
-    there: Tensor,
-    element_size: int,
+    index: Tensor,
     new_lengths: Sequence[int],
+    element_size: int,
 ) -> Blocks:
-    """The blocks, on the host, of those of the packed units `there` [K] that are `old` (bool [K])
-    and of fresh ones in place of the others."""
-    survivors = torch.zeros(len(packed.starts) - 1, dtype=torch.long, device=old.device)
-    survivors.scatter_add_(0, packed.blocks_of(there), old.long())
+    """The blocks of what `select_keys` keeps, on the host; `element_size` is of fresh keys."""
+    old, block = index < packed.count, packed.blocks_of(index.clamp(max=packed.count - 1))
+    survivors = torch.zeros(len(packed.starts) - 1, dtype=torch.long, device=index.device)
+    survivors.scatter_add_(0, block, old.long())
     survivors, starts = torch.stack([survivors, packed.starts[:-1]]).cpu()
-    sequence = torch.searchsorted(
-        torch.tensor(lengths, dtype=torch.long).cumsum(0), starts, right=True
-    )
-    total = torch.tensor(new_lengths, dtype=torch.long)
+    before, total = (torch.tensor(counts, dtype=torch.long) for counts in (lengths, new_lengths))
+    sequence = torch.searchsorted(before.cumsum(0), starts, right=True)
     costs = costs_of(packed.scheme, packed.head_size, element_size)
     residual = packed.scheme.residual
     limits = torch.tensor([block_limit(costs, length, residual) for length in new_lengths])
@@ -229,36 +216,94 @@ def _arranged(
 
 def _encode_blocks(
     kept: PackedKeys, blocks: Blocks, which: int, packed: PackedKeys, fresh: Tensor, index: Tensor
-) -> None:
+) -> tuple[Tensor, Outliers | None]:
     """Fill in the codes and entries of the blocks of `kept` whose units are all fresh ones, or of
-    those with units that were packed: `which` is `FRESH` or `REPACKED`."""
+    those with units that were packed: `which` is `FRESH` or `REPACKED`. Returns where in `kept`
+    the units of these blocks are, long [n], and their outliers."""
     at = (blocks.kept == which).nonzero()[:, 0]
     if not len(at):
-        return
-    places = _places(blocks, packed.scheme.group)[at].to(index.device, non_blocking=True)
-    at, unit = at.to(index.device, non_blocking=True), index[places]
+        return index[:0], None
+    total = int(blocks.sizes[at].sum())
+    sizes, at = (x.to(index.device, non_blocking=True) for x in (blocks.sizes[at], at))
+    starts, group = kept.starts[at].long(), packed.scheme.group
+    unit = index[_places(starts, sizes, group)]
     x = fresh[unit - packed.count].float() if which == FRESH else fetch(packed, fresh, unit)
-    units, tables = packed.scheme.encode_keys(x, _usable(packed.scheme, x))
+    units, tables, outliers = _encoded(packed.scheme, x, sizes, total)
+    places = ragged(starts, sizes, total)
     for tensor, new in zip(kept.units, units, strict=True):
-        tensor[places] = new  # of a short block's last unit repeatedly, but the same
+        tensor.index_copy_(0, places, new)
     for table, new in zip(kept.tables, tables, strict=True):
-        table[at] = new
+        table.index_copy_(0, at, new)
+    return places, outliers
+
+
+def _outliers_after(
+    packed: PackedKeys, index: Tensor, encoded: Sequence[tuple[Tensor, Outliers | None]]
+) -> Outliers | None:
+    """The outliers of the units at `index`: new ones where blocks were encoded, else the old."""
+    if packed.outliers is None:
+        return None
+    index, found = index.clone(), [packed.outliers]
+    for places, outliers in encoded:
+        if outliers is not None:
+            before = sum(len(each.counts) for each in found)
+            index[places] = before + torch.arange(len(places), device=index.device)
+            found.append(outliers)
+    return Outliers.join(found).select(index)
+
+
+def _encoded(
+    scheme: Scheme, x: Tensor, sizes: Tensor, total: int
+) -> tuple[Tensors, Tensors, Outliers | None]:
+    """What each of `total` units needs, [total, *], each block's entries, [A, *], and the units'
+    outliers.
+
+    Args:
+        x: [A, group, D], blocks of keys, short ones filled up with their last unit.
+        sizes: long [A], units of each block.
+    """
+    large = scheme.outlying_keys(x)
+    units, tables = scheme.encode_keys(x, None if large is None else ~large)
+    first = torch.arange(len(sizes), device=x.device) * scheme.group
+    own = ragged(first, sizes, total)
+    units = _at(tuple(tensor.flatten(0, 1) for tensor in units), own)
+    outliers = large if large is None else find_outliers(x.flatten(0, 1), large.flatten(0, 1))
+    return units, _owned(tables), outliers and outliers.select(own)
+
+
+def _places(starts: Tensor, sizes: Tensor, group: int) -> Tensor:
+    """long [A, group], where the units of blocks are. Short blocks are filled up with their last
+    unit, which has no say in a smallest or largest value."""
+    step = torch.arange(group, device=sizes.device)
+    return starts[:, None] + torch.minimum(step, sizes[:, None] - 1)
 
 
 def select_values(
     scheme: Scheme, packed: PackedValues | None, fresh: Tensor, index: Tensor
 ) -> PackedValues:
-    """Pack the values at `index`, and no others; arguments as for keys."""
+    """Pack the values at `index`, and no others; arguments as for keys.
+
+    The host waits for the device to learn how many are fresh.
+    """
     if packed is None or not packed.count:
         return pack_values(scheme, fresh.index_select(0, index))
-    units = _at(packed.units, index.clamp(max=packed.count - 1))
+    units, outliers = _at(packed.units, index.clamp(max=packed.count - 1)), packed.outliers
     new_at = (index >= packed.count).nonzero()[:, 0]
     if len(new_at):
-        x = fresh[index[new_at] - packed.count]
-        encoded = packed.scheme.encode_values(x, _usable(packed.scheme, x))
+        encoded, found = _encoded_values(packed.scheme, fresh[index[new_at] - packed.count])
         for tensor, new in zip(units, encoded, strict=True):
             tensor[new_at] = new
-    return replace(packed, units=units, outliers=_selected_outliers(packed, fresh, index))
+        outliers = outliers and found and Outliers.join([outliers, found])
+        at = torch.arange(len(new_at), device=index.device)
+        index = index.index_copy(0, new_at, packed.count + at)
+    return replace(packed, units=units, outliers=outliers and outliers.select(index))
+
+
+def _encoded_values(scheme: Scheme, x: Tensor) -> tuple[Tensors, Outliers | None]:
+    """What each of the values [N, D] needs, and their outliers."""
+    large = scheme.outlying_values(x)
+    units = scheme.encode_values(x, None if large is None else ~large)
+    return units, large if large is None else find_outliers(x, large)
 
 
 def fetch(packed: Packed | None, fresh: Tensor, index: Tensor) -> Tensor:
@@ -299,11 +344,10 @@ def take(packed: _P, lengths: Sequence[int], sequences: Sequence[int]) -> _P:
         lengths: of all the sequences in `packed`.
     """
     firsts = list(accumulate(lengths, initial=0))
-    chosen = torch.tensor([(firsts[i], lengths[i]) for i in sequences], dtype=torch.long).view(
-        -1, 2
-    )
-    at, counts = chosen.to(packed.device, non_blocking=True).unbind(1)
-    index = ragged(at, counts, sum(lengths[i] for i in sequences))
+    of = torch.tensor(sequences, dtype=torch.long)
+    ranges = torch.tensor([firsts[:-1], lengths], dtype=torch.long)[:, of]
+    at, counts = ranges.to(packed.device, non_blocking=True)
+    index = ragged(at, counts, int(ranges[1].sum()))
     taken = replace(
         packed,
         units=_at(packed.units, index),
@@ -313,11 +357,9 @@ def take(packed: _P, lengths: Sequence[int], sequences: Sequence[int]) -> _P:
         return taken
     starts = packed.starts.cpu().long()
     bounds = torch.searchsorted(starts, torch.tensor(firsts))
-    of = torch.tensor(sequences, dtype=torch.long)
     blocks = ragged(bounds[of], bounds.diff()[of])
-    own = Blocks(starts.diff()[blocks], blocks).starts.to(packed.device, non_blocking=True)
-    entries = blocks.to(packed.device, non_blocking=True)
-    return replace(taken, tables=_at(packed.tables, entries), starts=own)
+    own = Blocks(starts.diff()[blocks], blocks).to(packed.device)
+    return replace(taken, tables=_at(packed.tables, own.kept), starts=own.starts)
 
 
 def to_named(keys: PackedKeys | None, values: PackedValues | None) -> dict[str, Tensor]:
@@ -353,31 +395,6 @@ def from_named(
     return keys, PackedValues(scheme, head_size, tensors("value_units"), of_values)
 
 
-def _places(blocks: Blocks, group: int) -> Tensor:
-    """long [M, group], where the units of each block are; short blocks are filled up with their
-    last unit, which has no say in a smallest or largest value."""
-    step = torch.minimum(torch.arange(group), blocks.sizes[:, None] - 1)
-    return blocks.starts[:-1, None] + step
-
-
-def _outliers_of(scheme: Scheme, x: Tensor) -> Outliers | None:
-    """The outliers that `scheme` keeps of `x` [N, D]."""
-    return None if scheme.outliers is None else find_outliers(x, scheme.outliers)
-
-
-def _selected_outliers(packed: Packed, fresh: Tensor, index: Tensor) -> Outliers | None:
-    found = _outliers_of(packed.scheme, fresh)
-    if packed.outliers is None or found is None:
-        return None
-    return Outliers.join([packed.outliers, found]).select(index)
-
-
-def _usable(scheme: Scheme, x: Tensor) -> Tensor | None:
-    """What has a say in scale and minimum: all but outliers."""
-    # NaN stays usable, so that it is refused rather than left out.
-    return None if scheme.outliers is None else ~(as_stored(x).abs() > scheme.outliers)
-
-
 def _owned(tensors: Tensors) -> Tensors:
     """The same, each in memory of its own size and no larger one that it is a view of."""
     return tuple(
@@ -391,7 +408,7 @@ def _owned(tensors: Tensors) -> Tensors:
 def _at(tensors: Tensors, index: Tensor) -> Tensors:
     """Rows of all tensors, [..., *] of [N, *]."""
     return tuple(
-        tensor.index_select(0, index.flatten()).unflatten(0, index.shape) for tensor in tensors
+        x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]) for x in tensors
     )
 
 

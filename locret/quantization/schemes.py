@@ -6,44 +6,49 @@
   channels of one token, so that an error stays with its token. The last `residual` units stay in
   full precision (section 3.3).
 - `kvquant` (arXiv 2401.18079, as set in arXiv 2412.12706): dense and sparse. Groups as in KIVI;
-  values with |x| > 6 are kept as they are beside the codes, and have no say in their group's scale.
+  elements with |x| > 6 are kept as they are beside the codes, and have no say in their group's
+  scale. Of a channel of keys whose median in the block is beyond 6, the distance from it counts.
   Keys are held before RoPE (section 3.2): rotation mixes channels and so blurs what makes keys easy
   to quantize.
 - `layerquant` (arXiv 2412.12706): some layers at other bits, and as many tokens as make up for it,
-  so that every layer takes the bytes it would take at `bits`. The published setting: 8 bits in the
-  first 4 layers, 4 elsewhere.
+  so that every layer takes the bytes it would take at `bits`. The published setting: KIVI at 8 bits
+  in the first 4 layers, at 4 elsewhere.
 - `fp8`: 8-bit floats (e4m3) with a scale, keys per channel of a block, values per token.
   code = e4m3(x / scale), scale = largest |x| / 448, 448 being e4m3's largest number. Error: at most
-  2 ** -4 of |x| or, near zero, 2 ** -10 of the scale.
+  2 ** -4 of |x| or, near zero, 2 ** -10 of the scale. Of keys the block's mean is subtracted first:
+  an error that is relative to a large bias (Qwen2.5: some channels are hundreds high) would take
+  away what tells keys apart.
+- `rotated`: `locret.quantization.rotated`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from locret.kernels import expand_units
+from locret.kernels import PackedKV, expand_units
 from locret.kernels.dispatch import takes_triton
 from locret.quantities import check_whole
 from locret.quantization.base import NoScheme, Scheme, Tensors
 from locret.quantization.codes import (
     as_stored,
-    check_bits,
+    block_mean,
+    block_median,
     dequantize,
     pack,
     quantize,
-    refuse_unstorable,
+    storable,
     unpack,
 )
 from locret.quantization.costs import most_bytes, units_within
+from locret.quantization.rotated import RotatedScheme
 
 E4M3_LAST = 448.0
 SMALLEST_SCALE = 2.0**-14  # float16's smallest normal: below it a scale would lose precision
-FAR_ABOVE_KEYS = 50.0  # of norms and projections as they are trained
-LARGE_BIAS = 100  # times the typical one; Qwen2.5's largest is some 1,400 times, others up to 50
+KEY_AND_VALUE = ("key_bits", "value_bits")
 
 
 class KiviScheme(Scheme):
@@ -77,10 +82,14 @@ class KiviScheme(Scheme):
     def expand(
         self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
     ) -> bool:
-        if at is not None or not takes_triton(out):
-            return False
-        expand_units(packed, self.bits, self.group, out, starts)
-        return True
+        if takes_triton(out):
+            expand_units(packed, self.bits, self.group, out, starts, at)
+        return takes_triton(out)
+
+    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> PackedKV | None:
+        if self.outliers is not None:
+            return None
+        return PackedKV(keys, starts, values, self.bits, self.group)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., groups, group], padded with zeros."""
@@ -93,35 +102,63 @@ class KVQuantScheme(KiviScheme):
 
     name = "kvquant"
     keys_are = "unrotated"
-    outliers = 6.0
+    outliers: ClassVar[float] = 6.0
+
+    def outlying_keys(self, x: Tensor) -> Tensor:
+        """A channel whose median is an outlier has a bias (Qwen2.5: hundreds), and outliers are
+        told by how far they are from it: else each key would have one there."""
+        x = as_stored(x)
+        median = block_median(x)
+        return (x - median.where(median.abs() > self.outliers, 0)).abs() > self.outliers
+
+    def decode_keys(self, units: Tensors, tables: Tensors, head_size: int) -> Tensor:
+        x, (scale, minimum) = super().decode_keys(units, tables, head_size), tables
+        top = minimum.float() + (2**self.bits - 1) * scale.float()
+        # Where there is no bias, rounding must not make outliers of elements that were none.
+        plain = (minimum >= -self.outliers) & (top <= self.outliers * (1 + 2.0**-10))
+        return torch.where(plain, x.clamp(-self.outliers, self.outliers), x)
+
+    def decode_values(self, units: Tensors, head_size: int) -> Tensor:
+        return super().decode_values(units, head_size).clamp(-self.outliers, self.outliers)
+
+
+Bits = int | tuple[int, int]
+"""Bits of a code, or of a key's and of a value's."""
 
 
 @dataclass(frozen=True)
 class LayerQuantScheme(Scheme):
     """Layers quant_begin_layers .. quant_end_layers - 1 are stored at `quant_layers_bits`, the
-    others at `bits`, all by KIVI's formulas.
+    others at `bits`, all by the formulas of another scheme.
 
     Attributes:
-        quant_layers_bits: bits of the layers that differ.
-        quant_begin_layers, quant_end_layers: the first of them, and the first after them.
+        bits, quant_layers_bits: one number or, for a scheme that has them, those of keys and of
+            values: {"key_bits": 3, "value_bits": 2}, which is kept as (3, 2).
+        quant_begin_layers, quant_end_layers: the first of the layers that differ, and the first
+            after them.
+        scheme: the name of the other scheme.
     """
 
     name = "layerquant"
-    quant_layers_bits: int = 8
+    bits: Bits = 4  # type: ignore[assignment]
+    quant_layers_bits: Bits = 8
     quant_begin_layers: int = 0
     quant_end_layers: int = 4
+    scheme: str = KiviScheme.name
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bits(self.quant_layers_bits)
+        for option in ("bits", "quant_layers_bits"):
+            object.__setattr__(self, option, _bits_of(option, getattr(self, option)))
         check_whole("quant_begin_layers", self.quant_begin_layers, 0)
         check_whole("quant_end_layers", self.quant_end_layers, self.quant_begin_layers)
+        if self.scheme in (self.name, NoScheme.name):
+            raise ValueError(f"scheme is {self.scheme!r}; layerquant needs one that packs")
+        base, _ = self._with_bits(self.bits), self._with_bits(self.quant_layers_bits)
+        object.__setattr__(self, "keys_are", base.keys_are)
 
     def for_layer(self, layer: int) -> Scheme:
         inside = self.quant_begin_layers <= layer < self.quant_end_layers
-        return KiviScheme(
-            self.quant_layers_bits if inside else self.bits, self.group, self.residual
-        )
+        return self._with_bits(self.quant_layers_bits if inside else self.bits)
 
     def budgets(
         self, budget: int, num_layers: int, head_size: int, element_size: int = 2
@@ -130,7 +167,7 @@ class LayerQuantScheme(Scheme):
             raise ValueError(
                 f"quant_end_layers is {self.quant_end_layers}; the model has {num_layers} layers"
             )
-        base = KiviScheme(self.bits, self.group, self.residual)
+        base = self._with_bits(self.bits)
         allowed = most_bytes(base, budget, head_size, element_size)
         schemes = [self.for_layer(layer) for layer in range(num_layers)]
         return [
@@ -138,10 +175,29 @@ class LayerQuantScheme(Scheme):
             for each in schemes
         ]
 
+    def _with_bits(self, bits: Bits) -> Scheme:
+        """The other scheme at `bits`."""
+        given = {"bits": bits}
+        if isinstance(bits, tuple):
+            given = dict(zip(KEY_AND_VALUE, bits, strict=True))
+        return make_scheme(self.scheme, **given, group=self.group, residual=self.residual)
+
+
+def _bits_of(option: str, given: Any) -> Bits:
+    """One number as it is; a mapping, or what a file made of a pair, as a pair."""
+    if isinstance(given, Mapping) and set(given) == set(KEY_AND_VALUE):
+        return given["key_bits"], given["value_bits"]
+    if isinstance(given, tuple | list) and len(given) == len(KEY_AND_VALUE):
+        return given[0], given[1]
+    if isinstance(given, Mapping | tuple | list):
+        raise ValueError(f"{option} is {given!r}; expected a number, or key_bits and value_bits")
+    check_whole(option, given, 1)
+    return given
+
 
 @dataclass(frozen=True)
 class Fp8Scheme(Scheme):
-    """Of a key: codes uint8 [D] (e4m3 bits) | scale float16 [D] a block.
+    """Of a key: codes uint8 [D] (e4m3 bits) | scale, mean float16 [D] a block.
     Of a value: codes uint8 [D], scale float16 [1]."""
 
     name = "fp8"
@@ -149,58 +205,31 @@ class Fp8Scheme(Scheme):
     bits: int = 8
 
     def encode_keys(self, x: Tensor, usable: Tensor | None) -> tuple[Tensors, Tensors]:
-        codes, scale = _encode_e4m3(x, -2)
-        return (codes,), (scale.squeeze(-2),)
+        x = storable(x)
+        mean = block_mean(x).half()
+        codes, scale = _encode_e4m3(x - mean.float(), -2)
+        return (codes,), (scale.squeeze(-2), mean.squeeze(-2))
 
     def decode_keys(self, units: Tensors, tables: Tensors, head_size: int) -> Tensor:
-        return _decode_e4m3(*units, *tables)
+        scale, mean = tables
+        return _decode_e4m3(units[0], scale) + mean.float()
 
     def encode_values(self, x: Tensor, usable: Tensor | None) -> Tensors:
-        return _encode_e4m3(x, -1)
+        return _encode_e4m3(storable(x), -1)
 
     def decode_values(self, units: Tensors, head_size: int) -> Tensor:
         return _decode_e4m3(*units)
 
 
 def _encode_e4m3(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    x = as_stored(x)
-    largest = x.abs().amax(dim, keepdim=True)
-    refuse_unstorable(largest)
-    scale = (largest / E4M3_LAST).clamp(min=SMALLEST_SCALE).half()
+    scale = x.abs().amax(dim, keepdim=True) / E4M3_LAST
+    scale = scale.clamp(min=SMALLEST_SCALE).half()
     steps = (x / scale.float()).clamp(-E4M3_LAST, E4M3_LAST)
     return steps.to(torch.float8_e4m3fn).view(torch.uint8), scale
 
 
 def _decode_e4m3(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn).float() * scale.float()
-
-
-def key_bias_warning(biases: Sequence[Tensor]) -> str | None:
-    """Why keys may not survive the rounding: it is relative to a key's size, so that beside a large
-    bias it takes away by what keys differ. None where no bias is large.
-
-    Args:
-        biases: what each layer's key projection adds, [H * D]; none where it adds nothing.
-    """
-    if not biases:
-        return None
-    largest = torch.stack([bias.detach().abs().max().float().cpu() for bias in biases])
-    sizes = torch.cat([bias.detach().abs().float().cpu() for bias in biases])
-    typical = sizes[sizes > 0].median()  # not a number where there are none, which is not large
-    if largest.max() > LARGE_BIAS * typical:
-        than = f"is {largest.max() / typical:.0f} times its typical one, {typical:.2g}"
-    elif largest.max() > FAR_ABOVE_KEYS:
-        than = "is far above what a token adds to a key, a few units"
-    else:
-        return None
-    return (
-        f"quantization 'fp8' keeps 4 significant bits of a key, its bias included, and the largest "
-        f"key bias of this model, {largest.max():.3g}, {than}: what tells keys apart may be lost. "
-        "Measured on "
-        "Qwen2.5-Coder-1.5B, whose key biases are such: RULER needles found fell from 100 % to "
-        "9.4 % with nothing evicted, and quantization 'kivi' of 8 and 4 bits kept 100 %; use it "
-        "instead"
-    )
 
 
 Quantization = str | Mapping[str, Any] | Scheme | None
@@ -211,7 +240,10 @@ NO_SCHEME = NoScheme()
 
 SCHEMES: dict[str, type[Scheme]] = {
     scheme.name: scheme
-    for scheme in (NoScheme, KiviScheme, KVQuantScheme, LayerQuantScheme, Fp8Scheme)
+    for scheme in (
+        *(NoScheme, KiviScheme, KVQuantScheme, LayerQuantScheme, Fp8Scheme),
+        RotatedScheme,
+    )
 }
 
 

@@ -1,4 +1,4 @@
-"""Budgets at equal bytes: a share in 16 bits, however the cache is stored."""
+"""Budgets at equal bytes: a share of a full 16-bit cache's, however the cache is stored."""
 
 import json
 from collections import Counter
@@ -25,9 +25,15 @@ KIVI = {"name": "kivi", "bits": 4, "group": 8, "residual": 0}
 LENGTH, RATIOS, TASKS = 400, (4, 8), ("passkey", "niah_single")
 
 
-def allowed(ratio, head_dim=HEAD_DIM):
-    """Bytes of a share of the context in 16 bits: two layers of two heads."""
-    return Sizing(NO_SCHEME, 2, 2, head_dim).cache_bytes([round(LENGTH / ratio)] * 2)
+def allowed(ratio, head_dim=HEAD_DIM, tokens=LENGTH):
+    """A share of the bytes of keys and values in 16 bits: two layers of two heads."""
+    return tokens * 2 * 2 * 2 * head_dim * 2 // ratio
+
+
+def plain_units(ratio, head_dim=HEAD_DIM, tokens=LENGTH, layers=2):
+    """Units in 16 bits that fit into it, with their scores and source positions."""
+    a_unit = Sizing(NO_SCHEME, layers, 2, head_dim).cache_bytes([1] * layers)
+    return allowed(ratio, head_dim, tokens) * layers // 2 // a_unit
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +58,9 @@ def test_four_bits_hold_more_units_within_the_bytes_of_sixteen(head_dim, group, 
         report = engine.prefill(prompt(LENGTH)).report()
         held.append(max(report["units"]))
         sizes.append(report["total_bytes"])
-    assert held[0] == LENGTH // 4 and sizes[0] == allowed(4, head_dim)
+    assert held[0] == plain_units(4, head_dim)
     assert held[1] >= more * held[0]
-    assert 0.9 * sizes[0] < sizes[1] <= sizes[0]
+    assert all(0.9 * allowed(4, head_dim) < size <= allowed(4, head_dim) for size in sizes)
 
 
 @pytest.mark.parametrize("policy", ["knorm", "pyramidkv"])
@@ -69,25 +75,31 @@ def test_never_more_bytes_than_in_sixteen_bits(ratio, bits, policy, model):
 
 def test_layers_with_a_window_come_on_top():
     """They hold what they hold under every policy."""
-    model = tiny_model("exaone4").bfloat16()
+    model = tiny_model("exaone4", head_dim=HEAD_DIM).bfloat16()
     units = []
-    for budget in ("4x bytes", "4x"):
+    for budget in ("4x bytes", plain_units(4, layers=1)):
         engine = locret.Engine(model, "knorm", budget=budget, chunk_size=64, stabilizers=0)
         units.append(engine.prefill(prompt(LENGTH)).report()["units"])
-    assert units[0] == units[1] and max(units[0]) == 100
+    assert units[0] == units[1] and max(units[0]) == plain_units(4, layers=1)
 
 
 def test_the_share_is_of_the_prompt_unless_a_context_is_named(model):
-    for budget, units in (("4x bytes", 50), (ByteShare(1 / 4, context=400), 100)):
+    for budget, tokens in (("4x bytes", 200), (ByteShare(1 / 4, context=400), 400)):
         engine = locret.Engine(model, "knorm", budget=budget, chunk_size=64, stabilizers=0)
-        assert max(engine.prefill(prompt(200)).report()["units"]) == units
+        units = engine.prefill(prompt(200)).report()["units"]
+        assert max(units) == plain_units(4, tokens=tokens)
+
+
+def test_at_least_one_unit_a_head_is_kept(model):
+    engine = locret.Engine(model, "knorm", budget="50x bytes", chunk_size=64, stabilizers=0)
+    assert engine.prefill(prompt(20)).report()["units"] == [1, 1]
 
 
 def test_a_model_in_32_bits_keeps_fewer_units_in_the_same_bytes(tokenizer):
     wide = tiny_model("llama", vocab_size=len(tokenizer), head_dim=HEAD_DIM)
     engine = locret.Engine(wide, "knorm", budget="4x bytes", chunk_size=64, stabilizers=0)
     report = engine.prefill(prompt(LENGTH)).report()
-    assert report["total_bytes"] <= allowed(4) and 45 < max(report["units"]) < 60
+    assert report["total_bytes"] <= allowed(4) and 40 < max(report["units"]) < 60
 
 
 def test_a_setup_reckons_with_the_length_of_its_task():
@@ -158,7 +170,7 @@ def check_bytes(result):
             ratio = int(cell["budget"].partition("x")[0])
             assert 0.85 * allowed(ratio) < cell["bytes"]["max"] <= allowed(ratio)
             assert cell["units"]["mean"] == cell["units"]["max"]
-            assert (cell["units"]["max"] > LENGTH // ratio) == (cell["quantization"] == KIVI)
+            assert (cell["units"]["max"] > plain_units(ratio)) == (cell["quantization"] == KIVI)
 
 
 def test_bytes_are_equal_and_units_are_not(whole):
@@ -169,7 +181,7 @@ def test_bytes_are_equal_and_units_are_not(whole):
         if setup["policy"] == "knorm"
     }
     four, four_in_kivi, eight, eight_in_kivi = units.values()
-    assert (four, eight) == (100, 50)
+    assert (four, eight) == (plain_units(4), plain_units(8))
     assert four_in_kivi >= 1.7 * four and eight_in_kivi >= 1.7 * eight
 
 
@@ -192,7 +204,7 @@ def test_policies_may_see_the_question(config, monkeypatch):
     config = replace(config, tasks=("passkey",), setups=(setup,), batch_size=3)
     (_, cell) = json.loads(evaluate.run(config).read_text())["cells"]
     assert seen == [False, True]
-    assert cell["units"] == {"mean": 100, "max": 100}
+    assert cell["units"] == {"mean": plain_units(4), "max": plain_units(4)}
 
 
 def test_shares_of_two_processes_make_the_whole(whole_config, whole, config):
@@ -211,17 +223,16 @@ def test_a_task_without_a_length_has_a_share_of_each_context(config, tmp_path):
     stories = [json.loads(line) for line in (data / DATA["fairytaleqa"]).open()]
     longer = [story | {"context": story["context"] * n} for n, story in enumerate(stories, 1)]
     (data / DATA["fairytaleqa"]).write_text("".join(json.dumps(row) + "\n" for row in longer))
-    setup = {"policy": "knorm", "budget": ["4x", "4x bytes"]}
+    setup = {"policy": "knorm", "budget": "4x bytes"}
     config = replace(config, tasks=("fairytaleqa",), setups=(setup,), full=False, limit=4)
     config = replace(config, data_dir=str(data), data=DATA)
     for size in (1, 4):
         made = replace(config, output=f"{config.output}{size}", batch_size=size)
         evaluate.run(made)
-        of_setups = [
-            [r.units for r in records(made) if r.setup.startswith(f"knorm {budget} query")]
-            for budget in ("4x", "4x bytes")
-        ]
-        assert of_setups[0] == of_setups[1] and len({*of_setups[0]}) == 4
+        asked = records(made)
+        units = [round(max(r.units)) for r in asked]
+        assert units == [plain_units(4, tokens=r.compressed_tokens) for r in asked]
+        assert len({*units}) == 4
 
 
 def test_the_engine_is_told_in_the_manifest(whole):

@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from locret.kernels.rotate import rotate_at_slots, rotate_at_slots_reference
+from locret.kernels.rotate import (
+    rotate_at_slots,
+    rotate_at_slots_reference,
+    rotate_units,
+    rotate_units_reference,
+)
 from tests.kernels.close import assert_near
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -61,3 +66,33 @@ def test_nothing_to_rotate(device):
     assert rotate_at_slots(x, *tables(1, 0, 16, device)).shape == x.shape
     x = torch.randn(1, 3, 5, 16, device=device)
     assert torch.equal(rotate_at_slots(x, *tables(1, 5, 0, device)), x)
+
+
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize(
+    ("count", "slots", "size", "rotary", "index"),
+    [
+        (117, 300, 64, 64, torch.int32),
+        (1, 1, 16, 16, torch.int64),
+        (63, 9, 80, 24, torch.int32),
+        (5, 40, 96, 96, torch.int64),
+        (0, 7, 256, 256, torch.int32),
+        (4, 7, 16, 0, torch.int32),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_units_at_slots_of_their_own(pairing, count, slots, size, rotary, index, dtype, device):
+    x = torch.randn(count, size, device=device).to(dtype)
+    cos, sin = torch.randn(2, slots, rotary, device=device)
+    at = torch.randint(0, slots, (count,), device=device).to(index)
+    actual = rotate_units(x, cos, sin, at, pairing)
+    assert actual.is_contiguous()
+    assert_near(actual, rotate_units_reference(x, cos, sin, at, pairing))
+
+
+def test_units_and_tables_are_views(device):
+    x, wide = torch.randn(64, 23, device=device).mT, torch.randn(2, 90, 70, device=device)
+    cos, sin = wide[:, 5:80, 3:67]
+    at = torch.randint(0, 75, (46,), device=device)[::2]
+    expected = rotate_units_reference(x, cos, sin, at, "half")
+    assert_near(rotate_units(x, cos, sin, at), expected)

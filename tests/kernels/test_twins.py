@@ -17,9 +17,12 @@ from locret.kernels import (
     decode_sequences,
     decode_shares,
     expand_units,
+    gather_sequences,
     gather_units,
     packed_shares,
     rotate_at_slots,
+    rotate_units,
+    select_sequences,
     store_units,
     threshold_select,
 )
@@ -51,6 +54,15 @@ def test_interleaved_is_what_glm_does():
     torch.testing.assert_close(rotate_at_slots(x, cos, signed, "interleaved"), expected)
 
 
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+def test_units_rotate_as_at_their_slots(pairing):
+    x, (cos, sin) = torch.randn(20, 8), torch.randn(2, 30, 6)
+    slots = torch.randint(0, 30, (20,), dtype=torch.int32)
+    at_slots = cos[slots][None], sin[slots][None]
+    expected = rotate_at_slots(x[None, None], *at_slots, pairing)[0, 0]
+    assert torch.equal(rotate_units(x, cos, sin, slots, pairing), expected)
+
+
 @given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 3), st.data())
 def test_gather_takes_held_then_new(held, new, room, data):
     pick = st.integers(0, max(0, held + new - 1))
@@ -60,6 +72,16 @@ def test_gather_takes_held_then_new(held, new, room, data):
     (storage,) = gather_units((both[None, None, :held],), (both[None, None, held:],), index, room)
     assert storage.shape[2] == index.shape[2] + room
     assert torch.equal(storage[..., : index.shape[2]].long(), index)
+
+
+def test_gather_sequences_takes_old_then_new_of_each_sequence():
+    names = torch.arange(5), torch.arange(10, 16).view(1, 3, 2)
+    offsets, out_offsets = per_sequence(0, 3, 3, 5), per_sequence(0, 3, 4, 8)
+    index = torch.tensor([0, 2, 4, 1, 0, 1, 2, 3])
+    old, new = (names[0], names[0][:, None].float()), (names[1], names[1][..., None].float())
+    flat, wide = gather_sequences(old, new, index, offsets, out_offsets)
+    assert flat.tolist() == [0, 2, 11, 13, 3, 4, 14, 15]
+    assert torch.equal(wide, flat[:, None].float())
 
 
 def test_decode_is_attention_over_what_is_filled():
@@ -158,11 +180,38 @@ def test_select_keeps_the_highest_and_of_equals_the_earliest(scores, data):
     assert reference[0, 0].tolist() == expected
 
 
+def per_sequence(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("tail", "head"), [(0, 0), (5, 3)])
+def test_sequences_of_a_rectangle_keep_what_topk_chooses(tail, head):
+    scores = torch.randint(0, 9, (2, 3, 60)).float()  # topk has its own rule for equal scores
+    protected = scores.clone()
+    protected[..., 60 - tail :] = protected[..., :head] = torch.inf
+    expected = protected.topk(21, sorted=False).indices.sort().values
+    numbers = (per_sequence(*range(0, 241, 40)), per_sequence(*[21] * 6))
+    numbers += (per_sequence(*range(0, 127, 21)), *per_sequence(*[tail] * 6, *[head] * 6).split(6))
+    old, new = scores[..., :40].flatten(), scores[..., 40:]
+    index = select_sequences(old, new, *numbers, 126, 60)
+    assert torch.equal(index.view(2, 3, 21), expected)
+    assert torch.equal(scores[..., 40:], new)
+
+
+def test_unequal_sequences_keep_their_highest():
+    old, new = torch.tensor([5.0, 1, 7, 3, 3]), torch.tensor([[[2.0, 4], [3, 1], [0, 9]]])
+    offsets, kept = per_sequence(0, 3, 5, 5), per_sequence(3, 2, 8)
+    tails, heads = per_sequence(1, 0, 0), per_sequence(0, 0, 0)
+    index = select_sequences(old, new, offsets, kept, per_sequence(0, 3, 5, 7), tails, heads, 7, 5)
+    assert index.tolist() == [0, 2, 4, 0, 1, 0, 1]
+
+
 ONE = torch.ones(1, dtype=torch.int32)
 UNITS = torch.zeros(1, 2, 5, 4)
 
 SHARES = decode_shares([3, 2], torch.device("cpu"))
 FLAT = torch.zeros(5, 4)
+INDEX, OFFSETS = torch.zeros(2).long(), (per_sequence(0, 2, 5), per_sequence(0, 1, 2))
 SEQUENCES_CALL = (SHARES, UNITS, UNITS, ONE)
 
 CODES, ENTRIES = torch.zeros(5, 2, dtype=torch.uint8), torch.zeros(2, 4).half()
@@ -182,6 +231,9 @@ def refused(packed=PACKED, shares=PACKED_SHARES):
     [
         (lambda: rotate_at_slots(UNITS, UNITS[0], UNITS[0]), "do not fit"),
         (lambda: rotate_at_slots(UNITS, UNITS[:, 0], UNITS[:, 0], "pairs"), "pairing is 'pairs'"),
+        (lambda: rotate_units(FLAT, FLAT[:, :3], FLAT[:, :3], FLAT[:, 0].int()), "do not fit"),
+        (lambda: rotate_units(FLAT, FLAT, FLAT, FLAT[:, 0]), r"expected \[N, D\] and \[N\]"),
+        (lambda: rotate_units(UNITS, FLAT, FLAT, INDEX), r"expected \[N, D\] and \[N\]"),
         (lambda: gather_units((UNITS,), (UNITS.half(),), UNITS[..., 0].long()), "do not fit"),
         (lambda: gather_units((UNITS,), (UNITS,), UNITS[..., 0]), "torch.long"),
         (lambda: gather_units((), (), UNITS[..., 0].long()), "as many of both"),
@@ -223,6 +275,21 @@ def refused(packed=PACKED, shares=PACKED_SHARES):
             lambda: decode_sequences(UNITS, FLAT, FLAT, *SEQUENCES_CALL[:3], ONE.long(), 1.0),
             "int32",
         ),
+        (
+            lambda: select_sequences(FLAT, UNITS[..., 0], *[ONE] * 5, 2, 2),
+            r"expected \[N\] and \[B, H, T\] of torch.float32",
+        ),
+        (
+            lambda: select_sequences(FLAT[:, 0], UNITS[..., 0], *[ONE] * 5, 2, 2),
+            r"kept is \(1,\) torch.int32; expected \[2\]",
+        ),
+        (
+            lambda: gather_sequences((FLAT,), (UNITS.half(),), INDEX, *OFFSETS),
+            r"\[B, H, T\] = \(1, 2, 5\)",
+        ),
+        (lambda: gather_sequences((FLAT,), (UNITS,), INDEX.int(), *OFFSETS), "torch.long"),
+        (lambda: gather_sequences((FLAT,), (UNITS,), INDEX, ONE, ONE), r"offsets is .* \[3\]"),
+        (lambda: gather_sequences((FLAT,), (), INDEX, *OFFSETS), "as many of both"),
         (lambda: store_units(UNITS, UNITS, UNITS.half(), UNITS, ONE), "do not fit storage"),
         (lambda: store_units(UNITS, UNITS, UNITS, UNITS, ONE[0]), "slot is"),
     ],

@@ -1,6 +1,8 @@
-"""Plain twins: the formulas unit by unit, in lists."""
+"""Plain twins, in lists: the formulas unit by unit, and what an eviction does to one sequence."""
 
 import torch
+
+from locret.quantization.costs import block_limit, costs_of
 
 
 def affine(x, bits):
@@ -30,3 +32,81 @@ def kivi_values(x, bits, group):
         for start in range(0, x.shape[1], group):
             out[token, start : start + group] = affine(x[token, start : start + group], bits)
     return out
+
+
+class KeySequence:
+    """The packed keys of one sequence: a list of blocks, each of an entry and a list of units; a
+    unit is its codes, its outliers (channel -> value) and, as long as it is fresh, what it was."""
+
+    def __init__(self, scheme, size):
+        self.scheme, self.size, self.blocks = scheme, size, []
+
+    def select(self, kept, fresh, element_size=2):
+        """Keep the units `kept` (numbers, ascending) and `fresh` [F, D] after them."""
+        first, every = 0, self.blocks
+        self.blocks = []
+        for entry, units in every:
+            left = [unit for i, unit in enumerate(units) if first + i in kept]
+            first += len(units)
+            self.blocks += [(entry, left)] if left else []
+        # What was never packed is encoded in the type it came in, else in float32.
+        fresh = fresh.float() if every else fresh
+        self.blocks += self._encoded(fresh)
+        total = sum(len(units) for _, units in self.blocks)
+        costs = costs_of(self.scheme, self.size, element_size)
+        excess = len(self.blocks) - block_limit(costs, total, self.scheme.residual)
+        if every and excess > 0:
+            self._repack(excess)
+        self.blocks = [
+            (entry, [(*unit[:2], None) for unit in units]) for entry, units in self.blocks
+        ]
+
+    def dense(self):
+        """float32 [N, D]."""
+        units = [self._decoded(entry, unit) for entry, units in self.blocks for unit in units]
+        return torch.stack(units) if units else torch.empty(0, self.size)
+
+    def _repack(self, excess):
+        stretches = [self.blocks[i : i + 4] for i in range(0, len(self.blocks), 4)]
+        counts = [sum(len(units) for _, units in blocks) for blocks in stretches]
+        saved = [
+            len(blocks) + -count // self.scheme.group
+            for blocks, count in zip(stretches, counts, strict=True)
+        ]
+        order = [i for i in range(len(saved)) if saved[i] > 0]
+        order.sort(key=lambda i: counts[i] / saved[i])
+        while excess > 0 and order:
+            chosen = order.pop(0)
+            excess -= saved[chosen]
+            stretches[chosen] = self._again(stretches[chosen])
+        if excess > 0:
+            stretches = [self._again(self.blocks)]
+        self.blocks = sum(stretches, [])
+
+    def _again(self, blocks):
+        twin = KeySequence(self.scheme, self.size)
+        twin.blocks = blocks
+        return self._encoded(twin.dense())
+
+    def _encoded(self, x):
+        blocks = []
+        for start in range(0, len(x), self.scheme.group):
+            own = x[start : start + self.scheme.group]
+            filled = own[torch.arange(self.scheme.group).clamp(max=len(own) - 1)]
+            large = self.scheme.outlying_keys(filled)
+            units, entry = self.scheme.encode_keys(filled, None if large is None else ~large)
+            blocks.append((entry, [self._unit(units, own, large, i) for i in range(len(own))]))
+        return blocks
+
+    def _unit(self, units, x, large, i):
+        found = {} if large is None else {c: x[i, c].half() for c in large[i].nonzero()[:, 0]}
+        return tuple(tensor[i] for tensor in units), found, x[i]
+
+    def _decoded(self, entry, unit):
+        codes, outliers, exact = unit
+        if exact is not None:
+            return exact.float()
+        x = self.scheme.decode_keys(codes, entry, self.size)
+        for channel, value in outliers.items():
+            x[channel] = value.float()
+        return x

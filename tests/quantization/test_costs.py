@@ -1,12 +1,21 @@
 """Bytes foretold are bytes taken; budgets move so that layers cost the same."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.quantization import SCHEMES, QuantizedStore, make_scheme
-from locret.quantization.costs import block_limit, costs_of, most_bytes, units_within
+from locret.quantization import SCHEMES, describe_scheme, make_scheme, scheme_of
+from locret.quantization.costs import (
+    block_limit,
+    costs_of,
+    most_bytes,
+    most_bytes_of,
+    units_within,
+)
+from tests.quantization.rectangles import Layer
 
 PACKING = sorted(name for name, scheme in SCHEMES.items() if scheme.packs)
 
@@ -23,24 +32,33 @@ def test_the_published_share_of_sixteen_bits(name, bits, share, size):
 
 @settings(max_examples=60)
 @given(
-    name=st.sampled_from(["none", "kivi", "fp8"]),
+    name=st.sampled_from(["none", "kivi", "fp8", "rotated"]),
     budget=st.integers(1, 300),
     residual=st.integers(0, 20),
-    size=st.sampled_from([5, 16]),
+    size=st.sampled_from([6, 16]),
     evictions=st.integers(1, 8),
 )
 def test_no_history_takes_more_bytes_than_foretold(name, budget, residual, size, evictions):
     scheme = make_scheme(name, group=8, residual=residual)
     generator = torch.Generator().manual_seed(budget)
-    store = QuantizedStore(scheme)
+    layer = Layer(scheme)
     for _ in range(evictions):
         x = torch.randn(1, 2, 70, size, generator=generator).half()
-        store.append(x, x)
-        keep = min(budget, store.count)
-        ranks = torch.rand(1, 2, store.count, generator=generator)
-        store.select(ranks.topk(keep, -1).indices.sort(-1).values)
-    slack = 2 * 4 + store.count  # one start a head; outliers are not foretold
-    assert store.nbytes <= 2 * most_bytes(scheme, store.count, size) + slack
+        layer.append(x, x)
+        keep = min(budget, layer.count)
+        ranks = torch.rand(1, 2, layer.count, generator=generator)
+        if scheme.packs:
+            layer.select(ranks.topk(keep, -1).indices.sort(-1).values)
+        else:
+            layer.plain = tuple(x[:, :, :keep] for x in layer.plain)
+    # Outliers are not foretold; one start more than blocks.
+    assert layer.nbytes <= most_bytes_of(scheme, [layer.count] * 2, size) + 4
+
+
+def test_sequences_cost_what_each_does():
+    scheme, lengths = make_scheme("kivi"), [0, 3, 1000, 17]
+    assert most_bytes_of(scheme, lengths, 64) == sum(most_bytes(scheme, n, 64) for n in lengths)
+    assert most_bytes(scheme, 0, 64) == 0
 
 
 @settings(max_examples=100)
@@ -70,6 +88,31 @@ def test_layers_at_more_bits_hold_fewer_tokens_in_the_same_bytes():
     assert 0.5 < budgets[0] / 4096 < 0.56  # scales and minimums cost the same at any bits
     eight, four = (most_bytes(scheme.for_layer(layer), budgets[layer], 128) for layer in (0, 5))
     assert eight <= four < eight * 1.01
+
+
+@pytest.mark.parametrize("options", [{}, {"scheme": "rotated"}, {"scheme": "kvquant"}])
+def test_layers_of_any_scheme_cost_the_same(options):
+    scheme = make_scheme("layerquant", **options)
+    budgets = scheme.budgets(4096, num_layers=6, head_size=128)
+    eight, four = (most_bytes(scheme.for_layer(layer), budgets[layer], 128) for layer in (0, 5))
+    assert budgets[5] == 4096 and eight <= four < eight * 1.01
+
+
+def test_layers_at_other_bits_of_keys_than_of_values():
+    scheme = make_scheme(
+        "layerquant",
+        scheme="rotated",
+        bits={"key_bits": 3, "value_bits": 2},
+        quant_layers_bits=4,
+        quant_begin_layers=1,
+        quant_end_layers=3,
+    )
+    found = [scheme.for_layer(layer) for layer in range(4)]
+    assert [(each.key_bits, each.value_bits) for each in found] == [(3, 2), (4, 4), (4, 4), (3, 2)]
+    assert {each.name for each in found} == {"rotated"}
+    budgets = scheme.budgets(4096, num_layers=4, head_size=128)
+    assert budgets[0] == budgets[3] == 4096 and 2500 < budgets[1] == budgets[2] < 3000
+    assert hash(scheme) and scheme_of(json.loads(json.dumps(describe_scheme(scheme)))) == scheme
 
 
 def test_a_range_beyond_the_model_is_refused():

@@ -10,7 +10,7 @@ from locret.quantization.codes import pack, packed_size, unpack
 
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    bits=st.sampled_from([2, 4, 8]),
+    bits=st.sampled_from([1, 2, 4, 8]),
     seed=st.integers(0, 1000),
 )
 def test_codes_come_back(shape, bits, seed):
@@ -23,7 +23,7 @@ def test_codes_come_back(shape, bits, seed):
 
 
 @pytest.mark.parametrize(
-    ("bits", "size", "expected"), [(4, 64, 32), (4, 7, 4), (2, 9, 3), (8, 5, 5)]
+    ("bits", "size", "expected"), [(4, 64, 32), (4, 7, 4), (2, 9, 3), (1, 9, 2), (8, 5, 5)]
 )
 def test_packed_size(bits, size, expected):
     assert packed_size(size, bits) == expected
@@ -41,5 +41,5 @@ def test_packed_codes_of_a_token_are_contiguous():
 
 
 def test_other_widths_are_refused():
-    with pytest.raises(ValueError, match="bits is 3; expected one of 2, 4, 8"):
+    with pytest.raises(ValueError, match="bits is 3; expected one of 1, 2, 4, 8"):
         pack(torch.zeros(4, dtype=torch.uint8), 3)

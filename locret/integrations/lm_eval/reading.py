@@ -94,11 +94,11 @@ def text_log_likelihood(engine: Engine, ids: Tensor) -> tuple[float, RetainedCac
     """
     model: Any = engine.model
     length = ids.shape[1]
-    cache, budgets = engine.new_cache(length)
-    assert budgets is not None, "without a budget the text is scored as it stands"
+    cache, counts = engine.new_cache(length)
+    assert counts is not None, "without a budget the text is scored as it stands"
     cache.prompt_lengths = (length,)
     total, size = 0.0, engine.config.reading.chunk_size or length
-    with engine, engine.reading_into(cache, budgets):
+    with engine, engine.reading_into(cache, counts):
         for start in range(0, length - 1, size):
             chunk = ids[:, start : min(start + size, length - 1)]
             following = ids[0, start + 1 : start + 1 + chunk.shape[1]]

@@ -1,0 +1,235 @@
+"""`python -m locret calibrate`: measure which KV heads need to keep more than others.
+
+    python -m locret calibrate --model M --heads runs/heads --data synthetic
+    python -m locret calibrate --model M --policy keydiff --data book.txt --out keydiff_quotas.json
+
+Every context is read once and nothing is evicted. Quotas of the heads' own scores go into their
+folder, where the engine finds them; those of any policy into a file, for `quotas=FILE`. Nothing is
+written before the last context.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from locret.commands.shared import (
+    Listed,
+    Progress,
+    add_model,
+    argument,
+    load,
+    load_heads,
+    read_text,
+    say_next,
+    whole,
+)
+from locret.heads import files as artifact
+from locret.heads.heads import RetainingHeads
+from locret.heads.quotas import COMPRESSIONS, in_words
+from locret.policies import POLICIES, LocretPolicy
+from locret.quantities import parse_tokens
+from locret.system.files import as_json, check_file, write_whole
+
+SYNTHETIC = "synthetic"
+CONTEXTS = 60
+TOKENS = 4096
+FEWEST_TOKENS = 128
+"""Shorter contexts say too little: at 32x, every head would keep 4 units of them."""
+FIRST_SEED = 1_000_000  # of synthetic samples: far from those that trainings count up from
+
+_MARK = "here the text begins"
+
+
+def add_to(commands: Any) -> None:
+    command = commands.add_parser("calibrate", help="measure which heads need to keep more")
+    add_model(command)
+    command.add_argument("--policy", choices=sorted(POLICIES), help="default: locret, with --heads")
+    command.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        help=f'text files, JSON Lines with "context" or "text", or {SYNTHETIC} samples',
+    )
+    command.add_argument("--contexts", type=whole(1), default=CONTEXTS, help="how many to read")
+    command.add_argument(
+        "--tokens",
+        type=argument(parse_tokens),
+        help=f"of a context at most; default {TOKENS}, or the window",
+    )
+    command.add_argument(
+        "--compressions",
+        action=Listed,
+        each=_compression,
+        default=list(COMPRESSIONS),
+        metavar="R",
+        help="tokens for a unit kept, default 2 4 8 16 32",
+    )
+    command.add_argument("--out", type=Path, help="a .json file, instead of the heads' folder")
+    command.set_defaults(run=run)
+
+
+def _compression(text: str) -> float:
+    try:
+        compression = float(text.removesuffix("x"))
+    except ValueError:
+        compression = 0
+    if not 1 <= compression < math.inf:
+        raise ValueError(f"{text!r} is not a compression; expected a number of at least 1, as 8")
+    return compression
+
+
+def run(given: argparse.Namespace) -> None:
+    """Measure quotas, and write them.
+
+    Raises:
+        ValueError: no place for them, data that cannot be used, or a policy or heads that do not
+            go with the model.
+    """
+    import torch
+
+    from locret.engine.calibration import Calibration
+    from locret.engine.engine import Engine
+
+    heads = load_heads(given)
+    policy = _checked(given, heads)
+    loaded = load(given)
+    # An engine of quotas that are measured anew needs no old ones.
+    engine = Engine(loaded.model, policy, heads=heads, quotas=None)
+    calibration = Calibration(engine.backbone, engine.policy, sorted(set(given.compressions)))
+    tokens = _limit(given.tokens, engine.backbone.config.max_position_embeddings)
+    contexts = list(_contexts(given.data, loaded.tokenizer, tokens, given.contexts))
+    progress = Progress("scoring", "contexts")
+    for done, ids in enumerate(contexts):
+        progress(done, len(contexts))
+        calibration.add(torch.tensor([ids], device=loaded.model.device))
+    progress(len(contexts), len(contexts))
+    quotas = calibration.quotas()
+    written = _written(given, heads, quotas)
+    read = sum(map(len, contexts))
+    print(f"quotas of {policy}, from {len(contexts)} contexts of {read // len(contexts):,} tokens:")
+    for compression, table in quotas.items():
+        print(f"{compression:>5}x  {in_words(table)}")
+    print(f"wrote    {written.resolve()}")
+    if given.out is None:
+        say_next([["inspect", given.heads]])
+    else:
+        print(f'next     Engine(model, "{policy}", quotas="{given.out}")')
+
+
+def _checked(given: argparse.Namespace, heads: RetainingHeads | None) -> str:
+    """The policy's name, once what is cheap to get wrong was looked at."""
+    from locret.engine.calibration import why_not
+
+    policy = given.policy or (LocretPolicy.name if heads else None)
+    if policy is None:
+        raise ValueError("nothing scores units; give --heads, or a --policy that needs none")
+    if policy == LocretPolicy.name and heads is None:
+        raise ValueError(f"policy {policy!r} scores with heads; give --heads")
+    made = LocretPolicy(heads) if heads and policy == LocretPolicy.name else POLICIES[policy]
+    reason = why_not(made)
+    if reason is not None:
+        raise ValueError(f"policy {policy!r} cannot be calibrated: {reason}")
+    if given.out is None and policy != LocretPolicy.name:
+        raise ValueError(
+            f"quotas of {policy!r} are none of the heads' record; give --out FILE.json"
+        )
+    if given.out is None and not (Path(given.heads) / artifact.RECORD).is_file():
+        raise ValueError(
+            f"heads {given.heads!r} are not in an artifact folder here, which quotas could go "
+            f"into; give --out FILE.json, or python -m locret convert {given.heads} FOLDER"
+        )
+    if given.out is not None and given.out.suffix != ".json":
+        raise ValueError(f"out is {str(given.out)!r}; expected a .json file")
+    check_file(given.out, "out")
+    for name in given.data:
+        if name != SYNTHETIC and not Path(name).is_file():
+            raise ValueError(f"data {name!r} is not a file; expected text, JSON Lines, {SYNTHETIC}")
+    return policy
+
+
+def _limit(tokens: int | None, window: int) -> int:
+    if tokens is not None and tokens > window:
+        raise ValueError(
+            f"tokens is {tokens:,} and the model's window {window:,}: contexts are read at once, "
+            "so that they must fit; lower --tokens"
+        )
+    return tokens or min(TOKENS, window)
+
+
+def _written(
+    given: argparse.Namespace, heads: RetainingHeads | None, quotas: dict[str, list[list[float]]]
+) -> Path:
+    if given.out is not None:
+        write_whole(given.out, as_json(quotas))
+        return given.out
+    assert heads is not None
+    folder = Path(given.heads)
+    artifact.save_record(folder, replace(heads.config, quotas=quotas).to_dict())
+    return folder / artifact.RECORD
+
+
+# ---- contexts ------------------------------------------------------------------------------------
+
+
+def _contexts(data: Sequence[str], tokenizer: Any, tokens: int, count: int) -> Iterator[list[int]]:
+    """Token ids of `count` contexts of `tokens` tokens at most, fewer if the data has no more, each
+    as a prompt begins: of all documents the first piece, then the second of those that go on.
+
+    Raises:
+        ValueError: there is no context long enough.
+    """
+    opening = _opening(tokenizer)
+    room = tokens - len(opening)
+    if room < FEWEST_TOKENS:
+        raise ValueError(f"tokens is {tokens}; expected at least {FEWEST_TOKENS + len(opening)}")
+    documents = [
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for text in _texts(data, tokenizer, room, count)
+    ]
+    longest = max(map(len, documents), default=0)
+    pieces = [
+        [*opening, *document[start : start + room]]
+        for start in range(0, longest, room)
+        for document in documents
+        if len(document) - start >= FEWEST_TOKENS
+    ]
+    if not pieces:
+        raise ValueError(
+            f"data {', '.join(data)}: the longest of {len(documents)} texts has {longest} tokens; "
+            f"expected one of at least {FEWEST_TOKENS}"
+        )
+    yield from pieces[:count]
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The tokens in front of a user's text."""
+    if not tokenizer.chat_template:
+        return list(tokenizer("")["input_ids"])
+    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    return list(tokenizer(text.partition(_MARK)[0], add_special_tokens=False)["input_ids"])
+
+
+def _texts(data: Sequence[str], tokenizer: Any, tokens: int, count: int) -> Iterator[str]:
+    from locret.tasks.base import read_rows
+    from locret.tasks.synthetic import TASKS, make_sample
+
+    names = list(TASKS)
+    for name in data:
+        if name == SYNTHETIC:
+            for i in range(count):
+                task = names[i % len(names)]
+                yield make_sample(task, tokens, tokenizer, FIRST_SEED + i).context
+        elif ".jsonl" in Path(name).suffixes:
+            yield from (_text_of(row, place) for place, row in read_rows(name))
+        else:
+            yield read_text(name)
+
+
+def _text_of(row: dict[str, Any], place: str) -> str:
+    text = row.get("context", row.get("text"))
+    if not isinstance(text, str):
+        raise ValueError(f'{place} has no text in "context" or "text"; its fields: {sorted(row)}')
+    return text

@@ -1,0 +1,124 @@
+"""Measure head quotas (`locret.heads.quotas`): which heads have the best units of whole contexts.
+
+    calibration = Calibration(engine.backbone, engine.policy)
+    for ids in contexts:
+        calibration.add(ids)
+    calibration.quotas()    # {"2": [layers][KV heads], "4": ...}
+
+A context is read at once with plain causal attention. The policy ranks every unit of a layer as it
+is read, and of the layer nothing but these scores is kept. The best 1/r of all units of all layers
+and heads would stay at compression r; a head's quota is its share of them, the mean over contexts.
+So the policy's scores must be on one scale for all heads: those of heads trained on logarithms of
+attention are, and a cosine is.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from locret.heads.quotas import COMPRESSIONS, averaged, measured
+from locret.model.attend import Backend, attend
+from locret.model.backbone import Backbone
+from locret.model.hooks import LayerCall
+from locret.policies import LocretPolicy, Policy
+from locret.policies.base import LayerChunk
+
+
+class Calibration:
+    """Collects what heads would keep of contexts.
+
+    Args:
+        backbone: of the model, attached to nothing.
+        policy: ranks units.
+        compressions: for which quotas are measured, at least 1 each.
+        backend: of attention (`locret.model.attend`); None = as the model was loaded.
+
+    Raises:
+        ValueError: the policy's scores do not tell heads apart, or need what a context has not.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        policy: Policy,
+        compressions: Sequence[float] = COMPRESSIONS,
+        backend: Backend | None = None,
+    ) -> None:
+        reason = why_not(policy)
+        if reason is not None:
+            raise ValueError(f"policy {policy.name!r} cannot be calibrated: {reason}")
+        self.backbone = backbone
+        self.policy = policy
+        self.compressions = tuple(compressions)
+        self.backend = backend or backbone.backend
+        self._scores: list[Tensor] = []
+        self._fractions: list[list[Tensor]] = []
+
+    @torch.no_grad()
+    def add(self, input_ids: Tensor) -> None:
+        """Count the best units of a context, [1, T] long.
+
+        Raises:
+            ValueError: scores that are not finite.
+        """
+        self._scores = []
+        try:
+            with self.backbone.attached(self._layer):
+                self.backbone.decoder(
+                    input_ids=input_ids,
+                    position_ids=torch.arange(input_ids.shape[1], device=input_ids.device)[None],
+                    use_cache=False,
+                )
+            self._fractions.append(measured(self._scores, self.compressions))
+        finally:
+            self._scores = []
+
+    def quotas(self) -> dict[str, list[list[float]]]:
+        """Quotas of mean 1 by compression, [layers][KV heads], of the contexts so far."""
+        assert self._fractions, "no context was added yet"
+        by_compression = zip(self.compressions, zip(*self._fractions, strict=True), strict=True)
+        return {f"{compression:g}": averaged(of) for compression, of in by_compression}
+
+    def _layer(self, call: LayerCall) -> Tensor:
+        """The layer function: plain causal attention, and the policy's scores on the way."""
+        lengths = (call.key.shape[2],)
+        query, key = (call.rotate_packed(x, lengths) for x in (call.query, call.key))
+        if call.retained_idx is not None:
+            scores = self.policy.rank(_chunk(call, call.retained_idx, query, key))[0].float()
+            if not scores.isfinite().all():
+                raise ValueError(
+                    f"policy {self.policy.name!r} gave scores that are not finite numbers in layer "
+                    f"{call.retained_idx}; expected finite ones, by which units can be compared"
+                )
+            self._scores.append(scores.cpu())
+        return attend(query, key, call.value, call.scaling, self.backend, weighting=call.weighting)
+
+
+def why_not(policy: Policy | type[Policy]) -> str | None:
+    """Why quotas cannot be measured by a policy's scores; None if they can."""
+    if not policy.evicts:
+        return "it keeps every unit"
+    if policy.waits:
+        return "it scores a token alike in all heads"
+    core = policy.core if isinstance(policy, Policy) else None
+    if isinstance(core, LocretPolicy) and core.heads.config.query_tokens:
+        return "its heads read a question in front, which texts for calibration do not have"
+    return None
+
+
+def _chunk(call: LayerCall, retained_idx: int, query: Tensor, key: Tensor) -> LayerChunk:
+    """What the policy sees of a context that is one chunk; `query` and `key` are rotated."""
+    tokens = key.shape[2]
+    return LayerChunk(
+        layer_idx=retained_idx,
+        query=call.query,
+        key=call.key,
+        value=call.value,
+        hidden=call.hidden,
+        start=0,
+        scaling=call.scaling,
+        rotated_query=query,
+        rotated_key=key,
+        rotate=lambda x, offset: call.rotate(x, (offset,), (tokens,)),
+    )
