@@ -316,7 +316,7 @@ class Store:
     def _fresh(self, new: NewTokens | None) -> tuple[Tensor, ...]:
         """Tail and new units, put side by side only where there are both."""
         if new is None:
-            return tuple(self.tail)
+            return tuple(self._tail_like())
         if not self.tail.count:
             return self._weighed(new)
         pairs = zip(self.tail, self._weighed(new), strict=True)
@@ -367,7 +367,7 @@ class Store:
         if packed.total:
             keys = select_keys(self.scheme, old[0], done, both[0], to_pack, packed.flat)
             values = select_values(self.scheme, old[1], both[1], to_pack)
-        left = (fetch(o, x, to_leave) for o, x in zip(old, both, strict=True))
+        left = (fetch(o, x, to_leave).to(x.dtype) for o, x in zip(old, both, strict=True))
         self.context = StoredContext(
             kept, packed, plain, *left, *exact, packed_keys=keys, packed_values=values
         )

@@ -372,10 +372,14 @@ def _outliers_of(scheme: Scheme, x: Tensor) -> Outliers | None:
 
 
 def _selected_outliers(packed: Packed, fresh: Tensor, index: Tensor) -> Outliers | None:
-    found = _outliers_of(packed.scheme, fresh)
-    if packed.outliers is None or found is None:
+    if packed.outliers is None:
         return None
-    return Outliers.join([packed.outliers, found]).select(index)
+    # Only of those that are kept: what goes, or stays as it is, may hold anything.
+    late = index >= packed.count
+    found = _outliers_of(packed.scheme, fresh.index_select(0, index[late] - packed.count))
+    assert found is not None
+    at = torch.where(late, packed.count - 1 + late.cumsum(0), index)
+    return Outliers.join([packed.outliers, found]).select(at)
 
 
 def _usable(scheme: Scheme, x: Tensor) -> Tensor | None:
