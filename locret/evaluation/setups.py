@@ -286,8 +286,8 @@ def sizes_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
 
     Returns:
         `units`: (mean, largest) over layers of the units that a head holds on average; `bytes`: the
-        row's share of the storage; `room_bytes`: of it, room for an answer; `full_bytes`: its share of the keys
-        and values of a full cache.
+        row's share of the storage; `room_bytes`: of it, room for an answer; `full_bytes`: its share
+        of the keys and values of a full cache.
     """
     report = cache.report()
     held = [layer.store.sequences.counts[row] for layer in cache.layers]
