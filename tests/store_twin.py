@@ -12,7 +12,7 @@ class TwinSequence:
     """The units of one row and head. The first ones are packed, the last `tail` ones are the
     tail; those between and these are (key, value) as they are held.
 
-    `exact` has the score, the source position and the weight of every unit.
+    `exact` has, by name, what is never packed of every unit.
     """
 
     def __init__(self, scheme, size):
@@ -53,7 +53,7 @@ class TwinStore:
         return tuple(tuple(map(of, row)) for row in self.rows)
 
     def append(self, new):
-        """New units `[B][H]`: lists of (key, value) and of (score, position, weight)."""
+        """New units `[B][H]`: lists of (key, value) and of what is exact, by name."""
         for sequence, (units, exact) in zip(self.sequences, sum(new, []), strict=True):
             sequence.add(units, exact)
             sequence.tail += len(units)

@@ -64,7 +64,12 @@ def as_lists(new):
     def units(b, h):
         held = [(new.keys[b, h, i], new.values[b, h, i]) for i in range(count)]
         exact = [
-            (float(new.scores[b, h, i]), int(new.positions[b, h, i]), 1.0) for i in range(count)
+            {
+                "source_positions": int(new.positions[b, h, i]),
+                "scores": float(new.scores[b, h, i]),
+                "weights": 1.0,
+            }
+            for i in range(count)
         ]
         return held, exact
 
@@ -82,14 +87,14 @@ def retain(store, numbers, new=None):
 def assert_like(store, twin):
     """The store holds what the twin does, bit for bit, and its bytes are those of its tensors."""
     held = [s.held(twin.dtype) for s in twin.sequences]
-    for which, name in enumerate(NAMES[: 5 if store.weighs else 4]):
+    for name in store.names:
         of = sum(store.split(name), [])
         for x, units, s in zip(of, held, twin.sequences, strict=True):
-            values = [unit[which] for unit in units] if which < 2 else None
-            if values is None:
-                assert x.tolist() == pytest.approx([unit[which - 2] for unit in s.exact], abs=0)
+            if name in ("keys", "values"):
+                own = [unit[NAMES.index(name)] for unit in units]
+                assert torch.equal(x, torch.stack(own) if own else x[:0])
             else:
-                assert torch.equal(x, torch.stack(values) if values else x[:0])
+                assert x.tolist() == [exact[name] for exact in s.exact]
     assert store.sequences.counts == twin.counts()
     assert store.tail.count == twin.tail
     assert_context_like(store, twin)
@@ -124,7 +129,7 @@ def assert_honest(store):
     """Bytes are those of tensors; a context's tensors have a row a unit, or fewer, and own their
     memory."""
     assert store.nbytes == sum(x.nbytes for x in store.tensors)
-    exact = () if store.context is None else store.context.exact
+    exact = () if store.context is None else store.context.exact.values()
     rest = sum(x.nbytes for x in (*exact, *store.tail.tensors[2:]))
     assert store.kv_bytes == store.nbytes - rest
     context = store.context
@@ -132,10 +137,10 @@ def assert_honest(store):
         return
     sequences, size = context.sequences, store.like.shape[-1]
     assert sequences.total == sum(sum(row) for row in sequences.counts)
-    assert all(len(x) == sequences.total for x in context.exact)
+    assert all(len(x) == sequences.total for x in context.exact.values())
     outliers = [p.outliers for p in (context.packed_keys, context.packed_values) if p is not None]
     sparse = [x.data_ptr() for o in outliers if o is not None for x in (o.channels, o.values)]
-    for x in (*context.kv_tensors, *context.exact):
+    for x in (*context.kv_tensors, *context.exact.values()):
         most = sequences.total * (size if x.data_ptr() in sparse else 1)
         assert len(x) <= most + 1, (x.shape, sequences.total)  # a block's start more than blocks
         assert x.untyped_storage().nbytes() == x.nbytes
@@ -159,6 +164,7 @@ class History:
         if not self.store.is_empty:
             names += ["pack", "pack_tightly", "freeze", "view", "restore", "select_rows", "of_rows"]
             names += ["name", "drop_last", "make_room", "replace_scores", "clear"]
+            names += ["drop_scores"]
         name = draw(st.sampled_from(names))
         if name == "retain" and self.store.is_empty:
             name = "append"
@@ -237,15 +243,23 @@ class History:
         self.twin.pack()
         tail = self.store.tail
         spare = [x[:, :, tail.count :] for x in tail.tensors]
-        assert tail.capacity > tail.count and not spare[2].any()
-        assert (spare[3] == 7000 + torch.arange(spare[3].shape[2])).all()
+        assert tail.capacity > tail.count
+        assert (spare[2] == 7000 + torch.arange(spare[2].shape[2])).all()
+        for name, x in zip(self.store.names[3:], spare[3:], strict=True):
+            assert (x == (name == "weights")).all()
 
     def replace_scores(self, draw):
-        context = self.store.context
-        flat = None if context is None else -context.scores
-        self.store.replace_scores(flat, *[-x for x in [*self.store.tail][2:3]] or [torch.empty(0)])
+        store, context = self.store, self.store.context
+        if not store.scored:
+            return
+        flat = None if context is None else -context.exact["scores"]
+        store.replace_scores(flat, -store.tail[3] if store.tail.tensors else torch.empty(0))
         for s in self.twin.sequences:
-            s.exact = [(-score, *others) for score, *others in s.exact]
+            s.exact = [{**exact, "scores": -exact["scores"]} for exact in s.exact]
+
+    def drop_scores(self, draw):
+        self.store.drop_scores()
+        assert "scores" not in self.store.named_tensors()
 
     def clear(self, draw):
         self.store.clear()
@@ -270,9 +284,9 @@ def test_any_history_leaves_what_lists_of_units_would_hold(scheme, data, seed):
 # --- what follows from it, said once ---
 
 
-def filled(scheme, dtype=torch.float32, kept=((20, 0, 31), (7, 1, 12)), tail=4):
+def filled(scheme, dtype=torch.float32, kept=((20, 0, 31), (7, 1, 12)), tail=4, weighs=False):
     """A store of ragged sequences with a tail, and the generator for more."""
-    generator, store = Generator(0, dtype), Store(SCHEMES[scheme])
+    generator, store = Generator(0, dtype), Store(SCHEMES[scheme], weighs)
     new = generator.tokens(2, 3, 40)
     numbers = generator.choose([40] * 6, sum(kept, ()))
     retain(store, numbers, new)
@@ -293,7 +307,7 @@ def test_without_a_scheme_nothing_is_lost():
     retain(store, numbers, new[0])
     store.append(new[1])
     every = [[*kept, *range(30, 39)] for kept in numbers]
-    for name, x in zip(NAMES, whole, strict=False):
+    for name, x in zip(("keys", "values", "scores", "source_positions"), whole, strict=True):
         for held, came, kept in zip(
             sum(store.split(name), []), x.flatten(0, 1), every, strict=True
         ):
@@ -307,9 +321,10 @@ def test_the_last_units_and_all_scores_and_positions_are_exact(scheme, dtype):
     new, residual = generator.tokens(2, 3, 40), SCHEMES[scheme].residual
     numbers = generator.choose([40] * 6, [20, 0, 31, 2, 1, 12])
     retain(store, numbers, new)
-    for which, name in enumerate(NAMES[:4]):
-        last = residual if which < 2 else 40
-        came = new[which].flatten(0, 1)
+    parts = dict(zip(NAMES, (new.keys, new.values, new.positions, new.scores), strict=False))
+    for name, came in parts.items():
+        last = residual if name in ("keys", "values") else 40
+        came = came.flatten(0, 1)
         for held, x, kept in zip(sum(store.split(name), []), came, numbers, strict=True):
             at = kept[max(len(kept) - last, 0) :]
             assert torch.equal(held[len(kept) - len(at) :], x[at])
@@ -435,10 +450,9 @@ def test_full_bytes_are_those_of_a_token():
 
 
 def test_values_can_be_replaced():
-    store, _ = filled("none", tail=0)
-    store.weighs = True
+    store, _ = filled("none", tail=0, weighs=True)
     context = store.context
-    values, weights = context.values * 2, torch.rand(len(context.scores))
+    values, weights = context.values * 2, torch.rand(context.sequences.total)
     store.replace_values(values, weights)
     assert torch.equal(store.context.all_values(), values)
     assert torch.equal(torch.cat(sum(store.split("weights"), [])), weights)
