@@ -7,7 +7,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 import locret
 from locret.engine.answering import Answering
 from locret.engine.steps import EAGER_STEPS, StepCounts
-from locret.kernels import decode_attention_quantized
+from locret.kernels import decode_packed
 from locret.model.hooks import cache_of
 from tests.tiny_models import FAMILIES, MIXED, prompt, tiny_heads, tiny_model
 

@@ -87,7 +87,16 @@ class RetainedLayer(CacheLayerMixin):
 
     @property
     def scores(self) -> list[list[Tensor]]:
-        """The scores of each row's and head's units, [B][H] float32; higher = keep."""
+        """The scores of each row's and head's units, [B][H] float32; higher = keep.
+
+        Raises:
+            ValueError: the context was read to the end, so that they are dropped.
+        """
+        if not self.store.scored:
+            raise ValueError(
+                "the cache holds no scores: nothing is evicted any more; an engine with "
+                "decode_interval keeps them"
+            )
         return self.store.split("scores")
 
     @property

@@ -1,7 +1,8 @@
 """Bytes of a cache, told from how it is stored, and the units that fit into bytes.
 
-Counted are keys and values (codes, tables and residual, `locret.quantization.costs`), scores,
-source positions and weights. Outliers depend on the data and are not.
+Counted are keys and values (codes, tables and residual, `locret.quantization.costs`), source
+positions and weights; scores where answers evict too, since else they are dropped when a prompt is
+read. Outliers depend on the data and are not.
 """
 
 from bisect import bisect_right
@@ -12,8 +13,10 @@ from locret.heads.heads import Geometry
 from locret.quantization import Scheme
 from locret.quantization.costs import most_bytes
 
-BESIDE_BYTES = 8
-"""Of a unit in a KV head beside key and value: its score (float32) and source position (int32)."""
+BESIDE_BYTES = 4
+"""Of a unit in a KV head beside key and value: its source position (int32)."""
+SCORE_BYTES = 4
+"""Of a unit in a KV head while something may be evicted: its score (float32)."""
 WEIGHT_BYTES = 4
 """Of a unit in a KV head, where evicted values are merged: its weight (float32)."""
 
@@ -27,6 +30,7 @@ class Sizing:
         num_layers, num_kv_heads, head_size: of the backbone.
         element_size: bytes of a number in full precision.
         weighs: units hold a weight (`locret.cache.merging`).
+        scored: units keep their scores, because answers evict too.
         windows: sliding windows of the layers that hold one, beside those counted above.
     """
 
@@ -37,6 +41,7 @@ class Sizing:
     element_size: int = 2
     weighs: bool = False
     windows: tuple[int, ...] = ()
+    scored: bool = False
 
     @classmethod
     def of(
@@ -46,6 +51,7 @@ class Sizing:
         element_size: int,
         weighs: bool = False,
         windows: Sequence[int | None] = (),
+        scored: bool = False,
     ) -> "Sizing":
         """What a cache of a backbone of this shape takes, which has these windows (None = none)."""
         return cls(
@@ -56,12 +62,13 @@ class Sizing:
             element_size,
             weighs,
             tuple(window for window in windows if window),
+            scored,
         )
 
     def layer_bytes(self, layer: int, units: int) -> int:
         """Most bytes of a layer that holds `units` units in every KV head after a chunk."""
         stored = most_bytes(self.scheme.for_layer(layer), units, self.head_size, self.element_size)
-        beside = BESIDE_BYTES + WEIGHT_BYTES * self.weighs
+        beside = self._beside + WEIGHT_BYTES * self.weighs
         return self.num_kv_heads * (stored + beside * units)
 
     def cache_bytes(self, budgets: Sequence[int]) -> int:
@@ -71,7 +78,11 @@ class Sizing:
     def window_bytes(self, tokens: int) -> int:
         """Bytes of the layers with a window after so many tokens, as they are stored: in full."""
         units = sum(min(max(window - 1, 1), tokens) for window in self.windows)
-        return units * self.num_kv_heads * (2 * self.head_size * self.element_size + BESIDE_BYTES)
+        return units * self.num_kv_heads * (2 * self.head_size * self.element_size + self._beside)
+
+    @property
+    def _beside(self) -> int:
+        return BESIDE_BYTES + SCORE_BYTES * self.scored
 
     def shared(self, budgets: Sequence[int]) -> list[int]:
         """What each layer may keep by the scheme's own rule, where a policy gives it `budgets`:

@@ -34,8 +34,9 @@ from locret.quantization.packed import (
     to_named,
 )
 
-NAMES = ("keys", "values", "scores", "source_positions", "weights")
-"""What a unit has; a weight where evicted values are merged (`locret.cache.merging`)."""
+NAMES = ("keys", "values", "source_positions", "scores", "weights")
+"""What a unit has: its score until nothing is evicted any more, a weight where evicted values are
+merged (`locret.cache.merging`)."""
 
 STEPS = 256
 """Most units of an answer that stay as they are before they are packed, where its steps come from a
@@ -79,8 +80,9 @@ class StoredContext:
         packed: of the first units of each, which are packed.
         plain: of the others, which stand as they came.
         keys, values: of the plain units, flat [*, D].
-        scores, positions: of all units, [N] float32 and int32.
-        weights: how many tokens each unit's value is the mean of, [N] float32; None = one.
+        exact: what is never packed, of all units, by name: "source_positions" [N] int32, "scores"
+            [N] float32 (higher = keep), "weights" [N] float32, how many tokens the value of a unit
+            is the mean of.
         packed_keys, packed_values: None = nothing is packed.
     """
 
@@ -89,16 +91,9 @@ class StoredContext:
     plain: Sequences
     keys: Tensor
     values: Tensor
-    scores: Tensor
-    positions: Tensor
-    weights: Tensor | None = None
+    exact: dict[str, Tensor]
     packed_keys: PackedKeys | None = None
     packed_values: PackedValues | None = None
-
-    @property
-    def exact(self) -> tuple[Tensor, ...]:
-        """What is never packed: scores, positions, weights."""
-        return (self.scores, self.positions, *(() if self.weights is None else (self.weights,)))
 
     @property
     def kv_tensors(self) -> tuple[Tensor, ...]:
@@ -113,6 +108,12 @@ class StoredContext:
     def all_values(self) -> Tensor:
         """[N, D] in the order of slots; packed ones are expanded."""
         return self._whole(self.values, self.packed_values)
+
+    def flat(self, name: str) -> Tensor:
+        """[N, *] of one of `NAMES`, in the order of slots."""
+        if name in ("keys", "values"):
+            return self.all_keys() if name == "keys" else self.all_values()
+        return self.exact[name]
 
     def _whole(self, plain: Tensor, packed: PackedKeys | PackedValues | None) -> Tensor:
         if packed is None:
@@ -129,12 +130,15 @@ class StoredContext:
         if keys is not None and values is not None:
             heads = self.sequences.shape[1]
             which = [row * heads + head for row in rows for head in range(heads)]
-            keys, values = (take(p, self.packed.flat, which) for p in (keys, values))
+            keys = take(keys, self.packed.flat, which)
+            values = take(values, self.packed.flat, which)
         return StoredContext(
-            *(some.take(rows) for some in (self.sequences, self.packed, self.plain)),
-            *(x.index_select(0, plain) for x in (self.keys, self.values)),
-            *(x.index_select(0, index) for x in (self.scores, self.positions)),
-            None if self.weights is None else self.weights.index_select(0, index),
+            self.sequences.take(rows),
+            self.packed.take(rows),
+            self.plain.take(rows),
+            self.keys.index_select(0, plain),
+            self.values.index_select(0, plain),
+            {name: x.index_select(0, index) for name, x in self.exact.items()},
             keys,
             values,
         )
@@ -155,6 +159,7 @@ class StoreView(NamedTuple):
 
     context: StoredContext | None
     tail: TailView
+    names: tuple[str, ...]
 
 
 class Store:
@@ -166,7 +171,8 @@ class Store:
 
     Attributes:
         context: None before the first eviction.
-        tail: keys and values [B, H, T, D], scores, positions (and weights) [B, H, T].
+        tail: `names` of its units: keys and values [B, H, T, D], all else [B, H, T].
+        names: those of `NAMES` that units have.
     """
 
     def __init__(self, scheme: Scheme = NO_SCHEME, weighs: bool = False) -> None:
@@ -178,6 +184,12 @@ class Store:
         """Hold nothing."""
         self.context: StoredContext | None = None
         self.tail = Tail()
+        self.names: tuple[str, ...] = NAMES if self.weighs else NAMES[:4]
+
+    @property
+    def scored(self) -> bool:
+        """Whether units have scores still (`drop_scores`)."""
+        return "scores" in self.names
 
     @property
     def is_empty(self) -> bool:
@@ -201,7 +213,7 @@ class Store:
     def tensors(self) -> tuple[Tensor, ...]:
         """All storage, spare room of the tail included."""
         context = self.context
-        own = () if context is None else (*context.kv_tensors, *context.exact)
+        own = () if context is None else (*context.kv_tensors, *context.exact.values())
         return (*own, *self.tail.tensors)
 
     @property
@@ -231,12 +243,11 @@ class Store:
         Args:
             name: of `NAMES`.
         """
-        which = NAMES.index(name)
-        tail = None if not self.tail.tensors else self.tail[which]
+        tail = None if not self.tail.tensors else self.tail[self.names.index(name)]
         if self.context is None:
             assert tail is not None
             return tail
-        own = self.context.sequences.rectangle(self._flat(which))
+        own = self.context.sequences.rectangle(self.context.flat(name))
         return own if tail is None or not tail.shape[2] else torch.cat([own, tail], dim=2)
 
     def split(self, name: str) -> list[list[Tensor]]:
@@ -247,12 +258,6 @@ class Store:
             for of_row, counts in zip(whole, sequences.counts, strict=True)
         ]
 
-    def _flat(self, which: int) -> Tensor:
-        assert self.context is not None
-        if which < 2:
-            return self.context.all_values() if which else self.context.all_keys()
-        return self.context.exact[which - 2]
-
     def append(self, new: NewTokens, room: int = 0) -> None:
         """Add units to the tail.
 
@@ -261,10 +266,13 @@ class Store:
         """
         if self.scheme.packs:
             room = min(room, self.scheme.residual + self.scheme.group)
-        self.tail.append(self._weighed(new), room)
+        self.tail.append(self._tensors(new), room)
 
-    def _weighed(self, new: NewTokens) -> tuple[Tensor, ...]:
-        return (*new, torch.ones_like(new.scores)) if self.weighs else (*new,)
+    def _tensors(self, new: NewTokens) -> tuple[Tensor, ...]:
+        """What is stored of new units: `names`."""
+        scores = (new.scores,) if self.scored else ()
+        weights = (torch.ones_like(new.scores),) if self.weighs else ()
+        return (new.keys, new.values, new.positions, *scores, *weights)
 
     def retain(self, index: Tensor, kept: Sequences, new: NewTokens | None = None) -> None:
         """Hold some of the units of context, tail and `new` ones, as a context.
@@ -296,13 +304,11 @@ class Store:
             return
         whole, done = self.sequences, self._packed_counts
         unit = 1 if tight else scheme.group
-        packed = tuple(
-            tuple(
-                p + max(n - p - scheme.residual, 0) // unit * unit
-                for n, p in zip(*row, strict=True)
-            )
-            for row in zip(whole.counts, done, strict=True)
-        )
+
+        def packed_of(count: int, before: int) -> int:
+            return before + max(count - before - scheme.residual, 0) // unit * unit
+
+        packed = tuple(tuple(map(packed_of, *row)) for row in zip(whole.counts, done, strict=True))
         if packed != done or tight:
             self._repack(whole.local, whole, sequences_of(packed, whole.device), self._fresh(None))
 
@@ -318,8 +324,8 @@ class Store:
         if new is None:
             return tuple(self.tail)
         if not self.tail.count:
-            return self._weighed(new)
-        pairs = zip(self.tail, self._weighed(new), strict=True)
+            return self._tensors(new)
+        pairs = zip(self.tail, self._tensors(new), strict=True)
         return tuple(torch.cat(pair, dim=2) for pair in pairs)
 
     def _gather(self, index: Tensor, kept: Sequences, fresh: tuple[Tensor, ...]) -> None:
@@ -328,11 +334,12 @@ class Store:
         before = alike(like.shape[0], (0,) * like.shape[1], like.device)
         old = tuple(x.new_empty(0, *x.shape[3:]) for x in fresh)
         if context is not None:
-            before, old = context.sequences, (context.keys, context.values, *context.exact)
+            before = context.sequences
+            old = (context.keys, context.values, *context.exact.values())
         gathered = gather_sequences(old, fresh, index, before.offsets, kept.offsets)
         keys, values, *exact = gathered
         none = sequences_of(tuple((0,) * len(row) for row in kept.counts), kept.device)
-        self.context = StoredContext(kept, none, kept, keys, values, *exact)
+        self.context = StoredContext(kept, none, kept, keys, values, self._named(exact))
         self.tail = Tail()
 
     def _repack(
@@ -342,7 +349,9 @@ class Store:
         context, (new_keys, new_values, *new_exact) = self.context, fresh
         rows, heads, tokens, size = new_keys.shape
         before = alike(rows, (0,) * heads, kept.device) if context is None else context.sequences
-        old_exact = [x.new_empty(0) for x in new_exact] if context is None else [*context.exact]
+        old_exact = [x.new_empty(0) for x in new_exact]
+        if context is not None:
+            old_exact = [*context.exact.values()]
         exact = gather_sequences(old_exact, new_exact, index, before.offsets, kept.offsets)
         rest = tuple(
             tuple(n - p for n, p in zip(*row, strict=True))
@@ -359,7 +368,7 @@ class Store:
         to_leave = at.index_select(0, places(kept, plain, at_end=True))
         done = [0] * (rows * heads) if context is None else [*context.packed.flat]
         both = [x.reshape(-1, size) for x in (new_keys, new_values)]
-        old = (None, None)
+        old: tuple[PackedKeys | None, PackedValues | None] = (None, None)
         if context is not None:
             both = [torch.cat(x) for x in zip((context.keys, context.values), both, strict=True)]
             old = context.packed_keys, context.packed_values
@@ -367,11 +376,14 @@ class Store:
         if packed.total:
             keys = select_keys(self.scheme, old[0], done, both[0], to_pack, packed.flat)
             values = select_values(self.scheme, old[1], both[1], to_pack)
-        left = (fetch(o, x, to_leave) for o, x in zip(old, both, strict=True))
+        left = [fetch(o, x, to_leave).to(x.dtype) for o, x in zip(old, both, strict=True)]
         self.context = StoredContext(
-            kept, packed, plain, *left, *exact, packed_keys=keys, packed_values=values
+            kept, packed, plain, left[0], left[1], self._named(exact), keys, values
         )
         self.tail = Tail()
+
+    def _named(self, exact: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.names[2:], exact, strict=True))
 
     def freeze(
         self,
@@ -413,14 +425,11 @@ class Store:
             room = min(room, STEPS)
         if self.tail.capacity - self.tail.count < (room if self.scheme.packs else 1):
             self.tail = self._tail_like().with_room(room)
-        _, _, scores, positions, *weights = self.tail.tensors
-        count = self.tail.count
-        scores[:, :, count:] = 0
-        last = first_position + scores.shape[2] - count
-        numbers = torch.arange(first_position, last, dtype=torch.int32, device=scores.device)
-        positions[:, :, count:] = numbers
-        for tensor in weights:
-            tensor[:, :, count:] = 1
+        spare = [tensor[:, :, self.tail.count :] for tensor in self.tail.tensors]
+        last, device = first_position + spare[2].shape[2], spare[2].device
+        spare[2][:] = torch.arange(first_position, last, dtype=torch.int32, device=device)
+        for name, tensor in zip(self.names[3:], spare[3:], strict=True):
+            tensor[:] = name == "weights"
 
     def _tail_like(self) -> Tail:
         """The tail, with tensors even if nothing is in it."""
@@ -428,7 +437,7 @@ class Store:
             return self.tail
         assert self.context is not None
         rows, heads = self.context.sequences.shape
-        like = (self.context.keys, self.context.values, *self.context.exact)
+        like = (self.context.keys, self.context.values, *self.context.exact.values())
         tail = Tail()
         tail.append([x.new_empty(rows, heads, 0, *x.shape[1:]) for x in like])
         return tail
@@ -436,14 +445,28 @@ class Store:
     def replace_scores(self, context: Tensor | None, tail: Tensor) -> None:
         """Give the units other scores: [N] of the context, [B, H, T] of the tail."""
         if self.context is not None and context is not None:
-            self.context = replace(self.context, scores=context)
+            exact = self.context.exact | {"scores": context}
+            self.context = replace(self.context, exact=exact)
         if self.tail.count:
-            self.tail.replace(2, tail)
+            self.tail.replace(self.names.index("scores"), tail)
+
+    def drop_scores(self) -> None:
+        """Nothing is evicted any more: hold no scores from here on."""
+        if not self.scored:
+            return
+        which = self.names.index("scores")
+        if self.context is not None:
+            exact = {name: x for name, x in self.context.exact.items() if name != "scores"}
+            self.context = replace(self.context, exact=exact)
+        if self.tail.tensors:
+            self.tail.drop(which)
+        self.names = (*self.names[:which], *self.names[which + 1 :])
 
     def replace_values(self, values: Tensor, weights: Tensor) -> None:
         """Give the units of the context other values [N, D] and weights [N]; there is no tail."""
         assert self.context is not None and not self.tail.count
-        self.context = replace(self.context, values=values, weights=weights)
+        exact = self.context.exact | {"weights": weights}
+        self.context = replace(self.context, values=values, exact=exact)
 
     def drop_last(self, count: int) -> None:
         """Give up the last units of the tail."""
@@ -454,11 +477,11 @@ class Store:
 
     def view(self) -> StoreView:
         """What is held now, for `restore`. Nothing is copied."""
-        return StoreView(self.context, self.tail.view())
+        return StoreView(self.context, self.tail.view(), self.names)
 
     def restore(self, view: StoreView) -> None:
         """Hold again what was held when `view` was taken."""
-        self.context = view.context
+        self.context, self.names = view.context, view.names
         self.tail.restore(view.tail)
 
     def select_rows(self, rows: Sequence[int], index: Tensor) -> None:
@@ -492,12 +515,17 @@ class Store:
                 all_counts.append(some.counts[0])
         keys = [c.packed_keys for c in contexts if c.packed_keys is not None]
         values = [c.packed_values for c in contexts if c.packed_values is not None]
-        tensors = zip(*((c.keys, c.values, *c.exact) for c in contexts), strict=True)
+        whole, packed, plain = (sequences_of(tuple(each), device) for each in counts)
+        stacked.names = next(row.names for row in rows if not row.is_empty)
         stacked.context = StoredContext(
-            *(sequences_of(tuple(each), device) for each in counts),
-            *(torch.cat(each) for each in tensors),
-            packed_keys=join(keys) if keys else None,
-            packed_values=join(values) if values else None,
+            whole,
+            packed,
+            plain,
+            torch.cat([c.keys for c in contexts]),
+            torch.cat([c.values for c in contexts]),
+            {name: torch.cat([c.exact[name] for c in contexts]) for name in stacked.names[2:]},
+            join(keys) if keys else None,
+            join(values) if values else None,
         )
         return stacked
 
@@ -506,7 +534,7 @@ class Store:
         if self.is_empty or not self.tail.count:
             return self.context
         absorbed = Store(self.scheme, self.weighs)
-        absorbed.context, absorbed.tail = self.context, self.tail
+        absorbed.context, absorbed.tail, absorbed.names = self.context, self.tail, self.names
         whole, fresh = self.sequences, self._fresh(None)
         if self.scheme.packs:
             done = sequences_of(self._packed_counts, whole.device)
@@ -525,27 +553,29 @@ class Store:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """What is held, by name, without spare room."""
-        named = {f"tail.{name}": x for name, x in zip(NAMES, self.tail, strict=False)}
+        named = {f"tail.{name}": x for name, x in zip(self.names, self.tail, strict=False)}
         context = self.context
         if context is not None:
-            own = (context.keys, context.values, *context.exact)
-            named |= dict(zip(NAMES, own, strict=False))
+            named |= {"keys": context.keys, "values": context.values} | context.exact
             named |= to_named(context.packed_keys, context.packed_values)
         return named
 
     def take_tensors(self, named: dict[str, Tensor], counts: dict[str, Any]) -> None:
         """Hold what `named_tensors` gave, which may be among other things, and `lengths` did."""
         self.clear()
-        tail = [named[f"tail.{name}"] for name in NAMES if f"tail.{name}" in named]
-        if tail:
-            self.tail.append(tail)
+        if "tail.keys" in named:
+            self.names = tuple(name for name in NAMES if f"tail.{name}" in named)
+            self.tail.append([named[f"tail.{name}"] for name in self.names])
         if not counts:
             return
-        keys, device = named["keys"], named["keys"].device
-        lengths = (sequences_of(counts[name], device) for name in ("sequences", "packed", "plain"))
-        packed = from_named(self.scheme, keys.shape[-1], named)
-        own = (named[name] for name in NAMES if name in named)
-        self.context = StoredContext(*lengths, *own, packed_keys=packed[0], packed_values=packed[1])
+        self.names = tuple(name for name in NAMES if name in named)
+        keys, values, device = named["keys"], named["values"], named["keys"].device
+        whole, packed, plain = (
+            sequences_of(counts[name], device) for name in ("sequences", "packed", "plain")
+        )
+        exact = {name: named[name] for name in self.names[2:]}
+        both = from_named(self.scheme, keys.shape[-1], named)
+        self.context = StoredContext(whole, packed, plain, keys, values, exact, *both)
 
 
 def _in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: int) -> Tensor:

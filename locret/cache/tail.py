@@ -82,6 +82,10 @@ class Tail:
             tensor = whole
         self.tensors = (*self.tensors[:which], tensor, *self.tensors[which + 1 :])
 
+    def drop(self, which: int) -> None:
+        """Hold one of the tensors no more."""
+        self.tensors = (*self.tensors[:which], *self.tensors[which + 1 :])
+
     def with_room(self, room: int) -> "Tail":
         """A copy with room for so many units more."""
         copied = Tail()

@@ -123,6 +123,11 @@ class Answering:
                 "units without a score; go on with the engine it came from, or read its context "
                 "again"
             )
+        if not all(layer.store.scored for layer in cache.layers if not layer.is_empty):
+            raise ValueError(
+                "decode_interval: this cache was read by an engine without it and holds no scores; "
+                "read its context again with this engine"
+            )
         whole = max(cache.prompt_lengths)
         counts = self.config.answer_counts(self.attention.policy, self.sizing, whole, last)
         if counts is None:

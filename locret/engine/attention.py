@@ -133,7 +133,7 @@ class AnswerPass(Pass):
         if new == 1:
             return attend_past(query, pasts, None, *how)
         tail = pasts.pop()
-        before = Past(*(x[:, :, :-new] for x in tail[:2]))
+        before = Past(tail.keys[:, :, :-new], tail.values[:, :, :-new])
         own = tail.keys[:, :, -new:], tail.values[:, :, -new:]
         return attend_past(query, [*pasts, before], own, *how)
 
@@ -233,8 +233,8 @@ class ReadPass(Pass):
         """Scores of the units held and of new ones."""
         policy, store = self.policy, layer.store
         if not policy.ranks_anew:
-            new, of_tail = policy.score_new(chunk), [*store.tail][2:3]
-            context = None if store.context is None else store.context.scores
+            new, of_tail = policy.score_new(chunk), [*store.tail][3:4]
+            context = None if store.context is None else store.context.exact["scores"]
             return Scores(context, torch.cat([*of_tail, new], dim=2) if of_tail else new)
         scores = policy.rank(chunk)
         expected = (*chunk.key.shape[:2], chunk.context_length + chunk.key.shape[2])
@@ -519,8 +519,9 @@ def _freeze(call: LayerCall, layer: RetainedLayer, room: int) -> None:
     if layer.rotated or layer.stays_unrotated:
         return
     lengths, store = call.cache.prompt_lengths, layer.store
+    context = store.context
     store.freeze(
-        lambda keys: call.rotate_context(keys, store.context.sequences, lengths),
+        lambda keys: call.rotate_context(keys, context.sequences, lengths) if context else keys,
         lambda keys: call.rotate(keys, layer.first_tail_slots(), lengths),
         room,
     )
@@ -545,7 +546,7 @@ def _pasts(call: LayerCall, layer: RetainedLayer) -> list[Past]:
 
 
 def _rectangle(layer: RetainedLayer, pasts: Sequence[Past], name: str) -> Tensor:
-    """What a layer holds as a rectangle (`Store.rectangle`); keys and values are those of `pasts`."""
+    """What a layer holds as a rectangle (`Store.rectangle`), keys and values from `pasts`."""
     if name not in ("keys", "values"):
         return layer.store.rectangle(name)
     each = [
@@ -578,9 +579,21 @@ def _highest(
     rest, device = scores.rest, whole.device
     before = whole.plus(-rest.shape[2])
     context = rest.new_empty(0) if scores.context is None else scores.context
-    numbers = (_numbers(tuple(x) * whole.shape[0], device) for x in (tails, heads))
-    how = before.offsets, _numbers(kept.flat, device), kept.offsets, *numbers
-    return select_sequences(context, rest, *how, kept.total, whole.longest)
+    stay, last, first = (
+        _numbers(tuple(x), device)
+        for x in (kept.flat, (*tails,) * whole.shape[0], (*heads,) * whole.shape[0])
+    )
+    return select_sequences(
+        context,
+        rest,
+        before.offsets,
+        stay,
+        kept.offsets,
+        last,
+        first,
+        total=kept.total,
+        longest=whole.longest,
+    )
 
 
 @functools.lru_cache(maxsize=1024)

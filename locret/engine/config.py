@@ -218,7 +218,8 @@ class EngineConfig:
         storage, element_size = self.storage, backbone.model.dtype.itemsize
         weighs = storage.merging is not None
         shape, windows = backbone.geometry, backbone.windows
-        return Sizing.of(storage.quantization, shape, element_size, weighs, windows)
+        scored = self.reading.decode_interval is not None
+        return Sizing.of(storage.quantization, shape, element_size, weighs, windows, scored)
 
     def budgets(self, policy: Policy, sizing: Sizing, context: int) -> tuple[int, ...] | None:
         """Units that every layer keeps of a context of that many tokens, as the policy shares them

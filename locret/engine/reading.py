@@ -353,6 +353,9 @@ class Reader:
         """The cache after the last chunk, to be asked."""
         cache.token_ids = reading.ids[:, : reading.ids.shape[1] - reading.drop].cpu()
         cache.unread_ids = cache.token_ids[:, :0]
+        if self.config.reading.decode_interval is None:
+            for layer in cache.layers:
+                layer.store.drop_scores()
         return cache
 
     def _empty(self, counts: Counts | None) -> RetainedCache:

@@ -17,10 +17,19 @@ from torch import Tensor
 from locret.cache.cache import RetainedCache
 from locret.cache.layer import RetainedLayer
 from locret.engine.attention import Pass
-from locret.kernels import Shares, decode_sequences, decode_shares, store_units
+from locret.kernels import (
+    PackedShares,
+    Shares,
+    decode_packed,
+    decode_sequences,
+    decode_shares,
+    packed_shares,
+    store_units,
+)
 from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall, as_argument, cache_in, without_autocast
 from locret.model.rotary import Rotary
+from locret.quantization import Scheme
 
 EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces
 
@@ -43,32 +52,55 @@ class StepContext(NamedTuple):
     """What the steps of one layer attend to beside its tail.
 
     Attributes:
-        keys, values: flat [N, D].
-        shares: which program attends to which units.
+        keys, values: units that stand as they came, flat [N, D].
+        shares: which program attends to which of these.
+        packed: packed units, as the kernel takes them; None = there are none.
+        packed_shares: which program attends to which of these.
     """
 
     keys: Tensor
     values: Tensor
     shares: Shares
+    packed: Any = None
+    packed_shares: PackedShares | None = None
 
     @classmethod
-    def of(cls, layer: RetainedLayer) -> "StepContext":
-        """A layer's context, of no units where there is none."""
+    def of(cls, layer: RetainedLayer, group: int) -> "StepContext":
+        """A layer's context, of no units where there is none.
+
+        Args:
+            group: query heads of a KV head.
+        """
         context, tail = layer.store.context, layer.store.tail
         if context is None:
-            lengths = [0] * (tail.tensors[0].shape[0] * tail.tensors[0].shape[1])
-            keys, values = (x.new_empty(0, x.shape[3]) for x in tail.tensors[:2])
-        else:
-            lengths, keys, values = [*context.sequences.flat], context.keys, context.values
-        return cls(keys, values, decode_shares(lengths, keys.device))
+            rows, heads, _, size = tail.tensors[0].shape
+            none = tail.tensors[0].new_empty(0, size)
+            return cls(none, none, decode_shares([0] * (rows * heads), none.device))
+        shares = decode_shares(context.plain.flat, context.keys.device)
+        packed = packed_form(layer)
+        if packed is None:
+            return cls(context.keys, context.values, shares)
+        of_packed = packed_shares(packed, context.packed.flat, group, context.keys.dtype)
+        return cls(context.keys, context.values, shares, packed, of_packed)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, length: Tensor, scaling: float
     ) -> Tensor:
         """[B, H*G, 1, D], over the context and the first `length` units of the tail."""
-        return decode_sequences(
-            query, self.keys, self.values, self.shares, keys, values, length, scaling
-        )
+        plain = self.keys, self.values, self.shares, keys, values, length, scaling
+        if self.packed is None:
+            return decode_sequences(query, *plain)
+        assert self.packed_shares is not None
+        return decode_packed(query, self.packed, self.packed_shares, *plain)
+
+
+def packed_form(layer: RetainedLayer) -> Any:
+    """A layer's packed units as the kernel takes them; None = there are none, or it does not."""
+    context, scheme = layer.store.context, layer.store.scheme
+    if context is None or context.packed_keys is None or context.packed_values is None:
+        return None
+    keys, values = context.packed_keys, context.packed_values
+    return scheme.kernel_form((*keys.units, *keys.tables), keys.starts, values.units)
 
 
 class StepPass(Pass):
@@ -92,7 +124,8 @@ class StepPass(Pass):
         self._filled = torch.tensor(counts, dtype=torch.int32, device=device)
         self._lengths = self._filled + 1
         self._starts = [self._start_of(layer) for layer in cache.layers]
-        self._contexts = [StepContext.of(layer) for layer in cache.layers]
+        group = backbone.geometry.num_query_heads // backbone.geometry.num_kv_heads
+        self._contexts = [StepContext.of(layer, group) for layer in cache.layers]
         self._like = torch.empty(0, dtype=cache.layers[0].store.like.dtype, device=device)
 
     @property
@@ -266,8 +299,12 @@ def _seen_class(kind: type) -> type:
 
 
 def takes_steps(layer: RetainedLayer) -> bool:
-    """Whether one-token steps of a layer can write in place and attend to all."""
-    return layer.host is None and not layer.quantized
+    """Whether one-token steps of a layer can write in place and attend to all: nothing comes back
+    from the host, and what is packed is as a kernel takes it."""
+    if layer.host is not None or layer.stays_unrotated:
+        return False
+    scheme = layer.store.scheme
+    return not scheme.packs or type(scheme).kernel_form is not Scheme.kernel_form
 
 
 def why_not_graphed(backbone: Backbone) -> str | None:

@@ -13,28 +13,33 @@ from locret.kernels.decode import (
     decode_shares,
     store_units,
 )
-from locret.kernels.decode_quantized import decode_attention_quantized
+from locret.kernels.decode_packed import decode_packed, packed_shares
 from locret.kernels.evict import (
     gather_sequences,
     gather_units,
     select_sequences,
     threshold_select,
 )
-from locret.kernels.packed import PackedKV, expand_units
+from locret.kernels.packed import PackedKV, PackedShares, expand_units
+from locret.kernels.packed_rotated import RotatedKV, expand_rotated
 from locret.kernels.rotate import rotate_at_slots, rotate_units
 from locret.kernels.splits import Shares, merge_attention, share_out
 
 __all__ = [
     "PackedKV",
+    "PackedShares",
+    "RotatedKV",
     "Shares",
     "decode_attention",
-    "decode_attention_quantized",
+    "decode_packed",
     "decode_sequences",
     "decode_shares",
+    "expand_rotated",
     "expand_units",
     "gather_sequences",
     "gather_units",
     "merge_attention",
+    "packed_shares",
     "rotate_at_slots",
     "rotate_units",
     "select_sequences",

@@ -296,11 +296,8 @@ def decode_sequences(
         return decode_sequences_reference(*given, scaling)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if out.numel():
-        heads, capacity = tail_keys.shape[1:3]
-        at_once = _PROGRAMS * multiprocessors(query.device)
-        tile = shares.units // max(1, shares.count)
-        splits = number_of_tail_splits(len(shares.lengths), capacity, tile, at_once)
-        states = States.empty(query, heads, shares.count, splits)
+        splits = tail_splits(shares, tail_keys)
+        states = States.empty(query, tail_keys.shape[1], shares.count, splits)
         attend_sequences(*given, scaling, states)
         states.merge(out, [shares])
     return out
@@ -313,6 +310,13 @@ def decode_shares(lengths: Sequence[int], device: torch.device) -> Shares:
     """
     at_once = _PROGRAMS * multiprocessors(device)
     return share_out(lengths, max(at_once // 2, at_once - len(lengths), 1), device, start=_START)
+
+
+def tail_splits(shares: Shares, tail_keys: Tensor) -> int:
+    """How many programs of those that attend to `shares` read each tail [B, H, C, D]."""
+    at_once = _PROGRAMS * multiprocessors(tail_keys.device)
+    tile = shares.units // max(1, shares.count)
+    return number_of_tail_splits(len(shares.lengths), tail_keys.shape[2], tile, at_once)
 
 
 def decode_sequences_reference(

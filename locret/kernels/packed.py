@@ -4,35 +4,39 @@ KIVI (arXiv 2402.02750): keys per channel of a block of units, values per unit a
 channels. A chunk of a prompt attends to a layer that was expanded for it, one launch a tensor.
 Products of a scale (float16) and a code are exact in float32, so that the kernel rounds once for
 the sum and once for the output, as its twin does: both give the same bits.
+
+N units of flat sequences, D head size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton, units_at
+from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton
+from locret.kernels.splits import Shares
 
+STEP = 64  # most units of a block that kernels take at a time
 _ELEMENTS = 4096  # codes' bytes that a program expands
+_UNITS = 128  # most units whose codes these are
 
 
 @dataclass(frozen=True)
 class PackedKV:
-    """Keys and values of P units, x = minimum + scale * code.
+    """Keys and values of N units, sequence by sequence, x = minimum + scale * code.
 
     Codes are planar: of the M = ceil(D * bits / 8) bytes of a unit, bits [i * bits, (i + 1) * bits)
-    of byte j are channel i * M + j. Any strides, elements of the last axis side by side.
+    of byte j are channel i * M + j. All tensors are contiguous.
 
     Attributes:
-        keys: codes uint8 [B, H, P, M], scale and minimum float16 [B, H, G, D], an entry for each
-            block of units.
-        starts: int32 [B, H, G + 1]; block i is the units starts[i] <= u < starts[i + 1], the first
-            start is 0, the last P; blocks may be empty.
-        values: codes uint8 [B, H, P, M], scale and minimum float16 [B, H, P, ceil(D / group)].
+        keys: codes uint8 [N, M], scale and minimum float16 [G, D], an entry for each block.
+        starts: int32 [G + 1]; block i is the units starts[i] <= u < starts[i + 1]. The first start
+            is 0, the last N; no block is empty, none crosses a sequence's border.
+        values: codes uint8 [N, M], scale and minimum float16 [N, ceil(D / group)].
         bits: 8, 4 or 2.
-        group: channels that share a scale of a value, and about the most units of a block.
+        group: channels that share a scale of a value, and the most units of a block.
     """
 
     keys: tuple[Tensor, ...]
@@ -43,39 +47,80 @@ class PackedKV:
 
     @property
     def count(self) -> int:
-        """P."""
-        return self.keys[0].shape[2]
+        """N."""
+        return self.keys[0].shape[0]
+
+
+@dataclass(frozen=True)
+class PackedShares(Shares):
+    """Which program attends to which packed units.
+
+    Attributes:
+        blocks: int32 [P] on the device: the block that each tile's first unit is in.
+    """
+
+    blocks: Tensor
+
+    @classmethod
+    def along(cls, starts: Tensor, shares: Shares) -> "PackedShares":
+        """`shares` of units in blocks that begin at `starts`, int32 [G + 1].
+
+        A program takes its units in steps, which end with a block. So the borders of tiles move,
+        by at most half a step, to where a step ends: else both neighbours had a step of few units.
+        """
+        border = shares.tiles[:, 1:].contiguous()
+        block = blocks_at(starts, border)
+        start, stop = starts[block], starts[block + 1]
+        before = border - (border - start) % STEP
+        after = torch.minimum(before + STEP, stop)
+        moved = torch.where(border - before < after - border, before, after)
+        tiles = torch.cat([shares.tiles[:, :1], moved], 1)
+        blocks = blocks_at(starts, moved[:, 0].contiguous()).int()
+        return cls(tiles, shares.firsts, shares.lengths, blocks)
+
+
+def blocks_at(starts: Tensor, unit: Tensor) -> Tensor:
+    """The block of each unit (int32, any shape), long; the last block for what comes after all."""
+    return torch.searchsorted(starts[1:], unit, right=True).clamp(max=len(starts) - 2)
 
 
 def expand_units(
-    packed: Sequence[Tensor], bits: int, group: int, out: Tensor, starts: Tensor | None = None
+    packed: Sequence[Tensor],
+    bits: int,
+    group: int,
+    out: Tensor,
+    starts: Tensor | None = None,
+    at: Tensor | None = None,
 ) -> None:
-    """Write minimum + scale * code, for the keys or the values of P packed units.
+    """Write minimum + scale * code, for the keys or the values of N packed units.
 
     Args:
-        packed, bits, group: `keys` or `values` of `PackedKV`, of any strides, and how they are.
-        out: [B, H, P, D], floating; may be a view of larger storage.
+        packed, bits, group: `keys` or `values` of `PackedKV`, and how they are packed.
+        out: [R, D], floating, any strides.
         starts: of the blocks of keys; None = these are values.
+        at: long [N], the row of `out` that each unit goes to; no two to one row. All must be
+            below R: this cannot be checked without waiting for the device. None = all R = N rows,
+            in order.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    check_packed(packed, bits, group, out.shape, starts)
-    if not out.is_floating_point():
-        raise ValueError(f"out is {out.dtype}; expected a floating type")
-    size = out.shape[3]
-    if not takes_triton(*packed, out, *(() if starts is None else (starts,))):
-        out.copy_(expand_units_reference(packed, bits, group, size, starts))
-    elif out.numel():
-        batch, heads, count, nbytes = packed[0].shape
-        blocks = packed[1].shape[2]
+    count = packed[0].shape[0]
+    size = check_rows(count, out, at)
+    check_packed(packed, bits, group, (count, size), starts)
+    given = [tensor for tensor in (*packed, out, starts, at) if tensor is not None]
+    if not takes_triton(*given):
+        out[slice(None) if at is None else at] = expand_units_reference(
+            packed, bits, group, size, starts
+        ).to(out.dtype)
+    elif count:
+        nbytes = packed[0].shape[1]
         byte_block = padded(nbytes)
-        units = max(1, _ELEMENTS // byte_block)
-        tensors = (*packed, out)
+        units = min(_UNITS, max(1, _ELEMENTS // byte_block))
         with on_device(out):
-            _expand[(triton.cdiv(count, units), heads, batch)](
-                *(tensors, None if starts is None else starts.contiguous()),
-                *(count, blocks, blocks.bit_length(), tuple(tensor.stride() for tensor in tensors)),
+            _expand[(triton.cdiv(count, units),)](
+                *(tuple(packed), starts, out, at),
+                *(count, 0 if starts is None else len(starts) - 1, out.stride()),
                 SIZE=size,
                 BITS=bits,
                 GROUP=group,
@@ -89,22 +134,27 @@ def expand_units(
 def expand_units_reference(
     packed: Sequence[Tensor], bits: int, group: int, size: int, starts: Tensor | None = None
 ) -> Tensor:
-    """The twin of `expand_units`, in plain PyTorch: float32 [B, H, P, D = size]."""
+    """The twin of `expand_units`, in plain PyTorch: float32 [N, D = size]."""
     codes, scale, minimum = packed
     planes = [(codes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-    x = torch.cat(planes, dim=-1)[..., :size].float()
+    x = torch.cat(planes, dim=-1)[:, :size].float()
     if starts is None:
         channel = torch.arange(size, device=codes.device) // group
-        return minimum[..., channel].float() + scale[..., channel].float() * x
-    block = owners(starts, codes.shape[2])[..., None].expand(-1, -1, -1, size)
-    return minimum.float().gather(2, block) + scale.float().gather(2, block) * x
+        return minimum[:, channel].float() + scale[:, channel].float() * x
+    block = blocks_at(starts, torch.arange(len(codes), device=starts.device).int())
+    return minimum[block].float() + scale[block].float() * x
 
 
-def owners(starts: Tensor, units: int) -> Tensor:
-    """The block of each unit, long [B, H, units], from int32 starts [B, H, G + 1]."""
-    unit = torch.arange(units, dtype=starts.dtype, device=starts.device)
-    ends = starts[..., 1:].contiguous()
-    return torch.searchsorted(ends, unit.expand(*ends.shape[:-1], -1).contiguous(), right=True)
+def check_rows(count: int, out: Tensor, at: Tensor | None) -> int:
+    """D, of an `out` [R, D] that takes `count` units; arguments as of `expand_units`."""
+    if not out.is_floating_point() or out.dim() != 2 or (at is None and len(out) != count):
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)}; expected a floating type and "
+            f"[{'rows' if at is not None else count}, head size]"
+        )
+    if at is not None and (at.shape != (count,) or at.dtype != torch.long):
+        raise ValueError(f"at is {at.dtype} {tuple(at.shape)}; expected torch.int64 {(count,)}")
+    return out.shape[1]
 
 
 def check_packed(
@@ -115,24 +165,33 @@ def check_packed(
     starts: Tensor | None,
     name: str = "",
 ) -> None:
-    """Refuse what does not fit keys or values [B, H, P, D] = `shape`; arguments as of
-    `expand_units`, `name` before what they are called in the error."""
+    """Refuse what does not fit keys or values [N, D] = `shape`; arguments as of `expand_units`,
+    `name` before what they are called in the error."""
     if bits not in (2, 4, 8):
         raise ValueError(f"bits is {bits}; expected 2, 4 or 8")
-    (codes, scale, minimum), (batch, heads, count, size) = packed, shape
-    table = (count, -(-size // group)) if starts is None else (scale.shape[2], size)
-    expected: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {
-        "codes": (codes, torch.uint8, (count, -(-size * bits // 8))),
-        "scale": (scale, torch.float16, table),
-        "minimum": (minimum, torch.float16, table),
-    }
-    if starts is not None:
-        expected["starts"] = (starts, torch.int32, (scale.shape[2] + 1,))
-    for what, (tensor, dtype, each) in expected.items():
-        if tensor.dtype != dtype or tensor.shape != (batch, heads, *each):
+    (codes, scale, minimum), (count, size) = packed, shape
+    table = (count, -(-size // group)) if starts is None else (len(scale), size)
+    check_tensors(
+        {
+            f"{name}codes": (codes, torch.uint8, (count, -(-size * bits // 8))),
+            f"{name}scale": (scale, torch.float16, table),
+            f"{name}minimum": (minimum, torch.float16, table),
+            f"{name}starts": (starts, torch.int32, (len(scale) + 1,)),
+        }
+    )
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[Tensor | None, torch.dtype, tuple[int, ...]]],
+) -> None:
+    """Refuse, by its name, a tensor of other dtype or shape or that is not contiguous."""
+    for name, (tensor, dtype, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(
-                f"{name}{what} is {tensor.dtype} {tuple(tensor.shape)}; "
-                f"expected {dtype} {(batch, heads, *each)}"
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} of strides {tensor.stride()}; "
+                f"expected {dtype} {shape}, contiguous"
             )
 
 
@@ -143,14 +202,15 @@ def power_of_two_in(*numbers: int) -> int:
 
 
 # Nothing is compiled anew for these, which differ from chunk to chunk.
-@triton.jit(do_not_specialize=["count", "blocks", "steps"])
+@triton.jit(do_not_specialize=["count", "blocks"])
 def _expand(  # type: ignore[no-untyped-def]
-    tensors,
+    packed,
     starts,
+    out,
+    rows,
     count,
     blocks,
-    steps,
-    strides,
+    out_strides,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -158,60 +218,54 @@ def _expand(  # type: ignore[no-untyped-def]
     BYTE_BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    b = tl.program_id(2).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64)
-    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    first = tl.program_id(0) * UNITS
+    unit = first + tl.arange(0, UNITS)
     there = unit < count
-    entry = unit
     if starts is not None:
-        # The first block that ends behind the unit: halve where it can be, for all units at once.
-        ends = starts + (b * tl.num_programs(1) + h) * (blocks + 1) + 1
-        entry = tl.zeros((UNITS,), tl.int32)
-        last = entry + blocks
-        for _ in range(steps):
-            undecided = there & (entry < last)
-            middle = (entry + last) // 2
-            before = tl.load(ends + middle.to(tl.int64), mask=undecided, other=0) <= unit
-            entry, last = (
-                tl.where(undecided & before, middle + 1, entry),
-                tl.where(before, last, middle),
-            )
-    unit = unit.to(tl.int64)[:, None]
-    entry = entry.to(tl.int64)[:, None]
+        entry = blocks_of(starts, first, UNITS, blocks).to(tl.int64)[:, None] * SIZE
+    else:
+        entry = unit.to(tl.int64)[:, None] * tl.cdiv(SIZE, GROUP)
+    at_out = row_of(rows, unit, there)[:, None] * out_strides[0]
     byte = tl.arange(0, BYTE_BLOCK)
     in_bytes = there[:, None] & (byte < BYTES)[None, :]
-    at = units_at(tensors[0], strides[0], b, h, unit) + byte[None, :] * strides[0][3]
-    packed = tl.load(at, mask=in_bytes, other=0).to(tl.int32)
-    at_scale = units_at(tensors[1], strides[1], b, h, entry)
-    at_minimum = units_at(tensors[2], strides[2], b, h, entry)
-    out = tensors[3]
-    at_out = units_at(out, strides[3], b, h, unit)
+    at = unit.to(tl.int64)[:, None] * BYTES + byte[None, :]
+    bits = tl.load(packed[0] + at, mask=in_bytes, other=0).to(tl.int32)
     for plane in tl.static_range(8 // BITS):
         channel = (plane * BYTES + byte)[None, :]
         mask = in_bytes & (channel < SIZE)
         d = channel if starts is not None else channel // GROUP
-        step = tl.load(at_scale + d * strides[1][3], mask=mask, other=0.0)
-        low = tl.load(at_minimum + d * strides[2][3], mask=mask, other=0.0)
-        code = ((packed >> (plane * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+        step = tl.load(packed[1] + entry + d, mask=mask, other=0.0)
+        low = tl.load(packed[2] + entry + d, mask=mask, other=0.0)
+        code = ((bits >> (plane * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
         x = low.to(tl.float32) + step.to(tl.float32) * code
-        tl.store(at_out + channel * strides[3][3], x.to(out.dtype.element_ty), mask=mask)
+        at = out + at_out + channel * out_strides[1]
+        tl.store(at, x.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def of_head(tensors, strides, b, h):  # type: ignore[no-untyped-def]
-    """Where a head begins in each of some tensors."""
-    moved = ()  # type: tuple
-    for i in tl.static_range(len(tensors)):
-        moved += (tensors[i] + b * strides[i][0] + h * strides[i][1],)
-    return moved
+def row_of(rows, unit, there):  # type: ignore[no-untyped-def]
+    """The row that each unit goes to, int64."""
+    row = unit.to(tl.int64)
+    if rows is not None:
+        row = tl.load(rows + unit, mask=there, other=0)
+    return row
 
 
 @triton.jit
-def block_of(ends, unit, blocks):  # type: ignore[no-untyped-def]
-    """The block that holds a unit: as many blocks as end at or before it come first."""
+def blocks_of(starts, first, UNITS: tl.constexpr, blocks):  # type: ignore[no-untyped-def]
+    """The blocks of the units first .. first + UNITS - 1, int32 [UNITS]."""
+    # Where the first one is: the range that holds it shrinks 256-fold with each load.
     block = tl.full((), 0, tl.int32)
-    for start in range(0, blocks, 1024):
-        i = start + tl.arange(0, 1024)
-        end = tl.load(ends + i, mask=i < blocks, other=2**31 - 1)
-        block += tl.sum((end <= unit).to(tl.int32), 0)
-    return block
+    left = blocks
+    while left > 1:
+        step = tl.cdiv(left, 256)
+        i = tl.arange(0, 256) * step
+        candidates = tl.load(starts + block + i, mask=i < left, other=2**31 - 1)
+        found = (tl.sum((candidates <= first).to(tl.int32), 0) - 1) * step
+        block += found
+        left = tl.minimum(step, left - found)
+    # No block is empty, so that the others are among the next ones.
+    i = tl.arange(0, UNITS)
+    following = block + 1 + i
+    ends = tl.load(starts + following, mask=following < blocks, other=2**31 - 1)
+    return block + tl.sum((ends[None, :] <= (first + i)[:, None]).to(tl.int32), 1)

@@ -199,7 +199,7 @@ class Past(NamedTuple):
         """The same as a rectangle, if all sequences are equally long."""
         if self.sequences is None or not self.sequences.equal:
             return self
-        return Past(*map(self.sequences.rectangle, (self.keys, self.values)))
+        return Past(self.sequences.rectangle(self.keys), self.sequences.rectangle(self.values))
 
     def of(self, row: int, head: int) -> tuple[Tensor, Tensor]:
         """Keys and values [1, 1, S, D] of one sequence."""
@@ -262,7 +262,8 @@ def _attend_joined(
     """`attend_past` with all units of a sequence put side by side: the plain form."""
     every = [*pasts, *([] if new is None else [Past(*new)])]
     if all(past.sequences is None for past in every):
-        keys, values = (torch.cat([past[i] for past in every], dim=2) for i in range(2))
+        keys = torch.cat([past.keys for past in every], dim=2)
+        values = torch.cat([past.values for past in every], dim=2)
         return attend(query, keys, values, scaling, backend, None, weighting)
     some = next(past.sequences for past in every if past.sequences is not None)
     (rows, heads), outputs = some.shape, []

@@ -58,11 +58,6 @@ class Context:
     def positions(self) -> Tensor:
         return self._make("source_positions").long()
 
-    keys: Tensor
-    values: Tensor
-    scores: Tensor
-    positions: Tensor
-
 
 def _cannot_rotate(x: Tensor, offset: int) -> Tensor:
     raise ValueError("this chunk came without a rotation; the engine gives one")

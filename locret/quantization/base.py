@@ -7,12 +7,12 @@ g units of a block, D head size. "..." is any shape.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from locret.quantities import check_whole, is_whole
-from locret.quantization.codes import BITS
+from locret.quantization.codes import BITS, as_stored
 
 Tensors = tuple[Tensor, ...]
 """Tensors that together hold codes or entries of tables, in an order that the scheme knows."""
@@ -35,7 +35,7 @@ class Scheme:
     """Whether a cache that decodes holds keys after RoPE, or before it and rotates when it reads.
     (While a prompt is read at compact positions, keys are always unrotated.)"""
     outliers: ClassVar[float | None] = None
-    """Magnitude above which a value is stored as it is, beside the codes; None = never."""
+    """Magnitude above which an element is stored as it is, beside the codes; None = never."""
 
     widths: ClassVar[tuple[int, ...]] = BITS
     """Bits that there are to choose from."""
@@ -65,6 +65,15 @@ class Scheme:
     ) -> list[int]:
         """Units that each layer may keep when `budget` is what one keeps at `bits`."""
         return [budget] * num_layers
+
+    def outlying_keys(self, x: Tensor) -> Tensor | None:
+        """Which elements of blocks of keys [..., g, D] are stored as they are, bool like `x`."""
+        return self.outlying_values(x)
+
+    def outlying_values(self, x: Tensor) -> Tensor | None:
+        """Which elements of values [..., D] are stored as they are, bool like `x`; None = none.
+        What is not a number is none of them, so that encoding refuses it."""
+        return None if self.outliers is None else as_stored(x).abs() > self.outliers
 
     def encode_keys(self, x: Tensor, usable: Tensor | None) -> tuple[Tensors, Tensors]:
         """Encode blocks of keys.
@@ -97,17 +106,28 @@ class Scheme:
     def expand(
         self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
     ) -> bool:
-        """Write all keys or values of a layer to `out` [B, H, P, D] at once, where a kernel can.
+        """Write all keys or values of a layer at once, where a kernel can.
 
         Args:
-            packed: what each unit needs [B, H, P, *] and, of keys, the tables [B, H, G, *].
+            packed: what each unit needs [N, *] and, of keys, the tables [M, *].
             starts: of the blocks of keys (`locret.quantization.packed.PackedKeys`); None = values.
-            at: rows of `out` that the units go to; None = all, in order.
+            out: [*, D], floating.
+            at: rows of `out` that the units go to, [N] long; None = all, in order.
 
         Returns:
             Whether it did; False = the methods above are to be asked.
         """
         return False
+
+    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> Any | None:
+        """Packed units as `locret.kernels.decode_packed` takes them; None = it does not.
+
+        Args:
+            keys: what each unit needs [N, *], and the tables [M, *].
+            starts: of the blocks of keys.
+            values: what each unit needs [N, *].
+        """
+        return None
 
 
 @dataclass(frozen=True)

@@ -115,10 +115,21 @@ def block_mean(x: Tensor) -> Tensor:
 
     A block that has fewer units is filled up with its last one, which counts once.
     """
-    same = (x == x[..., -1:, :]).all(-1)  # [..., g]
-    own = 1 - same.flip(-1).to(x.dtype).cumprod(-1).flip(-1)
-    own[..., -1] = 1
-    return (x * own[..., None]).sum(-2, keepdim=True) / own.sum(-1)[..., None, None]
+    own = _own_units(x)[..., None].to(x.dtype)
+    return (x * own).sum(-2, keepdim=True) / own.sum(-2, keepdim=True)
+
+
+def block_median(x: Tensor) -> Tensor:
+    """Median of each channel over a block of units, otherwise as `block_mean`."""
+    return x.masked_fill(~_own_units(x)[..., None], torch.nan).nanmedian(-2, keepdim=True).values
+
+
+def _own_units(x: Tensor) -> Tensor:
+    """bool [..., g]: not what fills up a block [..., g, D], its last unit again and again."""
+    same = (x == x[..., -1:, :]).all(-1)
+    own = same.flip(-1).int().cumprod(-1).flip(-1) == 0
+    own[..., -1] = True
+    return own
 
 
 def refuse_unstorable(x: Tensor) -> None:
@@ -242,15 +253,14 @@ class Outliers:
         return Outliers(*map(torch.cat, zip(*(each.tensors for each in some), strict=True)))
 
 
-def find_outliers(x: Tensor, limit: float) -> Outliers:
-    """What is larger than `limit` in `x` [N, D].
+def find_outliers(x: Tensor, large: Tensor) -> Outliers:
+    """What `large` (bool [N, D]) says of `x` [N, D].
 
     Raises:
         ValueError: a value is not finite, or beyond `LARGEST`.
     """
     x = as_stored(x)
     refuse_unstorable(x)
-    large = x.abs() > limit
     small = torch.uint8 if x.shape[-1] < 256 else torch.int16
     channels = large.nonzero()[:, -1].to(small)
     return Outliers(large.sum(-1).to(small), channels, x[large].half())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from locret.quantization.base import Scheme, Tensors
 from locret.quantization.blocks import FRESH, REPACKED, Blocks, aligned, arrange
-from locret.quantization.codes import Outliers, as_stored, find_outliers, ragged
+from locret.quantization.codes import Outliers, find_outliers, ragged
 from locret.quantization.costs import block_limit, costs_of
 
 SLAB = 16384
@@ -65,11 +65,8 @@ class Packed:
     def at(self, index: Tensor) -> Tensor:
         """float32 [..., D]: the units at `index` [...] (long, below N)."""
         x = self._decoded(index)
-        if self.outliers is None or self.scheme.outliers is None:
-            return x
-        # Rounding must not make outliers of values that were none.
-        x = x.clamp(-self.scheme.outliers, self.scheme.outliers)
-        self.outliers.write(x, index)
+        if self.outliers is not None:
+            self.outliers.write(x, index)
         return x
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -146,14 +143,14 @@ def pack_keys(scheme: Scheme, x: Tensor, lengths: Sequence[int]) -> PackedKeys:
     sizes, _ = aligned(torch.tensor(lengths, dtype=torch.long), scheme.group)
     blocks = Blocks(sizes, torch.full_like(sizes, FRESH)).to(x.device)
     filled = x[_places(blocks.starts[:-1], blocks.sizes, scheme.group)]
-    units, tables = _encoded(scheme, filled, blocks.sizes, sum(lengths))
-    return PackedKeys(scheme, x.shape[-1], units, _outliers_of(scheme, x), tables, blocks.starts)
+    units, tables, outliers = _encoded(scheme, filled, blocks.sizes, sum(lengths))
+    return PackedKeys(scheme, x.shape[-1], units, outliers, tables, blocks.starts)
 
 
 def pack_values(scheme: Scheme, x: Tensor) -> PackedValues:
     """Pack values [N, D]. Raises as `pack_keys` does."""
-    units = _owned(scheme.encode_values(x, _usable(scheme, x)))
-    return PackedValues(scheme, x.shape[-1], units, _outliers_of(scheme, x))
+    units, outliers = _encoded_values(scheme, x)
+    return PackedValues(scheme, x.shape[-1], _owned(units), outliers)
 
 
 def select_keys(
@@ -187,13 +184,13 @@ def select_keys(
     kept = replace(
         packed,
         units=_at(packed.units, index.clamp(max=packed.count - 1)),
-        outliers=_selected_outliers(packed, fresh, index),
         tables=_at(packed.tables, here.kept.clamp(min=0)),
         starts=here.starts,
     )
-    for which in (FRESH, REPACKED):
-        _encode_blocks(kept, blocks, which, packed, fresh, index)
-    return kept
+    encoded = [
+        _encode_blocks(kept, blocks, which, packed, fresh, index) for which in (FRESH, REPACKED)
+    ]
+    return replace(kept, outliers=_outliers_after(packed, index, encoded))
 
 
 def _arranged(
@@ -219,36 +216,59 @@ def _arranged(
 
 def _encode_blocks(
     kept: PackedKeys, blocks: Blocks, which: int, packed: PackedKeys, fresh: Tensor, index: Tensor
-) -> None:
+) -> tuple[Tensor, Outliers | None]:
     """Fill in the codes and entries of the blocks of `kept` whose units are all fresh ones, or of
-    those with units that were packed: `which` is `FRESH` or `REPACKED`."""
+    those with units that were packed: `which` is `FRESH` or `REPACKED`. Returns where in `kept`
+    the units of these blocks are, long [n], and their outliers."""
     at = (blocks.kept == which).nonzero()[:, 0]
     if not len(at):
-        return
+        return index[:0], None
     total = int(blocks.sizes[at].sum())
     sizes, at = (x.to(index.device, non_blocking=True) for x in (blocks.sizes[at], at))
     starts, group = kept.starts[at].long(), packed.scheme.group
     unit = index[_places(starts, sizes, group)]
     x = fresh[unit - packed.count].float() if which == FRESH else fetch(packed, fresh, unit)
-    units, tables = _encoded(packed.scheme, x, sizes, total)
+    units, tables, outliers = _encoded(packed.scheme, x, sizes, total)
     places = ragged(starts, sizes, total)
     for tensor, new in zip(kept.units, units, strict=True):
         tensor.index_copy_(0, places, new)
     for table, new in zip(kept.tables, tables, strict=True):
         table.index_copy_(0, at, new)
+    return places, outliers
 
 
-def _encoded(scheme: Scheme, x: Tensor, sizes: Tensor, total: int) -> tuple[Tensors, Tensors]:
-    """What each of `total` units needs, [total, *], and each block's entries, [A, *].
+def _outliers_after(
+    packed: PackedKeys, index: Tensor, encoded: Sequence[tuple[Tensor, Outliers | None]]
+) -> Outliers | None:
+    """The outliers of the units at `index`: new ones where blocks were encoded, else the old."""
+    if packed.outliers is None:
+        return None
+    index, found = index.clone(), [packed.outliers]
+    for places, outliers in encoded:
+        if outliers is not None:
+            before = sum(len(each.counts) for each in found)
+            index[places] = before + torch.arange(len(places), device=index.device)
+            found.append(outliers)
+    return Outliers.join(found).select(index)
+
+
+def _encoded(
+    scheme: Scheme, x: Tensor, sizes: Tensor, total: int
+) -> tuple[Tensors, Tensors, Outliers | None]:
+    """What each of `total` units needs, [total, *], each block's entries, [A, *], and the units'
+    outliers.
 
     Args:
         x: [A, group, D], blocks of keys, short ones filled up with their last unit.
         sizes: long [A], units of each block.
     """
-    units, tables = scheme.encode_keys(x, _usable(scheme, x))
+    large = scheme.outlying_keys(x)
+    units, tables = scheme.encode_keys(x, None if large is None else ~large)
     first = torch.arange(len(sizes), device=x.device) * scheme.group
     own = ragged(first, sizes, total)
-    return _at(tuple(tensor.flatten(0, 1) for tensor in units), own), _owned(tables)
+    units = _at(tuple(tensor.flatten(0, 1) for tensor in units), own)
+    outliers = large if large is None else find_outliers(x.flatten(0, 1), large.flatten(0, 1))
+    return units, _owned(tables), outliers and outliers.select(own)
 
 
 def _places(starts: Tensor, sizes: Tensor, group: int) -> Tensor:
@@ -267,14 +287,23 @@ def select_values(
     """
     if packed is None or not packed.count:
         return pack_values(scheme, fresh.index_select(0, index))
-    units = _at(packed.units, index.clamp(max=packed.count - 1))
+    units, outliers = _at(packed.units, index.clamp(max=packed.count - 1)), packed.outliers
     new_at = (index >= packed.count).nonzero()[:, 0]
     if len(new_at):
-        x = fresh[index[new_at] - packed.count]
-        encoded = packed.scheme.encode_values(x, _usable(packed.scheme, x))
+        encoded, found = _encoded_values(packed.scheme, fresh[index[new_at] - packed.count])
         for tensor, new in zip(units, encoded, strict=True):
             tensor[new_at] = new
-    return replace(packed, units=units, outliers=_selected_outliers(packed, fresh, index))
+        outliers = outliers and found and Outliers.join([outliers, found])
+        at = torch.arange(len(new_at), device=index.device)
+        index = index.index_copy(0, new_at, packed.count + at)
+    return replace(packed, units=units, outliers=outliers and outliers.select(index))
+
+
+def _encoded_values(scheme: Scheme, x: Tensor) -> tuple[Tensors, Outliers | None]:
+    """What each of the values [N, D] needs, and their outliers."""
+    large = scheme.outlying_values(x)
+    units = scheme.encode_values(x, None if large is None else ~large)
+    return units, large if large is None else find_outliers(x, large)
 
 
 def fetch(packed: Packed | None, fresh: Tensor, index: Tensor) -> Tensor:
@@ -364,24 +393,6 @@ def from_named(
     tables = tensors("key_tables"), named["key_starts"]
     keys = PackedKeys(scheme, head_size, tensors("key_units"), of_keys, *tables)
     return keys, PackedValues(scheme, head_size, tensors("value_units"), of_values)
-
-
-def _outliers_of(scheme: Scheme, x: Tensor) -> Outliers | None:
-    """The outliers that `scheme` keeps of `x` [N, D]."""
-    return None if scheme.outliers is None else find_outliers(x, scheme.outliers)
-
-
-def _selected_outliers(packed: Packed, fresh: Tensor, index: Tensor) -> Outliers | None:
-    found = _outliers_of(packed.scheme, fresh)
-    if packed.outliers is None or found is None:
-        return None
-    return Outliers.join([packed.outliers, found]).select(index)
-
-
-def _usable(scheme: Scheme, x: Tensor) -> Tensor | None:
-    """What has a say in scale and minimum: all but outliers."""
-    # NaN stays usable, so that it is refused rather than left out.
-    return None if scheme.outliers is None else ~(as_stored(x).abs() > scheme.outliers)
 
 
 def _owned(tensors: Tensors) -> Tensors:

@@ -11,7 +11,8 @@ Both:  z ~ zq = scale * level[code], with the code whose level is nearest to z /
 - 2, 3, 4 bits: r = root mean square of z, and levels are those of Lloyd and Max for N(0, 1), which
   lose 11.7 %, 3.45 % and 0.95 % of the energy.
 - 8 bits: r = max |z| / 127.5 and levels are code - 127.5. An even grid up to a unit's own largest
-  element loses as little as the 256 levels of Lloyd and Max, and needs no table.
+  element needs no table and loses about what the 256 levels of Lloyd and Max do: 0.82 of it at
+  D = 64, 0.98 at 128, 1.15 at 256.
 - scale = <z, level> / <level, level>, a float16 a unit: it makes <z, zq> = <zq, zq>, the least
   error that these codes allow, so that an inner product with zq is, on average, that with z. Codes
   are then chosen once more, with r = scale.
@@ -33,6 +34,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from locret.kernels import RotatedKV, expand_rotated
+from locret.kernels.dispatch import takes_triton
 from locret.quantization.base import Scheme, Tensors
 from locret.quantization.codes import (
     LARGEST,
@@ -82,11 +85,10 @@ class RotatedScheme(Scheme):
     value_bits: int = 0
 
     def __post_init__(self) -> None:
-        for option in ("key_bits", "value_bits"):
-            if getattr(self, option) in (0, None):
-                object.__setattr__(self, option, self.bits)
-            self._check_width(option)
         self._check_width("bits")
+        for option in ("key_bits", "value_bits"):
+            object.__setattr__(self, option, getattr(self, option) or self.bits)
+            self._check_width(option)
         object.__setattr__(self, "bits", max(self.key_bits, self.value_bits))
         super().__post_init__()
 
@@ -103,6 +105,18 @@ class RotatedScheme(Scheme):
 
     def decode_values(self, units: Tensors, head_size: int) -> Tensor:
         return hadamard(decode(units, self.value_bits, head_size))
+
+    def expand(
+        self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
+    ) -> bool:
+        bits = self.value_bits if starts is None else self.key_bits
+        if takes_triton(out):
+            expand_rotated(packed, POSITIVE_LEVELS[bits], out, starts, at)
+        return takes_triton(out)
+
+    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> RotatedKV | None:
+        both = POSITIVE_LEVELS[self.key_bits], POSITIVE_LEVELS[self.value_bits]
+        return RotatedKV(keys, starts, values, *both, self.group)
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -144,7 +158,7 @@ def encode(z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     else:
         size = z.square().mean(-1, keepdim=True).sqrt()
     codes, scale = _nearest(z, size, level)
-    codes, scale = _nearest(z, scale, level)  # a unit is not quite normal: 2 % less error
+    codes, scale = _nearest(z, scale, level)  # a unit is not quite normal
     refuse_unstorable(scale * (LARGEST / FLOAT16_LAST))
     return pack_planes(codes.to(torch.uint8), bits), scale.half()
 

@@ -6,7 +6,8 @@
   channels of one token, so that an error stays with its token. The last `residual` units stay in
   full precision (section 3.3).
 - `kvquant` (arXiv 2401.18079, as set in arXiv 2412.12706): dense and sparse. Groups as in KIVI;
-  values with |x| > 6 are kept as they are beside the codes, and have no say in their group's scale.
+  elements with |x| > 6 are kept as they are beside the codes, and have no say in their group's
+  scale. Of a channel of keys whose median in the block is beyond 6, the distance from it counts.
   Keys are held before RoPE (section 3.2): rotation mixes channels and so blurs what makes keys easy
   to quantize.
 - `layerquant` (arXiv 2412.12706): some layers at other bits, and as many tokens as make up for it,
@@ -22,18 +23,20 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from locret.kernels import expand_units
+from locret.kernels import PackedKV, expand_units
 from locret.kernels.dispatch import takes_triton
 from locret.quantities import check_whole
 from locret.quantization.base import NoScheme, Scheme, Tensors
 from locret.quantization.codes import (
+    as_stored,
     block_mean,
+    block_median,
     dequantize,
     pack,
     quantize,
@@ -79,10 +82,14 @@ class KiviScheme(Scheme):
     def expand(
         self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
     ) -> bool:
-        if at is not None or not takes_triton(out):
-            return False
-        expand_units(packed, self.bits, self.group, out, starts)
-        return True
+        if takes_triton(out):
+            expand_units(packed, self.bits, self.group, out, starts, at)
+        return takes_triton(out)
+
+    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> PackedKV | None:
+        if self.outliers is not None:
+            return None
+        return PackedKV(keys, starts, values, self.bits, self.group)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., groups, group], padded with zeros."""
@@ -95,7 +102,24 @@ class KVQuantScheme(KiviScheme):
 
     name = "kvquant"
     keys_are = "unrotated"
-    outliers = 6.0
+    outliers: ClassVar[float] = 6.0
+
+    def outlying_keys(self, x: Tensor) -> Tensor:
+        """A channel whose median is an outlier has a bias (Qwen2.5: hundreds), and outliers are
+        told by how far they are from it: else each key would have one there."""
+        x = as_stored(x)
+        median = block_median(x)
+        return (x - median.where(median.abs() > self.outliers, 0)).abs() > self.outliers
+
+    def decode_keys(self, units: Tensors, tables: Tensors, head_size: int) -> Tensor:
+        x, (scale, minimum) = super().decode_keys(units, tables, head_size), tables
+        top = minimum.float() + (2**self.bits - 1) * scale.float()
+        # Where there is no bias, rounding must not make outliers of elements that were none.
+        plain = (minimum >= -self.outliers) & (top <= self.outliers * (1 + 2.0**-10))
+        return torch.where(plain, x.clamp(-self.outliers, self.outliers), x)
+
+    def decode_values(self, units: Tensors, head_size: int) -> Tensor:
+        return super().decode_values(units, head_size).clamp(-self.outliers, self.outliers)
 
 
 Bits = int | tuple[int, int]

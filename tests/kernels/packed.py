@@ -1,41 +1,36 @@
-"""Random packed units: any codes, tables and blocks, empty blocks and spare room included."""
+"""Random packed units: any codes, tables and blocks."""
 
 import torch
 
-from locret.kernels.packed import PackedKV
+from locret.kernels.packed import PackedKV, PackedShares
+from locret.kernels.splits import share_out
 
 
-def random_units(batch, heads, count, size, bits, group, device, spare=3):
-    """Packed units whose spare room, after the first `count`, is poisoned."""
-    blocks = -(-count // group) + 3
-    nbytes, tables = -(-size * bits // 8), -(-size // group)
-    step = 1 / 2**bits
+def random_units(lengths, size, bits, group, device):
+    """Packed units of sequences of these lengths."""
+    count, nbytes, groups = sum(lengths), -(-size * bits // 8), -(-size // group)
+    starts = random_starts(lengths, group).to(device)
+    codes = torch.randint(0, 256, (2, count, nbytes), dtype=torch.uint8, device=device)
 
-    def table(*shape):
-        return step * torch.randn(batch, heads, *shape, device=device)
+    def table(rows, columns):
+        return tuple((torch.randn(2, rows, columns, device=device) / 2**bits).half())
 
-    codes = torch.randint(
-        0, 256, (2, batch, heads, count + spare, nbytes), dtype=torch.uint8, device=device
-    )
-    value_tables = table(2, count + spare, tables).half()
-    value_tables[:, :, :, count:] = torch.nan
-    scale, minimum = value_tables.unbind(2)
-    return PackedKV(
-        (codes[0, :, :, :count], table(blocks, size).half(), table(blocks, size).half()),
-        random_starts(batch, heads, count, blocks, group).to(device),
-        (codes[1, :, :, :count], scale[:, :, :count], minimum[:, :, :count]),
-        bits,
-        group,
-    )
+    key_tables, value_tables = table(len(starts) - 1, size), table(count, groups)
+    return PackedKV((codes[0], *key_tables), starts, (codes[1], *value_tables), bits, group)
 
 
-def random_starts(batch, heads, count, blocks, group):
-    """int32 [B, H, blocks + 1]: blocks of 0 to `group` units that cover `count` units."""
-    starts = torch.zeros(batch, heads, blocks + 1, dtype=torch.int32)
-    for start in starts.flatten(0, 1):
-        for block in range(blocks):
-            left = count - int(start[block])
-            least = max(0, left - group * (blocks - 1 - block))
-            most = min(group, left)
-            start[block + 1] = start[block] + torch.randint(least, most + 1, ()).int()
-    return starts
+def random_starts(lengths, group):
+    """int32: blocks of 1 to `group` units, most of them full, none across a sequence's border."""
+    starts = [0]
+    for length in lengths:
+        end = starts[-1] + length
+        while starts[-1] < end:
+            full = torch.rand(()) < 0.5
+            block = group if full else int(torch.randint(1, group + 1, ()))
+            starts.append(min(end, starts[-1] + block))
+    return torch.tensor(starts, dtype=torch.int32)
+
+
+def random_shares(packed, lengths, device):
+    """Many small tiles of those units."""
+    return PackedShares.along(packed.starts, share_out(lengths, 12, device, least=16))

@@ -5,8 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from locret.kernels import decode_quantized_small
-from locret.kernels.decode_quantized import _assembly
+from locret.kernels import decode_kivi_small, packed_rotated
+from locret.kernels.decode_kivi import _assembly
+from tests.kernels.rotated import LEVELS
 
 
 def as_halves(register):
@@ -31,7 +32,11 @@ INSTRUCTIONS = {
     "mov.b32": lambda a: a,
     "prmt.b32": permuted,
     "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
+    "shl.b32": lambda a, count: a << count & 0xFFFFFFFF,
     "shr.b32": lambda a, count: a >> count,
+    "sub.u32": lambda a, b: a - b & 0xFFFFFFFF,
     "lop3.b32": looked_up,
     "sub.f16x2": lambda a, b: as_register(as_halves(a) - as_halves(b)),
     "fma.rn.f16x2": lambda a, b, c: as_register(as_halves(a) * as_halves(b) + as_halves(c)),
@@ -65,7 +70,7 @@ def test_each_plane_gives_minimum_plus_scale_times_code(bits):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_of_small_queries_lie_below_the_normal_range(bits):
     random = np.random.default_rng(0)
-    *planes, low, high = decode_quantized_small.assembly(bits)
+    *planes, low, high = decode_kivi_small.assembly(bits)
     for i, assembly in enumerate(planes):
         plane, parity = divmod(i, 2)
         packed = random.integers(0, 256, 4, dtype=np.uint8)
@@ -76,3 +81,18 @@ def test_codes_of_small_queries_lie_below_the_normal_range(bits):
     registers = {f"${i}": int(r) for i, r in enumerate(table.view(np.uint32), start=1)}
     assert (execute(low, dict(registers), ["$0"]) == table[::2]).all()
     assert (execute(high, dict(registers), ["$0"]) == table[1::2]).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_of_rotated_units_become_their_levels(bits):
+    random, levels = np.random.default_rng(0), LEVELS[bits]
+    table = np.array([-level for level in reversed(levels)] + list(levels)).astype(np.float16)
+    for chunk, assembly in enumerate(packed_rotated.assembly(levels)):
+        for _ in range(20):
+            low, high = random.integers(0, 256, (2, 4), dtype=np.uint8)
+            given = {f"${i}": int(x.view(np.uint32)[0]) for i, x in enumerate((low, high), start=2)}
+            if bits == 3:
+                code = (low >> 2 * chunk & 3) | (high >> 2 * chunk & 1) << 2
+            else:
+                code = low >> chunk * bits & 2**bits - 1
+            assert (execute(assembly, given) == table[code]).all()

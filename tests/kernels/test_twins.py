@@ -1,6 +1,7 @@
 """The plain PyTorch twins against formulas written out, and what the public functions refuse."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as app
 from locret.kernels import (
     PackedKV,
     decode_attention,
-    decode_attention_quantized,
+    decode_packed,
     decode_sequences,
     decode_shares,
+    expand_units,
     gather_sequences,
     gather_units,
+    packed_shares,
     rotate_at_slots,
     rotate_units,
     select_sequences,
@@ -24,10 +27,10 @@ from locret.kernels import (
     threshold_select,
 )
 from locret.kernels.decode import decode_attention_reference
-from locret.kernels.decode_quantized import expand_reference
+from locret.kernels.decode_packed import expand_reference
 from locret.kernels.evict import threshold_select_reference
+from locret.quantization.packed import pack_keys, pack_values, select_keys, select_values
 from locret.quantization.schemes import KiviScheme
-from locret.quantization.store import QuantizedStore
 
 
 def angles(slots, size):
@@ -123,28 +126,30 @@ def test_decode_sequences_is_attention_over_context_and_tail(lengths):
 
 @pytest.mark.parametrize(("bits", "size", "group"), [(4, 64, 16), (2, 20, 32), (8, 12, 8)])
 def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
-    """After an eviction, so that runs are of different lengths in every head."""
-    keys, values = torch.randn(2, 1, 2, 100, size).unbind()
-    units = QuantizedStore(KiviScheme(bits=bits, group=group, residual=5))
-    units.append(keys, values)
-    units.select(torch.arange(100).expand(1, 2, -1))
-    index = torch.stack([torch.randperm(100)[:70].sort().values for _ in range(2)])[None]
-    units.select(index)
-    of_keys = (*units.packed_keys.units, *units.packed_keys.tables)
-    packed = PackedKV(of_keys, units.packed_keys.starts, units.packed_values.units, bits, group)
-    assert packed.count == 65
-    expected = (
-        units.packed_keys.dequantize(torch.float32),
-        units.packed_values.dequantize(torch.float32),
-    )
-    for actual, expanded in zip(expand_reference(packed, size), expected, strict=True):
+    """After an eviction, so that blocks are of different lengths in every sequence."""
+    scheme, before, after = KiviScheme(bits=bits, group=group), (100, 0, 40, 60), (70, 0, 40, 1)
+    fresh = torch.randn(2, 200, size)
+    keys, values = pack_keys(scheme, fresh[0], before), pack_values(scheme, fresh[1])
+    pairs = zip(torch.arange(200).split(before), after, strict=True)
+    index = torch.cat([of[torch.randperm(len(of))[:n].sort().values] for of, n in pairs])
+    keys = select_keys(scheme, keys, before, fresh[0, :0], index, after)
+    values = select_values(scheme, values, fresh[1, :0], index)
+    packed = PackedKV((*keys.units, *keys.tables), keys.starts, values.units, bits, group)
+    assert packed.count == 111
+    expected = keys.dense(torch.float32), values.dense(torch.float32)
+    for actual, expanded in zip(expand_reference(packed), expected, strict=True):
         torch.testing.assert_close(actual, expanded)
-    query, length = torch.randn(1, 4, 1, size), torch.tensor([5], dtype=torch.int32)
-    rest = units.residual_keys, units.residual_values
-    out = decode_attention_quantized(query, packed, *rest, length, 0.3)
-    whole = units.dequantized(torch.float32)
-    assert units.count == 70
-    expected = decode_attention(query, *whole, length + 65, 0.3)
+    query, filled = torch.randn(2, 4, 1, size), torch.tensor([5]).int()
+    tails, plain = torch.randn(2, 2, 2, 7, size), torch.randn(2, 9, size)
+    few = decode_shares((2, 0, 3, 4), torch.device("cpu"))
+    shares = packed_shares(packed, after, 2, torch.float32)
+    out = decode_packed(query, packed, shares, *plain, few, *tails, filled, 0.3)
+    whole = []
+    for x, y in zip(expected, plain, strict=True):
+        pairs = zip(x.split(after), y.split(few.lengths), strict=True)
+        whole.append(torch.cat([units for pair in pairs for units in pair]))
+    both = decode_shares((72, 0, 43, 5), torch.device("cpu"))
+    expected = decode_sequences(query, *whole, both, *tails, filled, 0.3)
     torch.testing.assert_close(out, expected)
 
 
@@ -209,11 +214,16 @@ FLAT = torch.zeros(5, 4)
 INDEX, OFFSETS = torch.zeros(2).long(), (per_sequence(0, 2, 5), per_sequence(0, 1, 2))
 SEQUENCES_CALL = (SHARES, UNITS, UNITS, ONE)
 
-CODES, ENTRIES = torch.zeros(1, 2, 5, 2, dtype=torch.uint8), torch.zeros(1, 2, 1, 4).half()
-STARTS, TABLES = torch.tensor([0, 5]).int().expand(1, 2, 2), torch.zeros(1, 2, 5, 1).half()
-OF_KEYS, OF_VALUES = (CODES, ENTRIES, ENTRIES.float()), (CODES, TABLES, TABLES)
+CODES, ENTRIES = torch.zeros(5, 2, dtype=torch.uint8), torch.zeros(2, 4).half()
+STARTS, TABLES = torch.tensor([0, 3, 5]).int(), torch.zeros(5, 1).half()
+OF_KEYS, OF_VALUES = (CODES, ENTRIES, ENTRIES), (CODES, TABLES, TABLES)
 PACKED = PackedKV(OF_KEYS, STARTS, OF_VALUES, bits=4, group=4)
-PACKED_CALL = (UNITS[:, :, :1], PACKED, UNITS, UNITS, ONE, 1.0)
+PACKED_SHARES = packed_shares(PACKED, (3, 2), 1, torch.float32)
+
+
+def refused(packed=PACKED, shares=PACKED_SHARES):
+    rest = (FLAT, FLAT, SHARES, UNITS, UNITS, ONE, 1.0)
+    return decode_packed(UNITS[:, :, :1], packed, shares, *rest)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +240,23 @@ PACKED_CALL = (UNITS[:, :, :1], PACKED, UNITS, UNITS, ONE, 1.0)
         (lambda: decode_attention(UNITS, UNITS, UNITS, ONE.long(), 1.0), "int32"),
         (lambda: decode_attention(UNITS, UNITS, UNITS.half(), ONE, 1.0), "equal shapes"),
         (lambda: decode_attention(UNITS[:, :1], UNITS, UNITS, ONE, 1.0), "a multiple of 2"),
-        (lambda: decode_attention_quantized(*PACKED_CALL), "key_minimum is torch.float32"),
+        (
+            lambda: refused(replace(PACKED, keys=(CODES, ENTRIES, ENTRIES.float()))),
+            "key_minimum is torch.float32",
+        ),
+        (
+            lambda: refused(replace(PACKED, values=(CODES, TABLES, ENTRIES[0, :1].expand(5, 1)))),
+            "value_minimum .* contiguous",
+        ),
+        (lambda: refused(replace(PACKED, starts=STARTS[1:])), r"key_starts .* expected .* \(3,\)"),
+        (lambda: refused(replace(PACKED, bits=3)), "bits is 3"),
+        (
+            lambda: refused(shares=packed_shares(PACKED, (5,), 1, torch.float32)),
+            "shares are of 1 sequences",
+        ),
+        (lambda: expand_units(OF_VALUES, 4, 4, FLAT[:4]), r"out is .*\[5, head size\]"),
+        (lambda: expand_units(OF_VALUES, 4, 4, FLAT.int()), "a floating type"),
+        (lambda: expand_units(OF_VALUES, 4, 4, FLAT, at=STARTS), "at is torch.int32"),
         (
             lambda: decode_sequences(UNITS, FLAT, FLAT[:4], *SEQUENCES_CALL, 1.0),
             r"do not fit: expected \(5, 4\)",

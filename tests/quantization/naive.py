@@ -2,7 +2,6 @@
 
 import torch
 
-from locret.quantization.codes import as_stored
 from locret.quantization.costs import block_limit, costs_of
 
 
@@ -94,14 +93,10 @@ class KeySequence:
         for start in range(0, len(x), self.scheme.group):
             own = x[start : start + self.scheme.group]
             filled = own[torch.arange(self.scheme.group).clamp(max=len(own) - 1)]
-            large = self._large(filled)
+            large = self.scheme.outlying_keys(filled)
             units, entry = self.scheme.encode_keys(filled, None if large is None else ~large)
             blocks.append((entry, [self._unit(units, own, large, i) for i in range(len(own))]))
         return blocks
-
-    def _large(self, x):
-        limit = self.scheme.outliers
-        return None if limit is None else as_stored(x).abs() > limit
 
     def _unit(self, units, x, large, i):
         found = {} if large is None else {c: x[i, c].half() for c in large[i].nonzero()[:, 0]}
@@ -112,8 +107,6 @@ class KeySequence:
         if exact is not None:
             return exact.float()
         x = self.scheme.decode_keys(codes, entry, self.size)
-        if self.scheme.outliers is not None:
-            x = x.clamp(-self.scheme.outliers, self.scheme.outliers)
         for channel, value in outliers.items():
             x[channel] = value.float()
         return x

@@ -13,6 +13,10 @@ def some(generator, units, size):
     return x
 
 
+def found_in(x):
+    return find_outliers(x, x.abs() > 6)
+
+
 def dense(outliers, size):
     x = torch.zeros(len(outliers.counts), size)
     outliers.write(x, torch.arange(len(x)))
@@ -26,7 +30,7 @@ def test_they_move_with_their_units(seed, first, second, size):
     one, other = some(generator, first, size), some(generator, second, size)
     both = torch.cat([one, other])
     index = torch.randint(first + second, (54,), generator=generator)
-    joined = Outliers.join([find_outliers(one, 6.0), find_outliers(other, 6.0)])
+    joined = Outliers.join([found_in(one), found_in(other)])
     expected = both.where(both.abs() > 6, 0).float()
     assert torch.equal(dense(joined, size), expected)
     assert torch.equal(dense(joined.select(index), size), expected[index])
@@ -37,7 +41,7 @@ def test_they_move_with_their_units(seed, first, second, size):
 
 
 def test_none_found():
-    outliers = find_outliers(torch.zeros(8, 8), 6.0)
+    outliers = found_in(torch.zeros(8, 8))
     assert len(outliers.values) == 0 and not dense(outliers, 8).any()
     assert sum(tensor.nbytes for tensor in outliers.tensors) == 8
 
@@ -45,4 +49,4 @@ def test_none_found():
 def test_bytes_of_an_outlier():
     x = torch.zeros(4, 8)
     x[1, 5] = 7
-    assert sum(tensor.nbytes for tensor in find_outliers(x, 6.0).tensors) == 4 + 3
+    assert sum(tensor.nbytes for tensor in found_in(x).tensors) == 4 + 3

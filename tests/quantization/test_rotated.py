@@ -243,15 +243,15 @@ def test_other_bits_are_refused(option):
 def test_drift_over_many_evictions_is_small(residual):
     """Keys of blocks that are packed anew are rounded again, which must not add up."""
     scheme = make_scheme("rotated", bits=4, residual=residual)
-    store, generator = Layer(scheme), torch.Generator().manual_seed(0)
+    layer, generator = Layer(scheme), torch.Generator().manual_seed(0)
     kept = torch.empty(1, 2, 0, 64)
     for turn in range(30):
         x = normal(1, 2, 128, 64, seed=turn) + 20
-        store.append(x, x)
+        layer.append(x, x)
         kept = torch.cat([kept, x], 2)
         index = torch.rand(1, 2, kept.shape[2], generator=generator)
         index = index.topk(min(512, kept.shape[2]), -1).indices.sort(-1).values
-        store.select(index)
+        layer.select(index)
         kept = kept.gather(2, index[..., None].expand(-1, -1, -1, 64))
-    error = (store.dense(torch.float32)[0] - kept)[:, :, : store.packed].square().mean()
+    error = (layer.dense(torch.float32)[0] - kept)[:, :, : layer.packed].square().mean()
     assert error < 4 * DISTORTION[4]

@@ -1,5 +1,5 @@
-"""Attention of at most eight queries a KV head over packed units, on tensor cores, without
-expanding a unit.
+"""Attention of at most eight queries a KV head over units packed as KIVI packs them, on tensor
+cores, without expanding a unit.
 
 A code is multiplied as it lies: masked out of its word, its bits are those of a float16 below the
 normal range, code * 2**(shift - 24) exactly. Scales go into the other operand, those of keys into
@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from locret.kernels.dispatch import INTERPRETED, on_device, tl, triton
-from locret.kernels.packed import PackedKV, block_of, of_head, power_of_two_in
-from locret.kernels.splits import Splits, first_slot, log_sum, queries_at, split_of, states_at
+from locret.kernels.packed import STEP, PackedKV, PackedShares, power_of_two_in
+from locret.kernels.splits import States, log_sum, queries_at, tile_at
 
 SMALL = 8  # queries of a KV head (G * T)
 PROGRAMS = 11  # programs, of one warp, that share a multiprocessor
 REGISTERS = 168  # of a thread, so that PROGRAMS fit
-UNITS = 64  # units, of 64 bytes or less, that are asked for at a time: 16, 32 or 64
 _ROOM = -4  # log2: queries are multiplied in float16 at this scale, so that none overflows
 _LIFT = 4  # log2: weights at this scale, so that few underflow
 
@@ -35,13 +34,12 @@ def span_of(size: int, nbytes: int, group: int) -> int:
     return power_of_two_in(nbytes, 64, 0 if group >= size else group)
 
 
-def takes_small(query: Tensor, packed: PackedKV) -> bool:
-    """Whether `attend_small` covers these queries [B, H*G, T, D] and units."""
-    (_, heads, _, nbytes), size = packed.keys[0].shape, query.shape[3]
-    queries = query.shape[1] // heads * query.shape[2]
+def takes_small(queries: int, dtype: torch.dtype, packed: PackedKV) -> bool:
+    """Whether `attend_small` covers so many queries a KV head of this dtype, and these units."""
+    size, nbytes = packed.keys[1].shape[1], packed.keys[0].shape[1]
     return (
         queries <= SMALL
-        and query.dtype in (torch.float16, torch.bfloat16)
+        and dtype in (torch.float16, torch.bfloat16)
         and torch.version.hip is None  # the assembly is NVIDIA's
         and span_of(size, nbytes, packed.group) >= 32
         and size == nbytes * 8 // packed.bits
@@ -51,28 +49,31 @@ def takes_small(query: Tensor, packed: PackedKV) -> bool:
 
 def _in_pairs(tensor: Tensor) -> bool:
     """Whether two elements that lie side by side can be read as one."""
-    even = (tensor.storage_offset(), tensor.shape[3], *tensor.stride()[:3])
-    return all(n % 2 == 0 for n in even) and tensor.data_ptr() % (2 * tensor.element_size()) == 0
+    even = tensor.storage_offset() % 2 == 0 and tensor.shape[1] % 2 == 0
+    return even and tensor.data_ptr() % (2 * tensor.element_size()) == 0
 
 
 def attend_small(
-    query: Tensor, packed: PackedKV, scaling: float, first: Tensor | None, out: Splits, count: int
+    query: Tensor,
+    packed: PackedKV,
+    shares: PackedShares,
+    scaling: float,
+    heads: int,
+    states: States,
 ) -> None:
-    """Leave the attention over packed units in the first `count` splits of `out`."""
-    batch, heads, units, nbytes = packed.keys[0].shape
+    """Leave the attention over the tiles of packed units in the first of `states`."""
+    nbytes = packed.keys[0].shape[1]
     size, new = query.shape[3], query.shape[2]
     span = span_of(size, nbytes, packed.group)
     pair = 2 if all(map(_in_pairs, packed.values[1:])) else 1
     wide = torch.int32 if pair == 2 else torch.float16
     dtypes = (torch.int16, torch.int32, torch.int32, torch.int16, wide, wide)
     tensors = tuple(map(torch.Tensor.view, (*packed.keys, *packed.values), dtypes))
-    strides = tuple(tensor.stride()[:3] for tensor in tensors)
     with on_device(query):
-        _attend_small[(count, heads, batch)](
-            *(query, tensors, packed.starts.contiguous()),
-            *(None if first is None else first.contiguous(), (out.values, out.weights)),
-            *(out.count, scaling * math.log2(math.e), units, packed.keys[1].shape[2]),
-            *(*strides[4][:2], *strides[5][:2], query.stride(), strides[:4]),
+        _attend_small[(shares.count,)](
+            *(query, tensors, packed.starts, shares.tiles, shares.blocks),
+            *((states.values, states.weights), scaling * math.log2(math.e), heads),
+            *(len(packed.starts) - 1, query.stride()),
             NEW=new,
             QUERIES=query.shape[1] // heads * new,
             SIZE=size,
@@ -80,12 +81,9 @@ def attend_small(
             ENTRIES=_entries(nbytes, span, packed.bits, packed.group),
             BYTES=nbytes,
             SPAN=span,
-            UNITS=max(16, min(UNITS, UNITS * 64 // nbytes) // 16 * 16),  # whole tiles of 16
-            KC_S=strides[0][2],
-            VC_S=strides[3][2],
-            VS_S=strides[4][2],
-            VM_S=strides[5][2],
+            UNITS=max(16, min(STEP, STEP * 64 // nbytes) // 16 * 16),  # whole steps of 16
             PAIR=pair,
+            GROUPS=tensors[4].shape[1],
             ROOM=_ROOM,
             LIFT=_LIFT,
             ASSEMBLY=None if INTERPRETED else assembly(packed.bits),
@@ -120,23 +118,18 @@ def assembly(bits: int) -> tuple[str, ...]:
 
 # Nothing is compiled anew, which takes seconds, for what differs from prompt to prompt: no wide
 # load leans on what divides it.
-@triton.jit(do_not_specialize=["all_splits", "count", "blocks", "vs_b", "vs_h", "vm_b", "vm_h"])
+@triton.jit(do_not_specialize=["heads", "blocks"])
 def _attend_small(  # type: ignore[no-untyped-def]
     query,
     tensors,
     starts,
-    first,
-    splits,
-    all_splits,
+    tiles,
+    tile_blocks,
+    states,
     scaling,
-    count,
+    heads,
     blocks,
-    vs_b,
-    vs_h,
-    vm_b,
-    vm_h,
     query_strides,
-    strides,
     NEW: tl.constexpr,
     QUERIES: tl.constexpr,
     SIZE: tl.constexpr,
@@ -146,10 +139,7 @@ def _attend_small(  # type: ignore[no-untyped-def]
     SPAN: tl.constexpr,
     UNITS: tl.constexpr,
     PAIR: tl.constexpr,
-    KC_S: tl.constexpr,
-    VC_S: tl.constexpr,
-    VS_S: tl.constexpr,
-    VM_S: tl.constexpr,
+    GROUPS: tl.constexpr,
     ROOM: tl.constexpr,
     LIFT: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -159,14 +149,16 @@ def _attend_small(  # type: ignore[no-untyped-def]
     PLANES: tl.constexpr = 8 // BITS
     SLABS: tl.constexpr = PLANES * (BYTES // SPAN)
     WORDS: tl.constexpr = SPAN // 2
+    UNIT: tl.constexpr = BYTES // 2  # words
     SUBTILES: tl.constexpr = UNITS // 16
     # Entries of a unit's tables are read as PAIR at once.
     TABLES: tl.constexpr = (ENTRIES[SLABS - 1] + 1) // PAIR
     SMALL: tl.constexpr = 8
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
+    tile = tl.program_id(0)
+    sequence, at, stop = tile_at(tiles, tile)
+    h = (sequence % heads).to(tl.int64)
+    b = (sequence // heads).to(tl.int64)
 
-    begin, stop = split_of(tl.minimum(first_slot(first, b, h, 0), count), count, UNITS)
     which = tl.arange(0, SMALL)
     q_at = queries_at(query, query_strides, b, h, which, NEW, QUERIES)
     q_d = query_strides[3]
@@ -192,30 +184,27 @@ def _attend_small(  # type: ignore[no-untyped-def]
     quad = tl.arange(0, 8)[None, :, None, None]
     fourth: tl.constexpr = WORDS // 4
     k_unit = tl.arange(0, 2)[None, None, :, None] * 8 + quad
-    k_at = k_unit * KC_S + (lane * fourth + tl.arange(0, fourth)[None, None, None, :])
+    k_at = k_unit * UNIT + (lane * fourth + tl.arange(0, fourth)[None, None, None, :])
     v_step = tl.arange(0, 4)[None, None, :, None]
     v_unit = v_step // 2 * 8 + lane * 2 + v_step % 2
-    v_at = v_unit * VC_S + (quad * (WORDS // 8) + tl.arange(0, WORDS // 8)[None, None, None, :])
+    v_at = v_unit * UNIT + (quad * (WORDS // 8) + tl.arange(0, WORDS // 8)[None, None, None, :])
     of_table = tl.arange(0, WORDS // 16)[None, None, :, None] * 4 + quad * 0
     of_table += lane * fourth + tl.arange(0, 4)[None, None, None, :]
     unit = tl.arange(0, 16)
 
-    strides += ((vs_b, vs_h), (vm_b, vm_h))
-    tensors = of_head(tensors, strides, b, h)
     key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum = tensors
-    ends = starts + (b * tl.num_programs(1) + h) * (blocks + 1) + 1
 
-    # A tile is the units at .. end - 1 of one block, UNITS of them at most; `after` is where the
-    # next block ends. Everything a tile needs is asked for before any of it is used.
-    block = tl.minimum(block_of(ends, begin, blocks), blocks - 1)
-    at = begin
+    # A step takes the units at .. end - 1 of one block, UNITS of them at most; `after` is where the
+    # next block ends. Everything a step needs is asked for before any of it is used.
+    ends = starts + 1
+    block = tl.load(tile_blocks + tile)
     end = tl.minimum(tl.load(ends + block), stop)
     while at < stop:
         after = tl.minimum(tl.load(ends + tl.minimum(block + 1, blocks - 1)), stop)
         scales = ()  # type: tuple
         minima = ()  # type: tuple
-        at_scale = key_scale + block.to(tl.int64) * strides[1][2]
-        at_low = key_minimum + block.to(tl.int64) * strides[2][2]
+        at_scale = key_scale + block.to(tl.int64) * (SIZE // 2)
+        at_low = key_minimum + block.to(tl.int64) * (SIZE // 2)
         for slab in tl.static_range(SLABS):
             start = (slab % PLANES * BYTES + slab // PLANES * SPAN) // 2
             scales += (tl.load(at_scale + start + of_table),)
@@ -224,24 +213,24 @@ def _attend_small(  # type: ignore[no-untyped-def]
         v_words = ()  # type: tuple
         v_scales = ()  # type: tuple
         v_minima = ()  # type: tuple
-        at_key = key_codes + at.to(tl.int64) * KC_S
-        at_value = value_codes + at.to(tl.int64) * VC_S
-        at_scales = value_scale + at.to(tl.int64) * VS_S
-        at_lows = value_minimum + at.to(tl.int64) * VM_S
+        at_key = key_codes + at.to(tl.int64) * UNIT
+        at_value = value_codes + at.to(tl.int64) * UNIT
+        at_scales = value_scale + at.to(tl.int64) * GROUPS
+        at_lows = value_minimum + at.to(tl.int64) * GROUPS
         for sub in tl.static_range(SUBTILES):
             left = end - at - 16 * sub
             for piece in tl.static_range(BYTES // SPAN):
-                here = at_key + (16 * sub * KC_S + piece * WORDS)
+                here = at_key + (16 * sub * UNIT + piece * WORDS)
                 k_words += (tl.load(here + k_at, mask=k_unit < left, other=0),)
             for piece in tl.static_range(BYTES // SPAN):
-                here = at_value + (16 * sub * VC_S + piece * WORDS)
+                here = at_value + (16 * sub * UNIT + piece * WORDS)
                 v_words += (tl.load(here + v_at, mask=v_unit < left, other=0),)
             there = unit < left
             for table in tl.static_range(TABLES):
-                here = at_scales + (16 * sub * VS_S + table)
-                v_scales += (tl.load(here + unit * VS_S, mask=there, other=0),)
-                here = at_lows + (16 * sub * VM_S + table)
-                v_minima += (tl.load(here + unit * VM_S, mask=there, other=0),)
+                here = at_scales + (16 * sub * GROUPS + table)
+                v_scales += (tl.load(here + unit * GROUPS, mask=there, other=0),)
+                here = at_lows + (16 * sub * GROUPS + table)
+                v_minima += (tl.load(here + unit * GROUPS, mask=there, other=0),)
 
         # The query in units of the codes of this block above, the query itself below: that one
         # meets the minima.
@@ -277,7 +266,7 @@ def _attend_small(  # type: ignore[no-untyped-def]
             logits += (tl.where(there[None, :], of_queries, float("-inf")),)
             highest = tl.maximum(highest, logits[sub])
 
-        # Online softmax. The first tile has a unit, so that what is subtracted is finite.
+        # Online softmax. The first step has a unit, so that what is subtracted is finite.
         higher = tl.maximum(base, tl.max(highest, 1) - LIFT)
         shrink = tl.exp2(base - higher)
         base = higher
@@ -320,8 +309,8 @@ def _attend_small(  # type: ignore[no-untyped-def]
 
     in_all = tl.sum(total, 1)
     inverse = 1.0 / tl.where(in_all > 0.0, in_all, 1.0)
-    at_state = states_at(b, h, 0, all_splits, which, QUERIES)
-    tl.store(splits[1] + at_state, log_sum(base, in_all), mask=which < QUERIES)
+    at_state = tile.to(tl.int64) * QUERIES + which
+    tl.store(states[1] + at_state, log_sum(base, in_all), mask=which < QUERIES)
     position = tl.arange(0, WORDS)
     word = position % 8 * (WORDS // 8) + position // 8
     for slab in tl.static_range(SLABS):
@@ -330,7 +319,7 @@ def _attend_small(  # type: ignore[no-untyped-def]
         for parity in tl.static_range(2):
             exact = summed[2 * slab + parity] * 2.0 ** (24 - slab % PLANES * BITS)
             mean = (exact + low[None, :]) * inverse[None, :]
-            to = splits[0] + at_state[None, :] * SIZE + (start + 2 * word + parity)[:, None]
+            to = states[0] + at_state[None, :] * SIZE + (start + 2 * word + parity)[:, None]
             tl.store(to, mean, mask=(which < QUERIES)[None, :])
 
 
