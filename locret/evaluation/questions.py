@@ -110,7 +110,11 @@ def engine_settings(config: EvalConfig, setup: Setup) -> dict[str, Any]:
     """The settings of a setup's engine, quotas by the numbers in their file."""
     settings = {**config.engine, **setup.engine}
     path = _quotas_file(config, setup)
-    return settings if path is None else settings | {"quotas": quotas_of(path).tables}
+    if path is None:
+        return settings
+    quotas = quotas_of(path)
+    assert quotas is not None
+    return settings | {"quotas": quotas.tables}
 
 
 def _quotas_file(config: EvalConfig, setup: Setup) -> str | None:
