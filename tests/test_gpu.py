@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import locret
+from locret.cache.sequences import sequences_of
 from locret.engine.engine import Engine
 from locret.model.attend import attend, attend_past, available
+from locret.model.past import Past
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
 from tests.tiny_models import FAMILIES, MIXED, distinct_prompt, prompt, tiny_heads, tiny_model
@@ -170,10 +172,64 @@ def test_backends_agree(new, held, group, size):
         if available(backend, query.device, query.dtype, size) is not None:
             continue
         whole = attend(query, key, value, size**-0.5, backend)
-        parts = attend_past(query, past, fresh, size**-0.5, backend)
+        parts = attend_past(query, [Past(*past)], fresh, size**-0.5, backend)
         for output in (whole, parts):
             assert output.is_contiguous()
             assert (output.float() - exact).abs().max() < 4e-2, backend
+
+
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("new", [1, 20, 128, 257])
+def test_backends_agree_over_sequences_of_different_lengths(new, group, size):
+    torch.manual_seed(0)
+    counts = ((700, 3), (0, 129))
+    sequences = sequences_of(counts, torch.device("cuda", 0))
+    query = torch.randn(2, 2 * group, new, size, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.randn(2, 2, 2, new, size, device="cuda", dtype=torch.bfloat16)
+    flat = torch.randn(2, sequences.total, size, device="cuda", dtype=torch.bfloat16)
+    whole = Past(flat[0].float(), flat[1].float(), sequences)
+    both = (key.float(), value.float())
+    exact = attend_past(query.float(), [whole], both, size**-0.5, "eager")
+    for backend in ("sdpa", "cudnn"):
+        if available(backend, query.device, query.dtype, size) is None:
+            past = Past(*flat, sequences)
+            output = attend_past(query, [past], (key, value), size**-0.5, backend)
+            assert (output.float() - exact).abs().max() < 4e-2, backend
+
+
+QUOTAS = [[5.0, 0.4], [0.2, 2.4]]
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("name", ["keydiff", "snapkv", "random"])
+@pytest.mark.parametrize("interval", [None, 4])
+def test_heads_keep_their_quotas_as_on_the_cpu(name, positions, interval):
+    alike(name, quotas=QUOTAS, positions=positions, decode_interval=interval)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("bits", [(3, 3), (4, 2), (8, 8)])
+def test_graphs_over_rotated_units_with_quotas(bits, positions):
+    model = tiny_model("llama", head_dim=64)
+    ids = prompt(300, batch=3)
+    scheme = {"name": "rotated", "key_bits": bits[0], "value_bits": bits[1], "residual": 3}
+    settings = SMALL | {"positions": positions, "quantization": scheme, "budget": 100}
+
+    def answers(device, **chosen):
+        engine = Engine(model.to(device), "streaming_llm", quotas=QUOTAS, **settings | chosen)
+        output = engine.generate(
+            ids.to(device), **GREEDY, return_dict_in_generate=True, output_logits=True
+        )
+        if chosen.get("graphs"):
+            assert engine.last_steps.replayed
+        return output.sequences.cpu(), torch.stack(output.logits).cpu()
+
+    on_cpu = answers("cpu")
+    stepwise, graphed = answers("cuda", graphs=False), answers("cuda", graphs=True)
+    assert torch.equal(stepwise[0], graphed[0])
+    if bits[0] == 8:
+        assert (on_cpu[1][:3] - graphed[1][:3]).norm() < 0.05 * on_cpu[1][:3].norm()
 
 
 def test_memory_comes_back():

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from locret.cache.sequences import Counts, Sequences, alike, sequences_of
+from locret.cache.sequences import Sequences, alike, sequences_of
 from locret.cache.tail import Tail, TailView
 from locret.kernels import gather_sequences
 from locret.quantization import NO_SCHEME, Scheme

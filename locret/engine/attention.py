@@ -25,8 +25,9 @@ from locret.cache.layer import RetainedLayer
 from locret.cache.sequences import Counts, Sequences, alike, sequences_of
 from locret.cache.store import NewTokens
 from locret.kernels import select_sequences
-from locret.model.attend import Backend, Past, attend, attend_past
+from locret.model.attend import Backend, attend, attend_past
 from locret.model.hooks import LayerCall, without_autocast
+from locret.model.past import Past
 from locret.model.rotary import Rotary
 from locret.policies.base import Context, Eviction, LayerChunk, Policy, with_protected
 
