@@ -291,8 +291,8 @@ def sizes_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
         values of a full cache.
     """
     report = cache.report()
-    held = [layer.store.sequences.counts[row] for layer in cache.layers]
-    units = [sum(heads) / len(heads) for heads in held]
+    counts = [layer.store.sequences.counts[row] for layer in cache.layers]
+    units = [sum(heads) / len(heads) for heads in counts]
     return {
         "units": (round(sum(units) / len(units), 1), round(max(units))),
         "head_units": (min(map(min, held)), max(map(max, held))),
