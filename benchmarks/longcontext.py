@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import chart, floors, record, systems, table
 from benchmarks.answer_clock import AnswerClock, OutOfTime
-from benchmarks.shapes import SHAPES, random_model
+from benchmarks.shapes import SHAPES, device_and_dtype, random_model
 from locret.policies import POLICIES
 
 OK = "ok"
@@ -69,21 +69,18 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _bench(given: argparse.Namespace, deadline: float) -> "Bench":
     """The machine's rates, then the model on it."""
-    device = torch.device(given.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        if given.memory_limit_gib:
-            whole = torch.cuda.get_device_properties(device).total_memory
-            share = given.memory_limit_gib * 2**30 / whole
-            torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
-    dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    device, dtype = device_and_dtype(given.device, given.dtype)
+    if device.type == "cuda" and given.memory_limit_gib:
+        whole = torch.cuda.get_device_properties(device).total_memory
+        share = given.memory_limit_gib * 2**30 / whole
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
     machine = floors.measure(device, dtype)
     print(
         f"{record.hardware()}: matrix products {machine.flops / 1e12:.4g} TFLOP/s, "
         f"copies {machine.bandwidth / 1e12:.3g} TB/s",
         flush=True,
     )
-    _empty(device)
+    empty(device)
     return Bench(random_model(given.shape, device, dtype), machine, given, deadline)
 
 
@@ -104,13 +101,13 @@ class Bench:
         try:
             row |= self._measured(name, self._prompt(length, batch))
         except torch.OutOfMemoryError as error:
-            row |= {"status": "out of memory"} | _wanted(error)
+            row |= {"status": "out of memory"} | wanted(error)
         except OutOfTime as error:
             row |= {"status": "out of time", "error": str(error)}
         except Exception as error:  # one system's failure is a result; the others still run
             traceback.print_exc()
             row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        _empty(self.model.device)
+        empty(self.model.device)
         return row
 
     def _prompt(self, length: int, batch: int) -> torch.Tensor:
@@ -193,24 +190,25 @@ def _cases(given: argparse.Namespace) -> list[tuple[int, int, str]]:
     return [(n, rows, name) for n in given.length for rows in given.batch for name in given.systems]
 
 
-def _empty(device: torch.device) -> None:
+def empty(device: torch.device) -> None:
     """Give back what the last system took, so that the next starts as the first."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _wanted(error: BaseException) -> Row:
+def wanted(error: BaseException) -> Row:
     """What the allocation that failed had asked for."""
     found = re.search(r"Tried to allocate ([\d.]+) (\w+)", str(error))
     return {"wanted": f"wanted {found[1]} {found[2]} more" if found else None, "error": str(error)}
 
 
-def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
+def numbers(text: str) -> list[int]:
+    """The whole numbers of a list with commas."""
+    given = [int(part) for part in text.split(",")]
+    if min(given) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected numbers above zero")
-    return numbers
+    return given
 
 
 def _names(text: str) -> list[str]:
@@ -238,8 +236,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
-    parser.add_argument("--length", type=_numbers, default=[131072], help="tokens, or a list")
-    parser.add_argument("--batch", type=_numbers, default=[1], help="rows, or a list")
+    parser.add_argument("--length", type=numbers, default=[131072], help="tokens, or a list")
+    parser.add_argument("--batch", type=numbers, default=[1], help="rows, or a list")
     parser.add_argument("--budget", type=int, default=16384, help="units a KV head keeps")
     parser.add_argument("--systems", type=_names, default=list(systems.SYSTEMS))
     parser.add_argument("--new-tokens", type=int, default=256)

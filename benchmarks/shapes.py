@@ -114,3 +114,12 @@ def random_model(
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval().requires_grad_(False)
+
+
+def device_and_dtype(device: str, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """The device of that name, a GPU with its number, and the dtype: on a GPU bfloat16 and
+    elsewhere float32, where none is named."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        where = torch.device("cuda", where.index or 0)
+    return where, getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))

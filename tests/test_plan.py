@@ -12,7 +12,7 @@ import locret
 from benchmarks.shapes import SHAPES
 from locret.cache.sizing import Sizing
 from locret.cli import main
-from locret.engine.plan import SCHEMES, as_text, make_plan
+from locret.engine.plan import PLANNED, as_text, make_plan
 from locret.model.backbone import Backbone
 from locret.quantities import format_bytes, parse_bytes, parse_tokens
 from tests.tiny_models import prompt, tiny_config, tiny_heads, tiny_model
@@ -36,7 +36,9 @@ def test_llama_31_8b_at_128k():
     assert plan.parameters == 8_030_261_248
     assert plan.weights_bytes == 16_060_522_496
     assert plan.heads_bytes == 2 * 32 * 1024 * (6144 + 8)
-    assert list(schemes) == [("none", 16), ("kivi", 8), ("kivi", 4), ("kivi", 2), ("fp8", 8)]
+    packed = [("kivi", 8), ("kivi", 4), ("kivi", 2), ("fp8", 8)]
+    packed += [("rotated", bits) for bits in (8, 4, 3, 2)]
+    assert list(schemes) == [("none", 16), *packed]
     starts = 32 * 8 * 4 / 64  # of every run, one int32
     assert [s.bytes_per_token for s in plan.schemes] == [
         131072,
@@ -44,8 +46,9 @@ def test_llama_31_8b_at_128k():
         36864 + starts,
         20480 + starts,
         32 * 8 * (256 + 8 + 2) + starts,
+        *(32 * 8 * (256 * bits / 8 + 4 + 256 / 64) + starts for bits in (8, 4, 3, 2)),
     ]
-    bookkeeping = 32 * 8 * 12 * CONTEXT
+    bookkeeping = 32 * 8 * 8 * CONTEXT
     plain, kivi = schemes["none", 16], {bits: schemes["kivi", bits] for bits in (8, 4, 2)}
     assert plain.context_bytes == 16 * GIB + bookkeeping
     assert 4.5 * GIB < kivi[4].context_bytes - bookkeeping < 1.07 * 4.5 * GIB
@@ -68,7 +71,7 @@ def test_the_cache_is_as_large_as_said():
         model, heads=tiny_heads(model), budget=24, chunk_size=16, stabilizers=4, local_tokens=1
     )
     cache = engine.prefill(prompt(70))
-    sizing = Sizing.of(SCHEMES[0], Backbone(model).geometry, 4)
+    sizing = Sizing.of(PLANNED[0], Backbone(model).geometry, 4)
     assert sizing.cache_bytes([24, 24]) == cache.nbytes
 
 
@@ -77,7 +80,7 @@ def test_everything_is_within_the_memory():
     plan = make_plan(config, memory=20 * GIB, context=10 * CONTEXT, new_tokens=500)
     fixed = plan.weights_bytes + plan.heads_bytes + plan.chunk_bytes + plan.reserve_bytes
     assert fixed + plan.left_bytes == plan.memory
-    for scheme, planned in zip(SCHEMES, plan.schemes, strict=True):
+    for scheme, planned in zip(PLANNED, plan.schemes, strict=True):
         sizing = Sizing.of(scheme, plan.geometry, 2)
         held = sizing.cache_bytes([planned.budget + 600] * 32)
         assert 0.5 * plan.left_bytes < held < plan.left_bytes

@@ -15,6 +15,7 @@ from locret.commands.shared import (
     read_text,
     whole,
 )
+from locret.heads.quotas import Quotas, quotas_of
 from locret.model.hooks import cache_of
 from locret.policies import POLICIES
 from locret.quantities import BUDGET_TEXTS, parse_budget
@@ -32,6 +33,14 @@ def add_to(commands: Any) -> None:
         default="auto",
         metavar="N",
         help=f"what a KV head keeps: {BUDGET_TEXTS}",
+    )
+    command.add_argument(
+        "--quotas",
+        type=argument(_quotas),
+        default="auto",
+        metavar="FILE",
+        help="which KV heads keep more than others, as `calibrate` writes it; none = all alike; "
+        "default: what the heads record",
     )
     for name, kind, text in (
         ("--chunk-size", whole(1, none=None, auto="auto"), "tokens read at a time, or none"),
@@ -100,9 +109,13 @@ def run(given: argparse.Namespace) -> None:
     print(json.dumps(result) if given.json else _summary(result))
 
 
+def _quotas(text: str) -> Quotas | None:
+    return None if text.lower() == "none" else quotas_of(text)
+
+
 def _settings(given: argparse.Namespace) -> dict[str, Any]:
     """The engine's settings by name."""
-    names = ("budget", "chunk_size", "stabilizers", "local_tokens", "query_aware")
+    names = ("budget", "quotas", "chunk_size", "stabilizers", "local_tokens", "query_aware")
     return {name: getattr(given, name) for name in names} | {"quantization": _quantization(given)}
 
 
@@ -119,10 +132,19 @@ def _summary(result: dict[str, Any]) -> str:
     report = result["cache"]
     return (
         f"\n[{result['policy']}: {result['prompt_tokens']} prompt tokens, {result['new_tokens']} "
-        f"new ones, {result['seconds']:.1f} s; cache {report['total_bytes'] / BYTES_PER_MIB:.1f} "
-        f"MiB with room for a longer answer, a full one "
-        f"{report['full_cache_bytes'] / BYTES_PER_MIB:.1f} MiB]"
+        f"new ones, {result['seconds']:.1f} s; {_units_of(report)}cache "
+        f"{report['total_bytes'] / BYTES_PER_MIB:.1f} MiB with room for a longer answer, a full "
+        f"one {report['full_cache_bytes'] / BYTES_PER_MIB:.1f} MiB]"
     )
+
+
+def _units_of(report: dict[str, Any]) -> str:
+    """What heads hold, where some hold more than others in their layer."""
+    fewest, most = report["least_units"], report["most_units"]
+    if fewest == most:
+        return ""
+    mean = sum(report["units"]) / len(report["units"])
+    return f"heads hold {mean:,.0f} units on average, {min(fewest):,} to {max(most):,}; "
 
 
 def _prompt_ids(tokenizer: Any, text: str, raw: bool) -> Any:

@@ -21,11 +21,17 @@ from locret.engine.config import PAPER, EngineConfig
 from locret.heads.heads import Geometry
 from locret.model.backbone import Backbone
 from locret.quantities import MOST, format_bytes
-from locret.quantization import NO_SCHEME, Scheme, make_scheme
+from locret.quantization import NO_SCHEME, SCHEMES, Scheme
 from locret.quantization.costs import costs_of
 
-SCHEMES = (NO_SCHEME, *(make_scheme("kivi", bits=bits) for bits in (8, 4, 2)), make_scheme("fp8"))
-"""The ways to store keys and values that are told of, with their default options."""
+PLANNED: tuple[Scheme, ...] = tuple(
+    scheme(bits=bits)
+    for scheme in SCHEMES.values()
+    if scheme.outliers is None and scheme.for_layer is Scheme.for_layer
+    for bits in sorted(scheme.widths, reverse=True)
+)
+"""The ways to store keys and values that are told of, with their default options: those whose bytes
+follow from the model's shape alone and are the same in every layer."""
 
 RESERVE = 0.05  # of the memory: the device's own context, fragmentation, logits
 HEAD_WIDTH = 1024  # the paper's
@@ -41,7 +47,7 @@ class SchemePlan:
         bytes_per_token: of keys and values with their scales, all layers and KV heads, in full
             blocks.
         context_bytes: the cache if nothing of the context is evicted, bookkeeping included.
-        budget: units a KV head can keep, at most the context; 0 = nothing fits.
+        budget: units a KV head can keep on average, at most the context; 0 = nothing fits.
         compression: tokens of the context for every unit of the budget; None if nothing fits.
     """
 
@@ -66,7 +72,7 @@ class Plan:
         sliding_layers, sliding_bytes: layers with a window, which hold it whatever the budget is.
         chunk_bytes: what reading one chunk needs beside the cache.
         reserve_bytes: see `RESERVE`.
-        schemes: one for each of `SCHEMES`.
+        schemes: one for each of `PLANNED`.
     """
 
     memory: int
@@ -149,7 +155,7 @@ def make_plan(
         chunk_bytes=chunk,
         reserve_bytes=reserve,
         left_bytes=left,
-        schemes=tuple(_scheme(scheme, geometry, dtype, left, context, after) for scheme in SCHEMES),
+        schemes=tuple(_scheme(scheme, geometry, dtype, left, context, after) for scheme in PLANNED),
     )
 
 

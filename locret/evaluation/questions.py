@@ -20,6 +20,7 @@ from locret.evaluation.prompts import Prompt, Renderer
 from locret.evaluation.provenance import source
 from locret.evaluation.setups import Setup, are_query_aware, check_setup
 from locret.heads.heads import RetainingHeads
+from locret.heads.quotas import quotas_of
 from locret.model.adapters import Adapter
 from locret.model.loading import file_revision, find_device, load_config, load_tokenizer
 from locret.policies import LocretPolicy
@@ -98,11 +99,28 @@ def settings_of(config: EvalConfig, setup: Setup, task: Task, sources: dict[str,
     values = {
         "config": {k: v for k, v in config.to_dict().items() if k not in NOT_OF_ANSWERS},
         "sources": {**sources, "heads": _heads_of(setup, sources["heads"], config.heads)},
-        "setup": setup.to_dict() | {"engine": {**config.engine, **setup.engine}, "heads": None},
+        "setup": setup.to_dict() | {"engine": engine_settings(config, setup), "heads": None},
         "task": [task.name, task.length, task.version, task.max_new_tokens, list(task.stop)],
     }
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def engine_settings(config: EvalConfig, setup: Setup) -> dict[str, Any]:
+    """The settings of a setup's engine, quotas by the numbers in their file."""
+    settings = {**config.engine, **setup.engine}
+    path = _quotas_file(config, setup)
+    if path is None:
+        return settings
+    quotas = quotas_of(path)
+    assert quotas is not None
+    return settings | {"quotas": quotas.tables}
+
+
+def _quotas_file(config: EvalConfig, setup: Setup) -> str | None:
+    """The file that the setup's quotas come from; None = no file."""
+    quotas = {**config.engine, **setup.engine}.get("quotas")
+    return quotas if isinstance(quotas, str) and quotas != "auto" else None
 
 
 def _heads_of(setup: Setup, sources: dict[str, Any], default: str | None) -> Any:
@@ -268,6 +286,8 @@ def prepare(config: EvalConfig) -> Prepared:
         )
     ]
     sources["data"] = dict(sorted(pair for hashes in data.values() for pair in hashes.items()))
+    quotas = filter(None, (_quotas_file(config, setup) for setup in setups))
+    sources["quotas"] = {path: file_hash(Path(path)) for path in sorted(set(quotas))}
     return Prepared(config, heads, sources, renderer, asked)
 
 

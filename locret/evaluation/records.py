@@ -34,7 +34,9 @@ class Record:
         prompt_tokens, compressed_tokens: of the prompt, and of its part that was compressed.
         cut: tokens taken out of the context to fit; answer_cut: an answer among them.
         budget: units a KV head may keep; None = all.
-        units: held after the context was compressed, [mean, largest] over layers.
+        units: that a head holds on average after the context was compressed, [mean, largest] over
+            layers; head_units: of the head that holds [fewest, most], None in records of versions
+            whose heads all held equally many.
         bytes: of the cache then; room_bytes: of them, room for an answer; full_bytes: of the keys
             and values of a full cache.
         bytes_after: of the cache after the answer, room for more of it included.
@@ -60,6 +62,7 @@ class Record:
     bytes_after: int
     seconds: float
     room_bytes: int = 0
+    head_units: tuple[int, int] | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -106,7 +109,8 @@ def _records(path: Path) -> Iterator[Record]:
     for line in path.read_bytes().split(b"\n"):
         try:
             values: Any = json.loads(line)
-            record = Record(**values | {"units": tuple(values["units"])})
+            pairs = {name: values.get(name) for name in ("units", "head_units")}
+            record = Record(**values | {n: v and tuple(v) for n, v in pairs.items()})
         except (ValueError, TypeError, KeyError):
             continue  # unfinished, or of another version: the sample is asked again
         if all(isinstance(getattr(record, name), int) for name in COUNTS):

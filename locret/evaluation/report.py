@@ -35,6 +35,7 @@ from locret.evaluation.tables import (
     mean_of,
     notes,
     tasks_of,
+    units_text,
     with_interval,
 )
 
@@ -92,7 +93,7 @@ def _line(setup: Mapping[str, Any]) -> list[str]:
         PROTOCOLS[setup["protocol"]],
         with_interval(setup["score"], setup["interval"]),
         with_interval(setup.get("difference"), setup.get("difference_interval"), signed=True),
-        mean_of(setup["units"], "{:,.0f}"),
+        units_text(setup["units"], "{:,.0f}"),
         mean_of(setup["bytes"], "{:,.1f}", MIB),
         share,
     ]

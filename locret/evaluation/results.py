@@ -179,10 +179,16 @@ def _sizes(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _units(records: Sequence[Record]) -> dict[str, float] | None:
+    """Units that a head holds on average; where heads differ, those that hold fewest and most."""
     if not records:
         return None
     means, largest = zip(*(record.units for record in records), strict=True)
-    return {"mean": _mean(means), "max": max(largest)}
+    heads = [record.head_units for record in records if record.head_units]
+    unequal = any(fewest < most for fewest, most in heads)
+    spread = (
+        {"fewest": min(x for x, _ in heads), "most": max(x for _, x in heads)} if unequal else {}
+    )
+    return {"mean": _mean(means), "max": max(largest), **spread}
 
 
 def _setup(
@@ -211,9 +217,12 @@ def _over_tasks(spreads: Sequence[Mapping[str, float] | None]) -> dict[str, floa
     there = [spread for spread in spreads if spread is not None]
     if not there:
         return None
+    fewest = [spread["fewest"] for spread in there if "fewest" in spread]
+    most = [spread["most"] for spread in there if "most" in spread]
     return {
         "mean": _mean([spread["mean"] for spread in there]),
         "max": max(spread["max"] for spread in there),
+        **({"fewest": min(fewest), "most": max(most)} if fewest else {}),
     }
 
 

@@ -31,7 +31,7 @@ def as_markdown(result: Result) -> str:
                 with_interval(
                     setup.get("difference"), setup.get("difference_interval"), signed=True
                 ),
-                mean_of(setup["units"], "{:.0f}"),
+                units_text(setup["units"], "{:.0f}"),
                 mean_of(setup["bytes"], "{:.1f}", MIB),
                 *(_score(cells.get(task)) for task in tasks),
             ]
@@ -67,6 +67,14 @@ def budget_text(setup: Mapping[str, Any]) -> str:
 
 def mean_of(spread: Mapping[str, float] | None, form: str, unit: int = 1) -> str:
     return "-" if spread is None else form.format(spread["mean"] / unit)
+
+
+def units_text(spread: Mapping[str, float] | None, form: str) -> str:
+    """Units a head holds on average; where heads differ, fewest and most too: `512 (26-2048)`."""
+    if spread is None or "most" not in spread:
+        return mean_of(spread, form)
+    mean, fewest, most = (form.format(spread[name]) for name in ("mean", "fewest", "most"))
+    return f"{mean} ({fewest}-{most})"
 
 
 def with_interval(
@@ -128,7 +136,8 @@ class Line(NamedTuple):
     """What a setup found over all its samples, and the most tokens, units and bytes of one.
 
     `of_full`: found among those that the full cache finds. `real`: bytes of the full cache for one
-    byte of this one; without the full cache, bytes of its keys and values.
+    byte of this one; without the full cache, bytes of its keys and values. `units`: of a head on
+    average. `heads`: of the head that holds fewest, and most; empty where all hold equally many.
     """
 
     name: str
@@ -139,6 +148,7 @@ class Line(NamedTuple):
     of_full: str
     asked_of: int
     units: int
+    heads: str
     context_tokens: int
     context_bytes: float
     rest_tokens: int
@@ -184,6 +194,9 @@ def _line(
     def context(of: Sequence[Mapping[str, Any]] = cells) -> float:
         return most("bytes", of) - most("room_bytes", of)
 
+    spreads = [cell["units"] for cell in cells if "most" in cell["units"]]
+    fewest, largest = ([spread[name] for spread in spreads] for name in ("fewest", "most"))
+    heads = f"{min(fewest):,}-{max(largest):,}" if spreads else ""
     found = _found(cells)
     found_by_full = None if of_full is None else _found(of_full)
     bytes_of_full = most("bytes_after", of_full) if of_full else most("full_cache_bytes")
@@ -199,7 +212,8 @@ def _line(
         if found_by_full is None
         else f"{len(found & found_by_full)}/{len(found_by_full)}",
         asked_of=sum(cell["count"] - cell["failed"] for cell in cells),
-        units=int(most("units")),
+        units=int(max(cell["units"]["mean"] for cell in cells) if heads else most("units")),
+        heads=heads,
         context_tokens=int(most("compressed_tokens")),
         context_bytes=context(),
         rest_tokens=int(most("rest_tokens")),
@@ -212,6 +226,8 @@ Column = tuple[str, int, Callable[[Line], str]]
 """Heading, width and what stands there."""
 
 NAMED: list[Column] = [("asked", 6, lambda line: line.asked)]
+UNEQUAL: list[Column] = [("heads keep", 15, lambda line: line.heads or "alike")]
+"""Where heads differ."""
 KEPT: list[Column] = [
     ("real", 6, lambda line: f"{line.real:.1f}x"),
     ("found", 8, lambda line: f"{line.found}/{line.asked_of}"),
@@ -246,7 +262,7 @@ def as_text(result: Result) -> str:
 
 def _table(lines: Sequence[Line], columns: Sequence[Column]) -> str:
     width = max(15, *(len(line.name) + 1 for line in lines))
-    columns = [*NAMED, *columns]
+    columns = [*NAMED, *columns, *(UNEQUAL if any(line.heads for line in lines) else [])]
     head = f"{'policy':<{width}}" + "".join(f"{title:>{size}}" for title, size, _ in columns)
     rows = [
         f"{line.name:<{width}}" + "".join(f"{show(line):>{size}}" for _, size, show in columns)
@@ -291,7 +307,7 @@ def _legend(result: Result) -> list[tuple[str, str]]:
         ("asked", "tokens of the prompt for every unit of the budget"),
         ("real", f"{whole} / cache MiB of the line"),
         *([("of full", "found, of those that policy full finds")] if with_full else []),
-        ("context kept", "units in each KV head, of the tokens before the question"),
+        ("context kept", "units a KV head keeps on average, of the tokens before the question"),
         (
             "rest",
             "tokens that no policy evicts: the question and the answer; their MiB include room for "
