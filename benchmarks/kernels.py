@@ -20,21 +20,26 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
+from benchmarks.packed_inputs import after_packed, random_packed, random_rotated, uneven
 from benchmarks.shapes import SHAPES
 from locret.kernels import (
     PackedKV,
+    RotatedKV,
     decode_attention,
-    decode_attention_quantized,
+    decode_packed,
+    expand_rotated,
     expand_units,
     gather_units,
+    packed_shares,
     rotate_at_slots,
     store_units,
     threshold_select,
 )
 from locret.kernels.decode import decode_attention_reference, store_units_reference
-from locret.kernels.decode_quantized import decode_attention_quantized_reference
+from locret.kernels.decode_packed import decode_packed_reference
 from locret.kernels.evict import gather_units_reference, threshold_select_reference
 from locret.kernels.packed import expand_units_reference
+from locret.kernels.packed_rotated import expand_rotated_reference
 from locret.kernels.rotate import rotate_at_slots_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -159,44 +164,65 @@ def _check_decode() -> Iterator[str]:
             )
 
 
-def _check_quantized() -> Iterator[str]:
-    for (heads, group, size), (count, bits), channels, dtype in _some(
-        HEADS, ((63, 8), (63, 4), (5000, 4), (5000, 2)), (32, 64), DTYPES
+def _check_packed() -> Iterator[str]:
+    for (heads, group, size), (count, bits), channels, new, dtype in _some(
+        HEADS, ((63, 8), (63, 4), (5000, 4), (5000, 2)), (32, 64), (1, 3), DTYPES
     ):
-        packed = _packed(1, heads, count, size, bits, channels)
-        residual = _random(2, 1, heads, 300, size, dtype=dtype)
-        residual[:, :, :, 200:] = torch.nan
-        query = _random(1, heads * group, 1, size, dtype=dtype)
-        filled = torch.tensor([200], dtype=torch.int32, device="cuda")
-        first = torch.randint(0, count, (1, heads), device="cuda", dtype=torch.int32)
-        for start in (None, first):
-            arguments = (query, packed, *residual.unbind(), filled, size**-0.5, start)
-            yield _compare(
-                (heads, group, size, count, bits, channels, dtype, start is not None),
-                decode_attention_quantized(*arguments),
-                decode_attention_quantized_reference(*arguments),
-            )
+        lengths = uneven(heads, count)
+        packed = random_packed(lengths, size, bits, channels)
+        setting = (heads, group, size, count, bits, channels, new, dtype)
+        yield from _check_decoded(setting, packed, lengths, group, new, size, dtype)
+
+
+def _check_rotated() -> Iterator[str]:
+    for (heads, group, size), (count, bits), value_bits, new, dtype in _some(
+        HEADS, ((63, 8), (63, 4), (5000, 4), (5000, 3), (5000, 2)), (2, 3), (1, 3), DTYPES
+    ):
+        lengths = uneven(heads, count)
+        packed = random_rotated(lengths, size, bits, value_bits)
+        setting = (heads, group, size, count, bits, value_bits, new, dtype)
+        yield from _check_decoded(setting, packed, lengths, group, new, size, dtype)
+
+
+def _check_decoded(
+    setting: Any,
+    packed: PackedKV | RotatedKV,
+    lengths: Sequence[int],
+    group: int,
+    new: int,
+    size: int,
+    dtype: torch.dtype,
+) -> Iterator[str]:
+    heads = len(lengths)
+    query = _random(1, heads * group, new, size, dtype=dtype)
+    shares = packed_shares(packed, lengths, group * new, dtype)
+    arguments: tuple[Any, ...] = (query, packed, shares)
+    arguments += after_packed(heads, 16, (300, 200), size, dtype)
+    yield _compare(setting, decode_packed(*arguments), decode_packed_reference(*arguments))
 
 
 def _check_expand() -> Iterator[str]:
     for (heads, _, size), (count, bits), channels, dtype in _some(
         HEADS, ((63, 8), (63, 4), (5000, 4), (5000, 2)), (32, 64), DTYPES
     ):
-        packed = _packed(2, heads, count, size, bits, channels)
-        for parts, starts in _parts(packed):
-            out = torch.full((2, heads, count, size), torch.nan, dtype=dtype, device="cuda")
-            expand_units(parts, bits, channels, out, starts)
-            expected = expand_units_reference(parts, bits, channels, size, starts).to(dtype)
-            same = torch.equal(out, expected)
+        packed = random_packed(uneven(heads, count), size, bits, channels)
+        at = torch.randperm(packed.count + 9, device="cuda")[: packed.count]
+        for units, starts in ((packed.keys, packed.starts), (packed.values, None)):
+            out = torch.full((packed.count + 9, size), torch.nan, dtype=dtype, device="cuda")
+            expand_units(units, bits, channels, out, starts, at)
+            expected = expand_units_reference(units, bits, channels, size, starts).to(dtype)
+            same = torch.equal(out[at], expected)
             yield "" if same else f"{(heads, size, count, bits, channels, dtype)}: differs"
 
 
-def _parts(packed: PackedKV) -> tuple[tuple[tuple[Tensor, ...], Tensor | None], ...]:
-    """Codes, scale and minimum, with the starts of blocks: of the keys and of the values."""
-    return (
-        (packed.keys, packed.starts),
-        (packed.values, None),
-    )
+def _check_expand_rotated() -> Iterator[str]:
+    for (heads, _, size), bits, dtype in _some(HEADS, (2, 3, 4, 8), DTYPES):
+        packed = random_rotated(uneven(heads, 500), size, bits, bits)
+        for units, starts in ((packed.keys, packed.starts), (packed.values, None)):
+            out = torch.full((packed.count, size), torch.nan, dtype=dtype, device="cuda")
+            expand_rotated(units, packed.key_levels, out, starts)
+            expected = expand_rotated_reference(units, packed.key_levels, size, starts)
+            yield _compare((heads, size, bits, dtype), out, expected.to(dtype))
 
 
 def _check_store() -> Iterator[str]:
@@ -236,8 +262,10 @@ CHECKS: dict[str, Callable[[], Iterator[str]]] = {
     "rotate_at_slots": _check_rotate,
     "gather_units": _check_gather,
     "decode_attention": _check_decode,
-    "decode_quantized": _check_quantized,
+    "decode_packed": _check_packed,
+    "decode_packed, rotated": _check_rotated,
     "expand_units": _check_expand,
+    "expand_rotated": _check_expand_rotated,
     "store_units": _check_store,
     "threshold_select": _check_select,
 }
@@ -298,42 +326,52 @@ def _timed(given: argparse.Namespace) -> Iterator[tuple[str, Timed]]:
         ),
     )
 
-    packed = [_packed(1, heads, given.packed, size, 4, 64) for _ in sets]
-    rest = [_random(2, 1, heads, 512, size, dtype=torch.bfloat16).unbind() for _ in sets]
-    filled = torch.tensor([256], dtype=torch.int32, device="cuda")
-    yield (
-        "decode_quantized",
-        Timed(
-            [
-                _call(decode_attention_quantized, query, packed[i], *rest[i], filled, scaling)
-                for i in sets
-            ],
-            [
-                _call(
-                    decode_attention_quantized_reference,
-                    *(query, packed[i], *rest[i], filled, scaling),
-                )
-                for i in sets
-            ],
-            sum(x.nbytes for x in (*packed[0].keys, packed[0].starts, *packed[0].values))
-            + 4 * heads * 256 * size,
-        ),
-    )
+    lengths = [given.packed] * heads
+    codes: dict[str, list[Any]] = {
+        "": [random_packed(lengths, size, 4, 64) for _ in sets],
+        ", rotated": [random_rotated(lengths, size, 3, 3) for _ in sets],
+    }
+    for name, packed in codes.items():
+        shares = packed_shares(packed[0], lengths, queries // heads, query.dtype)
+        rest = [after_packed(heads, 16, (512, 256), size, query.dtype) for _ in sets]
+        every = [(query, packed[i], shares, *rest[i]) for i in sets]
+        tensors = (*packed[0].keys, packed[0].starts, *packed[0].values)
+        yield (
+            f"decode_packed{name}",
+            Timed(
+                [_call(decode_packed, *arguments) for arguments in every],
+                [_call(decode_packed_reference, *arguments) for arguments in every],
+                sum(x.nbytes for x in tensors) + 4 * heads * (16 + 256) * size,
+            ),
+        )
 
-    whole = torch.empty(1, heads, given.packed, size, dtype=torch.bfloat16, device="cuda")
-    for what, i in (("keys", 0), ("values", 1)):
-        sides = [_parts(each)[i] for each in packed]
+    whole = torch.empty(heads * given.packed, size, dtype=torch.bfloat16, device="cuda")
+    for what in ("keys", "values"):
+        sides = [
+            (getattr(each, what), 4, 64, whole, each.starts if what == "keys" else None)
+            for each in codes[""]
+        ]
         yield (
             f"expand_units, {what}",
             Timed(
-                [_call(expand_units, parts, 4, 64, whole, starts) for parts, starts in sides],
-                [
-                    _call(expand_units_reference, parts, 4, 64, size, starts)
-                    for parts, starts in sides
-                ],
-                sum(part.nbytes for part in sides[0][0]) + whole.nbytes,
+                [_call(expand_units, *side) for side in sides],
+                [_call(expand_units_reference, *side[:3], size, side[4]) for side in sides],
+                sum(tensor.nbytes for tensor in sides[0][0]) + whole.nbytes,
             ),
         )
+    levels = codes[", rotated"][0].key_levels
+    keys_of = [(each.keys, levels, each.starts) for each in codes[", rotated"]]
+    yield (
+        "expand_rotated, keys",
+        Timed(
+            [_call(expand_rotated, keys, levels, whole, starts) for keys, _, starts in keys_of],
+            [
+                _call(expand_rotated_reference, keys, levels, size, starts)
+                for keys, _, starts in keys_of
+            ],
+            sum(tensor.nbytes for tensor in keys_of[0][0]) + whole.nbytes,
+        ),
+    )
 
     key = query[:, :heads]
     yield (
@@ -357,20 +395,6 @@ def _timed(given: argparse.Namespace) -> Iterator[tuple[str, Timed]]:
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
     return lambda: function(*arguments)
-
-
-def _packed(batch: int, heads: int, count: int, size: int, bits: int, group: int) -> PackedKV:
-    """Random packed units, of whose full runs an eviction has left three quarters."""
-    runs = -(-count * 4 // (3 * group))
-    run = _random(batch, heads, runs * group).argsort(-1)[..., :count] // group
-    sizes = torch.zeros(batch, heads, runs, dtype=torch.int32, device="cuda")
-    sizes.scatter_add_(-1, run, torch.ones_like(run, dtype=torch.int32))
-    starts = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).int()
-    shape = (2, batch, heads, count, -(-size * bits // 8))
-    codes = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
-    rows = (_random(2, batch, heads, runs, size) / 2**bits).half()
-    tables = (_random(2, batch, heads, count, -(-size // group)) / 2**bits).half()
-    return PackedKV((codes[0], *rows), starts, (codes[1], *tables), bits, group)
 
 
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

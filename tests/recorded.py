@@ -18,6 +18,7 @@ import locret
 from locret.policies import POLICIES, LocretPolicy
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
 from locret.policies.snapkv import SnapKVPolicy
+from tests.kept import kept_of
 from tests.tiny_models import distinct_prompt, tiny_heads, tiny_model
 
 PATH = Path(__file__).parent / "golden" / "kept.json.gz"
@@ -50,20 +51,6 @@ def policies(model: Any) -> dict[str, Any]:
     named: dict[str, Any] = {name: name for name in sorted(set(POLICIES) - {"locret", "full"})}
     named |= {name: make() for name, make in COMPOSED.items()}
     return named | {"snapkv": SnapKVPolicy(3, 3), "locret": LocretPolicy(tiny_heads(model))}
-
-
-def kept_of(cache: Any) -> list[list[list[list[int]]]]:
-    """Source positions by layer, row and head."""
-    found = []
-    for layer in cache.layers:
-        if hasattr(layer, "lengths"):
-            found.append([[units.tolist() for units in row] for row in layer.source_positions])
-            continue
-        empty = [[0] * x.shape[0] for x in layer.source_positions]
-        empty = empty if layer.empty is None else layer.empty.tolist()
-        rows = zip(layer.source_positions.tolist(), empty, strict=True)
-        found.append([[h[e:] for h, e in zip(*row, strict=True)] for row in rows])
-    return found
 
 
 def recorded() -> dict[str, Any]:

@@ -5,6 +5,7 @@ import torch
 
 import locret
 from locret.model.hooks import cache_of
+from tests.kept import kept_of
 from tests.tiny_models import FAMILIES, VOCAB, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -145,7 +146,8 @@ def test_contexts_of_different_lengths_are_asked_together(positions):
     lengths = (60, 33, 14)
     ids, mask = padded(lengths)
     cache = engine.prefill(ids, attention_mask=mask)
-    assert cache.report()["units"] == [20, 20]
+    held = [[20, 20], [20, 20], [14, 14]]  # a row of 14 tokens takes no more than they do
+    assert cache.report(heads=True)["head_units"] == [held, held]
     question = prompt(6, batch=3, seed=9)
     together = engine.generate(question, cache=cache, **GREEDY)
     again = engine.generate(question[:, :2], cache=cache, **GREEDY)
@@ -163,9 +165,9 @@ def test_padding_takes_no_slot_that_content_needs():
     ids, mask = padded((60, 33))
     cache = engine.prefill(ids, attention_mask=mask)
     alone = engine.prefill(prompt(33, seed=1))
-    for layer, single in zip(cache.layers, alone.layers, strict=True):
-        assert torch.equal(layer.source_positions[1], single.source_positions[0])
-        assert (layer.empty == 0).all()
+    for of_layer, single in zip(kept_of(cache), kept_of(alone), strict=True):
+        assert of_layer[1] == single[0]
+    assert all((layer.lengths == 20).all() for layer in cache.layers)
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
@@ -185,10 +187,8 @@ def test_questions_of_different_lengths_are_asked_together(positions, quantizati
         for row, length in enumerate(lengths):
             own = engine.generate(asked[row : row + 1, -length:], cache=alone[row], **GREEDY)
             assert torch.equal(together[row, asked.shape[1] :], own[0, length:])
-    for layer, *own in zip(cache.layers, *(each.layers for each in alone), strict=True):
-        for row, single in enumerate(own):
-            positions = layer.source_positions[row, :, -single.slots :]
-            assert torch.equal(positions[..., :10], single.source_positions[0, ..., :10])
+    for of_layer, *own in zip(kept_of(cache), *map(kept_of, alone), strict=True):
+        assert of_layer == [row for (row,) in own]
 
 
 def test_questions_that_do_not_go_together_are_refused():
@@ -269,4 +269,4 @@ def test_a_share_of_rows_that_evict_their_answers_is_that_of_the_longest(lengths
     output = engine.generate(ids, mask, return_dict_in_generate=True, **GREEDY)
     report = cache_of(output).report()
     assert report["budget"] == 150
-    assert max(report["units"]) <= 150 + 8
+    assert max(report["most_units"]) <= 150 + 8

@@ -1,5 +1,7 @@
 """The cache: what it holds, what it reports, and that its four tensors move together."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +9,12 @@ from hypothesis import strategies as st
 
 import locret
 from locret import RetainedCache
-from locret.cache.layer import NewTokens, PlainStore, RetainedLayer
+from locret.cache.layer import RetainedLayer
+from locret.cache.sequences import sequences_of
+from locret.cache.store import NewTokens, Store
 from locret.model.hooks import as_argument, cache_in
 from locret.policies import Policy
+from tests.kept import kept, stacked
 from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -20,7 +25,7 @@ def small_engine(model, policy="random", **changes):
 
 
 def cache_tensors(cache):
-    return [tensor for layer in cache.layers for tensor in layer.units.tensors]
+    return [tensor for layer in cache.layers for tensor in layer.store.tensors]
 
 
 # --- report ---
@@ -36,6 +41,8 @@ def test_report_of_an_empty_cache():
         "merging": None,
         "windows": [None, None, None],
         "units": [0, 0, 0],
+        "most_units": [0, 0, 0],
+        "least_units": [0, 0, 0],
         "recall": None,
         "bytes": [0, 0, 0],
         "total_bytes": 0,
@@ -55,7 +62,7 @@ def test_reported_bytes_are_those_of_the_tensors(dtype, decoded):
         engine.generate(prompt(1, batch=2), cache=cache, max_new_tokens=decoded, do_sample=False)
     report = cache.report()
     tensors = cache_tensors(cache)
-    assert len(tensors) == 8
+    assert len(tensors) == (16 if decoded else 8)  # of context and tail
     storages = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     assert report["total_bytes"] == sum(t.nbytes for t in tensors) == storages
     assert report["total_bytes"] == sum(report["bytes"]) == cache.nbytes
@@ -68,8 +75,8 @@ def test_reported_bytes_are_those_of_the_tensors(dtype, decoded):
 
 
 def unit_bytes(layers=2, heads=2, size=8, itemsize=4):
-    """Bytes of one token: key, value, float32 score and int64 position, in every layer and head."""
-    return layers * heads * (2 * size * itemsize + 4 + 8)
+    """Bytes of one token: key, value, float32 score and int32 position, in every layer and head."""
+    return layers * heads * (2 * size * itemsize + 4 + 4)
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
@@ -105,7 +112,7 @@ class WatchingPolicy(Policy):
         self.held, self.peak = [], 0
 
     def score(self, chunk):
-        self.held.append(self.cache.layers[chunk.layer_idx].slots)
+        self.held.append(self.cache.layers[chunk.layer_idx].longest)
         self.peak = max(self.peak, self.cache.nbytes)
         new = torch.arange(chunk.start, chunk.start + chunk.key.shape[2])
         return new.float().expand(chunk.key.shape[:3])
@@ -136,9 +143,11 @@ def test_source_positions_ascend_and_never_repeat(family, positions):
     model = tiny_model(family)
     cache = small_engine(model, positions=positions).prefill(prompt(90, batch=2))
     for layer in cache.layers:
-        held, units = layer.source_positions, 20 if layer.window is None else layer.window - 1
+        held = stacked(layer.source_positions)
+        units = 20 if layer.window is None else layer.window - 1
         assert held.dtype == torch.long
-        assert held.shape == layer.scores.shape == (2, 2, units)
+        assert held.shape == stacked(layer.scores).shape == (2, 2, units)
+        assert torch.equal(layer.lengths, torch.full((2, 2), units))
         assert layer.keys.shape == layer.values.shape == (2, 2, units, 8)
         assert (held.diff(dim=-1) > 0).all()
         assert held.min() >= 0
@@ -165,19 +174,19 @@ def test_keys_values_scores_and_positions_move_together(positions):
 
         cos, sin = model.model.rotary_emb(hidden, torch.arange(90)[None])
         _, key = apply_rotary_pos_emb(query, key, cos, sin)
-    held = layer.source_positions
+    held = stacked(layer.source_positions)
     wide = held[..., None].expand(-1, -1, -1, 8)
     assert (layer.keys - key.gather(2, wide)).abs().max() < 1e-5
     assert (layer.values - value.gather(2, wide)).abs().max() < 1e-5
-    assert (layer.scores - scores.gather(2, held)).abs().max() < 1e-5
+    assert (stacked(layer.scores) - scores.gather(2, held)).abs().max() < 1e-5
 
 
 def test_positions_after_the_prompt_go_on_from_what_was_seen():
     engine = small_engine(tiny_model("llama"))
     cache = engine.prefill(prompt(50))
-    before = cache.layers[1].source_positions[0, 0].tolist()
+    before = kept(cache, 1)
     engine.generate(prompt(3), cache=cache, max_new_tokens=4, do_sample=False)
-    assert cache.layers[1].source_positions[0, 0].tolist() == before + list(range(50, 56))
+    assert kept(cache, 1) == before + list(range(50, 56))
 
 
 def test_decoding_does_not_grow_the_storage_at_every_token():
@@ -209,7 +218,7 @@ def test_reset_makes_it_new():
         for given in (cache, RetainedCache(2, budget=20)):
             given.prompt_lengths = (30,)
             decoder = engine.backbone.decoder
-            with engine.reading_into(given, (20, 20)):
+            with engine.reading_into(given, ((20, 20), (20, 20))):
                 decoder(input_ids=prompt(30), use_cache=True, **as_argument(decoder, given))
             assert given.report()["units"] == [20, 20]
 
@@ -227,22 +236,26 @@ def test_seen_is_not_what_is_held():
     cache = filled_cache()
     for layer_idx in range(2):
         assert cache.get_seq_length(layer_idx) == 50
-        assert cache.layers[layer_idx].slots == 20
+        assert cache.layers[layer_idx].longest == 20
     assert cache.is_initialized
     assert cache.layers[0].get_max_length() == -1
+
+
+def own_units(layer):
+    return stacked(layer.scores), stacked(layer.source_positions)
 
 
 def test_rows_are_reordered_and_repeated_in_all_four_tensors():
     cache = filled_cache()
     before = [
-        [view.clone() for view in (layer.keys, layer.values, layer.scores, layer.source_positions)]
+        [view.clone() for view in (layer.keys, layer.values, *own_units(layer))]
         for layer in cache.layers
     ]
     cache.reorder_cache(torch.tensor([1, 1]))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0, 2]))
     for layer, old in zip(cache.layers, before, strict=True):
-        new = (layer.keys, layer.values, layer.scores, layer.source_positions)
+        new = (layer.keys, layer.values, *own_units(layer))
         for ours, theirs in zip(new, old, strict=True):
             assert torch.equal(ours, theirs[[1, 1, 1]])
 
@@ -263,7 +276,8 @@ def test_update_without_an_engine_is_refused_and_stores_nothing():
     assert layer.update(key, key) == (key, key)
     with pytest.raises(ValueError, match="no engine is attached"):
         layer.update(key, key)
-    assert layer.slots == layer.seen == 0
+    assert layer.is_empty
+    assert layer.longest == layer.seen == 0
 
 
 def test_positions_are_checked():
@@ -294,33 +308,65 @@ class ListUnits:
             for a, b in zip(self.rows, fresh, strict=True)
         ]
 
-    def select(self, index):
+    def retain(self, chosen):
         self.rows = [
-            [[units[i] for i in kept] for units, kept in zip(row, chosen, strict=True)]
-            for row, chosen in zip(self.rows, index.tolist(), strict=True)
+            [[units[i] for i in kept] for units, kept in zip(row, of_row, strict=True)]
+            for row, of_row in zip(self.rows, chosen, strict=True)
         ]
 
-    def select_batch(self, rows):
+    def select_rows(self, rows):
         self.rows = [self.rows[row] for row in rows]
 
 
-def as_lists(units):
-    columns = zip(
-        units.keys[..., 0].tolist(),
-        units.values[..., 0].tolist(),
-        units.scores.tolist(),
-        units.source_positions.tolist(),
-        strict=True,
-    )
-    return [[list(zip(*head, strict=True)) for head in zip(*row, strict=True)] for row in columns]
+def as_lists(store):
+    keys, values = ([[x[:, 0] for x in row] for row in store.split(n)] for n in ("keys", "values"))
+    columns = zip(keys, values, store.split("scores"), store.split("source_positions"), strict=True)
+    return [
+        [[*zip(*(x.tolist() for x in head), strict=True)] for head in zip(*row, strict=True)]
+        for row in columns
+    ]
+
+
+def fresh_units(rows, heads, new, next_value, next_position):
+    """Units that are told apart by their numbers, and the same as lists."""
+    count = rows * heads * new
+    numbers = torch.arange(next_value, next_value + count).reshape(rows, heads, new)
+    keys = numbers.float()[..., None].expand(-1, -1, -1, 2)
+    positions = torch.arange(next_position, next_position + new)
+    lists = [
+        [
+            [(float(n), -float(n), n / 2, p) for n, p in zip(head, positions.tolist(), strict=True)]
+            for head in row
+        ]
+        for row in numbers.tolist()
+    ]
+    return NewTokens.of(keys, -keys, positions, numbers / 2), lists
+
+
+def some_of(lists, most, seed):
+    """Which units of each sequence stay: of each another number, at most `most`."""
+    rng = random.Random(seed)
+    return [
+        [sorted(rng.sample(range(len(x)), min(len(x), rng.randint(0, most)))) for x in row]
+        for row in lists
+    ]
+
+
+def retain(store, chosen, new=None):
+    """Hold the units `chosen` [B][H] of each sequence."""
+    counts = tuple(tuple(map(len, row)) for row in chosen)
+    index = torch.tensor([i for row in chosen for head in row for i in head], dtype=torch.long)
+    store.retain(index, sequences_of(counts, index.device), new)
 
 
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("append"), st.integers(1, 5), st.integers(0, 6)),
-        st.tuples(st.just("select"), st.integers(1, 8), st.integers(0, 1000)),
-        st.tuples(st.just("select_batch"), st.lists(st.integers(0, 7), min_size=1, max_size=3)),
-        st.tuples(st.just("replace_keys"), st.integers(0, 1000)),
+        st.tuples(st.just("retain"), st.integers(1, 8), st.integers(0, 1000)),
+        st.tuples(st.just("retain_with_new"), st.integers(1, 8), st.integers(0, 1000)),
+        st.tuples(st.just("select_rows"), st.lists(st.integers(0, 7), min_size=1, max_size=3)),
+        st.tuples(st.just("freeze"), st.integers(0, 1000)),
+        st.tuples(st.just("restore")),
         st.tuples(st.just("clear")),
     ),
     max_size=12,
@@ -330,74 +376,103 @@ STEPS = st.lists(
 @settings(max_examples=150)
 @given(steps=STEPS, batch=st.integers(1, 3), heads=st.integers(1, 3))
 def test_units_behave_like_lists(steps, batch, heads):
-    units, model = PlainStore(), ListUnits()
+    store, model, views = Store(), ListUnits(), []
     rows, next_position, next_value = batch, 0, 0
     for step, *arguments in steps:
         if step == "append":
             new, room = arguments
-            count = rows * heads * new
-            numbers = torch.arange(next_value, next_value + count).reshape(rows, heads, new)
-            keys = numbers.float()[..., None].expand(-1, -1, -1, 2)
-            positions = torch.arange(next_position, next_position + new)
-            units.append(NewTokens.of(keys, -keys, positions, numbers / 2), room)
-            model.append(
-                [
-                    [
-                        [(float(n), -float(n), n / 2, p) for n, p in zip(head, where, strict=True)]
-                        for head in row
-                    ]
-                    for row, where in zip(
-                        numbers.tolist(), [positions.tolist()] * rows, strict=True
-                    )
-                ]
-            )
-            next_position, next_value = next_position + new, next_value + count
+            fresh, lists = fresh_units(rows, heads, new, next_value, next_position)
+            store.append(fresh, room)
+            model.append(lists)
+            next_position, next_value = next_position + new, next_value + rows * heads * new
         elif step == "clear":
-            units.clear()
-            model, rows = ListUnits(), batch
-        elif not units.count:
+            store.clear()
+            model, rows, views = ListUnits(), batch, []
+        elif store.is_empty:
             continue
-        elif step == "select":
-            keep, seed = min(arguments[0], units.count), arguments[1]
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.rand(rows, heads, units.count, generator=generator)
-            index = noise.topk(keep).indices.sort().values
-            units.select(index)
-            model.select(index)
-        elif step == "select_batch":
+        elif step == "retain":
+            chosen = some_of(model.rows, *arguments)
+            retain(store, chosen)
+            model.retain(chosen)
+        elif step == "retain_with_new":
+            fresh, lists = fresh_units(rows, heads, 3, next_value, next_position)
+            model.append(lists)
+            chosen = some_of(model.rows, *arguments)
+            retain(store, chosen, fresh)
+            model.retain(chosen)
+            next_position, next_value = next_position + 3, next_value + rows * heads * 3
+        elif step == "select_rows":
             chosen = [row % rows for row in arguments[0]]
-            units.select_batch(torch.tensor(chosen))
-            model.select_batch(chosen)
+            store.select_rows(chosen, torch.tensor(chosen))
+            model.select_rows(chosen)
             rows = len(chosen)
-        elif step == "replace_keys":
-            units.rebuild(torch.full_like(units.keys, arguments[0]), room=arguments[0] % 3)
-            model.rows = [
-                [[(float(arguments[0]), *unit[1:]) for unit in head] for head in row]
-                for row in model.rows
-            ]
+        elif step == "restore":
+            # To what was seen last, if anything was; then this is seen.
+            if views:
+                view, lists = views.pop()
+                store.restore(view)
+                model.rows, rows = lists, len(lists)
+            views.append((store.view(), model.rows))
+        elif step == "freeze":
+            key = float(arguments[0])
+            store.freeze(
+                lambda x, key=key: torch.full_like(x, key),
+                lambda x, key=key: torch.full_like(x, key),
+                room=arguments[0] % 3,
+            )
+            model.rows = [[[(key, *u[1:]) for u in units] for units in row] for row in model.rows]
         if model.rows is None:
-            assert units.count == units.nbytes == 0
+            assert store.is_empty
+            assert store.nbytes == 0
         else:
-            assert as_lists(units) == model.rows
-            assert units.count == len(model.rows[0][0])
-            assert units.nbytes == sum(t.nbytes for t in units.tensors)
+            assert as_lists(store) == model.rows
+            lengths = [[len(units) for units in row] for row in model.rows]
+            assert store.sequences.lengths.tolist() == lengths
+            assert store.nbytes == sum(t.nbytes for t in store.tensors)
+            if store.context is not None:
+                held = sum(map(sum, lengths)) - rows * heads * store.tail.count
+                own = [*store.context.kv_tensors, *store.context.exact]
+                assert [x.shape[0] for x in own] == [held] * 4
+
+
+def test_rows_become_one_batch_as_lists_do():
+    stores, lists = [], []
+    for row in range(4):
+        store, model = Store(), ListUnits()
+        fresh, given = fresh_units(1, 2, 6, 100 * row, 0)
+        store.append(fresh)
+        model.append(given)
+        if row % 2:
+            chosen = some_of(model.rows, 5, row)
+            retain(store, chosen)
+            model.retain(chosen)
+        if row > 1:
+            fresh, given = fresh_units(1, 2, row, 100 * row + 50, 6)
+            store.append(fresh)
+            model.append(given)
+        stores.append(store)
+        lists += model.rows
+    stores.append(Store())  # a row that has read nothing
+    assert as_lists(Store.of_rows(stores)) == [*lists, [[], []]]
 
 
 def test_spare_room_is_never_looked_at():
-    units = PlainStore()
+    store = Store()
     key = torch.ones(1, 2, 3, 4)
-    units.append(NewTokens.of(key, key, torch.arange(3)), room=10)
-    for tensor in units.tensors[:3]:
+    store.append(NewTokens.of(key, key, torch.arange(3)), room=10)
+    for tensor in store.tail.tensors[:3]:
         tensor[:, :, 3:] = torch.nan
-    units.append(NewTokens.of(key, key, torch.arange(3, 6)))
-    units.select_batch(torch.tensor([0, 0]))
-    units.select(torch.tensor([0, 4]).expand(2, 2, 2))
-    for view in (units.keys, units.values, units.scores):
-        assert not view.isnan().any()
+    store.append(NewTokens.of(key, key, torch.arange(3, 6)))
+    store.select_rows([0, 0], torch.tensor([0, 0]))
+    for name in ("keys", "values", "scores"):
+        assert not store.rectangle(name).isnan().any()
+    retain(store, [[[0, 4], [0, 4]]] * 2)
+    for name in ("keys", "values", "scores"):
+        assert not store.rectangle(name).isnan().any()
 
 
 def test_units_do_not_alias_what_they_were_given():
-    units, key = PlainStore(), torch.ones(1, 1, 2, 4)
-    units.append(NewTokens.of(key, key.clone(), torch.arange(2)))
+    store, key = Store(), torch.ones(1, 1, 2, 4)
+    store.append(NewTokens.of(key, key.clone(), torch.arange(2)))
     key.zero_()
-    assert units.keys.eq(1).all()
+    assert store.rectangle("keys").eq(1).all()

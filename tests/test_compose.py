@@ -8,6 +8,7 @@ from locret.policies import POLICIES, LocretPolicy
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
 from locret.policies.snapkv import SnapKVPolicy
 from tests import policy_reference
+from tests.kept import kept_of
 from tests.test_batches import assert_each_row_as_alone
 from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
 
@@ -23,13 +24,8 @@ def model(request):
 
 
 def kept(cache, row=0):
-    """Source positions by layer and head, without the slots that hold nothing."""
-    found = []
-    for layer in cache.layers:
-        heads = layer.source_positions[row].tolist()
-        empty = [0] * len(heads) if layer.empty is None else layer.empty[row].tolist()
-        found.append([units[skip:] for units, skip in zip(heads, empty, strict=True)])
-    return found
+    """Source positions by layer and head."""
+    return [rows[row] for rows in kept_of(cache)]
 
 
 def twin(name):

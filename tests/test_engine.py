@@ -15,6 +15,7 @@ from locret.heads.heads import FEATURES
 from locret.model.backbone import Backbone
 from locret.model.hooks import as_argument, cache_of
 from locret.policies import POLICIES, LocretPolicy, Policy
+from tests.kept import kept, stacked
 from tests.test_batches import padded
 from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
 
@@ -38,10 +39,6 @@ def small_engine(model, policy="random", **settings):
 
 def full_engine(model, **settings):
     return small_engine(model, "full", **settings)
-
-
-def kept(cache, layer_idx=0, head=0):
-    return cache.layers[layer_idx].source_positions[0, head].tolist()
 
 
 # --- settings ---
@@ -180,7 +177,7 @@ def test_model_in_half_precision_takes_float32_heads(heads, dtype):
     engine = small_engine(half, "locret", heads=heads)
     cache = engine.prefill(prompt(60))
     assert cache.layers[0].keys.dtype == dtype
-    assert cache.layers[0].scores.dtype == torch.float32
+    assert cache.layers[0].scores[0][0].dtype == torch.float32
     assert engine.generate(prompt(60), **GREEDY).shape == (1, 68)
     assert engine.policy.heads[0].fc1.weight.dtype == dtype
     for name, tensor in heads.state_dict().items():
@@ -748,7 +745,7 @@ def test_out_of_memory_in_the_first_layer_leaves_the_context_as_it_was(model, mo
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr("locret.engine.attention.attend", out_of_memory)
+        patch.setattr("locret.engine.attention.attend_past", out_of_memory)
         engine.generate(prompt(5, seed=3), cache=cache, **GREEDY)
     assert torch.equal(engine.generate(prompt(5, seed=3), cache=cache, **GREEDY), expected)
 
@@ -768,7 +765,7 @@ def test_answers_until_the_end_of_the_turn_take_no_storage_ahead(model):
     engine.generate(
         prompt(5), cache=cache, max_new_tokens=1_000_000, eos_token_id=[*range(model.vocab_size)]
     )
-    assert max(layer.units.spare for layer in cache.layers) < 10_000
+    assert max(layer.store.tail.capacity for layer in cache.layers) < 10_000
 
 
 def test_what_the_models_configuration_asks_for_is_heeded(model):
@@ -833,8 +830,9 @@ def test_locret_keeps_what_its_heads_score_highest(model, heads):
     engine = small_engine(model, "locret", heads=heads, chunk_size=None)
     scores = small_engine(model, "locret", heads=heads, chunk_size=None, budget=60).prefill(ids)
     for layer_idx in range(1):  # beyond the first eviction, deeper layers see other units
-        best = scores.layers[layer_idx].scores.topk(20).indices.sort().values
-        assert torch.equal(engine.prefill(ids).layers[layer_idx].source_positions, best)
+        best = stacked(scores.layers[layer_idx].scores).topk(20).indices.sort().values
+        held = engine.prefill(ids).layers[layer_idx].source_positions
+        assert torch.equal(stacked(held), best)
 
 
 def test_policy_of_ones_own_in_a_few_lines(model):
@@ -897,7 +895,7 @@ def test_scores_of_a_policy_in_half_precision_are_taken(model):
             return chunk.key.norm(dim=-1).half()
 
     cache = small_engine(model, Halves()).prefill(prompt(60))
-    assert cache.layers[0].scores.dtype == torch.float32
+    assert cache.layers[0].scores[0][0].dtype == torch.float32
 
 
 def test_prompts_longer_than_the_window_are_read_in_compact_positions():

@@ -6,7 +6,8 @@ import torch
 import locret
 from locret.cache.sequences import sequences_of
 from locret.engine.engine import Engine
-from locret.model.attend import Past, attend, attend_past, available
+from locret.model.attend import attend, attend_past, available
+from locret.model.past import Past
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
 from tests.tiny_models import FAMILIES, MIXED, distinct_prompt, prompt, tiny_heads, tiny_model

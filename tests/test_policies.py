@@ -15,6 +15,7 @@ from locret.policies.sirllm import SirLLMPolicy
 from locret.policies.snapkv import SnapKVPolicy
 from locret.policies.streaming_llm import StreamingLLMPolicy
 from tests import policy_reference
+from tests.kept import kept_of, stacked
 from tests.policy_reference import RULES
 from tests.test_batches import assert_each_row_as_alone
 from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
@@ -29,7 +30,8 @@ def model(request):
 
 
 def kept(cache):
-    return [layer.source_positions[0].tolist() for layer in cache.layers]
+    """Source positions by layer and head."""
+    return [rows[0] for rows in kept_of(cache)]
 
 
 def assert_as_the_twin(model, policy, rule, length, budget, chunk_size, stabilizers):
@@ -130,8 +132,8 @@ def test_answers_stay_bounded_and_scores_finite(model, name):
     engine.generate(prompt(3, vocab=VOCAB), cache=cache, max_new_tokens=40, do_sample=False)
     limits = engine.policy.budgets(20, 2, 60)
     for layer, limit in zip(cache.layers, limits, strict=True):
-        assert layer.slots <= limit + 5
-        assert layer.scores.isfinite().all()
+        assert layer.longest <= limit + 5
+        assert stacked(layer.scores).isfinite().all()
 
 
 @pytest.mark.parametrize("name", TRAINING_FREE)

@@ -8,16 +8,13 @@ from locret.heads.heads import HeadsConfig
 from locret.model.backbone import Backbone
 from locret.training.distill import Distillation
 from locret.training.segments import Segment
+from tests.kept import kept
 from tests.test_batches import assert_each_row_as_alone
 from tests.tiny_models import MIXED, SLIDING, WINDOW, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 LAST = WINDOW - 1  # what a layer holds of its window for the next token
-
-
-def held(layer):
-    return layer.source_positions[0, 0].tolist()
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
@@ -28,15 +25,15 @@ def test_each_kind_of_layer_keeps_its_own(family, chunk_size, positions):
     settings = SMALL | {"chunk_size": chunk_size, "positions": positions}
     engine = locret.Engine(model, heads=tiny_heads(model), **settings)
     cache = engine.prefill(prompt(90))
-    assert held(cache.layers[0]) == list(range(90 - LAST, 90))
-    assert len(held(cache.layers[1])) == 20
+    assert kept(cache, 0) == list(range(90 - LAST, 90))
+    assert len(kept(cache, 1)) == 20
     report = cache.report()
     assert report["windows"] == [WINDOW, None]
     assert report["units"] == [LAST, 20]
     engine.generate(prompt(4), cache=cache, **GREEDY)
     seen = cache.seen
-    assert held(cache.layers[0]) == list(range(seen - LAST, seen))
-    assert held(cache.layers[1])[20:] == list(range(90, seen))
+    assert kept(cache, 0) == list(range(seen - LAST, seen))
+    assert kept(cache, 1)[20:] == list(range(90, seen))
 
 
 @pytest.mark.parametrize("family", sorted(MIXED))

@@ -203,7 +203,7 @@ def test_steps_over_packed_units(both, monkeypatch, name, bits, positions):
 def spied(seen):
     def decode(*args):
         seen.append(args)
-        return decode_attention_quantized(*args)
+        return decode_packed(*args)
 
     return decode
 
@@ -211,7 +211,7 @@ def spied(seen):
 @pytest.mark.parametrize("name", ["kivi", "kvquant", "fp8"])
 def test_long_answers_are_packed_now_and_then(both, monkeypatch, name):
     model = tiny_model("llama")
-    monkeypatch.setattr("locret.cache.packed.STEPS", 11)
+    monkeypatch.setattr("locret.cache.store.STEPS", 11)
     scheme = {"name": name, "bits": 8, "group": 4, "residual": 3}
 
     def work():

@@ -11,13 +11,13 @@ B rows, H KV heads, Q = B * H sequences, N units of the context, T units of the 
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from locret.cache.sequences import Counts, Sequences, alike, sequences_of
+from locret.cache.sequences import Sequences, alike, sequences_of
 from locret.cache.tail import Tail, TailView
 from locret.kernels import gather_sequences
 from locret.quantization import NO_SCHEME, Scheme
@@ -84,6 +84,7 @@ class StoredContext:
             [N] float32 (higher = keep), "weights" [N] float32, how many tokens the value of a unit
             is the mean of.
         packed_keys, packed_values: None = nothing is packed.
+        appended: of each row, how many of every head's last units came after its last eviction.
     """
 
     sequences: Sequences
@@ -94,6 +95,7 @@ class StoredContext:
     exact: dict[str, Tensor]
     packed_keys: PackedKeys | None = None
     packed_values: PackedValues | None = None
+    appended: tuple[int, ...] = field(kw_only=True)
 
     @property
     def kv_tensors(self) -> tuple[Tensor, ...]:
@@ -141,6 +143,7 @@ class StoredContext:
             {name: x.index_select(0, index) for name, x in self.exact.items()},
             keys,
             values,
+            appended=tuple(self.appended[row] for row in rows),
         )
 
 
@@ -291,6 +294,8 @@ class Store:
             self._repack(index, kept, sequences_of(packed, kept.device), fresh)
         else:
             self._gather(index, kept, fresh)
+        assert self.context is not None
+        self.context = replace(self.context, appended=(0,) * len(kept.counts))
 
     def pack(self, tight: bool = False) -> None:
         """What was appended has been attended to: pack it as far as it fills blocks; if `tight`,
@@ -313,6 +318,14 @@ class Store:
             self._repack(whole.local, whole, sequences_of(packed, whole.device), self._fresh(None))
 
     @property
+    def _appended(self) -> tuple[int, ...]:
+        """`StoredContext.appended` once the tail is context."""
+        tail = self.tail.count
+        if self.context is not None:
+            return tuple(count + tail for count in self.context.appended)
+        return (tail,) * (self.tail.tensors[0].shape[0] if tail else 0)
+
+    @property
     def _packed_counts(self) -> tuple[tuple[int, ...], ...]:
         if self.context is not None:
             return self.context.packed.counts
@@ -322,7 +335,7 @@ class Store:
     def _fresh(self, new: NewTokens | None) -> tuple[Tensor, ...]:
         """Tail and new units, put side by side only where there are both."""
         if new is None:
-            return tuple(self.tail)
+            return tuple(self._tail_like())
         if not self.tail.count:
             return self._tensors(new)
         pairs = zip(self.tail, self._tensors(new), strict=True)
@@ -339,7 +352,9 @@ class Store:
         gathered = gather_sequences(old, fresh, index, before.offsets, kept.offsets)
         keys, values, *exact = gathered
         none = sequences_of(tuple((0,) * len(row) for row in kept.counts), kept.device)
-        self.context = StoredContext(kept, none, kept, keys, values, self._named(exact))
+        self.context = StoredContext(
+            *(kept, none, kept, keys, values, self._named(exact)), appended=self._appended
+        )
         self.tail = Tail()
 
     def _repack(
@@ -378,7 +393,8 @@ class Store:
             values = select_values(self.scheme, old[1], both[1], to_pack)
         left = [fetch(o, x, to_leave).to(x.dtype) for o, x in zip(old, both, strict=True)]
         self.context = StoredContext(
-            kept, packed, plain, left[0], left[1], self._named(exact), keys, values
+            *(kept, packed, plain, left[0], left[1], self._named(exact), keys, values),
+            appended=self._appended,
         )
         self.tail = Tail()
 
@@ -502,14 +518,14 @@ class Store:
         """The rows of a batch, of one row each, as one. All of it is context then; no unit is
         packed, or packed anew, for it."""
         stacked = Store(rows[0].scheme, rows[0].weighs)
-        contexts = [context for row in rows if (context := row.as_context()) is not None]
+        of_rows = [row.as_context() for row in rows]
+        contexts = [context for context in of_rows if context is not None]
         if not contexts:
             return stacked
         heads, device = contexts[0].sequences.shape[1], contexts[0].sequences.device
         missing = alike(1, (0,) * heads, device)
         counts: list[list[tuple[int, ...]]] = [[], [], []]
-        for row in rows:
-            own = row.as_context()
+        for own in of_rows:
             lengths = (own.sequences, own.packed, own.plain) if own else (missing,) * 3
             for all_counts, some in zip(counts, lengths, strict=True):
                 all_counts.append(some.counts[0])
@@ -526,6 +542,7 @@ class Store:
             {name: torch.cat([c.exact[name] for c in contexts]) for name in stacked.names[2:]},
             join(keys) if keys else None,
             join(values) if values else None,
+            appended=tuple(own.appended[0] if own else 0 for own in of_rows),
         )
         return stacked
 
@@ -543,13 +560,13 @@ class Store:
             absorbed._gather(whole.local, whole, fresh)
         return absorbed.context
 
-    def lengths(self) -> dict[str, Counts]:
-        """Of the context's sequences, for `take_tensors`."""
-        if self.context is None:
+    def lengths(self) -> dict[str, Any]:
+        """How many units the context's sequences have, for `take_tensors`."""
+        context = self.context
+        if context is None:
             return {}
-        return {
-            name: getattr(self.context, name).counts for name in ("sequences", "packed", "plain")
-        }
+        counts = {name: getattr(context, name).counts for name in ("sequences", "packed", "plain")}
+        return counts | {"appended": context.appended}
 
     def named_tensors(self) -> dict[str, Tensor]:
         """What is held, by name, without spare room."""
@@ -575,7 +592,8 @@ class Store:
         )
         exact = {name: named[name] for name in self.names[2:]}
         both = from_named(self.scheme, keys.shape[-1], named)
-        self.context = StoredContext(whole, packed, plain, keys, values, exact, *both)
+        own = (whole, packed, plain, keys, values, exact)
+        self.context = StoredContext(*own, *both, appended=counts["appended"])
 
 
 def _in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: int) -> Tensor:

@@ -25,8 +25,9 @@ from locret.cache.layer import RetainedLayer
 from locret.cache.sequences import Counts, Sequences, alike, sequences_of
 from locret.cache.store import NewTokens
 from locret.kernels import select_sequences
-from locret.model.attend import Backend, Past, attend, attend_past
+from locret.model.attend import Backend, attend, attend_past
 from locret.model.hooks import LayerCall, without_autocast
+from locret.model.past import Past
 from locret.model.rotary import Rotary
 from locret.policies.base import Context, Eviction, LayerChunk, Policy, with_protected
 
@@ -273,12 +274,17 @@ class ReadPass(Pass):
         counts, context = self.eviction.counts[retained_idx], layer.store.context
         spare = max(counts) if self._shares else min(counts)
         if context is not None:
-            # A row may hold more than it is to keep: it was read with a budget of its own. Where
-            # heads share what they have, what one has less, another has more.
-            rows = () if self._shares else context.sequences.counts
-            free = (c - n for row in rows for c, n in zip(counts, row, strict=True))
-            spare = max(min(free, default=0), 0)
+            rows = zip(context.sequences.counts, context.appended, strict=True)
+            spare = min(self._spare(counts, row, appended) for row, appended in rows)
         return spare + self.eviction.above - layer.store.tail.count - new
+
+    def _spare(self, counts: Sequence[int], lengths: Sequence[int], appended: int) -> int:
+        """How many more units a row can hold, of which `appended` came after its last eviction."""
+        if self._shares:  # what one head has less, another has more
+            return -appended
+        # What is left may be more than is to be kept: a row was read with a budget of its own.
+        left = min(c - n for c, n in zip(counts, lengths, strict=True)) + appended
+        return max(left, 0) - appended
 
     def _choose(
         self, scores: Sequence[Scores], layers: Sequence[RetainedLayer], indices: Sequence[int]
@@ -463,7 +469,12 @@ def _slide(
         output = attend(query, keys, values, call.scaling, backend, empty, call.weighting)
     positions = torch.arange(layer.seen, layer.seen + new, device=call.key.device)
     added = NewTokens.of(call.key, call.value, _own(call.cache, positions)).first(new - drop)
-    whole = _with_new(layer, added.scores)
+    more = added.keys.shape[2]
+    whole = (
+        alike(call.key.shape[0], (more,) * call.key.shape[1], call.key.device)
+        if layer.is_empty
+        else store.sequences.plus(more)
+    )
     keep = max(window - 1, 1)
     if whole.longest <= keep:
         store.append(added)

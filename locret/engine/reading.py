@@ -116,13 +116,14 @@ class Reader:
         return self.stacked(caches, width - unread)
 
     def _with_local(self, cache: RetainedCache, local: Tensor, reading: Planned) -> RetainedCache:
-        """The cache of one row after some of its local tokens [1, n], too."""
+        """The cache of one row after some of its local tokens [1, n], too. None is evicted before
+        they are all read."""
         if not local.shape[1]:
             return cache
         interval, eviction = self.config.reading.decode_interval, None
         if interval and reading.counts is not None:
             eviction = self.config.eviction(
-                reading.counts, reading.query_length, interval - 1, merging=cache.merging
+                reading.counts, reading.query_length, interval + local.shape[1]
             )
         self.store(local, cache, eviction)
         assert cache.token_ids is not None

@@ -29,7 +29,6 @@ from locret.kernels import (
 from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall, as_argument, cache_in, without_autocast
 from locret.model.rotary import Rotary
-from locret.quantization import Scheme
 
 EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces
 
@@ -77,9 +76,11 @@ class StepContext(NamedTuple):
             none = tail.tensors[0].new_empty(0, size)
             return cls(none, none, decode_shares([0] * (rows * heads), none.device))
         shares = decode_shares(context.plain.flat, context.keys.device)
-        packed = packed_form(layer)
-        if packed is None:
+        keys, values = context.packed_keys, context.packed_values
+        if keys is None or values is None:
             return cls(context.keys, context.values, shares)
+        of_keys = (*keys.units, *keys.tables)
+        packed = layer.store.scheme.kernel_form(of_keys, keys.starts, values.units)
         of_packed = packed_shares(packed, context.packed.flat, group, context.keys.dtype)
         return cls(context.keys, context.values, shares, packed, of_packed)
 
@@ -92,15 +93,6 @@ class StepContext(NamedTuple):
             return decode_sequences(query, *plain)
         assert self.packed_shares is not None
         return decode_packed(query, self.packed, self.packed_shares, *plain)
-
-
-def packed_form(layer: RetainedLayer) -> Any:
-    """A layer's packed units as the kernel takes them; None = there are none, or it does not."""
-    context, scheme = layer.store.context, layer.store.scheme
-    if context is None or context.packed_keys is None or context.packed_values is None:
-        return None
-    keys, values = context.packed_keys, context.packed_values
-    return scheme.kernel_form((*keys.units, *keys.tables), keys.starts, values.units)
 
 
 class StepPass(Pass):
@@ -301,10 +293,10 @@ def _seen_class(kind: type) -> type:
 def takes_steps(layer: RetainedLayer) -> bool:
     """Whether one-token steps of a layer can write in place and attend to all: nothing comes back
     from the host, and what is packed is as a kernel takes it."""
-    if layer.host is not None or layer.stays_unrotated:
+    if layer.host is not None or layer.stays_unrotated or layer.is_empty:
         return False
     scheme = layer.store.scheme
-    return not scheme.packs or type(scheme).kernel_form is not Scheme.kernel_form
+    return not scheme.packs or scheme.decodes_packed(layer.store.like.shape[-1])
 
 
 def why_not_graphed(backbone: Backbone) -> str | None:

@@ -74,7 +74,7 @@ def attend_rotated(
             QUERY_BLOCK=query_block,
             KEY_BLOCK=padded(chunk_of(size, key_bits), least=16),
             VALUE_BLOCK=padded(chunk_of(size, value_bits), least=32),  # wider than a query block
-            UNITS=max(16, min(STEP // 2 if wide else STEP, padded(packed.group))),
+            UNITS=max(16, min(STEP // 4 if wide else STEP, padded(packed.group))),
             UPCAST=upcast,
             KEY_ASSEMBLY=None if upcast else assembly(packed.key_levels),
             VALUE_ASSEMBLY=None if upcast else assembly(packed.value_levels),

@@ -19,6 +19,7 @@ from locret.kernels.dispatch import INTERPRETED, on_device, padded, takes_triton
 from locret.kernels.packed import blocks_at, blocks_of, check_rows, check_tensors, row_of
 
 _UNITS = 64  # units that a program expands
+_CHANNELS = 128  # channels of them that it rotates back
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,19 @@ def expand_rotated(
     elif count:
         bits = bits_of(levels)
         upcast = INTERPRETED or out.dtype == torch.float32 or torch.version.hip is not None
+        units = _UNITS // 4 if upcast else _UNITS
+        channels = min(_CHANNELS // 2 if upcast else _CHANNELS, padded(size, least=16))
         with on_device(out):
-            _expand[(triton.cdiv(count, _UNITS),)](
+            _expand[(triton.cdiv(count, units), triton.cdiv(size, channels))](
                 *(tuple(packed), starts, out, at),
                 *(count, 0 if starts is None else len(starts) - 1, out.stride()),
                 SIZE=size,
                 BITS=bits,
                 LEVELS=levels if bits < 8 else (),
                 ROOT=(size & -size) ** -0.5,
-                SIZE_BLOCK=padded(size, least=16),
+                CHANNELS=channels,
                 CHUNK_BLOCK=padded(chunk_of(size, bits), least=16),
-                UNITS=_UNITS,
+                UNITS=units,
                 ASSEMBLY=None if upcast else assembly(levels),
                 num_warps=8 if upcast else 4,
             )
@@ -177,7 +180,7 @@ def _expand(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     ROOT: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -188,11 +191,11 @@ def _expand(  # type: ignore[no-untyped-def]
     unit = first + tl.arange(0, UNITS)
     there = unit < count
     byte = tl.arange(0, CHUNK_BLOCK)
-    d = tl.arange(0, SIZE_BLOCK)
+    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     at = packed[0] + unit.to(tl.int64)[:, None] * (SIZE * BITS // 8)
     mask = there[:, None] & (byte < CHUNK)[None, :]
     codes = load_codes(at, byte[None, :], mask, BITS, CHUNK, ASSEMBLY)
-    x = tl.zeros((UNITS, SIZE_BLOCK), tl.float32)
+    x = tl.zeros((UNITS, CHANNELS), tl.float32)
     for chunk in tl.static_range(CHUNKS):
         level = levels_at(codes, chunk, BITS, LEVELS, ASSEMBLY)
         # Elements of H are 1 or -1 here, which float16 holds; what comes of padding is zero.
@@ -229,7 +232,7 @@ def load_codes(  # type: ignore[no-untyped-def]
 ):
     """The bytes with the codes of units, which begin at `at`; for 3 bits also those with the
     highest bits, moved so that bit 2 * c is that of chunk c."""
-    codes = (tl.load(at + byte, mask=mask, other=0),)
+    codes = (tl.load(at + byte, mask=mask, other=0),)  # type: tuple
     if BITS == 3:
         # A byte has those of eight channels: of two in each chunk, CHUNK / 2 apart.
         HALF: tl.constexpr = CHUNK // 2
@@ -237,8 +240,9 @@ def load_codes(  # type: ignore[no-untyped-def]
         if ASSEMBLY is None:
             high = tl.where(byte < HALF, high, high >> 1)
         else:
+            ASM: tl.constexpr = ASSEMBLY[len(ASSEMBLY) - 1]
             high = tl.inline_asm_elementwise(
-                "{ .reg .b32 next; shr.b32 next, $1, 1; lop3.b32 $0, $2, $1, next, 0xCA; }",
+                ASM,
                 "=r,r,r",
                 [high, tl.where(byte < HALF, -1, 0).to(tl.int8)],
                 dtype=tl.uint8,
@@ -293,8 +297,11 @@ def levels_at(  # type: ignore[no-untyped-def]
 
 @functools.cache
 def assembly(levels: tuple[float, ...]) -> tuple[str, ...]:
-    """For each chunk of channels, PTX that makes four float16 levels ($0, $1) of four bytes ($2),
-    and of the bytes with their highest bits ($3) where codes have 3 bits."""
+    """For each chunk of channels, PTX that makes four float16 levels ($0, $1) of four bytes ($2).
+
+    Of 3 bits, the bytes with the highest ones are $3; after the chunks comes PTX that moves each of
+    four such bytes ($1) by a bit, but where a mask ($2) says that it stays.
+    """
     bits = bits_of(levels)
     if bits == 8:
         # 0x6400 is 1024 in float16 and its last bits count by one; 0x57f8 is 127.5.
@@ -312,12 +319,15 @@ def assembly(levels: tuple[float, ...]) -> tuple[str, ...]:
             }""",
         )
     chunks = 8 // (bits - bits % 2)
-    return tuple(
+    looked_up = tuple(
         "{ .reg .b32 code, low, high, sign; "
         + " ".join((*_code(bits, chunk), *_lookup(levels), *_signed(bits)))
         + " prmt.b32 $0, low, high, 0x5140; prmt.b32 $1, low, high, 0x7362; }"
         for chunk in range(chunks)
     )
+    # The bit that comes from the next byte is of no chunk.
+    moved = "{ .reg .b32 next; shr.b32 next, $1, 1; lop3.b32 $0, $2, $1, next, 0xCA; }"
+    return looked_up if bits != 3 else (*looked_up, moved)
 
 
 def _code(bits: int, chunk: int) -> tuple[str, ...]:

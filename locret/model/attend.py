@@ -20,24 +20,20 @@ B batch, H KV heads, G query heads a KV head, T new tokens, S slots, D head size
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from locret.cache.sequences import Sequences
 from locret.kernels import merge_attention
 from locret.model import sparse_prefill
+from locret.model.past import Past, are_few, attend_few
 
 Backend = Literal["eager", "sdpa", "cudnn", "flash_attn", "minference"]
 
 SPLIT_FROM = 128  # new tokens; below that two calls and a merge cost more than one call
-
-_FEW = (
-    32  # queries of a KV head; on a CPU a product of matrices is faster than fused attention then
-)
 
 _BLOCK_ELEMENTS = 2**28  # of the logits that the eager backend has in memory at a time
 
@@ -177,39 +173,6 @@ def _attend_blocks(
     return torch.cat(outputs, dim=1)
 
 
-class Past(NamedTuple):
-    """Units that every new token sees.
-
-    Attributes:
-        keys, values: flat [N, D] over `sequences`, keys rotated; or rectangles [B, H, S, D] where
-            that is None.
-        sequences: how many units each row and head has.
-    """
-
-    keys: Tensor
-    values: Tensor
-    sequences: Sequences | None = None
-
-    @property
-    def length(self) -> int:
-        """Units of the longest sequence."""
-        return self.keys.shape[2] if self.sequences is None else self.sequences.longest
-
-    def as_rectangle(self) -> "Past":
-        """The same as a rectangle, if all sequences are equally long."""
-        if self.sequences is None or not self.sequences.equal:
-            return self
-        return Past(self.sequences.rectangle(self.keys), self.sequences.rectangle(self.values))
-
-    def of(self, row: int, head: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [1, 1, S, D] of one sequence."""
-        if self.sequences is None:
-            return tuple(x[row : row + 1, head : head + 1] for x in self[:2])  # type: ignore[return-value]
-        at = row * self.sequences.shape[1] + head
-        start, end = self.sequences.bounds[at : at + 2]
-        return self.keys[None, None, start:end], self.values[None, None, start:end]
-
-
 def attend_past(
     query: Tensor,
     pasts: Sequence[Past],
@@ -235,6 +198,8 @@ def attend_past(
         return attend(query, *new, scaling, backend, None, weighting)
     if not (weighting.plain and _leaves_sums(query, backend)):
         return _attend_joined(query, pasts, new, scaling, backend, weighting)
+    if are_few(query, pasts, new):
+        return attend_few(query, pasts, new, scaling)
     states = [_over(query, past, scaling, backend) for past in pasts]
     if new is not None:
         states.append(_attention(query, *new, scaling, backend, causal=True))
@@ -320,9 +285,6 @@ def _attention(
             query, key, value, None, True, 0.0, causal, scale=scaling
         )
         sums = sums[:, :, : query.shape[2]]
-    elif query.dtype == torch.float32 and not causal and query.shape[2] <= _FEW:
-        logits = query @ key.transpose(-1, -2) * scaling
-        output, sums = logits.softmax(dim=-1) @ value, logits.logsumexp(dim=-1)
     else:
         output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=scaling

@@ -119,15 +119,20 @@ class Scheme:
         """
         return False
 
-    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> Any | None:
-        """Packed units as `locret.kernels.decode_packed` takes them; None = it does not.
+    def decodes_packed(self, head_size: int) -> bool:
+        """Whether `kernel_form` has a form for packed units of that many channels."""
+        return False
+
+    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> Any:
+        """Packed units as `locret.kernels.decode_packed` takes them, of a scheme that
+        `decodes_packed`.
 
         Args:
             keys: what each unit needs [N, *], and the tables [M, *].
             starts: of the blocks of keys.
             values: what each unit needs [N, *].
         """
-        return None
+        raise NotImplementedError(f"{type(self).__name__} must implement kernel_form()")
 
 
 @dataclass(frozen=True)

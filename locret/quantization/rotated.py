@@ -110,11 +110,15 @@ class RotatedScheme(Scheme):
         self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
     ) -> bool:
         bits = self.value_bits if starts is None else self.key_bits
-        if takes_triton(out):
+        fused = takes_triton(out) and self.decodes_packed(out.shape[-1])
+        if fused:
             expand_rotated(packed, POSITIVE_LEVELS[bits], out, starts, at)
-        return takes_triton(out)
+        return fused
 
-    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> RotatedKV | None:
+    def decodes_packed(self, head_size: int) -> bool:
+        return head_size % 8 == 0
+
+    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> RotatedKV:
         both = POSITIVE_LEVELS[self.key_bits], POSITIVE_LEVELS[self.value_bits]
         return RotatedKV(keys, starts, values, *both, self.group)
 

@@ -86,9 +86,10 @@ class KiviScheme(Scheme):
             expand_units(packed, self.bits, self.group, out, starts, at)
         return takes_triton(out)
 
-    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> PackedKV | None:
-        if self.outliers is not None:
-            return None
+    def decodes_packed(self, head_size: int) -> bool:
+        return self.outliers is None
+
+    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> PackedKV:
         return PackedKV(keys, starts, values, self.bits, self.group)
 
     def _grouped(self, x: Tensor) -> Tensor:

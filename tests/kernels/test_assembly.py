@@ -87,7 +87,8 @@ def test_codes_of_small_queries_lie_below_the_normal_range(bits):
 def test_codes_of_rotated_units_become_their_levels(bits):
     random, levels = np.random.default_rng(0), LEVELS[bits]
     table = np.array([-level for level in reversed(levels)] + list(levels)).astype(np.float16)
-    for chunk, assembly in enumerate(packed_rotated.assembly(levels)):
+    chunks = packed_rotated.assembly(levels)[: 8 // (bits - bits % 2)]
+    for chunk, assembly in enumerate(chunks):
         for _ in range(20):
             low, high = random.integers(0, 256, (2, 4), dtype=np.uint8)
             given = {f"${i}": int(x.view(np.uint32)[0]) for i, x in enumerate((low, high), start=2)}
@@ -96,3 +97,13 @@ def test_codes_of_rotated_units_become_their_levels(bits):
             else:
                 code = low >> chunk * bits & 2**bits - 1
             assert (execute(assembly, given) == table[code]).all()
+
+
+def test_highest_bits_are_moved_to_those_of_their_chunks():
+    random, assembly = np.random.default_rng(0), packed_rotated.assembly(LEVELS[3])[-1]
+    for _ in range(20):
+        packed, stays = random.integers(0, 256, 4, dtype=np.uint8), random.random(4) < 0.5
+        mask = np.where(stays, 255, 0).astype(np.uint8)
+        given = {"$1": int(packed.view(np.uint32)[0]), "$2": int(mask.view(np.uint32)[0])}
+        result = execute(assembly, given, ["$0"]).view(np.uint8)
+        assert (result & 0x55 == np.where(stays, packed, packed >> 1) & 0x55).all()

@@ -16,6 +16,7 @@ from locret.kernels import (
     decode_packed,
     decode_sequences,
     decode_shares,
+    expand_rotated,
     expand_units,
     gather_sequences,
     gather_units,
@@ -30,6 +31,7 @@ from locret.kernels.decode import decode_attention_reference
 from locret.kernels.decode_packed import expand_reference
 from locret.kernels.evict import threshold_select_reference
 from locret.quantization.packed import pack_keys, pack_values, select_keys, select_values
+from locret.quantization.rotated import RotatedScheme
 from locret.quantization.schemes import KiviScheme
 
 
@@ -153,6 +155,24 @@ def test_packed_units_are_what_the_kivi_scheme_stores(bits, size, group):
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [64, 80, 96])
+def test_rotated_units_are_what_the_scheme_stores(bits, size):
+    scheme, lengths = RotatedScheme(bits=bits, group=16), (20, 0, 7)
+    keys = pack_keys(scheme, torch.randn(27, size), lengths)
+    values = pack_values(scheme, torch.randn(27, size))
+    form = scheme.kernel_form((*keys.units, *keys.tables), keys.starts, values.units)
+    expected = keys.dense(torch.float32), values.dense(torch.float32)
+    for actual, expanded in zip(expand_reference(form), expected, strict=True):
+        torch.testing.assert_close(actual, expanded)
+    whole = torch.zeros(2, 30, size)
+    at = torch.arange(27) + 3
+    expand_rotated(form.keys, form.key_levels, whole[0], form.starts, at)
+    expand_rotated(form.values, form.value_levels, whole[1], at=at)
+    torch.testing.assert_close(whole[:, 3:], torch.stack(expected))
+    assert not whole[:, :3].any()
+
+
 def test_store_writes_in_place():
     keys, values = torch.zeros(2, 1, 2, 5, 4).unbind()
     key, value = torch.randn(2, 1, 2, 1, 4).unbind()
@@ -257,6 +277,11 @@ def refused(packed=PACKED, shares=PACKED_SHARES):
         (lambda: expand_units(OF_VALUES, 4, 4, FLAT[:4]), r"out is .*\[5, head size\]"),
         (lambda: expand_units(OF_VALUES, 4, 4, FLAT.int()), "a floating type"),
         (lambda: expand_units(OF_VALUES, 4, 4, FLAT, at=STARTS), "at is torch.int32"),
+        (lambda: expand_rotated((CODES, TABLES), (0.5, 1.5), FLAT), "a multiple of 8"),
+        (
+            lambda: expand_rotated((CODES, TABLES), (0.5, 1.5), torch.zeros(5, 16)),
+            r"codes is .* expected torch.uint8 \(5, 4\)",
+        ),
         (
             lambda: decode_sequences(UNITS, FLAT, FLAT[:4], *SEQUENCES_CALL, 1.0),
             r"do not fit: expected \(5, 4\)",

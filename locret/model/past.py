@@ -1,0 +1,113 @@
+"""What every new token sees, and attention of a few queries to it by products of matrices: on a CPU
+faster than fused attention to one set of units after the other and a merge.
+
+B batch, H KV heads, G query heads a KV head, T new tokens, S units, R queries of a KV head (G * T),
+D head size.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from locret.cache.sequences import Sequences
+
+_FEW = 32
+"""Most queries of a KV head (R) that are few."""
+
+
+class Past(NamedTuple):
+    """Units that every new token sees.
+
+    Attributes:
+        keys, values: flat [N, D] over `sequences`, keys rotated; or rectangles [B, H, S, D] where
+            that is None.
+        sequences: how many units each row and head has.
+    """
+
+    keys: Tensor
+    values: Tensor
+    sequences: Sequences | None = None
+
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[1] if self.sequences is None else self.sequences.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Units of the longest sequence."""
+        return self.keys.shape[2] if self.sequences is None else self.sequences.longest
+
+    def as_rectangle(self) -> "Past":
+        """The same as a rectangle, if all sequences are equally long."""
+        if self.sequences is None or not self.sequences.equal:
+            return self
+        return Past(self.sequences.rectangle(self.keys), self.sequences.rectangle(self.values))
+
+    def of(self, row: int, head: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, 1, S, D] of one sequence."""
+        if self.sequences is None:
+            return tuple(x[row : row + 1, head : head + 1] for x in self[:2])  # type: ignore[return-value]
+        at = row * self.sequences.shape[1] + head
+        start, end = self.sequences.bounds[at : at + 2]
+        return self.keys[None, None, start:end], self.values[None, None, start:end]
+
+
+def are_few(query: Tensor, pasts: Sequence[Past], new: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether `attend_few` is faster than fused attention to each of `pasts` and to the new tokens;
+    arguments as of `locret.model.attend.attend_past`."""
+    if query.device.type != "cpu" or query.dtype != torch.float32:
+        return False
+    heads = pasts[0].heads if new is None else new[0].shape[1]
+    return query.shape[1] // heads * query.shape[2] <= _FEW
+
+
+def attend_few(
+    query: Tensor, pasts: Sequence[Past], new: tuple[Tensor, Tensor] | None, scaling: float
+) -> Tensor:
+    """Attention of few queries by one softmax over the logits of all units.
+
+    Args:
+        query: [B, H*G, T, D], rotated.
+        pasts: what they all see; at least one where `new` is None.
+        new: keys (rotated) and values [B, H, T, D], causal; None = those of a single token, which
+            are in the last past.
+        scaling: softmax scale.
+
+    Returns:
+        [B, T, H*G, D].
+    """
+    every = [*pasts, *([] if new is None else [Past(*new)])]
+    rows, tokens, heads = query.shape[0], query.shape[2], every[0].heads
+    grouped = query.reshape(rows, heads, -1, query.shape[3]) * scaling  # [B, H, G*T, D]
+    logits = torch.cat([_logits(grouped, past) for past in every], dim=-1)
+    if tokens > 1:
+        future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        future = future.repeat(grouped.shape[2] // tokens, 1)
+        logits[..., -tokens:].masked_fill_(future, -torch.inf)
+    shares = logits.softmax(dim=-1).split([past.length for past in every], dim=-1)
+    output = sum(_weighed(share, past) for share, past in zip(shares, every, strict=True))
+    assert isinstance(output, Tensor)
+    return output.reshape(rows, -1, tokens, output.shape[3]).transpose(1, 2).contiguous()
+
+
+def _logits(query: Tensor, past: Past) -> Tensor:
+    """[B, H, R, units of the longest sequence] of queries [B, H, R, D]; -inf where a sequence is
+    shorter."""
+    if past.sequences is None:
+        return query @ past.keys.transpose(-1, -2)
+    logits = query.new_full((*query.shape[:3], past.length), -torch.inf)
+    each = past.keys.split(past.sequences.flat)
+    for out, own, keys in zip(logits.flatten(0, 1), query.flatten(0, 1), each, strict=True):
+        out[:, : len(keys)] = own @ keys.T
+    return logits
+
+
+def _weighed(shares: Tensor, past: Past) -> Tensor:
+    """The values [B, H, R, D] by shares [B, H, R, units of the longest sequence]."""
+    if past.sequences is None:
+        return shares @ past.values
+    each = zip(shares.flatten(0, 1), past.values.split(past.sequences.flat), strict=True)
+    own = [share[:, : len(values)] @ values for share, values in each]
+    return torch.stack(own).unflatten(0, past.sequences.shape)
