@@ -295,7 +295,7 @@ def sizes_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
     units = [sum(heads) / len(heads) for heads in counts]
     return {
         "units": (round(sum(units) / len(units), 1), round(max(units))),
-        "head_units": (min(map(min, held)), max(map(max, held))),
+        "head_units": (min(map(min, counts)), max(map(max, counts))),
         "bytes": report["total_bytes"] // rows,
         "room_bytes": sum(map(_room_bytes, cache.layers)) // rows,
         "full_bytes": report["full_cache_bytes"] // rows,
