@@ -4,8 +4,8 @@ import pytest
 
 import locret
 from tests import reference
-from tests.reference import Settings
 from tests.kept import kept_of
+from tests.reference import Settings
 from tests.tiny_models import distinct_prompt, tiny_heads, tiny_model
 
 SIZES = [
