@@ -134,14 +134,21 @@ def test_a_chunk_is_seen_as_it_is_by_itself(model):
     assert torch.equal(logits_of(engine, ids), logits_of(plain, ids))
 
 
+def unpacked(layer):
+    """Units of each head that stand as they came."""
+    plain = layer.store.context.plain
+    assert plain.equal
+    return plain.longest + layer.store.tail.count
+
+
 @pytest.mark.parametrize("scheme", CODED, ids=lambda scheme: scheme["name"])
 def test_answers_are_packed_as_they_come(model, scheme):
     engine = engine_of(model, quantization=scheme)
     cache = engine.prefill(prompt(60))
     engine.generate(prompt(3), cache=cache, max_new_tokens=40, do_sample=False)
     for layer in cache.layers:
-        assert layer.slots == 20 + 42
-        assert layer.units.store.residual.count < RUNS["residual"] + RUNS["group"]
+        assert (layer.lengths == 20 + 42).all()
+        assert unpacked(layer) < RUNS["residual"] + RUNS["group"]
         assert layer.rotated == (scheme["name"] != "kvquant")
 
 
@@ -217,10 +224,10 @@ def test_rows_of_different_lengths_hold_what_they_would_alone(model, scheme, len
     for row, length in enumerate(lengths):
         alone = engine.prefill(prompt(length, seed=row, vocab=VOCAB))
         for layer, single in zip(cache.layers, alone.layers, strict=True):
-            held = single.slots
-            assert torch.equal(layer.keys[row, :, layer.slots - held :], single.keys[0])
-            assert torch.equal(layer.values[row, :, layer.slots - held :], single.values[0])
-            assert (layer.empty[row] == layer.slots - held).all()
+            first = layer.longest - single.longest
+            assert torch.equal(layer.keys[row, :, first:], single.keys[0])
+            assert torch.equal(layer.values[row, :, first:], single.values[0])
+            assert torch.equal(layer.lengths[row], single.lengths[0])
 
 
 @pytest.mark.parametrize("settings", [{}, {"positions": "original"}, {"decode_interval": 4}])

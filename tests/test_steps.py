@@ -9,6 +9,7 @@ from locret.engine.answering import Answering
 from locret.engine.steps import EAGER_STEPS, StepCounts
 from locret.kernels import decode_packed
 from locret.model.hooks import cache_of
+from tests.kept import stacked
 from tests.tiny_models import FAMILIES, MIXED, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -188,7 +189,7 @@ def test_steps_over_packed_units(both, monkeypatch, name, bits, positions):
     mask = torch.ones_like(ids)
     mask[1, :30], mask[2, :57] = 0, 0
     seen = []
-    monkeypatch.setattr("locret.engine.steps.decode_attention_quantized", spied(seen))
+    monkeypatch.setattr("locret.engine.steps.decode_packed", spied(seen))
     scheme = {"name": name, "bits": bits, "group": 16, "residual": 3}
 
     def work():
@@ -227,9 +228,9 @@ def test_long_answers_are_packed_now_and_then(both, monkeypatch, name):
                 )  # fmt: skip
                 answers.append(torch.stack(output.logits)[:3])
             for layer in cache.layers:
-                known = layer.source_positions[0, 0, 20:].tolist()
+                known = layer.source_positions[0][0][20:].tolist()
                 assert known == list(range(60, 60 + len(known)))
-                assert layer.units.store.residual.count < 3 + 4
+                assert layer.store.context.plain.longest + layer.store.tail.count < 3 + 4
             cache.restore(context)
         return answers
 
@@ -243,9 +244,12 @@ def test_turns_snapshots_and_storage_that_runs_out(both, monkeypatch):
     heads = tiny_heads(model)
     monkeypatch.setattr("locret.engine.answering.DECODE_ROOM", 3)
 
+    # An engine that evicts while it answers keeps the scores, whoever asks then.
+    keeps_scores = locret.Engine(model, heads=heads, decode_interval=99, **SMALL)
+
     def work():
         engine = locret.Engine(model, heads=heads, **SMALL)
-        cache = engine.prefill(prompt(60))
+        cache = keeps_scores.prefill(prompt(60))
         context, answers = cache.snapshot(), []
         for seed in range(3):
             question = prompt(4, seed=seed)
@@ -253,9 +257,9 @@ def test_turns_snapshots_and_storage_that_runs_out(both, monkeypatch):
             more = engine.generate(question, cache=cache, **GREEDY | {"max_new_tokens": 30})
             answers += more.flatten().tolist()
             for layer in cache.layers:
-                known = layer.source_positions[0, 0, 20:].tolist()
+                known = layer.source_positions[0][0][20:].tolist()
                 assert known == list(range(60, 60 + len(known)))
-                assert (layer.scores[:, :, 20:] == 0).all()
+                assert (stacked(layer.scores)[:, :, 20:] == 0).all()
             cache.restore(context)
         return answers
 
