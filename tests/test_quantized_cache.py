@@ -149,14 +149,12 @@ def test_answers_are_packed_as_they_come(model, scheme):
     for layer in cache.layers:
         assert (layer.lengths == 20 + 42).all()
         assert unpacked(layer) < RUNS["residual"] + RUNS["group"]
-        assert layer.rotated == (scheme["name"] != "kvquant")
+        assert layer.rotated
 
 
 @pytest.mark.parametrize("name", PACKING)
 @pytest.mark.parametrize("settings", [{}, {"positions": "original"}, {"decode_interval": 4}])
 def test_every_question_sees_the_untouched_context(model, name, settings):
-    if name == "kvquant" and "positions" in settings:
-        pytest.skip("refused")
     ends = {"quant_end_layers": 1} if name == "layerquant" else {}
     engine = engine_of(model, quantization={"name": name} | RUNS | ends, **settings)
     cache = engine.prefill(prompt(60))
@@ -290,11 +288,6 @@ def test_layerquant_moves_units_between_layers(model):
     assert fixed.prefill(prompt(200)).report()["units"] == [30, 30]
 
 
-def test_keys_before_rotation_need_compact_positions(model):
-    with pytest.raises(ValueError, match="'kvquant' holds keys before their rotation"):
-        engine_of(model, quantization="kvquant", positions="original")
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -386,8 +379,6 @@ def test_no_scheme_minds_a_large_key_bias(name, positions):
     model = tiny_model("qwen2", vocab_size=VOCAB)
     for layer in model.model.layers:
         layer.self_attn.k_proj.bias.data[HEAD_SIZE // 2 - 1] = 354.0
-    if make_scheme(name).keys_are == "unrotated" and positions == "original":
-        pytest.skip("needs compact positions")
     plain = engine_of(model, "streaming_llm", positions=positions)
     scheme = {"name": name, "bits": 8} | RUNS
     engine = engine_of(model, "streaming_llm", positions=positions, quantization=scheme)

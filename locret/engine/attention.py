@@ -117,7 +117,7 @@ class AnswerPass(Pass):
         query, key = call.query, call.key
         if not call.rotated:
             query = call.rotate(query, starts, lengths)
-            key = call.rotate(key, starts, lengths) if layer.rotated else key
+            key = call.rotate(key, starts, lengths)
         positions = torch.arange(layer.seen, layer.seen + key.shape[2], device=key.device)
         store.append(NewTokens.of(key, call.value, _own(cache, positions)), self.room)
         output = self._output(call, layer, query) if wanted else None
@@ -446,7 +446,7 @@ class RetainedAttention:
         if cache is None or rotary is None:
             return None
         layer, current = cache.layers[layer_idx], cache.current or self._default
-        if layer.window is not None or layer.stays_unrotated:
+        if layer.window is not None:
             return None
         return current.rotation(layer_idx, hidden, cache, rotary)
 
@@ -533,7 +533,7 @@ def _at_first_slot(call: LayerCall, keys: Tensor) -> Tensor:
 
 def _freeze(call: LayerCall, layer: RetainedLayer, room: int) -> None:
     """From here on slots do not move: rotate the keys once, where they stand."""
-    if layer.rotated or layer.stays_unrotated:
+    if layer.rotated:
         return
     lengths, store = call.cache.prompt_lengths, layer.store
     context = store.context
