@@ -109,9 +109,9 @@ def _records(path: Path) -> Iterator[Record]:
     for line in path.read_bytes().split(b"\n"):
         try:
             values: Any = json.loads(line)
-            pairs = {name: values.get(name) for name in ("units", "head_units")}
-            record = Record(**values | {n: v and tuple(v) for n, v in pairs.items()})
-        except (ValueError, TypeError, KeyError):
+            pairs = {name: values[name] for name in ("units", "head_units") if values.get(name)}
+            record = Record(**values | {name: tuple(pair) for name, pair in pairs.items()})
+        except (ValueError, TypeError, AttributeError):
             continue  # unfinished, or of another version: the sample is asked again
         if all(isinstance(getattr(record, name), int) for name in COUNTS):
             yield record
