@@ -19,6 +19,7 @@ from locret.cache.layer import RetainedLayer
 from locret.engine.attention import Pass
 from locret.kernels import (
     PackedShares,
+    Plain,
     Shares,
     decode_packed,
     decode_sequences,
@@ -88,11 +89,11 @@ class StepContext(NamedTuple):
         self, query: Tensor, keys: Tensor, values: Tensor, length: Tensor, scaling: float
     ) -> Tensor:
         """[B, H*G, 1, D], over the context and the first `length` units of the tail."""
-        plain = self.keys, self.values, self.shares, keys, values, length, scaling
+        plain = Plain(self.keys, self.values, self.shares, keys, values, length)
         if self.packed is None:
-            return decode_sequences(query, *plain)
+            return decode_sequences(query, plain, scaling)
         assert self.packed_shares is not None
-        return decode_packed(query, self.packed, self.packed_shares, *plain)
+        return decode_packed(query, self.packed, self.packed_shares, plain, scaling)
 
 
 class StepPass(Pass):
