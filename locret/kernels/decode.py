@@ -119,13 +119,14 @@ def decode_sequences(query: Tensor, plain: Plain, scaling: float) -> Tensor:
         ValueError: shapes or dtypes do not fit.
     """
     plain.check(query)
-    if not takes_triton(query, plain.keys, plain.shares.tiles, plain.tail_keys, plain.tail_length):
+    keys, values, shares, *tails = plain
+    if not takes_triton(query, keys, values, shares.tiles, *tails):
         return decode_sequences_reference(query, plain, scaling)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if out.numel():
         states = plain.states(query)
         attend_sequences(query, plain, scaling, states)
-        states.merge(out, [plain.shares])
+        states.merge(out, [shares])
     return out
 
 
