@@ -16,6 +16,7 @@ from locret.model.backbone import Backbone
 from locret.model.loading import load_model
 from locret.training.distill import Distillation
 from locret.training.segments import Segment
+from tests.kept import kept_of
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -77,10 +78,10 @@ def test_within_a_budget_wrapped_and_merged_keep_the_same():
             model = model.merge_and_unload()
         engine = locret.Engine(model, heads=heads, **settings)
         cache = engine.prefill(ids)
-        kept.append([layer.source_positions for layer in cache.layers])
+        kept.append(kept_of(cache))
         answers.append(engine.generate(ids, **GREEDY))
     assert torch.equal(*answers)
-    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("tap", ["qkv", "hidden"])

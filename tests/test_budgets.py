@@ -27,7 +27,7 @@ def test_share_takes_stabilizers_in_proportion(model):
     engine = locret.Engine(model, "random", budget=0.5, chunk_size=7)
     assert engine.config.reading.stabilizers == "auto"
     engine.prefill(prompt(60))
-    assert engine.config.stabilizers_for([30]) == 2500 * 30 // 16384
+    assert engine.config.eviction(((30, 30), (30, 30))).stabilizers == 2500 * 30 // 16384
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 1.5, -0.1])
@@ -94,7 +94,9 @@ def test_eviction_while_answering_needs_scores_of_all_units(model, settings, tmp
     settings = {"budget": 20, **SMALL, **settings}
     plain = locret.Engine(model, "random", **settings)
     bounded = locret.Engine(model, "random", decode_interval=6, **settings)
-    cache = plain.prefill(prompt(60))
+    with pytest.raises(ValueError, match="read by an engine without it and holds no scores"):
+        bounded.generate(prompt(3), cache=plain.prefill(prompt(60)), max_new_tokens=2)
+    cache = bounded.prefill(prompt(60))
     read = cache.snapshot()
     plain.generate(prompt(3), cache=cache, max_new_tokens=2)
     cache.save(tmp_path / "answered")

@@ -217,13 +217,21 @@ def test_records_that_lack_something_are_refused_by_name(engine, model, tmp_path
     assert locret.RetainedCache.load(path, model).seen == 30
 
 
+def test_contexts_of_earlier_versions_are_refused_with_the_version(engine, model, tmp_path):
+    path = tmp_path / "context"
+    engine.prefill(prompt(30)).save(path)
+    damaged(path, lambda record: record.update(schema=2))
+    with pytest.raises(ValueError, match="context.json has schema 2; this version reads 3"):
+        locret.RetainedCache.load(path, model)
+
+
 def test_units_of_another_context_are_refused(engine, model, tmp_path):
-    for length in (20, 30):
+    for length in (40, 30):
         engine.prefill(prompt(length)).save(tmp_path / str(length))
     file = "units.safetensors"
-    (tmp_path / "20" / file).write_bytes((tmp_path / "30" / file).read_bytes())
+    (tmp_path / "40" / file).write_bytes((tmp_path / "30" / file).read_bytes())
     with pytest.raises(ValueError, match="does not go with context.json: token_ids of 1 tensors"):
-        locret.RetainedCache.load(tmp_path / "20", model)
+        locret.RetainedCache.load(tmp_path / "40", model)
     damaged(tmp_path / "30", lambda record: record["tensors"].update({"1.keys": [1, 2, 3, 4]}))
     with pytest.raises(ValueError, match="does not go with context.json: 1.keys"):
         locret.RetainedCache.load(tmp_path / "30", model)

@@ -174,7 +174,7 @@ def test_policy_object_is_used_as_it_is(model, heads):
 def test_model_in_half_precision_takes_float32_heads(heads, dtype):
     half = tiny_model("llama", vocab_size=512).to(dtype)
     before = copy.deepcopy(heads.state_dict())
-    engine = small_engine(half, "locret", heads=heads)
+    engine = small_engine(half, "locret", heads=heads, decode_interval=8)
     cache = engine.prefill(prompt(60))
     assert cache.layers[0].keys.dtype == dtype
     assert cache.layers[0].scores[0][0].dtype == torch.float32
@@ -828,7 +828,8 @@ def test_random_is_reproducible_by_seed_and_leaves_the_global_generator_alone(mo
 def test_locret_keeps_what_its_heads_score_highest(model, heads):
     ids = distinct_prompt(60, 512)
     engine = small_engine(model, "locret", heads=heads, chunk_size=None)
-    scores = small_engine(model, "locret", heads=heads, chunk_size=None, budget=60).prefill(ids)
+    whole = {"chunk_size": None, "budget": 60, "decode_interval": 8}
+    scores = small_engine(model, "locret", heads=heads, **whole).prefill(ids)
     for layer_idx in range(1):  # beyond the first eviction, deeper layers see other units
         best = stacked(scores.layers[layer_idx].scores).topk(20).indices.sort().values
         held = engine.prefill(ids).layers[layer_idx].source_positions
@@ -894,7 +895,7 @@ def test_scores_of_a_policy_in_half_precision_are_taken(model):
         def score(self, chunk):
             return chunk.key.norm(dim=-1).half()
 
-    cache = small_engine(model, Halves()).prefill(prompt(60))
+    cache = small_engine(model, Halves(), decode_interval=8).prefill(prompt(60))
     assert cache.layers[0].scores[0][0].dtype == torch.float32
 
 

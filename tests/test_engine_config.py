@@ -51,7 +51,6 @@ REFUSED = [
     ({"query_tokens": 5}, "engine settings query_tokens are unknown"),
     ({"budget": 20, "stabilizers": 21}, "lower stabilizers or raise the budget"),
     ({"budget": [30, 20], "stabilizers": 21}, "lower stabilizers or raise the budget"),
-    ({"quantization": "kvquant", "positions": "original"}, "use positions='compact'"),
     ({"quantization": "kivi", "merging": "similar"}, "does not encode again"),
     ({"quantization": "kivi", "recall": {}}, "has only codes of them"),
     ({"merging": "similar", "recall": {}}, "would count twice"),

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locret
-from locret.cache.layer import NewTokens, PlainStore
 from locret.cache.merging import (
     Mergeable,
     Merging,
@@ -14,6 +13,8 @@ from locret.cache.merging import (
     merge_evicted,
     merging_of,
 )
+from locret.cache.sequences import sequences_of
+from locret.cache.store import NewTokens, Store
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from tests import policy_reference
 from tests.policy_reference import Unit, merge
@@ -138,14 +139,18 @@ def test_what_receives_nothing_stays_bit_for_bit():
 def assert_as_the_twin(cache, layers):
     for layer, expected in zip(cache.layers, layers, strict=True):
         for head, units in enumerate(expected.units):
-            first = layer.slots - len(units)
-            positions = layer.source_positions[0, head, first:].tolist()
+            positions = layer.source_positions[0][head].tolist()
             assert positions == [unit.position for unit in units]
-            weights = layer.units.weights[0, head]
-            assert weights[first:].tolist() == [unit.weight for unit in units]
-            assert not weights[:first].any()
+            weights = layer.store.split("weights")[0][head]
+            assert weights.tolist() == [unit.weight for unit in units]
             values = torch.stack([unit.value for unit in units])
-            torch.testing.assert_close(layer.values[0, head, first:], values, atol=1e-5, rtol=1e-4)
+            found = layer.store.split("values")[0][head]
+            torch.testing.assert_close(found, values, atol=1e-5, rtol=1e-4)
+
+
+def weights(layer):
+    """[B, H, S], zeros in front where heads hold fewer units than others."""
+    return layer.store.rectangle("weights")
 
 
 @pytest.mark.parametrize("chunk_size", [9, None])
@@ -188,7 +193,7 @@ def test_a_question_that_is_given_up_again_is_not_merged(model, name):
     cache = engine.prefill(ids[:, :41], query_ids=ids[:, 41:])
     assert_as_the_twin(cache, layers)
     for layer in cache.layers:
-        assert layer.units.weights.sum(dim=-1).eq(41).all()
+        assert weights(layer).sum(dim=-1).eq(41).all()
 
 
 def test_a_question_in_front_receives_nothing(model):
@@ -196,8 +201,8 @@ def test_a_question_in_front_receives_nothing(model):
     engine = locret.Engine(model, heads=heads, merging=ALL, **SMALL)
     cache = engine.prefill(prompt(60), query_ids=prompt(6, seed=1))
     for layer in cache.layers:
-        assert layer.units.weights[:, :, :6].eq(1).all()
-        assert layer.units.weights.sum(dim=-1).eq(66).all()
+        assert weights(layer)[:, :, :6].eq(1).all()
+        assert weights(layer).sum(dim=-1).eq(66).all()
 
 
 @pytest.mark.parametrize("name", ["keydiff", "sirllm", "h2o"])
@@ -206,8 +211,8 @@ def test_answers_that_are_evicted_stay_bounded_and_lose_nothing(model, name):
     cache = engine.prefill(prompt(60))
     engine.generate(prompt(5, seed=1), cache=cache, max_new_tokens=40, do_sample=False)
     for layer in cache.layers:
-        assert layer.slots <= 17 + 3
-        assert layer.units.weights.sum(dim=-1).eq(cache.seen).all()
+        assert layer.longest <= 17 + 3
+        assert weights(layer).sum(dim=-1).eq(cache.seen).all()
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
@@ -235,12 +240,12 @@ def test_off_costs_nothing_and_changes_nothing(model):
     nothing_alike = locret.Engine(model, "keydiff", merging=Merging(threshold=1.0), **SMALL)
     without, merged = plain.prefill(ids), nothing_alike.prefill(ids)
     for ours, other in zip(without.layers, merged.layers, strict=True):
-        assert [len(ours.units.tensors), len(other.units.tensors)] == [4, 5]
-        for mine, others in zip(ours.units.tensors, other.units.tensors, strict=False):
+        assert [len(ours.store.tensors), len(other.store.tensors)] == [3, 4]
+        for mine, others in zip(ours.store.tensors, other.store.tensors, strict=False):
             assert torch.equal(mine, others)
     assert torch.equal(plain.generate(ids, **GREEDY), nothing_alike.generate(ids, **GREEDY))
     keeps_all = locret.Engine(model, "full", merging="similar", **SMALL).prefill(ids)
-    assert [len(layer.units.tensors) for layer in keeps_all.layers] == [4, 4]
+    assert [len(layer.store.tensors) for layer in keeps_all.layers] == [3, 3]
 
 
 def test_merging_changes_answers(model):
@@ -254,8 +259,8 @@ def test_layers_with_a_window_merge_nothing():
     model = tiny_model("gemma3_text")
     cache = locret.Engine(model, "keydiff", merging=ALL, **SMALL).prefill(prompt(60))
     slides, retained = cache.layers
-    assert len(slides.units.tensors) == 4
-    assert retained.units.weights.sum(dim=-1).eq(60).all()
+    assert len(slides.store.tensors) == 3
+    assert weights(retained).sum(dim=-1).eq(60).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -277,14 +282,14 @@ def test_contexts_are_saved_restored_and_repeated(tmp_path, dtype):
 
 
 def test_units_written_in_place_weigh_one():
-    units = PlainStore(weighs=True)
+    store = Store(weighs=True)
     keys = torch.randn(1, 2, 5, 4)
-    units.append(NewTokens.of(keys, keys, torch.arange(5)))
-    units.replace(4, torch.full((1, 2, 5), 3.0))
-    units.make_room(4, first_position=5)
-    for _ in range(3):
-        units.note_written()
-    assert units.weights[0, 1].tolist() == [3.0] * 5 + [1.0] * 3
+    everything = torch.arange(5).repeat(2), sequences_of(((5, 5),), keys.device)
+    store.retain(*everything, NewTokens.of(keys, keys, torch.arange(5)))
+    store.replace_values(store.context.values, torch.full((10,), 3.0))
+    store.make_room(4, first_position=5)
+    store.tail.count += 3
+    assert store.split("weights")[0][1].tolist() == [3.0] * 5 + [1.0] * 3
 
 
 def test_a_budget_in_bytes_counts_weights(model):
@@ -292,7 +297,9 @@ def test_a_budget_in_bytes_counts_weights(model):
     with_weights = locret.Engine(model, "keydiff", merging="similar", **settings)
     cache = with_weights.prefill(prompt(200))
     assert cache.nbytes <= 40_000
-    assert cache.nbytes == with_weights.sizing.cache_bytes([layer.slots for layer in cache.layers])
+    assert cache.nbytes == with_weights.sizing.cache_bytes(
+        [layer.longest for layer in cache.layers]
+    )
 
 
 # --- what is asked for ---

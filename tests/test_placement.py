@@ -68,12 +68,14 @@ def test_heads_follow_their_layers(monkeypatch):
 
 def test_units_follow_their_layers():
     model = tiny_model("llama")
-    cache = locret.Engine(model, "random", **SMALL).prefill(prompt(60))
+    engine = locret.Engine(model, "random", **SMALL)
+    cache = engine.prefill(prompt(60))
     layer, device = cache.layers[0], torch.device("meta")
-    layer.add_empty([2], 2, torch.device("cpu"))
+    engine.generate(prompt(4), cache=cache, max_new_tokens=2)
+    assert layer.store.tail.count
     layer.state["seen"] = torch.ones(1)
     layer.place(device)
-    tensors = [*layer.units.tensors, layer.empty, *layer.state.values()]
+    tensors = [*layer.store.tensors, layer.lengths, *layer.state.values()]
     assert {tensor.device for tensor in tensors} == {device}
 
 

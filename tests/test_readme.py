@@ -161,7 +161,7 @@ def test_the_shown_code_runs(workplace, monkeypatch, no_deprecations):
         exec(block, names)  # noqa: S102 - the README is ours
     assert names["ids"].shape[1] > 300
     assert names["answer"].shape[1] > 9
-    assert names["cache"].layers[0].source_positions.dtype == torch.long
+    assert names["cache"].layers[0].source_positions[0][0].dtype == torch.long
 
 
 def test_the_supported_families_are_those_of_the_code():

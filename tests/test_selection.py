@@ -1,11 +1,35 @@
-"""Which units a full cache keeps, against a sort in plain Python."""
+"""Which units full caches keep, against a sort in plain Python."""
+
+from itertools import accumulate
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.policies.base import keep_highest
+from locret.kernels import select_sequences
+
+
+def numbers(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def keep_highest(scores, budget, tail=0, head=0, old=0):
+    """Indices that equally long sequences keep, [B, H, K].
+
+    Args:
+        scores: [B, H, S], of which the first `old` are given as the context's.
+    """
+    batch, heads, size = scores.shape
+    count, keep = batch * heads, min(budget, size)
+    offsets = numbers([old * i for i in range(count + 1)])
+    out = numbers([keep * i for i in range(count + 1)])
+    each = (numbers([x] * count) for x in (tail, head))
+    index = select_sequences(
+        scores[..., :old].reshape(-1).float(), scores[..., old:].float(), offsets,
+        numbers([keep] * count), out, *each, keep * count, size,
+    )  # fmt: skip
+    return index.view(batch, heads, keep)
 
 
 def naive(scores, budget, protected_tail):
@@ -31,7 +55,7 @@ def test_keeps_the_highest_in_order(data, dtype):
     ).reshape(batch, heads, size)
     scores = scores.to(dtype) - size / 2  # all different, some negative
     before = scores.clone()
-    kept = keep_highest(scores, budget, protected)
+    kept = keep_highest(scores, budget, protected, old=data.draw(st.integers(0, size)))
     assert kept.dtype == torch.long
     assert torch.equal(scores, before)
     for row in range(batch):
@@ -82,13 +106,21 @@ def test_protected_ends_stay_and_the_highest_between_them(data, size, budget):
     assert kept == [*range(head), *sorted(between), *range(size - tail, size)]
 
 
-@pytest.mark.parametrize("protected", [(2, 2), (-1, 2), (2, -3)])
-def test_protected_ends_beyond_the_budget_are_a_mistake_of_ours(protected):
-    with pytest.raises(AssertionError):
-        keep_highest(torch.zeros(1, 1, 5), 3, *protected)
-
-
-@pytest.mark.parametrize(("budget", "protected"), [(3, 4), (3, -1)])
-def test_more_protected_units_than_budget_is_a_mistake_of_ours(budget, protected):
-    with pytest.raises(AssertionError):
-        keep_highest(torch.zeros(1, 1, 5), budget, protected)
+@settings(max_examples=100)
+@given(data=st.data())
+def test_sequences_of_each_their_own_lengths_and_budgets(data):
+    rows, heads, new = (data.draw(st.integers(1, 3)) for _ in range(3))
+    count = rows * heads
+    old = data.draw(st.lists(st.integers(0, 12), min_size=count, max_size=count))
+    keep = [data.draw(st.integers(0, n + new)) for n in old]
+    tails = [data.draw(st.integers(0, n)) for n in keep]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    scores = [torch.randperm(n + new, generator=generator).float() for n in old]
+    index = select_sequences(
+        torch.cat([x[:n] for x, n in zip(scores, old, strict=True)]),
+        torch.stack([x[n:] for x, n in zip(scores, old, strict=True)]).view(rows, heads, new),
+        numbers([0, *accumulate(old)]), numbers(keep), numbers([0, *accumulate(keep)]),
+        numbers(tails), numbers([0] * count), sum(keep), max(old) + new,
+    )  # fmt: skip
+    found = [x.tolist() for x in index.split(keep)]
+    assert found == [naive(x.tolist(), *how) for x, *how in zip(scores, keep, tails, strict=True)]

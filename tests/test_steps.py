@@ -1,18 +1,66 @@
 """One-token steps with counters on the device give the answers of the plain path."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import locret
 from locret.engine.answering import Answering
-from locret.engine.steps import EAGER_STEPS, StepCounts
-from locret.kernels import decode_packed
+from locret.engine.steps import EAGER_STEPS, StepCounts, scratch_for
+from locret.kernels import decode_packed, decode_sequences
 from locret.model.hooks import cache_of
+from locret.quantization import SCHEMES, make_scheme
+from locret.quantization.base import Scheme
+from tests.kept import stacked
 from tests.tiny_models import FAMILIES, MIXED, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
+QUOTAS = [[5.0, 0.4], [0.2, 2.4]]
+
+
+@dataclass(frozen=True)
+class HalfScheme(Scheme):
+    """A scheme of a user's own: keys in halves less their block's first one, values in halves."""
+
+    name = "half"
+    widths = (8,)
+    bits: int = 8
+
+    def encode_keys(self, x, usable):
+        first = x[..., :1, :].half()
+        return ((x - first).half(),), (first.squeeze(-2),)
+
+    def decode_keys(self, units, tables, head_size):
+        return units[0].float() + tables[0].float()
+
+    def encode_values(self, x, usable):
+        return (x.half(),)
+
+    def decode_values(self, units, head_size):
+        return units[0].float()
+
+
+class WaitingScheme(HalfScheme):
+    """One whose decoding a graph could not hold."""
+
+    recordable = False
+
+
+def scheme_of(name, **options):
+    """A scheme of small blocks, by name or `HalfScheme`."""
+    options = {"group": 8, "residual": 3} | options
+    if name == HalfScheme.name:
+        return HalfScheme(**options | {"bits": 8})
+    if name == "layerquant":
+        options |= {"quant_end_layers": 1}
+    return make_scheme(name, **options)
+
+
+PACKING = [*(name for name, scheme in SCHEMES.items() if scheme.packs), HalfScheme.name]
+EIGHT_BITS = ("fp8", HalfScheme.name)
 
 
 @pytest.fixture
@@ -73,7 +121,7 @@ def test_every_step_of_an_answer_is_fast(fast, family, positions):
         ({}, {}),
         ({"budget": None}, {}),
         ({"budget": [9, 30]}, {}),
-        ({"quantization": {"name": "kivi", "group": 16, "residual": 3}}, {}),
+        *(({"quantization": scheme_of(name, bits=8)}, {}) for name in PACKING),
         ({}, {"num_return_sequences": 2, "do_sample": True}),
         ({}, {"repetition_penalty": 1.2, "output_logits": True, "return_dict_in_generate": True}),
         ({}, {"max_new_tokens": None, "max_length": 72}),
@@ -108,7 +156,7 @@ def test_steps_go_on_as_storage_runs_out_and_after_restoring(fast, monkeypatch):
     ("settings", "given"),
     [
         ({"decode_interval": 4}, {}),
-        ({"quantization": "fp8"}, {}),
+        ({"quantization": WaitingScheme(group=8, residual=3)}, {}),
         ({"recall": {}}, {}),
         ({}, {"num_beams": 2}),
         ({}, {"output_hidden_states": True, "return_dict_in_generate": True}),
@@ -179,43 +227,81 @@ def test_padded_rows_and_layers_that_hold_different_numbers(both, budget, positi
     assert torch.equal(plain, fast)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
-@pytest.mark.parametrize("name", ["kivi", "layerquant"])
+@pytest.mark.parametrize("quotas", [None, QUOTAS], ids=["equal", "quotas"])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [(name, bits) for name in PACKING for bits in (8, 4, 2) if bits == 8 or name not in EIGHT_BITS],
+)
 @pytest.mark.parametrize("positions", ["compact", "original"])
-def test_steps_over_packed_units(both, monkeypatch, name, bits, positions):
-    model = tiny_model("llama", num_hidden_layers=4)
+def test_steps_over_packed_units(both, monkeypatch, name, bits, positions, quotas):
+    model = tiny_model("llama")
     ids = prompt(60, batch=3)
     mask = torch.ones_like(ids)
     mask[1, :30], mask[2, :57] = 0, 0
-    seen = []
-    monkeypatch.setattr("locret.engine.steps.decode_attention_quantized", spied(seen))
-    scheme = {"name": name, "bits": bits, "group": 16, "residual": 3}
+    seen = {}
+    for kernel in (decode_packed, decode_sequences):
+        of_kernel = seen[kernel.__name__] = []
+        monkeypatch.setattr(f"locret.engine.steps.{kernel.__name__}", spied(kernel, of_kernel))
+    # The plain path would pack the answer as soon as it fills a block.
+    scheme = scheme_of(name, bits=bits, group=16)
+    settings = SMALL | {"positions": positions, "quantization": scheme}
 
     def work():
-        settings = SMALL | {"budget": 20, "positions": positions, "quantization": scheme}
-        return locret.Engine(model, "random", **settings).generate(ids, mask, **GREEDY)
+        engine = locret.Engine(model, "random", quotas=quotas, **settings)
+        output = engine.generate(
+            ids, mask, **GREEDY, return_dict_in_generate=True, output_logits=True
+        )
+        return output.sequences, torch.stack(output.logits)
 
     plain, fast = both(work)
-    assert torch.equal(plain, fast)
-    assert len(seen) >= 4
+    assert torch.equal(plain[0], fast[0])
+    assert (plain[1] - fast[1]).abs().max() < 1e-4
+    straight = name not in (*EIGHT_BITS, "kvquant")
+    assert len(seen["decode_packed"]) == (2 * 11 if straight else 0)
+    assert len(seen["decode_sequences"]) == (0 if straight else 2 * 11)
 
 
-def spied(seen):
+def spied(kernel, seen):
     def decode(*args):
         seen.append(args)
-        return decode_packed(*args)
+        return kernel(*args)
 
     return decode
 
 
-@pytest.mark.parametrize("name", ["kivi", "kvquant", "fp8"])
-def test_long_answers_are_packed_now_and_then(both, monkeypatch, name):
+def test_layers_share_the_room_that_their_units_are_written_out_to(both, monkeypatch):
+    """One buffer for two layers of different lengths, and no more than the longer one takes."""
     model = tiny_model("llama")
-    monkeypatch.setattr("locret.cache.store.STEPS", 11)
-    scheme = {"name": name, "bits": 8, "group": 4, "residual": 3}
+    rooms = []
+
+    def room(cache):
+        rooms.append((scratch_for(cache), [x.store.context.sequences.total for x in cache.layers]))
+        return rooms[-1][0]
+
+    monkeypatch.setattr("locret.engine.steps.scratch_for", room)
 
     def work():
-        engine = locret.Engine(model, "streaming_llm", quantization=scheme, **SMALL)
+        settings = SMALL | {"budget": [30, 9], "quantization": scheme_of("kvquant")}
+        return locret.Engine(model, "random", **settings).generate(prompt(60), **GREEDY)
+
+    plain, fast = both(work)
+    assert torch.equal(plain, fast)
+    ((scratch, totals),) = rooms
+    assert scratch.shape == (2, max(totals), 8) and min(totals) < max(totals)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("name", PACKING)
+def test_long_answers_are_packed_now_and_then(both, monkeypatch, name, positions):
+    model = tiny_model("llama")
+    monkeypatch.setattr("locret.cache.store.STEPS", 11)
+    settings = SMALL | {
+        "positions": positions,
+        "quantization": scheme_of(name, bits=8, group=4),
+    }
+
+    def work():
+        engine = locret.Engine(model, "streaming_llm", **settings)
         cache = engine.prefill(prompt(60))
         context, answers = cache.snapshot(), []
         for seed in range(2):
@@ -225,11 +311,12 @@ def test_long_answers_are_packed_now_and_then(both, monkeypatch, name):
                     question, cache=cache, max_new_tokens=tokens, do_sample=False,
                     return_dict_in_generate=True, output_logits=True,
                 )  # fmt: skip
+                assert engine.last_steps.fast == (tokens - 1) * engine.fast_steps
                 answers.append(torch.stack(output.logits)[:3])
             for layer in cache.layers:
-                known = layer.source_positions[0, 0, 20:].tolist()
+                known = layer.source_positions[0][0][20:].tolist()
                 assert known == list(range(60, 60 + len(known)))
-                assert layer.units.store.residual.count < 3 + 4
+                assert layer.store.context.plain.longest + layer.store.tail.count < 3 + 4
             cache.restore(context)
         return answers
 
@@ -243,9 +330,12 @@ def test_turns_snapshots_and_storage_that_runs_out(both, monkeypatch):
     heads = tiny_heads(model)
     monkeypatch.setattr("locret.engine.answering.DECODE_ROOM", 3)
 
+    # An engine that evicts while it answers keeps the scores, whoever asks then.
+    keeps_scores = locret.Engine(model, heads=heads, decode_interval=99, **SMALL)
+
     def work():
         engine = locret.Engine(model, heads=heads, **SMALL)
-        cache = engine.prefill(prompt(60))
+        cache = keeps_scores.prefill(prompt(60))
         context, answers = cache.snapshot(), []
         for seed in range(3):
             question = prompt(4, seed=seed)
@@ -253,9 +343,9 @@ def test_turns_snapshots_and_storage_that_runs_out(both, monkeypatch):
             more = engine.generate(question, cache=cache, **GREEDY | {"max_new_tokens": 30})
             answers += more.flatten().tolist()
             for layer in cache.layers:
-                known = layer.source_positions[0, 0, 20:].tolist()
+                known = layer.source_positions[0][0][20:].tolist()
                 assert known == list(range(60, 60 + len(known)))
-                assert (layer.scores[:, :, 20:] == 0).all()
+                assert (stacked(layer.scores)[:, :, 20:] == 0).all()
             cache.restore(context)
         return answers
 

@@ -49,11 +49,6 @@ def check_storage(
     """
     if positions not in get_args(Positions):
         raise ValueError(f"positions is {positions!r}; expected 'compact' or 'original'")
-    if positions == "original" and scheme.packs and scheme.keys_are == "unrotated":
-        raise ValueError(
-            f"quantization {scheme.name!r} holds keys before their rotation and original "
-            "positions hold them after it; use positions='compact', or another quantization"
-        )
     if merging is not None and scheme.packs:
         raise ValueError(
             f"merging changes values of units that stay, and quantization {scheme.name!r} does "

@@ -32,7 +32,7 @@ class RetainedLayer(CacheLayerMixin):
     evictions have left are `store.context`, what came after is `store.tail`. `keys` and `values`
     [B, H, S, D] show them as a rectangle, filled up in front with zeros where sequences are
     shorter than others; what is packed is expanded each time. `rotated` says whether the keys
-    already carry their rotation; where `stays_unrotated` they never do.
+    already carry their rotation.
 
     `state` is what a policy remembers of this layer and request, by name. `host` holds what was
     evicted, for recall; None = what is evicted is gone. Units hold weights if the layer `merges`
@@ -55,7 +55,6 @@ class RetainedLayer(CacheLayerMixin):
     ) -> None:
         # The base class would make keys and values plain attributes; here they are views.
         self.store = Store(scheme, merges and window is None)
-        self.stays_unrotated = scheme.packs and scheme.keys_are == "unrotated"
         self.window = window
         self.host = HostBlocks(recall) if recall is not None and window is None else None
         self._rotated_at_first = rotated and window is None

@@ -22,6 +22,7 @@ from locret.cache.tail import Tail, TailView
 from locret.kernels import gather_sequences
 from locret.quantization import NO_SCHEME, Scheme
 from locret.quantization.packed import (
+    Expansion,
     PackedKeys,
     PackedValues,
     fetch,
@@ -121,7 +122,7 @@ class StoredContext:
         if packed is None:
             return plain
         whole = plain.new_empty(self.sequences.total, plain.shape[1])
-        packed.write(whole, places(self.sequences, self.packed, at_end=False))
+        Expansion(packed, places(self.sequences, self.packed, at_end=False)).write(whole)
         whole.index_copy_(0, places(self.sequences, self.plain, at_end=True), plain)
         return whole
 

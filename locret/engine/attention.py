@@ -117,7 +117,7 @@ class AnswerPass(Pass):
         query, key = call.query, call.key
         if not call.rotated:
             query = call.rotate(query, starts, lengths)
-            key = call.rotate(key, starts, lengths) if layer.rotated else key
+            key = call.rotate(key, starts, lengths)
         positions = torch.arange(layer.seen, layer.seen + key.shape[2], device=key.device)
         store.append(NewTokens.of(key, call.value, _own(cache, positions)), self.room)
         output = self._output(call, layer, query) if wanted else None
@@ -302,8 +302,14 @@ class ReadPass(Pass):
                 ),
                 whole.device,
             )
-            tails, heads = zip(*self.eviction.protected(i, self.policy), strict=True)
-            chosen.append((_highest(each, whole, kept, tails, heads), kept))
+            protected = self.eviction.protected(i, self.policy) * whole.shape[0]
+            # A head that shares what it has may keep fewer than the eviction protects.
+            firsts = [min(head, n) for (_, head), n in zip(protected, kept.flat, strict=True)]
+            lasts = [
+                min(tail, n - head)
+                for (tail, _), head, n in zip(protected, firsts, kept.flat, strict=True)
+            ]
+            chosen.append((_highest(each, whole, kept, lasts, firsts), kept))
         return chosen
 
     def _allotted(
@@ -440,7 +446,7 @@ class RetainedAttention:
         if cache is None or rotary is None:
             return None
         layer, current = cache.layers[layer_idx], cache.current or self._default
-        if layer.window is not None or layer.stays_unrotated:
+        if layer.window is not None:
             return None
         return current.rotation(layer_idx, hidden, cache, rotary)
 
@@ -527,7 +533,7 @@ def _at_first_slot(call: LayerCall, keys: Tensor) -> Tensor:
 
 def _freeze(call: LayerCall, layer: RetainedLayer, room: int) -> None:
     """From here on slots do not move: rotate the keys once, where they stand."""
-    if layer.rotated or layer.stays_unrotated:
+    if layer.rotated:
         return
     lengths, store = call.cache.prompt_lengths, layer.store
     context = store.context
@@ -579,21 +585,18 @@ def _recalled(
 
 
 def _highest(
-    scores: Scores, whole: Sequences, kept: Sequences, tails: Sequence[int], heads: Sequence[int]
+    scores: Scores, whole: Sequences, kept: Sequences, lasts: Sequence[int], firsts: Sequence[int]
 ) -> Tensor:
     """Which units of each sequence have the highest scores, long [K], ascending.
 
     Args:
         whole: all units; kept: how many stay.
-        tails, heads: of each KV head, last and first units that stay whatever they scored.
+        lasts, firsts: of each sequence, units that stay whatever they scored.
     """
     rest, device = scores.rest, whole.device
     before = whole.plus(-rest.shape[2])
     context = rest.new_empty(0) if scores.context is None else scores.context
-    stay, last, first = (
-        _numbers(tuple(x), device)
-        for x in (kept.flat, (*tails,) * whole.shape[0], (*heads,) * whole.shape[0])
-    )
+    stay, last, first = (_numbers(tuple(x), device) for x in (kept.flat, lasts, firsts))
     return select_sequences(
         context,
         rest,

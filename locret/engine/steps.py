@@ -5,6 +5,10 @@ and attends to them. `StepPass` keeps the number of units held on the device, so
 kernel launches serve every step; `GraphedSteps` records them once and replays them.
 
 Python never reads the counters; it keeps its own, which move in step.
+
+Packed units that a kernel cannot attend to as they are (`Scheme.decodes_packed`) are written out at
+every step, one layer after the other, to a scratch buffer that all layers share. What a cache
+reports does not count it; it lives no longer than the answer.
 """
 
 import functools
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from locret.cache.cache import RetainedCache
 from locret.cache.layer import RetainedLayer
+from locret.cache.store import StoredContext, places
 from locret.engine.attention import Pass
 from locret.kernels import (
     PackedShares,
@@ -30,6 +35,7 @@ from locret.kernels import (
 from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall, as_argument, cache_in, without_autocast
 from locret.model.rotary import Rotary
+from locret.quantization.packed import Expansion
 
 EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces
 
@@ -48,14 +54,34 @@ class StepCounts(NamedTuple):
     replayed: int = 0
 
 
+class Filling(NamedTuple):
+    """Writes all keys, or all values, of a context to a scratch buffer, in the order of slots.
+
+    Attributes:
+        packed: of packed units.
+        plain: the others, and the rows that they go to, long.
+        out: flat [N, D].
+    """
+
+    packed: Expansion
+    plain: tuple[Tensor, Tensor]
+    out: Tensor
+
+    def run(self) -> None:
+        self.packed.write(self.out)
+        units, at = self.plain
+        self.out.index_copy_(0, at, units)
+
+
 class StepContext(NamedTuple):
     """What the steps of one layer attend to beside its tail.
 
     Attributes:
-        keys, values: units that stand as they came, flat [N, D].
+        keys, values: units in full, flat [N, D].
         shares: which program attends to which of these.
         packed: packed units, as the kernel takes them; None = there are none.
         packed_shares: which program attends to which of these.
+        fillings: what writes `keys` and `values` first, where they are in a scratch buffer.
     """
 
     keys: Tensor
@@ -63,19 +89,23 @@ class StepContext(NamedTuple):
     shares: Shares
     packed: Any = None
     packed_shares: PackedShares | None = None
+    fillings: tuple[Filling, ...] = ()
 
     @classmethod
-    def of(cls, layer: RetainedLayer, group: int) -> "StepContext":
+    def of(cls, layer: RetainedLayer, group: int, scratch: Tensor) -> "StepContext":
         """A layer's context, of no units where there is none.
 
         Args:
             group: query heads of a KV head.
+            scratch: as `scratch_for` makes it.
         """
         context, tail = layer.store.context, layer.store.tail
         if context is None:
             rows, heads, _, size = tail.tensors[0].shape
             none = tail.tensors[0].new_empty(0, size)
             return cls(none, none, decode_shares([0] * (rows * heads), none.device))
+        if writes_out(layer):
+            return cls.written_out(context, scratch)
         shares = decode_shares(context.plain.flat, context.keys.device)
         keys, values = context.packed_keys, context.packed_values
         if keys is None or values is None:
@@ -85,10 +115,27 @@ class StepContext(NamedTuple):
         of_packed = packed_shares(packed, context.packed.flat, group, context.keys.dtype)
         return cls(context.keys, context.values, shares, packed, of_packed)
 
+    @classmethod
+    def written_out(cls, context: StoredContext, scratch: Tensor) -> "StepContext":
+        """Packed units expanded, the others behind them."""
+        whole = context.sequences
+        first, last = places(whole, context.packed, False), places(whole, context.plain, True)
+        both = (context.packed_keys, context.keys), (context.packed_values, context.values)
+        fillings = tuple(
+            Filling(Expansion(packed, first), (plain, last), out[: whole.total])
+            for (packed, plain), out in zip(both, scratch, strict=True)
+            if packed is not None
+        )
+        shares = decode_shares(whole.flat, scratch.device)
+        keys, values = (filling.out for filling in fillings)
+        return cls(keys, values, shares, fillings=fillings)
+
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, length: Tensor, scaling: float
     ) -> Tensor:
         """[B, H*G, 1, D], over the context and the first `length` units of the tail."""
+        for filling in self.fillings:
+            filling.run()
         plain = Plain(self.keys, self.values, self.shares, keys, values, length)
         if self.packed is None:
             return decode_sequences(query, plain, scaling)
@@ -118,7 +165,8 @@ class StepPass(Pass):
         self._lengths = self._filled + 1
         self._starts = [self._start_of(layer) for layer in cache.layers]
         group = backbone.geometry.num_query_heads // backbone.geometry.num_kv_heads
-        self._contexts = [StepContext.of(layer, group) for layer in cache.layers]
+        scratch = scratch_for(cache)
+        self._contexts = [StepContext.of(layer, group, scratch) for layer in cache.layers]
         self._like = torch.empty(0, dtype=cache.layers[0].store.like.dtype, device=device)
 
     @property
@@ -239,8 +287,8 @@ class GraphedSteps:
         return ids is not None and ids.shape[1] == 1 and ours and not asked
 
     def _prepare(self) -> None:
+        self._steps = self._graph = self._outputs = self._ids = None  # their memory is free first
         self._steps = StepPass(self._backbone, self._cache, self._room)
-        self._graph = self._outputs = self._ids = None
         self._eager = 0
 
     def _step(self, run: Callable[..., Any], ids: Tensor) -> Any:
@@ -293,11 +341,28 @@ def _seen_class(kind: type) -> type:
 
 def takes_steps(layer: RetainedLayer) -> bool:
     """Whether one-token steps of a layer can write in place and attend to all: nothing comes back
-    from the host, and what is packed is as a kernel takes it."""
-    if layer.host is not None or layer.stays_unrotated or layer.is_empty:
+    from the host, and what is packed can be read, or written out, without waiting for the device.
+    """
+    if layer.host is not None or layer.is_empty:
         return False
-    scheme = layer.store.scheme
-    return not scheme.packs or scheme.decodes_packed(layer.store.like.shape[-1])
+    scheme, size = layer.store.scheme, layer.store.like.shape[-1]
+    return not scheme.packs or scheme.decodes_packed(size) or scheme.recordable
+
+
+def writes_out(layer: RetainedLayer) -> bool:
+    """Whether steps write out a layer's packed units before they attend."""
+    context = layer.store.context
+    if context is None or context.packed_keys is None:
+        return False
+    return not layer.store.scheme.decodes_packed(context.keys.shape[1])
+
+
+def scratch_for(cache: RetainedCache) -> Tensor:
+    """Room for the keys and the values of any layer that `writes_out`, [2, N, D]."""
+    some = [layer.store.context for layer in cache.layers if writes_out(layer)]
+    most = max((context.sequences.total for context in some if context is not None), default=0)
+    like = cache.layers[0].store.like
+    return like.new_empty(2, most, like.shape[-1])
 
 
 def why_not_graphed(backbone: Backbone) -> str | None:

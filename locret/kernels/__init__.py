@@ -19,6 +19,7 @@ from locret.kernels.evict import (
     select_sequences,
 )
 from locret.kernels.packed import PackedKV, PackedShares, expand_units
+from locret.kernels.packed_floats import expand_floats
 from locret.kernels.packed_rotated import RotatedKV, expand_rotated
 from locret.kernels.rotate import rotate_at_slots, rotate_units
 from locret.kernels.splits import Shares, merge_attention, share_out
@@ -32,6 +33,7 @@ __all__ = [
     "decode_packed",
     "decode_sequences",
     "decode_shares",
+    "expand_floats",
     "expand_rotated",
     "expand_units",
     "gather_sequences",

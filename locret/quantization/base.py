@@ -7,7 +7,7 @@ g units of a block, D head size. "..." is any shape.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -31,9 +31,9 @@ class Scheme:
     name: ClassVar[str]
     packs: ClassVar[bool] = True
     """False: nothing is ever encoded, and the methods are not called."""
-    keys_are: ClassVar[Literal["rotated", "unrotated"]] = "rotated"
-    """Whether a cache that decodes holds keys after RoPE, or before it and rotates when it reads.
-    (While a prompt is read at compact positions, keys are always unrotated.)"""
+    recordable: ClassVar[bool] = True
+    """Whether a CUDA graph can hold the decode methods: they never wait for the device, and no
+    shape depends on a value there. False: the tokens of an answer are decoded without a graph."""
     outliers: ClassVar[float | None] = None
     """Magnitude above which an element is stored as it is, beside the codes; None = never."""
 

@@ -14,6 +14,7 @@ Q sequences, N packed units, M blocks, F fresh units (in full precision), K unit
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TypeVar
 
@@ -64,7 +65,7 @@ class Packed:
 
     def at(self, index: Tensor) -> Tensor:
         """float32 [..., D]: the units at `index` [...] (long, below N)."""
-        x = self._decoded(index)
+        x = self.decoded(_at(self.units, index), self.blocks_of(index))
         if self.outliers is not None:
             self.outliers.write(x, index)
         return x
@@ -72,24 +73,19 @@ class Packed:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """[N, D] in `dtype`."""
         out = torch.empty(self.count, self.head_size, dtype=dtype, device=self.device)
-        self.write(out)
+        Expansion(self).write(out)
         return out
 
-    def write(self, out: Tensor, at: Tensor | None = None) -> None:
-        """Write all units to `out` [N, D], or to its rows `at` (long [N])."""
-        if self.outliers is None and self._expanded(out, at):
-            return
-        for start in range(0, self.count, SLAB):
-            slab = slice(start, min(start + SLAB, self.count))
-            x = self.at(torch.arange(slab.start, slab.stop, device=self.device))
-            out[slab if at is None else at[slab]] = x.to(out.dtype)
+    def blocks_of(self, index: Tensor) -> Tensor | None:
+        """The blocks that the units at `index` [...] are in, long; None = they share nothing."""
+        return None
 
-    def _decoded(self, index: Tensor) -> Tensor:
-        """float32 [..., D], outliers clipped."""
+    def decoded(self, units: Tensors, blocks: Tensor | None) -> Tensor:
+        """float32 [..., D] from what units need and their blocks; anything where outliers are."""
         raise NotImplementedError
 
-    def _expanded(self, out: Tensor, at: Tensor | None) -> bool:
-        """Whether a kernel wrote all units to `out`."""
+    def expanded(self, out: Tensor, at: Tensor | None) -> bool:
+        """Whether a kernel wrote all units to the rows `at` of `out`, but for outliers."""
         raise NotImplementedError
 
 
@@ -110,24 +106,62 @@ class PackedKeys(Packed):
         return *super().tensors, *self.tables, self.starts
 
     def blocks_of(self, index: Tensor) -> Tensor:
-        """The blocks that the units at `index` [...] are in, long."""
         return torch.searchsorted(self.starts[1:], index.int(), right=True)
 
-    def _decoded(self, index: Tensor) -> Tensor:
-        entries = _at(self.tables, self.blocks_of(index))
-        return self.scheme.decode_keys(_at(self.units, index), entries, self.head_size)
+    def decoded(self, units: Tensors, blocks: Tensor | None) -> Tensor:
+        assert blocks is not None
+        return self.scheme.decode_keys(units, _at(self.tables, blocks), self.head_size)
 
-    def _expanded(self, out: Tensor, at: Tensor | None) -> bool:
+    def expanded(self, out: Tensor, at: Tensor | None) -> bool:
         return self.scheme.expand((*self.units, *self.tables), self.starts, out, at)
 
 
 @dataclass(frozen=True)
 class PackedValues(Packed):
-    def _decoded(self, index: Tensor) -> Tensor:
-        return self.scheme.decode_values(_at(self.units, index), self.head_size)
+    def decoded(self, units: Tensors, blocks: Tensor | None) -> Tensor:
+        return self.scheme.decode_values(units, self.head_size)
 
-    def _expanded(self, out: Tensor, at: Tensor | None) -> bool:
+    def expanded(self, out: Tensor, at: Tensor | None) -> bool:
         return self.scheme.expand(self.units, None, out, at)
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Writes all units in full, as often as it is asked. It does not wait for the device, and works
+    out at its first time what stays the same, so that later times may be recorded as a CUDA graph.
+
+    Attributes:
+        packed: N units.
+        at: long [N], the row that each goes to; None = the first N, in order.
+    """
+
+    packed: Packed
+    at: Tensor | None = None
+
+    def write(self, out: Tensor) -> None:
+        """Write them to `out` [*, D], contiguous."""
+        packed, outliers = self.packed, self.packed.outliers
+        if not packed.expanded(out, self.at):
+            for start in range(0, packed.count, SLAB):
+                slab = slice(start, min(start + SLAB, packed.count))
+                blocks = None if self._blocks is None else self._blocks[slab]
+                x = packed.decoded(tuple(units[slab] for units in packed.units), blocks)
+                out[slab if self.at is None else self.at[slab]] = x.to(out.dtype)
+        if outliers is not None:
+            out.view(-1).index_copy_(0, self._outlying, outliers.values.to(out.dtype))
+
+    @cached_property
+    def _blocks(self) -> Tensor | None:
+        return self.packed.blocks_of(torch.arange(self.packed.count, device=self.packed.device))
+
+    @cached_property
+    def _outlying(self) -> Tensor:
+        """long [O], where outliers are in a flat `out`."""
+        assert self.packed.outliers is not None
+        counts, channels, _ = self.packed.outliers.tensors
+        row = torch.repeat_interleave(counts.long(), output_size=len(channels))
+        row = row if self.at is None else self.at[row]
+        return row * self.packed.head_size + channels.long()
 
 
 _P = TypeVar("_P", bound=Packed)

@@ -8,8 +8,9 @@
 - `kvquant` (arXiv 2401.18079, as set in arXiv 2412.12706): dense and sparse. Groups as in KIVI;
   elements with |x| > 6 are kept as they are beside the codes, and have no say in their group's
   scale. Of a channel of keys whose median in the block is beyond 6, the distance from it counts.
-  Keys are held before RoPE (section 3.2): rotation mixes channels and so blurs what makes keys easy
-  to quantize.
+  The paper holds keys before RoPE (section 3.2), which mixes channels and so blurs what makes keys
+  easy to quantize. Here they are rotated once an answer begins, as of any scheme: else every step
+  would rotate all of them.
 - `layerquant` (arXiv 2412.12706): some layers at other bits, and as many tokens as make up for it,
   so that every layer takes the bytes it would take at `bits`. The published setting: KIVI at 8 bits
   in the first 4 layers, at 4 elsewhere.
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from locret.kernels import PackedKV, expand_units
+from locret.kernels import PackedKV, expand_floats, expand_units
 from locret.kernels.dispatch import takes_triton
 from locret.quantities import check_whole
 from locret.quantization.base import NoScheme, Scheme, Tensors
@@ -99,10 +100,11 @@ class KiviScheme(Scheme):
 
 
 class KVQuantScheme(KiviScheme):
-    """Tensors as KIVI's; outliers besides, 3 bytes each and 1 a unit (4 and 2 from D = 256 on)."""
+    """Tensors as KIVI's; outliers besides, 3 bytes each and 1 a unit (4 and 2 from D = 256 on).
+
+    A kernel that expands them leaves out the clamp: at most 2 ** -10 of an element near 6."""
 
     name = "kvquant"
-    keys_are = "unrotated"
     outliers: ClassVar[float] = 6.0
 
     def outlying_keys(self, x: Tensor) -> Tensor:
@@ -154,8 +156,8 @@ class LayerQuantScheme(Scheme):
         check_whole("quant_end_layers", self.quant_end_layers, self.quant_begin_layers)
         if self.scheme in (self.name, NoScheme.name):
             raise ValueError(f"scheme is {self.scheme!r}; layerquant needs one that packs")
-        base, _ = self._with_bits(self.bits), self._with_bits(self.quant_layers_bits)
-        object.__setattr__(self, "keys_are", base.keys_are)
+        for bits in (self.bits, self.quant_layers_bits):
+            self._with_bits(bits)  # refuses what the other scheme does not take
 
     def for_layer(self, layer: int) -> Scheme:
         inside = self.quant_begin_layers <= layer < self.quant_end_layers
@@ -220,6 +222,13 @@ class Fp8Scheme(Scheme):
 
     def decode_values(self, units: Tensors, head_size: int) -> Tensor:
         return _decode_e4m3(*units)
+
+    def expand(
+        self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
+    ) -> bool:
+        if takes_triton(out):
+            expand_floats(packed, out, starts, at)
+        return takes_triton(out)
 
 
 def _encode_e4m3(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,63 @@
+"""Units of the scheme `fp8`: expanded."""
+
+import pytest
+import torch
+
+from locret.kernels.packed_floats import expand_floats, expand_floats_reference
+from tests.kernels.packed import random_starts
+from tests.kernels.test_kernel_packed import assert_equal
+
+FINITE = [code for code in range(256) if code & 127 != 127]
+
+
+def random_floats(lengths, size, group, device):
+    """Keys and values of sequences of these lengths, of any codes, and the keys' starts."""
+    starts, count = random_starts(lengths, group).to(device), sum(lengths)
+    codes = torch.tensor(FINITE, dtype=torch.uint8, device=device)
+    codes = codes[torch.randint(len(FINITE), (2, count, size), device=device)]
+
+    def table(*shape):
+        return (torch.randn(shape, device=device) / 448).half()
+
+    blocks = len(starts) - 1
+    keys = codes[0], table(blocks, size), 100 * table(blocks, size)
+    return keys, (codes[1], table(count, 1)), starts
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "group"),
+    [
+        ([139, 0, 90], 64, 64),
+        ([70, 1], 128, 32),
+        ([65], 80, 64),
+        ([0, 130, 2, 40], 96, 128),
+        ([9, 11], 17, 16),
+        ([30], 256, 8),
+        ([200], 2, 1),
+        ([0], 8, 4),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_expanded_is_bit_for_bit_what_the_twin_gives(lengths, size, group, dtype, device):
+    keys, values, starts = random_floats(lengths, size, group, device)
+    count = sum(lengths)
+    at = torch.randperm(count + 5, device=device)[:count]
+    for side, of_blocks in ((keys, starts), (values, None)):
+        expected = expand_floats_reference(side, of_blocks).to(dtype)
+        out = torch.full((count + 5, size + 3), torch.nan, device=device).to(dtype)
+        whole = out.clone()
+        expand_floats(side, out[2 : count + 2, :size], of_blocks)
+        whole[2 : count + 2, :size] = expected
+        assert_equal(out, whole)
+        out.fill_(torch.nan)
+        whole.fill_(torch.nan)
+        expand_floats(side, out[:, 1:-2], of_blocks, at)
+        whole[at, 1:-2] = expected
+        assert_equal(out, whole)
+
+
+def test_every_code_is_the_float_that_torch_knows(device):
+    codes = torch.tensor(FINITE, dtype=torch.uint8, device=device)[None]
+    out = torch.empty(1, len(FINITE), device=device)
+    expand_floats((codes, torch.ones(1, 1, device=device).half()), out)
+    assert torch.equal(out, codes.view(torch.float8_e4m3fn).float())
