@@ -104,7 +104,7 @@ def _check_decode() -> Iterator[str]:
     ):
         for lengths in ([count] * 2 * heads, uneven(2 * heads, count)):
             query = random(2, heads * group, new, size, dtype=dtype)
-            arguments = (query, *plain_units(lengths, tail, size, dtype, rows=2))
+            arguments = (query, plain_units(lengths, tail, size, dtype, rows=2), size**-0.5)
             yield _compare(
                 (heads, group, size, count, lengths[0] == count, tail, new, dtype),
                 decode_sequences(*arguments),
@@ -144,7 +144,8 @@ def _check_decoded(
     heads = len(lengths)
     query = random(1, heads * group, new, size, dtype=dtype)
     shares = packed_shares(packed, lengths, group * new, dtype)
-    arguments = (query, packed, shares, *plain_units([16] * heads, (300, 200), size, dtype))
+    plain = plain_units([16] * heads, (300, 200), size, dtype)
+    arguments = (query, packed, shares, plain, size**-0.5)
     yield _compare(setting, decode_packed(*arguments), decode_packed_reference(*arguments))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locret.kernels import PackedKV, RotatedKV, decode_shares
+from locret.kernels import PackedKV, Plain, RotatedKV, decode_shares
 from locret.quantization.rotated import POSITIVE_LEVELS
 
 
@@ -19,14 +19,13 @@ def uneven(heads: int, count: int) -> list[int]:
 
 def plain_units(
     lengths: Sequence[int], tail: tuple[int, int], size: int, dtype: torch.dtype, rows: int = 1
-) -> tuple[Any, ...]:
-    """What `decode_sequences` takes after the query: contexts of these lengths, and tails of this
-    capacity and length."""
+) -> Plain:
+    """Contexts of these lengths, and tails of this capacity and length."""
     units = random(2, sum(lengths), size, dtype=dtype)
     tails = random(2, rows, len(lengths) // rows, tail[0], size, dtype=dtype)
     tails[:, :, :, tail[1] :] = torch.nan
     filled = torch.tensor([tail[1]], dtype=torch.int32, device="cuda")
-    return *units, decode_shares(lengths, units.device), *tails, filled, size**-0.5
+    return Plain(*units, decode_shares(lengths, units.device), *tails, filled)
 
 
 def _starts(lengths: Sequence[int], group: int) -> Tensor:

@@ -181,7 +181,7 @@ def _timed_sequences(
     yield (
         f"decode_sequences{name}",
         Timed(
-            [_call(decode_sequences, query, *rest[i]) for i in sets],
+            [_call(decode_sequences, query, rest[i], size**-0.5) for i in sets],
             [_call(_sdpa, query, *rest[i][:2], lengths, size**-0.5) for i in sets],
             4 * size * (total + 256 * heads),
         ),
@@ -206,7 +206,7 @@ def _timed_packed(
     for name, packed in codes.items():
         shares = packed_shares(packed[0], lengths, queries // heads, query.dtype)
         rest = [plain_units([16] * heads, (512, 256), size, query.dtype) for _ in sets]
-        every = [(query, packed[i], shares, *rest[i]) for i in sets]
+        every = [(query, packed[i], shares, rest[i], size**-0.5) for i in sets]
         tensors = (*packed[0].keys, packed[0].starts, *packed[0].values)
         yield (
             f"decode_packed{name}",

@@ -24,6 +24,7 @@ from locret.cache.store import StoredContext, places
 from locret.engine.attention import Pass
 from locret.kernels import (
     PackedShares,
+    Plain,
     Shares,
     decode_packed,
     decode_sequences,
@@ -135,11 +136,11 @@ class StepContext(NamedTuple):
         """[B, H*G, 1, D], over the context and the first `length` units of the tail."""
         for filling in self.fillings:
             filling.run()
-        plain = self.keys, self.values, self.shares, keys, values, length, scaling
+        plain = Plain(self.keys, self.values, self.shares, keys, values, length)
         if self.packed is None:
-            return decode_sequences(query, *plain)
+            return decode_sequences(query, plain, scaling)
         assert self.packed_shares is not None
-        return decode_packed(query, self.packed, self.packed_shares, *plain)
+        return decode_packed(query, self.packed, self.packed_shares, plain, scaling)
 
 
 class StepPass(Pass):

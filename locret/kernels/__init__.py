@@ -8,6 +8,7 @@ Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 """
 
 from locret.kernels.decode import (
+    Plain,
     decode_sequences,
     decode_shares,
     store_units,
@@ -26,6 +27,7 @@ from locret.kernels.splits import Shares, merge_attention, share_out
 __all__ = [
     "PackedKV",
     "PackedShares",
+    "Plain",
     "RotatedKV",
     "Shares",
     "decode_packed",

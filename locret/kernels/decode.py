@@ -10,12 +10,15 @@ length grows.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from locret.kernels.dispatch import (
     INTERPRETED,
+    check_tensors,
+    head_of,
     multiprocessors,
     on_device,
     padded,
@@ -27,10 +30,10 @@ from locret.kernels.dispatch import (
 from locret.kernels.splits import (
     Shares,
     States,
-    leave_state,
+    leave_average,
+    leave_sum,
     number_of_tail_splits,
     queries_at,
-    share_of,
     share_out,
     tile_at,
     weigh,
@@ -41,16 +44,64 @@ _QUERIES = 128  # queries of a KV head (G * T) that one program holds
 _START = 32  # units in whose time a program begins and ends
 
 
-def decode_sequences(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    shares: Shares,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    tail_length: Tensor,
-    scaling: float,
-) -> Tensor:
+class Plain(NamedTuple):
+    """What the B*H sequences of a step attend to that is not packed: contexts and tails.
+
+    Attributes:
+        keys, values: [N, D], the contexts one after the other; any of them may be empty.
+        shares: of the contexts' lengths, as `decode_shares` gives them.
+        tail_keys, tail_values: [B, H, C, D], storage of capacity C >= 0, any strides. What lies
+            outside the filled slots may hold anything.
+        tail_length: [1] int32 on the same device: slots filled, the new tokens' included; at
+            most C.
+    """
+
+    keys: Tensor
+    values: Tensor
+    shares: Shares
+    tail_keys: Tensor
+    tail_values: Tensor
+    tail_length: Tensor
+
+    def check(self, query: Tensor) -> None:
+        """Refuse what does not fit a query [B, H*G, T, D] and its dtype."""
+        batch, heads, capacity, size = self.tail_keys.shape
+        context, tail = (self.shares.units, size), (batch, heads, capacity, size)
+        check_tensors(
+            {
+                "keys": (self.keys, query.dtype, context),
+                "values": (self.values, query.dtype, context),
+                "tail_keys": (self.tail_keys, query.dtype, tail),
+                "tail_values": (self.tail_values, query.dtype, tail),
+                "tail_length": (self.tail_length, torch.int32, (1,)),
+            },
+            contiguous=False,
+        )
+        if query.shape[0] != batch or query.shape[3] != size or query.shape[1] % heads:
+            raise ValueError(
+                f"query {tuple(query.shape)} does not fit tails {tail}: expected "
+                f"[{batch}, a multiple of {heads}, T, {size}]"
+            )
+        if query.shape[1] // heads * query.shape[2] > _QUERIES:
+            raise ValueError(
+                f"query {tuple(query.shape)} on {heads} KV heads makes more than {_QUERIES} "
+                "queries a KV head; read so many tokens with an attention backend"
+            )
+        if len(self.shares.lengths) != batch * heads:
+            raise ValueError(
+                f"shares are of {len(self.shares.lengths)} sequences; expected {batch} x {heads}"
+            )
+
+    def states(self, query: Tensor, tiles: int = 0) -> States:
+        """Room for what programs leave of these and of so many other tiles."""
+        sequences, heads, capacity = len(self.shares.lengths), *self.tail_keys.shape[1:3]
+        at_once = _PROGRAMS * multiprocessors(query.device)
+        tile = self.shares.units // max(1, self.shares.count)
+        splits = number_of_tail_splits(sequences, capacity, tile, at_once)
+        return States.empty(query, heads, tiles + self.shares.count, splits)
+
+
+def decode_sequences(query: Tensor, plain: Plain, scaling: float) -> Tensor:
     """softmax(scaling q k) v over the context of each sequence and, after it, its tail.
 
     The T tokens are the last of the tail's filled slots, causal: token t sees the slots below
@@ -58,13 +109,7 @@ def decode_sequences(
 
     Args:
         query: [B, H*G, T, D], rotated; G*T at most 128.
-        keys, values: [N, D] in query's dtype, the contexts of the B*H sequences one after the
-            other; any of them may be empty.
-        shares: of the context's lengths, as `decode_shares` gives them.
-        tail_keys, tail_values: [B, H, C, D], storage of capacity C >= 0 in query's dtype, any
-            strides. What lies outside the filled slots may hold anything.
-        tail_length: [1] int32 on the same device: slots filled, the new tokens' included; at
-            most C.
+        plain: in query's dtype.
         scaling: factor of the logits.
 
     Returns:
@@ -73,15 +118,14 @@ def decode_sequences(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    given = (query, keys, values, shares, tail_keys, tail_values, tail_length)
-    check_sequences(*given)
-    if not takes_triton(query, keys, values, shares.tiles, tail_keys, tail_values, tail_length):
-        return decode_sequences_reference(*given, scaling)
+    plain.check(query)
+    keys, values, shares, *tails = plain
+    if not takes_triton(query, keys, values, shares.tiles, *tails):
+        return decode_sequences_reference(query, plain, scaling)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if out.numel():
-        splits = tail_splits(shares, tail_keys)
-        states = States.empty(query, tail_keys.shape[1], shares.count, splits)
-        attend_sequences(*given, scaling, states)
+        states = plain.states(query)
+        attend_sequences(query, plain, scaling, states)
         states.merge(out, [shares])
     return out
 
@@ -95,24 +139,9 @@ def decode_shares(lengths: Sequence[int], device: torch.device) -> Shares:
     return share_out(lengths, max(at_once // 2, at_once - len(lengths), 1), device, start=_START)
 
 
-def tail_splits(shares: Shares, tail_keys: Tensor) -> int:
-    """How many programs of those that attend to `shares` read each tail [B, H, C, D]."""
-    at_once = _PROGRAMS * multiprocessors(tail_keys.device)
-    tile = shares.units // max(1, shares.count)
-    return number_of_tail_splits(len(shares.lengths), tail_keys.shape[2], tile, at_once)
-
-
-def decode_sequences_reference(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    shares: Shares,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    tail_length: Tensor,
-    scaling: float,
-) -> Tensor:
+def decode_sequences_reference(query: Tensor, plain: Plain, scaling: float) -> Tensor:
     """The twin of `decode_sequences`, in plain PyTorch."""
+    keys, values, shares, tail_keys, tail_values, tail_length = plain
     batch, heads, capacity, size = tail_keys.shape
     group, new = query.shape[1] // heads, query.shape[2]
     longest = max(shares.lengths, default=0)
@@ -145,85 +174,31 @@ def _by_sequence(flat: Tensor, lengths: tuple[int, ...]) -> Iterator[tuple[slice
         yield slice(i, i + 1), units[None]
 
 
-def check_sequences(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    shares: Shares,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    tail_length: Tensor,
-) -> None:
-    """Refuse what does not fit; arguments as of `decode_sequences`."""
-    batch, heads, capacity, size = tail_keys.shape
-    expected = {
-        "keys": (keys, (shares.units, size)),
-        "values": (values, (shares.units, size)),
-        "tail_keys": (tail_keys, (batch, heads, capacity, size)),
-        "tail_values": (tail_values, (batch, heads, capacity, size)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape or tensor.dtype != query.dtype:
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)} {tensor.dtype} do not fit: "
-                f"expected {shape} {query.dtype}"
-            )
-    if query.shape[0] != batch or query.shape[3] != size or query.shape[1] % heads:
-        raise ValueError(
-            f"query {tuple(query.shape)} does not fit tails {tuple(tail_keys.shape)}: expected "
-            f"[{batch}, a multiple of {heads}, T, {size}]"
-        )
-    if query.shape[1] // heads * query.shape[2] > _QUERIES:
-        raise ValueError(
-            f"query {tuple(query.shape)} on {heads} KV heads makes more than {_QUERIES} queries "
-            "a KV head; read so many tokens with an attention backend"
-        )
-    if tail_length.shape != (1,) or tail_length.dtype != torch.int32:
-        raise ValueError(
-            f"tail_length is {tuple(tail_length.shape)} {tail_length.dtype}; expected [1] int32"
-        )
-    if len(shares.lengths) != batch * heads:
-        raise ValueError(
-            f"shares are of {len(shares.lengths)} sequences; expected {batch} x {heads}"
-        )
-
-
 def attend_sequences(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    shares: Shares,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    tail_length: Tensor,
-    scaling: float,
-    states: States,
-    at_state: int = 0,
+    query: Tensor, plain: Plain, scaling: float, states: States, at_state: int = 0
 ) -> None:
-    """Leave the attention over the tiles of a context, then over the tails, in `states`.
+    """Leave the attention over the tiles of the contexts, then over the tails, in `states`.
 
     Args: as of `decode_sequences`, and
         at_state: where the states of these tiles begin: after those of other tiles. The tails'
             come after these tiles'.
     """
-    heads, capacity, size = tail_keys.shape[1:]
-    new = query.shape[2]
-    queries = query.shape[1] // heads * new
-    wide = padded(size, least=16)
-    keys, values, tail_keys, tail_values = (
-        units if units.stride(-1) == 1 else units.contiguous()
-        for units in (keys, values, tail_keys, tail_values)
-    )
+    keys, values, shares, *tails, tail_length = plain
     programs = shares.count + len(shares.lengths) * states.tail_splits
     if not programs:
         return
+    heads, capacity, size = plain.tail_keys.shape[1:]
+    queries, wide = states.weights.shape[1], padded(size, least=16)
+    keys, values, tail_keys, tail_values = (
+        units if units.stride(-1) == 1 else units.contiguous() for units in (keys, values, *tails)
+    )
     with on_device(query):
-        _attend_sequences[(programs,)](
+        _attend[(programs,)](
             *(query, (keys, values), shares.tiles, (tail_keys, tail_values), tail_length),
             *((states.values, states.weights), at_state, shares.count, states.tail_splits),
             *(scaling * math.log2(math.e), heads, capacity, query.stride()),
             *((keys.stride(0), values.stride(0)), tail_keys.stride(), tail_values.stride()),
-            NEW=new,
+            NEW=query.shape[2],
             QUERIES=queries,
             SIZE=size,
             QUERY_BLOCK=padded(queries, least=16),
@@ -237,7 +212,7 @@ def attend_sequences(
 
 # Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["at_state", "tile_count", "tail_splits", "heads", "capacity"])
-def _attend_sequences(  # type: ignore[no-untyped-def]
+def _attend(  # type: ignore[no-untyped-def]
     query,
     context,
     tiles,
@@ -269,17 +244,18 @@ def _attend_sequences(  # type: ignore[no-untyped-def]
     end = tl.minimum(tl.load(tail_length), capacity)
     if in_tail:
         sequence = (program - tile_count) // tail_splits
-        start, stop = share_of(end, (program - tile_count) % tail_splits, tail_splits)
+        share = (program - tile_count) % tail_splits
+        each = tl.cdiv(tl.maximum(end, 0), tail_splits)
+        start, stop = share * each, tl.minimum((share + 1) * each, end)
     else:
         sequence, start, stop = tile_at(tiles, program)
-    b = (sequence // heads).to(tl.int64)
-    h = (sequence % heads).to(tl.int64)
+    b, h = head_of(sequence, heads)
 
     which = tl.arange(0, QUERY_BLOCK)
     d = tl.arange(0, SIZE_BLOCK)
     in_size = d < SIZE
     q_at = queries_at(query, query_strides, b, h, which, NEW, QUERIES)
-    q_at += d[None, :] * query_strides[3]
+    q_at = q_at[:, None] + d[None, :] * query_strides[3]
     q = tl.load(q_at, mask=(which < QUERIES)[:, None] & in_size[None, :], other=0.0)
     query_end = tl.where(in_tail, end - (NEW - 1 - which % NEW), stop)
     if UPCAST:
@@ -318,8 +294,8 @@ def _attend_sequences(  # type: ignore[no-untyped-def]
         k_at += UNITS * k_s
         v_at += UNITS * v_s
 
-    state = at_state + program
-    leave_state(states[0], states[1], state, which, d, highest, total, summed, QUERIES, SIZE)
+    to = leave_sum(states[1], at_state + program, which, highest, total, QUERIES)
+    leave_average(states[0], to, which, d, in_size, total, summed, QUERIES, SIZE)
 
 
 def store_units(
@@ -336,8 +312,7 @@ def store_units(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    _check_store(storage_keys, key, slot)
-    _check_store(storage_values, value, slot)
+    _check_store(storage_keys, storage_values, key, value, slot)
     if not takes_triton(storage_keys, storage_values, key, value, slot):
         store_units_reference(storage_keys, storage_values, key, value, slot)
     elif key.numel():
@@ -362,13 +337,14 @@ def store_units_reference(
     storage_values.index_copy_(2, slots, value)
 
 
-def _check_store(storage: Tensor, new: Tensor, slot: Tensor) -> None:
-    same = storage.shape[:2] == new.shape[:2] and storage.shape[3:] == new.shape[3:]
-    if storage.dim() != 4 or not same or storage.dtype != new.dtype:
-        raise ValueError(
-            f"new units {tuple(new.shape)} {new.dtype} do not fit storage "
-            f"{tuple(storage.shape)} {storage.dtype}: expected [B, H, T, D] of the same dtype"
-        )
+def _check_store(
+    storage_keys: Tensor, storage_values: Tensor, key: Tensor, value: Tensor, slot: Tensor
+) -> None:
+    expected = {}
+    for name, units, storage in (("key", key, storage_keys), ("value", value, storage_values)):
+        shape = (*storage.shape[:2], key.shape[2], *storage.shape[3:])
+        expected[name] = (units, storage.dtype, shape)
+    check_tensors(expected, contiguous=False)
     if slot.shape != (1,) or slot.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"slot is {tuple(slot.shape)} {slot.dtype}; expected [1], int32 or int64")
 

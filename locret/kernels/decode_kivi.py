@@ -9,61 +9,41 @@ become pairs of values in a few instructions. Small queries are `decode_kivi_sma
 """
 
 import functools
-import math
 
-import torch
 from torch import Tensor
 
-from locret.kernels.dispatch import INTERPRETED, on_device, padded, tl, triton
-from locret.kernels.packed import STEP, PackedKV, PackedShares, power_of_two_in
-from locret.kernels.splits import (
-    States,
-    average,
-    log_sum,
-    queries_at,
-    tile_at,
-    weigh,
+from locret.kernels.dispatch import head_of, on_device, padded, tl, triton
+from locret.kernels.packed import (
+    STEP,
+    PackedKV,
+    PackedShares,
+    is_wide,
+    launch_options,
+    next_step,
+    power_of_two_in,
+    step_arguments,
 )
-
-PROGRAMS = 3  # programs that share a multiprocessor
-_REGISTERS = 168  # of a thread, so that PROGRAMS of 128 threads fit
+from locret.kernels.splits import States, leave_average, leave_sum, queries_at, tile_at, weigh
 
 
 def attend_packed(
-    query: Tensor,
-    packed: PackedKV,
-    shares: PackedShares,
-    scaling: float,
-    heads: int,
-    states: States,
+    query: Tensor, packed: PackedKV, shares: PackedShares, scaling: float, states: States
 ) -> None:
     """Leave the attention over the tiles of packed units in the first of `states`."""
-    nbytes = packed.keys[0].shape[1]
-    size, new = query.shape[3], query.shape[2]
-    queries = query.shape[1] // heads * new
+    nbytes, size = packed.keys[0].shape[1], query.shape[3]
     byte_block = padded(nbytes, least=16)
-    # Assembly is NVIDIA's; float32 queries are for precision.
-    wide = query.dtype == torch.float32 or torch.version.hip is not None
-    query_block = padded(queries, least=16)
+    arguments, sizes = step_arguments(query, packed, shares, scaling, states)
     with on_device(query):
         _attend[(shares.count,)](
-            *(query, (*packed.keys, *packed.values), packed.starts, shares.tiles, shares.blocks),
-            *((states.values, states.weights), scaling * math.log2(math.e), heads),
-            *(len(packed.starts) - 1, query.stride()),
-            NEW=new,
-            QUERIES=queries,
-            SIZE=size,
+            *arguments,
+            **sizes,
             BITS=packed.bits,
             GROUP=packed.group,
-            BYTES=nbytes,
-            QUERY_BLOCK=query_block,
             BYTE_BLOCK=byte_block,
             SPAN=byte_block if packed.group >= size else power_of_two_in(nbytes, packed.group),
-            UNITS=max(16, min(STEP // 2 if wide else STEP, padded(packed.group))),
-            UPCAST=INTERPRETED or wide,
+            UNITS=max(16, min(STEP // (1 + is_wide(query)), padded(packed.group))),
             ASSEMBLY=_assembly(packed.bits),
-            num_warps=8 if wide else 4,
-            maxnreg=None if wide or query_block > 16 else _REGISTERS,
+            **launch_options(query, sizes["QUERIES"]),
         )
 
 
@@ -72,9 +52,7 @@ def attend_packed(
 def _attend(  # type: ignore[no-untyped-def]
     query,
     tensors,
-    starts,
-    tiles,
-    tile_blocks,
+    where,
     states,
     scaling,
     heads,
@@ -85,7 +63,6 @@ def _attend(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    BYTES: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     BYTE_BLOCK: tl.constexpr,
     SPAN: tl.constexpr,
@@ -93,12 +70,13 @@ def _attend(  # type: ignore[no-untyped-def]
     UPCAST: tl.constexpr,  # to float32 by plain arithmetic; the interpreter knows no other
     ASSEMBLY: tl.constexpr,
 ):
+    BYTES: tl.constexpr = (SIZE * BITS + 7) // 8
     PLANES: tl.constexpr = 8 // BITS
     GROUPS: tl.constexpr = (SIZE + GROUP - 1) // GROUP
+    starts, tiles, tile_blocks = where
     tile = tl.program_id(0)
     sequence, at, stop = tile_at(tiles, tile)
-    h = (sequence % heads).to(tl.int64)
-    b = (sequence // heads).to(tl.int64)
+    b, h = head_of(sequence, heads)
 
     # The planes of a unit's channels are multiplied one by one.
     which = tl.arange(0, QUERY_BLOCK)
@@ -112,7 +90,7 @@ def _attend(  # type: ignore[no-untyped-def]
     for plane in tl.static_range(PLANES):
         channel = plane * BYTES + byte
         mask = (which < QUERIES)[:, None] & (in_bytes & (channel < SIZE))[None, :]
-        q = tl.load(q_at + channel[None, :] * q_d, mask=mask, other=0.0).to(tl.float32)
+        q = tl.load(q_at[:, None] + channel[None, :] * q_d, mask=mask, other=0.0).to(tl.float32)
         if not UPCAST:
             q = tl.clamp(q, -65504.0, 65504.0).to(tl.float16)
         queries += (q,)
@@ -123,8 +101,7 @@ def _attend(  # type: ignore[no-untyped-def]
     unit = tl.arange(0, UNITS)
     key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum = tensors
 
-    # A step takes the units at .. end - 1 of one block, UNITS of them at most; `after` is where the
-    # next block ends. Everything a step needs is asked for before any of it is used.
+    # Everything that a step needs (`next_step`) is asked for before any of it is used.
     ends = starts + 1
     block = tl.load(tile_blocks + tile)
     end = tl.minimum(tl.load(ends + block), stop)
@@ -171,18 +148,13 @@ def _attend(  # type: ignore[no-untyped-def]
             grown += (tl.dot(weights, v, acc=before, input_precision="ieee"),)
         summed = grown
 
-        is_done = at + UNITS >= end
-        at = tl.minimum(at + UNITS, end)
-        block = tl.minimum(tl.where(is_done, block + 1, block), blocks - 1)
-        end = tl.where(is_done, after, end)
+        at, end, block = next_step(at, end, after, block, blocks, UNITS)
 
-    at_state = tile.to(tl.int64) * QUERIES + which
-    tl.store(states[1] + at_state, log_sum(highest, total), mask=which < QUERIES)
+    to = leave_sum(states[1], tile, which, highest, total, QUERIES)
     for plane in tl.static_range(PLANES):
         channel = plane * BYTES + byte
-        mask = (which < QUERIES)[:, None] & (in_bytes & (channel < SIZE))[None, :]
-        at_values = states[0] + at_state[:, None] * SIZE + channel[None, :]
-        tl.store(at_values, average(summed[plane], total), mask=mask)
+        there = in_bytes & (channel < SIZE)
+        leave_average(states[0], to, which, channel, there, total, summed[plane], QUERIES, SIZE)
 
 
 @triton.jit

@@ -13,14 +13,20 @@ it holds every fourth pair or quadruple. Results do not depend on how a compiler
 """
 
 import functools
-import math
 
 import torch
 from torch import Tensor
 
-from locret.kernels.dispatch import INTERPRETED, on_device, tl, triton
-from locret.kernels.packed import STEP, PackedKV, PackedShares, power_of_two_in
-from locret.kernels.splits import States, log_sum, queries_at, tile_at
+from locret.kernels.dispatch import INTERPRETED, head_of, on_device, tl, triton
+from locret.kernels.packed import (
+    STEP,
+    PackedKV,
+    PackedShares,
+    next_step,
+    power_of_two_in,
+    step_arguments,
+)
+from locret.kernels.splits import States, leave_sum, queries_at, tile_at
 
 SMALL = 8  # queries of a KV head (G * T)
 PROGRAMS = 11  # programs, of one warp, that share a multiprocessor
@@ -54,32 +60,22 @@ def _in_pairs(tensor: Tensor) -> bool:
 
 
 def attend_small(
-    query: Tensor,
-    packed: PackedKV,
-    shares: PackedShares,
-    scaling: float,
-    heads: int,
-    states: States,
+    query: Tensor, packed: PackedKV, shares: PackedShares, scaling: float, states: States
 ) -> None:
     """Leave the attention over the tiles of packed units in the first of `states`."""
     nbytes = packed.keys[0].shape[1]
-    size, new = query.shape[3], query.shape[2]
-    span = span_of(size, nbytes, packed.group)
+    span = span_of(query.shape[3], nbytes, packed.group)
     pair = 2 if all(map(_in_pairs, packed.values[1:])) else 1
     wide = torch.int32 if pair == 2 else torch.float16
     dtypes = (torch.int16, torch.int32, torch.int32, torch.int16, wide, wide)
-    tensors = tuple(map(torch.Tensor.view, (*packed.keys, *packed.values), dtypes))
+    (_, tensors, *arguments), sizes = step_arguments(query, packed, shares, scaling, states)
+    tensors = tuple(map(torch.Tensor.view, tensors, dtypes))
     with on_device(query):
         _attend_small[(shares.count,)](
-            *(query, tensors, packed.starts, shares.tiles, shares.blocks),
-            *((states.values, states.weights), scaling * math.log2(math.e), heads),
-            *(len(packed.starts) - 1, query.stride()),
-            NEW=new,
-            QUERIES=query.shape[1] // heads * new,
-            SIZE=size,
+            *(query, tensors, *arguments),
+            **sizes,
             BITS=packed.bits,
             ENTRIES=_entries(nbytes, span, packed.bits, packed.group),
-            BYTES=nbytes,
             SPAN=span,
             UNITS=max(16, min(STEP, STEP * 64 // nbytes) // 16 * 16),  # whole steps of 16
             PAIR=pair,
@@ -122,9 +118,7 @@ def assembly(bits: int) -> tuple[str, ...]:
 def _attend_small(  # type: ignore[no-untyped-def]
     query,
     tensors,
-    starts,
-    tiles,
-    tile_blocks,
+    where,
     states,
     scaling,
     heads,
@@ -135,7 +129,6 @@ def _attend_small(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     ENTRIES: tl.constexpr,
-    BYTES: tl.constexpr,
     SPAN: tl.constexpr,
     UNITS: tl.constexpr,
     PAIR: tl.constexpr,
@@ -146,6 +139,7 @@ def _attend_small(  # type: ignore[no-untyped-def]
 ):
     # Codes come in 16-bit words: a span is WORDS words of a unit. A slab is a plane of a span,
     # two operands: of its low bytes and of its high bytes (`parity`).
+    BYTES: tl.constexpr = (SIZE * BITS + 7) // 8
     PLANES: tl.constexpr = 8 // BITS
     SLABS: tl.constexpr = PLANES * (BYTES // SPAN)
     WORDS: tl.constexpr = SPAN // 2
@@ -154,10 +148,10 @@ def _attend_small(  # type: ignore[no-untyped-def]
     # Entries of a unit's tables are read as PAIR at once.
     TABLES: tl.constexpr = (ENTRIES[SLABS - 1] + 1) // PAIR
     SMALL: tl.constexpr = 8
+    starts, tiles, tile_blocks = where
     tile = tl.program_id(0)
     sequence, at, stop = tile_at(tiles, tile)
-    h = (sequence % heads).to(tl.int64)
-    b = (sequence // heads).to(tl.int64)
+    b, h = head_of(sequence, heads)
 
     which = tl.arange(0, SMALL)
     q_at = queries_at(query, query_strides, b, h, which, NEW, QUERIES)
@@ -171,7 +165,9 @@ def _attend_small(  # type: ignore[no-untyped-def]
         start = slab % PLANES * BYTES + slab // PLANES * SPAN  # the first channel
         for parity in tl.static_range(2):
             channel = start + 2 * word + parity
-            q = tl.load(q_at + channel[None, :] * q_d, mask=(which < QUERIES)[:, None], other=0.0)
+            q = tl.load(
+                q_at[:, None] + channel[None, :] * q_d, mask=(which < QUERIES)[:, None], other=0.0
+            )
             q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0)
             queries += ((q * 2.0 ** (ROOM - slab % PLANES * BITS)).to(tl.float16),)
             summed += (tl.zeros((WORDS, SMALL), tl.float32),)
@@ -194,8 +190,7 @@ def _attend_small(  # type: ignore[no-untyped-def]
 
     key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum = tensors
 
-    # A step takes the units at .. end - 1 of one block, UNITS of them at most; `after` is where the
-    # next block ends. Everything a step needs is asked for before any of it is used.
+    # Everything that a step needs (`next_step`) is asked for before any of it is used.
     ends = starts + 1
     block = tl.load(tile_blocks + tile)
     end = tl.minimum(tl.load(ends + block), stop)
@@ -302,15 +297,11 @@ def _attend_small(  # type: ignore[no-untyped-def]
             summed = grown
             lows = grown_lows
 
-        is_done = at + UNITS >= end
-        at = tl.minimum(at + UNITS, end)
-        block = tl.minimum(tl.where(is_done, block + 1, block), blocks - 1)
-        end = tl.where(is_done, after, end)
+        at, end, block = next_step(at, end, after, block, blocks, UNITS)
 
     in_all = tl.sum(total, 1)
     inverse = 1.0 / tl.where(in_all > 0.0, in_all, 1.0)
-    at_state = tile.to(tl.int64) * QUERIES + which
-    tl.store(states[1] + at_state, log_sum(base, in_all), mask=which < QUERIES)
+    at_state = leave_sum(states[1], tile, which, base, in_all, QUERIES)
     position = tl.arange(0, WORDS)
     word = position % 8 * (WORDS // 8) + position // 8
     for slab in tl.static_range(SLABS):

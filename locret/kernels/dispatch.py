@@ -7,6 +7,7 @@ for tests.
 import contextlib
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,10 +38,11 @@ AVAILABLE = not isinstance(triton, _Missing)
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def takes_triton(*tensors: Tensor) -> bool:
+def takes_triton(*tensors: Tensor | None) -> bool:
     """Whether tensors, all on one device, go to the Triton kernel and not to the twin."""
-    device = tensors[0].device
-    assert all(tensor.device == device for tensor in tensors), [t.device for t in tensors]
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    assert len(devices) == 1, devices
+    (device,) = devices
     return AVAILABLE and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
 
 
@@ -60,6 +62,28 @@ def multiprocessors(device: torch.device) -> int:
 def padded(size: int, least: int = 1) -> int:
     """The smallest power of two that is at least `size` and `least`: blocks have such sizes."""
     return max(least, 1 << max(0, size - 1).bit_length())
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[Tensor | None, torch.dtype, tuple[int, ...]]],
+    contiguous: bool = True,
+) -> None:
+    """Refuse, by its name, a tensor of other dtype or shape or that is not contiguous."""
+    for name, (tensor, dtype, shape) in expected.items():
+        if tensor is None:
+            continue
+        fits = tensor.dtype == dtype and tensor.shape == shape
+        if not fits or (contiguous and not tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} of strides {tensor.stride()}; "
+                f"expected {dtype} {tuple(shape)}{', contiguous' * contiguous}"
+            )
+
+
+@triton.jit
+def head_of(sequence, heads):  # type: ignore[no-untyped-def]
+    """The row and the head of a sequence, int64."""
+    return (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
 
 
 @triton.jit

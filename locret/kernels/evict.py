@@ -6,12 +6,21 @@ bits and writes the indices above it, in order: no sort, no top-k. `gather_seque
 in one launch for all tensors of a layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton, units_at
+from locret.kernels.dispatch import (
+    check_tensors,
+    head_of,
+    on_device,
+    padded,
+    takes_triton,
+    tl,
+    triton,
+    units_at,
+)
 
 _RESIDENT = 32768  # scores of one head that one program holds in registers
 _TILE = 4096  # scores that one program compacts at a time
@@ -52,9 +61,10 @@ def select_sequences(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    _check_select(old, new, offsets, kept, out_offsets, tails, heads)
-    if not takes_triton(old, new, offsets, kept, out_offsets, tails, heads):
-        return _select_on_cpu(old, new, offsets, kept, tails, heads)
+    numbers = {"kept": kept, "tails": tails, "heads": heads}
+    _check_select(old, new, **numbers, offsets=offsets, out_offsets=out_offsets)
+    if not takes_triton(old, new, offsets, out_offsets, *numbers.values()):
+        return _select_on_cpu(old, new, offsets, **numbers)
     index = torch.empty(total, dtype=torch.long, device=old.device)
     if total:
         block = min(padded(longest, least=16), _RESIDENT)
@@ -107,31 +117,20 @@ def _select_on_cpu(
     return scores.topk(keep, dim=-1, sorted=False).indices.sort(dim=-1).values.flatten()
 
 
-def _check_select(
-    old: Tensor,
-    new: Tensor,
-    offsets: Tensor,
-    kept: Tensor,
-    out_offsets: Tensor,
-    tails: Tensor,
-    heads: Tensor,
-) -> None:
+def _check_select(old: Tensor, new: Tensor, **per_sequence: Tensor) -> None:
     if old.dim() != 1 or new.dim() != 3 or not old.dtype == new.dtype == torch.float32:
         raise ValueError(
             f"old scores are {tuple(old.shape)} {old.dtype} and new ones {tuple(new.shape)} "
             f"{new.dtype}; expected [N] and [B, H, T] of torch.float32"
         )
-    count = new.shape[0] * new.shape[1]
-    _check_per_sequence(count, kept=kept, tails=tails, heads=heads)
-    _check_per_sequence(count + 1, offsets=offsets, out_offsets=out_offsets)
+    _check_numbers(new.shape[0] * new.shape[1], per_sequence)
 
 
-def _check_per_sequence(count: int, **numbers: Tensor) -> None:
-    for name, tensor in numbers.items():
-        if tensor.shape != (count,) or tensor.dtype != torch.int32:
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected [{count}] of torch.int32"
-            )
+def _check_numbers(sequences: int, named: Mapping[str, Tensor]) -> None:
+    """Refuse what is not a number of each sequence, or one more of those called offsets."""
+    for name, tensor in named.items():
+        count = sequences + name.endswith("offsets")
+        check_tensors({name: (tensor, torch.int32, (count,))})
 
 
 # Nothing is compiled anew for the number of new units.
@@ -261,7 +260,7 @@ def gather_sequences(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    _check_gather(old, new, index, offsets, out_offsets)
+    _check_gather(old, new, index, offsets=offsets, out_offsets=out_offsets)
     if not takes_triton(index, offsets, out_offsets, *old, *new):
         return gather_sequences_reference(old, new, index, offsets, out_offsets)
     kept = index.shape[0]
@@ -309,32 +308,19 @@ def gather_sequences_reference(
 
 
 def _check_gather(
-    old: Sequence[Tensor],
-    new: Sequence[Tensor],
-    index: Tensor,
-    offsets: Tensor,
-    out_offsets: Tensor,
+    old: Sequence[Tensor], new: Sequence[Tensor], index: Tensor, **offsets: Tensor
 ) -> None:
     if len(old) != len(new) or not old:
         raise ValueError(f"{len(old)} old tensors and {len(new)} new; expected as many of both")
     if index.dim() != 1 or index.dtype != torch.long:
         raise ValueError(f"index is {tuple(index.shape)} {index.dtype}; expected [K] of torch.long")
-    shape = new[0].shape[:3]
-    for was, fresh in zip(old, new, strict=True):
-        fits = (
-            was.dim() in (1, 2)
-            and was.dtype == fresh.dtype
-            and was.shape[0] == old[0].shape[0]
-            and fresh.shape == (*shape, *was.shape[1:])
-            and len(shape) == 3
-        )
-        if not fits:
-            raise ValueError(
-                f"{tuple(was.shape)} {was.dtype} old and {tuple(fresh.shape)} {fresh.dtype} new "
-                f"do not fit: expected [N] or [N, D] and [B, H, T] or [B, H, T, D], "
-                f"N = {old[0].shape[0]} and [B, H, T] = {tuple(shape)} in all tensors"
-            )
-    _check_per_sequence(shape[0] * shape[1] + 1, offsets=offsets, out_offsets=out_offsets)
+    units, shape = old[0].shape[:1], new[0].shape[:3]
+    for i, (was, fresh) in enumerate(zip(old, new, strict=True)):
+        size, dtype = was.shape[1:2], was.dtype
+        expected = {f"old[{i}]": (was, dtype, (*units, *size))}
+        expected[f"new[{i}]"] = (fresh, dtype, (*shape, *size))
+        check_tensors(expected, contiguous=False)
+    _check_numbers(shape[0] * shape[1], offsets)
 
 
 # Nothing is compiled anew for the number of units.
@@ -371,8 +357,7 @@ def _gather(  # type: ignore[no-untyped-def]
     first = tl.load(offsets + sequence)
     old_count = tl.load(offsets + sequence + 1) - first
     is_old = unit < old_count
-    b = (sequence // heads).to(tl.int64)
-    h = (sequence % heads).to(tl.int64)
+    b, h = head_of(sequence, heads)
     to = to.to(tl.int64)
     for i in tl.static_range(len(old)):
         d = tl.arange(0, BLOCKS[i])

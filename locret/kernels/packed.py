@@ -9,46 +9,80 @@ N units of flat sequences, D head size.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton
-from locret.kernels.splits import Shares
+from locret.kernels.dispatch import (
+    INTERPRETED,
+    check_tensors,
+    on_device,
+    padded,
+    takes_triton,
+    tl,
+    triton,
+)
+from locret.kernels.splits import Shares, States
 
 STEP = 64  # most units of a block that kernels take at a time
+PROGRAMS = 3  # programs that share a multiprocessor
+_REGISTERS = 168  # of a thread, so that PROGRAMS of 128 threads fit
 _ELEMENTS = 4096  # codes' bytes that a program expands
 _UNITS = 128  # most units whose codes these are
 
 
 @dataclass(frozen=True)
-class PackedKV:
-    """Keys and values of N units, sequence by sequence, x = minimum + scale * code.
-
-    Codes are planar: of the M = ceil(D * bits / 8) bytes of a unit, bits [i * bits, (i + 1) * bits)
-    of byte j are channel i * M + j. All tensors are contiguous.
+class Packed:
+    """Keys and values of N units, sequence by sequence. All tensors are contiguous.
 
     Attributes:
-        keys: codes uint8 [N, M], scale and minimum float16 [G, D], an entry for each block.
+        keys: tensors of units [N, any] and, after them, tables [G, D], an entry for each block.
         starts: int32 [G + 1]; block i is the units starts[i] <= u < starts[i + 1]. The first start
             is 0, the last N; no block is empty, none crosses a sequence's border.
-        values: codes uint8 [N, M], scale and minimum float16 [N, ceil(D / group)].
-        bits: 8, 4 or 2.
-        group: channels that share a scale of a value, and the most units of a block.
+        values: tensors of units [N, any].
     """
 
     keys: tuple[Tensor, ...]
     starts: Tensor
     values: tuple[Tensor, ...]
-    bits: int
-    group: int
 
     @property
     def count(self) -> int:
         """N."""
         return self.keys[0].shape[0]
+
+
+@dataclass(frozen=True)
+class PackedKV(Packed):
+    """x = minimum + scale * code.
+
+    Codes are planar: of the M = ceil(D * bits / 8) bytes of a unit, bits [i * bits, (i + 1) * bits)
+    of byte j are channel i * M + j.
+
+    Attributes:
+        keys: codes uint8 [N, M], scale and minimum float16 [G, D].
+        values: codes uint8 [N, M], scale and minimum float16 [N, ceil(D / group)].
+        bits: 8, 4 or 2.
+        group: channels that share a scale of a value, and the most units of a block.
+    """
+
+    bits: int
+    group: int
+
+    def check(self, size: int) -> None:
+        """Refuse what does not fit a head size."""
+        how = (self.bits, self.group, (self.count, size))
+        check_packed(self.keys, *how, self.starts, "key_")
+        check_packed(self.values, *how, None, "value_")
+
+    def expanded(self, size: int) -> tuple[Tensor, Tensor]:
+        """Keys and values float32 [N, D = size], in plain PyTorch."""
+        how = (self.bits, self.group, size)
+        keys = expand_units_reference(self.keys, *how, self.starts)
+        return keys, expand_units_reference(self.values, *how)
 
 
 @dataclass(frozen=True)
@@ -108,8 +142,7 @@ def expand_units(
     count = packed[0].shape[0]
     size = check_rows(count, out, at)
     check_packed(packed, bits, group, (count, size), starts)
-    given = [tensor for tensor in (*packed, out, starts, at) if tensor is not None]
-    if not takes_triton(*given):
+    if not takes_triton(*packed, out, starts, at):
         out[slice(None) if at is None else at] = expand_units_reference(
             packed, bits, group, size, starts
         ).to(out.dtype)
@@ -124,7 +157,6 @@ def expand_units(
                 SIZE=size,
                 BITS=bits,
                 GROUP=group,
-                BYTES=nbytes,
                 BYTE_BLOCK=byte_block,
                 UNITS=units,
                 num_warps=4,
@@ -152,8 +184,7 @@ def check_rows(count: int, out: Tensor, at: Tensor | None) -> int:
             f"out is {out.dtype} {tuple(out.shape)}; expected a floating type and "
             f"[{'rows' if at is not None else count}, head size]"
         )
-    if at is not None and (at.shape != (count,) or at.dtype != torch.long):
-        raise ValueError(f"at is {at.dtype} {tuple(at.shape)}; expected torch.int64 {(count,)}")
+    check_tensors({"at": (at, torch.long, (count,))})
     return out.shape[1]
 
 
@@ -181,24 +212,51 @@ def check_packed(
     )
 
 
-def check_tensors(
-    expected: Mapping[str, tuple[Tensor | None, torch.dtype, tuple[int, ...]]],
-) -> None:
-    """Refuse, by its name, a tensor of other dtype or shape or that is not contiguous."""
-    for name, (tensor, dtype, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} of strides {tensor.stride()}; "
-                f"expected {dtype} {shape}, contiguous"
-            )
+def step_arguments(
+    query: Tensor, packed: Packed, shares: PackedShares, scaling: float, states: States
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a kernel that leaves the attention over packed units in `states` takes: by order, and by
+    name."""
+    heads = len(shares.lengths) // len(query)
+    tensors = (*packed.keys, *packed.values), (packed.starts, shares.tiles, shares.blocks)
+    numbers = scaling * math.log2(math.e), heads, len(packed.starts) - 1, query.stride()
+    sizes = {"NEW": query.shape[2], "QUERIES": states.weights.shape[1], "SIZE": query.shape[3]}
+    return (query, *tensors, (states.values, states.weights), *numbers), sizes
+
+
+def is_wide(query: Tensor) -> bool:
+    """Whether units are expanded to float32, for precision or where assembly, NVIDIA's, is not."""
+    return query.dtype == torch.float32 or torch.version.hip is not None
+
+
+def launch_options(query: Tensor, queries: int) -> dict[str, Any]:
+    """How programs that hold `queries` queries expand units, and with how many threads and
+    registers so that `PROGRAMS` fit."""
+    wide, block = is_wide(query), padded(queries, least=16)
+    return {
+        "QUERY_BLOCK": block,
+        "UPCAST": INTERPRETED or wide,
+        "num_warps": 8 if wide else 4,
+        "maxnreg": None if wide or block > 16 else _REGISTERS,
+    }
 
 
 def power_of_two_in(*numbers: int) -> int:
     """The largest power of two that divides all `numbers`."""
     common = math.gcd(*numbers)
     return common & -common
+
+
+@triton.jit
+def next_step(at, end, after, block, blocks, UNITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where a step after that at `at` begins, the end of its block, and the block.
+
+    A step takes the units at .. end - 1 of one block, UNITS of them at most; `after` is where the
+    next block ends.
+    """
+    is_done = at + UNITS >= end
+    block = tl.minimum(tl.where(is_done, block + 1, block), blocks - 1)
+    return tl.minimum(at + UNITS, end), tl.where(is_done, after, end), block
 
 
 # Nothing is compiled anew for these, which differ from chunk to chunk.
@@ -214,10 +272,10 @@ def _expand(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    BYTES: tl.constexpr,
     BYTE_BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
 ):
+    BYTES: tl.constexpr = (SIZE * BITS + 7) // 8
     first = tl.program_id(0) * UNITS
     unit = first + tl.arange(0, UNITS)
     there = unit < count

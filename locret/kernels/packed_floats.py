@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton
-from locret.kernels.packed import blocks_at, blocks_of, check_rows, check_tensors, row_of
+from locret.kernels.dispatch import check_tensors, on_device, padded, takes_triton, tl, triton
+from locret.kernels.packed import blocks_at, blocks_of, check_rows, row_of
 
 _ELEMENTS = 4096  # that a program expands
 _UNITS = 128  # most units that they are of
@@ -38,8 +38,7 @@ def expand_floats(
     count = packed[0].shape[0]
     size = check_rows(count, out, at)
     _check(packed, (count, size), starts)
-    given = [tensor for tensor in (*packed, out, starts, at) if tensor is not None]
-    if not takes_triton(*given):
+    if not takes_triton(*packed, out, starts, at):
         x = expand_floats_reference(packed, starts)
         out[slice(None) if at is None else at] = x.to(out.dtype)
     elif count:

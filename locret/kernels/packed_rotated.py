@@ -15,41 +15,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from locret.kernels.dispatch import INTERPRETED, on_device, padded, takes_triton, tl, triton
-from locret.kernels.packed import blocks_at, blocks_of, check_rows, check_tensors, row_of
+from locret.kernels.dispatch import (
+    INTERPRETED,
+    check_tensors,
+    on_device,
+    padded,
+    takes_triton,
+    tl,
+    triton,
+)
+from locret.kernels.packed import Packed, blocks_at, blocks_of, check_rows, is_wide, row_of
 
 _UNITS = 64  # units that a program expands
 _CHANNELS = 128  # channels of them that it rotates back
 
 
 @dataclass(frozen=True)
-class RotatedKV:
-    """Keys and values of N units, sequence by sequence.
+class RotatedKV(Packed):
+    """x = H (scale * level[code]), of keys plus their mean.
 
     Codes are planar as those of `PackedKV`; a code of 3 bits is in two planes, its lower 2 bits in
-    the first D / 4 bytes, its highest in the D / 8 after them. All tensors are contiguous.
+    the first D / 4 bytes, its highest in the D / 8 after them.
 
     Attributes:
-        keys: codes uint8 [N, D * bits / 8], scale float16 [N, 1], mean bfloat16 [G, D], an entry
-            for each block.
-        starts: as of `PackedKV`.
+        keys: codes uint8 [N, D * bits / 8], scale float16 [N, 1], mean bfloat16 [G, D].
         values: codes and scale like those of keys.
         key_levels, value_levels: the upper half of the 4, 8, 16 or 256 levels, ascending; the lower
             half mirrors them. 256 levels are code - 127.5.
         group: the most units of a block.
     """
 
-    keys: tuple[Tensor, ...]
-    starts: Tensor
-    values: tuple[Tensor, ...]
     key_levels: tuple[float, ...]
     value_levels: tuple[float, ...]
     group: int
 
-    @property
-    def count(self) -> int:
-        """N."""
-        return self.keys[0].shape[0]
+    def check(self, size: int) -> None:
+        """Refuse what does not fit a head size."""
+        check_rotated(self.keys, self.key_levels, (self.count, size), self.starts, "key_")
+        check_rotated(self.values, self.value_levels, (self.count, size), None, "value_")
+
+    def expanded(self, size: int) -> tuple[Tensor, Tensor]:
+        """Keys and values float32 [N, D = size], in plain PyTorch."""
+        keys = expand_rotated_reference(self.keys, self.key_levels, size, self.starts)
+        return keys, expand_rotated_reference(self.values, self.value_levels, size)
 
 
 def bits_of(levels: tuple[float, ...]) -> int:
@@ -81,14 +89,13 @@ def expand_rotated(
     count = packed[0].shape[0]
     size = check_rows(count, out, at)
     check_rotated(packed, levels, (count, size), starts)
-    given = [tensor for tensor in (*packed, out, starts, at) if tensor is not None]
-    if not takes_triton(*given):
+    if not takes_triton(*packed, out, starts, at):
         out[slice(None) if at is None else at] = expand_rotated_reference(
             packed, levels, size, starts
         ).to(out.dtype)
     elif count:
         bits = bits_of(levels)
-        upcast = INTERPRETED or out.dtype == torch.float32 or torch.version.hip is not None
+        upcast = INTERPRETED or is_wide(out)
         units = _UNITS // 4 if upcast else _UNITS
         channels = min(_CHANNELS // 2 if upcast else _CHANNELS, padded(size, least=16))
         with on_device(out):
@@ -98,7 +105,6 @@ def expand_rotated(
                 SIZE=size,
                 BITS=bits,
                 LEVELS=levels if bits < 8 else (),
-                ROOT=(size & -size) ** -0.5,
                 CHANNELS=channels,
                 CHUNK_BLOCK=padded(chunk_of(size, bits), least=16),
                 UNITS=units,
@@ -179,7 +185,6 @@ def _expand(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
-    ROOT: tl.constexpr,
     CHANNELS: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
@@ -203,7 +208,7 @@ def _expand(  # type: ignore[no-untyped-def]
         signs = hadamard_at(channel[:, None], d[None, :], SIZE).to(level.dtype)
         x = tl.dot(level, signs, acc=x, input_precision="ieee")
     scale = tl.load(packed[1] + unit, mask=there, other=0.0).to(tl.float32)
-    x *= scale[:, None] * ROOT
+    x *= scale[:, None] * (SIZE & -SIZE) ** -0.5
     mask = there[:, None] & (d < SIZE)[None, :]
     if starts is not None:
         block = blocks_of(starts, first, UNITS, blocks).to(tl.int64)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,11 +153,8 @@ class States:
         """For queries [B, H*G, T, D] on `heads` KV heads and P = `tiles` tiles."""
         batch, q_heads, new, size = query.shape
         shape = (tiles + batch * heads * tail_splits, q_heads // heads * new)
-        return cls(
-            torch.empty(*shape, size, dtype=torch.float32, device=query.device),
-            torch.empty(shape, dtype=torch.float32, device=query.device),
-            tail_splits,
-        )
+        values = torch.empty(*shape, size, dtype=torch.float32, device=query.device)
+        return cls(values, torch.empty_like(values[..., 0]), tail_splits)
 
     def merge(self, out: Tensor, shares: Sequence[Shares]) -> None:
         """Write the attention of all states together to `out` [B, H*G, T, D]; zeros of no units.
@@ -167,13 +165,9 @@ class States:
         queries, size = self.values.shape[1:]
         batch, q_heads, new, _ = out.shape
         slice_size = min(_SLICE, padded(size))
-        first, second = shares[0], shares[1] if len(shares) > 1 else None
         with on_device(out):
             _merge_states[(queries * -(-size // slice_size), q_heads * new // queries, batch)](
-                *(self.values, self.weights, out, first.firsts),
-                None if second is None else second.firsts,
-                *(first.count, sum(share.count for share in shares), self.tail_splits),
-                out.stride(),
+                *self.merge_arguments(out, shares),
                 NEW=new,
                 QUERIES=queries,
                 SIZE=size,
@@ -181,6 +175,14 @@ class States:
                 STEP=_STATES,
                 num_warps=4,
             )
+
+    def merge_arguments(self, out: Tensor, shares: Sequence[Shares]) -> tuple[Any, ...]:
+        """What a kernel that merges takes first."""
+        first, second = shares[0], shares[1] if len(shares) > 1 else None
+        return (
+            *((self.values, self.weights), out, first.firsts, second and second.firsts),
+            *(first.count, sum(share.count for share in shares), self.tail_splits, out.stride()),
+        )
 
 
 def merge_states_reference(states: States, out: Tensor, shares: Sequence[Shares]) -> None:
@@ -199,9 +201,8 @@ def merge_states_reference(states: States, out: Tensor, shares: Sequence[Shares]
 def queries_at(  # type: ignore[no-untyped-def]
     query, strides, b, h, which, NEW: tl.constexpr, QUERIES: tl.constexpr
 ):
-    """Where queries `which` of a KV head begin, [R, 1]: NEW tokens of each query head."""
-    head = h * (QUERIES // NEW) + which // NEW
-    return query + b * strides[0] + (head * strides[1] + (which % NEW) * strides[2])[:, None]
+    """Where queries `which` of a KV head begin: NEW tokens of each query head."""
+    return units_at(query, strides, b, h * (QUERIES // NEW) + which // NEW, which % NEW)
 
 
 @triton.jit
@@ -217,19 +218,6 @@ def weigh(logits, highest, total):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def log_sum(highest, total):  # type: ignore[no-untyped-def]
-    """log2 of a split's sum of weights; -inf where it saw no unit."""
-    some = total > 0.0
-    return tl.where(some, highest + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
-
-
-@triton.jit
-def average(summed, total):  # type: ignore[no-untyped-def]
-    """A split's average value; zero where it saw no unit."""
-    return summed / tl.where(total > 0.0, total, 1.0)[:, None]
-
-
-@triton.jit
 def tile_at(tiles, tile):  # type: ignore[no-untyped-def]
     """The sequence of a tile of `Shares`, its first unit and the first after it."""
     tiles += 3 * tile
@@ -237,39 +225,32 @@ def tile_at(tiles, tile):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def share_of(end, share, shares):  # type: ignore[no-untyped-def]
-    """An equal share of the units 0 .. end - 1: its first one and the first after it."""
-    each = tl.cdiv(tl.maximum(end, 0), shares)
-    return share * each, tl.minimum((share + 1) * each, end)
+def leave_sum(weights, state, which, highest, total, QUERIES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store what a tile or a tail's share gives at its place among `States`: log2 of the sums of
+    weights, -inf of no unit, of an online softmax's highest logit and sum, [R] each. Returns where
+    they are, [R]."""
+    at = state.to(tl.int64) * QUERIES + which
+    some = total > 0.0
+    log = tl.where(some, highest + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+    tl.store(weights + at, log, mask=which < QUERIES)
+    return at
 
 
 @triton.jit
-def leave_state(  # type: ignore[no-untyped-def]
-    values,
-    weights,
-    state,
-    which,
-    d,
-    highest,
-    total,
-    summed,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
+def leave_average(  # type: ignore[no-untyped-def]
+    values, at, which, d, there, total, summed, QUERIES: tl.constexpr, SIZE: tl.constexpr
 ):
-    """Store what a tile or a tail's share gives at its place among `States`: the online softmax's
-    [R] highest logit and sum of weights, and the [R, D] sum of values; `which` [R], `d` [D]."""
-    at = state.to(tl.int64) * QUERIES + which
-    some = which < QUERIES
-    tl.store(weights + at, log_sum(highest, total), mask=some)
-    mask = some[:, None] & (d < SIZE)[None, :]
-    tl.store(values + at[:, None] * SIZE + d[None, :], average(summed, total), mask=mask)
+    """Store the average values, zero of no unit, of the sums [R, D] of values in the channels `d`
+    [D] that are `there`; `at` is what `leave_sum` gave."""
+    mask = (which < QUERIES)[:, None] & there[None, :]
+    average = summed / tl.where(total > 0.0, total, 1.0)[:, None]
+    tl.store(values + at[:, None] * SIZE + d[None, :], average, mask=mask)
 
 
 # Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["second_at", "tail_at", "tail_splits"])
 def _merge_states(  # type: ignore[no-untyped-def]
-    values,
-    weights,
+    states,
     out,
     firsts,
     second_firsts,
@@ -284,34 +265,59 @@ def _merge_states(  # type: ignore[no-untyped-def]
     STEP: tl.constexpr,
 ):
     which = tl.program_id(0) % QUERIES
-    h = tl.program_id(1)
-    b = tl.program_id(2)
-    sequence = b * tl.num_programs(1) + h
     d = tl.program_id(0) // QUERIES * SLICE + tl.arange(0, SLICE)
+    sequence = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    tiles = states_of(firsts, sequence, 0)
+    others = states_of(second_firsts, sequence, second_at)
+    tail = (tail_at + sequence * tail_splits, tail_splits)
+    _, total, summed = merged_states(
+        states, tiles, others, tail, which, d, QUERIES, SIZE, SLICE, STEP
+    )
+    b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    to = queries_at(out, strides, b, h, which, NEW, QUERIES) + d * strides[3]
+    merged = summed / tl.where(total > 0.0, total, 1.0)
+    tl.store(to, merged.to(out.dtype.element_ty), mask=d < SIZE)
 
-    # The states of a sequence, counted through: its tiles, those of a second kind, its tail.
-    begin = tl.load(firsts + sequence)
-    tiles = tl.load(firsts + sequence + 1) - begin
-    others_begin = second_at
-    context = tiles
-    if second_firsts is not None:
-        others_begin += tl.load(second_firsts + sequence)
-        context += tl.load(second_firsts + sequence + 1) + second_at - others_begin
-    tail_begin = tail_at + sequence * tail_splits
-    count = context + tail_splits
 
+@triton.jit
+def states_of(firsts, sequence, before):  # type: ignore[no-untyped-def]
+    """The first state of a sequence's tiles, and how many there are, where `before` come before
+    those of all these tiles; `firsts` None = none."""
+    begin, count = 0, 0
+    if firsts is not None:
+        begin = tl.load(firsts + sequence)
+        count = tl.load(firsts + sequence + 1) - begin
+    return before + begin, count
+
+
+@triton.jit
+def merged_states(  # type: ignore[no-untyped-def]
+    states,
+    first,
+    second,
+    third,
+    which,
+    d,
+    QUERIES: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The highest log2 of a sum of weights, the sum of all relative to it and that of values [D],
+    for one query, of three ranges of states: the first of each and how many."""
+    before_third = first[1] + second[1]
+    count = before_third + third[1]
     highest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
-    summed = tl.zeros((STEP, SLICE), tl.float32)
+    summed = tl.zeros((STEP, D), tl.float32)
     for start in range(0, count, STEP):
-        state = start + tl.arange(0, STEP)
-        there = state < count
-        in_tail = tail_begin + state - context
-        at = tl.where(state < context, others_begin + state - tiles, in_tail)
-        at = tl.where(state < tiles, begin + state, at).to(tl.int64) * QUERIES + which
-        sums = tl.load(weights + at, mask=there, other=float("-inf"))
+        i = start + tl.arange(0, STEP)
+        there = i < count
+        at = tl.where(i < before_third, second[0] + i - first[1], third[0] + i - before_third)
+        at = tl.where(i < first[1], first[0] + i, at).to(tl.int64) * QUERIES + which
+        sums = tl.load(states[1] + at, mask=there, other=float("-inf"))
         mask = there[:, None] & (d < SIZE)[None, :]
-        averages = tl.load(values + at[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
+        averages = tl.load(states[0] + at[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
         higher = tl.maximum(highest, tl.max(sums, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         share = tl.exp2(sums - base)
@@ -319,11 +325,7 @@ def _merge_states(  # type: ignore[no-untyped-def]
         total = total * shrink + tl.sum(share, 0)
         summed = summed * shrink + share[:, None] * averages
         highest = higher
-    merged = tl.sum(summed, 0) / tl.where(total > 0.0, total, 1.0)
-    q_head = (h * (QUERIES // NEW) + which // NEW).to(tl.int64)
-    out += b.to(tl.int64) * strides[0] + q_head * strides[1]
-    out += (which % NEW) * strides[2] + d * strides[3]
-    tl.store(out, merged.to(out.dtype.element_ty), mask=d < SIZE)
+    return highest, total, tl.sum(summed, 0)
 
 
 def merge_attention(

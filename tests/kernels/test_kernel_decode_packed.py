@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from locret.kernels.decode import decode_shares
+from locret.kernels.decode import Plain, decode_shares
 from locret.kernels.decode_kivi_small import takes_small
 from locret.kernels.decode_packed import decode_packed, decode_packed_reference, packed_shares
 from tests.kernels.close import assert_near
@@ -17,10 +17,8 @@ def compare(query, packed, lengths, plain=None, tail=(40, 21), shares=None):
     tails = torch.randn(2, batch, len(lengths) // batch, tail[0], size, device=device)
     tails[:, :, :, tail[1] :] = torch.nan
     filled = torch.tensor([tail[1]], dtype=torch.int32, device=device)
-    given = (
-        *(query, packed, shares or random_shares(packed, lengths, device)),
-        *(*units, decode_shares(plain, device), *tails.to(query.dtype), filled, size**-0.5),
-    )
+    rest = Plain(*units, decode_shares(plain, device), *tails.to(query.dtype), filled)
+    given = (query, packed, shares or random_shares(packed, lengths, device), rest, size**-0.5)
     expected = decode_packed_reference(*given)
     assert not expected.isnan().any()
     assert_near(decode_packed(*given), expected)

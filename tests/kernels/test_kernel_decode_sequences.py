@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from locret.kernels.decode import (
+    Plain,
     attend_sequences,
     decode_sequences,
     decode_sequences_reference,
@@ -24,10 +25,10 @@ def inputs(batch, group, lengths, tail, size, dtype, device, new=1):
     return query, keys, values, share_out(lengths, 8, device, least=16), *tails, length
 
 
-def compare(*given):
-    scaling = given[0].shape[-1] ** -0.5
-    actual = decode_sequences(*given, scaling)
-    expected = decode_sequences_reference(*given, scaling)
+def compare(query, *plain):
+    given = (query, Plain(*plain), query.shape[-1] ** -0.5)
+    actual = decode_sequences(*given)
+    expected = decode_sequences_reference(*given)
     assert not expected.isnan().any()
     assert_near(actual, expected)
     return actual
@@ -97,10 +98,10 @@ def test_states_come_after_those_of_other_tiles(device):
     heads, count = 2, shares.count + others.count
     states = States.empty(query, heads, count, 2)
     before = States.empty(query, heads, others.count, 0)
-    attend_sequences(query, other_keys, other_values, others, *tails, 0.2, before)
+    attend_sequences(query, Plain(other_keys, other_values, others, *tails), 0.2, before)
     states.values[: others.count] = before.values
     states.weights[: others.count] = before.weights
-    attend_sequences(query, keys, values, shares, *tails, 0.2, states, others.count)
+    attend_sequences(query, Plain(keys, values, shares, *tails), 0.2, states, others.count)
     out = torch.empty_like(query)
     states.merge(out, [others, shares])
 
@@ -110,9 +111,8 @@ def test_states_come_after_those_of_other_tiles(device):
 
     lengths = [a + b for a, b in zip(others.lengths, shares.lengths, strict=True)]
     whole = share_out(lengths, 8, device)
-    expected = decode_sequences_reference(
-        query, both(other_keys, keys), both(other_values, values), whole, *tails, 0.2
-    )
+    plain = Plain(both(other_keys, keys), both(other_values, values), whole, *tails)
+    expected = decode_sequences_reference(query, plain, 0.2)
     assert_near(out, expected)
 
 
@@ -124,15 +124,14 @@ def test_decode_shares_leave_room_for_the_tails(device):
 
 @pytest.mark.gpu
 def test_a_captured_graph_follows_the_tail(device):
-    query, keys, values, shares, tail_keys, tail_values, length = inputs(
-        1, 4, [900, 0], (700, 600), 128, torch.bfloat16, device
-    )
+    query, *rest = inputs(1, 4, [900, 0], (700, 600), 128, torch.bfloat16, device)
+    plain = Plain(*rest)
     key, value = torch.randn(2, 1, 2, 1, 128, device=device).bfloat16().unbind()
 
     def step():
-        store_units(tail_keys, tail_values, key, value, length)
-        length.add_(1)
-        return decode_sequences(query, keys, values, shares, tail_keys, tail_values, length, 0.1)
+        store_units(plain.tail_keys, plain.tail_values, key, value, plain.tail_length)
+        plain.tail_length.add_(1)
+        return decode_sequences(query, plain, 0.1)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -143,10 +142,5 @@ def test_a_captured_graph_follows_the_tail(device):
         key.normal_()
         value.normal_()
         graph.replay()
-        assert length.item() == at + 1
-        assert_near(
-            out,
-            decode_sequences_reference(
-                query, keys, values, shares, tail_keys, tail_values, length, 0.1
-            ),
-        )
+        assert plain.tail_length.item() == at + 1
+        assert_near(out, decode_sequences_reference(query, plain, 0.1))
