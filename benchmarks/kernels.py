@@ -8,7 +8,6 @@ them. A kernel that disagrees with its twin is named and the command ends with s
 """
 
 import argparse
-import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,42 +19,46 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from benchmarks.packed_inputs import after_packed, random_packed, random_rotated, uneven
+from benchmarks.kernel_checks import CHECKS
+from benchmarks.kernel_inputs import (
+    plain_units,
+    random,
+    random_packed,
+    random_rotated,
+    running,
+    topk,
+    uneven,
+    which_stay,
+)
 from benchmarks.shapes import SHAPES
 from locret.kernels import (
-    PackedKV,
-    RotatedKV,
-    decode_attention,
     decode_packed,
+    decode_sequences,
     expand_rotated,
     expand_units,
-    gather_units,
+    gather_sequences,
     packed_shares,
     rotate_at_slots,
+    select_sequences,
     store_units,
-    threshold_select,
 )
-from locret.kernels.decode import decode_attention_reference, store_units_reference
+from locret.kernels.decode import store_units_reference
 from locret.kernels.decode_packed import decode_packed_reference
-from locret.kernels.evict import gather_units_reference, threshold_select_reference
+from locret.kernels.evict import gather_sequences_reference
 from locret.kernels.packed import expand_units_reference
 from locret.kernels.packed_rotated import expand_rotated_reference
 from locret.kernels.rotate import rotate_at_slots_reference
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-DTYPES = tuple(TOLERANCE)
-HEADS = ((3, 3, 64), (8, 4, 128), (32, 1, 96), (2, 7, 80), (4, 16, 256))  # H, G, D
-SLOTS = (1, 63, 1025)
-
 
 @dataclass
 class Timed:
-    """A kernel to be timed: one call for each set of inputs, the same with plain PyTorch, and the
-    bytes that a call has to move."""
+    """A kernel to be timed: one call for each set of inputs, the same with plain PyTorch, the bytes
+    that a call has to move, and whether plain PyTorch can be captured in a graph, too."""
 
     kernel: Sequence[Callable[[], Any]]
     plain: Sequence[Callable[[], Any]]
     nbytes: int
+    captured: bool = True
 
 
 def main() -> None:
@@ -67,7 +70,7 @@ def main() -> None:
     checks = {name: list(check()) for name, check in CHECKS.items()}
     failed = {name: bad for name, found in checks.items() if (bad := [f for f in found if f])}
     for name, found in checks.items():
-        print(f"{name:<18} {'FAIL' if name in failed else 'ok'} in {len(found)} settings")
+        print(f"{name:<24} {'FAIL' if name in failed else 'ok'} in {len(found)} settings")
     for name, bad in failed.items():
         print(f"FAIL {name}: {len(bad)} settings disagree with the twin, first: {bad[0]}")
     times = _times(given)
@@ -76,199 +79,27 @@ def main() -> None:
 
 
 def _times(given: argparse.Namespace) -> dict[str, dict[str, float]]:
-    print(f"\n{'us a call':<18} {'kernel':>9} {'copy':>9} {'share':>7} {'plain':>9} {'host':>9}")
+    print(f"\n{'us a call':<24} {'kernel':>9} {'copy':>9} {'share':>7} {'plain':>9} {'host':>9}")
     times = {}
     for name, timed in _timed(given):
         kernel = _graph_seconds(timed.kernel, given.repeats)
         found = {
             "seconds": kernel,
             "copy_seconds": _copy_seconds(timed.nbytes, given.repeats),
-            "plain_seconds": _graph_seconds(timed.plain, given.repeats),
+            "plain_seconds": (_graph_seconds if timed.captured else _eager_seconds)(
+                timed.plain, given.repeats
+            ),
             "host_seconds": _host_seconds(timed.kernel[0]),
             "bytes": timed.nbytes,
         }
         found["share_of_copy"] = found["copy_seconds"] / kernel
         times[name] = found
         print(
-            f"{name:<18} {1e6 * kernel:9.2f} {1e6 * found['copy_seconds']:9.2f} "
+            f"{name:<24} {1e6 * kernel:9.2f} {1e6 * found['copy_seconds']:9.2f} "
             f"{found['share_of_copy']:7.2f} {1e6 * found['plain_seconds']:9.2f} "
             f"{1e6 * found['host_seconds']:9.2f}"
         )
     return times
-
-
-# Agreement with the twins. Each yields "" for a setting that agrees and what differs otherwise.
-
-
-def _compare(setting: Any, actual: Tensor, expected: Tensor) -> str:
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return f"{setting}: {actual.dtype}{tuple(actual.shape)}, not {tuple(expected.shape)}"
-    if not actual.is_floating_point():
-        return "" if torch.equal(actual, expected) else f"{setting}: other values"
-    error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
-    # A NaN is not near anything.
-    return "" if error <= TOLERANCE[actual.dtype] else f"{setting}: relative error {error:.2e}"
-
-
-def _some(*axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """Settings in which every value of every axis occurs, not all of them with all others: each
-    setting is compiled."""
-    return itertools.islice(itertools.product(*axes), 0, None, 7)
-
-
-def _check_rotate() -> Iterator[str]:
-    for (heads, _, size), slots, dtype, part, pairing in _some(
-        HEADS, SLOTS, DTYPES, (1, 4), ("half", "interleaved")
-    ):
-        x = _random(2, heads, slots + 5, size, dtype=dtype)[:, :, 5:]
-        cos, sin = _random(2, 1 + part // 4, slots, size // part // 2 * 2, dtype=dtype).unbind()
-        yield _compare(
-            (heads, slots, size, dtype, part, pairing),
-            rotate_at_slots(x, cos, sin, pairing),
-            rotate_at_slots_reference(x, cos, sin, pairing),
-        )
-
-
-def _check_gather() -> Iterator[str]:
-    for (heads, _, size), (held, new, keep), dtype in _some(
-        HEADS, ((1025, 63, 800), (0, 7, 3), (129, 0, 64), (40000, 1024, 40000)), DTYPES
-    ):
-        old, fresh = (
-            (_random(1, heads, n, size, dtype=dtype), _random(1, heads, n)) for n in (held, new)
-        )
-        index = _random(1, heads, held + new).topk(keep).indices.sort().values
-        kept = gather_units(old, fresh, index, room=3)
-        for actual, expected in zip(kept, gather_units_reference(old, fresh, index), strict=True):
-            same = torch.equal(actual[:, :, :keep], expected)
-            yield "" if same else f"{(heads, size, held, new, keep, dtype)}: other values"
-
-
-def _check_decode() -> Iterator[str]:
-    for (heads, group, size), (capacity, length), new, dtype in _some(
-        HEADS, ((64, 1), (200, 63), (5000, 4097)), (1, 3), DTYPES
-    ):
-        if length < new:
-            continue
-        keys, values = _random(2, 2, heads, capacity, size, dtype=dtype).unbind()
-        keys[:, :, length:] = torch.nan
-        values[:, :, length:] = torch.nan
-        query = _random(2, heads * group, new, size, dtype=dtype)
-        filled = torch.tensor([length], dtype=torch.int32, device="cuda")
-        first = torch.randint(0, length, (2, heads), device="cuda", dtype=torch.int32)
-        for start in (None, first):
-            arguments = (query, keys, values, filled, size**-0.5, start)
-            yield _compare(
-                (heads, group, size, capacity, length, new, dtype, start is not None),
-                decode_attention(*arguments),
-                decode_attention_reference(*arguments),
-            )
-
-
-def _check_packed() -> Iterator[str]:
-    for (heads, group, size), (count, bits), channels, new, dtype in _some(
-        HEADS, ((63, 8), (63, 4), (5000, 4), (5000, 2)), (32, 64), (1, 3), DTYPES
-    ):
-        lengths = uneven(heads, count)
-        packed = random_packed(lengths, size, bits, channels)
-        setting = (heads, group, size, count, bits, channels, new, dtype)
-        yield from _check_decoded(setting, packed, lengths, group, new, size, dtype)
-
-
-def _check_rotated() -> Iterator[str]:
-    for (heads, group, size), (count, bits), value_bits, new, dtype in _some(
-        HEADS, ((63, 8), (63, 4), (5000, 4), (5000, 3), (5000, 2)), (2, 3), (1, 3), DTYPES
-    ):
-        lengths = uneven(heads, count)
-        packed = random_rotated(lengths, size, bits, value_bits)
-        setting = (heads, group, size, count, bits, value_bits, new, dtype)
-        yield from _check_decoded(setting, packed, lengths, group, new, size, dtype)
-
-
-def _check_decoded(
-    setting: Any,
-    packed: PackedKV | RotatedKV,
-    lengths: Sequence[int],
-    group: int,
-    new: int,
-    size: int,
-    dtype: torch.dtype,
-) -> Iterator[str]:
-    heads = len(lengths)
-    query = _random(1, heads * group, new, size, dtype=dtype)
-    shares = packed_shares(packed, lengths, group * new, dtype)
-    arguments: tuple[Any, ...] = (query, packed, shares)
-    arguments += after_packed(heads, 16, (300, 200), size, dtype)
-    yield _compare(setting, decode_packed(*arguments), decode_packed_reference(*arguments))
-
-
-def _check_expand() -> Iterator[str]:
-    for (heads, _, size), (count, bits), channels, dtype in _some(
-        HEADS, ((63, 8), (63, 4), (5000, 4), (5000, 2)), (32, 64), DTYPES
-    ):
-        packed = random_packed(uneven(heads, count), size, bits, channels)
-        at = torch.randperm(packed.count + 9, device="cuda")[: packed.count]
-        for units, starts in ((packed.keys, packed.starts), (packed.values, None)):
-            out = torch.full((packed.count + 9, size), torch.nan, dtype=dtype, device="cuda")
-            expand_units(units, bits, channels, out, starts, at)
-            expected = expand_units_reference(units, bits, channels, size, starts).to(dtype)
-            same = torch.equal(out[at], expected)
-            yield "" if same else f"{(heads, size, count, bits, channels, dtype)}: differs"
-
-
-def _check_expand_rotated() -> Iterator[str]:
-    for (heads, _, size), bits, dtype in _some(HEADS, (2, 3, 4, 8), DTYPES):
-        packed = random_rotated(uneven(heads, 500), size, bits, bits)
-        for units, starts in ((packed.keys, packed.starts), (packed.values, None)):
-            out = torch.full((packed.count, size), torch.nan, dtype=dtype, device="cuda")
-            expand_rotated(units, packed.key_levels, out, starts)
-            expected = expand_rotated_reference(units, packed.key_levels, size, starts)
-            yield _compare((heads, size, bits, dtype), out, expected.to(dtype))
-
-
-def _check_store() -> Iterator[str]:
-    for (heads, _, size), dtype, slot in _some(HEADS, DTYPES, (0, 17, 62)):
-        storage = _random(2, 2, heads, 63, size, dtype=dtype)
-        new = _random(2, 2, heads, 1, size, dtype=dtype)
-        expected = storage.clone()
-        at = torch.tensor([slot], device="cuda")
-        store_units(*storage, *new, at)
-        store_units_reference(*expected, *new, at)
-        yield "" if torch.equal(storage, expected) else f"{(heads, size, dtype, slot)}: differs"
-
-
-def _check_select() -> Iterator[str]:
-    for size, share, kind in itertools.product(
-        (2, 63, 1025, 20480, 32768, 69632), (0.1, 0.8), ("distinct", "ties", "strange")
-    ):
-        scores = _random(2, 3, size)
-        if kind == "ties":
-            scores = scores.round(decimals=1)
-        if kind == "strange":
-            strange = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0], device="cuda")
-            scores[:, :, ::3] = strange[torch.randint(0, 5, scores[:, :, ::3].shape, device="cuda")]
-        budget = max(1, int(size * share))
-        for arguments in ((budget,), (budget, budget // 2, budget // 3)):
-            yield _compare(
-                (size, kind, arguments),
-                threshold_select(scores, *arguments),
-                threshold_select_reference(scores, *arguments),
-            )
-        if kind == "distinct":
-            topk = scores.topk(budget).indices.sort().values
-            yield _compare((size, "topk", budget), threshold_select(scores, budget), topk)
-
-
-CHECKS: dict[str, Callable[[], Iterator[str]]] = {
-    "rotate_at_slots": _check_rotate,
-    "gather_units": _check_gather,
-    "decode_attention": _check_decode,
-    "decode_packed": _check_packed,
-    "decode_packed, rotated": _check_rotated,
-    "expand_units": _check_expand,
-    "expand_rotated": _check_expand_rotated,
-    "store_units": _check_store,
-    "threshold_select": _check_select,
-}
 
 
 # What is timed, at the shape of one layer.
@@ -279,15 +110,19 @@ def _timed(given: argparse.Namespace) -> Iterator[tuple[str, Timed]]:
     heads = shape["num_key_value_heads"]
     queries = shape["num_attention_heads"]
     size = shape.get("head_dim", shape["hidden_size"] // queries)
-    held, chunk, sets = given.budget, given.chunk, range(given.sets)
-    slots = held + chunk
+    query = random(1, queries, 1, size, dtype=torch.bfloat16)
+    yield from _timed_rotate(given, heads, size)
+    yield from _timed_store(given, heads, size)
+    equal = [given.budget] * heads
+    for name, lengths in ((", equal", equal), (", ragged", uneven(heads, given.budget))):
+        yield from _timed_sequences(given, name, lengths, query)
+    yield from _timed_packed(given, heads, query)
 
-    cos, sin = _random(2, 1, slots, size, dtype=torch.bfloat16).unbind()
-    keys = [_random(1, heads, slots, size, dtype=torch.bfloat16) for _ in sets]
-    values = [_random(1, heads, slots, size, dtype=torch.bfloat16) for _ in sets]
-    scores = [_random(1, heads, slots) for _ in sets]
-    positions = [torch.arange(slots, device="cuda").expand(1, heads, slots) for _ in sets]
 
+def _timed_rotate(given: argparse.Namespace, heads: int, size: int) -> Iterator[tuple[str, Timed]]:
+    slots, sets = given.budget + given.chunk, range(given.sets)
+    cos, sin = random(2, 1, slots, size, dtype=torch.bfloat16).unbind()
+    keys = [random(1, heads, slots, size, dtype=torch.bfloat16) for _ in sets]
     turned = [torch.empty_like(keys[0]) for _ in sets]
     yield (
         "rotate_at_slots",
@@ -298,34 +133,71 @@ def _timed(given: argparse.Namespace) -> Iterator[tuple[str, Timed]]:
         ),
     )
 
-    units = [(keys[i], values[i], scores[i], positions[i]) for i in sets]
-    old = [tuple(u[:, :, :held] for u in units[i]) for i in sets]
-    new = [tuple(u[:, :, held:] for u in units[i]) for i in sets]
-    index = [threshold_select(scores[i], held) for i in sets]
+
+def _timed_store(given: argparse.Namespace, heads: int, size: int) -> Iterator[tuple[str, Timed]]:
+    tails = [random(2, 1, heads, 512, size, dtype=torch.bfloat16) for _ in range(given.sets)]
+    key, slot = random(1, heads, 1, size, dtype=torch.bfloat16), running([256])[1:]
     yield (
-        "gather_units",
+        "store_units",
         Timed(
-            [_call(gather_units, old[i], new[i], index[i]) for i in sets],
-            [_call(gather_units_reference, old[i], new[i], index[i]) for i in sets],
-            2 * heads * held * (2 * 2 * size + 4 + 8) + index[0].nbytes,
+            [_call(store_units, *tail, key, key, slot) for tail in tails],
+            [_call(store_units_reference, *tail, key, key, slot) for tail in tails],
+            4 * key.nbytes,
         ),
     )
 
-    query = _random(1, queries, 1, size, dtype=torch.bfloat16)
-    length = torch.tensor([held], dtype=torch.int32, device="cuda")
-    scaling = size**-0.5
+
+def _timed_sequences(
+    given: argparse.Namespace, name: str, lengths: Sequence[int], query: Tensor
+) -> Iterator[tuple[str, Timed]]:
+    """Selecting and gathering as many units as there were before the chunk, and a step over
+    them."""
+    heads, size, total = len(lengths), query.shape[3], sum(lengths)
+    sets, offsets = range(given.sets), running(lengths)
+    old = [_layer(total, size=size) for _ in sets]
+    new = [_layer(1, heads, given.chunk, size=size) for _ in sets]
+    numbers = which_stay(lengths, lengths, given.chunk, 0, 0)
+    scores = [(old[i][2], new[i][2]) for i in sets]
+    select = [(*scores[i], offsets, *numbers) for i in sets]
+    index = [select_sequences(*arguments) for arguments in select]
     yield (
-        "decode_attention",
+        f"select_sequences{name}",
         Timed(
-            [_call(decode_attention, query, keys[i], values[i], length, scaling) for i in sets],
-            [
-                _call(_sdpa, query, keys[i][:, :, :held], values[i][:, :, :held], scaling)
-                for i in sets
-            ],
-            2 * heads * held * size * 2,
+            [_call(select_sequences, *arguments) for arguments in select],
+            [_call(topk, *scores[i], lengths, lengths) for i in sets],
+            sum(tensor.nbytes for tensor in (*scores[0], index[0])),
+        ),
+    )
+    gather = [(old[i], new[i], index[i], offsets, offsets) for i in sets]
+    yield (
+        f"gather_sequences{name}",
+        Timed(
+            [_call(gather_sequences, *arguments) for arguments in gather],
+            [_call(gather_sequences_reference, *arguments) for arguments in gather],
+            2 * sum(tensor.nbytes for tensor in old[0]) + index[0].nbytes,
+        ),
+    )
+    rest = [plain_units(lengths, (512, 256), size, query.dtype) for _ in sets]
+    yield (
+        f"decode_sequences{name}",
+        Timed(
+            [_call(decode_sequences, query, *rest[i]) for i in sets],
+            [_call(_sdpa, query, *rest[i][:2], lengths, size**-0.5) for i in sets],
+            4 * size * (total + 256 * heads),
         ),
     )
 
+
+def _layer(*shape: int, size: int) -> tuple[Tensor, ...]:
+    """Keys, values, scores and source positions of so many units."""
+    keys, values = random(2, *shape, size, dtype=torch.bfloat16)
+    return keys, values, random(*shape), torch.zeros(shape, dtype=torch.int32, device="cuda")
+
+
+def _timed_packed(
+    given: argparse.Namespace, heads: int, query: Tensor
+) -> Iterator[tuple[str, Timed]]:
+    queries, size, sets = query.shape[1], query.shape[3], range(given.sets)
     lengths = [given.packed] * heads
     codes: dict[str, list[Any]] = {
         "": [random_packed(lengths, size, 4, 64) for _ in sets],
@@ -333,7 +205,7 @@ def _timed(given: argparse.Namespace) -> Iterator[tuple[str, Timed]]:
     }
     for name, packed in codes.items():
         shares = packed_shares(packed[0], lengths, queries // heads, query.dtype)
-        rest = [after_packed(heads, 16, (512, 256), size, query.dtype) for _ in sets]
+        rest = [plain_units([16] * heads, (512, 256), size, query.dtype) for _ in sets]
         every = [(query, packed[i], shares, *rest[i]) for i in sets]
         tensors = (*packed[0].keys, packed[0].starts, *packed[0].values)
         yield (
@@ -342,6 +214,7 @@ def _timed(given: argparse.Namespace) -> Iterator[tuple[str, Timed]]:
                 [_call(decode_packed, *arguments) for arguments in every],
                 [_call(decode_packed_reference, *arguments) for arguments in every],
                 sum(x.nbytes for x in tensors) + 4 * heads * (16 + 256) * size,
+                captured=False,
             ),
         )
 
@@ -370,25 +243,7 @@ def _timed(given: argparse.Namespace) -> Iterator[tuple[str, Timed]]:
                 for keys, _, starts in keys_of
             ],
             sum(tensor.nbytes for tensor in keys_of[0][0]) + whole.nbytes,
-        ),
-    )
-
-    key = query[:, :heads]
-    yield (
-        "store_units",
-        Timed(
-            [_call(store_units, keys[i], values[i], key, key, length) for i in sets],
-            [_call(store_units_reference, keys[i], values[i], key, key, length) for i in sets],
-            4 * key.nbytes,
-        ),
-    )
-
-    yield (
-        "threshold_select",
-        Timed(
-            [_call(threshold_select, scores[i], held) for i in sets],
-            [_call(_topk, scores[i], held) for i in sets],
-            scores[0].nbytes + index[0].nbytes,
+            captured=False,
         ),
     )
 
@@ -397,18 +252,25 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
     return lambda: function(*arguments)
 
 
-def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, keys, values, scale=scaling, enable_gqa=True
+def _sdpa(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int], scaling: float
+) -> Tensor:
+    """Attention of a row's query over contexts of these lengths, a call for each where they are
+    unequal."""
+    heads = len(lengths)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    if len(set(lengths)) == 1:
+        sides = (x.view(1, heads, lengths[0], -1) for x in (keys, values))
+        return sdpa(query, *sides, scale=scaling, enable_gqa=True)
+    groups = query.unflatten(1, (heads, -1)).unbind(1)  # [1, G, 1, D] each
+    contexts = zip(groups, keys.split([*lengths]), values.split([*lengths]), strict=True)
+    return torch.cat(
+        [
+            sdpa(q, k[None, None], v[None, None], scale=scaling, enable_gqa=True)
+            for q, k, v in contexts
+        ],
+        1,
     )
-
-
-def _topk(scores: Tensor, budget: int) -> Tensor:
-    return scores.topk(budget, sorted=False).indices.sort().values
-
-
-def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
 
 
 def _copy_seconds(nbytes: int, repeats: int) -> float:
@@ -430,6 +292,16 @@ def _graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
             for call in calls:
                 call()
     return record.seconds(graph.replay, repeats, torch.device("cuda")) / (rounds * len(calls))
+
+
+def _eager_seconds(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
+    """Median seconds of one call that the host launches."""
+
+    def each() -> None:
+        for call in calls:
+            call()
+
+    return record.seconds(each, repeats, torch.device("cuda")) / len(calls)
 
 
 def _host_seconds(call: Callable[[], Any], calls: int = 50) -> float:

@@ -55,6 +55,8 @@ def main(args: Sequence[str] | None = None) -> int:
     note = "stopped"
     if _keeps_answers(given):
         note += "; the same command goes on where it stopped"
+    elif given.command == calibrate.NAME:
+        note += "; nothing was written, and the same command begins anew"
     return interrupts.run_command(f"locret {given.command}", lambda: given.run(given), note=note)
 
 

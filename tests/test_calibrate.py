@@ -216,8 +216,26 @@ def test_nothing_is_written_if_a_signal_stops_it(workplace, heads, monkeypatch, 
 
     monkeypatch.setattr(Calibration, "add", stopped)
     assert run(workplace, "--heads", heads, "--data", workplace / "book.txt") == 128 + 15
-    assert "stopped" in capsys.readouterr().err
+    assert "stopped; nothing was written, and the same command begins" in capsys.readouterr().err
     assert (heads / "config.json").read_bytes() == record
+
+
+def test_what_is_wrong_with_the_data_is_told_before_weights_are_loaded(
+    workplace, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(calibrate, "load", lambda given: pytest.fail("loaded"))
+    (tmp_path / "short.txt").write_text("One quiet otter.")
+    args = ["--policy", "keydiff", "--out", tmp_path / "q.json", "--data", tmp_path / "short.txt"]
+    assert run(workplace, *args) == 2
+    assert "the longest of 1 texts has" in capsys.readouterr().err
+
+
+def test_fewer_contexts_than_asked_for_are_told(workplace, tmp_path, capsys):
+    args = ["--policy", "keydiff", "--out", tmp_path / "q.json", "--data", workplace / "rows.jsonl"]
+    assert run(workplace, *args, "--tokens", 2000, "--contexts", 9) == 0
+    out = capsys.readouterr().out
+    assert "(the data has no more; 9 were asked for)" in out
+    assert "generate --model" in out and "--quotas" in out
 
 
 REFUSED = [

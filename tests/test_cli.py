@@ -88,6 +88,27 @@ def test_generate_within_units_a_share_or_bytes(args, units, folder, capsys):
     assert (cache["quantization"] is not None) == ("--bits" in args)
 
 
+def test_generate_with_quotas_of_a_file(folder, tmp_path, capsys):
+    (tmp_path / "quotas.json").write_text("[[7, 1], [1, 3]]")
+    args = ["--policy", "keydiff", "--prompt-file", str(folder / "prompt.txt"), "--budget", "48"]
+    args += ["--chunk-size", "32", "--stabilizers", "0", "--local-tokens", "1"]
+    args += ["--max-new-tokens", "2", "--quotas"]
+    assert run(folder, "generate", *args, str(tmp_path / "quotas.json"), "--json") == 0
+    cache = json.loads(capsys.readouterr().out)["cache"]
+    held = [cache["least_units"][0], cache["most_units"][0]]
+    assert held == [16 + 2, 112 + 2]
+    assert run(folder, "generate", *args, str(tmp_path / "quotas.json")) == 0
+    assert "heads hold 50 units on average, 18 to 114; cache" in capsys.readouterr().out
+    assert run(folder, "generate", *args, "none") == 0
+    assert "heads hold" not in capsys.readouterr().out
+
+
+def test_generate_refuses_what_are_no_quotas(folder, capsys):
+    with pytest.raises(SystemExit):
+        run(folder, "generate", "--prompt-file", "-", "--quotas", "none.txt")
+    assert "is 'none.txt', which is not such a file; expected" in capsys.readouterr().err
+
+
 def test_generate_without_heads_or_budget_is_stock(folder, capsys):
     from locret.model.loading import load_model
 

@@ -33,7 +33,7 @@ def test_few_and_many_queries_see_the_same(counts, tail, tokens, group, dtype):
     new = tuple(normal(generator, rows, HEADS, tokens, SIZE, dtype=dtype) for _ in range(2))
     few = dtype == torch.float32 and tokens * group <= 32
     assert are_few(query, pasts, new) == few
-    tolerance = {"atol": 1e-5} if dtype == torch.float32 else {"atol": 0.03}
+    tolerance = {"atol": 1e-5} if dtype == torch.float32 else {"atol": 0.06}
     fast, plain = (attend_past(query, pasts, new, 0.4, how) for how in ("sdpa", "eager"))
     torch.testing.assert_close(fast, plain, rtol=0, **tolerance)
 
@@ -50,5 +50,5 @@ def test_a_step_sees_its_own_unit_in_the_tail(counts, dtype):
     together = attend_past(query, pasts, None, 0.4, "sdpa")
     before = [pasts[0], Past(*(x[:, :, :3] for x in tail))]
     apart = attend_past(query, before, tuple(x[:, :, 3:] for x in tail), 0.4, "eager")
-    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    tolerance = 1e-5 if dtype == torch.float32 else 0.06
     torch.testing.assert_close(together, apart, rtol=0, atol=tolerance)

@@ -48,7 +48,7 @@ def test_llama_31_8b_at_128k():
         32 * 8 * (256 + 8 + 2) + starts,
         *(32 * 8 * (256 * bits / 8 + 4 + 256 / 64) + starts for bits in (8, 4, 3, 2)),
     ]
-    bookkeeping = 32 * 8 * 8 * CONTEXT
+    bookkeeping = 32 * 8 * 4 * CONTEXT
     plain, kivi = schemes["none", 16], {bits: schemes["kivi", bits] for bits in (8, 4, 2)}
     assert plain.context_bytes == 16 * GIB + bookkeeping
     assert 4.5 * GIB < kivi[4].context_bytes - bookkeeping < 1.07 * 4.5 * GIB

@@ -223,8 +223,10 @@ def test_rows_of_different_lengths_hold_what_they_would_alone(model, scheme, len
         alone = engine.prefill(prompt(length, seed=row, vocab=VOCAB))
         for layer, single in zip(cache.layers, alone.layers, strict=True):
             first = layer.longest - single.longest
-            assert torch.equal(layer.keys[row, :, first:], single.keys[0])
-            assert torch.equal(layer.values[row, :, first:], single.values[0])
+            # Products of matrices round by how many rows there are; codes are as alone.
+            near = {"atol": 1e-5, "rtol": 1e-5}
+            torch.testing.assert_close(layer.keys[row, :, first:], single.keys[0], **near)
+            torch.testing.assert_close(layer.values[row, :, first:], single.values[0], **near)
             assert torch.equal(layer.lengths[row], single.lengths[0])
 
 

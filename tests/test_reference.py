@@ -4,6 +4,7 @@ import pytest
 
 import locret
 from tests import reference
+from tests.kept import kept_of
 from tests.reference import Settings
 from tests.tiny_models import distinct_prompt, tiny_heads, tiny_model
 
@@ -42,7 +43,7 @@ def test_engine_keeps_and_says_what_the_twin_does(family, kv_heads, attn):
         engine = locret.Engine(model, heads=heads, **vars(settings))
         if length > settings.local_tokens:
             cache = engine.prefill(ids[:, : -settings.local_tokens])
-            kept = [layer.source_positions[0].tolist() for layer in cache.layers]
+            kept = [row for (row,) in kept_of(cache)]
             assert kept == expected, settings
         output = engine.generate(
             ids, max_new_tokens=1, output_logits=True, return_dict_in_generate=True

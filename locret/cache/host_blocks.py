@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from locret.cache.recall import HostPool, Recall, block_relevance, mean_logits
-from locret.kernels import gather_units
 
 WAITING = ("keys", "values", "positions", "scores")
 BLOCK = WAITING[:3]
@@ -173,7 +172,7 @@ class HostBlocks:
         index, counts = _not_kept(scores.shape[2], kept, fillers, empty)
         if not index.shape[2]:
             return
-        keys, values, positions = gather_units(context, new, index)
+        keys, values, positions = _gathered(context, new, index)
         if self._rotate is not None:
             keys = self._rotate(keys)
         self._add((keys, values, positions, scores.gather(2, index)), counts)
@@ -190,8 +189,7 @@ class HostBlocks:
         most, left = int(full.max()), total - full * size
         pool, table, means = stored.pool, stored.table, stored.means
         if most:
-            index = order[:, :, : most * size].contiguous()
-            blocks = gather_units(stored.waiting, evicted, index)
+            blocks = _gathered(stored.waiting, evicted, order[:, :, : most * size])
             which = (torch.arange(most) < full[..., None]).nonzero().unbind(dim=1)
             at = tuple(x.to(device) for x in which)
             keys, *others, scores = (x.unflatten(2, (most, size))[at] for x in blocks)
@@ -199,7 +197,7 @@ class HostBlocks:
             pool = pool.with_blocks([keys, *others])
         step = torch.arange(int(left.max()))
         rest = (full[..., None] * size + step).clamp(max=order.shape[2] - 1).to(device)
-        waiting = gather_units(stored.waiting, evicted, order.gather(2, rest))
+        waiting = _gathered(stored.waiting, evicted, order.gather(2, rest))
         self._stored = _Stored(waiting, left, table, means, pool)
 
     def _mean_keys(self, keys: Tensor, scores: Tensor) -> Tensor:
@@ -249,7 +247,7 @@ class HostBlocks:
         valid[:, :, :came] = True if recalled.valid is None else recalled.valid
         order = valid.byte().argsort(dim=-1, stable=True)
         none = [x[:, :, :0] for x in (keys, values)]
-        keys, values = gather_units((keys, values), none, order)
+        keys, values = _gathered((keys, values), none, order)
         return keys, values, (~valid).sum(dim=-1) + beyond
 
     def come_back(self, query: Tensor) -> Recalled | None:
@@ -387,6 +385,14 @@ class HostBlocks:
             pool,
         )
         return stacked
+
+
+def _gathered(old: Sequence[Tensor], new: Sequence[Tensor], index: Tensor) -> tuple[Tensor, ...]:
+    """The units at `index` [B, H, K] of old and, after them, new ones, [B, H, any, D] or
+    [B, H, any]."""
+    both = (torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+    at = {3: index, 4: index[..., None]}
+    return tuple(units.take_along_dim(at[units.dim()], dim=2) for units in both)
 
 
 def _not_kept(

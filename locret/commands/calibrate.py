@@ -4,8 +4,8 @@
     python -m locret calibrate --model M --policy keydiff --data book.txt --out keydiff_quotas.json
 
 Every context is read once and nothing is evicted. Quotas of the heads' own scores go into their
-folder, where the engine finds them; those of any policy into a file, for `quotas=FILE`. Nothing is
-written before the last context.
+folder, where the engine finds them; those of any policy into a file, for `quotas=FILE`. They are
+written after the last context: a run that is stopped leaves nothing, and begins anew.
 """
 
 import argparse
@@ -29,10 +29,12 @@ from locret.commands.shared import (
 from locret.heads import files as artifact
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import COMPRESSIONS, in_words
+from locret.model.loading import load_config, load_tokenizer
 from locret.policies import POLICIES, LocretPolicy
 from locret.quantities import parse_tokens
 from locret.system.files import as_json, check_file, write_whole
 
+NAME = "calibrate"
 SYNTHETIC = "synthetic"
 CONTEXTS = 60
 TOKENS = 4096
@@ -44,16 +46,26 @@ _MARK = "here the text begins"
 
 
 def add_to(commands: Any) -> None:
-    command = commands.add_parser("calibrate", help="measure which heads need to keep more")
+    command = commands.add_parser(
+        NAME,
+        help="measure which heads need to keep more",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_model(command)
-    command.add_argument("--policy", choices=sorted(POLICIES), help="default: locret, with --heads")
+    command.add_argument(
+        "--policy",
+        choices=sorted(POLICIES),
+        metavar="NAME",
+        help="whose scores say what to keep, such as keydiff; default: locret, with --heads",
+    )
     command.add_argument(
         "--data",
         required=True,
         nargs="+",
         help=f'text files, JSON Lines with "context" or "text", or {SYNTHETIC} samples',
     )
-    command.add_argument("--contexts", type=whole(1), default=CONTEXTS, help="how many to read")
+    command.add_argument("--contexts", type=whole(1), default=CONTEXTS, help=f"default {CONTEXTS}")
     command.add_argument(
         "--tokens",
         type=argument(parse_tokens),
@@ -67,7 +79,9 @@ def add_to(commands: Any) -> None:
         metavar="R",
         help="tokens for a unit kept, default 2 4 8 16 32",
     )
-    command.add_argument("--out", type=Path, help="a .json file, instead of the heads' folder")
+    command.add_argument(
+        "--out", type=Path, help="a .json file; default, for --heads alone: the heads' folder"
+    )
     command.set_defaults(run=run)
 
 
@@ -95,12 +109,13 @@ def run(given: argparse.Namespace) -> None:
 
     heads = load_heads(given)
     policy = _checked(given, heads)
+    # Texts are looked at before weights are loaded, which takes longer.
+    tokens = _limit(given.tokens, load_config(given.model).max_position_embeddings)
+    contexts = list(_contexts(given.data, load_tokenizer(given.model), tokens, given.contexts))
     loaded = load(given)
     # An engine of quotas that are measured anew needs no old ones.
     engine = Engine(loaded.model, policy, heads=heads, quotas=None)
     calibration = Calibration(engine.backbone, engine.policy, sorted(set(given.compressions)))
-    tokens = _limit(given.tokens, engine.backbone.config.max_position_embeddings)
-    contexts = list(_contexts(given.data, loaded.tokenizer, tokens, given.contexts))
     progress = Progress("scoring", "contexts")
     for done, ids in enumerate(contexts):
         progress(done, len(contexts))
@@ -110,13 +125,19 @@ def run(given: argparse.Namespace) -> None:
     written = _written(given, heads, quotas)
     read = sum(map(len, contexts))
     print(f"quotas of {policy}, from {len(contexts)} contexts of {read // len(contexts):,} tokens:")
+    if len(contexts) < given.contexts:
+        print(f"         (the data has no more; {given.contexts} were asked for)")
     for compression, table in quotas.items():
         print(f"{compression:>5}x  {in_words(table)}")
     print(f"wrote    {written.resolve()}")
     if given.out is None:
         say_next([["inspect", given.heads]])
-    else:
-        print(f'next     Engine(model, "{policy}", quotas="{given.out}")')
+        return
+    print(f'next     Engine(model, "{policy}", quotas="{given.out}")')
+    named = {"--heads": given.heads, "--adapter": given.adapter}
+    words = [word for name, value in named.items() if value for word in (name, value)]
+    words += ["--policy", policy, "--quotas", str(given.out), "--budget", "8x"]
+    say_next([["generate", "--model", given.model, *words, "--prompt-file", "FILE"]])
 
 
 def _checked(given: argparse.Namespace, heads: RetainingHeads | None) -> str:
@@ -125,7 +146,9 @@ def _checked(given: argparse.Namespace, heads: RetainingHeads | None) -> str:
 
     policy = given.policy or (LocretPolicy.name if heads else None)
     if policy is None:
-        raise ValueError("nothing scores units; give --heads, or a --policy that needs none")
+        raise ValueError(
+            "nothing scores units; give --heads, or a --policy that needs none, such as keydiff"
+        )
     if policy == LocretPolicy.name and heads is None:
         raise ValueError(f"policy {policy!r} scores with heads; give --heads")
     made = LocretPolicy(heads) if heads and policy == LocretPolicy.name else POLICIES[policy]
@@ -134,7 +157,8 @@ def _checked(given: argparse.Namespace, heads: RetainingHeads | None) -> str:
         raise ValueError(f"policy {policy!r} cannot be calibrated: {reason}")
     if given.out is None and policy != LocretPolicy.name:
         raise ValueError(
-            f"quotas of {policy!r} are none of the heads' record; give --out FILE.json"
+            f"quotas of policy {policy!r} need a file to go into: give --out FILE.json (a heads' "
+            f"folder takes those of policy {LocretPolicy.name!r})"
         )
     if given.out is None and not (Path(given.heads) / artifact.RECORD).is_file():
         raise ValueError(

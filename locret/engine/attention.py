@@ -302,8 +302,14 @@ class ReadPass(Pass):
                 ),
                 whole.device,
             )
-            tails, heads = zip(*self.eviction.protected(i, self.policy), strict=True)
-            chosen.append((_highest(each, whole, kept, tails, heads), kept))
+            protected = self.eviction.protected(i, self.policy) * whole.shape[0]
+            # A head that shares what it has may keep fewer than the eviction protects.
+            firsts = [min(head, n) for (_, head), n in zip(protected, kept.flat, strict=True)]
+            lasts = [
+                min(tail, n - head)
+                for (tail, _), head, n in zip(protected, firsts, kept.flat, strict=True)
+            ]
+            chosen.append((_highest(each, whole, kept, lasts, firsts), kept))
         return chosen
 
     def _allotted(
@@ -579,21 +585,18 @@ def _recalled(
 
 
 def _highest(
-    scores: Scores, whole: Sequences, kept: Sequences, tails: Sequence[int], heads: Sequence[int]
+    scores: Scores, whole: Sequences, kept: Sequences, lasts: Sequence[int], firsts: Sequence[int]
 ) -> Tensor:
     """Which units of each sequence have the highest scores, long [K], ascending.
 
     Args:
         whole: all units; kept: how many stay.
-        tails, heads: of each KV head, last and first units that stay whatever they scored.
+        lasts, firsts: of each sequence, units that stay whatever they scored.
     """
     rest, device = scores.rest, whole.device
     before = whole.plus(-rest.shape[2])
     context = rest.new_empty(0) if scores.context is None else scores.context
-    stay, last, first = (
-        _numbers(tuple(x), device)
-        for x in (kept.flat, (*tails,) * whole.shape[0], (*heads,) * whole.shape[0])
-    )
+    stay, last, first = (_numbers(tuple(x), device) for x in (kept.flat, lasts, firsts))
     return select_sequences(
         context,
         rest,

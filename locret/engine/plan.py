@@ -2,7 +2,7 @@
 
     python -m locret plan --model meta-llama/Llama-3.1-8B-Instruct --memory 24GiB --context 128K
 
-Counted are the weights, the retaining heads, the cache with its scores and source positions, what
+Counted are the weights, the retaining heads, the cache with its source positions, what
 one chunk needs while a layer computes, and a reserve for everything else. Weights and cache are
 exact (thin blocks of quantized keys as far as they may go, outliers not counted); the chunk is an
 estimate of the largest tensors that live at once, with attention that

@@ -99,22 +99,18 @@ def settings_of(config: EvalConfig, setup: Setup, task: Task, sources: dict[str,
     values = {
         "config": {k: v for k, v in config.to_dict().items() if k not in NOT_OF_ANSWERS},
         "sources": {**sources, "heads": _heads_of(setup, sources["heads"], config.heads)},
-        "setup": setup.to_dict() | {"engine": engine_settings(config, setup), "heads": None},
+        "setup": setup.to_dict() | {"engine": _engine_settings(config, setup), "heads": None},
         "task": [task.name, task.length, task.version, task.max_new_tokens, list(task.stop)],
     }
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def engine_settings(config: EvalConfig, setup: Setup) -> dict[str, Any]:
+def _engine_settings(config: EvalConfig, setup: Setup) -> dict[str, Any]:
     """The settings of a setup's engine, quotas by the numbers in their file."""
     settings = {**config.engine, **setup.engine}
-    path = _quotas_file(config, setup)
-    if path is None:
-        return settings
-    quotas = quotas_of(path)
-    assert quotas is not None
-    return settings | {"quotas": quotas.tables}
+    quotas = quotas_of(_quotas_file(config, setup))
+    return settings if quotas is None else settings | {"quotas": quotas.tables}
 
 
 def _quotas_file(config: EvalConfig, setup: Setup) -> str | None:

@@ -35,8 +35,8 @@ class Record:
         cut: tokens taken out of the context to fit; answer_cut: an answer among them.
         budget: units a KV head may keep; None = all.
         units: that a head holds on average after the context was compressed, [mean, largest] over
-            layers; head_units: of the head that holds [fewest, most], None in records of versions
-            whose heads all held equally many.
+            layers; head_units: of the head that holds [fewest, most], None where all heads of a
+            layer hold equally many.
         bytes: of the cache then; room_bytes: of them, room for an answer; full_bytes: of the keys
             and values of a full cache.
         bytes_after: of the cache after the answer, room for more of it included.

@@ -184,10 +184,7 @@ def _units(records: Sequence[Record]) -> dict[str, float] | None:
         return None
     means, largest = zip(*(record.units for record in records), strict=True)
     heads = [record.head_units for record in records if record.head_units]
-    unequal = any(fewest < most for fewest, most in heads)
-    spread = (
-        {"fewest": min(x for x, _ in heads), "most": max(x for _, x in heads)} if unequal else {}
-    )
+    spread = {"fewest": min(x for x, _ in heads), "most": max(x for _, x in heads)} if heads else {}
     return {"mean": _mean(means), "max": max(largest), **spread}
 
 

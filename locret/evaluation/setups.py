@@ -286,16 +286,17 @@ def sizes_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
 
     Returns:
         `units`: (mean, largest) over layers of the units that a head holds on average;
-        `head_units`: those of the head that holds fewest, and most; `bytes`: the row's share of the
-        storage; `room_bytes`: of it, room for an answer; `full_bytes`: its share of the keys and
-        values of a full cache.
+        `head_units`: those of the head that holds fewest, and most, None where all heads of a layer
+        hold equally many; `bytes`: the row's share of the storage; `room_bytes`: of it, room for an
+        answer; `full_bytes`: its share of the keys and values of a full cache.
     """
     report = cache.report()
-    held = [layer.store.sequences.counts[row] for layer in cache.layers]
-    units = [sum(heads) / len(heads) for heads in held]
+    counts = [layer.store.sequences.counts[row] for layer in cache.layers]
+    units = [sum(heads) / len(heads) for heads in counts]
+    unequal = any(len(set(heads)) > 1 for heads in counts)
     return {
         "units": (round(sum(units) / len(units), 1), round(max(units))),
-        "head_units": (min(map(min, held)), max(map(max, held))),
+        "head_units": (min(map(min, counts)), max(map(max, counts))) if unequal else None,
         "bytes": report["total_bytes"] // rows,
         "room_bytes": sum(map(_room_bytes, cache.layers)) // rows,
         "full_bytes": report["full_cache_bytes"] // rows,

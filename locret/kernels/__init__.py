@@ -8,7 +8,6 @@ Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 """
 
 from locret.kernels.decode import (
-    decode_attention,
     decode_sequences,
     decode_shares,
     store_units,
@@ -16,9 +15,7 @@ from locret.kernels.decode import (
 from locret.kernels.decode_packed import decode_packed, packed_shares
 from locret.kernels.evict import (
     gather_sequences,
-    gather_units,
     select_sequences,
-    threshold_select,
 )
 from locret.kernels.packed import PackedKV, PackedShares, expand_units
 from locret.kernels.packed_floats import expand_floats
@@ -31,7 +28,6 @@ __all__ = [
     "PackedShares",
     "RotatedKV",
     "Shares",
-    "decode_attention",
     "decode_packed",
     "decode_sequences",
     "decode_shares",
@@ -39,7 +35,6 @@ __all__ = [
     "expand_rotated",
     "expand_units",
     "gather_sequences",
-    "gather_units",
     "merge_attention",
     "packed_shares",
     "rotate_at_slots",
@@ -47,5 +42,4 @@ __all__ = [
     "select_sequences",
     "share_out",
     "store_units",
-    "threshold_select",
 ]

@@ -1,10 +1,11 @@
-"""A decoding step of one or a few new tokens, over storage whose filled length only the device
-knows: their units are written in place, then they attend to all.
+"""A decoding step of one or a few new tokens: their units are written into tails in place, then
+they attend to contexts and tails, of whose filled length only the device knows.
 
-Split-KV flash decoding: the units of a KV head are divided among programs that each read their
+Split-KV flash decoding: the units of a sequence are divided among programs that each read their
 keys and values once, for all query heads of the group, with an online softmax in float32; a second
-kernel merges the splits (`splits.py`). The number of splits is fixed by shapes, what a split covers
-by the current length: a captured CUDA graph stays right and balanced while the length grows.
+kernel merges what they leave (`splits.py`). How many programs share a tail is fixed by shapes, what
+each of them covers by the current length: a captured CUDA graph stays right and balanced while the
+length grows.
 """
 
 import math
@@ -25,19 +26,12 @@ from locret.kernels.dispatch import (
 )
 from locret.kernels.splits import (
     Shares,
-    Splits,
     States,
-    average,
-    first_slot,
     leave_state,
-    log_sum,
-    number_of_splits,
     number_of_tail_splits,
     queries_at,
     share_of,
     share_out,
-    split_of,
-    states_at,
     tile_at,
     weigh,
 )
@@ -45,217 +39,6 @@ from locret.kernels.splits import (
 _PROGRAMS = 2  # programs that share a multiprocessor
 _QUERIES = 128  # queries of a KV head (G * T) that one program holds
 _START = 32  # units in whose time a program begins and ends
-
-
-def decode_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    scaling: float,
-    first: Tensor | None = None,
-) -> Tensor:
-    """softmax(scaling q k) v over the slots first .. length - 1 of the storage.
-
-    With T > 1 the tokens are the last of those slots, causal: token t sees the slots below
-    length - (T - 1 - t).
-
-    Args:
-        query: [B, H*G, T, D], rotated; G*T at most 128.
-        keys, values: [B, H, C, D], storage of capacity C in query's dtype, any strides. What lies
-            outside first .. length - 1 may hold anything.
-        length: [1] int32 on the same device: slots filled, the new tokens' included; at most C.
-        scaling: factor of the logits.
-        first: [B, H] int32, the first slot that a head attends to; None = 0.
-
-    Returns:
-        [B, H*G, T, D] in query's dtype; zeros where a token sees no slot.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-    """
-    check_decode(query, keys, values, length, first)
-    tensors = [query, keys, values, length] + ([] if first is None else [first])
-    if not takes_triton(*tensors):
-        return decode_attention_reference(query, keys, values, length, scaling, first)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if out.numel():
-        batch, heads, capacity, _ = keys.shape
-        at_once = _PROGRAMS * multiprocessors(query.device)
-        splits = Splits.empty(query, heads, number_of_splits(batch * heads, capacity, at_once))
-        attend_storage(query, keys, values, length, scaling, first, splits)
-        splits.merge(out)
-    return out
-
-
-def decode_attention_reference(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    scaling: float,
-    first: Tensor | None = None,
-) -> Tensor:
-    """The twin of `decode_attention`, in plain PyTorch."""
-    batch, heads, capacity, _ = keys.shape
-    grouped = query.unflatten(1, (heads, -1)).float()  # [B, H, G, T, D]
-    new = query.shape[2]
-    slot = torch.arange(capacity, device=query.device)
-    visible = slot < length - (new - 1 - torch.arange(new, device=query.device))[:, None]
-    if first is not None:
-        visible = visible & (slot >= first[..., None, None])  # [B, H, T, C]
-    visible = visible.expand(batch, heads, new, capacity)
-    logits = scaling * torch.einsum("bhgtd,bhsd->bhgts", grouped, keys.float())
-    logits = logits.masked_fill(~visible[:, :, None], -torch.inf)
-    weights = logits.softmax(-1).nan_to_num(0.0)
-    seen = visible.any(2)[..., None]  # slots that nobody sees may hold NaN
-    out = torch.einsum("bhgts,bhsd->bhgtd", weights, values.float().masked_fill(~seen, 0.0))
-    return out.flatten(1, 2).to(query.dtype)
-
-
-def check_decode(
-    query: Tensor, keys: Tensor, values: Tensor, length: Tensor, first: Tensor | None
-) -> None:
-    """Refuse what does not fit; arguments as of `decode_attention`."""
-    batch, heads, _, size = keys.shape
-    if keys.shape != values.shape or not query.dtype == keys.dtype == values.dtype:
-        raise ValueError(
-            f"query {query.dtype}, keys {tuple(keys.shape)} {keys.dtype} and values "
-            f"{tuple(values.shape)} {values.dtype} do not fit: expected equal shapes and dtypes"
-        )
-    if query.shape[0] != batch or query.shape[3] != size or query.shape[1] % heads:
-        raise ValueError(
-            f"query {tuple(query.shape)} does not fit keys {tuple(keys.shape)}: expected "
-            f"[{batch}, a multiple of {heads}, T, {size}]"
-        )
-    if query.shape[1] // heads * query.shape[2] > _QUERIES:
-        raise ValueError(
-            f"query {tuple(query.shape)} on {heads} KV heads makes more than {_QUERIES} queries "
-            "a KV head; read so many tokens with an attention backend"
-        )
-    if length.shape != (1,) or length.dtype != torch.int32:
-        raise ValueError(f"length is {tuple(length.shape)} {length.dtype}; expected [1] int32")
-    if first is not None and (first.shape != (batch, heads) or first.dtype != torch.int32):
-        raise ValueError(
-            f"first is {tuple(first.shape)} {first.dtype}; expected [{batch}, {heads}] int32"
-        )
-
-
-def attend_storage(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    scaling: float,
-    first: Tensor | None,
-    splits: Splits,
-    at_split: int = 0,
-    before: int = 0,
-) -> None:
-    """Leave the attention over some storage in `splits`, in those from `at_split` on.
-
-    Args:
-        before: slots that come before this storage's; `first` counts them, `length` does not.
-    """
-    batch, heads, capacity, size = keys.shape
-    new = query.shape[2]
-    queries = query.shape[1] // heads * new
-    wide = padded(size, least=16)
-    with on_device(query):
-        _attend[(splits.count - at_split, heads, batch)](
-            *(query, keys, values, length, None if first is None else first.contiguous()),
-            *((splits.values, splits.weights), at_split, splits.count),
-            *(scaling * math.log2(math.e), capacity, before),
-            *(query.stride(), keys.stride(), values.stride()),
-            NEW=new,
-            QUERIES=queries,
-            SIZE=size,
-            QUERY_BLOCK=padded(queries, least=16),
-            SIZE_BLOCK=wide,
-            UNITS=min(128, max(16, 16384 // (wide * query.element_size()))),
-            UPCAST=INTERPRETED or query.dtype == torch.float32,
-            num_warps=8 if query.dtype == torch.float32 else 4,
-            num_stages=3,
-        )
-
-
-# Nothing is compiled anew for these, which differ from prompt to prompt.
-@triton.jit(do_not_specialize=["at_split", "all_splits", "capacity", "before"])
-def _attend(  # type: ignore[no-untyped-def]
-    query,
-    keys,
-    values,
-    length,
-    first,
-    splits,
-    at_split,
-    all_splits,
-    scaling,
-    capacity,
-    before,
-    query_strides,
-    key_strides,
-    value_strides,
-    NEW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr,
-    UNITS: tl.constexpr,
-    UPCAST: tl.constexpr,  # the interpreter multiplies bfloat16 blocks as integers
-):
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-
-    # An equal share of what is filled now.
-    end = tl.minimum(tl.load(length), capacity)
-    start, stop = split_of(first_slot(first, b, h, before), end, 1)
-
-    which = tl.arange(0, QUERY_BLOCK)
-    d = tl.arange(0, SIZE_BLOCK)
-    in_size = d < SIZE
-    q_at = queries_at(query, query_strides, b, h, which, NEW, QUERIES)
-    q_at += d[None, :] * query_strides[3]
-    q = tl.load(q_at, mask=(which < QUERIES)[:, None] & in_size[None, :], other=0.0)
-    query_end = end - (NEW - 1 - which % NEW)
-    if UPCAST:
-        q = q.to(tl.float32)
-
-    unit = tl.arange(0, UNITS)
-    k_s = key_strides[2]
-    v_s = value_strides[2]
-    keys = units_at(keys, key_strides, b, h, start.to(tl.int64))
-    values = units_at(values, value_strides, b, h, start.to(tl.int64))
-    k_at = keys + d[:, None] * key_strides[3] + unit[None, :] * k_s  # transposed
-    v_at = values + unit[:, None] * v_s + d[None, :] * value_strides[3]
-
-    highest = tl.full((QUERY_BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((QUERY_BLOCK,), tl.float32)
-    summed = tl.zeros((QUERY_BLOCK, SIZE_BLOCK), tl.float32)
-    for at in tl.range(start, stop, UNITS):
-        here = at + unit < stop
-        k = tl.load(k_at, mask=here[None, :] & in_size[:, None], other=0.0)
-        v = tl.load(v_at, mask=here[:, None] & in_size[None, :], other=0.0)
-        if UPCAST:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-        logits = tl.dot(q, k, input_precision="ieee") * scaling
-        if NEW == 1:
-            logits = tl.where(here[None, :], logits, float("-inf"))
-        else:
-            visible = here[None, :] & ((at + unit)[None, :] < query_end[:, None])
-            logits = tl.where(visible, logits, float("-inf"))
-        weights, shrink, highest, total = weigh(logits, highest, total)
-        summed *= shrink[:, None]
-        summed = tl.dot(weights.to(v.dtype), v, acc=summed, input_precision="ieee")
-        k_at += UNITS * k_s
-        v_at += UNITS * v_s
-
-    at_state = states_at(b, h, at_split, all_splits, which, QUERIES)
-    tl.store(splits[1] + at_state, log_sum(highest, total), mask=which < QUERIES)
-    at_values = splits[0] + at_state[:, None] * SIZE + d[None, :]
-    mask = (which < QUERIES)[:, None] & in_size[None, :]
-    tl.store(at_values, average(summed, total), mask=mask)
 
 
 def decode_sequences(
@@ -372,13 +155,32 @@ def check_sequences(
     tail_length: Tensor,
 ) -> None:
     """Refuse what does not fit; arguments as of `decode_sequences`."""
-    check_decode(query, tail_keys, tail_values, tail_length, None)
-    batch, heads, _, size = tail_keys.shape
-    expected = (shares.units, size)
-    if not keys.shape == values.shape == expected or not keys.dtype == values.dtype == query.dtype:
+    batch, heads, capacity, size = tail_keys.shape
+    expected = {
+        "keys": (keys, (shares.units, size)),
+        "values": (values, (shares.units, size)),
+        "tail_keys": (tail_keys, (batch, heads, capacity, size)),
+        "tail_values": (tail_values, (batch, heads, capacity, size)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape or tensor.dtype != query.dtype:
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} {tensor.dtype} do not fit: "
+                f"expected {shape} {query.dtype}"
+            )
+    if query.shape[0] != batch or query.shape[3] != size or query.shape[1] % heads:
         raise ValueError(
-            f"the context's keys {tuple(keys.shape)} {keys.dtype} and values "
-            f"{tuple(values.shape)} {values.dtype} do not fit: expected {expected} {query.dtype}"
+            f"query {tuple(query.shape)} does not fit tails {tuple(tail_keys.shape)}: expected "
+            f"[{batch}, a multiple of {heads}, T, {size}]"
+        )
+    if query.shape[1] // heads * query.shape[2] > _QUERIES:
+        raise ValueError(
+            f"query {tuple(query.shape)} on {heads} KV heads makes more than {_QUERIES} queries "
+            "a KV head; read so many tokens with an attention backend"
+        )
+    if tail_length.shape != (1,) or tail_length.dtype != torch.int32:
+        raise ValueError(
+            f"tail_length is {tuple(tail_length.shape)} {tail_length.dtype}; expected [1] int32"
         )
     if len(shares.lengths) != batch * heads:
         raise ValueError(

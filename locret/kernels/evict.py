@@ -1,9 +1,9 @@
-"""Eviction: which units stay (`threshold_select`), and those gathered into fresh storage.
+"""Eviction: which units of each sequence stay, and those gathered into fresh storage.
 
-One program a head finds the budget-th highest score by bisection over the order of the floats' bits
-and writes the indices above it, in order: no sort, no top-k. `gather_units` is what `torch.cat` of
-kept and new units and a gather of each tensor give, without the copy in between and in one launch
-for all tensors of a layer.
+One program a sequence finds the lowest score that stays by bisection over the order of the floats'
+bits and writes the indices above it, in order: no sort, no top-k. `gather_sequences` is what
+`torch.cat` of old and new units and a gather of each tensor give, without the copy in between and
+in one launch for all tensors of a layer.
 """
 
 from collections.abc import Sequence
@@ -15,60 +15,6 @@ from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton,
 
 _RESIDENT = 32768  # scores of one head that one program holds in registers
 _TILE = 4096  # scores that one program compacts at a time
-
-
-def threshold_select(
-    scores: Tensor, budget: int, protected_tail: int = 0, protected_head: int = 0
-) -> Tensor:
-    """Indices of each head's `budget` highest scores, ascending; of equal scores the first ones.
-
-    Args:
-        scores: [B, H, S], any float dtype, compared as float32. -inf and inf are scores like
-            others; NaN is the lowest of all.
-        budget: below S, or S and more: then all stay.
-        protected_tail, protected_head: so many of the last, of the first units are among them
-            whatever they scored.
-
-    Returns:
-        Long [B, H, min(budget, S)].
-    """
-    assert protected_head >= 0 <= protected_tail <= budget - protected_head, budget
-    size = scores.shape[-1]
-    if budget >= size:
-        return torch.arange(size, device=scores.device).expand(scores.shape)
-    if not takes_triton(scores):
-        return threshold_select_reference(scores, budget, protected_tail, protected_head)
-    kept = torch.empty(*scores.shape[:2], budget, dtype=torch.long, device=scores.device)
-    if kept.numel():
-        batch, heads, _ = scores.shape
-        block = min(padded(size, least=16), _RESIDENT)
-        with on_device(scores):
-            _select[(heads, batch)](
-                *(scores, kept, size, budget, (protected_head, size - protected_tail)),
-                scores.stride(),
-                BLOCK=block,
-                TILE=min(block, _TILE),
-                RESIDENT=size <= block,
-                num_warps=min(32, max(1, block // 512)),
-            )
-    return kept
-
-
-def threshold_select_reference(
-    scores: Tensor, budget: int, protected_tail: int = 0, protected_head: int = 0
-) -> Tensor:
-    """The twin of `threshold_select` for budget < S, in plain PyTorch."""
-    scores = scores.float()
-    unit = torch.arange(scores.shape[-1], device=scores.device)
-    last = scores.shape[-1] - protected_tail
-    protected = (unit < protected_head) | (unit >= last)
-    # Sorted twice, because NaN is below -inf and a protected unit above inf.
-    rank = (~scores.isnan()).long().masked_fill(protected, 2)
-    order = scores.nan_to_num(0.0, torch.inf, -torch.inf).argsort(
-        dim=-1, descending=True, stable=True
-    )
-    by_rank = rank.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
-    return order.gather(-1, by_rank[..., :budget]).sort(-1).values
 
 
 def select_sequences(
@@ -84,8 +30,9 @@ def select_sequences(
 ) -> Tensor:
     """Indices of the highest scores of each sequence's old and, after them, new units, ascending.
 
-    Scores rank as in `threshold_select`: NaN lowest, of equal ones the earliest. On a CPU, where
-    all sequences are equally long and keep and protect as many, those that `torch.topk` chooses.
+    -inf and inf are scores like others, NaN is the lowest of all; of equal scores the earliest. On
+    a CPU, where all sequences are equally long and keep and protect as many, those that
+    `torch.topk` chooses.
 
     Args:
         old: [N] float32, the old scores of the B*H sequences one after the other; N >= 0.
@@ -105,16 +52,16 @@ def select_sequences(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    given = (old, new, offsets, kept, out_offsets, tails, heads)
-    _check_select(*given)
-    if not takes_triton(*given):
-        return _select_on_cpu(*given)
+    _check_select(old, new, offsets, kept, out_offsets, tails, heads)
+    if not takes_triton(old, new, offsets, kept, out_offsets, tails, heads):
+        return _select_on_cpu(old, new, offsets, kept, tails, heads)
     index = torch.empty(total, dtype=torch.long, device=old.device)
     if total:
         block = min(padded(longest, least=16), _RESIDENT)
         with on_device(old):
-            _select_ragged[(kept.numel(),)](
-                *(old, new.contiguous(), *given[2:], index, new.shape[2]),
+            _select[(kept.numel(),)](
+                *(old, new.contiguous(), offsets, kept, out_offsets, tails, heads, index),
+                new.shape[2],
                 BLOCK=block,
                 TILE=min(block, _TILE),
                 RESIDENT=longest <= block,
@@ -124,42 +71,33 @@ def select_sequences(
 
 
 def select_sequences_reference(
-    old: Tensor,
-    new: Tensor,
-    offsets: Tensor,
-    kept: Tensor,
-    out_offsets: Tensor,
-    tails: Tensor,
-    heads: Tensor,
+    old: Tensor, new: Tensor, offsets: Tensor, kept: Tensor, tails: Tensor, heads: Tensor
 ) -> Tensor:
     """The twin of `select_sequences`, in plain PyTorch; it waits for the device."""
     chosen = []
-    lengths = offsets.diff().tolist()
-    protected = zip(kept.tolist(), tails.tolist(), heads.tolist(), strict=True)
-    for before, after, how in zip(old.split(lengths), new.flatten(0, 1), protected, strict=True):
-        scores = torch.cat([before, after])
-        chosen.append(
-            threshold_select_reference(scores, *how)
-            if how[0] < len(scores)
-            else torch.arange(len(scores), device=scores.device)
-        )
+    numbers = zip(kept.tolist(), tails.tolist(), heads.tolist(), strict=True)
+    pairs = zip(old.split(offsets.diff().tolist()), new.flatten(0, 1), strict=True)
+    for pair, (keep, tail, head) in zip(pairs, numbers, strict=True):
+        scores = torch.cat(pair)
+        unit = torch.arange(len(scores), device=scores.device)
+        protected = (unit < head) | (unit >= len(scores) - tail)
+        # Sorted twice, because NaN is below -inf and a protected unit above inf.
+        rank = (~scores.isnan()).long().masked_fill(protected, 2)
+        known = scores.nan_to_num(0.0, torch.inf, -torch.inf)
+        order = known.argsort(descending=True, stable=True)
+        by_rank = rank[order].argsort(descending=True, stable=True)
+        chosen.append(order[by_rank[:keep]].sort().values)
     return torch.cat(chosen)
 
 
 def _select_on_cpu(
-    old: Tensor,
-    new: Tensor,
-    offsets: Tensor,
-    kept: Tensor,
-    out_offsets: Tensor,
-    tails: Tensor,
-    heads: Tensor,
+    old: Tensor, new: Tensor, offsets: Tensor, kept: Tensor, tails: Tensor, heads: Tensor
 ) -> Tensor:
     """What the twin chooses, or `torch.topk` where sequences make a rectangle."""
-    how = [set(x.tolist()) for x in (offsets.diff(), kept, tails, heads)]
-    if any(len(numbers) != 1 for numbers in how):
-        return select_sequences_reference(old, new, offsets, kept, out_offsets, tails, heads)
-    length, keep, tail, head = (numbers.pop() for numbers in how)
+    numbers = [set(x.tolist()) for x in (offsets.diff(), kept, tails, heads)]
+    if any(len(each) != 1 for each in numbers):
+        return select_sequences_reference(old, new, offsets, kept, tails, heads)
+    length, keep, tail, head = (each.pop() for each in numbers)
     scores = torch.cat([old.view(*new.shape[:2], length), new], dim=2)
     size = scores.shape[2]
     if size <= keep:
@@ -196,28 +134,9 @@ def _check_per_sequence(count: int, **numbers: Tensor) -> None:
             )
 
 
-@triton.jit
-def _select(  # type: ignore[no-untyped-def]
-    scores,
-    kept,
-    size,
-    budget,
-    unprotected,
-    scores_strides,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    RESIDENT: tl.constexpr,
-):
-    b, h = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
-    scores = units_at(scores, scores_strides, b, h, 0)
-    kept += (b * tl.num_programs(0) + h) * budget
-    where = (scores, scores, size, scores_strides[2])
-    _write_highest(where, size, budget, unprotected, kept, BLOCK, TILE, RESIDENT)
-
-
 # Nothing is compiled anew for the number of new units.
 @triton.jit(do_not_specialize=["new_count"])
-def _select_ragged(  # type: ignore[no-untyped-def]
+def _select(  # type: ignore[no-untyped-def]
     old,
     new,
     offsets,
@@ -239,23 +158,9 @@ def _select_ragged(  # type: ignore[no-untyped-def]
     unprotected = (tl.load(heads + sequence), size - tl.load(tails + sequence))
     # Both are counted from the sequence's first old unit.
     new += sequence.to(tl.int64) * new_count - old_count
-    where = (old + first, new, old_count, 1)
+    where = (old + first, new, old_count)
     index += tl.load(out_offsets + sequence)
-    _write_highest(where, size, budget, unprotected, index, BLOCK, TILE, RESIDENT)
 
-
-@triton.jit
-def _write_highest(  # type: ignore[no-untyped-def]
-    where,
-    size,
-    budget,
-    unprotected,
-    kept,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    RESIDENT: tl.constexpr,
-):
-    """Write the indices of the `budget` highest of `size` scores to `kept`."""
     # The threshold is the largest order that at least `budget` units reach. It is found two bits
     # at a time; `above` counts the units strictly above the candidates that remain.
     threshold = tl.full((), -(2**31), tl.int32)
@@ -306,7 +211,7 @@ def _write_highest(  # type: ignore[no-untyped-def]
         tie_rank = ties_before + (counts & 0xFFFF)
         place = above_before + (counts >> 16) + tl.minimum(tie_rank, ties) - 1
         stays = is_above | (is_tie & (tie_rank <= ties))
-        tl.store(kept + place, at.to(tl.int64), mask=stays)
+        tl.store(index + place, at.to(tl.int64), mask=stays)
         above_before += total >> 16
         ties_before += total & 0xFFFF
 
@@ -315,11 +220,11 @@ def _write_highest(  # type: ignore[no-untyped-def]
 def _order(where, unit, size, unprotected):  # type: ignore[no-untyped-def]
     """Int32 that is ordered as the scores are: NaN lowest, protected units highest.
 
-    `where` is a pointer to the old scores, another to the new ones, how many are old, and a stride.
+    `where` is a pointer to the old scores, another to the new ones, and how many are old.
     """
     there = unit < size
     scores = tl.where(unit < where[2], where[0], where[1])
-    score = tl.load(scores + unit.to(tl.int64) * where[3], mask=there, other=0.0).to(tl.float32)
+    score = tl.load(scores + unit, mask=there, other=0.0)
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     order = tl.where(score != score, -(2**31), order)
@@ -330,94 +235,6 @@ def _order(where, unit, size, unprotected):  # type: ignore[no-untyped-def]
 @triton.jit
 def _reaching(order, least):  # type: ignore[no-untyped-def]
     return tl.sum((order >= least).to(tl.int32), 0)
-
-
-def gather_units(
-    old: Sequence[Tensor], new: Sequence[Tensor], index: Tensor, room: int = 0
-) -> tuple[Tensor, ...]:
-    """The units at `index` of old and new units laid one after the other.
-
-    Args:
-        old: tensors [B, H, S, D] or [B, H, S], each of its own dtype, D and strides; S >= 0.
-        new: parallel to `old`: [B, H, T, D] or [B, H, T]; T >= 0.
-        index: [B, H, K] long, each in 0 .. S + T - 1; units S and up are new. Not checked on a GPU.
-        room: how many units more than K the storage takes.
-
-    Returns:
-        One contiguous tensor [B, H, K + room, D] or [B, H, K + room] for each of `old`; the last
-        `room` units are uninitialised.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-    """
-    _check_gather(old, new, index)
-    shape = (*index.shape[:2], index.shape[2] + room)
-    storage = tuple(
-        torch.empty(*shape, *tensor.shape[3:], dtype=tensor.dtype, device=tensor.device)
-        for tensor in old
-    )
-    if not takes_triton(index, *old, *new):
-        for whole, units in zip(storage, gather_units_reference(old, new, index), strict=True):
-            whole[:, :, : index.shape[2]] = units
-    elif index.numel():
-        batch, heads, kept = index.shape
-        sizes = tuple(units.shape[3] if units.dim() == 4 else 1 for units in old)
-        widest = padded(max(sizes))
-        old, new = tuple(map(_side_by_side, old)), tuple(map(_side_by_side, new))
-        at_once = max(16, min(padded(kept, least=16), 8192 // widest))
-        with on_device(index):
-            _gather[(triton.cdiv(kept, at_once), heads, batch)](
-                *(old, new, storage, index, kept, old[0].shape[2]),
-                index.stride(),
-                tuple(units.stride()[:3] for units in old),
-                tuple(units.stride()[:3] for units in new),
-                tuple(units.stride()[:3] for units in storage),
-                SIZES=sizes,
-                BLOCKS=tuple(padded(size) for size in sizes),
-                UNITS=at_once,
-                num_warps=4,
-            )
-    return storage
-
-
-def gather_units_reference(
-    old: Sequence[Tensor], new: Sequence[Tensor], index: Tensor
-) -> tuple[Tensor, ...]:
-    """The twin of `gather_units` without room, in plain PyTorch."""
-    both = (torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
-    return tuple(
-        units.gather(
-            2,
-            index.reshape(*index.shape, *[1] * (units.dim() - 3)).expand(
-                *index.shape, *units.shape[3:]
-            ),
-        )
-        for units in both
-    )
-
-
-def _check_gather(old: Sequence[Tensor], new: Sequence[Tensor], index: Tensor) -> None:
-    if len(old) != len(new) or not old:
-        raise ValueError(f"{len(old)} old tensors and {len(new)} new; expected as many of both")
-    if index.dim() != 3 or index.dtype != torch.long:
-        raise ValueError(
-            f"index is {tuple(index.shape)} {index.dtype}; expected [B, H, K] of torch.long"
-        )
-    for was, fresh in zip(old, new, strict=True):
-        units = (old[0].shape[2], new[0].shape[2])
-        fits = (
-            was.dim() in (3, 4)
-            and was.dtype == fresh.dtype
-            and was.shape[:2] == fresh.shape[:2] == index.shape[:2]
-            and was.shape[3:] == fresh.shape[3:]
-            and (was.shape[2], fresh.shape[2]) == units
-        )
-        if not fits:
-            raise ValueError(
-                f"{tuple(was.shape)} {was.dtype} old and {tuple(fresh.shape)} {fresh.dtype} new "
-                f"do not fit an index of {tuple(index.shape)}: expected [B, H, S] or [B, H, S, D] "
-                f"and the same with T, S = {units[0]} and T = {units[1]} in all tensors"
-            )
 
 
 def gather_sequences(
@@ -444,7 +261,7 @@ def gather_sequences(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    _check_gather_sequences(old, new, index, offsets, out_offsets)
+    _check_gather(old, new, index, offsets, out_offsets)
     if not takes_triton(index, offsets, out_offsets, *old, *new):
         return gather_sequences_reference(old, new, index, offsets, out_offsets)
     kept = index.shape[0]
@@ -454,10 +271,10 @@ def gather_sequences(
         sizes = tuple(units.shape[1] if units.dim() == 2 else 1 for units in old)
         widest = padded(max(sizes))
         old = tuple(x if x.dim() == 1 or x.stride(1) == 1 else x.contiguous() for x in old)
-        new = tuple(map(_side_by_side, new))
+        new = tuple(x if x.dim() == 3 or x.stride(3) == 1 else x.contiguous() for x in new)
         at_once = max(16, 8192 // widest)
         with on_device(index):
-            _gather_ragged[(triton.cdiv(kept, at_once),)](
+            _gather[(triton.cdiv(kept, at_once),)](
                 *(old, new, gathered, index.contiguous(), offsets, out_offsets),
                 *(kept, sequences, new[0].shape[1]),
                 tuple(units.stride(0) for units in old),
@@ -491,7 +308,7 @@ def gather_sequences_reference(
     )
 
 
-def _check_gather_sequences(
+def _check_gather(
     old: Sequence[Tensor],
     new: Sequence[Tensor],
     index: Tensor,
@@ -520,46 +337,9 @@ def _check_gather_sequences(
     _check_per_sequence(shape[0] * shape[1] + 1, offsets=offsets, out_offsets=out_offsets)
 
 
-def _side_by_side(units: Tensor) -> Tensor:
-    """`units` with the elements of a unit side by side."""
-    return units if units.dim() == 3 or units.stride(3) == 1 else units.contiguous()
-
-
-@triton.jit
-def _gather(  # type: ignore[no-untyped-def]
-    old,
-    new,
-    storage,
-    index,
-    kept,
-    border,
-    index_strides,
-    old_strides,
-    new_strides,
-    storage_strides,
-    SIZES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    b = tl.program_id(2).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64)
-    to = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
-    there = to < kept
-    unit = tl.load(units_at(index, index_strides, b, h, to), mask=there, other=0)
-    is_old = unit < border
-    for i in tl.static_range(len(old)):
-        d = tl.arange(0, BLOCKS[i])
-        mask = there[:, None] & (d < SIZES[i])[None, :]
-        at_old = units_at(old[i], old_strides[i], b, h, unit)
-        at_new = units_at(new[i], new_strides[i], b, h, unit - border)
-        units = tl.load(tl.where(is_old, at_old, at_new)[:, None] + d[None, :], mask=mask)
-        at_storage = units_at(storage[i], storage_strides[i], b, h, to)
-        tl.store(at_storage[:, None] + d[None, :], units, mask=mask)
-
-
 # Nothing is compiled anew for the number of units.
 @triton.jit(do_not_specialize=["kept", "sequences", "heads"])
-def _gather_ragged(  # type: ignore[no-untyped-def]
+def _gather(  # type: ignore[no-untyped-def]
     old,
     new,
     gathered,

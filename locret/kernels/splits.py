@@ -1,9 +1,9 @@
-"""Attention over the units of a KV head in splits, each by a program of its own, and their merge:
+"""Attention over the units of a sequence by several programs, and the merge of what they leave:
 split-KV flash decoding.
 
-A split leaves its average value and log2 of its sum of weights; splits merge by these in any order.
-All logits are in units of log2, so that exp2 serves. `merge_attention` merges two whole attentions
-by natural log-sum-exps in the same way.
+A program leaves its average value and log2 of its sum of weights; these merge in any order. All
+logits are in units of log2, so that exp2 serves. `merge_attention` merges two whole attentions by
+natural log-sum-exps in the same way.
 """
 
 import bisect
@@ -20,57 +20,9 @@ from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton,
 
 _LEAST_SPLIT = 128  # units of the capacity that are worth a program of their own
 _SLICE = 32  # channels that a program merges
-_STEP = 128  # splits that it reads at a time
 _STATES = 64  # states of tiles that it reads at a time
 _ROUNDS = 4  # most rounds of programs that tiles are made for
 _TOKENS = 32  # tokens of one head of which a program merges two attentions
-
-
-@dataclass(frozen=True)
-class Splits:
-    """What the programs of one attention leave for the merge.
-
-    Attributes:
-        values: float32 [B, H, N, R, D], the average value of each of N splits and R
-            queries.
-        weights: float32 [B, H, N, R], log2 of the sum of weights; -inf where there were no units.
-    """
-
-    values: Tensor
-    weights: Tensor
-
-    @classmethod
-    def empty(cls, like: Tensor, heads: int, count: int) -> "Splits":
-        """For queries `like` [B, H*G, T, D] on `heads` KV heads, in `count` splits."""
-        batch, queries, new, size = like.shape
-        shape = (batch, heads, count, queries // heads * new)
-        return cls(
-            torch.empty(*shape, size, dtype=torch.float32, device=like.device),
-            torch.empty(shape, dtype=torch.float32, device=like.device),
-        )
-
-    @property
-    def count(self) -> int:
-        """N."""
-        return self.weights.shape[2]
-
-    def merge(self, out: Tensor) -> None:
-        """Write the attention of all splits together to `out` [B, H*G, T, D]; zeros of no units."""
-        batch, heads, count, queries = self.weights.shape
-        size = out.shape[3]
-        slice_size = min(_SLICE, padded(size))
-        with on_device(out):
-            _merge_splits[(queries * -(-size // slice_size), heads, batch)](
-                *(self.values, self.weights, out, out.stride()),
-                NEW=out.shape[2],
-                QUERIES=queries,
-                SIZE=size,
-                SLICE=slice_size,
-                SPLITS=count,
-                SPLIT_BLOCK=padded(count),
-                STEP=min(_STEP, padded(count)),
-                num_warps=4,
-            )
 
 
 @dataclass(frozen=True)
@@ -243,39 +195,6 @@ def merge_states_reference(states: States, out: Tensor, shares: Sequence[Shares]
     out.copy_(merged.reshape(out.shape))
 
 
-@functools.cache
-def number_of_splits(heads: int, capacity: int, at_once: int, start: int = 0) -> int:
-    """Programs that share the units of a KV head, for `heads` KV heads in all.
-
-    The fewest of those that finish soonest, if programs run in rounds of `at_once` and each takes
-    the time of `start` units to begin and end.
-    """
-    most = max(1, min(-(-capacity // _LEAST_SPLIT), -(-4 * at_once // heads)))
-    return min(
-        range(1, most + 1),
-        key=lambda splits: -(-heads * splits // at_once) * (capacity + start * splits) / splits,
-    )
-
-
-@triton.jit
-def first_slot(first, b, h, before):  # type: ignore[no-untyped-def]
-    """The first slot that a head attends to, counted from slot `before` on; `first` None = 0."""
-    slot = tl.full((), 0, tl.int32)
-    if first is not None:
-        slot = tl.maximum(tl.load(first + b * tl.num_programs(1) + h) - before, 0)
-    return slot
-
-
-@triton.jit
-def split_of(begin, end, MULTIPLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's equal share of the units begin .. end - 1, whole multiples of MULTIPLE: the
-    first of them, and the first after them."""
-    each = tl.cdiv(tl.maximum(end - begin, 0), tl.num_programs(0))
-    each = tl.cdiv(each, MULTIPLE) * MULTIPLE
-    begin = tl.minimum(begin + tl.program_id(0) * each, end)
-    return begin, tl.minimum(begin + each, end)
-
-
 @triton.jit
 def queries_at(  # type: ignore[no-untyped-def]
     query, strides, b, h, which, NEW: tl.constexpr, QUERIES: tl.constexpr
@@ -283,13 +202,6 @@ def queries_at(  # type: ignore[no-untyped-def]
     """Where queries `which` of a KV head begin, [R, 1]: NEW tokens of each query head."""
     head = h * (QUERIES // NEW) + which // NEW
     return query + b * strides[0] + (head * strides[1] + (which % NEW) * strides[2])[:, None]
-
-
-@triton.jit
-def states_at(b, h, at_split, splits, which, QUERIES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where this program leaves what its split gives; its kernel's splits begin at `at_split`."""
-    split = at_split + tl.program_id(0)
-    return ((b * tl.num_programs(1) + h) * splits + split) * QUERIES + which
 
 
 @triton.jit
@@ -351,47 +263,6 @@ def leave_state(  # type: ignore[no-untyped-def]
     tl.store(weights + at, log_sum(highest, total), mask=some)
     mask = some[:, None] & (d < SIZE)[None, :]
     tl.store(values + at[:, None] * SIZE + d[None, :], average(summed, total), mask=mask)
-
-
-@triton.jit
-def _merge_splits(  # type: ignore[no-untyped-def]
-    values,
-    weights,
-    out,
-    strides,
-    NEW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    SLICE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLIT_BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    which = tl.program_id(0) % QUERIES
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    split = tl.arange(0, SPLIT_BLOCK)
-    d = tl.program_id(0) // QUERIES * SLICE + tl.arange(0, SLICE)
-    before = (b * tl.num_programs(1) + h) * SPLITS
-    there = split < SPLITS
-    sums = tl.load(weights + (before + split) * QUERIES + which, mask=there, other=float("-inf"))
-    highest = tl.max(sums, 0)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(tl.exp2(sums - highest), 0)
-
-    summed = tl.zeros((STEP, SLICE), tl.float32)
-    for start in tl.static_range(0, SPLITS, STEP):
-        split = start + tl.arange(0, STEP)
-        at = (before + split) * QUERIES + which
-        share = tl.load(weights + at, mask=split < SPLITS, other=float("-inf"))
-        share = tl.exp2(share - highest)
-        mask = (split < SPLITS)[:, None] & (d < SIZE)[None, :]
-        averages = tl.load(values + at[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
-        summed += share[:, None] * averages
-    merged = tl.sum(summed, 0) / tl.where(total > 0.0, total, 1.0)
-    q_head = h * (QUERIES // NEW) + which // NEW
-    out += b * strides[0] + q_head * strides[1] + (which % NEW) * strides[2] + d * strides[3]
-    tl.store(out, merged.to(out.dtype.element_ty), mask=d < SIZE)
 
 
 # Nothing is compiled anew for these, which differ from prompt to prompt.

@@ -5,6 +5,7 @@ B batch, H KV heads, G query heads a KV head, T new tokens, S units, R queries o
 D head size.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -87,8 +88,7 @@ def attend_few(
         future = future.repeat(grouped.shape[2] // tokens, 1)
         logits[..., -tokens:].masked_fill_(future, -torch.inf)
     shares = logits.softmax(dim=-1).split([past.length for past in every], dim=-1)
-    output = sum(_weighed(share, past) for share, past in zip(shares, every, strict=True))
-    assert isinstance(output, Tensor)
+    output = functools.reduce(torch.add, map(_weighed, shares, every))
     return output.reshape(rows, -1, tokens, output.shape[3]).transpose(1, 2).contiguous()
 
 

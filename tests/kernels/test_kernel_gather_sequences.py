@@ -21,10 +21,12 @@ def running(numbers, device):
     return torch.tensor([0, *numbers], device=device).cumsum(0).int()
 
 
-def compare(old, new, lengths, kept):
+def compare(old, new, lengths, kept, index=None):
+    """Of random indices in order, where none are given."""
     device, count = old[0].device, new[0].shape[2]
-    pairs = zip(lengths, kept, strict=True)
-    index = torch.cat([torch.randperm(length + count)[:n].sort().values for length, n in pairs])
+    if index is None:
+        pairs = zip(lengths, kept, strict=True)
+        index = torch.cat([torch.randperm(length + count)[:n].sort().values for length, n in pairs])
     given = (old, new, index.to(device), running(lengths, device), running(kept, device))
     gathered = gather_sequences(*given)
     for actual, expected in zip(gathered, gather_sequences_reference(*given), strict=True):
@@ -64,3 +66,8 @@ def test_elements_need_not_be_adjacent(device):
         torch.randn(2, 3, 2, device=device).mT.transpose(0, 1),
     )
     compare(old, new, [2, 0, 10, 4], [5, 3, 9, 1])
+
+
+def test_indices_need_not_be_in_order(device):
+    old, new = units((9,), 8, device), units((1, 2, 3), 8, device)
+    compare(old, new, [7, 2], [4, 5], torch.tensor([9, 0, 0, 6, 4, 1, 2, 0, 2]))

@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from locret.kernels import evict
-from locret.kernels.evict import select_sequences, select_sequences_reference, threshold_select
+from locret.kernels.evict import select_sequences, select_sequences_reference
 
 SCORES = st.sampled_from([-0.0, 0.0, 1.0, -1.0, 1e-40, -3e38, torch.inf, -torch.inf, torch.nan])
 
@@ -18,10 +18,11 @@ def compare(old, new, lengths, kept, tails, heads):
     device, sizes = old.device, [length + new.shape[2] for length in lengths]
     counts = [min(pair) for pair in zip(kept, sizes, strict=True)]
     kept, tails, heads = (torch.tensor(x, device=device).int() for x in (kept, tails, heads))
-    given = (old, new, running(lengths, device), kept, running(counts, device), tails, heads)
-    actual = select_sequences(*given, sum(counts), max(sizes))
+    given, protected = (old, new, running(lengths, device), kept), (tails, heads)
+    out_offsets = running(counts, device)
+    actual = select_sequences(*given, out_offsets, *protected, sum(counts), max(sizes))
     assert actual.dtype == torch.long and actual.shape == (sum(counts),)
-    assert torch.equal(actual, select_sequences_reference(*given))
+    assert torch.equal(actual, select_sequences_reference(*given, *protected))
     return actual
 
 
@@ -41,13 +42,11 @@ def test_kernel_equals_twin(shape, lengths, kept, device):
     compare(old, new, lengths, kept, [n // 3 for n in kept], [n // 4 for n in kept])
 
 
-def test_equal_sequences_choose_as_a_rectangle_does(device):
-    scores = torch.randint(0, 40, (2, 3, 100), device=device).float()
-    index = compare(
-        scores[..., :70].flatten(), scores[..., 70:], [70] * 6, [33] * 6, [9] * 6, [2] * 6
-    )
-    expected = threshold_select(scores, 33, 9, 2)
-    assert torch.equal(index.view(2, 3, 33), expected)
+def test_highest_as_topk(device):
+    scores = torch.randperm(6 * 100, device=device).view(2, 3, 100).float() - 300
+    old, new = scores[..., :70].flatten(), scores[..., 70:]
+    index = compare(old, new, [70] * 6, [33] * 6, [0] * 6, [0] * 6)
+    assert torch.equal(index.view(2, 3, 33), scores.topk(33).indices.sort().values)
 
 
 def test_sequences_longer_than_registers_hold(device, monkeypatch):

@@ -12,24 +12,20 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as app
 
 from locret.kernels import (
     PackedKV,
-    decode_attention,
     decode_packed,
     decode_sequences,
     decode_shares,
     expand_rotated,
     expand_units,
     gather_sequences,
-    gather_units,
     packed_shares,
     rotate_at_slots,
     rotate_units,
     select_sequences,
     store_units,
-    threshold_select,
 )
-from locret.kernels.decode import decode_attention_reference
 from locret.kernels.decode_packed import expand_reference
-from locret.kernels.evict import threshold_select_reference
+from locret.kernels.evict import select_sequences_reference
 from locret.quantization.packed import pack_keys, pack_values, select_keys, select_values
 from locret.quantization.rotated import RotatedScheme
 from locret.quantization.schemes import KiviScheme
@@ -65,17 +61,6 @@ def test_units_rotate_as_at_their_slots(pairing):
     assert torch.equal(rotate_units(x, cos, sin, slots, pairing), expected)
 
 
-@given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 3), st.data())
-def test_gather_takes_held_then_new(held, new, room, data):
-    pick = st.integers(0, max(0, held + new - 1))
-    index = data.draw(st.lists(pick, max_size=8 if held + new else 0))
-    both = torch.arange(float(held + new))
-    index = torch.tensor(index, dtype=torch.long)[None, None]
-    (storage,) = gather_units((both[None, None, :held],), (both[None, None, held:],), index, room)
-    assert storage.shape[2] == index.shape[2] + room
-    assert torch.equal(storage[..., : index.shape[2]].long(), index)
-
-
 def test_gather_sequences_takes_old_then_new_of_each_sequence():
     names = torch.arange(5), torch.arange(10, 16).view(1, 3, 2)
     offsets, out_offsets = per_sequence(0, 3, 3, 5), per_sequence(0, 3, 4, 8)
@@ -84,27 +69,6 @@ def test_gather_sequences_takes_old_then_new_of_each_sequence():
     flat, wide = gather_sequences(old, new, index, offsets, out_offsets)
     assert flat.tolist() == [0, 2, 11, 13, 3, 4, 14, 15]
     assert torch.equal(wide, flat[:, None].float())
-
-
-def test_decode_is_attention_over_what_is_filled():
-    query, (keys, values) = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 3, 20, 8).unbind()
-    length, first = torch.tensor([13], dtype=torch.int32), torch.tensor([[0, 2, 12]] * 2).int()
-    out = decode_attention(query, keys, values, length, 0.3, first)
-    for row in range(2):
-        for head in range(6):
-            held = slice(int(first[row, head // 2]), 13)
-            k, v = keys[row, head // 2, held], values[row, head // 2, held]
-            expected = (0.3 * query[row, head] @ k.T).softmax(-1) @ v
-            torch.testing.assert_close(out[row, head], expected)
-
-
-def test_several_tokens_decode_as_one_after_the_other():
-    query, (keys, values) = torch.randn(1, 4, 3, 8), torch.randn(2, 1, 2, 20, 8).unbind()
-    out = decode_attention(query, keys, values, torch.tensor([15]).int(), 0.3)
-    for t in range(3):
-        length = torch.tensor([13 + t]).int()
-        one = decode_attention_reference(query[:, :, t : t + 1], keys, values, length, 0.3)
-        torch.testing.assert_close(out[:, :, t : t + 1], one)
 
 
 @pytest.mark.parametrize("lengths", [(3, 0, 7, 1, 20, 6), (4,) * 6, (0,) * 6])
@@ -124,6 +88,17 @@ def test_decode_sequences_is_attention_over_context_and_tail(lengths):
             for q_head in (2 * head, 2 * head + 1):
                 expected = (0.3 * query[row, q_head, t] @ k.T).softmax(-1) @ v
                 torch.testing.assert_close(out[row, q_head, t], expected)
+
+
+def test_several_tokens_decode_as_one_after_the_other():
+    query, context = torch.randn(1, 4, 3, 8), torch.randn(2, 9, 8)
+    tails, shares = torch.randn(2, 1, 2, 20, 8), decode_shares((2, 7), torch.device("cpu"))
+
+    def decoded(query, filled):
+        return decode_sequences(query, *context, shares, *tails, torch.tensor([filled]).int(), 0.3)
+
+    one_by_one = [decoded(query[:, :, t : t + 1], 13 + t) for t in range(3)]
+    torch.testing.assert_close(decoded(query, 15), torch.cat(one_by_one, 2))
 
 
 @pytest.mark.parametrize(("bits", "size", "group"), [(4, 64, 16), (2, 20, 32), (8, 12, 8)])
@@ -184,24 +159,25 @@ def test_store_writes_in_place():
 SCORES = st.lists(st.sampled_from([0.0, 1.0, 2.0, math.inf, -math.inf, math.nan]), min_size=2)
 
 
+def per_sequence(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
 @given(SCORES, st.data())
 def test_select_keeps_the_highest_and_of_equals_the_earliest(scores, data):
-    budget = data.draw(st.integers(1, len(scores) - 1))
-    tail = data.draw(st.integers(0, budget))
+    kept = data.draw(st.integers(1, len(scores)))
+    tail, old = data.draw(st.integers(0, kept)), data.draw(st.integers(0, len(scores)))
     last = len(scores) - tail
 
     def rank(unit):
         score = scores[unit]
         return (unit < last, math.isnan(score), 0 if math.isnan(score) else -score, unit)
 
-    expected = sorted(sorted(range(len(scores)), key=rank)[:budget])
-    assert threshold_select(torch.tensor([[scores]]), budget, tail)[0, 0].tolist() == expected
-    reference = threshold_select_reference(torch.tensor([[scores]]), budget, tail)
-    assert reference[0, 0].tolist() == expected
-
-
-def per_sequence(*numbers):
-    return torch.tensor(numbers, dtype=torch.int32)
+    expected = sorted(sorted(range(len(scores)), key=rank)[:kept])
+    old, new = torch.tensor(scores[:old]), torch.tensor([[scores[old:]]])
+    numbers = per_sequence(kept), per_sequence(tail), per_sequence(0)
+    offsets = per_sequence(0, len(old))
+    assert select_sequences_reference(old, new, offsets, *numbers).tolist() == expected
 
 
 @pytest.mark.parametrize(("tail", "head"), [(0, 0), (5, 3)])
@@ -254,12 +230,6 @@ def refused(packed=PACKED, shares=PACKED_SHARES):
         (lambda: rotate_units(FLAT, FLAT[:, :3], FLAT[:, :3], FLAT[:, 0].int()), "do not fit"),
         (lambda: rotate_units(FLAT, FLAT, FLAT, FLAT[:, 0]), r"expected \[N, D\] and \[N\]"),
         (lambda: rotate_units(UNITS, FLAT, FLAT, INDEX), r"expected \[N, D\] and \[N\]"),
-        (lambda: gather_units((UNITS,), (UNITS.half(),), UNITS[..., 0].long()), "do not fit"),
-        (lambda: gather_units((UNITS,), (UNITS,), UNITS[..., 0]), "torch.long"),
-        (lambda: gather_units((), (), UNITS[..., 0].long()), "as many of both"),
-        (lambda: decode_attention(UNITS, UNITS, UNITS, ONE.long(), 1.0), "int32"),
-        (lambda: decode_attention(UNITS, UNITS, UNITS.half(), ONE, 1.0), "equal shapes"),
-        (lambda: decode_attention(UNITS[:, :1], UNITS, UNITS, ONE, 1.0), "a multiple of 2"),
         (
             lambda: refused(replace(PACKED, keys=(CODES, ENTRIES, ENTRIES.float()))),
             "key_minimum is torch.float32",
@@ -289,6 +259,14 @@ def refused(packed=PACKED, shares=PACKED_SHARES):
         (
             lambda: decode_sequences(UNITS, FLAT, FLAT.half(), *SEQUENCES_CALL, 1.0),
             "do not fit: expected",
+        ),
+        (
+            lambda: decode_sequences(UNITS, FLAT, FLAT, SHARES, UNITS, UNITS.half(), ONE, 1.0),
+            "tail_values .* do not fit",
+        ),
+        (
+            lambda: decode_sequences(UNITS[:, :1], FLAT, FLAT, *SEQUENCES_CALL, 1.0),
+            "a multiple of 2",
         ),
         (
             lambda: decode_sequences(
