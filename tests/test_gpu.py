@@ -6,10 +6,12 @@ import torch
 import locret
 from locret.cache.sequences import sequences_of
 from locret.engine.engine import Engine
+from locret.engine.steps import EAGER_STEPS
 from locret.model.attend import attend, attend_past, available
 from locret.model.past import Past
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
+from tests.test_steps import scheme_of
 from tests.tiny_models import FAMILIES, MIXED, distinct_prompt, prompt, tiny_heads, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -102,12 +104,16 @@ def test_graphs_change_nothing(family, dtype):
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [*(("kivi", n) for n in (8, 4, 2)), ("kvquant", 8), ("kvquant", 4), ("fp8", 8), ("half", 8)],
+)
 @pytest.mark.parametrize("positions", ["compact", "original"])
-def test_graphs_over_packed_units(bits, positions):
+def test_graphs_over_packed_units(name, bits, positions):
+    """Attended to as they are, or written out before: by kernels, or as a user's scheme decodes."""
     model = tiny_model("llama", head_dim=64)
     ids = prompt(100, batch=3)
-    scheme = {"name": "kivi", "bits": bits, "group": 16, "residual": 3}
+    scheme = scheme_of(name, bits=bits, group=16)
     settings = SMALL | {"positions": positions, "quantization": scheme}
 
     def answers(device, **chosen):
@@ -115,6 +121,9 @@ def test_graphs_over_packed_units(bits, positions):
         output = engine.generate(
             ids.to(device), **GREEDY, return_dict_in_generate=True, output_logits=True
         )
+        if device == "cuda":
+            assert engine.last_steps.fast == 19
+            assert engine.last_steps.replayed == (19 - EAGER_STEPS) * chosen["graphs"]
         return output.sequences.cpu(), torch.stack(output.logits).cpu()
 
     on_cpu = answers("cpu")
@@ -209,11 +218,18 @@ def test_heads_keep_their_quotas_as_on_the_cpu(name, positions, interval):
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-@pytest.mark.parametrize("bits", [(3, 3), (4, 2), (8, 8)])
-def test_graphs_over_rotated_units_with_quotas(bits, positions):
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *({"name": "rotated", "key_bits": k, "value_bits": v} for k, v in ((3, 3), (4, 2), (8, 8))),
+        *({"name": name, "bits": 8} for name in ("kvquant", "fp8")),
+    ],
+    ids=str,
+)
+def test_graphs_over_packed_units_with_quotas(scheme, positions):
     model = tiny_model("llama", head_dim=64)
     ids = prompt(300, batch=3)
-    scheme = {"name": "rotated", "key_bits": bits[0], "value_bits": bits[1], "residual": 3}
+    scheme = scheme | {"residual": 3}
     settings = SMALL | {"positions": positions, "quantization": scheme, "budget": 100}
 
     def answers(device, **chosen):
@@ -228,7 +244,7 @@ def test_graphs_over_rotated_units_with_quotas(bits, positions):
     on_cpu = answers("cpu")
     stepwise, graphed = answers("cuda", graphs=False), answers("cuda", graphs=True)
     assert torch.equal(stepwise[0], graphed[0])
-    if bits[0] == 8:
+    if 8 in scheme.values():
         assert (on_cpu[1][:3] - graphed[1][:3]).norm() < 0.05 * on_cpu[1][:3].norm()
 
 

@@ -56,6 +56,19 @@ def test_expanded_is_bit_for_bit_what_the_twin_gives(lengths, size, group, dtype
         assert_equal(out, whole)
 
 
+def test_what_does_not_fit_is_refused(device):
+    keys, values, starts = random_floats([9, 3], 8, 4, device)
+    out = torch.empty(12, 8, device=device)
+    with pytest.raises(ValueError, match="scale is torch.float16"):
+        expand_floats((values[0], keys[1]), out)
+    with pytest.raises(ValueError, match="codes is torch.float32"):
+        expand_floats((values[0].float(), values[1]), out)
+    with pytest.raises(ValueError, match="starts is torch.int64"):
+        expand_floats(keys, out, starts.long())
+    with pytest.raises(ValueError, match="expected a floating type"):
+        expand_floats(values, out[1:])
+
+
 def test_every_code_is_the_float_that_torch_knows(device):
     codes = torch.tensor(FINITE, dtype=torch.uint8, device=device)[None]
     out = torch.empty(1, len(FINITE), device=device)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from locret.quantization import SCHEMES, make_scheme
 from locret.quantization.packed import (
+    Expansion,
     fetch,
     from_named,
     join,
@@ -148,9 +149,9 @@ def test_units_can_be_read_one_by_one_or_written_to_rows(case):
         if total % 2 == 0:
             assert torch.equal(packed.at(index.view(2, -1)).flatten(0, 1), dense.flip(0))
         out = torch.full((2 * total, SIZE), torch.nan, dtype=torch.bfloat16)
-        packed.write(out, 2 * index)
+        Expansion(packed, 2 * index).write(out)
         assert torch.equal(out[::2], dense.flip(0).bfloat16()) and out[1::2].isnan().all()
-        packed.write(out[:total])
+        Expansion(packed).write(out[:total])
         assert torch.equal(out[:total], dense.bfloat16())
 
 

@@ -1,15 +1,18 @@
 """Every scheme: close to what went in, the same when done again, honest about bytes."""
 
+import contextlib
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from locret.quantization import SCHEMES, make_scheme
 from locret.quantization.base import Scheme
 from locret.quantization.codes import LARGEST, STORAGE_ERROR, as_stored
+from locret.quantization.packed import Expansion
 from tests.quantization import naive
 from tests.quantization.rectangles import Layer, quantize_keys, quantize_values
 
@@ -218,6 +221,39 @@ def test_what_cannot_be_stored_is_refused(name, quantize, bad):
 def test_wrong_choices_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_scheme(name, **options)
+
+
+class WithoutWaiting(TorchDispatchMode):
+    """Refuses what a device is waited for to do: to read a value there, or to learn a size."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        assert name not in self.WAITING, name
+        masks = [x for x in args[1:2] if isinstance(x, list | tuple)] if name[:5] == "index" else []
+        assert not any(torch.is_tensor(x) and x.dtype == torch.bool for x in sum(masks, [])), name
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", PACKING)
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_units_are_written_out_again_and_again_without_waiting(monkeypatch, name, of_rows):
+    monkeypatch.setattr("locret.quantization.packed.SLAB", 16)
+    x = tensors(0, (1, 2, 37, 16), torch.float16, outliers=True)
+    scheme = make_scheme(name, group=8).for_layer(5)
+    for pack in (quantize_keys, quantize_values):
+        packed = pack(scheme, x).packed
+        expected = packed.at(torch.arange(packed.count)).half()
+        rows = torch.randperm(packed.count + 3)[: packed.count] if of_rows else None
+        out = torch.full((packed.count + 3, 16), torch.nan).half()
+        expansion = Expansion(packed, rows)
+        for mode in (contextlib.nullcontext(), WithoutWaiting()):
+            out.fill_(torch.nan)
+            with mode:
+                expansion.write(out)
+            assert torch.equal(out[: packed.count] if rows is None else out[rows], expected)
+            assert out.isnan().all(1).sum() == 3
 
 
 def test_no_name_is_no_quantization():
