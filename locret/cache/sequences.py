@@ -93,11 +93,10 @@ class Sequences:
         none in any."""
         return None if self.equal else self.longest - self.lengths
 
-    def slots(self, aligned: bool) -> Tensor:
-        """Each unit's number within its sequence, [N] long; `aligned`: such that the last units of
-        a row's heads share a slot."""
-        if not aligned:
-            return self.local
+    @cached_property
+    def slots(self) -> Tensor:
+        """The slot of each unit at compact positions, [N] long: its number within its sequence,
+        such that the last units of a row's heads share a slot."""
         longest = torch.tensor(self.longest_of_rows, device=self.device)
         front = (longest[:, None] - self.lengths).flatten()
         return self.local + front[self.owner]

@@ -14,7 +14,7 @@ units of a window, and no policy is asked.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -177,6 +177,9 @@ class ReadPass(Pass):
             before = chunk.context.keys if chunk.context else None
             query, key = chunk.rotated_query, chunk.rotated_key
             host.look(query, before, key, rotate, at_once=self.policy.waits)
+        # Rotated keys of the context are not needed any more, and storing takes memory of its own.
+        del pasts
+        chunk = replace(chunk, context=None)
         with without_autocast(call.key.device):
             self._store(call, layer, chunk, scores)
         if host is not None and not self.policy.waits:

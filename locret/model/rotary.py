@@ -26,7 +26,7 @@ from locret.kernels.rotate import Pairing
 ApplyRotary = Callable[..., tuple[Tensor, Tensor]]
 
 _TABLES_KEPT = 4  # a chunk needs two ranges (all keys, new queries), the same in every layer
-_SLOTS = 1024  # tables of slots for sequences of different lengths are rounded up to so many
+_SLOTS = 1024  # the fewest of a table for sequences of different lengths
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ class Rotary:
         if self._switch is not None:
             self._long = PinnedRotary(module, self._switch, layer_type)
         self._tables: dict[tuple, Tables] = {}
+        self._grown: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._pattern = find_pattern(apply, self._short)
 
     def rotate(self, x: Tensor, starts: Sequence[int], prompt_lengths: Sequence[int]) -> Tensor:
@@ -176,15 +177,31 @@ class Rotary:
             lengths = [prompt_lengths[row : row + 1] for row in rows]
             turned = map(self.rotate_sequences, each, first, lengths)
             return torch.cat([*turned])
-        # One table for sequences of about that length, of any layer.
-        most = -(-sequences.longest // _SLOTS) * _SLOTS
-        tables = self._tables_of(((0, most, prompt_lengths[0]),), x, dim=0)
-        slots = sequences.slots(aligned=True)
-        if tables.fused is not None and self._pattern is not None:
-            cos, sin = (table[0] for table in tables.fused)
+        slots = sequences.slots
+        cos, sin = self._table_to(sequences.longest, prompt_lengths[0], x)
+        if self._fuses(x) and self._pattern is not None:
             return rotate_units(x, cos, sin, slots, self._pattern.pairing)
-        at_slots = Tables(tables.cos[:, slots], tables.sin[:, slots], None)
+        at_slots = Tables(cos[slots][None], sin[slots][None], None)
         return self._turn(x[None, None], at_slots)[0, 0]
+
+    def _table_to(self, count: int, prompt_length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the slots from 0 on, at least `count`, [S, R]; as the fused kernel takes
+        them, where it is used. One table serves all layers, and grows by doubling."""
+        long = self._is_long(prompt_length)
+        key = long, like.device, like.dtype
+        table = self._grown.get(key)
+        if table is None or len(table[0]) < count:
+            most = 1 << max(count - 1, _SLOTS - 1).bit_length()
+            cos, sin = self._compute(0, most, long, like)
+            if self._fuses(like) and self._pattern is not None:
+                cos, sin = self._pattern.tables(cos, sin)
+            table = cos[0], sin[0]
+            # A new dict instead of a changed one: threads may share an engine.
+            self._grown = self._grown | {key: table}
+        return table
+
+    def _fuses(self, like: Tensor) -> bool:
+        return self._pattern is not None and like.is_cuda
 
     def cos_sin(
         self, starts: Sequence[int], count: int, prompt_lengths: Sequence[int], like: Tensor
@@ -230,7 +247,7 @@ class Rotary:
         if found is None:
             tables = [self._compute(*choice, like) for choice in choices]
             cos, sin = (torch.cat(each, dim) for each in zip(*tables, strict=True))
-            fused = self._pattern.tables(cos, sin) if self._pattern and like.is_cuda else None
+            fused = self._pattern.tables(cos, sin) if self._pattern and self._fuses(like) else None
             found = Tables(cos, sin, fused)
             # A new dict instead of a changed one: threads may share an engine.
             self._tables = dict([*self._tables.items()][1 - _TABLES_KEPT :]) | {key: found}
