@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks import record
 from locret.cache.sequences import alike
-from locret.cache.store import NewTokens, Store
+from locret.cache.store import Store
+from locret.cache.tail import NewTokens
 from locret.quantization import make_scheme
 from locret.quantization.packed import PackedKeys, pack_keys
 

@@ -5,7 +5,8 @@
 Every row answers the same random prompt with the same random weights and the same random retaining
 heads, so that scoring costs the same; `--budget` is what a head keeps on average. Rows (`ROWS`):
   equal       every head the budget
-  unequal     heads by `falling`, a spread as it was measured in a real model
+  unequal     in every layer heads keep from 40 % to 1 % of the layer's units (`falling`)
+  layers      the same, and layers are as unequal, by a factor of 25
   one-head    in every layer one head with 83 % of the layer's units
   rotated     every head four times the budget, in 3 bits (`quantization="rotated"`)
   wide        every head four times the budget, in 16 bits
@@ -18,6 +19,7 @@ The JSON is written after each row, so that a run that is killed leaves what it 
 """
 
 import argparse
+import functools
 import statistics
 import time
 import traceback
@@ -51,9 +53,9 @@ STRIDE = 13  # between layers of neighbouring ranks, so that neighbouring layers
 WARM_STEPS = 8  # tokens before those that are timed: they compile kernels and record the graph
 
 
-def falling(layers: int, heads: int) -> Table:
+def falling(layers: int, heads: int, of_layers: float = 1.0) -> Table:
     """Quotas that fall geometrically: from head to head of a layer by `FALL_OF_HEADS`, and from the
-    layer that keeps most to the one that keeps least, step by step, to `FALL_OF_LAYERS`.
+    layer that keeps most to the one that keeps least, step by step, to `of_layers`.
 
     With 8 heads a layer's shares go from 40 % to 1 %; with 32 layers the tenth of the heads that
     keeps most has half of everything. Layers rank by their number times `STRIDE` modulo how many
@@ -62,7 +64,7 @@ def falling(layers: int, heads: int) -> Table:
     table = [[0.0] * heads for _ in range(layers)]
     ranked = sorted(range(layers), key=lambda layer: (layer * STRIDE % layers, layer))
     for rank, layer in enumerate(ranked):
-        weight = FALL_OF_LAYERS ** (rank / max(1, layers - 1))
+        weight = of_layers ** (rank / max(1, layers - 1))
         for place in range(heads):
             table[layer][(layer + place) % heads] = weight * FALL_OF_HEADS**place
     return table
@@ -95,6 +97,7 @@ class Kind:
 ROWS = {
     EQUAL: Kind(),
     "unequal": Kind(falling),
+    "layers": Kind(functools.partial(falling, of_layers=FALL_OF_LAYERS)),
     "one-head": Kind(one_head),
     "rotated": Kind(times=4, quantization={"name": "rotated", "key_bits": 3, "value_bits": 3}),
     "wide": Kind(times=4),

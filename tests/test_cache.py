@@ -11,7 +11,8 @@ import locret
 from locret import RetainedCache
 from locret.cache.layer import RetainedLayer
 from locret.cache.sequences import sequences_of
-from locret.cache.store import NewTokens, Store
+from locret.cache.store import Store
+from locret.cache.tail import NewTokens
 from locret.model.hooks import as_argument, cache_in
 from locret.policies import Policy
 from tests.kept import kept, stacked

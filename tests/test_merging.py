@@ -14,7 +14,8 @@ from locret.cache.merging import (
     merging_of,
 )
 from locret.cache.sequences import sequences_of
-from locret.cache.store import NewTokens, Store
+from locret.cache.store import Store
+from locret.cache.tail import NewTokens
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from tests import policy_reference
 from tests.policy_reference import Unit, merge

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locret.cache.sequences import sequences_of
-from locret.cache.store import NAMES, NewTokens, Store
+from locret.cache.store import NAMES, Store
+from locret.cache.tail import NewTokens
 from locret.quantization import NO_SCHEME, make_scheme
 from tests.store_twin import TwinStore
 

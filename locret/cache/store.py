@@ -9,29 +9,26 @@ after, as it came. An eviction chooses among both and makes a new context.
 B rows, H KV heads, Q = B * H sequences, N units of the context, T units of the tail, D head size.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from locret.cache.context import StoredContext, in_storage, places, stack
 from locret.cache.sequences import Sequences, alike, sequences_of
-from locret.cache.tail import Tail, TailView
+from locret.cache.tail import NewTokens, Tail, TailView
 from locret.kernels import gather_sequences
 from locret.quantization import NO_SCHEME, Scheme
 from locret.quantization.packed import (
-    Expansion,
     PackedKeys,
     PackedValues,
     fetch,
     from_named,
-    join,
     pack_keys,
     select_keys,
     select_values,
-    take,
     to_named,
 )
 
@@ -42,120 +39,6 @@ merged (`locret.cache.merging`)."""
 STEPS = 256
 """Most units of an answer that stay as they are before they are packed, where its steps come from a
 CUDA graph: packing makes new tensors, and so a new graph."""
-
-
-class NewTokens(NamedTuple):
-    """Units to be added, as they are stored: keys and values [B, H, T, D], scores [B, H, T] float32
-    (higher = keep), source positions [B, H, T] int32, above all that are there."""
-
-    keys: Tensor
-    values: Tensor
-    scores: Tensor
-    positions: Tensor
-
-    @classmethod
-    def of(
-        cls, keys: Tensor, values: Tensor, positions: Tensor, scores: Tensor | None = None
-    ) -> "NewTokens":
-        """Units with positions [T], or [1 or B, 1 or H, T], and scores [B, H, T]; None = those of
-        units that are not to be evicted."""
-        scores = unscored(keys) if scores is None else scores.float()
-        return cls(keys, values, scores, positions.int().expand(keys.shape[:3]))
-
-    def first(self, count: int) -> "NewTokens":
-        """The first `count` of them."""
-        return NewTokens(*(x[:, :, :count] for x in self))
-
-
-def unscored(keys: Tensor) -> Tensor:
-    """Scores [B, H, T] for units that no policy has scored and that are not to be evicted."""
-    return torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
-
-
-@dataclass(frozen=True)
-class StoredContext:
-    """What evictions have left of a layer.
-
-    Attributes:
-        sequences: of all N units.
-        packed: of the first units of each, which are packed.
-        plain: of the others, which stand as they came.
-        keys, values: of the plain units, flat [*, D].
-        exact: what is never packed, of all units, by name: "source_positions" [N] int32, "scores"
-            [N] float32 (higher = keep), "weights" [N] float32, how many tokens the value of a unit
-            is the mean of.
-        packed_keys, packed_values: None = nothing is packed.
-        appended: of each row, how many of every head's last units came after its last eviction.
-    """
-
-    sequences: Sequences
-    packed: Sequences
-    plain: Sequences
-    keys: Tensor
-    values: Tensor
-    exact: dict[str, Tensor]
-    packed_keys: PackedKeys | None = None
-    packed_values: PackedValues | None = None
-    appended: tuple[int, ...] = field(kw_only=True)
-
-    @property
-    def kv_tensors(self) -> tuple[Tensor, ...]:
-        """All storage of keys and values."""
-        packed = [p.tensors for p in (self.packed_keys, self.packed_values) if p is not None]
-        return (self.keys, self.values, *sum(packed, ()))
-
-    def all_keys(self) -> Tensor:
-        """[N, D] in the order of slots; packed ones are expanded."""
-        return self._whole(self.keys, self.packed_keys)
-
-    def all_values(self) -> Tensor:
-        """[N, D] in the order of slots; packed ones are expanded."""
-        return self._whole(self.values, self.packed_values)
-
-    def flat(self, name: str) -> Tensor:
-        """[N, *] of one of `NAMES`, in the order of slots."""
-        if name in ("keys", "values"):
-            return self.all_keys() if name == "keys" else self.all_values()
-        return self.exact[name]
-
-    def _whole(self, plain: Tensor, packed: PackedKeys | PackedValues | None) -> Tensor:
-        if packed is None:
-            return plain
-        whole = plain.new_empty(self.sequences.total, plain.shape[1])
-        Expansion(packed, places(self.sequences, self.packed, at_end=False)).write(whole)
-        whole.index_copy_(0, places(self.sequences, self.plain, at_end=True), plain)
-        return whole
-
-    def take(self, rows: Sequence[int]) -> "StoredContext":
-        """Some rows, which may repeat."""
-        index, plain = self.sequences.index_of(rows), self.plain.index_of(rows)
-        keys, values = self.packed_keys, self.packed_values
-        if keys is not None and values is not None:
-            heads = self.sequences.shape[1]
-            which = [row * heads + head for row in rows for head in range(heads)]
-            keys = take(keys, self.packed.flat, which)
-            values = take(values, self.packed.flat, which)
-        return StoredContext(
-            self.sequences.take(rows),
-            self.packed.take(rows),
-            self.plain.take(rows),
-            self.keys.index_select(0, plain),
-            self.values.index_select(0, plain),
-            {name: x.index_select(0, index) for name, x in self.exact.items()},
-            keys,
-            values,
-            appended=tuple(self.appended[row] for row in rows),
-        )
-
-
-@functools.lru_cache(maxsize=512)
-def places(whole: Sequences, some: Sequences, at_end: bool) -> Tensor:
-    """Where in flat tensors of `whole` the first, or the last, units of each sequence are, of which
-    there are as many as `some` has; long [units of `some`]."""
-    first = whole.offsets[:-1].long()
-    if at_end:
-        first = first + (whole.lengths - some.lengths).flatten()
-    return first[some.owner] + some.local
 
 
 class StoreView(NamedTuple):
@@ -377,7 +260,7 @@ class Store:
         # Where each unit is now: first the packed ones, then the plain ones, then the fresh ones.
         at = index
         if context is not None:
-            at = _in_storage(context, index, kept.owner, tokens)
+            at = in_storage(context, index, kept.owner, tokens)
         elif tokens:
             at = kept.owner * tokens + index
         to_pack = at.index_select(0, places(kept, packed, at_end=False))
@@ -519,32 +402,9 @@ class Store:
         """The rows of a batch, of one row each, as one. All of it is context then; no unit is
         packed, or packed anew, for it."""
         stacked = Store(rows[0].scheme, rows[0].weighs)
-        of_rows = [row.as_context() for row in rows]
-        contexts = [context for context in of_rows if context is not None]
-        if not contexts:
-            return stacked
-        heads, device = contexts[0].sequences.shape[1], contexts[0].sequences.device
-        missing = alike(1, (0,) * heads, device)
-        counts: list[list[tuple[int, ...]]] = [[], [], []]
-        for own in of_rows:
-            lengths = (own.sequences, own.packed, own.plain) if own else (missing,) * 3
-            for all_counts, some in zip(counts, lengths, strict=True):
-                all_counts.append(some.counts[0])
-        keys = [c.packed_keys for c in contexts if c.packed_keys is not None]
-        values = [c.packed_values for c in contexts if c.packed_values is not None]
-        whole, packed, plain = (sequences_of(tuple(each), device) for each in counts)
-        stacked.names = next(row.names for row in rows if not row.is_empty)
-        stacked.context = StoredContext(
-            whole,
-            packed,
-            plain,
-            torch.cat([c.keys for c in contexts]),
-            torch.cat([c.values for c in contexts]),
-            {name: torch.cat([c.exact[name] for c in contexts]) for name in stacked.names[2:]},
-            join(keys) if keys else None,
-            join(values) if values else None,
-            appended=tuple(own.appended[0] if own else 0 for own in of_rows),
-        )
+        stacked.context = stack([row.as_context() for row in rows])
+        if stacked.context is not None:
+            stacked.names = next(row.names for row in rows if not row.is_empty)
         return stacked
 
     def as_context(self) -> StoredContext | None:
@@ -595,20 +455,3 @@ class Store:
         both = from_named(self.scheme, keys.shape[-1], named)
         own = (whole, packed, plain, keys, values, exact)
         self.context = StoredContext(*own, *both, appended=counts["appended"])
-
-
-def _in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: int) -> Tensor:
-    """Where units are: the packed ones of the context, its plain ones, fresh ones, one after the
-    other.
-
-    Args:
-        index: long [K], within each unit's sequence.
-        owner: long [K], that sequence.
-        tokens: fresh units of each sequence.
-    """
-    packed, plain = context.packed, context.plain
-    done, before = (x.lengths.flatten()[owner] for x in (packed, context.sequences))
-    of_packed = packed.offsets.long()[owner] + index
-    of_plain = packed.total + plain.offsets.long()[owner] + index - done
-    of_fresh = packed.total + plain.total + owner * tokens + index - before
-    return torch.where(index < done, of_packed, torch.where(index < before, of_plain, of_fresh))

@@ -1,4 +1,5 @@
-"""The tail of a layer: the tokens that came after the last eviction, equally many in all sequences.
+"""The tail of a layer: the tokens that came after the last eviction, equally many in all sequences;
+and the units that a chunk brings.
 
 What is stored is never changed where it stands: appending writes behind it, all else makes new
 tensors. That is why a view, and so a snapshot of a cache, costs nothing.
@@ -116,3 +117,31 @@ class Tail:
 
     def clear(self) -> None:
         self.tensors, self._room_is_ours, self.count = (), True, 0
+
+
+class NewTokens(NamedTuple):
+    """Units to be added, as they are stored: keys and values [B, H, T, D], scores [B, H, T] float32
+    (higher = keep), source positions [B, H, T] int32, above all that are there."""
+
+    keys: Tensor
+    values: Tensor
+    scores: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(
+        cls, keys: Tensor, values: Tensor, positions: Tensor, scores: Tensor | None = None
+    ) -> "NewTokens":
+        """Units with positions [T], or [1 or B, 1 or H, T], and scores [B, H, T]; None = those of
+        units that are not to be evicted."""
+        scores = unscored(keys) if scores is None else scores.float()
+        return cls(keys, values, scores, positions.int().expand(keys.shape[:3]))
+
+    def first(self, count: int) -> "NewTokens":
+        """The first `count` of them."""
+        return NewTokens(*(x[:, :, :count] for x in self))
+
+
+def unscored(keys: Tensor) -> Tensor:
+    """Scores [B, H, T] for units that no policy has scored and that are not to be evicted."""
+    return torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)

@@ -16,8 +16,9 @@ from locret.engine.arguments import (
     setting,
     stock_settings,
 )
-from locret.engine.attention import AnswerPass, Pass, RetainedAttention
+from locret.engine.attention import RetainedAttention
 from locret.engine.config import EngineConfig
+from locret.engine.passes import AnswerPass, Pass
 from locret.engine.reading import counts_of, one_if_equal
 from locret.engine.steps import (
     GraphedSteps,

@@ -19,8 +19,9 @@ from locret.cache.files import check_model, describe
 from locret.cache.sequences import Counts
 from locret.cache.sizing import Sizing
 from locret.engine.arguments import check_ids, unpadded
-from locret.engine.attention import RetainedAttention, Stored
+from locret.engine.attention import RetainedAttention
 from locret.engine.config import EngineConfig
+from locret.engine.passes import Stored
 from locret.model.backbone import Backbone
 from locret.model.hooks import as_argument, without_autocast
 from locret.policies.base import Eviction

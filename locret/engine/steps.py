@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from locret.cache.cache import RetainedCache
+from locret.cache.context import StoredContext, places
 from locret.cache.layer import RetainedLayer
-from locret.cache.store import StoredContext, places
-from locret.engine.attention import Pass
+from locret.engine.passes import Pass
 from locret.kernels import (
     PackedShares,
     Plain,

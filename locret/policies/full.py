@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from locret.cache.store import unscored
+from locret.cache.tail import unscored
 from locret.policies.base import LayerChunk, Policy
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from locret.cache.store import unscored
+from locret.cache.tail import unscored
 from locret.policies.base import HIGHEST, LayerChunk, Policy
 from locret.quantities import check_between, check_whole
 

@@ -1,0 +1,144 @@
+"""What evictions have left of a layer: flat, ragged tensors that never change where they stand.
+
+N units of Q = B * H sequences, D head size.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from locret.cache.sequences import Sequences, sequences_of
+from locret.quantization.packed import Expansion, PackedKeys, PackedValues, join, take
+
+
+@dataclass(frozen=True)
+class StoredContext:
+    """What evictions have left of a layer.
+
+    Attributes:
+        sequences: of all N units.
+        packed: of the first units of each, which are packed.
+        plain: of the others, which stand as they came.
+        keys, values: of the plain units, flat [*, D].
+        exact: what is never packed, of all units, by name: "source_positions" [N] int32, "scores"
+            [N] float32 (higher = keep), "weights" [N] float32, how many tokens the value of a unit
+            is the mean of.
+        packed_keys, packed_values: None = nothing is packed.
+        appended: of each row, how many of every head's last units came after its last eviction.
+    """
+
+    sequences: Sequences
+    packed: Sequences
+    plain: Sequences
+    keys: Tensor
+    values: Tensor
+    exact: dict[str, Tensor]
+    packed_keys: PackedKeys | None = None
+    packed_values: PackedValues | None = None
+    appended: tuple[int, ...] = field(kw_only=True)
+
+    @property
+    def kv_tensors(self) -> tuple[Tensor, ...]:
+        """All storage of keys and values."""
+        packed = [p.tensors for p in (self.packed_keys, self.packed_values) if p is not None]
+        return (self.keys, self.values, *sum(packed, ()))
+
+    def all_keys(self) -> Tensor:
+        """[N, D] in the order of slots; packed ones are expanded."""
+        return self._whole(self.keys, self.packed_keys)
+
+    def all_values(self) -> Tensor:
+        """[N, D] in the order of slots; packed ones are expanded."""
+        return self._whole(self.values, self.packed_values)
+
+    def flat(self, name: str) -> Tensor:
+        """[N, *] of one of `NAMES`, in the order of slots."""
+        if name in ("keys", "values"):
+            return self.all_keys() if name == "keys" else self.all_values()
+        return self.exact[name]
+
+    def _whole(self, plain: Tensor, packed: PackedKeys | PackedValues | None) -> Tensor:
+        if packed is None:
+            return plain
+        whole = plain.new_empty(self.sequences.total, plain.shape[1])
+        Expansion(packed, places(self.sequences, self.packed, at_end=False)).write(whole)
+        whole.index_copy_(0, places(self.sequences, self.plain, at_end=True), plain)
+        return whole
+
+    def take(self, rows: Sequence[int]) -> "StoredContext":
+        """Some rows, which may repeat."""
+        index, plain = self.sequences.index_of(rows), self.plain.index_of(rows)
+        keys, values = self.packed_keys, self.packed_values
+        if keys is not None and values is not None:
+            heads = self.sequences.shape[1]
+            which = [row * heads + head for row in rows for head in range(heads)]
+            keys = take(keys, self.packed.flat, which)
+            values = take(values, self.packed.flat, which)
+        return StoredContext(
+            self.sequences.take(rows),
+            self.packed.take(rows),
+            self.plain.take(rows),
+            self.keys.index_select(0, plain),
+            self.values.index_select(0, plain),
+            {name: x.index_select(0, index) for name, x in self.exact.items()},
+            keys,
+            values,
+            appended=tuple(self.appended[row] for row in rows),
+        )
+
+
+@functools.lru_cache(maxsize=512)
+def places(whole: Sequences, some: Sequences, at_end: bool) -> Tensor:
+    """Where in flat tensors of `whole` the first, or the last, units of each sequence are, of which
+    there are as many as `some` has; long [units of `some`]."""
+    first = whole.offsets[:-1].long()
+    if at_end:
+        first = first + (whole.lengths - some.lengths).flatten()
+    return first[some.owner] + some.local
+
+
+def stack(rows: Sequence[StoredContext | None]) -> StoredContext | None:
+    """Contexts of one row each as one; None = a row without units, or no row has any."""
+    some = [row for row in rows if row is not None]
+    if not some:
+        return None
+    heads, device = some[0].sequences.shape[1], some[0].sequences.device
+
+    def joined(which: Callable[[StoredContext], Sequences]) -> Sequences:
+        none = (0,) * heads
+        counts = tuple(none if row is None else which(row).counts[0] for row in rows)
+        return sequences_of(counts, device)
+
+    keys = [row.packed_keys for row in some if row.packed_keys is not None]
+    values = [row.packed_values for row in some if row.packed_values is not None]
+    return StoredContext(
+        joined(lambda row: row.sequences),
+        joined(lambda row: row.packed),
+        joined(lambda row: row.plain),
+        torch.cat([row.keys for row in some]),
+        torch.cat([row.values for row in some]),
+        {name: torch.cat([row.exact[name] for row in some]) for name in some[0].exact},
+        join(keys) if keys else None,
+        join(values) if values else None,
+        appended=tuple(0 if row is None else row.appended[0] for row in rows),
+    )
+
+
+def in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: int) -> Tensor:
+    """Where units are: the packed ones of the context, its plain ones, fresh ones, one after the
+    other.
+
+    Args:
+        index: long [K], within each unit's sequence.
+        owner: long [K], that sequence.
+        tokens: fresh units of each sequence.
+    """
+    packed, plain = context.packed, context.plain
+    done, before = (x.lengths.flatten()[owner] for x in (packed, context.sequences))
+    of_packed = packed.offsets.long()[owner] + index
+    of_plain = packed.total + plain.offsets.long()[owner] + index - done
+    of_fresh = packed.total + plain.total + owner * tokens + index - before
+    return torch.where(index < done, of_packed, torch.where(index < before, of_plain, of_fresh))
