@@ -15,10 +15,13 @@ from locret.cache.sizing import Sizing
 from locret.engine.config import EngineConfig
 from locret.heads.quotas import (
     FLOOR,
+    GRID_FROM,
     Quotas,
     averaged,
     in_words,
+    is_on_grid,
     measured,
+    on_grid,
     quotas_of,
     spread,
     unit_counts,
@@ -344,3 +347,17 @@ def test_memory_for_no_unit_is_refused():
 def test_quotas_are_values():
     assert isinstance(config(quotas=TABLE).reading.quotas, Quotas)
     assert config(quotas=TABLE) == config(quotas=np.array(TABLE))
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 200_000), min_size=3, max_size=3), min_size=1, max_size=9),
+    st.integers(0, 5_000),
+)
+def test_counts_on_a_grid_are_nearly_the_same(counts, more):
+    given, most = tuple(map(tuple, counts)), max(map(max, counts)) + more
+    found = on_grid(given, most)
+    flat, exact = sum(found, ()), sum(given, ())
+    assert sum(exact) - max(exact) / 16 - 1 <= sum(flat) <= sum(exact)
+    for n, before in zip(flat, exact, strict=True):
+        assert n <= most and abs(n - before) <= before / 16
+        assert n == before if before < GRID_FROM else is_on_grid(n)

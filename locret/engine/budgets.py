@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from locret.cache.sizing import Sizing
-from locret.heads.quotas import Quotas, unit_counts
+from locret.heads.quotas import Quotas, on_grid, unit_counts
 from locret.policies import Policy
 from locret.quantities import Budget, ByteShare, Memory, format_bytes
 
@@ -58,6 +58,8 @@ def head_counts(
     context = max(context, 1)
     kept = sum(min(budget, context) for budget in budgets)
     counts = unit_counts(quotas.at(context * len(budgets) / kept), budgets, context)
+    if any(len(set(layer)) > 1 for layer in counts):
+        counts = on_grid(counts, context)
     return tuple(
         tuple(max(units, budget) if units == context else units for units in layer)
         for layer, budget in zip(counts, budgets, strict=True)

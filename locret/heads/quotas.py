@@ -28,6 +28,9 @@ Table = tuple[tuple[float, ...], ...]
 QuotasChoice = Any
 """How a user gives quotas (`quotas_of`): arrays of any library have no type in common."""
 
+GRID_FROM = 512
+"""Units from which on heads keep numbers that others share (`on_grid`)."""
+
 FLOOR = Fraction(1, 20)
 """Of the mean: every head keeps that much, whatever its quota says."""
 
@@ -212,6 +215,35 @@ def unit_counts(
     total = heads * sum(budgets)
     counts = _rounded(_filled(weights, least, context, total), least, context, total)
     return tuple(tuple(counts[i : i + heads]) for i in range(0, len(counts), heads))
+
+
+def on_grid(counts: tuple[tuple[int, ...], ...], most: int) -> tuple[tuple[int, ...], ...]:
+    """Nearly the same counts, of numbers that many heads share: those from `GRID_FROM` on have five
+    significant bits. Fused attention makes a plan for every number of units that it meets, which
+    takes milliseconds; so they are made once.
+
+    Args:
+        counts: units of each head, [layers][KV heads].
+        most: units of a head.
+
+    Returns:
+        Together no more than given, and less by no more than a step of one head.
+    """
+    exact = [n for heads in counts for n in heads]
+    steps = [1 << max(n.bit_length() - 5, 0) if n >= GRID_FROM else 1 for n in exact]
+    found = [n // step * step for n, step in zip(exact, steps, strict=True)]
+    left = sum(exact) - sum(found)
+    for i in sorted(range(len(exact)), key=lambda i: ((found[i] - exact[i]) / steps[i], i)):
+        if found[i] < exact[i] and steps[i] <= left and found[i] + steps[i] <= most:
+            found[i] += steps[i]
+            left -= steps[i]
+    heads = len(counts[0])
+    return tuple(tuple(found[i : i + heads]) for i in range(0, len(found), heads))
+
+
+def is_on_grid(count: int) -> bool:
+    """Whether a number of units has five significant bits."""
+    return count < 32 * (count & -count)
 
 
 def _filled(weights: list[float], least: list[int], most: int, total: int) -> list[float]:

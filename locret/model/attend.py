@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from locret.heads.quotas import is_on_grid
 from locret.kernels import merge_attention
 from locret.model import sparse_prefill
 from locret.model.past import Past, are_few, attend_few
@@ -257,10 +258,12 @@ def _over(query: Tensor, past: Past, scaling: float, backend: Backend) -> tuple[
     sums = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
     for row in range(rows):
         for head in range(heads):
-            if sequences.counts[row][head]:
+            if units := sequences.counts[row][head]:
                 at = slice(row, row + 1), slice(head * group, (head + 1) * group)
+                # cuDNN makes a plan, which takes milliseconds, for every number that it meets.
+                by = backend if is_on_grid(units) else "sdpa"
                 output[at], sums[at] = _attention(
-                    query[at], *past.of(row, head), scaling, backend, causal=False
+                    query[at], *past.of(row, head), scaling, by, causal=False
                 )
     return output, sums
 
@@ -280,7 +283,12 @@ def _attention(
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     else:  # the tokens of a group's heads side by side, so that nothing is repeated
         query = query.reshape(batch, key.shape[1], -1, query.shape[3])
-    if query.is_cuda:
+    half = query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] % 8 == 0
+    if query.is_cuda and half and query.shape[3] <= 256:
+        output, sums, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, causal, False, scale=scaling
+        )
+    elif query.is_cuda:
         output, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, None, True, 0.0, causal, scale=scaling
         )
