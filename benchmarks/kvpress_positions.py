@@ -127,7 +127,8 @@ def kept_by_locret(
         engine = locret.Engine(
             model, policies.get(name, name), budget=budgets, chunk_size=None, stabilizers=0
         )
-        kept[name] = [layer.source_positions[0].tolist() for layer in engine.prefill(ids).layers]
+        layers = engine.prefill(ids).layers
+        kept[name] = [[head.tolist() for head in x.source_positions[0]] for x in layers]
     return kept
 
 

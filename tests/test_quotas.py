@@ -340,7 +340,7 @@ def test_memory_holds_what_quotas_give(budget, quotas, scheme):
 
 
 def test_memory_for_no_unit_is_refused():
-    with pytest.raises(ValueError, match=r"budget is 100 B; one unit in every KV head takes 176 B"):
+    with pytest.raises(ValueError, match=r"budget is 100 B; one unit in every KV head takes 144 B"):
         config(budget="100B", quotas=TABLE).counts(KNormPolicy(), SIZING, 900)
 
 
@@ -360,4 +360,4 @@ def test_counts_on_a_grid_are_nearly_the_same(counts, more):
     assert sum(exact) - max(exact) / 16 - 1 <= sum(flat) <= sum(exact)
     for n, before in zip(flat, exact, strict=True):
         assert n <= most and abs(n - before) <= before / 16
-        assert n == before if before < GRID_FROM else is_on_grid(n)
+        assert n == before if before < GRID_FROM else is_on_grid(n) or n == most

@@ -40,7 +40,7 @@ def add_to(commands: Any) -> None:
         default="auto",
         metavar="FILE",
         help="which KV heads keep more than others, as `calibrate` writes it; none = all alike; "
-        "default: what the heads record",
+        "auto, the default: what the heads record",
     )
     for name, kind, text in (
         ("--chunk-size", whole(1, none=None, auto="auto"), "tokens read at a time, or none"),
@@ -109,8 +109,10 @@ def run(given: argparse.Namespace) -> None:
     print(json.dumps(result) if given.json else _summary(result))
 
 
-def _quotas(text: str) -> Quotas | None:
-    return None if text.lower() == "none" else quotas_of(text)
+def _quotas(text: str) -> Quotas | str | None:
+    """The quotas that a user means; "auto" = those that the heads record."""
+    words = {"none": None, "auto": "auto"}
+    return words[text.lower()] if text.lower() in words else quotas_of(text)
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def unit_counts(
 
 def on_grid(counts: tuple[tuple[int, ...], ...], most: int) -> tuple[tuple[int, ...], ...]:
     """Nearly the same counts, of numbers that many heads share: those from `GRID_FROM` on have five
-    significant bits. Fused attention makes a plan for every number of units that it meets, which
+    significant bits, or are `most`. Fused attention makes a plan for every number of units that it meets, which
     takes milliseconds; so they are made once.
 
     Args:
@@ -234,9 +234,10 @@ def on_grid(counts: tuple[tuple[int, ...], ...], most: int) -> tuple[tuple[int, 
     found = [n // step * step for n, step in zip(exact, steps, strict=True)]
     left = sum(exact) - sum(found)
     for i in sorted(range(len(exact)), key=lambda i: ((found[i] - exact[i]) / steps[i], i)):
-        if found[i] < exact[i] and steps[i] <= left and found[i] + steps[i] <= most:
-            found[i] += steps[i]
-            left -= steps[i]
+        up = min(found[i] + steps[i], most)
+        if found[i] < exact[i] and up - found[i] <= left:
+            left -= up - found[i]
+            found[i] = up
     heads = len(counts[0])
     return tuple(tuple(found[i : i + heads]) for i in range(0, len(found), heads))
 
