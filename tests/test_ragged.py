@@ -262,3 +262,16 @@ def test_quotas_that_heads_record_hold_and_bring_the_question(model):
         assert [len(head) for head in row] == [*counts]
         assert all(head[:3] == [0, 1, 2][: len(head)] for head in row)
     assert_each_row_as_alone(engine, (60, 33), vocab=VOCAB)
+
+
+def test_a_long_context_takes_the_sum_of_its_lengths():
+    model = tiny_model("llama", max_position_embeddings=100_000)
+    ids = torch.randint(3, 128, (1, 60_000), generator=torch.Generator().manual_seed(0))
+    engine = with_quotas(model, "random", budget=1500, chunk_size=4096)
+    cache = engine.prefill(ids)
+    report = cache.report(heads=True)
+    assert report["most_units"][0] > 4000 > 100 > report["least_units"][1]
+    assert report["total_bytes"] == sum(layer.nbytes for layer in cache.layers)
+    for layer in cache.layers:
+        units = int(layer.lengths.sum())
+        assert layer.nbytes == units * (2 * 8 * 4 + 4)
