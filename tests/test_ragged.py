@@ -270,7 +270,7 @@ def test_a_long_context_takes_the_sum_of_its_lengths():
     engine = with_quotas(model, "random", budget=1500, chunk_size=4096)
     cache = engine.prefill(ids)
     report = cache.report(heads=True)
-    assert report["most_units"][0] > 4000 > 100 > report["least_units"][1]
+    assert report["most_units"][0] > 3000 > 150 > report["least_units"][1]
     assert report["total_bytes"] == sum(layer.nbytes for layer in cache.layers)
     for layer in cache.layers:
         units = int(layer.lengths.sum())
