@@ -155,8 +155,8 @@ class StepPass(Pass):
     def __init__(self, backbone: Backbone, cache: RetainedCache, room: int) -> None:
         self.cache = cache
         self._rotary = backbone.rotary
-        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._now: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._now: dict[int, tuple[Tensor, Tensor]] = {}
         device = cache.layers[0].store.like.device
         for layer in cache.layers:
             layer.store.make_room(room, layer.seen)
@@ -164,6 +164,9 @@ class StepPass(Pass):
         self._filled = torch.tensor(counts, dtype=torch.int32, device=device)
         self._lengths = self._filled + 1
         self._starts = [self._start_of(layer) for layer in cache.layers]
+        self._places: dict[int, list[tuple[int, ...]]] = {}
+        for count, starts in dict.fromkeys(self._starts):
+            self._places.setdefault(count, []).append(starts)
         group = backbone.geometry.num_query_heads // backbone.geometry.num_kv_heads
         scratch = scratch_for(cache)
         self._contexts = [StepContext.of(layer, group, scratch) for layer in cache.layers]
@@ -176,8 +179,7 @@ class StepPass(Pass):
         return min(tail.capacity - tail.count for tail in tails)
 
     def _start_of(self, layer: RetainedLayer) -> tuple[int, tuple[int, ...]]:
-        """Units in the tail, and the slot of the first of them in each row: one look-up rotates for
-        all layers that agree in both."""
+        """Units in the tail, and the slot of the first of them in each row."""
         count = layer.store.tail.count
         if self.cache.positions == "original":
             return count, self.cache.shifted(layer.seen - count)
@@ -187,20 +189,32 @@ class StepPass(Pass):
         self, layer_idx: int, hidden: Tensor, cache: RetainedCache, rotary: Rotary
     ) -> tuple[Tensor, Tensor]:
         """cos and sin [1 or B, 1, rotary size] at a layer's next slot."""
-        group = self._starts[layer_idx]
-        if group not in self._now:
-            cos, sin = self._table(group[1])
+        count, starts = self._starts[layer_idx]
+        if count not in self._now:
             slot = self._filled[layer_idx : layer_idx + 1]
-            self._now[group] = cos.index_select(1, slot), sin.index_select(1, slot)
-        return self._now[group]
+            cos, sin = (table.index_select(2, slot) for table in self._tables_for(count))
+            self._now[count] = cos, sin
+        cos, sin = self._now[count]
+        which = self._places[count].index(starts)
+        return cos[which], sin[which]
 
-    def _table(self, starts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        if starts not in self._tables:
-            capacity = max(layer.store.tail.capacity for layer in self.cache.layers)
-            self._tables[starts] = self._rotary.cos_sin(
-                starts, capacity, self.cache.prompt_lengths, self._like
+    def _tables_for(self, count: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [n, 1 or B, C, R] for the slots of the tail, C of them, from each of the n
+        places on where it begins in layers with so many units in it: one look-up serves all."""
+        if count not in self._tables:
+            tails = (layer.store.tail for layer in self.cache.layers)
+            capacity, lengths = max(tail.capacity for tail in tails), self.cache.prompt_lengths
+            each = [
+                self._rotary.cos_sin(starts, capacity, lengths, self._like)
+                for starts in self._places[count]
+            ]
+            rows = max(len(cos) for cos, _ in each)
+            cos, sin = (
+                torch.stack([table.expand(rows, -1, -1) for table in tables])
+                for tables in zip(*each, strict=True)
             )
-        return self._tables[starts]
+            self._tables[count] = cos, sin
+        return self._tables[count]
 
     def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor:
         with without_autocast(call.key.device):
