@@ -40,8 +40,7 @@ def select_sequences(
     """Indices of the highest scores of each sequence's old and, after them, new units, ascending.
 
     -inf and inf are scores like others, NaN is the lowest of all; of equal scores the earliest. On
-    a CPU, where all sequences are equally long and keep and protect as many, those that
-    `torch.topk` chooses.
+    a CPU those that `torch.topk` chooses of each sequence.
 
     Args:
         old: [N] float32, the old scores of the B*H sequences one after the other; N >= 0.
@@ -103,18 +102,27 @@ def select_sequences_reference(
 def _select_on_cpu(
     old: Tensor, new: Tensor, offsets: Tensor, kept: Tensor, tails: Tensor, heads: Tensor
 ) -> Tensor:
-    """What the twin chooses, or `torch.topk` where sequences make a rectangle."""
-    numbers = [set(x.tolist()) for x in (offsets.diff(), kept, tails, heads)]
-    if any(len(each) != 1 for each in numbers):
-        return select_sequences_reference(old, new, offsets, kept, tails, heads)
-    length, keep, tail, head = (each.pop() for each in numbers)
-    scores = torch.cat([old.view(*new.shape[:2], length), new], dim=2)
-    size = scores.shape[2]
+    """What `torch.topk` chooses of each sequence, whatever the others are: a row in a batch keeps
+    what it keeps alone, ties too."""
+    lengths = offsets.diff().tolist()
+    numbers = [x.tolist() for x in (kept, tails, heads)]
+    if all(len(set(each)) == 1 for each in (lengths, *numbers)):
+        scores = torch.cat([old.view(*new.shape[:2], lengths[0]), new], dim=2)
+        return _topk(scores, *(each[0] for each in numbers)).flatten()
+    pairs = zip(old.split(lengths), new.flatten(0, 1), strict=True)
+    each = zip(pairs, *numbers, strict=True)
+    return torch.cat([_topk(torch.cat(pair), *how) for pair, *how in each])
+
+
+def _topk(scores: Tensor, keep: int, tail: int, head: int) -> Tensor:
+    """Indices of the `keep` highest of scores [..., S], of which the last and first ones are to be
+    overwritten, ascending."""
+    size = scores.shape[-1]
     if size <= keep:
-        return torch.arange(size, device=old.device).repeat(kept.numel())
+        return torch.arange(size, device=scores.device).expand(scores.shape)
     scores[..., size - tail :] = torch.inf
     scores[..., :head] = torch.inf
-    return scores.topk(keep, dim=-1, sorted=False).indices.sort(dim=-1).values.flatten()
+    return scores.topk(keep, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
 def _check_select(old: Tensor, new: Tensor, **per_sequence: Tensor) -> None:
