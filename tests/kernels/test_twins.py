@@ -196,7 +196,7 @@ def test_sequences_of_a_rectangle_keep_what_topk_chooses(tail, head):
 
 
 def test_unequal_sequences_keep_their_highest():
-    old, new = torch.tensor([5.0, 1, 7, 3, 3]), torch.tensor([[[2.0, 4], [3, 1], [0, 9]]])
+    old, new = torch.tensor([5.0, 1, 7, 6, 4]), torch.tensor([[[2.0, 4], [3, 1], [0, 9]]])
     offsets, kept = per_sequence(0, 3, 5, 5), per_sequence(3, 2, 8)
     tails, heads = per_sequence(1, 0, 0), per_sequence(0, 0, 0)
     index = select_sequences(old, new, offsets, kept, per_sequence(0, 3, 5, 7), tails, heads, 7, 5)
