@@ -219,8 +219,8 @@ def unit_counts(
 
 def on_grid(counts: tuple[tuple[int, ...], ...], most: int) -> tuple[tuple[int, ...], ...]:
     """Nearly the same counts, of numbers that many heads share: those from `GRID_FROM` on have five
-    significant bits, or are `most`. Fused attention makes a plan for every number of units that it meets, which
-    takes milliseconds; so they are made once.
+    significant bits, or are `most`. Fused attention makes a plan for every number of units that it
+    meets, which takes milliseconds; so they are made once.
 
     Args:
         counts: units of each head, [layers][KV heads].
