@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from locret.cache.sequences import Sequences, sequences_of
+from locret.cache.sequences import Sequences, alike, sequences_of
 from locret.quantization.packed import Expansion, PackedKeys, PackedValues, join, take
 
 
@@ -88,6 +88,15 @@ class StoredContext:
             values,
             appended=tuple(self.appended[row] for row in rows),
         )
+
+
+def nothing(names: Sequence[str], fresh: Sequence[Tensor]) -> StoredContext:
+    """A context without units, like fresh ones: their tensors [B, H, T, *] by name, keys and values
+    first."""
+    keys, values, *exact = (x.new_empty(0, *x.shape[3:]) for x in fresh)
+    rows, heads = fresh[0].shape[:2]
+    none, named = alike(rows, (0,) * heads, keys.device), zip(names[2:], exact, strict=True)
+    return StoredContext(none, none, none, keys, values, dict(named), appended=(0,) * rows)
 
 
 @functools.lru_cache(maxsize=512)

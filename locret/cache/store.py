@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from locret.cache.context import StoredContext, in_storage, places, stack
+from locret.cache.context import StoredContext, in_storage, nothing, places, stack
 from locret.cache.sequences import Sequences, alike, sequences_of
 from locret.cache.tail import NewTokens, Tail, TailView
 from locret.kernels import gather_sequences
 from locret.quantization import NO_SCHEME, Scheme
 from locret.quantization.packed import (
-    PackedKeys,
-    PackedValues,
     fetch,
     from_named,
     pack_keys,
@@ -139,11 +137,14 @@ class Store:
 
     def split(self, name: str) -> list[list[Tensor]]:
         """What each row and head has of `name`, context and tail together, [B][H]."""
-        whole, sequences = self.rectangle(name), self.sequences
-        return [
-            [of_head[of_head.shape[0] - n :] for of_head, n in zip(of_row, counts, strict=True)]
-            for of_row, counts in zip(whole, sequences.counts, strict=True)
-        ]
+        tail = [[*row] for row in self.tail[self.names.index(name)]] if self.tail.count else []
+        if self.context is None:
+            return tail
+        own = self.context.sequences.split(self.context.flat(name))
+        if not tail:
+            return own
+        rows = zip(own, tail, strict=True)
+        return [[torch.cat(pair) for pair in zip(*row, strict=True)] for row in rows]
 
     def append(self, new: NewTokens, room: int = 0) -> None:
         """Add units to the tail.
@@ -191,7 +192,8 @@ class Store:
         scheme = self.scheme
         if not scheme.packs or not self.tail.count:
             return
-        whole, done = self.sequences, self._packed_counts
+        whole, fresh = self.sequences, self._fresh(None)
+        done = self._before(fresh).packed.counts
         unit = 1 if tight else scheme.group
 
         def packed_of(count: int, before: int) -> int:
@@ -199,22 +201,15 @@ class Store:
 
         packed = tuple(tuple(map(packed_of, *row)) for row in zip(whole.counts, done, strict=True))
         if packed != done or tight:
-            self._repack(whole.local, whole, sequences_of(packed, whole.device), self._fresh(None))
+            self._repack(whole.local, whole, sequences_of(packed, whole.device), fresh)
 
-    @property
-    def _appended(self) -> tuple[int, ...]:
+    def _before(self, fresh: tuple[Tensor, ...]) -> StoredContext:
+        """The context; before the first eviction, one like fresh units that holds none."""
+        return nothing(self.names, fresh) if self.context is None else self.context
+
+    def _appended(self, context: StoredContext) -> tuple[int, ...]:
         """`StoredContext.appended` once the tail is context."""
-        tail = self.tail.count
-        if self.context is not None:
-            return tuple(count + tail for count in self.context.appended)
-        return (tail,) * (self.tail.tensors[0].shape[0] if tail else 0)
-
-    @property
-    def _packed_counts(self) -> tuple[tuple[int, ...], ...]:
-        if self.context is not None:
-            return self.context.packed.counts
-        rows, heads = self.sequences.shape
-        return ((0,) * heads,) * rows
+        return tuple(count + self.tail.count for count in context.appended)
 
     def _fresh(self, new: NewTokens | None) -> tuple[Tensor, ...]:
         """Tail and new units, put side by side only where there are both."""
@@ -227,17 +222,14 @@ class Store:
 
     def _gather(self, index: Tensor, kept: Sequences, fresh: tuple[Tensor, ...]) -> None:
         """Hold units as they are."""
-        context, like = self.context, fresh[0]
-        before = alike(like.shape[0], (0,) * like.shape[1], like.device)
-        old = tuple(x.new_empty(0, *x.shape[3:]) for x in fresh)
-        if context is not None:
-            before = context.sequences
-            old = (context.keys, context.values, *context.exact.values())
-        gathered = gather_sequences(old, fresh, index, before.offsets, kept.offsets)
-        keys, values, *exact = gathered
+        context = self._before(fresh)
+        old, offsets = [*context.exact.values()], context.sequences.offsets
+        old = [context.keys, context.values, *old]
+        keys, values, *exact = gather_sequences(old, fresh, index, offsets, kept.offsets)
         none = sequences_of(tuple((0,) * len(row) for row in kept.counts), kept.device)
         self.context = StoredContext(
-            *(kept, none, kept, keys, values, self._named(exact)), appended=self._appended
+            *(kept, none, kept, keys, values, self._named(exact)),
+            appended=self._appended(context),
         )
         self.tail = Tail()
 
@@ -245,40 +237,32 @@ class Store:
         self, index: Tensor, kept: Sequences, packed: Sequences, fresh: tuple[Tensor, ...]
     ) -> None:
         """Hold units of which the first `packed` of each sequence are packed."""
-        context, (new_keys, new_values, *new_exact) = self.context, fresh
-        rows, heads, tokens, size = new_keys.shape
-        before = alike(rows, (0,) * heads, kept.device) if context is None else context.sequences
-        old_exact = [x.new_empty(0) for x in new_exact]
-        if context is not None:
-            old_exact = [*context.exact.values()]
-        exact = gather_sequences(old_exact, new_exact, index, before.offsets, kept.offsets)
+        context, (new_keys, new_values, *new_exact) = self._before(fresh), fresh
+        old_exact, offsets = [*context.exact.values()], context.sequences.offsets
+        exact = gather_sequences(old_exact, new_exact, index, offsets, kept.offsets)
         rest = tuple(
             tuple(n - p for n, p in zip(*row, strict=True))
             for row in zip(kept.counts, packed.counts, strict=True)
         )
         plain = sequences_of(rest, kept.device)
         # Where each unit is now: first the packed ones, then the plain ones, then the fresh ones.
-        at = index
-        if context is not None:
-            at = in_storage(context, index, kept.owner, tokens)
-        elif tokens:
-            at = kept.owner * tokens + index
+        at = in_storage(context, index, kept.owner, new_keys.shape[2])
         to_pack = at.index_select(0, places(kept, packed, at_end=False))
         to_leave = at.index_select(0, places(kept, plain, at_end=True))
-        done = [0] * (rows * heads) if context is None else [*context.packed.flat]
-        both = [x.reshape(-1, size) for x in (new_keys, new_values)]
-        old: tuple[PackedKeys | None, PackedValues | None] = (None, None)
-        if context is not None:
+        both = [x.flatten(0, 2) for x in (new_keys, new_values)]
+        if context.plain.total:
             both = [torch.cat(x) for x in zip((context.keys, context.values), both, strict=True)]
-            old = context.packed_keys, context.packed_values
+        old = context.packed_keys, context.packed_values
         keys, values = None, None
         if packed.total:
-            keys = select_keys(self.scheme, old[0], done, both[0], to_pack, packed.flat)
+            keys = select_keys(
+                self.scheme, old[0], context.packed.flat, both[0], to_pack, packed.flat
+            )
             values = select_values(self.scheme, old[1], both[1], to_pack)
         left = [fetch(o, x, to_leave).to(x.dtype) for o, x in zip(old, both, strict=True)]
         self.context = StoredContext(
             *(kept, packed, plain, left[0], left[1], self._named(exact), keys, values),
-            appended=self._appended,
+            appended=self._appended(context),
         )
         self.tail = Tail()
 
@@ -415,8 +399,7 @@ class Store:
         absorbed.context, absorbed.tail, absorbed.names = self.context, self.tail, self.names
         whole, fresh = self.sequences, self._fresh(None)
         if self.scheme.packs:
-            done = sequences_of(self._packed_counts, whole.device)
-            absorbed._repack(whole.local, whole, done, fresh)
+            absorbed._repack(whole.local, whole, self._before(fresh).packed, fresh)
         else:
             absorbed._gather(whole.local, whole, fresh)
         return absorbed.context
