@@ -745,7 +745,7 @@ def test_out_of_memory_in_the_first_layer_leaves_the_context_as_it_was(model, mo
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr("locret.engine.attention.attend_past", out_of_memory)
+        patch.setattr("locret.engine.passes.attend_past", out_of_memory)
         engine.generate(prompt(5, seed=3), cache=cache, **GREEDY)
     assert torch.equal(engine.generate(prompt(5, seed=3), cache=cache, **GREEDY), expected)
 

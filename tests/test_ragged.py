@@ -99,9 +99,7 @@ TWINS = {  # with no more sinks, which score alike, than the smallest head keeps
 def test_kept_units_are_the_twins(model, name, chunk_size):
     ids, (policy, rule) = distinct_prompt(70, VOCAB), TWINS[name]
     engine = with_quotas(model, policy, chunk_size=chunk_size, stabilizers=0)
-    expected, _ = policy_reference.read(
-        model, QuotaHeads(rule), ids[0].tolist(), 20, chunk_size, 0
-    )
+    expected, _ = policy_reference.read(model, QuotaHeads(rule), ids[0].tolist(), 20, chunk_size, 0)
     assert [row for (row,) in kept_of(engine.prefill(ids))] == expected
 
 

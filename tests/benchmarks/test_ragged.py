@@ -39,7 +39,7 @@ def bench(tmp_path, monkeypatch):
 
 
 def test_a_tenth_of_the_heads_holds_half_and_shares_fall_from_40_to_1_per_cent():
-    table = ragged.falling(32, 8)
+    table = ragged.falling(32, 8, ragged.FALL_OF_LAYERS)
     assert 0.48 < spread(table)["top_tenth"] < 0.54
     for place, layer in enumerate(table):
         shares = sorted((quota / sum(layer) for quota in layer), reverse=True)
@@ -49,6 +49,8 @@ def test_a_tenth_of_the_heads_holds_half_and_shares_fall_from_40_to_1_per_cent()
     sums = [sum(layer) for layer in table]
     assert max(sums) / min(sums) == pytest.approx(1 / ragged.FALL_OF_LAYERS)
     assert all(max(a, b) / min(a, b) > 1.5 for a, b in pairwise(sums))
+    alike = [sum(layer) for layer in ragged.falling(32, 8)]
+    assert alike == pytest.approx([alike[0]] * 32)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -80,11 +82,12 @@ def test_every_row_is_measured_and_compared_with_equal_heads(bench, capsys):
         tail = 4 + 4 + ragged.WARM_STEPS - 1  # the last token is not read
         assert row["units"] == 40 * ragged.ROWS[name].times + tail
     assert rows["equal"]["most_units"] == rows["equal"]["least_units"]
-    assert rows["unequal"]["most_units"] > 2 * rows["unequal"]["least_units"]
+    assert rows["unequal"]["most_units"] > rows["unequal"]["least_units"]
+    assert rows["layers"]["most_units"] > 2 * rows["layers"]["least_units"]
     assert rows["one-head"]["kv_bytes"] == rows["equal"]["kv_bytes"]
     assert rows["rotated"]["kv_bytes"] < rows["wide"]["kv_bytes"] / 1.5
     assert rows["wide"]["prefill_floor_seconds"] > rows["equal"]["prefill_floor_seconds"]
-    assert set(figures["quotas"]) == {"unequal", "one-head"}
+    assert set(figures["quotas"]) == {"unequal", "layers", "one-head"}
     said = capsys.readouterr().out.splitlines()
     assert sum(line.endswith("0/11") for line in said) == len(rows)
 
