@@ -29,7 +29,7 @@ ALL = {"block_size": 4, "blocks": 1000, "representatives": 2}
 
 APART = pytest.mark.xfail(
     strict=True,
-    reason="local tokens that are read in two pieces recall in two pieces",
+    reason="local tokens that are read in two pieces recall in two pieces (docs/policies.md)",
 )
 
 

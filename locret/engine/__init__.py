@@ -3,7 +3,8 @@
 `engine` is the class that users hold, `config` its settings and every check of them, `budgets` what
 they let each layer and head keep, `arguments` what users give a call. `reading` says which tokens
 are read and cuts them into chunks; `attention` is what every layer runs on each of them, or on a
-token of an answer. `answering` lets stock `generate` answer; `steps` runs the tokens of an answer
+token of an answer: the pass (`passes`) that the request is in, which keeps the units that
+`choosing` picks. `answering` lets stock `generate` answer; `steps` runs the tokens of an answer
 from a CUDA graph. `plan` says what fits into a memory, from a config alone; `calibration` measures
 which heads need to keep more.
 

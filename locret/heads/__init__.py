@@ -2,5 +2,6 @@
 
 `heads` is the modules, what a head reads and the record, `targets` the labels and losses that it
 learns from; to add one of these, write the function and give it a name in the table of its file.
-`files` writes artifacts, `hub` pushes and loads them, `card` describes them to people.
+`quotas` says which heads keep more units than others. `files` writes artifacts, `hub` pushes and
+loads them, `card` describes them to people.
 """
