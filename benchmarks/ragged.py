@@ -58,8 +58,8 @@ def falling(layers: int, heads: int, of_layers: float = 1.0) -> Table:
     layer that keeps most to the one that keeps least, step by step, to `of_layers`.
 
     With 8 heads a layer's shares go from 40 % to 1 %; with 32 layers and `FALL_OF_LAYERS` the tenth
-    of the heads that keeps most has half of everything. Layers rank by their number times `STRIDE` modulo how many
-    there are; the largest head of layer l is l modulo the number of heads.
+    of the heads that keeps most has half of everything. Layers rank by their number times `STRIDE`
+    modulo how many there are; the largest head of layer l is l modulo the number of heads.
     """
     table = [[0.0] * heads for _ in range(layers)]
     ranked = sorted(range(layers), key=lambda layer: (layer * STRIDE % layers, layer))
