@@ -1,10 +1,13 @@
 """Heads and rows that keep each as many units as they need: bytes, answers, a naive twin."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
 import locret
+from locret.cache.sequences import sequences_of
 from locret.model.hooks import as_argument, cache_of
 from locret.policies.compose import AdaptiveHeads
 from locret.policies.expected_attention import ExpectedAttentionPolicy
@@ -286,3 +289,12 @@ def test_a_long_context_takes_the_sum_of_its_lengths():
     for layer in cache.layers:
         units = int(layer.lengths.sum())
         assert layer.nbytes == units * (2 * 8 * 4 + 4)
+
+
+def test_sequences_are_shared_while_they_are_in_use_and_then_gone():
+    counts, device = ((1001, 77),), torch.device("cpu")
+    sequences = sequences_of(counts, device)
+    assert sequences_of(counts, device) is sequences and sequences.owner.shape == (1078,)
+    gone = weakref.ref(sequences)
+    del sequences
+    assert gone() is None

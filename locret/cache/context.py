@@ -99,7 +99,7 @@ def nothing(names: Sequence[str], fresh: Sequence[Tensor]) -> StoredContext:
     return StoredContext(none, none, none, keys, values, dict(named), appended=(0,) * rows)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=4)  # a layer's keys and values; what is kept keeps memory
 def places(whole: Sequences, some: Sequences, at_end: bool) -> Tensor:
     """Where in flat tensors of `whole` the first, or the last, units of each sequence are, of which
     there are as many as `some` has; long [units of `some`]."""

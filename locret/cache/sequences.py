@@ -10,7 +10,8 @@ B rows, H KV heads, Q = B * H sequences.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -140,10 +141,16 @@ class Sequences:
         return [[next(each) for _ in row] for row in self.counts]
 
 
-@lru_cache(maxsize=4096)
+_IN_USE: WeakValueDictionary[tuple[Counts, torch.device], Sequences] = WeakValueDictionary()
+"""By what makes them. Weak: their tensors are as large as what they index, and go with it."""
+
+
 def sequences_of(counts: Counts, device: torch.device) -> Sequences:
     """The sequences of these lengths; the same object for the same ones, while it is in use."""
-    return Sequences(counts, device)
+    found = _IN_USE.get((counts, device))
+    if found is None:
+        found = _IN_USE[counts, device] = Sequences(counts, device)
+    return found
 
 
 def alike(rows: int, heads: Sequence[int], device: torch.device) -> Sequences:

@@ -6,7 +6,7 @@ read. Outliers depend on the data and are not.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from locret.heads.heads import Geometry
@@ -93,23 +93,16 @@ class Sizing:
         }
         return [by_budget[budget][layer] for layer, budget in enumerate(budgets)]
 
-    def units_within(
-        self,
-        nbytes: int,
-        most: int,
-        budgets: Callable[[int], Sequence[int]] | None = None,
-        slot_bytes: int = 0,
-    ) -> int:
-        """Units, `most` at most, that fit into `nbytes`; 0 = not even one does.
+    def units_within(self, nbytes: int, most: int, slot_bytes: int = 0) -> int:
+        """Units, `most` at most, that fit into `nbytes`, by the scheme's rule for equal budgets;
+        0 = not even one does.
 
         Args:
-            budgets: what each layer holds where the average is so many; default the scheme's rule
-                for equal budgets.
             slot_bytes: what else one more unit costs.
         """
 
         def needed(units: int) -> int:
-            of_layers = budgets(units) if budgets else self.shared([units] * self.num_layers)
+            of_layers = self.shared([units] * self.num_layers)
             return self.cache_bytes(of_layers) + units * slot_bytes
 
         return bisect_right(range(1, most + 1), nbytes, key=needed)
