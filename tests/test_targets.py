@@ -105,7 +105,7 @@ def test_long_answers_are_taken_in_blocks(monkeypatch, answer, group, name):
     whole = LABELS[name](view)
     elements_a_row = 2 * group * (6 + answer)
     for rows in (1, 2, 3):
-        monkeypatch.setattr(targets, "_BLOCK_ELEMENTS", rows * elements_a_row)
+        monkeypatch.setattr(targets, "_BLOCK_ELEMENTS_CPU", rows * elements_a_row)
         blocks = list(view.blocks())
         assert max(block.stop - block.start for block in blocks) == min(rows, answer)
         assert [row for b in blocks for row in range(b.start, b.stop)] == list(range(answer))
@@ -116,7 +116,7 @@ def test_long_answers_are_taken_in_blocks(monkeypatch, answer, group, name):
 def test_a_block_has_a_row_even_if_nothing_fits(monkeypatch):
     view = random_view(2, 2, 2, 3, 6)
     whole = max_prob(view)
-    monkeypatch.setattr(targets, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(targets, "_BLOCK_ELEMENTS_CPU", 1)
     assert len(list(view.blocks())) == 3
     assert torch.allclose(max_prob(view), whole, atol=1e-6)
 

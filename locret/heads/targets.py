@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, smooth_l1_loss
 
 _BLOCK_ELEMENTS = 2**26  # of the logits that are in memory at a time
+_BLOCK_ELEMENTS_CPU = 2**21  # and that stay in a CPU's cache from one operation to the next
 _FLOOR = 1e-5  # added to what a logarithm is taken of: less than this is all alike
 
 
@@ -29,7 +30,7 @@ class AnswerView:
         output_weight: [hidden size, H*G * D], of the layer's output projection; None if unknown.
         softcap, sinks: see `locret.model.attend.Weighting`.
         norms: float32 [B, A], of the answer tokens' hidden states as the layer's projections get
-            them, after the norm in front of them; None if unknown.
+            them: after the norm in front of them, if there is one; None if unknown.
     """
 
     query: Tensor
@@ -74,7 +75,8 @@ class AnswerView:
 
     def blocks(self) -> Iterator[slice]:
         """Answer tokens, so many at a time that a block's logits fit `_BLOCK_ELEMENTS`."""
-        rows = max(1, _BLOCK_ELEMENTS // (self.query[:, :, 0, 0].numel() * self.key.shape[2]))
+        most = _BLOCK_ELEMENTS_CPU if self.key.device.type == "cpu" else _BLOCK_ELEMENTS
+        rows = max(1, most // (self.query[:, :, 0, 0].numel() * self.key.shape[2]))
         answer = self.query.shape[2]
         for start in range(0, answer, rows):
             yield slice(start, min(start + rows, answer))
@@ -128,7 +130,7 @@ def log_value_share(view: AnswerView) -> Tensor:
     """What a unit adds to the layer's output beside the asking token's own hidden state.
 
     log(1e-5 + max over a and g of  prob[g, a, unit] * || W_O[g] v[unit] || / || h[a] ||), as KVzap
-    (arXiv 2601.07891), with h as the layer's projections get it, after the norm in front of them.
+    (arXiv 2601.07891), with h as the layer's projections get it (`AnswerView.norms`).
 
     Raises:
         ValueError: the output projection is not known.
