@@ -346,4 +346,4 @@ class SyntheticConversations(Sequence[Conversation]):
         except ValueError as error:
             raise SkippedRow("tokens too few for the task", name) from error
         messages = exchange(prompt_text(sample), sample.answer)
-        return Conversation(messages, f"synthetic/{task}", name)
+        return Conversation(messages, f"synthetic/{task}", name, context=sample.context)

@@ -23,6 +23,7 @@ class Segment(NamedTuple):
     start: int
     end: int
     answers: tuple[tuple[int, int], ...]
+    branches: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def single(cls, prompt_length: int, length: int) -> "Segment":
