@@ -123,7 +123,7 @@ class TableSource(ABC):
                 "check that the file is complete and of the kind that its name says"
             ) from error
         if not index:
-            self._refuse(before)
+            self.refuse(before)
         return index
 
     def _conversations(self, table: Table, i: int, raw: object) -> int:
@@ -135,7 +135,8 @@ class TableSource(ABC):
             self.first_broken.setdefault(str(error), table.place(i))
             return 0
 
-    def _refuse(self, before: "Counter[str]") -> None:
+    def refuse(self, before: "Counter[str]") -> None:
+        """Say that a table has no usable row; `before` is the report without it."""
         broken = ", ".join(
             f"{count} x {reason} (first {self.first_broken[reason]})"
             for reason, count in (self.report - before).items()

@@ -14,6 +14,7 @@ have "replay", and is skipped ("no answer") where they do not.
 
 import codecs
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -129,6 +130,20 @@ class TextSource(TableSource):
                 yield ParquetTable(path, stem(path), (self.field,))
             else:
                 yield Lines(path, stem(path))
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
+        """Read the tables through; see `Source.load`. What is broken is counted in `report`.
+
+        Raises:
+            ValueError: if there is no file, or no text in any of them.
+        """
+        found = super().load(tokenizer)
+        if not len(found):
+            super().refuse(Counter())
+        return found
+
+    def refuse(self, before: "Counter[str]") -> None:
+        pass  # a folder may hold rows of other kinds beside its texts
 
     def count(self, row: Mapping[str, Any]) -> int:
         return self.windows(self.text(row))

@@ -50,19 +50,20 @@ def test_a_folder_takes_all_files_and_counts_broken_ones(tmp_path, tokenizer):
     (tmp_path / "empty.txt").write_text(" \n")
     write(tmp_path / "rows.jsonl", {"text": LONG}, {"other": 1}, "{oops", {"text": "\ud800"})
     source = TextSource(str(tmp_path), tokens=200)
+    write(tmp_path / "others.jsonl", {"other": 1})
     found = source.load(tokenizer)
     windows = len(LONG) // 800
     assert source.report == {
-        "rows": 9,
+        "rows": 10,
         "conversations": 3 * windows,
         "a binary file": 1,
         "not UTF-8": 1,
         "an empty text": 1,
-        "no text": 1,
+        "no text": 2,
         "not JSON": 1,
         "not valid Unicode": 1,
     }
-    assert source.first_broken["no text"] == f"{tmp_path / 'rows.jsonl'}:2"
+    assert source.first_broken["no text"] == f"{tmp_path / 'others.jsonl'}:1"
     assert len(found) == 3 * windows
     assert len(TextSource(str(tmp_path / "**/*.py"), tokens=200).load(tokenizer)) == windows
     with pytest.raises(ValueError, match="no usable row; broken rows: 1 x a binary file"):
