@@ -229,7 +229,7 @@ def test_prompt_or_answer_missing_is_refused(prompt_length):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "mean"}, r"loss 'mean' is unknown; expected one of \['listwise', 'smooth_l1'\]"),
+        ({"loss": "mean"}, r"loss 'mean' is unknown; expected one of \['listwise', 'smooth_l1', '"),
         ({"prompt_keys": "raw"}, "expected 'rotated' or 'unrotated'"),
     ],
 )
