@@ -81,7 +81,7 @@ class ChatFormat:
 
         Returns:
             opening: all that stands before the first text that is not the system's.
-            said: from there to the end of the last text, with the template's marks between turns.
+            said: from there to the end of the last text, and what the template puts between.
             ending: the end of the last turn, up to where the assistant begins to speak.
 
         Raises:

@@ -285,7 +285,8 @@ class GeneratedTexts:
         self.seed = seed
 
     def __str__(self) -> str:
-        return f"GeneratedTexts({', '.join(self.kinds)}, seed {self.seed})"
+        kinds = "all kinds" if self.kinds == list(TEXTS) else ", ".join(self.kinds)
+        return f"GeneratedTexts({kinds}, seed {self.seed})"
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
         """See `datamodules.sources.Source.load`."""

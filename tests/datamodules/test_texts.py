@@ -2,11 +2,13 @@ import gzip
 import json
 
 import pytest
+import yaml
 
 from datamodules import texts
 from datamodules.conversations import SkippedRow
 from datamodules.sources import Source
 from datamodules.texts import GeneratedTexts, HubTextSource, TextSource
+from locret.system.files import CONFIGS
 from locret.tasks.texts import TEXTS
 from tests.datamodules.test_branches import set_up
 from tests.datamodules.test_sources import write
@@ -150,3 +152,12 @@ def test_texts_train_by_replay_alone(tmp_path):
         set_up(source, branches=["answer"])
     with pytest.raises(ValueError, match="were skipped: {'no answer': 4}"):
         set_up(source)
+
+
+@pytest.mark.parametrize("name", ["qwen25_coder", "qwen25_coder_paper", "smollm2_replay"])
+def test_recipes_hold_out_chains_and_several_values(name):
+    """So that RULER's `vt` and `multivalue` tell how heads do on what they were not trained on."""
+    data = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["data"]
+    tasks = {task for given in data["train"] for task in given["init_args"].get("tasks", ())}
+    assert "niah_single" in tasks and not tasks & {"variable_tracking", "niah_multivalue"}
+    assert len(data["weights"]) == len(data["train"])
