@@ -28,9 +28,12 @@ from trainers.module import HeadsModule
 FAMILY_OF_CONFIG = {  # configs of heads
     "llama31.yaml": "llama",
     "phi3.yaml": "phi3",
+    "qwen25_coder.yaml": "qwen2",
+    "qwen25_coder_paper.yaml": "qwen2",
     "qwen3.yaml": "qwen3",
     "smollm2.yaml": "llama",
     "smollm2_long.yaml": "llama",
+    "smollm2_replay.yaml": "llama",
 }
 
 
