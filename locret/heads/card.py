@@ -64,6 +64,7 @@ def model_card(record: Mapping[str, Any], facts: Facts | None = None) -> str:
         link=f"[{name}](https://huggingface.co/{base})" if base else name,
         address=facts.repo_id or "path/or/hub-id",
         setting=f", budget={budget}" if budget else "",
+        head="matrix" if record.get("kind") == "linear" else "small MLP",
         fields=_cells(fields),
         figures=_cells(record.get("metrics") or {}),
         facts=facts,

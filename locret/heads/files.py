@@ -1,10 +1,10 @@
 """Files of a heads artifact: our folder, the released `.bin`, and the Hub. Tensors in, tensors out.
 
-Ours is a folder with `heads.safetensors` (`layers.{i}.fc1.weight`, `layers.{i}.fc2.weight`),
-`config.json` (`locret.heads.heads.HeadsConfig`) and a model card; beside them may lie
-`training.yaml`, `training.png` and small files with figures, which are published too. The released
-format is a torch file with `model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`, alone or in a
-whole-model dict.
+Ours is a folder with `heads.safetensors` (`layers.{i}.fc1.weight`, `layers.{i}.fc2.weight`; other
+kinds of heads: the names of their parameters), `config.json` (`locret.heads.heads.HeadsConfig`) and
+a model card; beside them may lie `training.yaml`, `training.png` and small files with figures,
+which are published too. The released format is a torch file with
+`model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`, alone or in a whole-model dict.
 
 Loading never executes code. Saving writes aside and renames: a failed save changes nothing.
 """
@@ -221,24 +221,25 @@ def inventory(source: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, An
 
     Args:
         source: the file or folder.
-        tensors: `layers.{i}.fc{1,2}.weight`.
+        tensors: of the heads, by name.
 
     Returns:
-        `parameters`, `bytes`, `dtypes`, `files` (bytes by name), and `layers`: for each the
-        Frobenius norms of `fc1` and `fc2`.
+        `parameters`, `bytes`, `dtypes`, `files` (bytes by name), and `layers`: for each its number
+        as `layer`, and by name (`fc1`, `fc1.bias`, ...) the Frobenius norms of its tensors.
     """
     path = Path(source)
     found = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    norms = {name: tensor.double().norm().item() for name, tensor in tensors.items()}
+    layers: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        _, i, of_layer = name.split(".", 2)
+        norms = layers.setdefault(int(i), {"layer": int(i)})
+        norms[of_layer.removesuffix(".weight")] = tensor.double().norm().item()
     return {
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
         "files": {file.name: file.stat().st_size for file in found},
-        "layers": [
-            {"layer": i, **{fc: norms[f"layers.{i}.{fc}.weight"] for fc in ("fc1", "fc2")}}
-            for i in range(len(norms) // 2)
-        ],
+        "layers": [layers[i] for i in sorted(layers)],
     }
 
 

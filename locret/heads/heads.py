@@ -1,7 +1,8 @@
-"""Retaining heads: a small MLP a layer that says of every cache unit how much it will be needed.
+"""Retaining heads: a small module a layer that says how much every cache unit will be needed.
 
-Paper section 3.1. The config says what, `RetainingHead` is one layer, `RetainingHeads` all of them.
-To let heads read something else of a token, write the function and give it a name in `FEATURES`.
+Paper section 3.1. The config says what, `RetainingHead` (`locret.heads.kinds`) is one layer,
+`RetainingHeads` all of them. To let heads read something else of a token, write the function and
+give it a name in `FEATURES`.
 H KV heads, G query heads a KV head, D head size, W = (H*G + 2H) * D, R width of a head.
 """
 
@@ -19,6 +20,7 @@ from transformers.activations import ACT2FN
 
 from locret.heads import files as artifact
 from locret.heads.card import DEFAULT_LICENSE
+from locret.heads.kinds import LinearHead, MLPHead, RetainingHead
 from locret.heads.quotas import quotas_of
 from locret.heads.targets import LABELS
 
@@ -62,16 +64,27 @@ LongRopeRule = Literal["long", "by_length"]
 """How LongRoPE chooses its factors (`locret.model.rotary`); the record says for which rule heads
 are."""
 
+HeadKind = Literal["mlp", "linear"]
+"""What a head computes (`locret.heads.kinds`)."""
+
 RELEASED_ACTIVATION = "silu"  # of every backbone that heads were released for
 
 CHOICES: dict[str, Collection[str]] = {
     "activation": ACT2FN,
+    "kind": get_args(HeadKind),
     "label": LABELS,
     "longrope": get_args(LongRopeRule),
     "positions": ("compact", "original"),
     "tap": FEATURES,
 }
 """What the record's words may be."""
+
+LOG_SCORE = -8.0
+"""Where scores of heads that learn a logarithm start: near the mean of log(probability + 1e-5), a
+constant that Smooth-L1 would take hundreds of steps to learn."""
+
+_LATER_FIELDS = {"quotas": None, "kind": "mlp", "bias": False, "backbone_sha256": None}
+"""Fields that records of this schema had not from the start, and what they are without."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +132,11 @@ class HeadsConfig:
             released format does not tell query heads from head size: both are then None.
         hidden_size: see `Geometry`; None in the released format.
         input_width: length of what a head reads of a token.
-        width: R, the hidden width of a head.
+        width: R, the hidden width of a head; None for linear ones.
+        kind: what a head computes (`HeadKind`).
+        bias: whether its matrices have biases.
         backbone, backbone_revision, model_type: what the heads were trained on.
+        backbone_sha256: of the backbone's weights, where they are one file.
         adapter: the PEFT adapter that the backbone carried, if any.
         tap: what a head reads (`FEATURES`).
         query_tokens: Locret-Q: how many of the prompt's last tokens, the question, were repeated in
@@ -141,13 +157,16 @@ class HeadsConfig:
     num_layers: int
     num_kv_heads: int
     input_width: int
-    width: int
+    width: int | None
     activation: str = RELEASED_ACTIVATION
     num_query_heads: int | None = None
     head_size: int | None = None
     hidden_size: int | None = None
+    kind: str = "mlp"
+    bias: bool = False
     backbone: str | None = None
     backbone_revision: str | None = None
+    backbone_sha256: str | None = None
     model_type: str | None = None
     adapter: str | None = None
     tap: str = "qkv"
@@ -164,9 +183,10 @@ class HeadsConfig:
 
     @classmethod
     def for_geometry(
-        cls, geometry: Geometry, width: int, tap: str = "qkv", **record: Any
+        cls, geometry: Geometry, width: int | None, tap: str = "qkv", **record: Any
     ) -> "HeadsConfig":
-        """The config of heads of hidden width `width` for a backbone of this geometry.
+        """The config of heads of hidden width `width` (None for linear ones) for a backbone of
+        this geometry.
 
         Raises:
             ValueError: a backbone without layers whose units are evicted, or an unknown tap.
@@ -217,10 +237,11 @@ class HeadsConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as it is written. Quotas are left out where there are none: versions before
-        them read such a record too."""
+        """The record as it is written. Later fields are left out where they say nothing: versions
+        before them read such a record too, and refuse others by the name of the field."""
         values = dataclasses.asdict(self)
-        return {name: v for name, v in values.items() if name != "quotas" or v is not None}
+        silent = [name for name, without in _LATER_FIELDS.items() if values[name] == without]
+        return {name: v for name, v in values.items() if name not in silent}
 
     def differences(self, geometry: Geometry) -> list[str]:
         """What keeps these heads from fitting a backbone; empty if they fit."""
@@ -235,39 +256,18 @@ class HeadsConfig:
         ]
 
 
-class RetainingHead(nn.Module):
-    """The head of one layer: `fc2(act(fc1([Q, K, V])))`, no bias. Higher = keep.
-
-    Args:
-        input_width: W. width: R. num_kv_heads: H. activation: a transformers activation name.
-    """
-
-    def __init__(self, input_width: int, width: int, num_kv_heads: int, activation: str) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(input_width, width, bias=False)
-        self.fc2 = nn.Linear(width, num_kv_heads, bias=False)
-        self.act = ACT2FN[activation]
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, T, input width] of any float dtype -> scores [B, H, T] in the head's."""
-        features = features.to(self.fc1.weight.dtype)
-        return self.fc2(self.act(self.fc1(features))).transpose(1, 2)
-
-
 class RetainingHeads(nn.Module):
     """The retaining heads of all layers of a backbone.
 
     Args:
-        config: shapes and record. Weights start at random.
+        config: shapes and record. Weights start at random; biases so that the scores of heads that
+            learn a logarithm start at `LOG_SCORE`.
     """
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(
-            RetainingHead(config.input_width, config.width, config.num_kv_heads, config.activation)
-            for _ in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(_head(config) for _ in range(config.num_layers))
 
     def __getitem__(self, layer_idx: int) -> RetainingHead:
         head = self.layers[layer_idx]
@@ -295,7 +295,7 @@ class RetainingHeads(nn.Module):
     def from_tensors(
         cls, config: HeadsConfig, tensors: Mapping[str, Tensor], source: str = "the given tensors"
     ) -> "RetainingHeads":
-        """Heads of `config` with the weights `layers.{i}.fc{1,2}.weight`.
+        """Heads of `config` with the given weights, such as `layers.{i}.fc{1,2}.weight`.
 
         Raises:
             ValueError: tensors missing, extra, misshapen or not finite; named.
@@ -317,7 +317,17 @@ class RetainingHeads(nn.Module):
         return artifact.save_folder(folder, self.config.to_dict(), self.state_dict())
 
     def save_released(self, path: str | Path) -> Path:
-        """Write the released `.bin` format (weights only, the record is lost)."""
+        """Write the released `.bin` format (weights only, the record is lost).
+
+        Raises:
+            ValueError: heads that the format has no names for.
+        """
+        if self.config.kind != "mlp" or self.config.bias:
+            biases = " with biases" if self.config.bias else ""
+            raise ValueError(
+                f"the released format holds MLPs without biases, and these heads are of kind "
+                f"{self.config.kind!r}{biases}; write a folder instead"
+            )
         return artifact.save_released(path, self.state_dict())
 
     def push_to_hub(
@@ -341,6 +351,19 @@ class RetainingHeads(nn.Module):
             return artifact.push(repo_id, folder, private=private, token=token, revision=revision)
 
 
+def _head(config: HeadsConfig) -> RetainingHead:
+    """The head of one layer."""
+    read, heads = config.input_width, config.num_kv_heads
+    head: RetainingHead
+    if config.width is None:
+        head = LinearHead(read, heads, config.bias)
+    else:
+        head = MLPHead(read, config.width, heads, config.activation, config.bias)
+    if config.label.startswith("log_"):
+        head.start_at(LOG_SCORE)
+    return head
+
+
 def _wrong_values(values: Mapping[str, Any]) -> list[str]:
     """What is wrong with the values of a record, field by field."""
     wrong = []
@@ -351,10 +374,15 @@ def _wrong_values(values: Mapping[str, Any]) -> list[str]:
             wrong += _wrong_quotas(values)
         elif not _is_a(value, kind):
             wrong.append(f"{name} is {value!r}, expected {kind}")
-        elif isinstance(value, int) and value < at_least.get(name, 1):
+        elif type(value) is int and value < at_least.get(name, 1):
             wrong.append(f"{name} is {value}, expected at least {at_least.get(name, 1)}")
         elif name in CHOICES and value not in CHOICES[name]:
             wrong.append(f"{name} {value!r} is unknown; expected one of {sorted(CHOICES[name])}")
+    if (values["kind"] == "linear") != (values["width"] is None):
+        wrong.append(
+            f"width is {values['width']} with kind {values['kind']!r}; expected None for linear "
+            "heads, a number for others"
+        )
     return wrong
 
 
@@ -379,7 +407,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         _, of = get_args(kind)
         numbers = (int, float) if of is float else of
         return isinstance(value, dict) and all(isinstance(v, numbers) for v in value.values())
-    return isinstance(value, kind) and not isinstance(value, bool)
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
 
 
 def _released_config(tensors: Mapping[str, Tensor]) -> HeadsConfig:
