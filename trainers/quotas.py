@@ -37,7 +37,7 @@ def measured_quotas(
         return None
     backbone = module.backbone
     device = next(backbone.decoder.parameters()).device
-    calibration = Calibration(backbone, LocretPolicy(heads.to(device)))
+    calibration = Calibration(backbone, LocretPolicy(heads.to(device, backbone.model.dtype)))
     progress = Progress("measuring head quotas", "contexts")
     for done, ids in enumerate(trainer.datamodule.contexts(count)):  # type: ignore[attr-defined]
         progress(done, count)

@@ -12,16 +12,17 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from locret.heads import files as artifact
+from locret.heads import peers
 from locret.heads.card import DEFAULT_LICENSE
-from locret.heads.kinds import LinearHead, MLPHead, RetainingHead
-from locret.heads.quotas import quotas_of
+from locret.heads.checks import wrong_values
+from locret.heads.kinds import GateHead, LinearHead, MLPHead, RetainingHead
 from locret.heads.targets import LABELS
 
 
@@ -65,15 +66,16 @@ LongRopeRule = Literal["long", "by_length"]
 are."""
 
 HeadKind = Literal["mlp", "linear"]
-"""What a head computes (`locret.heads.kinds`)."""
+"""What a head that is trained here computes (`locret.heads.kinds`)."""
 
 RELEASED_ACTIVATION = "silu"  # of every backbone that heads were released for
 
 CHOICES: dict[str, Collection[str]] = {
     "activation": ACT2FN,
-    "kind": get_args(HeadKind),
+    "kind": (*get_args(HeadKind), "gate"),
     "label": LABELS,
     "longrope": get_args(LongRopeRule),
+    "origin": ("locret", peers.KVZAP, peers.FAST_KVZIP),
     "positions": ("compact", "original"),
     "tap": FEATURES,
 }
@@ -83,7 +85,14 @@ LOG_SCORE = -8.0
 """Where scores of heads that learn a logarithm start: near the mean of log(probability + 1e-5), a
 constant that Smooth-L1 would take hundreds of steps to learn."""
 
-_LATER_FIELDS = {"quotas": None, "kind": "mlp", "bias": False, "backbone_sha256": None}
+_LATER_FIELDS = {
+    "backbone_sha256": None,
+    "bias": False,
+    "kind": "mlp",
+    "origin": "locret",
+    "quotas": None,
+    "sinks": None,
+}
 """Fields that records of this schema had not from the start, and what they are without."""
 
 
@@ -133,8 +142,11 @@ class HeadsConfig:
         hidden_size: see `Geometry`; None in the released format.
         input_width: length of what a head reads of a token.
         width: R, the hidden width of a head; None for linear ones.
-        kind: what a head computes (`HeadKind`).
-        bias: whether its matrices have biases.
+        kind: what a head computes: "mlp", "linear" or "gate" (`locret.heads.kinds`).
+        bias: whether the matrices of an MLP or a linear head have biases.
+        sinks: learned keys of a gate; None for others.
+        origin: whose method the heads are of (`locret.heads.peers`). Others than locret's choose
+            their activation whatever the backbone's is.
         backbone, backbone_revision, model_type: what the heads were trained on.
         backbone_sha256: of the backbone's weights, where they are one file.
         adapter: the PEFT adapter that the backbone carried, if any.
@@ -164,6 +176,8 @@ class HeadsConfig:
     hidden_size: int | None = None
     kind: str = "mlp"
     bias: bool = False
+    sinks: int | None = None
+    origin: str = "locret"
     backbone: str | None = None
     backbone_revision: str | None = None
     backbone_sha256: str | None = None
@@ -205,7 +219,7 @@ class HeadsConfig:
         )
 
     def __post_init__(self) -> None:
-        wrong = _wrong_values(dataclasses.asdict(self))
+        wrong = wrong_values(dataclasses.asdict(self), get_type_hints(HeadsConfig), CHOICES)
         if wrong:
             raise ValueError(f"heads config: {'; '.join(wrong)}")
 
@@ -248,6 +262,8 @@ class HeadsConfig:
         ours = {f.name: getattr(self, f.name) for f in dataclasses.fields(Geometry)}
         theirs = dataclasses.asdict(geometry)
         ours["input_width"] = self.input_width
+        if self.origin != "locret":
+            ours["activation"] = None
         theirs["input_width"] = geometry.feature_width(self.tap)
         return [
             f"{name}: heads {ours[name]!r}, backbone {theirs[name]!r}"
@@ -280,6 +296,9 @@ class RetainingHeads(nn.Module):
     ) -> "RetainingHeads":
         """Load heads from a folder, a Hub id, or a released `.bin` file. Runs no code from it.
 
+        Heads of other methods are read from their own files (`locret.heads.peers`): KVzap's from a
+        folder or Hub id, Fast KVzip's from a `.pt` file, here or on the Hub as OWNER/NAME/FILE.
+
         Args:
             source: an artifact folder, a `.bin` in the released format, or a Hub repository id.
             revision, token: of the Hub repository.
@@ -288,7 +307,14 @@ class RetainingHeads(nn.Module):
             ValueError: nothing usable there, or tensors missing, extra or misshapen; named.
         """
         record, tensors = artifact.load(source, revision=revision, token=token)
-        config = _released_config(tensors) if record is None else HeadsConfig.from_dict(record)
+        if record is None:
+            gates = peers.fast_kvzip(tensors)
+            config = HeadsConfig(**gates) if gates else _released_config(tensors)
+        elif peers.is_kvzap(record):
+            fields, tensors = peers.kvzap(record, tensors)
+            config = HeadsConfig(**fields)
+        else:
+            config = HeadsConfig.from_dict(record)
         return cls.from_tensors(config, tensors, source=str(source))
 
     @classmethod
@@ -353,61 +379,17 @@ class RetainingHeads(nn.Module):
 
 def _head(config: HeadsConfig) -> RetainingHead:
     """The head of one layer."""
-    read, heads = config.input_width, config.num_kv_heads
+    read, width, heads = config.input_width, config.width, config.num_kv_heads
     head: RetainingHead
-    if config.width is None:
+    if width is None:
         head = LinearHead(read, heads, config.bias)
+    elif config.num_query_heads and config.sinks:
+        head = GateHead(read, width, config.num_query_heads, heads, config.sinks)
     else:
-        head = MLPHead(read, config.width, heads, config.activation, config.bias)
+        head = MLPHead(read, width, heads, config.activation, config.bias)
     if config.label.startswith("log_"):
         head.start_at(LOG_SCORE)
     return head
-
-
-def _wrong_values(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the values of a record, field by field."""
-    wrong = []
-    at_least = {"query_tokens": 0}
-    for name, kind in get_type_hints(HeadsConfig).items():
-        value = values[name]
-        if name == "quotas":
-            wrong += _wrong_quotas(values)
-        elif not _is_a(value, kind):
-            wrong.append(f"{name} is {value!r}, expected {kind}")
-        elif type(value) is int and value < at_least.get(name, 1):
-            wrong.append(f"{name} is {value}, expected at least {at_least.get(name, 1)}")
-        elif name in CHOICES and value not in CHOICES[name]:
-            wrong.append(f"{name} {value!r} is unknown; expected one of {sorted(CHOICES[name])}")
-    if (values["kind"] == "linear") != (values["width"] is None):
-        wrong.append(
-            f"width is {values['width']} with kind {values['kind']!r}; expected None for linear "
-            "heads, a number for others"
-        )
-    return wrong
-
-
-def _wrong_quotas(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the quotas of a record; none are right for heads of any shape."""
-    given = values["quotas"]
-    if given is None:
-        return []
-    if not (isinstance(given, dict) and all(isinstance(table, list) for table in given.values())):
-        return [f"quotas are a {type(given).__name__}, expected lists of lists by compression"]
-    try:
-        quotas = quotas_of(given)
-        if quotas is not None:
-            quotas.check_shape(values["num_layers"], values["num_kv_heads"])
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is dict:
-        _, of = get_args(kind)
-        numbers = (int, float) if of is float else of
-        return isinstance(value, dict) and all(isinstance(v, numbers) for v in value.values())
-    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
 
 
 def _released_config(tensors: Mapping[str, Tensor]) -> HeadsConfig:
