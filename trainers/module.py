@@ -79,7 +79,7 @@ class HeadsModule(LightningModule):
             training ends (`trainers.quotas`); 0 for none. Only where the label is a logarithm.
 
     Raises:
-        ValueError: engine settings that no engine would take.
+        ValueError: engine settings that no engine would take, or contexts below 0.
     """
 
     def __init__(
@@ -115,6 +115,8 @@ class HeadsModule(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self._check_engine_settings()
+        if quota_contexts < 0:
+            raise ValueError(f"quota_contexts is {quota_contexts}; expected 0 (none) or more")
         self.heads: RetainingHeads | None = None
         self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at
         self.layer_overlap: Tensor | None = None  # of each layer, when last looked at

@@ -29,7 +29,7 @@ def measured_quotas(
         None where none are wanted or none can be measured.
     """
     count = module.hparams["quota_contexts"]
-    if not count or not heads.config.label.startswith("log_"):
+    if not count or not heads.config.learns_logarithm:
         return None
     reason = _why_not(module, heads)
     if reason is not None:

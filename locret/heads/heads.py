@@ -257,6 +257,11 @@ class HeadsConfig:
         silent = [name for name, without in _LATER_FIELDS.items() if values[name] == without]
         return {name: v for name, v in values.items() if name not in silent}
 
+    @property
+    def learns_logarithm(self) -> bool:
+        """Whether scores are logarithms of attention: on one scale for all heads."""
+        return self.label.startswith("log_")
+
     def differences(self, geometry: Geometry) -> list[str]:
         """What keeps these heads from fitting a backbone; empty if they fit."""
         ours = {f.name: getattr(self, f.name) for f in dataclasses.fields(Geometry)}
@@ -387,7 +392,7 @@ def _head(config: HeadsConfig) -> RetainingHead:
         head = GateHead(read, width, config.num_query_heads, heads, config.sinks)
     else:
         head = MLPHead(read, width, heads, config.activation, config.bias)
-    if config.label.startswith("log_"):
+    if config.learns_logarithm:
         head.start_at(LOG_SCORE)
     return head
 
