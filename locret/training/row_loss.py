@@ -121,7 +121,7 @@ class RowLoss:
         """
         head, layers = self.recipe.heads[retained_idx], len(self.recipe.heads.layers)
         main, smooth, samples = [], [], len(self.segments)
-        device = head.fc1.weight.device  # not always that of the layer
+        device = next(head.parameters()).device  # not always that of the layer
         with torch.set_grad_enabled(self.recipe.heads.training):
             for segment, labels in zip(self.segments, targets, strict=True):
                 read = features[:, segment.start : segment.last_prompt_end].to(device)
