@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmu
 from locret.cache.cache import Positions
 from locret.engine.config import EngineConfig
 from locret.heads.heads import HeadKind, HeadsConfig, RetainingHeads
+from locret.heads.targets import make_loss
 from locret.model.backbone import Backbone
 from locret.model.loading import (
     Dtype,
@@ -60,6 +61,7 @@ class HeadsModule(LightningModule):
         tap: what a head reads (`locret.heads.heads.FEATURES`).
         label: label definition (`locret.heads.targets.LABELS`).
         loss: main loss (`locret.heads.targets.LOSSES`).
+        boundary_weight: of the boundary term of the loss "smooth_l1_boundary".
         alpha: weight of the smoothness loss.
         query_tokens: Locret-Q: repeat so many of the question's tokens in front of the prompt.
         lr: peak learning rate of AdamW.
@@ -93,6 +95,7 @@ class HeadsModule(LightningModule):
         tap: str = "qkv",
         label: str = "max_logit",
         loss: str = "smooth_l1",
+        boundary_weight: float = 0.2,
         alpha: float = 0.0025,
         query_tokens: int = 0,
         lr: float = 5e-4,
@@ -127,8 +130,12 @@ class HeadsModule(LightningModule):
             compute_groups=False,  # else those that agree on the first batch are taken for one
         )
         self.register_buffer("longest_prompt", torch.zeros((), dtype=torch.long))
-        # DDP would write the first process's value over the others'; the largest counts.
-        self._ddp_params_and_buffers_to_ignore = ["longest_prompt"]
+        # One with a state is ours, so that checkpoints hold it.
+        self.loss = make_loss(loss, boundary_weight)
+        # DDP would write the first process's values over the others'; the largest prompt counts,
+        # and thresholds are each process's own.
+        ours = ["longest_prompt", "loss.thresholds", "loss.rows"]
+        self._ddp_params_and_buffers_to_ignore = ours
         self._distillation: Distillation | None = None
         self._averages_gradients = False
         # Past nn.Module's bookkeeping, so that the backbone is no submodule.
@@ -273,7 +280,7 @@ class HeadsModule(LightningModule):
                 backbone,
                 self.heads,
                 alpha=self.hparams["alpha"],
-                loss=self.hparams["loss"],
+                loss=self.loss,
                 keep_scores=True,
                 chunk_size=self.hparams["train_chunk_size"],
             )

@@ -85,6 +85,17 @@ class Segment(NamedTuple):
         return self.branches[0][0] if self.branches else self.answers[-1][0]
 
     @property
+    def before_answers(self) -> list[int]:
+        """For each token of each answer, in order, the token that predicts it: the one before it,
+        which of a branch's first token is the trunk's last."""
+        found = []
+        for stretch in self.stretches:
+            for start, end in stretch.answers:
+                first = stretch.trunk[1] if start == stretch.start else start
+                found += [first - 1, *range(start, end - 1)]
+        return found
+
+    @property
     def stretches(self) -> list[Stretch]:
         """All of the segment's tokens, in order."""
         nothing = self.start, self.start
