@@ -282,7 +282,7 @@ def test_heads_that_are_no_folder_need_a_file(workplace, tmp_path, capsys):
 
 
 def test_files_of_another_method_are_left_as_they_are(workplace, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(LABELS, "log_value_weighted", None)
+    monkeypatch.setitem(LABELS, "log_value_share", None)
     theirs = {"model_type": "kvzap", "n_modules": 2, "input_dim": 64, "output_dim": 2}
     (tmp_path / "config.json").write_text(json.dumps(theirs))
     shapes = {"weight": (2, 64), "bias": (2,)}

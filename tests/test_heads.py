@@ -171,7 +171,7 @@ def test_record_without_a_schema_version_is_refused():
     ("record", "says"),
     [
         ({"tap": "qkv_before_rope"}, r"tap 'qkv_before_rope' is unknown.*\['hidden', 'qkv'\]"),
-        ({"label": "mean"}, r"label 'mean' is unknown.*\['max_logit', 'max_prob', 'value_wei"),
+        ({"label": "mean"}, r"label 'mean' is unknown.*'max_logit', 'max_prob', 'value_wei"),
         ({"activation": "sigh"}, "activation 'sigh' is unknown; expected one of .*'silu'"),
         ({"positions": "packed"}, r"positions 'packed' is unknown.*\['compact', 'original'\]"),
         ({"longrope": "short"}, r"longrope 'short' is unknown.*\['by_length', 'long'\]"),

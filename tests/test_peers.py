@@ -25,7 +25,7 @@ LAYERS, HIDDEN, QUERY_HEADS, HEADS = 2, 64, 8, 2
 
 @pytest.fixture(autouse=True)
 def _labels(monkeypatch):
-    monkeypatch.setitem(LABELS, "log_value_weighted", LABELS["value_weighted"])
+    monkeypatch.setitem(LABELS, "log_value_share", LABELS["value_weighted"])
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_kvzaps_record_says_whose_it_is(model, kvzap, width):
     config = RetainingHeads.from_pretrained(kvzap[1]).config
     assert (config.origin, config.tap, config.positions) == ("kvzap", "hidden", "original")
     assert (config.kind, config.width) == ("mlp" if width else "linear", width)
-    assert (config.bias, config.label) == (True, "log_value_weighted")
+    assert (config.bias, config.label) == (True, "log_value_share")
     assert config.activation == "gelu" and Backbone(model).geometry.activation == "silu"
     assert config.differences(Backbone(model).geometry) == []
     other = Backbone(tiny_model("llama", hidden_size=48)).geometry

@@ -58,7 +58,7 @@ def kvzap(
         "width": width,
         "bias": True,
         "activation": "gelu",
-        "label": "log_value_weighted",
+        "label": "log_value_share",
     }
     return fields, {_kvzap_name(name): tensor for name, tensor in tensors.items()}
 
