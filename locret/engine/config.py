@@ -188,6 +188,8 @@ class EngineConfig:
             recorded,
         )
         config._check()
+        if _policy_or_class(policy).rereads:
+            config._check_rereading()
         return config
 
     def for_model(self, backbone: Backbone) -> "EngineConfig":
@@ -282,6 +284,19 @@ class EngineConfig:
             raise ValueError(
                 "backend 'minference' reads a whole prompt at once and evicts nothing; use it with "
                 "policy='full' and chunk_size=None"
+            )
+
+    def _check_rereading(self) -> None:
+        why = "reads the whole context again to score it, and evicts once"
+        if self.reading.decode_interval is not None:
+            raise ValueError(
+                f"decode_interval is {self.reading.decode_interval}, but the policy {why}: it has "
+                "no scores for the tokens of an answer; leave it out, or choose another policy"
+            )
+        if self.storage.recall is not None:
+            raise ValueError(
+                f"recall looks for evicted units at every eviction, but the policy {why}; leave "
+                "recall out, or choose another policy"
             )
 
 
