@@ -287,17 +287,16 @@ class EngineConfig:
             )
 
     def _check_rereading(self) -> None:
-        why = "reads the whole context again to score it, and evicts once"
-        if self.reading.decode_interval is not None:
-            raise ValueError(
-                f"decode_interval is {self.reading.decode_interval}, but the policy {why}: it has "
-                "no scores for the tokens of an answer; leave it out, or choose another policy"
-            )
-        if self.storage.recall is not None:
-            raise ValueError(
-                f"recall looks for evicted units at every eviction, but the policy {why}; leave "
-                "recall out, or choose another policy"
-            )
+        given = {
+            "decode_interval": self.reading.decode_interval,
+            "recall": self.storage.recall,
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} does not go with a policy that scores the whole context by reading it "
+                    f"again, and evicts once; leave {name} out, or choose another policy"
+                )
 
 
 def _policy_or_class(policy: str | Policy | None) -> Policy | type[Policy]:
