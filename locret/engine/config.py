@@ -206,6 +206,9 @@ class EngineConfig:
             )
         if self.reading.quotas is not None:
             self.reading.quotas.check_shape(layers, backbone.geometry.num_kv_heads)
+        merging = self.storage.merging
+        if merging is not None and merging.fold and backbone.softcapped:
+            raise ValueError("merging fold adds to logits, which this model caps; leave fold out")
         backend = _backend(self.compute.backend, backbone)
         graphs = _graphs(self.compute.graphs, backbone, self.storage.recall)
         return replace(self, compute=Compute(backend, graphs))
@@ -287,12 +290,9 @@ class EngineConfig:
             )
 
     def _check_rereading(self) -> None:
-        given = {
-            "decode_interval": self.reading.decode_interval,
-            "recall": self.storage.recall,
-        }
-        for name, value in given.items():
-            if value is not None:
+        given = self.flat()
+        for name in ("decode_interval", "recall"):
+            if given[name] is not None:
                 raise ValueError(
                     f"{name} does not go with a policy that scores the whole context by reading it "
                     f"again, and evicts once; leave {name} out, or choose another policy"

@@ -344,14 +344,17 @@ def _freeze(call: LayerCall, layer: RetainedLayer, room: int) -> None:
 
 
 def pasts_of(call: LayerCall, layer: RetainedLayer) -> list[Past]:
-    """Context and tail of a layer, keys rotated."""
+    """Context and tail of a layer, keys rotated. Units count for what was folded into them."""
     store, lengths, pasts = layer.store, call.cache.prompt_lengths, []
     if store.context is not None:
         sequences = store.context.sequences
         keys = store.context.all_keys()
         if not layer.rotated:
             keys = call.rotate_context(keys, sequences, lengths)
-        pasts.append(Past(keys, store.context.all_values(), sequences))
+        merging = call.cache.merging
+        folds = merging is not None and merging.fold
+        bias = store.context.exact["weights"].log() if folds else None
+        pasts.append(Past(keys, store.context.all_values(), sequences, bias))
     if store.tail.count:
         keys = store.tail[0]
         if not layer.rotated:
