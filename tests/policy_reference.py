@@ -4,6 +4,7 @@ A rule gives the scores of one head's units from its paper's formula. Uses the m
 submodules and, of locret, nothing.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ class Unit:
     surprisal: float = INFINITE
     turned: torch.Tensor | None = None  # the key at its slot
     weight: float = 1.0  # tokens that the value is the mean of
+    score: float = 0.0  # of the last eviction
 
 
 @dataclass
@@ -39,13 +41,15 @@ class Layer:
     def group(self):
         return len(self.queries[0]) // len(self.units)
 
-    def weights(self, query_head, back):
-        """Attention of the query `back` tokens before the last one, over the units it sees."""
+    def weights(self, query_head, back, folds=False):
+        """Attention of the query `back` tokens before the last one, over the units it sees, which
+        count for what was folded into them, or not."""
         units = self.units[query_head // self.group]
         slot = len(units) - 1 - back
         query = rotate(self.model, self.queries[-1 - back][query_head], slot)
         logits = torch.stack([query @ unit.turned for unit in units[: slot + 1]])
-        return (logits * self.scaling).softmax(dim=0)
+        bias = torch.tensor([unit.weight for unit in units[: slot + 1]]).log() if folds else 0
+        return (logits * self.scaling + bias).softmax(dim=0)
 
 
 class Rule:
@@ -127,7 +131,7 @@ class SnapKV(Rule):
                 half = self.kernel // 2
                 near = received[max(i - half, 0) : i + half + 1]
                 total[i] += max(near) if self.pooling == "max" else sum(near) / self.kernel
-        return total + [INFINITE] * window
+        return [received / layer.group for received in total] + [INFINITE] * window
 
 
 class PyramidKV(SnapKV):
@@ -276,7 +280,8 @@ def run(
     last_logits, scores = None, None
     for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
         final = end == len(tokens)
-        logits = forward(model, rule, layers, tokens[start:end], start)
+        folds = merging is not None and merging.fold
+        logits = forward(model, rule, layers, tokens[start:end], start, folds)
         surprise(layers, tokens[start:end], last_logits, logits)
         last_logits = logits[-1]
         scores = [
@@ -303,14 +308,16 @@ def run(
                 evict(units, row, count, tail, gone)
                 for units, row, count in zip(layer.units, of_layer, share, strict=True)
             ]
-            for units, stay in zip(layer.units, kept, strict=True):
+            for units, row, stay in zip(layer.units, of_layer, kept, strict=True):
+                for unit, score in zip(units, row, strict=True):
+                    unit.score = score
                 if merging is not None:
                     merge(units[: len(units) - gone], stay, merging, query)
             layer.units = kept
     return layers, scores
 
 
-def forward(model, rule, layers, tokens, start):
+def forward(model, rule, layers, tokens, start, folds):
     """Read a chunk into the layers. Returns logits [T, vocabulary]."""
     hidden = model.model.embed_tokens(torch.tensor([tokens]))
     for stock, layer in zip(model.model.layers, layers, strict=True):
@@ -322,18 +329,18 @@ def forward(model, rule, layers, tokens, start):
                 unit.turned = rotate(model, unit.key, slot)
         layer.queries.extend(query)
         layer.new = len(tokens)
-        hidden = residual + stock.self_attn.o_proj(look(layer))
+        hidden = residual + stock.self_attn.o_proj(look(layer, folds))
         hidden = hidden + stock.mlp(stock.post_attention_layernorm(hidden))
         rule.after_chunk(layer)
     return model.lm_head(model.model.norm(hidden))[0]
 
 
-def look(layer):
+def look(layer, folds):
     rows = []
     for back in reversed(range(layer.new)):
         outputs = []
         for query_head in range(len(layer.queries[0])):
-            weights = layer.weights(query_head, back)
+            weights = layer.weights(query_head, back, folds)
             units = layer.units[query_head // layer.group][: len(weights)]
             outputs.append(weights @ torch.stack([unit.value for unit in units]))
         rows.append(torch.cat(outputs))
@@ -389,6 +396,13 @@ def merge(units, kept, merging, query=0):
             if other is taker and (least is None or cosine >= least - 1e-6)
         ]
         if given:
-            total = taker.weight + sum(unit.weight for unit in given)
-            taker.value = sum(unit.weight * unit.value for unit in [taker, *given]) / total
+            shares = [unit.weight * (folded(unit, taker) if merging.fold else 1) for unit in given]
+            total = taker.weight + sum(shares)
+            added = sum(share * unit.value for share, unit in zip(shares, given, strict=True))
+            taker.value = (taker.weight * taker.value + added) / total
             taker.weight = total
+
+
+def folded(unit, taker):
+    """How much of an evicted unit counts."""
+    return 1.0 if unit.score >= taker.score else math.exp(unit.score - taker.score)

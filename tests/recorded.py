@@ -48,7 +48,8 @@ COMPOSED = {
 
 def policies(model: Any) -> dict[str, Any]:
     """Every policy by name."""
-    named: dict[str, Any] = {name: name for name in sorted(set(POLICIES) - {"locret", "full"})}
+    others = {"locret", "full", "kvzip"}  # the last one is younger
+    named: dict[str, Any] = {name: name for name in sorted(set(POLICIES) - others)}
     named |= {name: make() for name, make in COMPOSED.items()}
     return named | {"snapkv": SnapKVPolicy(3, 3), "locret": LocretPolicy(tiny_heads(model))}
 

@@ -15,7 +15,7 @@ from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
 VOCAB = 512
 SMALL = {"budget": 17, "chunk_size": 9, "stabilizers": 3, "local_tokens": 5}
 GREEDY = {"do_sample": False}
-FREE = sorted(set(POLICIES) - {"locret", "full"})
+FREE = sorted(set(POLICIES) - {"locret", "full", "kvzip"})
 
 
 @pytest.fixture(scope="module", params=[2, 8], ids=["GQA", "MHA"])

@@ -16,6 +16,8 @@ from locret.cache.merging import (
 from locret.cache.sequences import sequences_of
 from locret.cache.store import Store
 from locret.cache.tail import NewTokens
+from locret.model.attend import PLAIN, attend_past
+from locret.model.past import Past, with_bias_in_channels
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from tests import policy_reference
 from tests.policy_reference import Unit, merge
@@ -26,6 +28,7 @@ from tests.tiny_models import distinct_prompt, prompt, tiny_heads, tiny_model
 VOCAB = 512
 SMALL = {"budget": 17, "chunk_size": 9, "stabilizers": 3, "local_tokens": 5}
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
+SCORES = {"output_scores": True, "return_dict_in_generate": True}
 ALL = Merging(threshold=None, sinks=0)
 RULES = {
     "similar": Merging(),
@@ -33,6 +36,8 @@ RULES = {
     "everything": ALL,
     "text": Merging("adjacent", threshold=None, sinks=2),
     "alike": Merging(threshold=0.3, sinks=1),
+    "folded": Merging(fold=True),
+    "all folded": Merging("adjacent", threshold=None, sinks=0, fold=True),
 }
 
 
@@ -71,6 +76,7 @@ def evictions(draw):
         torch.randn(batch, heads, size, 3),
         torch.where(positions < 0, 0, steps - steps.min()),
         torch.randint(1, 9, (batch, heads, size)).float(),
+        torch.randn(batch, heads, size),
     )
     return units, index, empty, fillers if uneven or empty is not None else None
 
@@ -80,6 +86,7 @@ merging_rules = st.builds(
     into=st.sampled_from(["similar", "adjacent"]),
     threshold=st.sampled_from([None, "mean", -0.5, 0.0, 0.7]),
     sinks=st.integers(0, 6),
+    fold=st.booleans(),
 )
 
 
@@ -92,13 +99,14 @@ def test_against_the_twin(eviction, merging, query):
             skip = 0 if empty is None else int(empty[b, h])
             column = [tensor[b, h] for tensor in units]
             twins = [
-                Unit(int(position), key, value, weight=float(weight))
-                for key, value, position, weight in zip(*column, strict=True)
+                Unit(int(position), key, value, weight=float(weight), score=float(score))
+                for key, value, position, weight, score in zip(*column, strict=True)
             ]
             first = 0 if fillers is None else int(fillers[b, h])
             kept = [twins[i] for i in index[b, h, first:].tolist()]
             merge(twins[skip:], kept, merging, query)
-            assert found.weights[b, h, first:].tolist() == [unit.weight for unit in kept]
+            weights = [unit.weight for unit in kept]
+            assert found.weights[b, h, first:].tolist() == pytest.approx(weights, rel=1e-5)
             assert not found.weights[b, h, :first].any()
             if kept:
                 expected = torch.stack([unit.value for unit in kept])
@@ -142,8 +150,8 @@ def assert_as_the_twin(cache, layers):
         for head, units in enumerate(expected.units):
             positions = layer.source_positions[0][head].tolist()
             assert positions == [unit.position for unit in units]
-            weights = layer.store.split("weights")[0][head]
-            assert weights.tolist() == [unit.weight for unit in units]
+            weights = layer.store.split("weights")[0][head].tolist()
+            assert weights == pytest.approx([unit.weight for unit in units], rel=1e-4)
             values = torch.stack([unit.value for unit in units])
             found = layer.store.split("values")[0][head]
             torch.testing.assert_close(found, values, atol=1e-5, rtol=1e-4)
@@ -171,7 +179,7 @@ def test_values_are_the_twins(model, name, rule, chunk_size):
 
 
 @pytest.mark.parametrize("compose", ["AdaptiveHeads", "SharedLayers"])
-@pytest.mark.parametrize("rule", ["similar", "everything", "text"])
+@pytest.mark.parametrize("rule", ["similar", "everything", "text", "all folded"])
 def test_heads_that_keep_different_numbers(model, compose, rule):
     ids, merging = distinct_prompt(47, VOCAB), RULES[rule]
     ours = {"AdaptiveHeads": AdaptiveHeads, "SharedLayers": SharedLayers}[compose]
@@ -217,12 +225,17 @@ def test_answers_that_are_evicted_stay_bounded_and_lose_nothing(model, name):
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-@pytest.mark.parametrize("rule", ["similar", "adjacent"])
+@pytest.mark.parametrize("rule", ["similar", "adjacent", "all folded"])
 def test_rows_as_alone(rule, positions):
     model = tiny_model("llama", vocab_size=8192)
     for settings in ({}, {"decode_interval": 3}):
         engine = locret.Engine(
-            model, AdaptiveHeads("keydiff"), merging=rule, positions=positions, **SMALL, **settings
+            model,
+            AdaptiveHeads("keydiff"),
+            merging=RULES[rule],
+            positions=positions,
+            **SMALL,
+            **settings,
         )
         assert_each_row_as_alone(engine, (60, 33, 4), vocab=8192, max_new_tokens=12)
 
@@ -317,7 +330,8 @@ def test_names_and_options():
     ("asked", "complaint"),
     [
         ("values", "merging into 'values'; expected one of"),
-        ({"into": "similar", "above": 1}, "some of into, threshold, sinks"),
+        ({"into": "similar", "above": 1}, "some of into, threshold, sinks, fold"),
+        ({"fold": 1}, "merging fold is 1"),
         ({"threshold": 1.5}, "threshold is 1.5; expected a cosine"),
         ({"threshold": "median"}, "threshold is 'median'"),
         ({"sinks": -1}, "sinks is -1"),
@@ -332,3 +346,95 @@ def test_what_is_no_merging_is_refused(model, asked, complaint):
 def test_quantization_beside_merging_is_refused(model):
     with pytest.raises(ValueError, match="quantization 'kivi' does not encode again"):
         locret.Engine(model, "keydiff", merging="similar", quantization="kivi")
+
+
+# --- units that count for what was folded into them ---
+
+
+FOLDED = ["llama", "exaone4", "gemma3_text", "gpt_oss", "granite", "phi3", "smollm3", "stablelm"]
+
+
+@pytest.mark.parametrize("family", FOLDED)
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_bias_in_channels_is_a_bias_on_logits(family, positions, attn, monkeypatch):
+    """Against plain attention over [context | tail] with the weights' logarithm added."""
+    model = tiny_model(family, attn_implementation=attn)
+    fold = Merging(threshold=None, fold=True)
+    engine = locret.Engine(model, "keydiff", merging=fold, positions=positions, **SMALL)
+    found = engine.generate(prompt(60), **GREEDY, **SCORES)
+
+    def plain(query, pasts, new, scaling, backend, weighting=PLAIN):
+        outputs = []
+        group = query.shape[1] // (new[0] if new else pasts[-1].keys).shape[1]
+        for head in range(query.shape[1]):
+            each = [past.of(0, head // group) for past in pasts]
+            each += [] if new is None else [tuple(x[:, head // group, None] for x in new)]
+            keys, values = (torch.cat(x, dim=2)[0, 0] for x in zip(*each, strict=True))
+            bias = torch.zeros(len(keys))
+            if pasts and pasts[0].bias is not None:
+                own = pasts[0].sequences.split(pasts[0].bias)[0][head // group]
+                bias[: len(own)] = own
+            logits = query[0, head] @ keys.T * scaling + bias
+            slot = torch.arange(len(keys))
+            logits = logits.masked_fill(slot > slot[-query.shape[2] :, None], -torch.inf)
+            if weighting.sinks is not None:
+                sink = weighting.sinks[head].expand(len(logits), 1)
+                logits = torch.cat([logits, sink], dim=1)
+            outputs.append(logits.softmax(dim=-1)[:, : len(keys)] @ values)
+        return torch.stack(outputs, dim=1)[None]
+
+    monkeypatch.setattr("locret.engine.passes.attend_past", plain)
+    expected = engine.generate(prompt(60), **GREEDY, **SCORES)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    without = locret.Engine(model, "keydiff", positions=positions, **SMALL)
+    assert (without.generate(prompt(60), **GREEDY, **SCORES).scores[0] - found.scores[0]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [6, 8, 14])
+def test_channels_carry_a_bias_exactly(dtype, size):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, size, dtype=dtype) for n in (3, 9, 9))
+    bias = torch.rand(1, 2, 9) * 8
+    scaling = size**-0.5
+    wide, (past,), none = with_bias_in_channels(query, [Past(key, value, bias=bias)], None, scaling)
+    assert none is None and past.bias is None and past.keys.shape[3] % 8 == 0
+    assert torch.equal(past.values[..., :size], value)
+    logits = wide.float() @ past.keys.float().transpose(2, 3) * scaling
+    expected = query.float() @ key.float().transpose(2, 3) * scaling + bias[:, :, None]
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_equal_units_folded_into_one_are_attended_to_as_before():
+    """Twice the same token with the same key and value: one that counts for two is the same."""
+    torch.manual_seed(0)
+    key, value, query = (torch.randn(1, 1, 5, 8) for _ in range(3))
+    twice = torch.cat([key, key], dim=2), torch.cat([value, value], dim=2)
+    units = Mergeable(*twice, torch.arange(10)[None, None], *torch.ones(2, 1, 1, 10))
+    merged = merge_evicted(units, torch.arange(5)[None, None], Merging(sinks=0, fold=True))
+    assert merged.weights.tolist() == [[[2.0] * 5]]
+    once = Past(key, merged.values, bias=merged.weights.log())
+    ours, theirs = (
+        attend_past(query, [past], (key, value), 0.3, "sdpa") for past in (once, Past(*twice))
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_folded_contexts_are_saved(tmp_path, model):
+    fold = {"into": "similar", "fold": True}
+    engine = locret.Engine(model, "keydiff", merging=fold, **SMALL)
+    cache, question = engine.prefill(prompt(60)), prompt(4, seed=1)
+    cache.save(tmp_path / "context")
+    loaded = locret.RetainedCache.load(tmp_path / "context", model)
+    assert loaded.merging == Merging(fold=True)
+    first = engine.generate(question, cache=cache, **GREEDY)
+    assert torch.equal(engine.generate(question, cache=loaded, **GREEDY), first)
+    assert "fold" not in describe_merging(Merging())
+
+
+def test_folding_where_logits_are_capped_is_refused():
+    with pytest.raises(ValueError, match="leave fold out"):
+        locret.Engine(tiny_model("gemma2"), "keydiff", merging={"fold": True}, **SMALL)

@@ -22,6 +22,8 @@ from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_heads, tin
 
 VOCAB = 512  # distinct tokens: equal ones would score alike in the first layer
 TRAINING_FREE = sorted(set(POLICIES) - {"locret", "full"})
+IN_CHUNKS = sorted(name for name in TRAINING_FREE if not POLICIES[name].rereads)
+"""Those that may evict after any chunk, and while answering."""
 
 
 @pytest.fixture(scope="module", params=[2, 8], ids=["GQA", "MHA"])
@@ -104,7 +106,7 @@ def test_requests_do_not_leak_into_each_other(model, name):
 
 
 # Random scores of a row depend on the batch it is in; the others are those of the row alone.
-@pytest.mark.parametrize("name", sorted(set(TRAINING_FREE) - {"random"}))
+@pytest.mark.parametrize("name", sorted(set(IN_CHUNKS) - {"random"}))
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_padded_rows_while_the_answer_is_evicted(name, positions):
     model = tiny_model("llama", vocab_size=8192)
@@ -123,7 +125,7 @@ def test_padded_rows_while_the_answer_is_evicted(name, positions):
     assert_each_row_as_alone(engine, (60, 3, 4), vocab=8192, max_new_tokens=5)
 
 
-@pytest.mark.parametrize("name", TRAINING_FREE)
+@pytest.mark.parametrize("name", IN_CHUNKS)
 def test_answers_stay_bounded_and_scores_finite(model, name):
     engine = locret.Engine(
         model, name, budget=20, chunk_size=7, stabilizers=3, local_tokens=5, decode_interval=6
@@ -137,6 +139,16 @@ def test_answers_stay_bounded_and_scores_finite(model, name):
 
 
 @pytest.mark.parametrize("name", TRAINING_FREE)
+def test_a_chunk_as_long_as_the_prompt_is_one_shot(model, name):
+    """The whole prompt is read before one eviction, which no stabilizers are part of."""
+    ids, settings = prompt(40, vocab=VOCAB), {"budget": 17, "local_tokens": 5}
+    at_once = locret.Engine(model, name, chunk_size=None, stabilizers=0, **settings)
+    for chunk_size in (40, 4096):
+        one = locret.Engine(model, name, chunk_size=chunk_size, stabilizers=3, **settings)
+        assert kept(one.prefill(ids)) == kept(at_once.prefill(ids))
+
+
+@pytest.mark.parametrize("name", TRAINING_FREE)
 def test_room_for_everything_changes_nothing(model, name):
     ids = prompt(40, vocab=VOCAB)
     ours = locret.Engine(model, name, budget=400, chunk_size=9).generate(
@@ -145,7 +157,7 @@ def test_room_for_everything_changes_nothing(model, name):
     assert torch.equal(ours, model.generate(ids, max_new_tokens=9, do_sample=False))
 
 
-@pytest.mark.parametrize("name", TRAINING_FREE)
+@pytest.mark.parametrize("name", IN_CHUNKS)
 def test_saved_contexts_go_on_as_the_cache_would(model, name, tmp_path):
     engine = locret.Engine(
         model, name, budget=20, chunk_size=7, stabilizers=3, local_tokens=5, decode_interval=3

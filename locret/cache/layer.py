@@ -179,7 +179,8 @@ class RetainedLayer(CacheLayerMixin):
                 whole = [store.rectangle(x) for x in ("keys", "values", "source_positions")]
                 self.host.take(whole, [x[:, :, :0] for x in whole], at, fillers, empty)
             if merging is not None:
-                names = ("keys", "values", "source_positions", "weights")
+                names = ["keys", "values", "source_positions", "weights"]
+                names += ["scores"] * merging.fold
                 before = Mergeable(*map(store.rectangle, names))
                 merged = merge_evicted(
                     before, at, merging, empty=empty, fillers=fillers, query=query

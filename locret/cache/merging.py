@@ -16,9 +16,11 @@ Where the rule comes from:
   keys       stay as they are (CaM): slot, source position and score still belong to them. D2O and
              KVMerger (arXiv 2407.08454) average keys too; the mean of keys rotated at different
              positions is rotated at none.
-Not taken over: CaM's sampling by attention, which fused attention does not give away; ToMe's log n
-on the logits, which fused attention does not take. LoCoCo (arXiv 2406.05317) fuses by trained
-convolutions.
+  folding    with `fold`, an evicted unit j weighs exp(s_j - s_i) as much as its receiver i, by the
+             scores s, and the logits of i rise by the logarithm of its weight (ToMe's log n), so
+             that i draws the attention that all its tokens would have drawn (`locret.model.past`).
+Not taken over: CaM's sampling by attention, which fused attention does not give away. LoCoCo (arXiv
+2406.05317) fuses by trained convolutions.
 
 First tokens draw attention that is not meant for their values (arXiv 2309.17453), so that what goes
 into them would be seen by every query: they receive nothing, nor does a question that was read in
@@ -58,11 +60,15 @@ class Merging:
             on average, at each eviction; None: whatever is evicted is merged. Keys are compared as
             they are held: before RoPE at compact positions, after it at original ones.
         sinks: so many first tokens receive nothing.
+        fold: units count in attention for what was merged into them. Scores should be logarithms of
+            attention. Cost: keys and values of the context are copied for every chunk and step, a
+            layer at a time, and steps of an answer come from no CUDA graph.
     """
 
     into: Receiver = "similar"
     threshold: float | Literal["mean"] | None = "mean"
     sinks: int = 4
+    fold: bool = False
 
     def __post_init__(self) -> None:
         if self.into not in get_args(Receiver):
@@ -74,6 +80,8 @@ class Merging:
                 f"merging threshold is {bound!r}; expected a cosine from -1 to 1, 'mean' or None"
             )
         check_whole("merging sinks", self.sinks, 0)
+        if not isinstance(self.fold, bool):
+            raise ValueError(f"merging fold is {self.fold!r}; expected True or False")
 
 
 MergingChoice = Merging | str | Mapping[str, Any] | None
@@ -101,18 +109,21 @@ def merging_of(given: MergingChoice) -> Merging | None:
 
 
 def describe_merging(merging: Merging | None) -> dict[str, Any] | None:
-    """Its options; `merging_of` makes it again."""
-    return None if merging is None else asdict(merging)
+    """Its options, `fold` where it is on; `merging_of` makes it again."""
+    options = {} if merging is None else asdict(merging)
+    return {k: v for k, v in options.items() if k != "fold" or v} or None
 
 
 class Mergeable(NamedTuple):
     """All units of a layer before an eviction: keys and values [B, H, S, D], source positions
-    [B, H, S] long, ascending, and weights [B, H, S] float32: tokens that a unit stands for."""
+    [B, H, S] long, ascending, weights [B, H, S] float32: tokens that a unit stands for, and if they
+    fold, scores [B, H, S] float32, higher = keep."""
 
     keys: Tensor
     values: Tensor
     positions: Tensor
     weights: Tensor
+    scores: Tensor | None = None
 
 
 class Merged(NamedTuple):
@@ -161,6 +172,11 @@ def merge_evicted(
     given &= alike >= _least(alike, given, merging.threshold)
 
     share = _at(units.weights, gone).where(given, 0.0)
+    if merging.fold:
+        assert units.scores is not None
+        above = _at(units.scores, gone) - _at(units.scores, index).gather(2, receiver)
+        # Nothing counts for more tokens than it stands for, though protected units score less.
+        share = share * above.clamp(max=0).exp()
     total = weights.scatter_add(2, receiver, share)
     added = _at(units.values, gone).float() * share[..., None]
     sums = (values.float() * weights[..., None]).scatter_add(2, _wide(receiver, added), added)

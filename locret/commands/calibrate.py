@@ -30,7 +30,7 @@ from locret.heads import files as artifact
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import COMPRESSIONS, in_words
 from locret.model.loading import load_config, load_tokenizer
-from locret.policies import POLICIES, LocretPolicy
+from locret.policies import POLICIES, LocretPolicy, policy_in_words
 from locret.quantities import parse_tokens
 from locret.system.files import as_json, check_file, write_whole
 
@@ -114,7 +114,8 @@ def run(given: argparse.Namespace) -> None:
     contexts = list(_contexts(given.data, load_tokenizer(given.model), tokens, given.contexts))
     loaded = load(given)
     # An engine of quotas that are measured anew needs no old ones.
-    engine = Engine(loaded.model, policy, heads=heads, quotas=None)
+    made = policy_in_words(policy, loaded.tokenizer)
+    engine = Engine(loaded.model, made, heads=heads, quotas=None)
     calibration = Calibration(engine.backbone, engine.policy, sorted(set(given.compressions)))
     progress = Progress("scoring", "contexts")
     for done, ids in enumerate(contexts):

@@ -17,7 +17,7 @@ from locret.commands.shared import (
 )
 from locret.heads.quotas import Quotas, quotas_of
 from locret.model.hooks import cache_of
-from locret.policies import POLICIES
+from locret.policies import POLICIES, policy_in_words
 from locret.quantities import BUDGET_TEXTS, parse_budget
 from locret.quantization import SCHEMES, Scheme, scheme_of
 
@@ -81,7 +81,7 @@ def run(given: argparse.Namespace) -> None:
     loaded = load(given)
     engine = Engine(
         loaded.model,
-        policy,
+        policy_in_words(policy, loaded.tokenizer, not given.raw),
         heads=heads,
         progress=Progress("reading", "tokens"),
         **settings,

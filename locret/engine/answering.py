@@ -104,7 +104,8 @@ class Answering:
         return output
 
     def _takes_steps(self, cache: RetainedCache) -> bool:
-        return self.fast_steps and all(takes_steps(layer) for layer in cache.layers)
+        folds = cache.merging is not None and cache.merging.fold
+        return self.fast_steps and all(takes_steps(layer, folds) for layer in cache.layers)
 
     @property
     def fast_steps(self) -> bool:

@@ -14,6 +14,7 @@ from locret.cache.layer import RetainedLayer
 from locret.cache.sequences import alike, sequences_of
 from locret.cache.tail import NewTokens
 from locret.engine.passes import AnswerPass, Pass, ReadPass, Stored, Surprise, own_positions
+from locret.engine.rereading import FirstPass
 from locret.model.attend import Backend, attend
 from locret.model.hooks import LayerCall, without_autocast
 from locret.model.rotary import Rotary
@@ -36,9 +37,12 @@ class RetainedAttention:
         self._default = AnswerPass(backend)
 
     def reading(self, eviction: Eviction | None, stores_only: bool = False) -> Pass:
-        """The pass that reads a chunk; without an eviction, all of it stays."""
+        """The pass that reads a chunk; without an eviction, all of it stays, as it does until a
+        policy that rereads has done so."""
         if eviction is None:
             return AnswerPass(self.backend, stores_only=stores_only)
+        if self.policy.rereads:
+            return FirstPass(self.backend, eviction.drop, stores_only)
         return ReadPass(self.policy, self.backend, self.surprise, eviction, stores_only)
 
     def __call__(self, call: LayerCall) -> Tensor:

@@ -6,17 +6,20 @@
     calibration.quotas()    # {"2": [layers][KV heads], "4": ...}
 
 A context is read at once with plain causal attention. The policy ranks every unit of a layer as it
-is read, and of the layer nothing but these scores is kept. The best 1/r of all units of all layers
+is read, or looks at it from what a policy that rereads has read behind it, and of the layer nothing
+but these scores is kept. The best 1/r of all units of all layers
 and heads would stay at compression r; a head's quota is its share of them, the mean over contexts.
 So the policy's scores must be on one scale for all heads: those of heads trained on logarithms of
 attention are, and a cosine is.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from locret.engine.rereading import keep_highest, view_of
 from locret.heads.quotas import COMPRESSIONS, averaged, measured
 from locret.model.attend import Backend, attend
 from locret.model.backbone import Backbone
@@ -52,7 +55,7 @@ class Calibration:
         self.policy = policy
         self.compressions = tuple(compressions)
         self.backend = backend or backbone.backend
-        self._scores: list[Tensor] = []
+        self._scores: dict[int, Tensor] = {}
         self._fractions: list[list[Tensor]] = []
 
     @torch.no_grad()
@@ -62,17 +65,29 @@ class Calibration:
         Raises:
             ValueError: scores that are not finite.
         """
-        self._scores = []
+        self._scores = {}
         try:
-            with self.backbone.attached(self._layer):
-                self.backbone.decoder(
-                    input_ids=input_ids,
-                    position_ids=torch.arange(input_ids.shape[1], device=input_ids.device)[None],
-                    use_cache=False,
-                )
-            self._fractions.append(measured(self._scores, self.compressions))
+            for ids, looking in self._readings(input_ids):
+                layer = functools.partial(self._layer, input_ids.shape[1], looking)
+                with self.backbone.attached(layer):
+                    self.backbone.decoder(
+                        input_ids=ids,
+                        position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
+                        use_cache=False,
+                    )
+            scores = [self._scores[layer] for layer in sorted(self._scores)]
+            self._fractions.append(measured(scores, self.compressions))
         finally:
-            self._scores = []
+            self._scores = {}
+
+    def _readings(self, context: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """What is read for the scores of a context, [1, T] long, and how many of the last tokens
+        look at it; 0 = the policy ranks what is read."""
+        if not self.policy.rereads:
+            yield context, 0
+            return
+        for tokens, looking in self.policy.second_readings(context):
+            yield torch.cat([context, tokens], dim=1), looking
 
     def quotas(self) -> dict[str, list[list[float]]]:
         """Quotas of mean 1 by compression, [layers][KV heads], of the contexts so far."""
@@ -80,18 +95,27 @@ class Calibration:
         by_compression = zip(self.compressions, zip(*self._fractions, strict=True), strict=True)
         return {f"{compression:g}": averaged(of) for compression, of in by_compression}
 
-    def _layer(self, call: LayerCall) -> Tensor:
-        """The layer function: plain causal attention, and the policy's scores on the way."""
+    def _layer(self, length: int, looking: int, call: LayerCall) -> Tensor:
+        """The layer function: plain causal attention, and the policy's scores on the way.
+
+        Args:
+            length: tokens of the context.
+            looking: see `_readings`.
+        """
         lengths = (call.key.shape[2],)
         query, key = (call.rotate_packed(x, lengths) for x in (call.query, call.key))
-        if call.retained_idx is not None:
-            scores = self.policy.rank(_chunk(call, call.retained_idx, query, key))[0].float()
+        i = call.retained_idx
+        if i is not None:
+            if looking:
+                scores = self.policy.look(view_of(call, query[:, :, -looking:], key, call.value))
+            else:
+                scores = self.policy.rank(_chunk(call, i, query, key)).float()
             if not scores.isfinite().all():
                 raise ValueError(
                     f"policy {self.policy.name!r} gave scores that are not finite numbers in layer "
-                    f"{call.retained_idx}; expected finite ones, by which units can be compared"
+                    f"{i}; expected finite ones, by which units can be compared"
                 )
-            self._scores.append(scores.cpu())
+            keep_highest(self._scores, i, scores[0].cpu(), length)
         return attend(query, key, call.value, call.scaling, self.backend, weighting=call.weighting)
 
 

@@ -55,7 +55,7 @@ class Choice:
     def left(self, layer: RetainedLayer, retained_idx: int, new: int) -> int:
         """How many more units a layer can hold after `new` ones came; below zero: it evicts."""
         counts, context = self.eviction.counts[retained_idx], layer.store.context
-        spare = max(counts) if self.shares else min(counts)
+        spare = max(counts) if self.policy.shares else min(counts)
         if context is not None:
             rows = zip(context.sequences.counts, context.appended, strict=True)
             spare = min(self._spare(counts, row, appended) for row, appended in rows)
@@ -63,7 +63,7 @@ class Choice:
 
     def _spare(self, counts: Sequence[int], lengths: Sequence[int], appended: int) -> int:
         """How many more units a row can hold, of which `appended` came after its last eviction."""
-        if self.shares:  # what one head has less, another has more
+        if self.policy.shares:  # what one head has less, another has more
             return -appended
         # What is left may be more than is to be kept: a row was read with a budget of its own.
         left = min(c - n for c, n in zip(counts, lengths, strict=True)) + appended
@@ -107,7 +107,7 @@ class Choice:
             (self.eviction.counts[i],) * whole.shape[0]
             for i, whole in zip(indices, wholes, strict=True)
         ]
-        if not self.shares:
+        if not self.policy.shares:
             return static
         known = []
         for each, whole, i in zip(scores, wholes, indices, strict=True):
@@ -117,11 +117,6 @@ class Choice:
         if allotted is None:
             return static
         return [tuple(map(tuple, counts.tolist())) for counts in allotted]
-
-    @property
-    def shares(self) -> bool:
-        """Whether the policy has a say in how many units a head keeps."""
-        return type(self.policy).allot is not Policy.allot
 
 
 def with_new(layer: RetainedLayer, rest: Tensor) -> Sequences:

@@ -188,6 +188,8 @@ class EngineConfig:
             recorded,
         )
         config._check()
+        if _policy_or_class(policy).rereads:
+            config._check_rereading()
         return config
 
     def for_model(self, backbone: Backbone) -> "EngineConfig":
@@ -204,6 +206,9 @@ class EngineConfig:
             )
         if self.reading.quotas is not None:
             self.reading.quotas.check_shape(layers, backbone.geometry.num_kv_heads)
+        merging = self.storage.merging
+        if merging is not None and merging.fold and backbone.softcapped:
+            raise ValueError("merging fold adds to logits, which this model caps; leave fold out")
         backend = _backend(self.compute.backend, backbone)
         graphs = _graphs(self.compute.graphs, backbone, self.storage.recall)
         return replace(self, compute=Compute(backend, graphs))
@@ -283,6 +288,15 @@ class EngineConfig:
                 "backend 'minference' reads a whole prompt at once and evicts nothing; use it with "
                 "policy='full' and chunk_size=None"
             )
+
+    def _check_rereading(self) -> None:
+        given = self.flat()
+        for name in ("decode_interval", "recall"):
+            if given[name] is not None:
+                raise ValueError(
+                    f"{name} does not go with a policy that scores the whole context by reading it "
+                    f"again, and evicts once; leave {name} out, or choose another policy"
+                )
 
 
 def _policy_or_class(policy: str | Policy | None) -> Policy | type[Policy]:

@@ -220,7 +220,16 @@ class Engine:
         self, cache: RetainedCache, counts: Counts
     ) -> contextlib.AbstractContextManager[None]:
         """While it is entered, the attached model reads what it is called with into `cache`, of
-        which every head keeps so many units: for callers who need the model's outputs."""
+        which every head keeps so many units: for callers who need the model's outputs.
+
+        Raises:
+            ValueError: the policy scores nothing before it has reread the whole context.
+        """
+        if self.policy.rereads:
+            raise ValueError(
+                f"policy {self.policy.name!r} scores a context by reading it again, so that it "
+                "cannot evict while the model's outputs are asked for; choose another policy"
+            )
         return cache.during(self._attention.reading(self.config.eviction(counts)))
 
     @torch.compiler.disable

@@ -97,7 +97,7 @@ class AnswerPass(Pass):
 
     def _output(self, call: LayerCall, layer: RetainedLayer, query: Tensor) -> Tensor:
         """Attention to all units held, of which the last are the queries' own."""
-        pasts, new = _pasts(call, layer), query.shape[2]
+        pasts, new = pasts_of(call, layer), query.shape[2]
         how = call.scaling, self.backend, call.weighting
         if layer.host is not None:
             keys, values, empty = _recalled(layer, query, pasts, layer.store.sequences.empty)
@@ -143,7 +143,7 @@ class ReadPass(Pass):
         return Choice(self.policy, self.eviction)
 
     def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
-        pasts, host = _pasts(call, layer), layer.host
+        pasts, host = pasts_of(call, layer), layer.host
         chunk = self._chunk(call, layer, pasts)
         output = self._output(call, layer, chunk, pasts) if wanted else None
         scores = self._ranked(chunk, layer)
@@ -171,7 +171,7 @@ class ReadPass(Pass):
         if pasts:
             sequences = layer.store.sequences
             empty = sequences.empty
-            context = Context(sequences.longest, functools.partial(_rectangle, layer, pasts))
+            context = Context(sequences.longest, functools.partial(rectangle_of, layer, pasts))
 
         def rotate(x: Tensor, offset: int) -> Tensor:
             return call.rotate(x, tuple(start + offset for start in starts), lengths)
@@ -263,18 +263,18 @@ class ReadPass(Pass):
         layers[0].state["last_hidden"] = last.to(device, copy=True)
         with without_autocast(hidden.device):
             scores = [Scores.of(x.float(), layer) for x, layer in zip(ranked, layers, strict=True)]
-            self._evict_ranked(layers, scores)
+            self.evict_ranked(layers, scores)
 
-    def _evict_ranked(self, layers: Sequence[RetainedLayer], ranked: list[Scores]) -> None:
-        """Hold what a policy that waited ranks highest."""
+    def evict_ranked(self, layers: Sequence[RetainedLayer], ranked: list[Scores]) -> None:
+        """Hold what a policy that waited, or reread, ranks highest."""
         eviction = self.eviction
         for i, (layer, scores) in enumerate(zip(layers, ranked, strict=True)):
             layer.store.replace_scores(*scores)
             layer.store.drop_last(self.drop)
             if self.drop:
                 ranked[i] = scores._replace(rest=scores.rest[:, :, : -self.drop])
-        full = [i for i, layer in enumerate(layers) if self._choice.left(layer, i, 0) < 0]
-        if full and self._choice.shares:  # judged together, with the layers that are not full
+        full = self._full(layers)
+        if full and self.policy.shares:  # judged together, with the layers that are not full
             full = [*range(len(layers))]
         for i in set(range(len(layers))) - set(full):
             layers[i].store.pack(tight=not eviction.above)
@@ -284,6 +284,14 @@ class ReadPass(Pass):
         chosen = self._choice.choose([ranked[i] for i in full], some, full)
         for layer, (index, kept) in zip(some, chosen, strict=True):
             layer.evict(index, kept, None, eviction.merging, eviction.query)
+
+    def evicts(self, layers: Sequence[RetainedLayer]) -> bool:
+        """Whether `evict_ranked` gives up any of their units."""
+        return bool(self._full(layers))
+
+    def _full(self, layers: Sequence[RetainedLayer]) -> list[int]:
+        """Those layers that hold more than they keep."""
+        return [i for i, layer in enumerate(layers) if self._choice.left(layer, i, 0) < 0]
 
     def _surprisal(self, cache: RetainedCache, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """-log p of every token given those before it, [B, T] float32; +inf where not known."""
@@ -335,15 +343,18 @@ def _freeze(call: LayerCall, layer: RetainedLayer, room: int) -> None:
     layer.rotated = True
 
 
-def _pasts(call: LayerCall, layer: RetainedLayer) -> list[Past]:
-    """Context and tail of a layer, keys rotated."""
+def pasts_of(call: LayerCall, layer: RetainedLayer) -> list[Past]:
+    """Context and tail of a layer, keys rotated. Units count for what was folded into them."""
     store, lengths, pasts = layer.store, call.cache.prompt_lengths, []
     if store.context is not None:
         sequences = store.context.sequences
         keys = store.context.all_keys()
         if not layer.rotated:
             keys = call.rotate_context(keys, sequences, lengths)
-        pasts.append(Past(keys, store.context.all_values(), sequences))
+        merging = call.cache.merging
+        folds = merging is not None and merging.fold
+        bias = store.context.exact["weights"].log() if folds else None
+        pasts.append(Past(keys, store.context.all_values(), sequences, bias))
     if store.tail.count:
         keys = store.tail[0]
         if not layer.rotated:
@@ -352,7 +363,7 @@ def _pasts(call: LayerCall, layer: RetainedLayer) -> list[Past]:
     return pasts
 
 
-def _rectangle(layer: RetainedLayer, pasts: Sequence[Past], name: str) -> Tensor:
+def rectangle_of(layer: RetainedLayer, pasts: Sequence[Past], name: str) -> Tensor:
     """What a layer holds as a rectangle (`Store.rectangle`), keys and values from `pasts`."""
     if name not in ("keys", "values"):
         return layer.store.rectangle(name)
@@ -370,5 +381,5 @@ def _recalled(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`HostBlocks.in_front` of what a layer holds."""
     assert layer.host is not None
-    keys, values = (_rectangle(layer, pasts, name) for name in ("keys", "values"))
+    keys, values = (rectangle_of(layer, pasts, name) for name in ("keys", "values"))
     return layer.host.in_front(query, keys, values, empty)

@@ -20,8 +20,10 @@ from locret.cache.sequences import Counts
 from locret.cache.sizing import Sizing
 from locret.engine.arguments import check_ids, unpadded
 from locret.engine.attention import RetainedAttention
+from locret.engine.choosing import Scores
 from locret.engine.config import EngineConfig
-from locret.engine.passes import Stored
+from locret.engine.passes import Pass, ReadPass, Stored
+from locret.engine.rereading import scores_by_rereading
 from locret.model.backbone import Backbone
 from locret.model.hooks import as_argument, without_autocast
 from locret.policies.base import Eviction
@@ -266,12 +268,32 @@ class Reader:
 
     def store(self, chunk: Tensor, cache: RetainedCache, eviction: Eviction | None = None) -> None:
         """Run a chunk [B, n] through the layers, for what they store of it."""
-        # Devices that share a model put layers back after use; they must be let finish.
-        spread = getattr(self.backbone.model, "hf_device_map", None)
-        stores_only = not spread and not self.attention.policy.waits
-        decoder, current = self.backbone.decoder, self.attention.reading(eviction, stores_only)
+        stores_only = not self._spread and not self.attention.policy.waits
+        self._run(chunk, cache, self.attention.reading(eviction, stores_only))
+
+    @property
+    def _spread(self) -> bool:
+        """Devices that share a model put layers back after use; they must be let finish."""
+        return bool(getattr(self.backbone.model, "hf_device_map", None))
+
+    def _run(self, tokens: Tensor, cache: RetainedCache, current: Pass) -> None:
+        """Let `current` read tokens [B, n] through all layers."""
+        decoder = self.backbone.decoder
         with cache.during(current), contextlib.suppress(Stored):
-            decoder(input_ids=chunk, use_cache=True, **as_argument(decoder, cache))
+            decoder(input_ids=tokens, use_cache=True, **as_argument(decoder, cache))
+
+    def _reread(self, context: Tensor, cache: RetainedCache, eviction: Eviction) -> None:
+        """Score a context [B, n] that the cache holds whole by reading it again, and evict."""
+        attention, layers = self.attention, cache.retained_layers
+        last = ReadPass(attention.policy, attention.backend, attention.surprise, eviction)
+        if last.evicts(layers):
+            scores = scores_by_rereading(
+                attention.policy, attention.backend, cache, context, self._run, not self._spread
+            )
+        else:
+            scores = [layer.store.rectangle("scores") for layer in layers]
+        with without_autocast(context.device):
+            last.evict_ranked(layers, [*map(Scores.of, scores, layers)])
 
     def stacked(self, rows: Sequence[RetainedCache], width: int) -> RetainedCache:
         """Caches of one row each as one of at least `width` tokens."""
@@ -348,6 +370,9 @@ class Reader:
                 eviction = replace(eviction, stabilizers=0)
         chunk = torch.cat([reading.ids[:, start:end] for reading in readings])
         self.store(chunk, cache, eviction)
+        if final and eviction is not None and self.attention.policy.rereads:
+            context = torch.cat([reading.ids[:, : end - eviction.drop] for reading in readings])
+            self._reread(context, cache, replace(eviction, drop=0))
         if self.progress is not None:
             self.progress(end, like.ids.shape[1])
 

@@ -360,11 +360,14 @@ def _seen_class(kind: type) -> type:
     return type(kind.__name__, (kind,), body)
 
 
-def takes_steps(layer: RetainedLayer) -> bool:
+def takes_steps(layer: RetainedLayer, folds: bool) -> bool:
     """Whether one-token steps of a layer can write in place and attend to all: nothing comes back
     from the host, and what is packed can be read, or written out, without waiting for the device.
+
+    Args:
+        folds: units count for what was folded into them, which the kernels of steps do not know.
     """
-    if layer.host is not None or layer.is_empty:
+    if layer.host is not None or layer.is_empty or folds:
         return False
     scheme, size = layer.store.scheme, layer.store.like.shape[-1]
     return not scheme.packs or scheme.decodes_packed(size) or scheme.recordable

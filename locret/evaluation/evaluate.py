@@ -144,7 +144,8 @@ def _load(prepared: Prepared, ranks: Ranks) -> Asker:
         adapter=config.adapter,
         **chosen,
     )
-    engines = Engines(loaded, prepared.heads, config.heads, config.engine)
+    chat = config.chat_template
+    engines = Engines(loaded, prepared.heads, config.heads, config.engine, chat)
     return Asker(loaded, engines, in_turn=config.batch_size == 1)
 
 

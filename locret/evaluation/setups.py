@@ -22,7 +22,7 @@ from locret.engine.engine import Engine
 from locret.evaluation.prompts import Protocol
 from locret.heads.heads import RetainingHeads
 from locret.model.loading import LoadedModel
-from locret.policies import POLICIES, LocretPolicy, Policy
+from locret.policies import POLICIES, LocretPolicy, Policy, policy_in_words
 from locret.quantities import Budget, BudgetChoice, ByteShare, Memory, budget_of
 
 FULL = "full"
@@ -185,6 +185,7 @@ class Engines:
         heads: by the name that a setup or the run gives them.
         default_heads: the run's own.
         settings: of the engine, for all setups.
+        chat: prompts are in the tokenizer's chat template, if it has one.
 
     Attributes:
         used: settings of the first engine of every setup, by the setup's label.
@@ -196,8 +197,10 @@ class Engines:
         heads: Mapping[str, RetainingHeads],
         default_heads: str | None,
         settings: Mapping[str, Any],
+        chat: bool = True,
     ) -> None:
         model = self._model = loaded.model
+        self._tokenizer, self._chat = loaded.tokenizer, chat
         self._heads = {n: h.to(model.device, model.dtype) for n, h in heads.items()}
         self._default_heads = default_heads
         self._settings = settings
@@ -218,7 +221,8 @@ class Engines:
         settings = _settings(setup, self._settings, budget)
         if setup.protocol == "query_aware" and not setup.keeps_all:
             settings["query_aware"] = not are_query_aware(setup, heads)
-        return Engine(self._model, _policy(setup), heads=heads, **settings)
+        policy = _policy(setup, self._tokenizer, self._chat)
+        return Engine(self._model, policy, heads=heads, **settings)
 
 
 def are_query_aware(setup: Setup, heads: RetainingHeads | None) -> bool:
@@ -265,10 +269,8 @@ def _settings(setup: Setup, settings: Mapping[str, Any], budget: Budget) -> dict
     return {**settings, **setup.engine, **own, "budget": budget}
 
 
-def _policy(setup: Setup) -> str | Policy:
-    if not setup.policy_args:
-        return setup.policy
-    return POLICIES[setup.policy](**setup.policy_args)
+def _policy(setup: Setup, tokenizer: Any = None, chat: bool = True) -> str | Policy:
+    return policy_in_words(setup.policy, tokenizer, chat, **setup.policy_args)
 
 
 def _shown(engine: Engine) -> dict[str, Any]:
@@ -278,6 +280,8 @@ def _shown(engine: Engine) -> dict[str, Any]:
     if isinstance(config.reading.budget, Memory | ByteShare):
         shown["budget"] = str(config.reading.budget)
     shown |= {"merging": describe_merging(config.storage.merging)}
+    if engine.policy.rereads:  # the budget does not bound what is held while a context is read
+        shown |= {"rereads": True}
     return shown | ({"recall": asdict(config.storage.recall)} if config.storage.recall else {})
 
 

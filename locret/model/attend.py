@@ -30,11 +30,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from locret.heads.quotas import is_on_grid
 from locret.kernels import merge_attention
 from locret.model import sparse_prefill
-from locret.model.past import Past, are_few, attend_few
+from locret.model.past import Past, are_few, attend_few, with_bias_in_channels
 
 Backend = Literal["eager", "sdpa", "cudnn", "flash_attn", "minference"]
 
 SPLIT_FROM = 128  # new tokens; below that two calls and a merge cost more than one call
+
+CUDNN_CHANNELS = 128  # of a head, at most
 
 _BLOCK_ELEMENTS = 2**28  # of the logits that the eager backend has in memory at a time
 
@@ -97,8 +99,9 @@ def available(backend: Backend, device: torch.device, dtype: torch.dtype, size: 
         return None if found else "the package flash-attn is not installed (extra 'flash')"
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return "cuDNN attention needs an NVIDIA GPU of compute capability 8.0 or newer"
-    if size % 8 or size > 128:
-        return f"cuDNN attention needs heads of at most 128 channels, in eights; these have {size}"
+    if size % 8 or size > CUDNN_CHANNELS:
+        most = f"at most {CUDNN_CHANNELS} channels, in eights"
+        return f"cuDNN attention needs heads of {most}; these have {size}"
     return None
 
 
@@ -189,11 +192,17 @@ def attend_past(
         pasts: what they all see, the oldest first.
         new: keys (rotated) and values [B, H, T, D]; None = those of a single token, which are the
             last of the last past.
-        scaling, backend, weighting: as of `attend`; no window.
+        scaling, backend, weighting: as of `attend`; no window, and no softcap where a past has a
+            bias.
 
     Returns:
         [B, T, H*G, D].
     """
+    if any(past.bias is not None for past in pasts):
+        wide = with_bias_in_channels(query, pasts, new, scaling)
+        if backend == "cudnn" and wide[0].shape[3] > CUDNN_CHANNELS:
+            backend = "sdpa"
+        return attend_past(*wide, scaling, backend, weighting)[..., : query.shape[3]]
     pasts = [past.as_rectangle() for past in pasts if past.length]
     if not pasts and new is not None:
         return attend(query, *new, scaling, backend, None, weighting)

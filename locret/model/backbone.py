@@ -127,11 +127,15 @@ class Backbone:
         return {layer.device for layer in self.layers}
 
     @property
+    def softcapped(self) -> bool:
+        """Some layer caps its logits."""
+        return any(getattr(x.module, "attn_logit_softcapping", None) for x in self.layers)
+
+    @property
     def plain(self) -> bool:
         """All layers retain their units, rotate alike and weigh by an ordinary softmax."""
-        names = ("attn_logit_softcapping", "sinks")
-        bent = any(getattr(x.module, name, None) is not None for x in self.layers for name in names)
-        return not (any(self.windows) or bent or len(self._rotaries) > 1)
+        bent = any(getattr(x.module, "sinks", None) is not None for x in self.layers)
+        return not (any(self.windows) or bent or self.softcapped or len(self._rotaries) > 1)
 
     @property
     def backend(self) -> Backend:

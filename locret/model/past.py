@@ -25,11 +25,13 @@ class Past(NamedTuple):
         keys, values: flat [N, D] over `sequences`, keys rotated; or rectangles [B, H, S, D] where
             that is None.
         sequences: how many units each row and head has.
+        bias: [N], or [B, H, S], float32, added to the logits of each unit; None = nothing.
     """
 
     keys: Tensor
     values: Tensor
     sequences: Sequences | None = None
+    bias: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -53,6 +55,40 @@ class Past(NamedTuple):
         at = row * self.sequences.shape[1] + head
         start, end = self.sequences.bounds[at : at + 2]
         return self.keys[None, None, start:end], self.values[None, None, start:end]
+
+
+def with_bias_in_channels(
+    query: Tensor, pasts: Sequence[Past], new: tuple[Tensor, Tensor] | None, scaling: float
+) -> tuple[Tensor, list[Past], tuple[Tensor, Tensor] | None]:
+    """The same attention, but for further channels, of pasts without a bias: channels of the keys
+    carry it, which every fused attention takes.
+
+        (scaling q) . k + bias = scaling (q, 1, 1) . (k, high, low),  high + low = bias / scaling
+
+    Two channels hold it, because one of few bits is not exact enough. Heads are filled up to a
+    multiple of 8 channels. Arguments as of `locret.model.attend.attend_past`.
+    """
+    more = 2 + -(query.shape[3] + 2) % 8
+
+    def wider(x: Tensor, *first: Tensor) -> Tensor:
+        extra = x.new_zeros(*x.shape[:-1], more)
+        for channel, values in enumerate(first):
+            extra[..., channel] = values
+        return torch.cat([x, extra], dim=-1)
+
+    def carried(past: Past) -> Past:
+        high_low = () if past.bias is None else _split(past.bias / scaling, past.keys.dtype)
+        return Past(wider(past.keys, *high_low), wider(past.values), past.sequences)
+
+    one = query.new_ones(query.shape[:3])
+    fresh = None if new is None else (wider(new[0]), wider(new[1]))
+    return wider(query, one, one), [*map(carried, pasts)], fresh
+
+
+def _split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Float32 as the sum of two numbers of a dtype."""
+    high = x.to(dtype)
+    return high, (x - high.float()).to(dtype)
 
 
 def are_few(query: Tensor, pasts: Sequence[Past], new: tuple[Tensor, Tensor] | None) -> bool:

@@ -9,14 +9,15 @@ B batch, H KV heads, G query heads a KV head, S units held, T new tokens, W quer
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from locret.cache.merging import Merging
+from locret.heads.targets import AnswerView
 
 HIGHEST = torch.finfo(torch.float32).max
 """The score of units to be kept in any case: finite, so that stabilizers rank higher."""
@@ -151,7 +152,9 @@ class LayerChunk:
 class Policy:
     """Ranks units. Subclasses implement `score` (most need nothing else) or `rank`.
 
-    A policy that must know more than one layer sets `waits` and implements `reconsider`.
+    A policy that must know more than one layer sets `waits` and implements `reconsider`; one that
+    scores a context by reading it again sets `rereads`, and implements `second_readings` and `look`
+    instead of `score`.
     """
 
     name: ClassVar[str]
@@ -160,6 +163,19 @@ class Policy:
     waits: ClassVar[bool] = False
     """True: layers evict only when the chunk has gone through all of them, by the scores that
     `reconsider` returns. Then every layer holds its budget and the whole chunk for a moment."""
+    rereads: ClassVar[bool] = False
+    """True: nothing is scored or evicted before the whole context was read, and read again, so that
+    the budget does not bound what is held until then."""
+
+    @classmethod
+    def words(cls, tokenizer: Any, chat: bool = True) -> dict[str, Any]:
+        """Arguments of the policy that are tokens, and so depend on the model's tokenizer.
+
+        Args:
+            chat: the context stands in a user's turn of the tokenizer's chat template, if it has
+                one.
+        """
+        return {}
 
     @property
     def ranks_anew(self) -> bool:
@@ -208,12 +224,39 @@ class Policy:
         """
         raise NotImplementedError(f"{type(self).__name__} waits and must implement reconsider()")
 
+    def second_readings(self, context: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """What is read behind a context, for policies that reread: one reading after the other, of
+        which none sees another, and none is kept.
+
+        Args:
+            context: [B, n] long.
+
+        Returns:
+            The tokens of each reading, [B, m] long, and how many of the last ones `look`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} rereads; implement second_readings()")
+
+    def look(self, view: AnswerView) -> Tensor:
+        """Finite scores [B, H, P] of a layer's units by one second reading, float32, higher = keep;
+        a unit's score is the highest of all readings.
+
+        Args:
+            view: the last tokens of the reading are its answer; the context, and what else was read
+                before these, its prompt.
+        """
+        raise NotImplementedError(f"{type(self).__name__} rereads and must implement look()")
+
+    @property
+    def shares(self) -> bool:
+        """Whether heads or layers share what they have: whether `allot` is the policy's own."""
+        return type(self).allot is not Policy.allot
+
     def allot(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor] | None:
         """How many units each head keeps, where heads or layers share what they have.
 
         Args:
-            scores: [B, H, S] float32 of one layer, or of every layer if the policy waits; +inf =
-                kept in any case, -inf = an empty slot.
+            scores: [B, H, S] float32 of one layer, or of every layer if the policy waits or
+                rereads; +inf = kept in any case, -inf = an empty slot.
             budgets: of the same layers.
 
         Returns:

@@ -5,14 +5,16 @@ Engine(model, PyramidLayers(LocretPolicy(heads), beta=14))
 Engine(model, AdaptiveHeads(SharedLayers("keydiff")))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from locret.heads.targets import AnswerView
 from locret.policies import POLICIES
 from locret.policies.base import LayerChunk, Policy
 from locret.policies.pyramidkv import pyramid
+from locret.policies.sharing import highest_of_all, raised
 from locret.quantities import check_between, check_whole
 
 CERTAIN = 1e30  # policies give such scores to units that they keep in any case
@@ -35,6 +37,7 @@ class Composed(Policy):
         self.name = f"{self.policy.name}+{self.label}"  # type: ignore[misc]
         self.evicts = self.policy.evicts  # type: ignore[misc]
         self.waits = self.policy.waits  # type: ignore[misc]
+        self.rereads = self.policy.rereads  # type: ignore[misc]
 
     @property
     def core(self) -> Policy:
@@ -52,6 +55,12 @@ class Composed(Policy):
 
     def reconsider(self, scores: list[Tensor], surprisal: Callable[[], Tensor]) -> list[Tensor]:
         return self.policy.reconsider(scores, surprisal) if self.policy.waits else scores
+
+    def second_readings(self, context: Tensor) -> Iterator[tuple[Tensor, int]]:
+        return self.policy.second_readings(context)
+
+    def look(self, view: AnswerView) -> Tensor:
+        return self.policy.look(view)
 
     def allot(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor] | None:
         return self.policy.allot(scores, budgets)
@@ -164,42 +173,26 @@ class SharedLayers(Composed):
 
     def allot(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor]:
         shares = self._shares(scores, budgets)
-        raised = [
-            _raised(_normalized(layer), (share * self.floor).long())
+        safe = [
+            raised(_normalized(layer), (share * self.floor).long())
             for layer, share in zip(scores, shares, strict=True)
         ]
         device = scores[0].device  # layers may be on several
-        flat = torch.cat([layer.flatten(1).to(device) for layer in raised], dim=1)
         total = torch.stack([share.sum(dim=1).to(device) for share in shares]).sum(dim=0)
-        chosen = _highest(flat, total).split([layer[0].numel() for layer in raised], dim=1)
         return [
-            (mine.sum(dim=1, keepdim=True) // layer.shape[1])
-            .to(layer.device)
+            (mine.sum(dim=(1, 2))[:, None] // layer.shape[1])
             .expand(layer.shape[:2])
             .clamp(min=1)  # nothing attends to a layer that holds nothing
             .maximum((layer == torch.inf).sum(dim=-1))
-            for layer, mine in zip(scores, chosen, strict=True)
+            for layer, mine in zip(scores, highest_of_all(safe, total), strict=True)
         ]
 
 
 def _shared_by_heads(scores: Tensor, share: Tensor, floor: float) -> Tensor:
     """Counts [B, H] of one layer."""
-    raised = _raised(scores, (share * floor).long())
-    chosen = _highest(raised.flatten(1), share.sum(dim=1)).view_as(scores)
+    safe = raised(scores, (share * floor).long())
+    (chosen,) = highest_of_all([safe], share.sum(dim=1))
     return (chosen & (scores > -torch.inf)).sum(dim=-1)
-
-
-def _raised(scores: Tensor, safe: Tensor) -> Tensor:
-    """Scores [B, H, S] that are +inf for each head's `safe` [B, H] highest."""
-    highest = _highest(scores.flatten(0, 1), safe.flatten()).view_as(scores)
-    return scores.masked_fill(highest & (scores > -torch.inf), torch.inf)
-
-
-def _highest(scores: Tensor, count: Tensor) -> Tensor:
-    """Which of `scores` [N, S] are among the `count` [N] highest of their row, bool [N, S]."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    first = torch.arange(scores.shape[-1], device=scores.device) < count[:, None]
-    return torch.zeros_like(first).scatter_(-1, order, first)
 
 
 def _normalized(scores: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+"""Contexts of policies that reread (`Policy.rereads`): read to the end without an eviction, read
+again for their scores, then evicted once.
+
+While that lasts, every layer holds the whole context, as it came: keys unrotated at compact
+positions, because units will move to other slots, and nothing packed, because what is evicted need
+not be.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from locret.cache.cache import RetainedCache
+from locret.cache.layer import RetainedLayer
+from locret.cache.tail import NewTokens
+from locret.engine.passes import Pass, next_slots, own_positions, pasts_of, rectangle_of
+from locret.heads.targets import AnswerView
+from locret.model.attend import Backend, attend_past
+from locret.model.hooks import LayerCall, without_autocast
+from locret.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class FirstPass(Pass):
+    """Attend, and keep all new units but the last `drop`.
+
+    Args:
+        backend: see `locret.model.attend`.
+        drop, stores_only: see `Pass`.
+    """
+
+    backend: Backend
+    drop: int = 0
+    stores_only: bool = False
+
+    def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
+        with without_autocast(call.key.device):
+            query, key = _rotated(call, layer)
+            output = None
+            if wanted:
+                how = call.scaling, self.backend, call.weighting
+                output = attend_past(query, pasts_of(call, layer), (key, call.value), *how)
+            count = key.shape[2]
+            positions = torch.arange(layer.seen, layer.seen + count, device=key.device)
+            own = own_positions(call.cache, positions)
+            stored = key if layer.rotated else call.key
+            layer.store.append(NewTokens.of(stored, call.value, own).first(count - self.drop))
+            return output
+
+
+@dataclass(frozen=True)
+class SecondPass(Pass):
+    """Attend, let the policy look, and keep no new unit.
+
+    Args:
+        policy: scores units by what this reading attends to.
+        backend: see `locret.model.attend`.
+        looking: how many of the reading's last tokens look.
+        scores: [B, H, n] float32 by layer, of readings so far; higher = keep.
+        drop: tokens of the reading.
+        stores_only: see `Pass`.
+    """
+
+    policy: Policy
+    backend: Backend
+    looking: int
+    scores: dict[int, Tensor]
+    drop: int
+    stores_only: bool
+
+    def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
+        with without_autocast(call.key.device):
+            query, key = _rotated(call, layer)
+            pasts = pasts_of(call, layer)
+            keys = torch.cat([rectangle_of(layer, pasts, "keys"), key], dim=2)
+            values = torch.cat([rectangle_of(layer, pasts, "values"), call.value], dim=2)
+            view = view_of(call, query[:, :, -self.looking :], keys, values)
+            assert call.retained_idx is not None
+            keep_highest(self.scores, call.retained_idx, self.policy.look(view), layer.longest)
+            if not wanted:
+                return None
+            how = call.scaling, self.backend, call.weighting
+            return attend_past(query, pasts, (key, call.value), *how)
+
+
+def view_of(call: LayerCall, query: Tensor, keys: Tensor, values: Tensor) -> AnswerView:
+    """A layer as the last tokens of a reading see it.
+
+    Args:
+        query: [B, H*G, A, D], theirs, rotated.
+        keys, values: [B, H, S, D], of all they see and of themselves, keys rotated.
+    """
+    bends = call.weighting.softcap, call.weighting.sinks
+    return AnswerView(query, keys, values, call.scaling, call.output_weight, *bends)
+
+
+def keep_highest(scores: dict[int, Tensor], layer: int, more: Tensor, length: int) -> None:
+    """Raise a layer's scores [..., n] to those of the first `length` units of `more`, where these
+    are higher."""
+    more = more[..., :length]
+    scores[layer] = more if layer not in scores else torch.maximum(scores[layer], more)
+
+
+def scores_by_rereading(
+    policy: Policy,
+    backend: Backend,
+    cache: RetainedCache,
+    context: Tensor,
+    read: Callable[[Tensor, RetainedCache, Pass], None],
+    stores_only: bool,
+) -> list[Tensor]:
+    """Scores [B, H, n] float32 of a context [B, n] that `cache` holds whole, for each retained
+    layer; higher = keep.
+
+    Args:
+        read: runs tokens [B, m] through the layers.
+        stores_only: see `Pass`.
+    """
+    scores: dict[int, Tensor] = {}
+    for tokens, looking in policy.second_readings(context):
+        count = tokens.shape[1]
+        read(tokens, cache, SecondPass(policy, backend, looking, scores, count, stores_only))
+    return [scores[layer] for layer in sorted(scores)]
+
+
+def _rotated(call: LayerCall, layer: RetainedLayer) -> tuple[Tensor, Tensor]:
+    """Queries and keys of the new tokens at the next slots."""
+    starts, lengths = next_slots(layer, call.cache), call.cache.prompt_lengths
+    return call.rotate(call.query, starts, lengths), call.rotate(call.key, starts, lengths)
