@@ -29,7 +29,18 @@ from locret.system.files import file_hash
 from locret.tasks import Sample, Task
 
 NOT_OF_ANSWERS = frozenset(
-    {"setups", "full", "tasks", "output", "batch_size", "limit", "lengths", "depths", "max_length"}
+    {
+        "setups",
+        "only",
+        "full",
+        "tasks",
+        "output",
+        "batch_size",
+        "limit",
+        "lengths",
+        "depths",
+        "max_length",
+    }
     | {"smoke", "cache_dir", "device", "adapter", "heads", "data_dir", "data", "engine"}
 )
 """Values of a configuration that are not recorded as they are: no answer depends on them, or the
