@@ -1,9 +1,9 @@
 """Scores of one answer against its references, each from 0 to 1: every rule by which tasks score.
 
-The normalization and the token F1 are SQuAD's (Rajpurkar et al., 2016); ROUGE is computed by the
-package `rouge-score` (Google Research) without stemming. The string matches are RULER's (Hsieh et
-al., 2024); the rules for options, numbers, statements and code are those of L-Eval's scorer (An et
-al., 2023).
+The normalization, the exact match and the token F1 are SQuAD's (Rajpurkar et al., 2016); ROUGE is
+computed by the package `rouge-score` (Google Research) without stemming. The string matches are
+RULER's (Hsieh et al., 2024); the rules for options, numbers, statements and code are those of
+L-Eval's scorer (An et al., 2023).
 """
 
 import importlib.util
@@ -36,6 +36,11 @@ def _f1(answer: str, reference: str) -> float:
     given, wanted = answer.split(), reference.split()
     common = sum((Counter(given) & Counter(wanted)).values())
     return 2 * common / (len(given) + len(wanted)) if common else 0.0
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer, normalized, is one of the references."""
+    return best(lambda wanted: normalize(answer) == normalize(wanted), references)
 
 
 def best(score: Callable[[str], float], references: Sequence[str]) -> float:
