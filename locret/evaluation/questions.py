@@ -274,7 +274,7 @@ def prepare(config: EvalConfig) -> Prepared:
     check_adapter(config.adapter, model)
     heads = _load_heads(config, setups)
     renderer = Renderer(load_tokenizer(config.model), config.chat_template, config.answer_prefix)
-    data = {task.label: _hashes(task) for task in tasks}
+    data = {task.label: task.origins() for task in tasks}
     sources = _sources(config, heads, renderer)
     window = getattr(model, "max_position_embeddings", None)
     prompts = []
@@ -330,11 +330,6 @@ def _load_heads(config: EvalConfig, setups: Sequence[Setup]) -> dict[str, Retain
                 f"setup {setup.label}: its heads are query-aware; give it protocol: query_aware"
             )
     return heads
-
-
-def _hashes(task: Task) -> dict[str, str]:
-    """The task's data files, by content."""
-    return {path.name: file_hash(path) for path in task.files()}
 
 
 def _recorded(heads: RetainingHeads) -> dict[str, Any]:

@@ -154,6 +154,25 @@ def _squeezed(text: str) -> str:
     return text.lower().replace(" ", "")
 
 
+def code_match(answer: str, references: Sequence[str]) -> float:
+    """1 if the first code of an answer is a reference; spaces and quotes around do not matter.
+
+    The first code is what is in backticks, of three the first line; without any, the first line.
+    """
+    return best(lambda wanted: _bare(_first_code(answer)) == _bare(wanted), references)
+
+
+def _first_code(answer: str) -> str:
+    found = re.search(r"```(?:\w*\n)?\s*(?P<block>[^\n]*)|`(?P<inline>[^`\n]+)", answer)
+    if found:
+        return (found["block"] or found["inline"] or "").removesuffix("```")
+    return answer.strip().partition("\n")[0]
+
+
+def _bare(code: str) -> str:
+    return " ".join(code.split()).strip("'\" ")
+
+
 # ---- L-Eval's answers ----------------------------------------------------------------------------
 
 
