@@ -34,6 +34,8 @@ class EvalConfig:
         setups: ways to bound the cache (`locret.evaluation.setups`).
         output: folder for predictions and results.
         dtype, device, attention: of the model; attention is transformers' `attn_implementation`.
+        model_config: values in place of the model's own, such as `max_position_embeddings` and
+            `rope_parameters` for a longer window; of values by name, those that are given.
         full: ask under the full cache too, whether or not it is among the setups.
         only: names of the setups to ask, and no others but the full cache; empty = all.
         chat_template: put prompts into the tokenizer's chat template.
@@ -61,6 +63,7 @@ class EvalConfig:
     dtype: str = "auto"
     device: str | None = None
     attention: str | None = None
+    model_config: Mapping[str, Any] = field(default_factory=dict)
     full: bool = True
     only: tuple[str, ...] | str = ()
     chat_template: bool = True
