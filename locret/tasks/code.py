@@ -28,16 +28,20 @@ INTRO = "Below are files of a code base. A question about them will follow.\n"
 FILE = "\n# ==== file: {path} ====\n{text}\n"
 QUESTIONS: dict[Kind, str] = {
     "default": "\nIn the file {path}, what is the default value of the parameter `{of}` of the "
-    "function `{function}`? Reply with the value alone, as it is in the code, in backticks.",
+    "function `{function}`? Reply with the value alone, as it is in the code.",
     "line": "\nIn the file {path}, which line of code comes right after the line `{of}`? Reply "
-    "with this line alone, in backticks.",
+    "with this line alone.",
+}
+ANSWERS: dict[Kind, str] = {
+    "default": " The default value is `",
+    "line": " The line after it is `",
 }
 KINDS: tuple[Kind, ...] = tuple(QUESTIONS)
 LARGEST = 3  # no file takes more than a third of the length
 
 
 class CodeTask(Task):
-    """Name a default value or a line of code. `exact_match`: the first code of the answer is it."""
+    """Name a default value or a line of code. `exact_match`: the answer gives just this."""
 
     name = "code"
     metrics = ("exact_match",)
@@ -133,4 +137,5 @@ def _asked(
             path=file.path, of=definition.of, function=definition.function
         ),
         answers=(definition.answer,),
+        answer_prefix=ANSWERS[definition.kind],
     )

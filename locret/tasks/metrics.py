@@ -155,18 +155,21 @@ def _squeezed(text: str) -> str:
 
 
 def code_match(answer: str, references: Sequence[str]) -> float:
-    """1 if the first code of an answer is a reference; spaces and quotes around do not matter.
+    """1 if the code that an answer gives first is a reference; spaces and quotes around it do not
+    matter.
 
-    The first code is what is in backticks, of three the first line; without any, the first line.
+    That is the first line in three backticks, what is in the first two, what is before the only one
+    of the answer's first line (the other was given with the answer's first words), or this line.
     """
     return best(lambda wanted: _bare(_first_code(answer)) == _bare(wanted), references)
 
 
 def _first_code(answer: str) -> str:
-    found = re.search(r"```(?:\w*\n)?\s*(?P<block>[^\n]*)|`(?P<inline>[^`\n]+)", answer)
-    if found:
-        return (found["block"] or found["inline"] or "").removesuffix("```")
-    return answer.strip().partition("\n")[0]
+    block = re.match(r"\s*```(?:\w*\n)?\s*([^\n]*)", answer)
+    if block:
+        return block[1].removesuffix("```")
+    before, *others = answer.strip().partition("\n")[0].split("`")
+    return others[0] if len(others) % 2 == 0 and others else before
 
 
 def _bare(code: str) -> str:

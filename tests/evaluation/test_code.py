@@ -52,6 +52,7 @@ def test_the_answer_is_in_the_file_asked_about_and_its_function_is_defined_once(
             zip(HEAD.findall(sample.context), HEAD.split(sample.context)[2::2], strict=True)
         )
         (answer,) = sample.answers
+        assert sample.answer_prefix.endswith(" is `")
         assert answer in files[path]
         if number % 2:
             line = re.search(r"after the line `(.+?)`\?", sample.question)[1]
@@ -135,6 +136,9 @@ def test_what_can_be_asked_about_a_file():
         ("'red'", '"red"', 1),
         ("red", '"red"', 1),
         ("`y` and `x`", "x", 0),
+        ("10`.", "10", 1),
+        ("x = f(1)` and\n`y`", "x = f(1)", 1),
+        ("10`, which `x` has", "10", 1),
         ("", "x", 0),
     ],
 )
