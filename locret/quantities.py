@@ -56,11 +56,9 @@ class ByteShare:
 
     Attributes:
         share: between 0 and 1.
-        context: tokens that it is a share of; None = those of the prompt.
     """
 
     share: float
-    context: int | None = None
 
     def __str__(self) -> str:
         return f"{round(1 / self.share)}x bytes"

@@ -95,7 +95,7 @@ def _units_within(
     """
     most, windows = range(1, max(context, 1) + 1), sizing.window_bytes(context)
     if isinstance(budget, ByteShare):
-        nbytes = int(budget.share * full_bytes(sizing, budget.context or context))
+        nbytes = int(budget.share * full_bytes(sizing, context))
         return max(1, bisect_right(most, nbytes, key=needed))
     units = bisect_right(most, budget.nbytes - windows, key=needed)
     if not units:

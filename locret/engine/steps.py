@@ -322,16 +322,20 @@ class GraphedSteps:
     def _record(self, run: Callable[..., Any], ids: Tensor) -> None:
         self._ids = ids.clone()
         graph = torch.cuda.CUDAGraph()
-        # The model need not be on the current device, on which torch would record, nor on that of
-        # the stream that torch keeps for all recordings.
-        stream = torch.cuda.Stream(ids.device)
         with (
-            torch.cuda.device(ids.device),
-            torch.cuda.graph(graph, stream=stream),
+            torch.cuda.device(ids.device),  # which torch takes the current one for
+            torch.cuda.graph(graph, stream=_recording_stream(ids.device)),
             self._backbone.fixed_frequencies(),
         ):
             self._outputs = self._step(run, self._ids)
         self._graph = graph
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> Any:
+    """What all graphs of a device are recorded on: torch keeps one for all devices, and cuBLAS keeps
+    memory for each."""
+    return torch.cuda.Stream(device)
 
 
 def without_mask(run: Callable[..., Any], inputs: dict[str, Any]) -> Any:

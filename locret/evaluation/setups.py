@@ -75,12 +75,10 @@ class Setup:
 
     def engine_budget(self, length: int | None) -> Budget:
         """The engine's budget for a task that is made to `length` tokens: at least one unit. For a
-        task that is not made to a length, a share stays one."""
+        task that is not made to a length, a share stays one; a share of the bytes always does."""
         budget = None if self.keeps_all else budget_of(self.budget)
         if isinstance(budget, float) and length is not None:
             return max(1, round(length * budget))
-        if isinstance(budget, ByteShare):
-            return replace(budget, context=length)
         return budget
 
     def to_dict(self) -> dict[str, Any]:

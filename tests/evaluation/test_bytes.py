@@ -83,11 +83,10 @@ def test_layers_with_a_window_come_on_top():
     assert units[0] == units[1] and max(units[0]) == plain_units(4, layers=1)
 
 
-def test_the_share_is_of_the_prompt_unless_a_context_is_named(model):
-    for budget, tokens in (("4x bytes", 200), (ByteShare(1 / 4, context=400), 400)):
-        engine = locret.Engine(model, "knorm", budget=budget, chunk_size=64, stabilizers=0)
-        units = engine.prefill(prompt(200)).report()["units"]
-        assert max(units) == plain_units(4, tokens=tokens)
+def test_the_share_is_of_the_prompt(model):
+    engine = locret.Engine(model, "knorm", budget="4x bytes", chunk_size=64, stabilizers=0)
+    units = engine.prefill(prompt(200)).report()["units"]
+    assert max(units) == plain_units(4, tokens=200)
 
 
 def test_at_least_one_unit_a_head_is_kept(model):
@@ -102,10 +101,9 @@ def test_a_model_in_32_bits_keeps_fewer_units_in_the_same_bytes(tokenizer):
     assert report["total_bytes"] <= allowed(4) and 40 < max(report["units"]) < 60
 
 
-def test_a_setup_reckons_with_the_length_of_its_task():
+def test_bytes_are_a_share_of_those_of_the_sample_whatever_the_length_of_its_task():
     setup = Setup("knorm", "8x bytes", quantization=KIVI)
-    assert setup.engine_budget(400) == ByteShare(1 / 8, context=400)
-    assert setup.engine_budget(None) == ByteShare(1 / 8)
+    assert setup.engine_budget(400) == setup.engine_budget(None) == ByteShare(1 / 8)
     assert Setup("full", "8x bytes").engine_budget(400) is None
     assert setup.label == "knorm 8x bytes query_agnostic kivi bits=4 group=8 residual=0"
     assert str(setup.engine_budget(None)) == str(setup.engine_budget(400)) == "8x bytes"
@@ -168,8 +166,8 @@ def check_bytes(result):
     for cell in result["cells"]:
         if cell["policy"] == "knorm":
             ratio = int(cell["budget"].partition("x")[0])
-            assert 0.85 * allowed(ratio) < cell["bytes"]["max"] <= allowed(ratio)
-            assert cell["units"]["mean"] == cell["units"]["max"]
+            # Of a sample's own tokens, which are nearly as many as its task is made to.
+            assert 0.75 * allowed(ratio) < cell["bytes"]["max"] <= allowed(ratio)
             assert (cell["units"]["max"] > plain_units(ratio)) == (cell["quantization"] == KIVI)
 
 

@@ -44,7 +44,7 @@ def test_a_full_cache_may_be_given_and_is_one_setup():
         ("1000x", 1, 0.001),
         ("2MiB", Memory(2**21), Memory(2**21)),
         ([9, 30], (9, 30), (9, 30)),
-        ("8x bytes", ByteShare(0.125, context=100), ByteShare(0.125)),
+        ("8x bytes", ByteShare(0.125), ByteShare(0.125)),
     ],
 )
 def test_budgets(budget, units, share):
