@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.conversations import Conversation
 from datamodules.encoder import ConversationEncoder, Sample
 
-_FORMAT = 1  # raise it with every change of what a sample is or how a file is written
+_FORMAT = 2  # raise it with every change of what a sample is or how a file is written
+_SPANS = ("answers", "branches")
 _NUMBERS = ("cut", "answers_cut", "answers_unmatched", "answers_removed")
 
 
@@ -71,6 +72,8 @@ class CachedEncoder:
         content: list[Any] = [[m["role"], m["content"]] for m in conversation.messages]
         if conversation.tools or any(len(m) > 2 for m in conversation.messages):
             content = [conversation.messages, conversation.tools]
+        if conversation.context:
+            content = [content, conversation.context, conversation.questions]
         name = _digest([self._settings, content])
         return self.folder / name[:2] / name[2:]
 
@@ -94,8 +97,7 @@ class CachedEncoder:
 
 def encoder_settings(encoder: ConversationEncoder) -> list[Any]:
     """What a sample and its file depend on beside tokenizer and messages."""
-    bounds = [encoder.max_prompt_tokens, encoder.max_answer_tokens, encoder.cut]
-    return [_FORMAT, sys.byteorder, *bounds]
+    return [_FORMAT, sys.byteorder, *encoder.settings]
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
@@ -123,7 +125,7 @@ def _digest(content: Any) -> str:
 def _to_bytes(sample: Sample) -> bytes:
     """A checksum, a line of JSON, then the tokens as int32."""
     payload = sample.input_ids.int().numpy().tobytes()
-    record = {"answers": sample.answers, **{name: getattr(sample, name) for name in _NUMBERS}}
+    record = {name: getattr(sample, name) for name in (*_SPANS, *_NUMBERS)}
     body = json.dumps(record).encode() + b"\n" + payload
     return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
@@ -139,8 +141,8 @@ def _read(path: Path, conversation: Conversation) -> Sample | None:
     record = json.loads(line)
     return Sample(
         input_ids=torch.frombuffer(bytearray(payload), dtype=torch.int32).long(),  # type: ignore[arg-type]
-        answers=tuple((start, end) for start, end in record["answers"]),
         source=conversation.source,
         id=conversation.id,
+        **{name: tuple(map(tuple, record[name])) for name in _SPANS},  # type: ignore[arg-type]
         **{name: record[name] for name in _NUMBERS},
     )

@@ -21,6 +21,9 @@ Span = tuple[int, int]  # start and exclusive end
 _CALL, _RESULT, _TOOL = "locretcall", "locretresult", "locrettool"
 """Names and texts that no conversation holds; a number follows."""
 
+_BEGIN, _END = "locretbegin", "locretend"
+"""Where the texts of a prompt begin and end."""
+
 _TAKES_NO = {_CALL: "tool calls", _RESULT: "tool results", _TOOL: "tools"}
 
 # Beside their own errors, templates fail as Python does: on a missing key, on adding to None.
@@ -67,6 +70,39 @@ class ChatFormat:
             # Some tokenizers close every text with eos; here the text goes on with the answer.
             return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
         return self._template_ids(messages, tools, add_generation_prompt=True)
+
+    def split_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    ) -> tuple[str, str, str]:
+        """A prompt in three texts: its opening, what is said, and what ends the last turn.
+
+        Args:
+            messages: as in `prompt_ids`, whose text the three are, one after the other.
+
+        Returns:
+            opening: all that stands before the first text that is not the system's.
+            said: from there to the end of the last text, and what the template puts between.
+            ending: the end of the last turn, up to where the assistant begins to speak.
+
+        Raises:
+            SkippedRow: if the chat template refuses the messages or leaves a text out.
+        """
+        if self.tokenizer.chat_template is None:
+            bos = self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]
+            opening = str(self.tokenizer.bos_token) if bos else ""
+            return opening, "\n\n".join(m["content"] for m in messages), "\n\n"
+        marked = [m.copy() for m in messages]
+        first = next((i for i, m in enumerate(marked) if m["role"] != "system"), len(marked) - 1)
+        marked[first]["content"] = _BEGIN + marked[first]["content"]
+        marked[-1]["content"] += _END
+        text = self._written(marked, tools, add_generation_prompt=True)
+        if text is None:
+            raise SkippedRow("refused by the chat template")
+        opening, begun, rest = text.partition(_BEGIN)
+        said, ended, ending = rest.rpartition(_END)
+        if not begun or not ended:
+            raise SkippedRow("the chat template leaves a text out")
+        return opening, said, ending
 
     def answer_ids(
         self, messages: Sequence[Message], tools: Sequence[Tool], prompt: Sequence[int]
@@ -125,10 +161,10 @@ class ChatFormat:
         text = messages[-1]["content"]
         texts = dict.fromkeys((text, text.strip()))  # many templates strip
         has_template = self.tokenizer.chat_template is not None
-        return [self._answer_ids(t) if has_template else self._text_ids(t) for t in texts]
+        return [self._answer_ids(t) if has_template else self.text_ids(t) for t in texts]
 
     def _answer_ids(self, text: str) -> list[int]:
-        ids = self._text_ids(text)
+        ids = self.text_ids(text)
         return ids if self.end_of_turn_id is None else [*ids, self.end_of_turn_id]
 
     def _template_ids(
@@ -146,18 +182,24 @@ class ChatFormat:
         # A BatchEncoding in transformers 5, plain ids in 4.
         return list(found["input_ids"] if isinstance(found, Mapping) else found)
 
-    def _written(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str | None:
+    def _written(
+        self, messages: Sequence[Message], tools: Sequence[Tool], **options: Any
+    ) -> str | None:
         """The text of a conversation; None if the template refuses it."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [dict(m) for m in messages], tools=list(tools) or None, tokenize=False
+                    [dict(m) for m in messages],
+                    tools=list(tools) or None,
+                    tokenize=False,
+                    **options,
                 )
             )
         except _TEMPLATE_ERRORS:
             return None
 
-    def _text_ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
+        """Tokens of a piece of text, without any that a tokenizer puts around a whole one."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -9,7 +9,7 @@ Tools that a conversation offers and calls are in the form that chat templates t
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 SCHEMAS = (
@@ -65,6 +65,10 @@ class Conversation:
         id: a name within the source, for messages to people.
         place: where to find it, such as file:line; empty where there is no such place.
         tools: what the assistant may call.
+        context: how the last text before the answer begins, where the row tells the context from
+            the question; the question follows. Empty where it does not.
+        questions: all that is asked about the context, this one included: what follows the context
+            in the prompt, and the answer.
     """
 
     messages: tuple[Message, ...]
@@ -72,6 +76,8 @@ class Conversation:
     id: str = ""
     place: str = ""
     tools: tuple[Tool, ...] = ()
+    context: str = ""
+    questions: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         roles = [m["role"] for m in self.messages]
@@ -80,6 +86,16 @@ class Conversation:
                 f"conversation {self.id!r} has the roles {roles}, expected the last one to be "
                 "'assistant': without an answer there is nothing to learn from"
             )
+        if self.context and not self.prompt_text.startswith(self.context):
+            raise ValueError(
+                f"conversation {self.id!r} has a context that is not how its last text before the "
+                "answer begins; expected the context, then the question"
+            )
+
+    @property
+    def prompt_text(self) -> str:
+        """The last text before the answer."""
+        return self.messages[-2]["content"] if len(self.messages) > 1 else ""
 
 
 class SkippedRow(ValueError):
@@ -147,18 +163,24 @@ def _parse_qa(row: Mapping[str, Any]) -> list[Conversation]:
         raise ValueError("empty context")
     if not isinstance(qa, list) or not qa or not all(isinstance(item, Mapping) for item in qa):
         raise ValueError("qa is not a list of questions")
-    return [_parse_question(row, context, item, f"#{i}") for i, item in enumerate(qa)]
+    questions = tuple(map(_parse_question, qa))
+    return [
+        replace(
+            messages_to_conversation(row, exchange(context + question, answer), f"#{i}"),
+            context=context,
+            questions=questions,
+        )
+        for i, (question, answer) in enumerate(questions)
+    ]
 
 
-def _parse_question(
-    row: Mapping[str, Any], context: str, item: Mapping[str, Any], number: str
-) -> Conversation:
+def _parse_question(item: Mapping[str, Any]) -> tuple[str, str]:
+    """What follows the context, and the answer."""
     question, answers = _text(item.get("question") or "", "question"), item.get("answers") or [""]
     if not isinstance(answers, list):
         raise ValueError("answers is not a list")
     # Without a question the context is the whole prompt, and holds it already.
-    prompt = f"{context}\n\n{question}" if question.strip() else context
-    return messages_to_conversation(row, exchange(prompt, _text(answers[0], "answer")), number)
+    return f"\n\n{question}" if question.strip() else "", _text(answers[0], "answer")
 
 
 def _parse_chat(row: Mapping[str, Any]) -> list[Conversation]:

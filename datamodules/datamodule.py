@@ -1,13 +1,17 @@
 """The Lightning data module: sources -> samples -> batches, in an order that can be resumed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
+from itertools import count as numbers
 from typing import Any
 
 import lightning
 import torch
+from torch import LongTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from datamodules.branches import BranchEncoder, Branching, Kind
 from datamodules.cache import CachedEncoder
 from datamodules.conversations import Conversation
 from datamodules.dataset import ConversationDataset, Encode, Tally, collate
@@ -47,6 +51,12 @@ class ConversationDataModule(lightning.LightningDataModule):
         samples_per_epoch: with weights, samples of an epoch over all processes; None makes it as
             long as it takes to see the source of the largest weight once.
         cache_dir: folder to keep tokenised samples in, also for other runs; None keeps none.
+        branches: what goes on from a context, each a branch of its own: "answer" (question and
+            answer), "replay" (the context once more), see `datamodules.branches`; None reads each
+            conversation as one sequence. The settings below are for branches.
+        max_answers: the most questions about one context.
+        copy_tokens: the most tokens of the context that one branch copies.
+        copies: the most branches that copy; those of a longer context are drawn. None copies all.
 
     Raises:
         ValueError: for no source to train on, a number below 1, weights that are not one above 0
@@ -67,6 +77,10 @@ class ConversationDataModule(lightning.LightningDataModule):
         weights: list[float] | None = None,
         samples_per_epoch: int | None = None,
         cache_dir: str | None = None,
+        branches: list[Kind] | None = None,
+        max_answers: int = 4,
+        copy_tokens: int = 2048,
+        copies: int | None = None,
     ) -> None:
         super().__init__()
         if not train:
@@ -91,6 +105,11 @@ class ConversationDataModule(lightning.LightningDataModule):
         self.weights = weights
         self.samples_per_epoch = samples_per_epoch
         self.cache_dir = cache_dir
+        self.branching = (
+            None
+            if branches is None
+            else Branching(tuple(branches), max_answers, copy_tokens, copies)
+        )
         self._datasets: dict[str, ConversationDataset] = {}
         self._read: dict[str, dict[str, dict[str, Any]]] = {}
         self._tally = Tally()
@@ -105,9 +124,7 @@ class ConversationDataModule(lightning.LightningDataModule):
         if self._datasets:
             return
         tokenizer = self._find_tokenizer()
-        encoder = ConversationEncoder(
-            tokenizer, self.max_prompt_tokens, self.max_answer_tokens, self.cut
-        )
+        encoder = self._make_encoder(tokenizer)
         encode: Encode = CachedEncoder(encoder, self.cache_dir) if self.cache_dir else encoder
         found: dict[str, ConversationDataset] = {}
         for name, sources in (("train", self.train), ("val", self.val)):
@@ -116,7 +133,7 @@ class ConversationDataModule(lightning.LightningDataModule):
                 found[name] = ConversationDataset(loaded, encode)
                 found[name].check()
                 self._read[name] = _what_was_read(sources, loaded)
-        self._train_epochs = self._make_epochs(found["train"])
+        self._train_epochs = self._make_epochs(found["train"], self.seed)
         self._datasets = found
 
     def train_dataloader(self) -> ResumableLoader:
@@ -138,6 +155,25 @@ class ConversationDataModule(lightning.LightningDataModule):
             sampler=self._sampler("val", InOrder(len(dataset))),
             **self._options,
         )
+
+    def contexts(self, count: int) -> Iterator[LongTensor]:
+        """What a cache would hold before the answers of samples that are drawn as in training.
+
+        The order is that of another seed. There is no end to it: past an epoch comes the next one.
+
+        Args:
+            count: how many to yield.
+
+        Yields:
+            int64 [n], trunks, or prompts of conversations that are one sequence.
+        """
+        self.setup()
+        dataset = self._datasets["train"]
+        epochs = self._make_epochs(dataset, self.seed + 1)
+        drawn = chain.from_iterable(epochs.indices(n).tolist() for n in numbers())
+        for i in islice(drawn, count):
+            sample = dataset[i].sample
+            yield sample.input_ids[: sample.prompt_length]  # type: ignore[misc]
 
     def count(self, batch: Mapping[str, Any]) -> None:
         """Count a batch that was trained on; the trainer calls it when a step is done.
@@ -201,20 +237,30 @@ class ConversationDataModule(lightning.LightningDataModule):
     def _check_batches(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
-        most = self.batch_size * (self.max_prompt_tokens + self.max_answer_tokens)
+        bounds = self.max_prompt_tokens, self.max_answer_tokens
+        most = self.batch_size * (
+            self.branching.most_tokens(*bounds) if self.branching else sum(bounds)
+        )
         if self.max_batch_tokens is not None and most > self.max_batch_tokens:
             raise ValueError(
                 f"a batch of {self.batch_size} may have {most} tokens (max_prompt_tokens "
-                f"{self.max_prompt_tokens} + max_answer_tokens {self.max_answer_tokens} each), but "
+                f"{self.max_prompt_tokens} + max_answer_tokens {self.max_answer_tokens} each"
+                f"{', ' + str(self.branching) if self.branching else ''}), but "
                 f"max_batch_tokens is {self.max_batch_tokens}; lower one of the former or "
                 "batch_size, and raise the trainer's accumulate_grad_batches instead"
             )
 
-    def _make_epochs(self, dataset: ConversationDataset) -> Epochs:
+    def _make_encoder(self, tokenizer: PreTrainedTokenizerBase) -> ConversationEncoder:
+        bounds = self.max_prompt_tokens, self.max_answer_tokens, self.cut
+        if self.branching is None:
+            return ConversationEncoder(tokenizer, *bounds)
+        return BranchEncoder(tokenizer, self.branching, *bounds)
+
+    def _make_epochs(self, dataset: ConversationDataset, seed: int) -> Epochs:
         if self.weights is None:
-            return Shuffled(len(dataset), self.seed)
+            return Shuffled(len(dataset), seed)
         sizes = list(dataset.sizes.values())
-        return Mixed(sizes, self.weights, self.seed, self.samples_per_epoch)
+        return Mixed(sizes, self.weights, seed, self.samples_per_epoch)
 
     def _sampler(self, name: str, epochs: Epochs) -> ResumableSampler:
         # The strategy knows: with tensor parallelism several processes work on the same data.

@@ -176,9 +176,13 @@ def _segments(items: Sequence[Item]) -> list[Segment]:
     segments: list[Segment] = []
     start = 0
     for item in items:
-        answers = tuple((start + a, start + b) for a, b in item.sample.answers)
-        end = start + len(item.sample.input_ids)
-        segments.append(Segment(start, end, answers))
+        sample = item.sample
+        answers, branches = (
+            tuple((start + a, start + b) for a, b in spans)
+            for spans in (sample.answers, sample.branches)
+        )
+        end = start + len(sample.input_ids)
+        segments.append(Segment(start, end, answers, branches))
         start = end
     return segments
 

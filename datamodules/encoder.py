@@ -14,7 +14,7 @@ answer's length.
 
 import json
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import LongTensor
@@ -42,6 +42,8 @@ class Sample:
         answers_unmatched: earlier answers that the chat template renders in another way once the
             conversation has gone on (it drops reasoning, say); they are prompt and label nothing.
         answers_removed: earlier answers that went with the tokens in `cut`.
+        branches: (start, end) of each way to go on from the tokens before them, one answer in each;
+            none where the conversation is one sequence. See `datamodules.branches`.
     """
 
     input_ids: LongTensor
@@ -52,11 +54,12 @@ class Sample:
     id: str
     answers_unmatched: int = 0
     answers_removed: int = 0
+    branches: tuple[tuple[int, int], ...] = ()
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the last answer."""
-        return self.answers[-1][0]
+        """Tokens before the last answer, or before the branches where there are any."""
+        return self.branches[0][0] if self.branches else self.answers[-1][0]
 
 
 class ConversationEncoder:
@@ -97,6 +100,11 @@ class ConversationEncoder:
         self.cut = cut
         self.format = ChatFormat(tokenizer)
 
+    @property
+    def settings(self) -> list[Any]:
+        """What a sample depends on beside tokenizer and conversation."""
+        return [self.max_prompt_tokens, self.max_answer_tokens, self.cut]
+
     def __call__(self, conversation: Conversation) -> Sample:
         """Encode one conversation.
 
@@ -112,7 +120,9 @@ class ConversationEncoder:
 
     def _encode(self, conversation: Conversation) -> Sample:
         messages, tools = conversation.messages, conversation.tools
-        _check(messages, tools)
+        if is_blank(messages[-1]):
+            raise SkippedRow("no answer")
+        check_texts(messages, tools)
         self.format.check_tools(messages, tools)
         prompt = self.format.prompt_ids(messages[:-1], tools)
         answer = self.format.answer_ids(messages, tools, prompt)
@@ -146,7 +156,7 @@ class ConversationEncoder:
         for i, message in enumerate(messages[:-1]):
             if message["role"] != "assistant" or not _asked(messages[:i]):
                 continue  # a greeting answers nothing
-            if _is_blank(message):
+            if is_blank(message):
                 continue
             span = self.format.find_answer(messages, i, prompt, tools)
             if span is not None and (not found or span[0] >= found[-1][1]):
@@ -160,13 +170,17 @@ def _asked(messages: tuple[Message, ...]) -> bool:
     return any(m["role"] != "assistant" and m["content"].strip() for m in messages)
 
 
-def _is_blank(message: Message) -> bool:
+def is_blank(message: Message) -> bool:
+    """Whether a message says nothing and calls nothing."""
     return not message["content"].strip() and not message.get("tool_calls")
 
 
-def _check(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> None:
-    if _is_blank(messages[-1]):
-        raise SkippedRow("no answer")
+def check_texts(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> None:
+    """Refuse a prompt without text, and texts that no tokenizer takes.
+
+    Raises:
+        SkippedRow: says which of the two.
+    """
     if not _asked(messages[:-1]):
         raise SkippedRow("empty prompt")
     # JSON can escape half a surrogate pair, which no tokenizer takes.

@@ -15,10 +15,10 @@ import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase
@@ -56,10 +56,13 @@ class TableSource(ABC):
     Attributes:
         report: "rows" read, "conversations" found, and broken rows by reason.
         first_broken: for each such reason, the place of the first row.
+        expected: what messages say that rows should be.
 
     Raises:
         ValueError: for a limit below 1.
     """
+
+    expected = f"rows such as {SCHEMAS}"
 
     def __init__(self, limit: int | None) -> None:
         if limit is not None and limit < 1:
@@ -80,14 +83,28 @@ class TableSource(ABC):
         """
         self.report.clear()
         self.first_broken.clear()
-        found: list[TableConversations] = []
+        found: list[Sequence[Conversation]] = []
         for table in self.tables():
             left = None if self.limit is None else self.limit - self.report["conversations"]
-            found.append(TableConversations(table, self._index(table, left)))
+            found.append(self.conversations(table, self._index(table, left), tokenizer))
             self.report["conversations"] += len(found[-1])
             if left == len(found[-1]):
                 break
-        return ConcatDataset(found)  # type: ignore[return-value]
+        return ConcatDataset(found)  # type: ignore[return-value,arg-type]
+
+    def count(self, row: Mapping[str, Any]) -> int:
+        """How many conversations a row holds.
+
+        Raises:
+            ValueError: it is broken; the message is one of a few fixed texts.
+        """
+        return len(parse_row(row))
+
+    def conversations(
+        self, table: Table, index: "array[int]", tokenizer: PreTrainedTokenizerBase
+    ) -> Sequence[Conversation]:
+        """The conversations of a table that has been read; `index` as in `TableConversations`."""
+        return TableConversations(table, index)
 
     def _index(self, table: Table, limit: int | None) -> "array[int]":
         """(row, number within it) of each conversation, alternating, at most `limit` of them."""
@@ -106,19 +123,20 @@ class TableSource(ABC):
                 "check that the file is complete and of the kind that its name says"
             ) from error
         if not index:
-            self._refuse(before)
+            self.refuse(before)
         return index
 
     def _conversations(self, table: Table, i: int, raw: object) -> int:
         """How many conversations row i holds; a broken one is counted and holds none."""
         try:
-            return len(parse_row(table.row(raw)))
+            return self.count(table.row(raw))
         except ValueError as error:
             self.report[str(error)] += 1
             self.first_broken.setdefault(str(error), table.place(i))
             return 0
 
-    def _refuse(self, before: "Counter[str]") -> None:
+    def refuse(self, before: "Counter[str]") -> None:
+        """Say that a table has no usable row; `before` is the report without it."""
         broken = ", ".join(
             f"{count} x {reason} (first {self.first_broken[reason]})"
             for reason, count in (self.report - before).items()
@@ -126,7 +144,7 @@ class TableSource(ABC):
         )
         raise ValueError(
             f"{self} has no usable row; broken rows: {broken or 'none, it is empty'}; "
-            f"expected rows such as {SCHEMAS}"
+            f"expected {self.expected}"
         )
 
 
@@ -157,7 +175,7 @@ class JsonlSource(TableSource):
             ValueError: if no file is there, or a gzipped one is to be streamed.
         """
         for path in find_files(self.path, (".jsonl", ".jsonl.gz")):
-            yield Lines(path, _stem(path), self.streaming)
+            yield Lines(path, stem(path), self.streaming)
 
 
 class ParquetSource(TableSource):
@@ -182,7 +200,7 @@ class ParquetSource(TableSource):
             ValueError: if no file is there.
         """
         for path in find_files(self.path, (".parquet",)):
-            yield ParquetTable(path, _stem(path))
+            yield ParquetTable(path, stem(path))
 
 
 class HubSource(TableSource):
@@ -231,12 +249,12 @@ class HubSource(TableSource):
         yield ObjectTable(rows, self.name, keep=self.streaming)
 
 
-def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
+def find_files(path: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
     """The file, those of a folder and the ones below it, or those that a pattern matches; sorted.
 
     Args:
         path: a file of any name, a folder, or a pattern in which `**` stands for any folders.
-        suffixes: of the files to take from a folder.
+        suffixes: of the files to take from a folder; all of them if none are given.
 
     Raises:
         ValueError: if there is none.
@@ -249,15 +267,32 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
         found = glob.glob(path, recursive=True)
     files = sorted(file for file in found if Path(file).is_file())
     if not files:
+        expected = " or ".join(suffixes) or "files of text"
         raise ValueError(
             f"{path!r} is not a file (working directory {Path.cwd()}), nor a folder or a pattern "
-            f"with files in it; expected {' or '.join(suffixes)}, so check the path"
+            f"with files in it; expected {expected}, so check the path"
         )
     return files
 
 
-def _stem(path: str) -> str:
+def stem(path: str) -> str:
+    """The name of a file up to its first dot."""
     return Path(path).name.partition(".")[0]
+
+
+def lengths(tokens: int | tuple[int, int], size: int = 1) -> tuple[int, int]:
+    """The (least, most) tokens of a source of `size` samples.
+
+    Raises:
+        ValueError: they are not 0 < least <= most, or the size is below 1.
+    """
+    least, most = (tokens, tokens) if isinstance(tokens, int) else tokens
+    if not 0 < least <= most or size < 1:
+        raise ValueError(
+            f"tokens is {tokens} and size is {size}; expected a length or (least, most), "
+            "with 0 < least <= most, and a size of at least 1"
+        )
+    return least, most
 
 
 PROBES = 8  # samples of a task tried at the least length: how much text they need differs
@@ -289,14 +324,8 @@ class SyntheticSource:
         unknown = [task for task in tasks if task not in TASKS]
         if unknown or not tasks:
             raise ValueError(f"tasks is {tasks}, expected some of {', '.join(TASKS)}")
-        least, most = (tokens, tokens) if isinstance(tokens, int) else tokens
-        if not 0 < least <= most or size < 1:
-            raise ValueError(
-                f"tokens is {tokens} and size is {size}; expected a length or (least, most), "
-                "with 0 < least <= most, and a size of at least 1"
-            )
         self.tasks = list(tasks)
-        self.tokens = (least, most)
+        self.tokens = lengths(tokens, size)
         self.size = size
         self.seed = seed
         self.haystack = haystack
@@ -346,4 +375,4 @@ class SyntheticConversations(Sequence[Conversation]):
         except ValueError as error:
             raise SkippedRow("tokens too few for the task", name) from error
         messages = exchange(prompt_text(sample), sample.answer)
-        return Conversation(messages, f"synthetic/{task}", name)
+        return Conversation(messages, f"synthetic/{task}", name, context=sample.context)

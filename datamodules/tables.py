@@ -105,18 +105,25 @@ class Lines(Table):
 
 
 class ParquetTable(Table):
-    """A Parquet file, kept in memory as Arrow has it. Needs `pyarrow`."""
+    """A Parquet file, kept in memory as Arrow has it. Needs `pyarrow`.
 
-    def __init__(self, path: str, name: str) -> None:
+    Args:
+        path: of the file.
+        name: of the table.
+        fields: those to read, where the file has them.
+    """
+
+    def __init__(self, path: str, name: str, fields: Sequence[str] = FIELDS) -> None:
         self.path = path
         self.name = name
+        self.fields = fields
         self._table: Any = None
 
     def scan(self) -> Iterator[Any]:
         import pyarrow.parquet  # slow to import, and needed by this table alone
 
         file = pyarrow.parquet.ParquetFile(self.path)
-        known = [field for field in file.schema_arrow.names if field in FIELDS]
+        known = [field for field in file.schema_arrow.names if field in self.fields]
         self._table = file.read(columns=known)
         return map(self.raw, range(self._table.num_rows))
 

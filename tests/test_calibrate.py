@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import locret
 from locret import RetainingHeads
@@ -13,6 +14,7 @@ from locret.cli import main
 from locret.commands import calibrate
 from locret.engine.calibration import Calibration, why_not
 from locret.heads.quotas import quotas_of
+from locret.heads.targets import LABELS
 from locret.policies import POLICIES, Policy
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.policies.locret import LocretPolicy
@@ -277,6 +279,20 @@ def test_heads_that_are_no_folder_need_a_file(workplace, tmp_path, capsys):
     released = heads.save_released(tmp_path / "heads.bin")
     assert run(workplace, "--heads", released, "--data", "synthetic") == 2
     assert "are not in an artifact folder here" in capsys.readouterr().err
+
+
+def test_files_of_another_method_are_left_as_they_are(workplace, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(LABELS, "log_value_share", None)
+    theirs = {"model_type": "kvzap", "n_modules": 2, "input_dim": 64, "output_dim": 2}
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    shapes = {"weight": (2, 64), "bias": (2,)}
+    tensors = {f"layers.{i}.{n}": torch.ones(shape) for i in (0, 1) for n, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert run(workplace, "--heads", tmp_path, "--data", "synthetic") == 2
+    assert "are not in an artifact folder here" in capsys.readouterr().err
+    assert json.loads((tmp_path / "config.json").read_text()) == theirs
+    out = ["--out", tmp_path / "quotas.json", "--tokens", 300, "--contexts", 1]
+    assert run(workplace, "--heads", tmp_path, "--data", workplace / "book.txt", *out) == 0
 
 
 def test_heads_that_read_the_question_are_refused(workplace, tmp_path, capsys):

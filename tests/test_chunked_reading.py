@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from locret.heads import targets
 from locret.model.backbone import Backbone
 from locret.training.distill import Distillation
 from locret.training.segments import Segment
@@ -156,8 +157,8 @@ class PeakBytes(TorchDispatchMode):
         self.alive -= size
 
 
-def peak_bytes(model, segments, chunk_size):
-    heads = tiny_heads(model).requires_grad_(True).train()
+def peak_bytes(model, segments, chunk_size, **record):
+    heads = tiny_heads(model, **record).requires_grad_(True).train()
     distillation = Distillation(Backbone(model), heads, chunk_size=chunk_size)
     with PeakBytes() as seen:
         distillation(prompt(segments[-1].end), segments).loss.backward()
@@ -180,3 +181,16 @@ def test_chunks_take_less_memory_and_hardly_more_with_the_length(attention_of_no
     (short_in_chunks, long_in_chunks) = (peak_bytes(model, row, 128) for row in rows)
     assert long_in_chunks < short
     assert long_in_chunks - short_in_chunks < 0.3 * (long - short)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 128])
+def test_a_copy_takes_no_memory_of_its_length_squared(attention_of_no_memory, chunk_size):
+    """All logits of the longer copy would be 268 MB; a block of them is in memory at a time."""
+    model = tiny_model("llama", intermediate_size=512, max_position_embeddings=8192)
+    peaks = []
+    for trunk in (512, 2048):
+        copy = trunk, 2 * trunk
+        row = [Segment(0, 2 * trunk, (copy,), (copy,))]
+        peaks.append(peak_bytes(model, row, chunk_size, label="log_max_prob"))
+    blocks = 2 * 4 * targets._BLOCK_ELEMENTS_CPU  # logits and probabilities
+    assert peaks[1] - peaks[0] < blocks

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import smooth_l1_loss
 
+from locret.heads.targets import LABELS
 from locret.model.backbone import Backbone
 from locret.training.distill import Distillation
 from locret.training.segments import Segment
@@ -177,6 +178,28 @@ def test_attention_runs_on_the_backend_of_the_model(backend, monkeypatch):
     assert used == [backend] * 2
 
 
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_a_label_gets_the_norms_of_the_hidden_states_that_ask(family, chunk_size, monkeypatch):
+    norms, hidden = [], []
+
+    def spying(view):
+        norms.append(view.norms)
+        return LABELS["max_prob"](view)
+
+    monkeypatch.setitem(LABELS, "spying", spying)
+    model = tiny_model(family)
+    heads = tiny_heads(model, label="spying")
+    distill(model, heads, chunk_size=chunk_size)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: hidden.append(kwargs["hidden_states"]), with_kwargs=True
+        )
+    model(prompt(LENGTH), use_cache=False)
+    for ours, states in zip(norms, hidden, strict=True):
+        assert torch.allclose(ours, states[:, PROMPT:].norm(dim=-1), rtol=1e-4)
+
+
 def test_batch_rows_are_averaged():
     model, heads = tiny_model("llama"), None
     heads = trainable(model)
@@ -229,7 +252,7 @@ def test_prompt_or_answer_missing_is_refused(prompt_length):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "mean"}, r"loss 'mean' is unknown; expected one of \['listwise', 'smooth_l1'\]"),
+        ({"loss": "mean"}, r"loss 'mean' is unknown; expected one of \['listwise', 'smooth_l1', '"),
         ({"prompt_keys": "raw"}, "expected 'rotated' or 'unrotated'"),
     ],
 )

@@ -32,7 +32,7 @@ def train(model, heads, loss="smooth_l1", steps=2):
         given.loss.backward()
         optimizer.step()
         found.append(given)
-    assert found[1].loss < found[0].loss
+    assert found[-1].loss < found[-2].loss
     return found
 
 
@@ -149,7 +149,7 @@ def test_a_quantization_scheme(monkeypatch, budget):
 @pytest.mark.parametrize("tap", sorted(FEATURES))
 def test_all_there_are_go_together(label, loss, tap):
     model = tiny_model("qwen3")
-    given = train(model, tiny_heads(model, label=label, tap=tap), loss)
+    given = train(model, tiny_heads(model, label=label, tap=tap), loss, steps=3)
     assert all(torch.isfinite(target).all() for target in given[0].targets)
 
 

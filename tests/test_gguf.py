@@ -14,7 +14,13 @@ import locret
 from locret.cli import main
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.questions import prepare
-from locret.model.loading import file_revision, load_config, load_model, load_tokenizer
+from locret.model.loading import (
+    file_revision,
+    load_config,
+    load_model,
+    load_tokenizer,
+    weights_sha256,
+)
 from tests.evaluation.eval_data import DATA, write_data
 from tests.tiny_models import prompt, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -277,7 +283,20 @@ def test_heads_trained_on_it_record_the_hash(file, tmp_path):
     output = fit.main(tiny_run(file, rows, tmp_path, steps=1))
     record = locret.RetainingHeads.from_pretrained(output).config
     assert (record.backbone, record.backbone_revision) == (str(file), file_revision(str(file)))
+    assert record.backbone_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     assert record.model_type == "qwen2"
+    assert f"| backbone_sha256 | {record.backbone_sha256} |" in (output / "README.md").read_text()
+
+
+def test_weights_that_are_one_file_have_a_hash(file, model, tokenizer, tmp_path):
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert weights_sha256(str(file)) == weights_sha256(str(file.parent)) == digest
+    model.save_pretrained(tmp_path)
+    digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert weights_sha256(str(tmp_path)) == digest
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "model-2.safetensors")
+    assert weights_sha256(str(tmp_path)) is None
+    assert weights_sha256("owner/on-the-hub") is None
 
 
 def test_an_empty_folder_is_told_in_a_line(tmp_path):

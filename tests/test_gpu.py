@@ -36,6 +36,19 @@ def test_answers_are_those_of_the_cpu(family, positions):
     assert torch.equal(given.cpu(), expected)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("quantization", [None, "rotated", "fp8"])
+def test_models_need_not_be_on_the_current_gpu(quantization):
+    answers = {}
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        model, ids = tiny_model("llama").to(device), prompt(100).to(device)
+        engine = Engine(model, "keydiff", quantization=quantization, **SMALL)
+        for _ in range(2):
+            given = engine.generate(ids, **GREEDY).cpu()
+            assert torch.equal(given, answers.setdefault(0, given)), device
+        assert engine.last_steps.replayed
+
+
 @pytest.mark.parametrize("interval", [None, 4])
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_units_are_recalled_as_on_the_cpu(positions, interval):

@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from locret.heads.heads import SCHEMA_VERSION, Geometry, HeadsConfig, RetainingHead, RetainingHeads
+from locret.heads.heads import (
+    LOG_SCORE,
+    SCHEMA_VERSION,
+    Geometry,
+    HeadsConfig,
+    RetainingHeads,
+)
+from locret.heads.kinds import LinearHead, MLPHead
+from locret.heads.targets import LABELS
 from locret.model.backbone import Backbone
 from tests.tiny_models import FAMILIES, tiny_heads, tiny_model
 
@@ -48,7 +56,7 @@ def test_input_of_the_other_tap_is_the_layers_input():
     [("silu", torch.nn.functional.silu), ("gelu_pytorch_tanh", torch.nn.GELU("tanh"))],
 )
 def test_head_is_two_matrices_and_the_backbones_activation(activation, function):
-    head = RetainingHead(10, 6, 2, activation)
+    head = MLPHead(10, 6, 2, activation)
     assert [name for name, _ in head.named_parameters()] == ["fc1.weight", "fc2.weight"]
     qkv = torch.randn(2, 5, 10)
     scores = head(qkv)
@@ -61,9 +69,35 @@ def test_head_is_two_matrices_and_the_backbones_activation(activation, function)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_come_in_the_heads_dtype(dtype):
-    head = RetainingHead(10, 6, 2, "silu").to(dtype)
-    for given in (torch.float32, torch.bfloat16, torch.float16):
-        assert head(torch.randn(1, 3, 10).to(given)).dtype == dtype
+    for head in (MLPHead(10, 6, 2, "silu").to(dtype), LinearHead(10, 2).to(dtype)):
+        for given in (torch.float32, torch.bfloat16, torch.float16):
+            assert head(torch.randn(1, 3, 10).to(given)).dtype == dtype
+
+
+def test_linear_heads_are_one_matrix():
+    head = LinearHead(10, 2, bias=True)
+    assert [name for name, _ in head.named_parameters()] == ["fc.weight", "fc.bias"]
+    features = torch.randn(1, 5, 10)
+    expected = features[0] @ head.fc.weight.T + head.fc.bias
+    torch.testing.assert_close(head(features)[0], expected.T)
+
+
+def test_biases_are_added_to_both_matrices():
+    head = MLPHead(10, 6, 2, "silu", bias=True)
+    token = torch.randn(1, 1, 10)
+    inner = torch.nn.functional.silu(head.fc1.weight @ token[0, 0] + head.fc1.bias)
+    torch.testing.assert_close(head(token)[0, :, 0], head.fc2.weight @ inner + head.fc2.bias)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_scores_of_heads_with_biases_start_where_logarithms_are(kind, monkeypatch):
+    monkeypatch.setitem(LABELS, "log_max_prob", None)
+    width = 6 if kind == "mlp" else None
+    for bias, label in [(True, "log_max_prob"), (False, "log_max_prob"), (True, "max_prob")]:
+        given = HeadsConfig.for_geometry(GEOMETRY, width, kind=kind, bias=bias, label=label)
+        scores = RetainingHeads(given)[0](torch.randn(1, 50, 64))
+        near = LOG_SCORE if bias and label == "log_max_prob" else 0
+        assert abs(float(scores.mean()) - near) < 1
 
 
 def test_heads_are_reached_by_layer():
@@ -94,6 +128,32 @@ def test_record_goes_to_a_dict_and_back():
     assert full.to_dict()["schema_version"] == SCHEMA_VERSION
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"kind": "linear", "width": None},
+        {"bias": True},
+        {"kind": "linear", "width": None, "bias": True, "backbone_sha256": "ab12"},
+    ],
+    ids=str,
+)
+def test_later_fields_are_written_where_they_say_something(record):
+    """So that older versions read what they can, and refuse the rest by the field's name."""
+    given = dataclasses.replace(config(), **record)
+    written = given.to_dict()
+    assert HeadsConfig.from_dict(written) == given
+    assert {name for name in written if name not in config().to_dict()} == record.keys() - {"width"}
+
+
+def test_an_artifact_for_a_small_backbone_is_small():
+    """Qwen2.5-Coder-1.5B: 28 layers, 12 query and 2 KV heads of 128, so that [Q, K, V] is 2048."""
+    geometry = Geometry(28, 12, 2, 128, 1536, "silu")
+    with torch.device("meta"):
+        heads = RetainingHeads(HeadsConfig.for_geometry(geometry, 104, bias=True))
+    assert heads.config.input_width == 2048
+    assert sum(p.numel() for p in heads.parameters()) * 2 < 12 * 2**20 - 2**16  # 64 KiB: the names
+
+
 def test_record_reads_back_without_its_optional_fields():
     required = {"num_layers": 2, "num_kv_heads": 2, "input_width": 8, "width": 3}
     given = HeadsConfig.from_dict(required | {"schema_version": SCHEMA_VERSION})
@@ -111,7 +171,7 @@ def test_record_without_a_schema_version_is_refused():
     ("record", "says"),
     [
         ({"tap": "qkv_before_rope"}, r"tap 'qkv_before_rope' is unknown.*\['hidden', 'qkv'\]"),
-        ({"label": "mean"}, r"label 'mean' is unknown.*\['max_logit', 'max_prob', 'value_wei"),
+        ({"label": "mean"}, r"label 'mean' is unknown.*'max_logit', 'max_prob', 'value_wei"),
         ({"activation": "sigh"}, "activation 'sigh' is unknown; expected one of .*'silu'"),
         ({"positions": "packed"}, r"positions 'packed' is unknown.*\['compact', 'original'\]"),
         ({"longrope": "short"}, r"longrope 'short' is unknown.*\['by_length', 'long'\]"),
@@ -119,6 +179,16 @@ def test_record_without_a_schema_version_is_refused():
         ({"query_tokens": True}, "query_tokens is True, expected"),
         ({"query_tokens": 1.5}, "query_tokens is 1.5, expected"),
         ({"width": 0}, "width is 0, expected at least 1"),
+        ({"width": None}, "width is None and sinks None with kind 'mlp'; expected a width"),
+        ({"kind": "linear"}, "width is 6 and sinks None with kind 'linear'; expected a"),
+        ({"kind": "deep"}, r"kind 'deep' is unknown.*\['gate', 'linear', 'mlp'\]"),
+        ({"kind": "gate"}, "width is 6 and sinks None with kind 'gate'; .*sinks for gates alone"),
+        (
+            {"kind": "gate", "sinks": 2, "num_query_heads": 5},
+            "num_query_heads is 5; a gate needs a multiple of 2",
+        ),
+        ({"origin": "mine"}, "origin 'mine' is unknown"),
+        ({"bias": 1}, "bias is 1, expected"),
         ({"trained_tokens": 0}, "trained_tokens is 0, expected at least 1"),
         ({"label": None}, "label is None, expected"),
         ({"tap": ["qkv"]}, r"tap is \['qkv'\], expected"),

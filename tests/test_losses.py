@@ -122,5 +122,7 @@ def test_listwise_has_its_least_at_the_targets_themselves():
 
 
 def test_losses_by_name():
-    expected = {"smooth_l1": losses.regression, "listwise": losses.listwise}
-    assert expected == losses.LOSSES
+    plain = {"smooth_l1": losses.regression, "listwise": losses.listwise}
+    assert plain | {"smooth_l1_boundary": losses.BoundaryLoss} == losses.LOSSES
+    assert losses.make_loss("listwise") is losses.listwise
+    assert losses.make_loss("smooth_l1_boundary", 0.7).weight == 0.7

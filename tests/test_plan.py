@@ -13,6 +13,7 @@ from benchmarks.shapes import SHAPES
 from locret.cache.sizing import Sizing
 from locret.cli import main
 from locret.engine.plan import PLANNED, as_text, make_plan
+from locret.heads.quotas import quotas_of
 from locret.model.backbone import Backbone
 from locret.quantities import format_bytes, parse_bytes, parse_tokens
 from tests.tiny_models import prompt, tiny_config, tiny_heads, tiny_model
@@ -206,3 +207,18 @@ def test_windows_of_sliding_layers_are_counted(family):
     assert planned.sliding_bytes == sum(layer.nbytes for layer in sliding)
     text = as_text(planned, "tiny")
     assert f"{len(cache.layers)} layers" in text and f"of {len(sliding)} sliding layers" in text
+
+
+def test_unequal_heads_keep_as_much_together_and_the_layer_at_work_may_need_more():
+    given = {"memory": 24 * GIB, "context": CONTEXT}
+    equal = make_plan(shape("llama-3.1-8b"), **given)
+    heads = [[0.25, 1.75] * 4] * 32
+    alike = make_plan(shape("llama-3.1-8b"), **given, quotas=quotas_of(heads))
+    assert alike.schemes == equal.schemes  # layers are
+    assert equal.spread is None and "from 0.25 to 1.75" in as_text(alike, "")
+    layers = [[0.5] * 8] * 16 + [[1.5] * 8] * 16
+    plan = make_plan(shape("llama-3.1-8b"), **given, quotas=quotas_of(layers))
+    plain = plan.schemes[0]
+    assert plain.budget < equal.schemes[0].budget and plain.units == 256 * plain.budget
+    with pytest.raises(ValueError, match="quotas are for 1 layers"):
+        make_plan(shape("llama-3.1-8b"), **given, quotas=quotas_of([[1.0] * 8]))

@@ -47,3 +47,9 @@ def test_segments_that_do_not_fill_the_row_are_refused(row):
 def test_answers_that_cannot_be_are_refused(answers):
     with pytest.raises(ValueError, match=r"segment 0 \.\. 40 has the answers"):
         check_segments([Segment(0, 40, answers)], 40)
+
+
+def test_what_predicts_an_answer_stands_before_it_in_its_own_branch():
+    assert Segment(2, 9, ((4, 6), (8, 9))).before_answers == [3, 4, 7]
+    # The second branch begins with its answer: the trunk's last token predicts it.
+    assert Segment(2, 10, ((5, 7), (7, 10)), ((4, 7), (7, 10))).before_answers == [4, 5, 3, 7, 8]

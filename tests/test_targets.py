@@ -1,6 +1,7 @@
 """Importance labels, against one answer token and one query head at a time."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locret.heads import targets
-from locret.heads.targets import LABELS, AnswerView, max_logit, max_prob, value_weighted
+from locret.heads.targets import (
+    LABELS,
+    AnswerView,
+    log_max_prob,
+    log_value_share,
+    log_value_weighted,
+    max_logit,
+    max_prob,
+    value_weighted,
+)
 
 HIDDEN = 11
 
@@ -26,20 +36,28 @@ def naive(view, name):
                 head = h * group + g
                 for a in range(answer):
                     logits = [
-                        view.scaling * float(view.query[b, head, a].float() @ key.float())
+                        capped(view, float(view.query[b, head, a].float() @ key.float()))
                         for key in view.key[b, h, : prompt + a + 1]
                     ]
                     total = sum(math.exp(logit) for logit in logits)
+                    total += math.exp(view.sinks[head]) if view.sinks is not None else 0
                     for unit in range(prompt):
                         worth = logits[unit]
                         if name != "max_logit":
                             worth = math.exp(worth) / total
-                        if name == "value_weighted":
+                        if "value" in name:
                             rows = view.output_weight[:, head * size : (head + 1) * size].float()
                             worth *= float((rows @ view.value[b, h, unit].float()).norm())
+                        if name == "log_value_share":
+                            worth /= float(view.norms[b, a])
                         best[unit] = max(best[unit], worth)
             labels[b, h] = torch.tensor(best)
-    return labels
+    return (labels + 1e-5).log() if name.startswith("log") else labels
+
+
+def capped(view, product):
+    logit = view.scaling * product
+    return logit if view.softcap is None else math.tanh(logit / view.softcap) * view.softcap
 
 
 def random_view(batch, heads, group, answer, prompt, size=4, seed=0, scaling=0.5, dtype=None):
@@ -54,7 +72,8 @@ def random_view(batch, heads, group, answer, prompt, size=4, seed=0, scaling=0.5
     query, key, value, weight = (
         torch.randn(shape, generator=generator).to(dtype or torch.float32) for shape in shapes
     )
-    return AnswerView(query, key, value, scaling, weight)
+    norms = torch.rand(batch, answer, generator=generator) + 0.1
+    return AnswerView(query, key, value, scaling, weight, norms=norms)
 
 
 @pytest.mark.parametrize("name", sorted(LABELS))
@@ -86,7 +105,7 @@ def test_long_answers_are_taken_in_blocks(monkeypatch, answer, group, name):
     whole = LABELS[name](view)
     elements_a_row = 2 * group * (6 + answer)
     for rows in (1, 2, 3):
-        monkeypatch.setattr(targets, "_BLOCK_ELEMENTS", rows * elements_a_row)
+        monkeypatch.setattr(targets, "_BLOCK_ELEMENTS_CPU", rows * elements_a_row)
         blocks = list(view.blocks())
         assert max(block.stop - block.start for block in blocks) == min(rows, answer)
         assert [row for b in blocks for row in range(b.start, b.stop)] == list(range(answer))
@@ -97,7 +116,7 @@ def test_long_answers_are_taken_in_blocks(monkeypatch, answer, group, name):
 def test_a_block_has_a_row_even_if_nothing_fits(monkeypatch):
     view = random_view(2, 2, 2, 3, 6)
     whole = max_prob(view)
-    monkeypatch.setattr(targets, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(targets, "_BLOCK_ELEMENTS_CPU", 1)
     assert len(list(view.blocks())) == 3
     assert torch.allclose(max_prob(view), whole, atol=1e-6)
 
@@ -114,6 +133,23 @@ def test_labels_of_half_precision_are_float32(dtype, default_dtype, name):
         torch.set_default_dtype(torch.float32)
     assert labels.dtype == torch.float32
     assert torch.allclose(labels, naive(view, name), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", sorted(LABELS))
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_softcaps_and_sinks_are_part_of_the_probabilities(softcap, with_sinks, name):
+    view = random_view(2, 2, 2, 4, 5, scaling=2.0)
+    sinks = torch.tensor([3.0, -1.0, 0.5, 2.0]) if with_sinks else None
+    view = replace(view, softcap=softcap, sinks=sinks)
+    assert torch.allclose(LABELS[name](view), naive(view, name), rtol=1e-4, atol=1e-5)
+
+
+def test_a_logarithm_has_a_floor():
+    view = random_view(1, 1, 1, 1, 3, scaling=400.0)
+    labels = log_max_prob(view)
+    assert labels.min() == pytest.approx(math.log(1e-5), abs=1e-4)
+    assert labels.max() <= 1e-4
 
 
 def test_negative_logits_stay_negative():
@@ -147,12 +183,14 @@ def test_a_value_that_says_nothing_is_worth_nothing():
     assert (labels[..., [0, 1, 3, 4]] > 0).all()
 
 
-def test_value_weighted_needs_the_output_projection():
-    view = random_view(1, 2, 2, 3, 5)
-    with pytest.raises(ValueError, match="'value_weighted' needs the attention layers' output"):
-        value_weighted(AnswerView(view.query, view.key, view.value, 0.5))
+@pytest.mark.parametrize("name", [name for name in LABELS if "value" in name])
+def test_labels_of_values_need_the_output_projection(name):
+    view = replace(random_view(1, 2, 2, 3, 5), output_weight=None)
+    with pytest.raises(ValueError, match=f"'{name}' needs the attention layers' output"):
+        LABELS[name](view)
 
 
 def test_definitions_by_name():
-    functions = (max_logit, max_prob, value_weighted)
+    probabilities = (max_prob, value_weighted)
+    functions = (max_logit, *probabilities, log_max_prob, log_value_weighted, log_value_share)
     assert {function.__name__: function for function in functions} == LABELS

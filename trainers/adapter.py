@@ -121,11 +121,12 @@ class AdapterModule(LightningModule):
         ids, segments = batch["input_ids"], batch["segments"]
         answers = [span for segment in segments for span in segment.answers]
         at = torch.cat([torch.arange(start, end) for start, end in answers]).to(ids.device)
+        before = torch.tensor([i for segment in segments for i in segment.before_answers])
         backbone = self.backbone
         with backbone.attached(PackedAttention(segments, backbone.backend)):
             hidden = backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state
         # Only the answers' rows meet the vocabulary.
-        logits = backbone.model.get_output_embeddings()(hidden[0, at - 1]).float()
+        logits = backbone.model.get_output_embeddings()(hidden[0, before.to(ids.device)]).float()
         loss = cross_entropy(logits, ids[0, at])
         return loss, (logits.argmax(-1) == ids[0, at]).float().mean()
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from abc import abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,9 +27,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import distributed
 
 from locret.commands.shared import Progress
-from locret.heads.files import write_card, written_aside
+from locret.heads.files import save_record, write_card, written_aside
+from locret.heads.heads import RetainingHeads
 from locret.system.interrupts import Repeats, Stopped, handlers, stop_behind
 from trainers.figures import draw
+from trainers.quotas import measured_quotas
 
 TRAINING_CONFIG = "training.yaml"
 TRAINING_PLOT = "training.png"
@@ -92,14 +95,14 @@ class Export(SaveConfigCallback):
             else:
                 layers = getattr(pl_module, "layer_overlap", None)
                 draw(aside / TRAINING_PLOT, self.history, () if layers is None else layers.tolist())
-        self.finish(self.folder)
+        self.finish(trainer, pl_module, self.folder)
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
         """What is left to do when everything lies in the folder."""
 
 
 class ExportHeads(Export):
-    """Writes the heads artifact."""
+    """Writes the heads artifact, and into its record the quotas measured with these heads."""
 
     plotted = ("train/loss", "train/top10_overlap")
 
@@ -111,8 +114,13 @@ class ExportHeads(Export):
     def export(self, trainer: Trainer, pl_module: Any, folder: Path) -> None:
         pl_module.trained_heads().save_pretrained(folder)
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, trainer: Trainer, pl_module: Any, folder: Path) -> None:
         write_card(folder)  # once more, now that it can tell of the training
+        # Last: the heads are safe by now, should this be stopped or run out of memory.
+        heads = RetainingHeads.from_pretrained(folder)
+        quotas = measured_quotas(trainer, pl_module, heads)
+        if quotas is not None:
+            save_record(folder, replace(heads.config, quotas=quotas).to_dict())
 
 
 class ExportAdapter(Export):

@@ -17,9 +17,16 @@ from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmu
 
 from locret.cache.cache import Positions
 from locret.engine.config import EngineConfig
-from locret.heads.heads import HeadsConfig, RetainingHeads
+from locret.heads.heads import HeadKind, HeadsConfig, RetainingHeads
+from locret.heads.targets import make_loss
 from locret.model.backbone import Backbone
-from locret.model.loading import Dtype, Quantization, load_model, load_tokenizer
+from locret.model.loading import (
+    Dtype,
+    Quantization,
+    load_model,
+    load_tokenizer,
+    weights_sha256,
+)
 from locret.model.rotary import LongRopeRule
 from locret.training.distill import Distillation
 from locret.training.row_loss import Distilled, Share
@@ -47,10 +54,14 @@ class HeadsModule(LightningModule):
         model: the backbone: a Hub id, a folder, or `embedded:smollm2`.
         adapter: a PEFT adapter of the backbone, merged into its weights unless they are quantized.
         quantization: of the backbone's weights: "int8", "nf4" (`locret.model.loading`).
-        width: hidden width of a head (the paper's d_R).
+        width: hidden width of a head (the paper's d_R); linear heads have none.
+        kind: what a head computes: "mlp", the paper's, or "linear", one matrix.
+        bias: give its matrices biases. Heads that learn a logarithm need them: their scores then
+            start at the labels' mean (`locret.heads.heads.LOG_SCORE`), not at 0.
         tap: what a head reads (`locret.heads.heads.FEATURES`).
         label: label definition (`locret.heads.targets.LABELS`).
         loss: main loss (`locret.heads.targets.LOSSES`).
+        boundary_weight: of the boundary term of the loss "smooth_l1_boundary".
         alpha: weight of the smoothness loss.
         query_tokens: Locret-Q: repeat so many of the question's tokens in front of the prompt.
         lr: peak learning rate of AdamW.
@@ -66,9 +77,11 @@ class HeadsModule(LightningModule):
         attn_implementation: of the backbone: "sdpa" or "eager".
         revision: of the backbone on the Hub.
         budget, chunk_size, stabilizers, local_tokens: engine settings that the artifact recommends.
+        quota_contexts: contexts of the training data by which head quotas are measured when
+            training ends (`trainers.quotas`); 0 for none. Only where the label is a logarithm.
 
     Raises:
-        ValueError: engine settings that no engine would take.
+        ValueError: engine settings that no engine would take, or contexts below 0.
     """
 
     def __init__(
@@ -77,9 +90,12 @@ class HeadsModule(LightningModule):
         adapter: str | None = None,
         quantization: Quantization | None = None,
         width: int = 1024,
+        kind: HeadKind = "mlp",
+        bias: bool = False,
         tap: str = "qkv",
         label: str = "max_logit",
         loss: str = "smooth_l1",
+        boundary_weight: float = 0.2,
         alpha: float = 0.0025,
         query_tokens: int = 0,
         lr: float = 5e-4,
@@ -97,10 +113,13 @@ class HeadsModule(LightningModule):
         chunk_size: int = 3072,
         stabilizers: int = 2500,
         local_tokens: int = 100,
+        quota_contexts: int = 60,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self._check_engine_settings()
+        if quota_contexts < 0:
+            raise ValueError(f"quota_contexts is {quota_contexts}; expected 0 (none) or more")
         self.heads: RetainingHeads | None = None
         self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at
         self.layer_overlap: Tensor | None = None  # of each layer, when last looked at
@@ -111,8 +130,12 @@ class HeadsModule(LightningModule):
             compute_groups=False,  # else those that agree on the first batch are taken for one
         )
         self.register_buffer("longest_prompt", torch.zeros((), dtype=torch.long))
-        # DDP would write the first process's value over the others'; the largest counts.
-        self._ddp_params_and_buffers_to_ignore = ["longest_prompt"]
+        # One with a state is ours, so that checkpoints hold it.
+        self.loss = make_loss(loss, boundary_weight)
+        # DDP would write the first process's values over the others'; the largest prompt counts,
+        # and thresholds are each process's own.
+        ours = ["longest_prompt", "loss.thresholds", "loss.rows"]
+        self._ddp_params_and_buffers_to_ignore = ours
         self._distillation: Distillation | None = None
         self._averages_gradients = False
         # Past nn.Module's bookkeeping, so that the backbone is no submodule.
@@ -158,12 +181,16 @@ class HeadsModule(LightningModule):
         )
         model = loaded.model.requires_grad_(False)
         object.__setattr__(self, "backbone_model", model)
-        names = ("adapter", "tap", "label", "query_tokens", "positions", "longrope")
+        names = (
+            *("adapter", "bias", "kind", "label"),
+            *("longrope", "positions", "query_tokens", "tap"),
+        )
         config = HeadsConfig.for_geometry(
             Backbone(model).geometry,
-            given["width"],
+            None if given["kind"] == "linear" else given["width"],
             backbone=loaded.name,
             backbone_revision=loaded.revision,
+            backbone_sha256=weights_sha256(given["model"]),
             model_type=model.config.model_type,
             defaults={name: given[name] for name in ENGINE_SETTINGS},
             **{name: given[name] for name in names},
@@ -228,6 +255,11 @@ class HeadsModule(LightningModule):
         tensors = {name: t.to("cpu", dtype) for name, t in self.heads.state_dict().items()}
         return RetainingHeads.from_tensors(config, tensors)
 
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen backbone, where this process trains."""
+        return self._distill().backbone
+
     def _step(self, batch: dict[str, Any], share: Share | None = None) -> Distilled:
         ids, segments = batch["input_ids"], batch["segments"]
         if self.training:
@@ -248,7 +280,7 @@ class HeadsModule(LightningModule):
                 backbone,
                 self.heads,
                 alpha=self.hparams["alpha"],
-                loss=self.hparams["loss"],
+                loss=self.loss,
                 keep_scores=True,
                 chunk_size=self.hparams["train_chunk_size"],
             )

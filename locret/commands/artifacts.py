@@ -55,7 +55,9 @@ def _convert(given: argparse.Namespace) -> None:
     heads = RetainingHeads.from_pretrained(given.source)
     save = heads.save_released if given.target.suffix == ".bin" else heads.save_pretrained
     written = save(given.target)
-    print(f"wrote {written}: {heads.config.num_layers} layers, width {heads.config.width}")
+    config = heads.config
+    shape = f"width {config.width}" if config.width else config.kind
+    print(f"wrote {written}: {config.num_layers} layers, {shape}")
 
 
 def _inspect(given: argparse.Namespace) -> None:
@@ -74,10 +76,16 @@ def _inspect(given: argparse.Namespace) -> None:
     }
     for name, value in rows.items():
         print(f"{name:<18} {_words(value)}")
-    print("\nlayer   norm fc1   norm fc2")
+    names = [name for name in found["layers"][0] if name != "layer"]
+    print("\nlayer" + "".join(f"{f'norm {name}':>{_width(name)}}" for name in names))
     for layer in found["layers"]:
-        print(f"{layer['layer']:>5} {layer['fc1']:>10.4g} {layer['fc2']:>10.4g}", end="")
-        print(f"   {_remark(layer, found['layers'])}".rstrip())
+        norms = "".join(f"{layer[name]:>{_width(name)}.4g}" for name in names)
+        print(f"{layer['layer']:>5}{norms}   {_remark(layer, found['layers'])}".rstrip())
+
+
+def _width(name: str) -> int:
+    """Characters of a tensor's norms in the table."""
+    return max(11, len(f"  norm {name}"))
 
 
 def _words(value: Any) -> str:
@@ -91,7 +99,7 @@ def _words(value: Any) -> str:
 def _remark(layer: dict[str, Any], layers: list[dict[str, Any]]) -> str:
     """What is odd about the norms of a layer beside those of the others."""
     odd = []
-    for name in ("fc1", "fc2"):
+    for name in (name for name in layer if name != "layer"):
         usual = statistics.median(other[name] for other in layers)
         if layer[name] == 0:
             odd.append(f"{name} is zero")

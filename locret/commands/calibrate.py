@@ -161,7 +161,7 @@ def _checked(given: argparse.Namespace, heads: RetainingHeads | None) -> str:
             f"quotas of policy {policy!r} need a file to go into: give --out FILE.json (a heads' "
             f"folder takes those of policy {LocretPolicy.name!r})"
         )
-    if given.out is None and not (Path(given.heads) / artifact.RECORD).is_file():
+    if given.out is None and not (Path(given.heads) / artifact.WEIGHTS).is_file():
         raise ValueError(
             f"heads {given.heads!r} are not in an artifact folder here, which quotas could go "
             f"into; give --out FILE.json, or python -m locret convert {given.heads} FOLDER"

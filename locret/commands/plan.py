@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from locret.commands.shared import DTYPES, MODEL, argument, whole
+from locret.heads.quotas import quotas_of
 from locret.model.loading import load_config
 from locret.quantities import parse_bytes, parse_tokens
 
@@ -23,6 +24,9 @@ def add_to(commands: Any) -> None:
     command.add_argument("--chunk-size", type=whole(1), help="tokens read at a time")
     command.add_argument("--new-tokens", type=whole(0), help="answer tokens to leave room for")
     command.add_argument("--head-width", type=whole(0), help="of the retaining heads; 0 = none")
+    command.add_argument(
+        "--quotas", type=argument(quotas_of), help="of unequal heads: a .json or .npy file"
+    )
     command.add_argument("--dtype", choices=DTYPES)
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
     command.set_defaults(run=_plan)
@@ -33,7 +37,7 @@ def _plan(given: argparse.Namespace) -> None:
 
     from locret.engine import plan
 
-    asked = {"memory": given.memory, "context": given.context}
+    asked = {"memory": given.memory, "context": given.context, "quotas": given.quotas}
     for name in ("chunk_size", "new_tokens", "head_width"):
         if getattr(given, name) is not None:
             asked[name] = getattr(given, name)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from locret.cache.sizing import Sizing
 from locret.engine.config import PAPER, EngineConfig
 from locret.heads.heads import Geometry
+from locret.heads.quotas import Quotas, in_words
 from locret.model.backbone import Backbone
 from locret.quantities import MOST, format_bytes
 from locret.quantization import NO_SCHEME, SCHEMES, Scheme
@@ -49,6 +50,7 @@ class SchemePlan:
         context_bytes: the cache if nothing of the context is evicted, bookkeeping included.
         budget: units a KV head can keep on average, at most the context; 0 = nothing fits.
         compression: tokens of the context for every unit of the budget; None if nothing fits.
+        units: what all KV heads keep together.
     """
 
     name: str
@@ -57,6 +59,7 @@ class SchemePlan:
     context_bytes: int
     budget: int
     compression: float | None
+    units: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Plan:
         chunk_bytes: what reading one chunk needs beside the cache.
         reserve_bytes: see `RESERVE`.
         schemes: one for each of `PLANNED`.
+        spread: how unequal heads are at the largest budget that is short of the context, in words;
+            None = equal quotas.
     """
 
     memory: int
@@ -91,6 +96,7 @@ class Plan:
     reserve_bytes: int
     left_bytes: int
     schemes: tuple[SchemePlan, ...]
+    spread: str | None = None
 
 
 def make_plan(
@@ -102,6 +108,7 @@ def make_plan(
     chunk_size: int | None = PAPER["chunk_size"],
     new_tokens: int = DEFAULT_NEW_TOKENS,
     head_width: int = HEAD_WIDTH,
+    quotas: Quotas | None = None,
 ) -> Plan:
     """Say what fits.
 
@@ -113,9 +120,12 @@ def make_plan(
         chunk_size: tokens read at a time; None = all at once.
         new_tokens: answer tokens to leave room for, beside the paper's local tokens.
         head_width: hidden width of the retaining heads, with tap `qkv`; 0 = no heads.
+        quotas: of the heads. What they keep together does not depend on them; what the layer at
+            work takes beside the cache does.
 
     Raises:
-        ValueError: the architecture is not supported, or a number is out of range.
+        ValueError: the architecture is not supported, a number is out of range, or quotas are of
+            another shape.
     """
     for name, value, least in (
         ("memory", memory, 1),
@@ -131,6 +141,8 @@ def make_plan(
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     backbone = Backbone(model)
     geometry = backbone.geometry
+    if quotas is not None:
+        quotas.check_shape(geometry.num_layers, geometry.num_kv_heads)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     heads = _heads_parameters(geometry, head_width) * dtype.itemsize
     chunk = _chunk_bytes(geometry, config, min(chunk_size, context), dtype, head_width)
@@ -139,6 +151,10 @@ def make_plan(
     sizing = Sizing.of(NO_SCHEME, geometry, dtype.itemsize, windows=backbone.windows)
     sliding = sizing.window_bytes(context + after)
     left = memory - weights - heads - sliding - chunk - reserve
+    slot = round(_working_slot(geometry, dtype) * _largest_layer(quotas))
+    schemes = tuple(
+        _scheme(scheme, geometry, dtype, left, context, after, slot) for scheme in PLANNED
+    )
     return Plan(
         memory=memory,
         context=context,
@@ -155,16 +171,23 @@ def make_plan(
         chunk_bytes=chunk,
         reserve_bytes=reserve,
         left_bytes=left,
-        schemes=tuple(_scheme(scheme, geometry, dtype, left, context, after) for scheme in PLANNED),
+        schemes=schemes,
+        spread=_spread(quotas, schemes),
     )
 
 
 def _scheme(
-    scheme: Scheme, geometry: Geometry, dtype: torch.dtype, left: int, context: int, after: int
+    scheme: Scheme,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    left: int,
+    context: int,
+    after: int,
+    slot_bytes: int,
 ) -> SchemePlan:
     sizing = Sizing.of(scheme, geometry, dtype.itemsize)
     # A slot costs its units in all layers, and its share of the one layer that is at work.
-    units = sizing.units_within(left, context + after, slot_bytes=_working_slot(geometry, dtype))
+    units = sizing.units_within(left, context + after, slot_bytes=slot_bytes)
     budget = max(0, min(context, units - after))
     heads = geometry.num_layers * geometry.num_kv_heads
     return SchemePlan(
@@ -174,7 +197,21 @@ def _scheme(
         context_bytes=sizing.cache_bytes([context] * geometry.num_layers),
         budget=budget,
         compression=context / budget if budget else None,
+        units=heads * budget,
     )
+
+
+def _largest_layer(quotas: Quotas | None) -> float:
+    """What the layer that keeps most holds, next to the mean layer, at any compression."""
+    tables = () if quotas is None else quotas.tables
+    return max((sum(layer) / len(layer) for _, table in tables for layer in table), default=1.0)
+
+
+def _spread(quotas: Quotas | None, schemes: tuple[SchemePlan, ...]) -> str | None:
+    compressions = [s.compression for s in schemes if s.compression and s.compression > 1]
+    if quotas is None or not compressions:
+        return None
+    return in_words(quotas.at(min(compressions)))
 
 
 def _layer_elements(geometry: Geometry) -> int:
@@ -233,6 +270,7 @@ def as_text(plan: Plan, name: str) -> str:
         lines.append(f"{part:<10}{format_bytes(size):>12}  {note}".rstrip())
     lines.append(
         f"\n{'cache':<14}{'bytes/token':>12}{'whole context':>15}{'budget':>10}{'ratio':>8}"
+        f"{'all units':>14}"
     )
     lines += [_scheme_line(scheme, plan) for scheme in plan.schemes]
     lines += [f"\n{note}" for note in _notes(plan)]
@@ -246,6 +284,7 @@ def _scheme_line(scheme: SchemePlan, plan: Plan) -> str:
         f"{format_bytes(scheme.context_bytes):>15}"
         f"{'all' if whole else f'{scheme.budget:,}' if scheme.budget else '-':>10}"
         f"{f'{scheme.compression:.1f}x' if scheme.compression else '-':>8}"
+        f"{f'{scheme.units:,}' if scheme.units else '-':>14}"
     )
 
 
@@ -254,6 +293,10 @@ def _notes(plan: Plan) -> list[str]:
     best = max(scheme.budget for scheme in plan.schemes)
     if not best:
         notes.append("Nothing fits: more memory, a smaller model or a smaller chunk is needed.")
+    if plan.spread:
+        notes.append(
+            f"A budget is what heads keep on average; one keeps {plan.spread} of all units."
+        )
     if min(best + plan.chunk_size, plan.context) > plan.window:
         notes.append(
             f"The model's window is {plan.window:,} positions: budget and chunk together must stay "

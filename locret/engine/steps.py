@@ -322,7 +322,14 @@ class GraphedSteps:
     def _record(self, run: Callable[..., Any], ids: Tensor) -> None:
         self._ids = ids.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), self._backbone.fixed_frequencies():
+        # The model need not be on the current device, on which torch would record, nor on that of
+        # the stream that torch keeps for all recordings.
+        stream = torch.cuda.Stream(ids.device)
+        with (
+            torch.cuda.device(ids.device),
+            torch.cuda.graph(graph, stream=stream),
+            self._backbone.fixed_frequencies(),
+        ):
             self._outputs = self._step(run, self._ids)
         self._graph = graph
 

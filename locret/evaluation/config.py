@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
-from locret.evaluation.setups import Setup, expand
+from locret.evaluation.setups import FULL, Setup, expand
 from locret.model.loading import Dtype
 from locret.quantities import check_whole, parse_tokens
 from locret.system import files
@@ -34,7 +34,10 @@ class EvalConfig:
         setups: ways to bound the cache (`locret.evaluation.setups`).
         output: folder for predictions and results.
         dtype, device, attention: of the model; attention is transformers' `attn_implementation`.
+        model_config: values in place of the model's own, such as `max_position_embeddings` and
+            `rope_parameters` for a longer window; of values by name, those that are given.
         full: ask under the full cache too, whether or not it is among the setups.
+        only: names of the setups to ask, and no others but the full cache; empty = all.
         chat_template: put prompts into the tokenizer's chat template.
         answer_prefix: give the first words of answers, for tasks that have some.
         data_dir, data: where the tasks' data lies (`locret.tasks.TaskSettings`).
@@ -60,7 +63,9 @@ class EvalConfig:
     dtype: str = "auto"
     device: str | None = None
     attention: str | None = None
+    model_config: Mapping[str, Any] = field(default_factory=dict)
     full: bool = True
+    only: tuple[str, ...] | str = ()
     chat_template: bool = True
     answer_prefix: bool = True
     data_dir: str | None = None
@@ -82,8 +87,9 @@ class EvalConfig:
         Raises:
             ValueError: a list is empty, or a number is too small.
         """
-        tasks, lengths = _listed(self.tasks, str), _listed(self.lengths, (int, str))
-        object.__setattr__(self, "tasks", tuple(n for t in tasks for n in t.split(",") if n))
+        lengths = _listed(self.lengths, (int, str))
+        object.__setattr__(self, "tasks", _names(self.tasks))
+        object.__setattr__(self, "only", _names(self.only))
         texts = [part for given in lengths for part in str(given).split(",")]
         object.__setattr__(self, "lengths", tuple(map(parse_tokens, texts)))
         object.__setattr__(self, "setups", _listed(self.setups, Mapping))
@@ -118,8 +124,20 @@ class EvalConfig:
         }
 
     def all_setups(self) -> list[Setup]:
-        """The setups, the full cache first (errors: `locret.evaluation.setups.expand`)."""
-        return expand(_listed(self.setups, Mapping), self.full)
+        """The setups, the full cache first (errors: `locret.evaluation.setups.expand`).
+
+        Raises:
+            ValueError: `only` names one that is not among them.
+        """
+        setups = expand(_listed(self.setups, Mapping), self.full)
+        names = list(dict.fromkeys(setup.name or setup.policy for setup in setups))
+        unknown = [name for name in self.only if name not in names]
+        if unknown:
+            raise ValueError(
+                f"only names {', '.join(unknown)}; the setups are called {', '.join(names)}"
+            )
+        wanted = {*self.only, FULL} if self.only else set(names)
+        return [setup for setup in setups if (setup.name or setup.policy) in wanted]
 
     def make_tasks(self) -> list[Task]:
         """The tasks, one for each length where they are made to a length.
@@ -146,6 +164,11 @@ class EvalConfig:
             seed=self.seed,
             cache_dir=Path(self.cache_dir).expanduser(),
         )
+
+
+def _names(given: tuple[str, ...] | str) -> tuple[str, ...]:
+    """Names in a list or behind commas, or both."""
+    return tuple(n for text in _listed(given, str) for n in text.split(",") if n)
 
 
 def _listed(value: Any, kind: Any) -> tuple[Any, ...]:

@@ -134,7 +134,7 @@ def _engine_of(batch: list[Question]) -> tuple[str, str]:
 
 def _load(prepared: Prepared, ranks: Ranks) -> Asker:
     config = prepared.config
-    chosen: dict[str, Any] = {}
+    chosen = dict(prepared.sources.get("model_config", {}))
     if config.attention is not None:
         chosen["attn_implementation"] = config.attention
     loaded = load_model(

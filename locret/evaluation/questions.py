@@ -8,7 +8,7 @@ processes of a run, and a run that goes on, agree on who asks what.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,20 @@ from locret.system.files import file_hash
 from locret.tasks import Sample, Task
 
 NOT_OF_ANSWERS = frozenset(
-    {"setups", "full", "tasks", "output", "batch_size", "limit", "lengths", "depths", "max_length"}
+    {
+        "setups",
+        "only",
+        "full",
+        "tasks",
+        "output",
+        "batch_size",
+        "limit",
+        "lengths",
+        "depths",
+        "max_length",
+    }
     | {"smoke", "cache_dir", "device", "adapter", "heads", "data_dir", "data", "engine"}
+    | {"model_config"}
 )
 """Values of a configuration that are not recorded as they are: no answer depends on them, or the
 prompt's tokens show them, or `settings_of` records their content."""
@@ -263,9 +275,12 @@ def prepare(config: EvalConfig) -> Prepared:
     check_adapter(config.adapter, model)
     heads = _load_heads(config, setups)
     renderer = Renderer(load_tokenizer(config.model), config.chat_template, config.answer_prefix)
-    data = {task.label: _hashes(task) for task in tasks}
+    data = {task.label: task.origins() for task in tasks}
     sources = _sources(config, heads, renderer)
-    window = getattr(model, "max_position_embeddings", None)
+    changes = changes_of(config.model_config, model)
+    sources |= {"model_config": changes} if changes else {}
+    own = getattr(model, "max_position_embeddings", None)
+    window = changes.get("max_position_embeddings", own)
     prompts = []
     for task in tasks:
         samples = task.samples(config.limit, renderer)
@@ -285,6 +300,26 @@ def prepare(config: EvalConfig) -> Prepared:
     quotas = filter(None, (_quotas_file(config, setup) for setup in setups))
     sources["quotas"] = {path: file_hash(Path(path)) for path in sorted(set(quotas))}
     return Prepared(config, heads, sources, renderer, asked)
+
+
+def changes_of(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Values for a model's config, those given by name put into its own.
+
+    Args:
+        model: its config.
+
+    Raises:
+        ValueError: it has no value of that name.
+    """
+    unknown = [name for name in given if not hasattr(model, name)]
+    if unknown:
+        raise ValueError(
+            f"model_config has {', '.join(unknown)}, which a config of {model.model_type} does not"
+        )
+    return {
+        name: {**(getattr(model, name) or {}), **value} if isinstance(value, Mapping) else value
+        for name, value in given.items()
+    }
 
 
 def check_adapter(name: str | None, model: Any = None) -> None:
@@ -319,11 +354,6 @@ def _load_heads(config: EvalConfig, setups: Sequence[Setup]) -> dict[str, Retain
                 f"setup {setup.label}: its heads are query-aware; give it protocol: query_aware"
             )
     return heads
-
-
-def _hashes(task: Task) -> dict[str, str]:
-    """The task's data files, by content."""
-    return {path.name: file_hash(path) for path in task.files()}
 
 
 def _recorded(heads: RetainingHeads) -> dict[str, Any]:

@@ -32,8 +32,10 @@ from locret.evaluation.tables import (
     budget_text,
     cells_of,
     full_of,
+    has_shares,
     mean_of,
     notes,
+    others_of,
     tasks_of,
     units_text,
     with_interval,
@@ -53,8 +55,12 @@ def evaluation_blocks(result: Result) -> Iterator[Block]:
     if full_of(result) is None:
         said.append("The full cache was not run, so that there is nothing to compare with.")
     yield Paragraph(" ".join(said))
-    if len(tasks_of(result)) > 1:
+    tasks = tasks_of(result)
+    if len(tasks) > 1 or others_of(result, tasks[0]):
         yield _tasks_table(result)
+        if has_shares(result):
+            yield Paragraph("Shares of what the full cache finds on the same samples, in per cent.")
+            yield _tasks_table(result, "share", "share_interval")
 
 
 def _origin(manifest: Mapping[str, Any]) -> str:
@@ -79,7 +85,11 @@ def _setups_table(result: Result) -> Table:
     lines = [_line(setup) for setup in _ordered(result)]
     if full_of(result) is None:
         lines.insert(0, [FULL, in_words(None), "all", "any", "not in this run", *["-"] * 4])
-    return Table(HEADER, lines)
+    if not has_shares(result):
+        return Table(HEADER, lines)
+    shares = [with_interval(s.get("share"), s.get("share_interval")) for s in _ordered(result)]
+    lines = [[*line[:6], share, *line[6:]] for line, share in zip(lines, shares, strict=True)]
+    return Table([*HEADER[:6], "share of full", *HEADER[6:]], lines)
 
 
 def _line(setup: Mapping[str, Any]) -> list[str]:
@@ -99,7 +109,8 @@ def _line(setup: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tasks_table(result: Result) -> Table:
+def _tasks_table(result: Result, figure: str = "score", interval: str = "interval") -> Table:
+    """A line for each score of a task, a column for each setup."""
     setups = _ordered(result)
     cells = {
         (cell["task"], setup["setup"]): cell for setup in setups for cell in cells_of(result, setup)
@@ -108,8 +119,10 @@ def _tasks_table(result: Result) -> Table:
     for task in tasks_of(result):
         found: list[Any] = [cells.get((task, setup["setup"])) for setup in setups]
         first = next(cell for cell in found if cell)
-        scores = [with_interval(c["score"], c["interval"]) if c else "-" for c in found]
-        lines.append([task, first["metric"], str(first["count"]), *scores])
+        for metric in (first["metric"], *others_of(result, task)):
+            of = [c and (c if metric == first["metric"] else c["others"][metric]) for c in found]
+            scores = [with_interval(c.get(figure), c.get(interval)) if c else "-" for c in of]
+            lines.append([task, metric, str(first["count"]), *scores])
     return Table(["task", "metric", "n", *(setup["setup"] for setup in setups)], lines)
 
 

@@ -10,7 +10,9 @@ The JSON holds
 Scores are 0 to 1. A sample that did not fit into the device's memory has the score None, counts in
 `failed`, and in no mean. Intervals are 95 %: Wilson's of a share found, else
 bootstrapped; samples about one context are drawn together. `difference` is to the full cache on
-the same samples, with its own interval.
+the same samples, `share` is of its score, each with its own interval, samples drawn in pairs; there
+is no share where the full cache finds too little. `others` holds the same figures of other metrics
+than a task's main one.
 """
 
 import math
@@ -69,19 +71,30 @@ def _cell(answered: Sequence[Answered], scores: Scores, of_full: Scores | None) 
     records = [record for _, record in answered]
     task, setup = question.task, question.setup
     main = task.metrics[0]
-    groups = {main: [q.group for q, _ in answered]}
     depths = [q.sample.depth for q, _ in answered]
-    cell = {
+    against = None if setup.label == FULL else of_full
+    groups = [q.group for q, _ in answered]
+    figures = {
+        metric: _figures({"": values}, against and {"": against[metric]}, {"": groups}, metric)
+        for metric, values in scores.items()
+    }
+    others = {
+        metric: figures[metric] | {"scores": _rounded(values)}
+        for metric, values in scores.items()
+        if metric != main and main != FOUND  # needles are counted
+    }
+    return {
         "setup": setup.label,
         "task": task.label,
         **_identity(question),
         "task_name": task.name,
         "length": task.length,
         "metric": main,
-        **_average({main: scores[main]}, groups, main),
+        **figures[main],
         "count": len(records),
         "failed": sum(record.end == OUT_OF_MEMORY for record in records),
-        "other_metrics": {m: _mean_score(v) for m, v in scores.items() if m != main},
+        "other_metrics": {m: found["score"] for m, found in figures.items() if m != main},
+        **({"others": others} if others else {}),
         **_sizes([record for record in records if record.end != OUT_OF_MEMORY]),
         "cut": sum(record.cut > 0 for record in records),
         "answer_cut": sum(record.answer_cut for record in records),
@@ -90,11 +103,12 @@ def _cell(answered: Sequence[Answered], scores: Scores, of_full: Scores | None) 
         },
         "samples": [q.sample.id for q, _ in answered],
         **({} if None in depths else {"depths": depths}),
-        "scores": [None if value is None else round(value, 6) for value in scores[main]],
+        "scores": _rounded(scores[main]),
     }
-    if of_full is not None and setup.label != FULL:
-        cell |= _difference({main: scores[main]}, {main: of_full[main]}, groups)
-    return cell
+
+
+def _rounded(scores: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None else round(value, 6) for value in scores]
 
 
 def _identity(question: Question) -> dict[str, Any]:
@@ -108,8 +122,11 @@ def _identity(question: Question) -> dict[str, Any]:
     }
 
 
-def _average(scores: Scores, groups: Mapping[str, Sequence[str]], metric: str) -> dict[str, Any]:
-    """`score` and `interval` of the mean over tasks; None where nothing was answered."""
+def _figures(
+    scores: Scores, of_full: Scores | None, groups: Mapping[str, Sequence[str]], metric: str
+) -> dict[str, Any]:
+    """`score` and `interval` of the mean over tasks, None where nothing was answered; what it is
+    beside the full cache, if that was asked."""
     answered, of_answered = _without_failed(scores, groups)
     if not answered:
         return {"score": None, "interval": None}
@@ -118,24 +135,37 @@ def _average(scores: Scores, groups: Mapping[str, Sequence[str]], metric: str) -
     if metric == FOUND and len(counts) == 1:  # the mean is the share of all samples
         every = [value for values in answered.values() for value in values]
         spread = wilson(sum(value == 1.0 for value in every), len(every))
-    return {"score": score, "interval": spread}
+    found = {"score": score, "interval": spread}
+    return found if of_full is None else found | _beside_full(scores, of_full, groups)
 
 
-def _difference(
+def _beside_full(
     scores: Scores, of_full: Scores, groups: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
+    """Difference to the full cache and share of its score, over the samples that both answered."""
+    own, of_own = _without_failed(_where(scores, of_full), groups)
+    full, _ = _without_failed(_where({task: of_full[task] for task in scores}, scores), groups)
+    if not own:
+        return {}
     change = {
-        task: [
-            None if own is None or full is None else own - full
-            for own, full in zip(values, of_full[task], strict=True)
-        ]
+        task: [a - b for a, b in zip(values, full[task], strict=True)]
+        for task, values in own.items()
+    }
+    mean, spread = average_of_tasks(change, of_own)
+    share = share_of_means(own, full, of_own)
+    return {
+        "difference": mean,
+        "difference_interval": spread,
+        **({} if share is None else {"share": share[0], "share_interval": share[1]}),
+    }
+
+
+def _where(scores: Scores, others: Scores) -> dict[str, list[float | None]]:
+    """The scores of samples that the others answered; None in place of the rest."""
+    return {
+        task: [a if b is not None else None for a, b in zip(values, others[task], strict=True)]
         for task, values in scores.items()
     }
-    answered, of_answered = _without_failed(change, groups)
-    if not answered:
-        return {}
-    mean, spread = average_of_tasks(answered, of_answered)
-    return {"difference": mean, "difference_interval": spread}
 
 
 def _without_failed(
@@ -150,11 +180,6 @@ def _without_failed(
         {task: [value for value, _ in those] for task, those in pairs.items()},
         {task: [group for _, group in those] for task, those in pairs.items()},
     )
-
-
-def _mean_score(scores: Sequence[float | None]) -> float | None:
-    answered = [score for score in scores if score is not None]
-    return sum(answered) / len(answered) if answered else None
 
 
 SIZES = ("units", "bytes", "bytes_after", "full_cache_bytes")
@@ -194,20 +219,18 @@ def _setup(
     own = [cell for cell in cells if cell["setup"] == label]
     groups = {cell["task"]: all_groups[label, cell["task"]] for cell in own}
     scores = {cell["task"]: cell["scores"] for cell in own}
+    full = {cell["task"]: cell["scores"] for cell in cells if cell["setup"] == FULL}
+    against = full if label != FULL and set(full) >= set(scores) else None
     metrics = {cell["metric"] for cell in own}
-    setup = {
+    return {
         "setup": label,
         **{key: own[0][key] for key in ("policy", "name", "budget", "protocol", "quantization")},
         "tasks": len(own),
-        **_average(scores, groups, metrics.pop() if len(metrics) == 1 else ""),
+        **_figures(scores, against, groups, metrics.pop() if len(metrics) == 1 else ""),
         **{key: _over_tasks([cell[key] for cell in own]) for key in SIZES},
         **{key: sum(c[key] for c in own) for key in ("count", "failed", "cut", "answer_cut")},
         "seconds": round(sum(cell["seconds"] for cell in own), 2),
     }
-    full = {cell["task"]: cell["scores"] for cell in cells if cell["setup"] == FULL}
-    if label != FULL and set(full) >= set(scores):
-        setup |= _difference(scores, full, groups)
-    return setup
 
 
 def _over_tasks(spreads: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
@@ -269,16 +292,40 @@ def interval(means: Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
+Groups = Mapping[str, Sequence[str]] | None
+
+
 def average_of_tasks(
-    scores: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[str]] | None = None
+    scores: Mapping[str, Sequence[float]], groups: Groups = None
 ) -> tuple[float, tuple[float, float]]:
     """Mean over tasks of their mean score, and its interval: samples are drawn within tasks."""
-    means = [sum(values) / len(values) for values in scores.values()]
+    return _mean_of_means(scores), interval(_draws(scores, groups))
+
+
+def share_of_means(
+    scores: Mapping[str, Sequence[float]], of: Mapping[str, Sequence[float]], groups: Groups = None
+) -> tuple[float, tuple[float, float]] | None:
+    """The mean over tasks as a share of another one on the same samples, and its interval: every
+    draw takes the same samples of both. None where a draw of the other finds nothing."""
+    whole = _draws(of, groups)
+    if not bool((whole > 0).all()):
+        return None
+    share = _mean_of_means(scores) / _mean_of_means(of)
+    return share, interval(_draws(scores, groups) / whole)
+
+
+def _mean_of_means(scores: Mapping[str, Sequence[float]]) -> float:
+    return sum(sum(values) / len(values) for values in scores.values()) / len(scores)
+
+
+def _draws(scores: Mapping[str, Sequence[float]], groups: Groups) -> Tensor:
+    """Means over tasks of resamples, [RESAMPLES] float64; of any scores of these samples, the same
+    samples."""
     draws = [
         resampled_means(values, groups[task] if groups else None, seed)
         for seed, (task, values) in enumerate(scores.items())
     ]
-    return sum(means) / len(means), interval(torch.stack(draws).mean(0))
+    return torch.stack(draws).mean(0)
 
 
 def wilson(found: int, count: int) -> tuple[float, float]:

@@ -17,8 +17,10 @@ INDENT = 14
 def as_markdown(result: Result) -> str:
     """A line for each setup, a column for each task, in per cent."""
     tasks = tasks_of(result)
-    short = _short_names(tasks)
-    head = ["policy", "budget", "protocol", "mean", "to full", "units", "MiB", *short.values()]
+    scores = [(task, metric) for task in tasks for metric in (None, *others_of(result, task))]
+    short, shares = _short_names(tasks), has_shares(result)
+    head = ["policy", "budget", "protocol", "mean", "to full", *["share of full"] * shares]
+    head += ["units", "MiB", *(" ".join(filter(None, (short[t], m))) for t, m in scores)]
     lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
     for setup in result["setups"]:
         cells = {cell["task"]: cell for cell in cells_of(result, setup)}
@@ -31,9 +33,10 @@ def as_markdown(result: Result) -> str:
                 with_interval(
                     setup.get("difference"), setup.get("difference_interval"), signed=True
                 ),
+                *[with_interval(setup.get("share"), setup.get("share_interval"))] * shares,
                 units_text(setup["units"], "{:.0f}"),
                 mean_of(setup["bytes"], "{:.1f}", MIB),
-                *(_score(cells.get(task)) for task in tasks),
+                *(_score(cells.get(task), metric) for task, metric in scores),
             ]
         )
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -48,6 +51,17 @@ def tasks_of(result: Result) -> list[str]:
 def cells_of(result: Result, setup: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The cells of a setup, one for each task."""
     return [cell for cell in result["cells"] if cell["setup"] == setup["setup"]]
+
+
+def others_of(result: Result, task: str) -> list[str]:
+    """Names of the scores of a task beside its main one, where the result tells their figures."""
+    cell = next(cell for cell in result["cells"] if cell["task"] == task)
+    return list(cell.get("others", {}))
+
+
+def has_shares(result: Result) -> bool:
+    """Whether a setup tells its share of the full cache's score: old results do not."""
+    return any("share" in setup for setup in result["setups"])
 
 
 def full_of(result: Result) -> Mapping[str, Any] | None:
@@ -88,10 +102,11 @@ def with_interval(
     return f"{format(100 * value, form)} ({low}{to}{high})"
 
 
-def _score(cell: Mapping[str, Any] | None) -> str:
+def _score(cell: Mapping[str, Any] | None, metric: str | None) -> str:
     if cell is None or cell["score"] is None:
         return "-"
-    return f"{100 * cell['score']:.1f}" + "*" * bool(cell["cut"])
+    score = cell["score"] if metric is None else cell["others"][metric]["score"]
+    return f"{100 * score:.1f}" + "*" * bool(cell["cut"])
 
 
 def _short_names(tasks: Sequence[str]) -> dict[str, str]:

@@ -1,10 +1,10 @@
 """Files of a heads artifact: our folder, the released `.bin`, and the Hub. Tensors in, tensors out.
 
-Ours is a folder with `heads.safetensors` (`layers.{i}.fc1.weight`, `layers.{i}.fc2.weight`),
-`config.json` (`locret.heads.heads.HeadsConfig`) and a model card; beside them may lie
-`training.yaml`, `training.png` and small files with figures, which are published too. The released
-format is a torch file with `model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`, alone or in a
-whole-model dict.
+Ours is a folder with `heads.safetensors` (`layers.{i}.fc1.weight`, `layers.{i}.fc2.weight`; other
+kinds of heads: the names of their parameters), `config.json` (`locret.heads.heads.HeadsConfig`) and
+a model card; beside them may lie `training.yaml`, `training.png` and small files with figures,
+which are published too. The released format is a torch file with
+`model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`, alone or in a whole-model dict.
 
 Loading never executes code. Saving writes aside and renames: a failed save changes nothing.
 """
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from locret.heads import hub
+from locret.heads import hub, peers
 from locret.heads.card import Facts, is_generated, model_card
 from locret.system.files import as_json
 
@@ -42,16 +42,19 @@ MAX_FIGURE_BYTES = 4 * 2**20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OURS = re.compile(r"layers\.(\d+)\.(fc[12])\.weight")
 _RELEASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.(fc[12])\.weight")
+_FILE_ON_HUB = re.compile(r"([^/]+/[^/]+)/(.+\.pt)")
 _COMMAND = re.compile(r"^# command: (.+)$", re.MULTILINE)
 
 
 def load(
     source: str | Path, *, revision: str | None = None, token: str | None = None
 ) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """Read an artifact folder, a released `.bin`, or a Hub repository with either.
+    """Read an artifact folder, a released `.bin`, heads of `locret.heads.peers`, or a Hub
+    repository with any of them.
 
     Returns:
-        The record (None for the released format, which has none) and the tensors under our names.
+        The record (None for torch files, which have none) and the tensors; KVzap's are both as it
+        writes them, all others under our names.
 
     Raises:
         ValueError: nothing usable there; says what was looked for.
@@ -59,8 +62,9 @@ def load(
     path = locate(source, revision=revision, token=token)
     if path.is_file():
         return None, _load_released(path)
-    if (path / WEIGHTS).is_file():
-        return _load_record(path / RECORD), _load_weights(path / WEIGHTS)
+    weights = peers.KVZAP_WEIGHTS if _is_kvzap(path) else WEIGHTS
+    if (path / weights).is_file():
+        return _load_record(path / RECORD), _load_weights(path / weights)
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
     released = [name for name in names if name.endswith(".bin")]
     if len(released) == 1:
@@ -75,7 +79,14 @@ def locate(source: str | Path, *, revision: str | None = None, token: str | None
     path = Path(source)
     if path.exists():
         return path
+    file = _FILE_ON_HUB.fullmatch(str(source))
+    if file:
+        return hub.download(file[1], patterns=[file[2]], revision=revision, token=token) / file[2]
     patterns = [WEIGHTS, RECORD, "*.bin"]
+    folder = hub.download(str(source), patterns=patterns, revision=revision, token=token)
+    if not _is_kvzap(folder):  # only then: elsewhere a file of this name may be a whole model
+        return folder
+    patterns = [peers.KVZAP_WEIGHTS, RECORD]
     return hub.download(str(source), patterns=patterns, revision=revision, token=token)
 
 
@@ -221,24 +232,25 @@ def inventory(source: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, An
 
     Args:
         source: the file or folder.
-        tensors: `layers.{i}.fc{1,2}.weight`.
+        tensors: of the heads, by name.
 
     Returns:
-        `parameters`, `bytes`, `dtypes`, `files` (bytes by name), and `layers`: for each the
-        Frobenius norms of `fc1` and `fc2`.
+        `parameters`, `bytes`, `dtypes`, `files` (bytes by name), and `layers`: for each its number
+        as `layer`, and by name (`fc1`, `fc1.bias`, ...) the Frobenius norms of its tensors.
     """
     path = Path(source)
     found = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    norms = {name: tensor.double().norm().item() for name, tensor in tensors.items()}
+    layers: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        _, i, of_layer = name.split(".", 2)
+        norms = layers.setdefault(int(i), {"layer": int(i)})
+        norms[of_layer.removesuffix(".weight")] = tensor.double().norm().item()
     return {
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
         "files": {file.name: file.stat().st_size for file in found},
-        "layers": [
-            {"layer": i, **{fc: norms[f"layers.{i}.{fc}.weight"] for fc in ("fc1", "fc2")}}
-            for i in range(len(norms) // 2)
-        ],
+        "layers": [layers[i] for i in sorted(layers)],
     }
 
 
@@ -338,6 +350,10 @@ def _load_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def _is_kvzap(folder: Path) -> bool:
+    return (folder / RECORD).is_file() and peers.is_kvzap(_load_record(folder / RECORD))
+
+
 def _load_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
@@ -355,6 +371,9 @@ def _load_released(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds {type(state).__name__}; expected a dict of tensors")
+    gates = peers.gates_in(state)
+    if gates is not None:
+        return gates
     heads: dict[str, Tensor] = {}
     for name, value in state.items():
         match = _RELEASED.fullmatch(name) if isinstance(name, str) else None

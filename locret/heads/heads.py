@@ -1,7 +1,8 @@
-"""Retaining heads: a small MLP a layer that says of every cache unit how much it will be needed.
+"""Retaining heads: a small module a layer that says how much every cache unit will be needed.
 
-Paper section 3.1. The config says what, `RetainingHead` is one layer, `RetainingHeads` all of them.
-To let heads read something else of a token, write the function and give it a name in `FEATURES`.
+Paper section 3.1. The config says what, `RetainingHead` (`locret.heads.kinds`) is one layer,
+`RetainingHeads` all of them. To let heads read something else of a token, write the function and
+give it a name in `FEATURES`.
 H KV heads, G query heads a KV head, D head size, W = (H*G + 2H) * D, R width of a head.
 """
 
@@ -11,15 +12,17 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from locret.heads import files as artifact
+from locret.heads import peers
 from locret.heads.card import DEFAULT_LICENSE
-from locret.heads.quotas import quotas_of
+from locret.heads.checks import wrong_values
+from locret.heads.kinds import GateHead, LinearHead, MLPHead, RetainingHead
 from locret.heads.targets import LABELS
 
 
@@ -62,16 +65,36 @@ LongRopeRule = Literal["long", "by_length"]
 """How LongRoPE chooses its factors (`locret.model.rotary`); the record says for which rule heads
 are."""
 
+HeadKind = Literal["mlp", "linear"]
+"""What a head that is trained here computes (`locret.heads.kinds`)."""
+
 RELEASED_ACTIVATION = "silu"  # of every backbone that heads were released for
 
 CHOICES: dict[str, Collection[str]] = {
     "activation": ACT2FN,
+    "kind": (*get_args(HeadKind), "gate"),
     "label": LABELS,
     "longrope": get_args(LongRopeRule),
+    "origin": ("locret", peers.KVZAP, peers.FAST_KVZIP),
     "positions": ("compact", "original"),
     "tap": FEATURES,
 }
 """What the record's words may be."""
+
+LOG_SCORE = -6.5
+"""Where scores of heads that learn a logarithm start, so that Smooth-L1 need not learn a constant
+first: between the means of log(max_prob + 1e-5) on SmolLM2-135M, -8 from short answers and -5 from
+a repetition of the whole context (1,000 and 2,000 tokens)."""
+
+_LATER_FIELDS = {
+    "backbone_sha256": None,
+    "bias": False,
+    "kind": "mlp",
+    "origin": "locret",
+    "quotas": None,
+    "sinks": None,
+}
+"""Fields that records of this schema had not from the start, and what they are without."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +142,14 @@ class HeadsConfig:
             released format does not tell query heads from head size: both are then None.
         hidden_size: see `Geometry`; None in the released format.
         input_width: length of what a head reads of a token.
-        width: R, the hidden width of a head.
+        width: R, the hidden width of a head; None for linear ones.
+        kind: what a head computes: "mlp", "linear" or "gate" (`locret.heads.kinds`).
+        bias: whether the matrices of an MLP or a linear head have biases.
+        sinks: learned keys of a gate; None for others.
+        origin: whose method the heads are of (`locret.heads.peers`). Others than locret's choose
+            their activation whatever the backbone's is.
         backbone, backbone_revision, model_type: what the heads were trained on.
+        backbone_sha256: of the backbone's weights, where they are one file.
         adapter: the PEFT adapter that the backbone carried, if any.
         tap: what a head reads (`FEATURES`).
         query_tokens: Locret-Q: how many of the prompt's last tokens, the question, were repeated in
@@ -141,13 +170,18 @@ class HeadsConfig:
     num_layers: int
     num_kv_heads: int
     input_width: int
-    width: int
+    width: int | None
     activation: str = RELEASED_ACTIVATION
     num_query_heads: int | None = None
     head_size: int | None = None
     hidden_size: int | None = None
+    kind: str = "mlp"
+    bias: bool = False
+    sinks: int | None = None
+    origin: str = "locret"
     backbone: str | None = None
     backbone_revision: str | None = None
+    backbone_sha256: str | None = None
     model_type: str | None = None
     adapter: str | None = None
     tap: str = "qkv"
@@ -164,9 +198,10 @@ class HeadsConfig:
 
     @classmethod
     def for_geometry(
-        cls, geometry: Geometry, width: int, tap: str = "qkv", **record: Any
+        cls, geometry: Geometry, width: int | None, tap: str = "qkv", **record: Any
     ) -> "HeadsConfig":
-        """The config of heads of hidden width `width` for a backbone of this geometry.
+        """The config of heads of hidden width `width` (None for linear ones) for a backbone of
+        this geometry.
 
         Raises:
             ValueError: a backbone without layers whose units are evicted, or an unknown tap.
@@ -185,7 +220,7 @@ class HeadsConfig:
         )
 
     def __post_init__(self) -> None:
-        wrong = _wrong_values(dataclasses.asdict(self))
+        wrong = wrong_values(dataclasses.asdict(self), get_type_hints(HeadsConfig), CHOICES)
         if wrong:
             raise ValueError(f"heads config: {'; '.join(wrong)}")
 
@@ -217,16 +252,24 @@ class HeadsConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as it is written. Quotas are left out where there are none: versions before
-        them read such a record too."""
+        """The record as it is written. Later fields are left out where they say nothing: versions
+        before them read such a record too, and refuse others by the name of the field."""
         values = dataclasses.asdict(self)
-        return {name: v for name, v in values.items() if name != "quotas" or v is not None}
+        silent = [name for name, without in _LATER_FIELDS.items() if values[name] == without]
+        return {name: v for name, v in values.items() if name not in silent}
+
+    @property
+    def learns_logarithm(self) -> bool:
+        """Whether scores are logarithms of attention: on one scale for all heads."""
+        return self.label.startswith("log_")
 
     def differences(self, geometry: Geometry) -> list[str]:
         """What keeps these heads from fitting a backbone; empty if they fit."""
         ours = {f.name: getattr(self, f.name) for f in dataclasses.fields(Geometry)}
         theirs = dataclasses.asdict(geometry)
         ours["input_width"] = self.input_width
+        if self.origin != "locret":
+            ours["activation"] = None
         theirs["input_width"] = geometry.feature_width(self.tap)
         return [
             f"{name}: heads {ours[name]!r}, backbone {theirs[name]!r}"
@@ -235,39 +278,18 @@ class HeadsConfig:
         ]
 
 
-class RetainingHead(nn.Module):
-    """The head of one layer: `fc2(act(fc1([Q, K, V])))`, no bias. Higher = keep.
-
-    Args:
-        input_width: W. width: R. num_kv_heads: H. activation: a transformers activation name.
-    """
-
-    def __init__(self, input_width: int, width: int, num_kv_heads: int, activation: str) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(input_width, width, bias=False)
-        self.fc2 = nn.Linear(width, num_kv_heads, bias=False)
-        self.act = ACT2FN[activation]
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, T, input width] of any float dtype -> scores [B, H, T] in the head's."""
-        features = features.to(self.fc1.weight.dtype)
-        return self.fc2(self.act(self.fc1(features))).transpose(1, 2)
-
-
 class RetainingHeads(nn.Module):
     """The retaining heads of all layers of a backbone.
 
     Args:
-        config: shapes and record. Weights start at random.
+        config: shapes and record. Weights start at random; biases so that the scores of heads that
+            learn a logarithm start at `LOG_SCORE`.
     """
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(
-            RetainingHead(config.input_width, config.width, config.num_kv_heads, config.activation)
-            for _ in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(_head(config) for _ in range(config.num_layers))
 
     def __getitem__(self, layer_idx: int) -> RetainingHead:
         head = self.layers[layer_idx]
@@ -280,6 +302,9 @@ class RetainingHeads(nn.Module):
     ) -> "RetainingHeads":
         """Load heads from a folder, a Hub id, or a released `.bin` file. Runs no code from it.
 
+        Heads of other methods are read from their own files (`locret.heads.peers`): KVzap's from a
+        folder or Hub id, Fast KVzip's from a `.pt` file, here or on the Hub as OWNER/NAME/FILE.
+
         Args:
             source: an artifact folder, a `.bin` in the released format, or a Hub repository id.
             revision, token: of the Hub repository.
@@ -288,14 +313,21 @@ class RetainingHeads(nn.Module):
             ValueError: nothing usable there, or tensors missing, extra or misshapen; named.
         """
         record, tensors = artifact.load(source, revision=revision, token=token)
-        config = _released_config(tensors) if record is None else HeadsConfig.from_dict(record)
+        if record is None:
+            gates = peers.fast_kvzip(tensors)
+            config = HeadsConfig(**gates) if gates else _released_config(tensors)
+        elif peers.is_kvzap(record):
+            fields, tensors = peers.kvzap(record, tensors)
+            config = HeadsConfig(**fields)
+        else:
+            config = HeadsConfig.from_dict(record)
         return cls.from_tensors(config, tensors, source=str(source))
 
     @classmethod
     def from_tensors(
         cls, config: HeadsConfig, tensors: Mapping[str, Tensor], source: str = "the given tensors"
     ) -> "RetainingHeads":
-        """Heads of `config` with the weights `layers.{i}.fc{1,2}.weight`.
+        """Heads of `config` with the given weights, such as `layers.{i}.fc{1,2}.weight`.
 
         Raises:
             ValueError: tensors missing, extra, misshapen or not finite; named.
@@ -317,7 +349,17 @@ class RetainingHeads(nn.Module):
         return artifact.save_folder(folder, self.config.to_dict(), self.state_dict())
 
     def save_released(self, path: str | Path) -> Path:
-        """Write the released `.bin` format (weights only, the record is lost)."""
+        """Write the released `.bin` format (weights only, the record is lost).
+
+        Raises:
+            ValueError: heads that the format has no names for.
+        """
+        if self.config.kind != "mlp" or self.config.bias:
+            biases = " with biases" if self.config.bias else ""
+            raise ValueError(
+                f"the released format holds MLPs without biases, and these heads are of kind "
+                f"{self.config.kind!r}{biases}; write a folder instead"
+            )
         return artifact.save_released(path, self.state_dict())
 
     def push_to_hub(
@@ -341,45 +383,19 @@ class RetainingHeads(nn.Module):
             return artifact.push(repo_id, folder, private=private, token=token, revision=revision)
 
 
-def _wrong_values(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the values of a record, field by field."""
-    wrong = []
-    at_least = {"query_tokens": 0}
-    for name, kind in get_type_hints(HeadsConfig).items():
-        value = values[name]
-        if name == "quotas":
-            wrong += _wrong_quotas(values)
-        elif not _is_a(value, kind):
-            wrong.append(f"{name} is {value!r}, expected {kind}")
-        elif isinstance(value, int) and value < at_least.get(name, 1):
-            wrong.append(f"{name} is {value}, expected at least {at_least.get(name, 1)}")
-        elif name in CHOICES and value not in CHOICES[name]:
-            wrong.append(f"{name} {value!r} is unknown; expected one of {sorted(CHOICES[name])}")
-    return wrong
-
-
-def _wrong_quotas(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the quotas of a record; none are right for heads of any shape."""
-    given = values["quotas"]
-    if given is None:
-        return []
-    if not (isinstance(given, dict) and all(isinstance(table, list) for table in given.values())):
-        return [f"quotas are a {type(given).__name__}, expected lists of lists by compression"]
-    try:
-        quotas = quotas_of(given)
-        if quotas is not None:
-            quotas.check_shape(values["num_layers"], values["num_kv_heads"])
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is dict:
-        _, of = get_args(kind)
-        numbers = (int, float) if of is float else of
-        return isinstance(value, dict) and all(isinstance(v, numbers) for v in value.values())
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _head(config: HeadsConfig) -> RetainingHead:
+    """The head of one layer."""
+    read, width, heads = config.input_width, config.width, config.num_kv_heads
+    head: RetainingHead
+    if width is None:
+        head = LinearHead(read, heads, config.bias)
+    elif config.num_query_heads and config.sinks:
+        head = GateHead(read, width, config.num_query_heads, heads, config.sinks)
+    else:
+        head = MLPHead(read, width, heads, config.activation, config.bias)
+    if config.learns_logarithm:
+        head.start_at(LOG_SCORE)
+    return head
 
 
 def _released_config(tensors: Mapping[str, Tensor]) -> HeadsConfig:

@@ -65,6 +65,10 @@ class LayerCall:
         """`x` with sequences of these lengths one after the other, each rotated from slot 0 on."""
         return x if self.rotary is None else self.rotary.rotate_packed(x, lengths)
 
+    def rotate_ranges(self, x: Tensor, ranges: Sequence[tuple[int, int, int]]) -> Tensor:
+        """`x`, whose tokens fill one range of slots after the other (`Rotary.rotate_ranges`)."""
+        return x if self.rotary is None else self.rotary.rotate_ranges(x, ranges)
+
     @property
     def output_weight(self) -> Tensor | None:
         """[hidden size, H*G * D]; None where it is in fewer bits, in shards, or elsewhere."""

@@ -152,6 +152,16 @@ def file_revision(name: str) -> str | None:
     return None if file is None else gguf.fingerprint(file)
 
 
+def weights_sha256(name: str) -> str | None:
+    """The hash of a backbone's weights, in hexadecimal, where the name means a single file here: a
+    GGUF file, or a folder's only `.safetensors` file. None for others, such as Hub ids."""
+    file = _gguf_file(name)
+    if file is None:
+        found = list(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+        file = found[0] if len(found) == 1 else None
+    return None if file is None else gguf.fingerprint(file).removeprefix("sha256:")
+
+
 def find_device(name: str | torch.device | None) -> torch.device:
     """The device of this name; by default CUDA if there is one, else the CPU.
 

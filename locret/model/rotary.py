@@ -224,8 +224,12 @@ class Rotary:
     def rotate_packed(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """Rotate `x` [B, heads, S, D], in which sequences of these lengths stand one after the
         other, each from slot 0 on."""
-        ranges = tuple((0, length, length) for length in lengths)
-        return self._turn(x, self._tables_of(ranges, x, dim=1))
+        return self.rotate_ranges(x, [(0, length, length) for length in lengths])
+
+    def rotate_ranges(self, x: Tensor, ranges: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Rotate `x` [B, heads, S, D], whose tokens fill one range of slots after the other, each
+        given as its start, its stop and the length of its prompt."""
+        return self._turn(x, self._tables_of(tuple(ranges), x, dim=1))
 
     def _turn(self, x: Tensor, tables: "Tables") -> Tensor:
         if tables.fused is not None and self._pattern is not None:

@@ -3,19 +3,28 @@
 from collections.abc import Sequence
 
 from locret.tasks.base import Prompts, Sample, Task, TaskSettings
+from locret.tasks.code import CodeTask
 from locret.tasks.fairytaleqa import FairytaleQATask
 from locret.tasks.leval import LEVAL_TASKS
 from locret.tasks.needle import HAYSTACK, NEEDLE_TASKS
+from locret.tasks.qmsum import QMSumTask
 from locret.tasks.ruler import RULER_TASKS
 
 __all__ = ["DATA", "GROUPS", "TASKS", "Prompts", "Sample", "Task", "TaskSettings", "task_names"]
 
-_ALL: tuple[type[Task], ...] = (*RULER_TASKS, *NEEDLE_TASKS, FairytaleQATask, *LEVAL_TASKS)
+_ALL: tuple[type[Task], ...] = (
+    *RULER_TASKS,
+    *NEEDLE_TASKS,
+    FairytaleQATask,
+    QMSumTask,
+    CodeTask,
+    *LEVAL_TASKS,
+)
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
 """A task's class by the name of the task."""
 
-DATA = ("squad", "hotpotqa", "haystack", "words", HAYSTACK, "fairytaleqa", "leval")
+DATA = ("squad", "hotpotqa", "haystack", "words", HAYSTACK, "fairytaleqa", "qmsum", "leval")
 """Names that data files are given by."""
 
 GROUPS: dict[str, tuple[str, ...]] = {

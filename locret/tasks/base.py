@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from locret.system.files import file_hash
+
 
 class Prompts(Protocol):
     """How samples become prompts: what generated ones are made and measured with."""
@@ -145,6 +147,10 @@ class Task(ABC):
             ValueError: one is missing; says which, and where to put it.
         """
         return []
+
+    def origins(self) -> dict[str, str]:
+        """What samples are made of, by name: the data files, each with the hash of its content."""
+        return {path.name: file_hash(path) for path in self.files()}
 
     def check_packages(self) -> None:
         """Refuse to be asked where the scores cannot be computed.

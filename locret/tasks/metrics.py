@@ -1,9 +1,9 @@
 """Scores of one answer against its references, each from 0 to 1: every rule by which tasks score.
 
-The normalization and the token F1 are SQuAD's (Rajpurkar et al., 2016); ROUGE is computed by the
-package `rouge-score` (Google Research) without stemming. The string matches are RULER's (Hsieh et
-al., 2024); the rules for options, numbers, statements and code are those of L-Eval's scorer (An et
-al., 2023).
+The normalization, the exact match and the token F1 are SQuAD's (Rajpurkar et al., 2016); ROUGE is
+computed by the package `rouge-score` (Google Research) without stemming. The string matches are
+RULER's (Hsieh et al., 2024); the rules for options, numbers, statements and code are those of
+L-Eval's scorer (An et al., 2023).
 """
 
 import importlib.util
@@ -36,6 +36,11 @@ def _f1(answer: str, reference: str) -> float:
     given, wanted = answer.split(), reference.split()
     common = sum((Counter(given) & Counter(wanted)).values())
     return 2 * common / (len(given) + len(wanted)) if common else 0.0
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer, normalized, is one of the references."""
+    return best(lambda wanted: normalize(answer) == normalize(wanted), references)
 
 
 def best(score: Callable[[str], float], references: Sequence[str]) -> float:
@@ -147,6 +152,28 @@ def contains(answer: str, references: Sequence[str]) -> float:
 
 def _squeezed(text: str) -> str:
     return text.lower().replace(" ", "")
+
+
+def code_match(answer: str, references: Sequence[str]) -> float:
+    """1 if the code that an answer gives first is a reference; spaces and quotes around it do not
+    matter.
+
+    That is the first line in three backticks, what is in the first two, what is before the only one
+    of the answer's first line (the other was given with the answer's first words), or this line.
+    """
+    return best(lambda wanted: _bare(_first_code(answer)) == _bare(wanted), references)
+
+
+def _first_code(answer: str) -> str:
+    block = re.match(r"\s*```(?:\w*\n)?\s*([^\n]*)", answer)
+    if block:
+        return block[1].removesuffix("```")
+    before, *others = answer.strip().partition("\n")[0].split("`")
+    return others[0] if len(others) % 2 == 0 and others else before
+
+
+def _bare(code: str) -> str:
+    return " ".join(code.split()).strip("'\" ")
 
 
 # ---- L-Eval's answers ----------------------------------------------------------------------------

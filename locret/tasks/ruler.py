@@ -23,7 +23,7 @@ from locret.tasks.haystack import (
     sentences_of,
     word_files,
 )
-from locret.tasks.metrics import string_match_part
+from locret.tasks.metrics import exact_match, string_match_part, token_f1
 from locret.tasks.ruler_base import RulerTask
 
 # ---- needles: special magic numbers or UUIDs of keys, hidden in a haystack -----------------------
@@ -300,8 +300,10 @@ class DocumentTask(RulerTask):
     """A question, the documents that answer it, and others of the same file, in seeded order.
 
     Which questions come first is seeded too: neighbours in the file ask about the same text.
+    RULER's own score forgives any words around the answer; F1 and exact match, SQuAD's, do not.
     """
 
+    metrics = ("string_match", "f1", "exact_match")
     max_new_tokens = 32
     match = staticmethod(string_match_part)
     data: ClassVar[str]
@@ -328,6 +330,12 @@ class DocumentTask(RulerTask):
 
     def available(self) -> int | None:
         return len(self._questions)
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        return super().score(sample, answer) | {
+            "f1": token_f1(answer, sample.answers),
+            "exact_match": exact_match(answer, sample.answers),
+        }
 
     def draft(self, rng: Random, index: int, size: int) -> Sample:
         question, answers, own = self._questions[index]

@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
-from locret.system.files import file_hash, write_whole
+from locret.system.files import write_whole
 from locret.tasks.base import Prompts, Sample, Task, TaskSettings
 from locret.tasks.metrics import string_match_all, without_controls
 
@@ -37,7 +37,7 @@ class RulerTask(Task):
         most: the most units there are, or None.
     """
 
-    metrics = ("string_match",)
+    metrics: ClassVar[tuple[str, ...]] = ("string_match",)
     match: ClassVar[Callable[..., float]] = staticmethod(string_match_all)
     least: int = 1
     most: int | None = None
@@ -132,7 +132,7 @@ def _path(task: Task, folder: Path, fingerprint: str) -> Path:
         "version": task.version,
         "seed": task.settings.seed,
         "tokenizer": fingerprint,
-        "files": [file_hash(path) for path in task.files()],
+        "files": list(task.origins().values()),
     }
     if task.settings.max_new_tokens is not None:
         depends_on["max_new_tokens"] = task.settings.max_new_tokens  # of the length, it is a part

@@ -13,7 +13,7 @@ Heads predict chunk by chunk too, and once more when gradients are taken, one ch
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from locret.heads.heads import RetainingHead
 from locret.model.hooks import LayerCall
-from locret.training.row_loss import Recipe, RowLoss, Share
-from locret.training.segments import Segment
+from locret.training.row_loss import Recipe, RowLoss, Share, norms_of
+from locret.training.segments import Segment, Stretch
 
 
 class ChunkedRowLoss(RowLoss):
@@ -53,12 +53,18 @@ class ChunkedRowLoss(RowLoss):
         features = self.recipe.features(call)
         read = self._read_so_far or _LayerOfRow(call, features, self.length, len(self.segments))
         start, end = read.seen, read.seen + call.query.shape[2]
-        read.features[:, start:end] = features
-        outputs = [
-            self._read_chunk(read, i, call, max(start, segment.start), min(end, segment.end))
+        pieces = [
+            _Piece(i, stretch, max(start, stretch.start), min(end, stretch.end))
             for i, segment in enumerate(self.segments)
-            if segment.start < end and start < segment.end
+            for stretch in segment.stretches
+            if stretch.start < end and start < stretch.end
         ]
+        ranges = [piece.stretch.slots(piece.start, piece.end) for piece in pieces]
+        query, key = (call.rotate_ranges(x, ranges) for x in (call.query, call.key))
+        read.key[:, :, start:end] = key
+        read.value[:, :, start:end] = call.value
+        read.features[:, start:end] = features
+        outputs = [self._read_piece(read, call, query, piece) for piece in pieces]
         read.seen = end
         self._read_so_far = read
         if end == self.length:
@@ -71,32 +77,43 @@ class ChunkedRowLoss(RowLoss):
         read = partial(checkpoint, head, use_reentrant=False, preserve_rng_state=False)
         return torch.cat([*map(read, features.split(self.chunk_size, dim=1))], dim=-1)
 
-    def _read_chunk(
-        self, read: "_LayerOfRow", which: int, call: LayerCall, start: int, end: int
+    def _read_piece(
+        self, read: "_LayerOfRow", call: LayerCall, query: Tensor, piece: "_Piece"
     ) -> Tensor:
-        """Attention output of the tokens start .. end - 1 of the row, all of one segment.
+        """Attention output of a piece's tokens, whose chunk has the rotated queries `query`.
 
         Takes the labels of the answers that end here.
         """
-        segment, chunk = self.segments[which], call.between(start - read.seen, end - read.seen)
-        slot, length = start - segment.start, segment.end - segment.start
-        query, key = (chunk.rotate(x, (slot,), (length,)) for x in (chunk.query, chunk.key))
-        read.key[:, :, start:end] = key
-        read.value[:, :, start:end] = chunk.value
-        for first, last in segment.answers:
-            here = slice(max(first, start) - start, min(last, end) - start)
+        which, stretch, start, end = piece
+        keys, values = (stretch.seen(x, end) for x in (read.key, read.value))
+        for first, last in stretch.answers:
+            here = slice(max(first, start) - read.seen, min(last, end) - read.seen)
             if here.start >= here.stop or call.retained_idx is None:
                 continue
-            read.asking.append(query[:, :, here])
+            read.asking.append((query[:, :, here], norms_of(call.hidden[:, here])))
             if last <= end:
-                seen = slice(segment.start, last)
-                asked = torch.cat(read.asking, dim=2)
+                queries, norms = zip(*read.asking, strict=True)
+                asked = torch.cat(queries, dim=2), torch.cat(norms, dim=1)
                 read.asking = []
-                labels = self.label(call, asked, read.key[:, :, seen], read.value[:, :, seen])
+                seen = slice(keys.shape[2] - (end - last))
+                labels = self.label(call, *asked, keys[:, :, seen], values[:, :, seen])
                 read.targets[which].append(labels)
-        seen = slice(segment.start, end)
-        key, value = read.key[:, :, seen], read.value[:, :, seen]
-        return self.attend(call, query, key, value)
+        return self.attend(call, query[:, :, start - read.seen : end - read.seen], keys, values)
+
+
+class _Piece(NamedTuple):
+    """Tokens of a chunk that are of one stretch.
+
+    Attributes:
+        which: number of the stretch's segment.
+        stretch: what they are of.
+        start, end: the tokens, by their offsets in the row.
+    """
+
+    which: int
+    stretch: Stretch
+    start: int
+    end: int
 
 
 class _LayerOfRow:
@@ -106,7 +123,8 @@ class _LayerOfRow:
         seen: tokens read.
         key, value: [B, H, row, D], keys rotated.
         features: [B, row, input width].
-        asking: rotated queries of the answer that is being read, chunk by chunk.
+        asking: rotated queries and norms (see `AnswerView`) of the answer that is being read, chunk
+            by chunk.
         targets: the labels of each segment's answers.
     """
 
@@ -116,7 +134,7 @@ class _LayerOfRow:
         self.key = call.key.new_empty(batch, heads, length, size)
         self.value = call.value.new_empty(batch, heads, length, call.value.shape[-1])
         self.features = features.new_empty(batch, length, features.shape[-1])
-        self.asking: list[Tensor] = []
+        self.asking: list[tuple[Tensor, Tensor]] = []
         self.targets: list[list[Tensor]] = [[] for _ in range(segments)]
 
 

@@ -5,17 +5,19 @@ The backbone reads prompt + answer once, and every layer's loss and gradients ar
 
 Several conversations may stand in one row (`locret.training.segments`): projections and MLPs run
 over the whole row, attention and labels segment by segment, so that no mask is needed and no token
-sees a stranger. A row that does not fit in memory is read in chunks (`locret.training.chunked`).
+sees a stranger. A conversation may go on from its context in several ways that do not see each
+other, its branches. A row that does not fit in memory is read in chunks
+(`locret.training.chunked`).
 """
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from locret.heads.heads import FEATURES, RetainingHeads
-from locret.heads.targets import LABELS, LOSSES
+from locret.heads.targets import LABELS, BoundaryLoss, Loss, by_name, make_loss
 from locret.model.backbone import Backbone
 from locret.training.chunked import ChunkedRowLoss
 from locret.training.row_loss import Distilled, PromptKeys, Recipe, RowLoss, Share
@@ -29,7 +31,8 @@ class Distillation:
         backbone: frozen; its parameters get no gradients and keep their mode.
         heads: what is trained; their config says what they read and which label they learn.
         alpha: weight of the smoothness loss (paper: 0.0025).
-        loss: a name of `locret.heads.targets.LOSSES`.
+        loss: a name of `locret.heads.targets.LOSSES`, or a loss.
+        boundary_weight: see `BoundaryLoss`; for "smooth_l1_boundary".
         keep_scores: also return predictions and targets of every layer.
         prompt_keys: "rotated" as they should be; "unrotated" is how the released Phi-3 recipe lets
             the answer meet the prompt's keys when it takes its labels. It reproduces those labels,
@@ -48,7 +51,8 @@ class Distillation:
         heads: RetainingHeads,
         *,
         alpha: float = 0.0025,
-        loss: str = "smooth_l1",
+        loss: str | Loss = "smooth_l1",
+        boundary_weight: float = 0.2,
         keep_scores: bool = False,
         prompt_keys: PromptKeys = "rotated",
         chunk_size: int | None = None,
@@ -69,8 +73,8 @@ class Distillation:
         self.recipe = Recipe(
             heads=heads,
             features=FEATURES[heads.config.tap],
-            label=_by_name(LABELS, heads.config.label, "label"),
-            loss=_by_name(LOSSES, loss, "loss"),
+            label=by_name(LABELS, heads.config.label, "label"),
+            loss=make_loss(loss, boundary_weight) if isinstance(loss, str) else loss,
             alpha=alpha,
             backend=backbone.backend,
             keep_scores=keep_scores,
@@ -88,11 +92,13 @@ class Distillation:
             share: what becomes of each layer's gradients once they are taken.
 
         Raises:
-            ValueError: segments that do not fill the row, or answers that are not where answers
-                can be.
+            ValueError: segments that do not fill the row, answers or branches that are not where
+                they can be, or branches with unrotated keys.
         """
         length = input_ids.shape[1]
         check_segments(segments, length)
+        if self.recipe.prompt_keys == "unrotated" and any(each.branches for each in segments):
+            raise ValueError("prompt_keys is 'unrotated', which samples with branches do not take")
         if self.chunk_size is None or length <= self.chunk_size:
             row = RowLoss(self.recipe, segments, share)
         else:
@@ -104,10 +110,6 @@ class Distillation:
                 position_ids=torch.arange(length, device=input_ids.device)[None],
                 use_cache=False,
             )
+        if isinstance(self.recipe.loss, BoundaryLoss):
+            self.recipe.loss.end_row()
         return row.result()
-
-
-def _by_name(table: dict[str, Any], name: str, what: str) -> Any:
-    if name not in table:
-        raise ValueError(f"{what} {name!r} is unknown; expected one of {sorted(table)}")
-    return table[name]

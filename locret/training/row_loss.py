@@ -4,19 +4,21 @@ In every layer the answer's queries and the prompt's keys give the labels, the p
 give the predictions, and the layer's loss and its gradients are taken on the spot: nothing of a
 layer is kept after its loss. `PackedAttention` is the same row without heads or labels.
 
-B batch (1), H KV heads, G query heads a KV head, T tokens, D head size, P prompt tokens.
+B batch (1), H KV heads, G query heads a KV head, T tokens, D head size, P prompt tokens, A answer
+tokens.
 """
 
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from locret.heads.heads import LayerTensors, RetainingHead, RetainingHeads
-from locret.heads.targets import AnswerView, Label, smoothness
+from locret.heads.targets import AnswerView, Label, Loss, smoothness
 from locret.model.attend import Backend, attend
 from locret.model.hooks import LayerCall
 from locret.training.segments import Segment
@@ -45,7 +47,7 @@ class Recipe:
     heads: RetainingHeads
     features: Callable[[LayerTensors], Tensor]
     label: Label
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Loss
     alpha: float
     backend: Backend
     keep_scores: bool
@@ -61,7 +63,7 @@ class Distilled:
         regression: scalar, the main loss, mean over layers.
         smoothness: scalar, summed over layers, before weighting.
         predictions, targets: a [B, H, P] tensor for each layer and answer, detached, if asked for;
-            those of a layer stand together.
+            those of a layer stand together. A segment with branches has one for all its answers.
     """
 
     loss: Tensor
@@ -86,6 +88,7 @@ class RowLoss:
         self.recipe = recipe
         self.segments = segments
         self.share = share
+        self.ranges = _slots_of(segments)
         self.shared: list[Callable[[], None]] = []
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.regression: list[Tensor] = []
@@ -99,18 +102,12 @@ class RowLoss:
 
     def layer(self, call: LayerCall) -> Tensor:
         """The layer function: a layer's loss on the way, and its plain causal attention."""
-        outputs, targets = [], []
-        lengths = [segment.end - segment.start for segment in self.segments]
-        query = call.rotate_packed(call.query, lengths).split(lengths, dim=2)
-        key = call.rotate_packed(call.key, lengths).split(lengths, dim=2)
-        for i, segment in enumerate(self.segments):
-            own = call.between(segment.start, segment.end)
-            output, labels = self._read(own, query[i], key[i], segment)
-            outputs.append(output)
-            targets.append(labels)
+        query, key = (call.rotate_ranges(x, self.ranges) for x in (call.query, call.key))
+        read = [self._read(call, query, key, segment) for segment in self.segments]
         if call.retained_idx is not None:
+            targets = [labels for _, labels in read]
             self.learn(call.retained_idx, self.recipe.features(call), targets)
-        return torch.cat(outputs, dim=1)
+        return torch.cat([output for outputs, _ in read for output in outputs], dim=1)
 
     def learn(
         self, retained_idx: int, features: Tensor, targets: Sequence[Sequence[Tensor]]
@@ -124,14 +121,15 @@ class RowLoss:
         """
         head, layers = self.recipe.heads[retained_idx], len(self.recipe.heads.layers)
         main, smooth, samples = [], [], len(self.segments)
-        device = head.fc1.weight.device  # not always that of the layer
+        device = next(head.parameters()).device  # not always that of the layer
         with torch.set_grad_enabled(self.recipe.heads.training):
             for segment, labels in zip(self.segments, targets, strict=True):
                 read = features[:, segment.start : segment.last_prompt_end].to(device)
                 predictions = self.predict(head, read).float()
-                for label in (each.to(device) for each in labels):
+                wanted = [label.to(device) for label in _of_trunk(segment, labels)]
+                for label in wanted:
                     predicted = predictions[..., : label.shape[-1]]
-                    main.append(self.recipe.loss(predicted, label) / (samples * len(labels)))
+                    main.append(self.recipe.loss(predicted, label) / (samples * len(wanted)))
                     if self.recipe.keep_scores:
                         self.predictions.append(predicted.detach())
                         self.targets.append(label)
@@ -164,12 +162,15 @@ class RowLoss:
             self.gradients = {}
         return Distilled(loss, regression, smoothness, self.predictions, self.targets)
 
-    def label(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def label(
+        self, call: LayerCall, query: Tensor, norms: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
         """An answer's labels [B, H, P].
 
         Args:
             call: of the layer.
             query: [B, H*G, A, D], the answer's, rotated.
+            norms: [B, A], see `AnswerView`.
             key, value: [B, H, P + A, D], of prompt and answer, keys rotated.
         """
         weighting = call.weighting
@@ -181,6 +182,7 @@ class RowLoss:
             call.output_weight,
             weighting.softcap,
             weighting.sinks,
+            norms,
         )
         return self.recipe.label(view)
 
@@ -191,34 +193,39 @@ class RowLoss:
 
     def _read(
         self, call: LayerCall, query: Tensor, key: Tensor, segment: Segment
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Attention output of one segment, rotated already, and the labels of each answer."""
-        if call.retained_idx is None:
-            return self.attend(call, query, key, call.value), []
-        spans = [(start - segment.start, end - segment.start) for start, end in segment.answers]
-        if self.recipe.prompt_keys == "unrotated":
-            return self._read_as_released(call, query, key, spans[0][0])
-        labels = [
-            self.label(call, query[:, :, start:end], key[:, :, :end], call.value[:, :, :end])
-            for start, end in spans
-        ]
-        return self.attend(call, query, key, call.value), labels
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Attention outputs [B, T, H*G, D] of the tokens of one segment of a row, in order, and its
+        answers' labels; query and key are rotated already."""
+        if self.recipe.prompt_keys == "unrotated" and call.retained_idx is not None:
+            return self._read_as_released(call, query, key, segment)
+        outputs, labels = [], []
+        for stretch in segment.stretches:
+            keys, values = (stretch.seen(x, stretch.end) for x in (key, call.value))
+            own = query[:, :, stretch.start : stretch.end]
+            outputs.append(self.attend(call, own, keys, values))
+            for start, end in stretch.answers if call.retained_idx is not None else ():
+                seen = slice(keys.shape[2] - (stretch.end - end))
+                asked = query[:, :, start:end], norms_of(call.hidden[:, start:end])
+                labels.append(self.label(call, *asked, keys[:, :, seen], values[:, :, seen]))
+        return outputs, labels
 
     def _read_as_released(
-        self, call: LayerCall, query: Tensor, key: Tensor, prompt: int
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, call: LayerCall, query: Tensor, key: Tensor, segment: Segment
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The released Phi-3 label pass: the answer meets the prompt's keys before RoPE."""
-        value = call.value
-        mixed = torch.cat([call.key[:, :, :prompt], key[:, :, prompt:]], dim=2)
-        answer = query[:, :, prompt:]
-        labels = self.label(call, answer, mixed, value)
-        read = self.attend(call, *(x[:, :, :prompt] for x in (query, key, value)))
+        start, asked, end = segment.start, segment.answers[0][0], segment.end
+        value = call.value[:, :, start:end]
+        mixed = torch.cat([call.key[:, :, start:asked], key[:, :, asked:end]], dim=2)
+        answer = query[:, :, asked:end]
+        labels = self.label(call, answer, norms_of(call.hidden[:, asked:end]), mixed, value)
+        read = self.attend(call, *(x[:, :, start:asked] for x in (query, key, call.value)))
         said = self.attend(call, answer, mixed, value)
-        return torch.cat([read, said], dim=1), [labels]
+        return [read, said], [labels]
 
 
 class PackedAttention:
-    """A layer function: every segment attends to itself, from slot 0 on; gradients flow.
+    """A layer function: every segment attends to itself, from slot 0 on, and each of its branches
+    to the trunk and itself; gradients flow.
 
     Args:
         segments: what stands in the row, in order, without gaps.
@@ -230,12 +237,34 @@ class PackedAttention:
         self.backend = backend
 
     def __call__(self, call: LayerCall) -> Tensor:
-        lengths = [segment.end - segment.start for segment in self.segments]
-        query = call.rotate_packed(call.query, lengths).split(lengths, dim=2)
-        key = call.rotate_packed(call.key, lengths).split(lengths, dim=2)
-        value = call.value.split(lengths, dim=2)
-        read = zip(query, key, value, strict=True)
-        return torch.cat([attend(*qkv, call.scaling, self.backend) for qkv in read], dim=1)
+        ranges = _slots_of(self.segments)
+        query, key = (call.rotate_ranges(x, ranges) for x in (call.query, call.key))
+        outputs = []
+        for stretch in (each for segment in self.segments for each in segment.stretches):
+            own = query[:, :, stretch.start : stretch.end]
+            keys, values = (stretch.seen(x, stretch.end) for x in (key, call.value))
+            outputs.append(attend(own, keys, values, call.scaling, self.backend))
+        return torch.cat(outputs, dim=1)
+
+
+def norms_of(hidden: Tensor) -> Tensor:
+    """Euclidean norms, float32 [B, T], of hidden states [B, T, hidden size]."""
+    return hidden.norm(dim=-1, dtype=torch.float32)
+
+
+def _slots_of(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
+    """Slots of a row's tokens, as `Rotary.rotate_ranges` takes them."""
+    stretches = [stretch for segment in segments for stretch in segment.stretches]
+    return [stretch.slots(stretch.start, stretch.end) for stretch in stretches]
+
+
+def _of_trunk(segment: Segment, labels: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What a segment's predictions are compared with: the labels of each answer or, with branches,
+    the largest label that each unit of the trunk gets."""
+    if not segment.branches:
+        return labels
+    trunk = segment.last_prompt_end - segment.start
+    return [reduce(torch.maximum, (label[..., :trunk] for label in labels))]
 
 
 def _stacked(values: list[Tensor]) -> Tensor:

@@ -2,6 +2,11 @@
 
 Several conversations stand in one row, one after the other; each attends to itself only. An answer
 labels every token of its own segment that stands before it.
+
+A segment may be a trunk with branches: the trunk is what the cache will hold, each branch a way to
+go on from it, such as a question and its answer, or the trunk said again. In the row the branches
+follow the trunk one after the other; each sees the trunk and itself, at the slots right after the
+trunk. The answers of all branches label the trunk.
 """
 
 from collections.abc import Sequence
@@ -9,6 +14,37 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Span = tuple[int, int]
+"""Offsets in a row: of the first token, and of the one after the last."""
+
+
+class Stretch(NamedTuple):
+    """Tokens of a segment that follow one another: all of it, its trunk, or one of its branches.
+
+    Attributes:
+        start, end: the tokens.
+        trunk: the tokens that they see before themselves; empty unless this is a branch.
+        answers: those among the tokens.
+        reach: slots that the whole segment takes, which is what LongRoPE's `by_length` rule reads.
+    """
+
+    start: int
+    end: int
+    trunk: Span
+    answers: tuple[Span, ...]
+    reach: int
+
+    def slots(self, start: int, end: int) -> tuple[int, int, int]:
+        """Where the tokens start .. end - 1 stand, as `Rotary.rotate_ranges` takes it."""
+        first = self.trunk[1] - self.trunk[0] - self.start
+        return first + start, first + end, self.reach
+
+    def seen(self, x: Tensor, end: int) -> Tensor:
+        """Of a row's `x` [B, H, row, D], what the token before `end` sees."""
+        own = x[:, :, self.start : end]
+        first, last = self.trunk
+        return own if first == last else torch.cat([x[:, :, first:last], own], dim=2)
 
 
 class Segment(NamedTuple):
@@ -18,11 +54,15 @@ class Segment(NamedTuple):
         start, end: the conversation's tokens.
         answers: (start, end) of each answer, in order, without overlap; at least one token stands
             before the first.
+        branches: (start, end) of each branch; none if the segment is one text. They fill the end of
+            the segment without gaps, after at least one token of trunk. Each holds one answer,
+            which ends where the branch ends.
     """
 
     start: int
     end: int
-    answers: tuple[tuple[int, int], ...]
+    answers: tuple[Span, ...]
+    branches: tuple[Span, ...] = ()
 
     @classmethod
     def single(cls, prompt_length: int, length: int) -> "Segment":
@@ -40,8 +80,35 @@ class Segment(NamedTuple):
 
     @property
     def last_prompt_end(self) -> int:
-        """Offset of the last answer's start: tokens before it are labelled at least once."""
-        return self.answers[-1][0]
+        """Where labelled tokens end: at the last answer's start or, with branches, at the trunk's
+        end."""
+        return self.branches[0][0] if self.branches else self.answers[-1][0]
+
+    @property
+    def before_answers(self) -> list[int]:
+        """For each token of each answer, in order, the token that predicts it: the one before it,
+        which of a branch's first token is the trunk's last."""
+        found = []
+        for stretch in self.stretches:
+            for start, end in stretch.answers:
+                first = stretch.trunk[1] if start == stretch.start else start
+                found += [first - 1, *range(start, end - 1)]
+        return found
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """All of the segment's tokens, in order."""
+        nothing = self.start, self.start
+        if not self.branches:
+            length = self.end - self.start
+            return [Stretch(self.start, self.end, nothing, self.answers, length)]
+        trunk = self.start, self.branches[0][0]
+        reach = trunk[1] - trunk[0] + max(end - start for start, end in self.branches)
+        of_branches = [
+            Stretch(*branch, trunk, (answer,), reach)
+            for branch, answer in zip(self.branches, self.answers, strict=True)
+        ]
+        return [Stretch(*trunk, nothing, (), reach), *of_branches]
 
 
 def check_segments(segments: Sequence[Segment], length: int) -> None:
@@ -49,7 +116,8 @@ def check_segments(segments: Sequence[Segment], length: int) -> None:
 
     Raises:
         ValueError: segments that do not fill the row one after the other, or a segment whose
-            answers are none, empty, out of order, overlapping, outside of it or at its very start.
+            answers are none, empty, out of order, overlapping, outside of it or at its very start,
+            or whose branches leave gaps, no trunk, or do not end with an answer each.
     """
     ends = [0, *(segment.end for segment in segments)]
     if ends[:-1] != [segment.start for segment in segments] or ends[-1] != length:
@@ -64,6 +132,24 @@ def check_segments(segments: Sequence[Segment], length: int) -> None:
                 "expected at least one (start, end), none empty, in order, without overlap, inside "
                 "the segment and after its first token"
             )
+        if segment.branches:
+            _check_branches(segment)
+
+
+def _check_branches(segment: Segment) -> None:
+    starts, ends = zip(*segment.branches, strict=True)
+    trunk = segment.start < starts[0]
+    filled = starts[1:] == ends[:-1] and ends[-1] == segment.end
+    answered = ends == tuple(end for _, end in segment.answers) and all(
+        branch[0] <= answer[0]
+        for branch, answer in zip(segment.branches, segment.answers, strict=True)
+    )
+    if not (trunk and filled and answered):
+        raise ValueError(
+            f"segment {segment.start} .. {segment.end} has the branches {segment.branches} and the "
+            f"answers {segment.answers}; expected branches without gaps up to the segment's end, "
+            "after at least one token of trunk, each with one answer that ends where it ends"
+        )
 
 
 def with_query_in_front(
@@ -78,7 +164,16 @@ def with_query_in_front(
 
     Returns:
         The longer row and its segments.
+
+    Raises:
+        ValueError: a segment has branches: a trunk has no question.
     """
+    branched = [segment for segment in segments if segment.branches]
+    if branched:
+        raise ValueError(
+            f"query_tokens is {query_tokens} and {len(branched)} of {len(segments)} samples have "
+            "branches; set query_tokens to 0, or make samples without branches"
+        )
     rows, longer, at = [], [], 0
     for segment in segments:
         ask = max(segment.start, segment.last_prompt_end - query_tokens)

@@ -115,6 +115,22 @@ def test_a_configuration_of_ours_names_what_there_is(path):
     assert smoke.limit <= 5 or smoke.limit == smoke.depths  # a needle at every depth
 
 
+def test_some_of_the_setups_are_asked_by_name():
+    setups = [{"policy": ["keydiff", "snapkv"], "budget": [8, 9]}]
+    setups += [{"policy": "keydiff", "name": "other", "budget": 8}]
+    values = LEAST | {"setups": setups}
+
+    def labels(**changes):
+        config = EvalConfig.from_dict(values | changes)
+        return [setup.label.partition(" query")[0] for setup in config.all_setups()]
+
+    assert labels(only="keydiff") == ["full", "keydiff 8", "keydiff 9"]
+    assert labels(only="other,snapkv", full=False) == ["snapkv 8", "snapkv 9", "other 8"]
+    assert len(labels()) == 6
+    with pytest.raises(ValueError, match="only names nosuch; the setups are called full, keydiff"):
+        labels(only=["nosuch"])
+
+
 def test_no_data_is_named_for_nothing():
     with pytest.raises(ValueError, match="data has needle_haystak; expected some of squad"):
         EvalConfig.from_dict(LEAST | {"data": {"needle_haystak": "noise"}})

@@ -103,6 +103,10 @@ def test_there_is_a_cell_for_every_setup_and_task_and_the_full_cache_is_first(on
         assert cell["count"] == 3 == len(cell["scores"]) == len(cell["samples"])
         assert cell["interval"][0] <= cell["score"] <= cell["interval"][1]
         assert ("difference" in cell) == (cell["setup"] != "full")
+        others = cell.get("others", {})
+        assert {m: of["score"] for m, of in others.items()} == cell["other_metrics"]
+        assert list(others) == (["f1"] if cell["task"] == "fairytaleqa" else [])
+        assert all(len(other["scores"]) == 3 for other in others.values())
         assert cell["protocol"] == ("any" if cell["setup"] == "full" else cell["setup"].split()[2])
 
 
@@ -151,10 +155,11 @@ def test_the_table_shows_every_setup(once):
     config, result = once
     text = (Path(config.output) / "result.md").read_text()
     head, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert [cell.strip() for cell in head.split("|")[-4:-1]] == [
+    assert [cell.strip() for cell in head.split("|")[-5:-1]] == [
         "ruler_niah_single_1@1300",
         "ruler_niah_multiquery@1300",
         "fairytaleqa",
+        "fairytaleqa f1",
     ]
     assert [line.split("|")[1].strip() for line in lines] == [
         "full",

@@ -1,6 +1,12 @@
 import pytest
 
-from locret.evaluation.results import average_of_tasks, interval, resampled_means, wilson
+from locret.evaluation.results import (
+    average_of_tasks,
+    interval,
+    resampled_means,
+    share_of_means,
+    wilson,
+)
 
 
 def test_an_interval_holds_the_mean_and_narrows_with_more_samples():
@@ -37,3 +43,18 @@ def test_tasks_count_alike_whatever_their_size():
 )
 def test_wilson_intervals(found, count, low, high):
     assert wilson(found, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_share_of_the_full_cache_is_drawn_in_pairs():
+    full = {"a": [1.0, 0.5, 1.0, 0.0] * 5, "b": [1.0] * 20}
+    half = {task: [value / 2 for value in values] for task, values in full.items()}
+    share, (low, high) = share_of_means(half, full)
+    assert share == pytest.approx(0.5) and low == pytest.approx(0.5) == pytest.approx(high)
+    some = {"a": [1.0, 0.0, 1.0, 0.0] * 5, "b": [1.0] * 20}
+    share, (low, high) = share_of_means(some, full)
+    assert share == pytest.approx(1.5 / 1.625) and low < share < high <= 1
+
+
+def test_there_is_no_share_of_next_to_nothing():
+    assert share_of_means({"a": [1.0, 1.0]}, {"a": [0.0, 1.0]}) is None
+    assert share_of_means({"a": [0.0, 0.0]}, {"a": [0.5, 1.0]}) == (0.0, (0.0, 0.0))

@@ -27,6 +27,14 @@ def test_token_f1(prediction, references, value):
     assert metrics.token_f1(prediction, references) == pytest.approx(value)
 
 
+@pytest.mark.parametrize(
+    ("answer", "references", "value"),
+    [("The Cat!", ["dog", "cat"], 1), ("cat sat", ["cat"], 0), ("", ["the"], 1), ("x", ["y"], 0)],
+)
+def test_exact_match(answer, references, value):
+    assert metrics.exact_match(answer, references) == value
+
+
 def test_rouge_of_a_sentence():
     # the cat sat on the mat / the cat is on the mat: 5 of 6 words, 3 of 5 pairs, 5 in order
     found = metrics.rouge("The cat sat on the mat.", ["the cat is on the mat"])

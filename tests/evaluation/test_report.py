@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from locret.cli import main
+from locret.evaluation import tables
 from locret.evaluation.report import HEADER, make_report
 from locret.evaluation.report_blocks import Table, as_html, as_markdown
 from locret.evaluation.setups import Setup
@@ -142,6 +143,40 @@ def test_an_evaluation_has_the_full_cache_first_protocols_and_intervals(report, 
     assert figures(tmp_path) == ["00-result0-budget.png"]
 
 
+def test_shares_of_the_full_cache_and_other_scores_have_their_places(report):
+    half = setup("locret", 0.4, 512) | {"share": 0.5, "share_interval": [0.4, 0.625]}
+    result = evaluation(FULL, half)
+    for cell in result["cells"]:
+        if cell["task"] == "qa":
+            other = {"score": 0.25, "interval": [0.2, 0.3]}
+            against = {"share": 0.75, "share_interval": [0.7, 0.8]}
+            against = {} if cell["setup"] == "full" else against
+            cell["others"] = {"exact_match": other | against}
+    rows = table_rows(report(result))
+    assert rows[0] == [*HEADER[:6], "share of full", *HEADER[6:]]
+    assert [row[6] for row in rows[1:3]] == ["-", "50.0 (40.0-62.5)"]
+    assert [row[:2] for row in rows[3:7]] == [
+        ["task", "metric"], ["qa", "f1"], ["qa", "exact_match"], ["summary", "f1"]
+    ]  # fmt: skip
+    assert rows[5][3:] == ["25.0 (20.0-30.0)"] * 2
+    shares = rows[7:]
+    assert [row[0] for row in shares] == ["task", "qa", "qa", "summary"]
+    assert shares[2][3:] == ["-", "75.0 (70.0-80.0)"]
+    table = tables.as_markdown(result).splitlines()
+    assert table[0].split(" | ")[-4:] == ["MiB", "qa", "qa exact_match", "summary |"]
+    assert "| 50.0 (40.0-62.5) |" in table[3] and "| 40.0 | 25.0 | 40.0 |" in table[3]
+
+
+def test_the_committed_tables_are_drawn_again_as_they_are():
+    results = sorted((ROOT / "docs" / "results").glob("*.json"))
+    drawn = [path for path in results if path.with_suffix(".md").is_file()]
+    assert drawn
+    for path in drawn:
+        assert (
+            tables.as_markdown(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
+        )
+
+
 def test_quantized_setups_are_drawn_against_bytes(report, tmp_path):
     quantized = setup("locret", 0.7, 2048, quantization="kivi-4", size=512 * 1024)
     text = report(evaluation(FULL, setup("locret", 0.6, 512), quantized))
@@ -160,7 +195,7 @@ def test_a_map_of_needles_is_one_figure_and_says_what_does_not_fit(report, tmp_p
     text = report(needle_map())
     rows = table_rows(text)
     assert rows[1][:5] == ["full", "not quantized", "all", "any", "100.0 (34.2-100.0)"]
-    assert [row[0] for row in rows[4:]] == ["task", "niah_single@1024", "niah_single@2048"]
+    assert [row[0] for row in rows[4:7]] == ["task", "niah_single@1024", "niah_single@2048"]
     assert rows[5][3:] == ["100.0 (34.2-100.0)", "100.0 (34.2-100.0)", "0.0 (0.0-65.8)"]
     assert rows[6][3] == "-"
     assert "2 samples did not fit into the device's memory and count in no figure." in text

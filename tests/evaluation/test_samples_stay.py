@@ -65,6 +65,7 @@ HASHES = {
     "leval_review_summ": "ce5c6720f2d64632",
     "leval_tv_show_summ": "ce5c6720f2d64632",
     "fairytaleqa": "c9b81a0a744a708f",
+    "qmsum": "c2dfd952be72b9b3",
 }
 
 
@@ -163,7 +164,8 @@ def test_leval_prompts_stay(name, tmp_path):
     assert sha([fields(sample) for sample in samples]) == HASHES[name]
 
 
-def test_fairytaleqa_prompts_stay(folder):
-    task = TASKS["fairytaleqa"](TaskSettings(data_dir=folder, data=DATA))
-    samples = task.samples(None, None)
-    assert sha([fields(sample) for sample in samples]) == HASHES["fairytaleqa"]
+@pytest.mark.parametrize("name", ["fairytaleqa", "qmsum"])
+def test_prompts_about_documents_stay(name, folder):
+    data = {name: DATA["fairytaleqa"]}
+    samples = TASKS[name](TaskSettings(data_dir=folder, data=data)).samples(None, None)
+    assert sha([fields(sample) for sample in samples]) == HASHES[name]

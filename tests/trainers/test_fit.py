@@ -28,9 +28,12 @@ from trainers.module import HeadsModule
 FAMILY_OF_CONFIG = {  # configs of heads
     "llama31.yaml": "llama",
     "phi3.yaml": "phi3",
+    "qwen25_coder.yaml": "qwen2",
+    "qwen25_coder_paper.yaml": "qwen2",
     "qwen3.yaml": "qwen3",
     "smollm2.yaml": "llama",
     "smollm2_long.yaml": "llama",
+    "smollm2_replay.yaml": "llama",
 }
 
 
@@ -240,6 +243,7 @@ def test_the_command_ends_with_status_two():
         ({"budget": 0}, "budget is 0"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"local_tokens": 0}, "local_tokens is 0"),
+        ({"quota_contexts": -1}, "quota_contexts is -1; expected 0"),
     ],
 )
 def test_engine_settings_that_no_engine_takes_are_refused(settings, says):

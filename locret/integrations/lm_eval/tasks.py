@@ -36,7 +36,7 @@ def write_task_files(folder: Path) -> Path:
 
 def _task(task: type[Task]) -> str:
     tag = "tag: leval\n" if task.name in GROUPS["leval"] else ""
-    # Needles come with the answer's first words; the harness puts them behind the chat template.
+    # These come with the answer's first words; the harness puts them behind the chat template.
     prefix = 'gen_prefix: "{{gen_prefix}}"\ntarget_delimiter: " "\n'
     return f"""\
 task: {harness_name(task.name)}
@@ -46,7 +46,7 @@ test_split: test
 custom_dataset: !function {__name__}.dataset
 doc_to_text: "{{{{context}}}}{{{{question}}}}"
 doc_to_target: "{{{{answers[0]}}}}"
-{prefix if task.name in (*GROUPS["ruler"], *GROUPS["needles"]) else ""}\
+{prefix if task.name in (*GROUPS["ruler"], *GROUPS["needles"], "code") else ""}\
 process_results: !function {__name__}.process_results
 generation_kwargs:
   do_sample: false

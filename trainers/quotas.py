@@ -1,0 +1,55 @@
+"""Head quotas at the end of a training: what the heads just trained keep of training contexts.
+
+Scores of different heads can be compared where all heads learned a logarithm of attention, so only
+then; `python -m locret calibrate` measures quotas of any heads, on any texts.
+"""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from locret.commands.shared import Progress
+from locret.engine.calibration import Calibration, why_not
+from locret.heads.heads import RetainingHeads
+from locret.policies import LocretPolicy
+
+
+def measured_quotas(
+    trainer: Trainer, module: Any, heads: RetainingHeads
+) -> dict[str, list[list[float]]] | None:
+    """Quotas by compression, of mean 1, [layers][KV heads].
+
+    Args:
+        trainer: its data module draws the contexts: `contexts(count)`, token ids [n] each.
+        module: the HeadsModule that was trained.
+        heads: as they were exported.
+
+    Returns:
+        None where none are wanted or none can be measured.
+    """
+    count = module.hparams["quota_contexts"]
+    if not count or not heads.config.learns_logarithm:
+        return None
+    reason = _why_not(module, heads)
+    if reason is not None:
+        rank_zero_warn(f"no head quotas were measured: {reason}")
+        return None
+    backbone = module.backbone
+    device = next(backbone.decoder.parameters()).device
+    calibration = Calibration(backbone, LocretPolicy(heads.to(device, backbone.model.dtype)))
+    progress = Progress("measuring head quotas", "contexts")
+    for done, ids in enumerate(trainer.datamodule.contexts(count)):  # type: ignore[attr-defined]
+        progress(done, count)
+        calibration.add(ids[None].to(device))
+    progress(count, count)
+    return calibration.quotas()
+
+
+def _why_not(module: Any, heads: RetainingHeads) -> str | None:
+    if module.shards is not None:
+        return (
+            "the backbone is sharded over processes; python -m locret calibrate does it with the "
+            "whole one"
+        )
+    return why_not(LocretPolicy(heads))
