@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import locret
+from datamodules.branches import BranchEncoder, Branching
+from datamodules.conversations import Conversation, exchange
 from locret.engine.calibration import Calibration
 from locret.evaluation.setups import Engines, expand
 from locret.model.backbone import Backbone
@@ -252,6 +254,21 @@ def test_the_copy_is_asked_for_in_the_tokenizers_words(has_template, chat):
         before, end = "<|user|>", "<|end|><|assistant|>"
     words = (before, REPEAT + end, REPEAT_AFTER, end)
     assert [*map(tokenizer.decode, Wording.of(tokenizer, chat))] == [*words]
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_trainings_by_replay_ask_for_the_same_copies(has_template):
+    """The policy is the oracle of what such trainings learn."""
+    tokenizer, said = tiny_tokenizer(has_template), "".join(f"{i}, " for i in range(60))
+    encoder = BranchEncoder(tokenizer, Branching(("replay",), copy_tokens=50))
+    sample = encoder(Conversation(exchange(said, ""), context=said))
+    policy = KVzipPolicy(Wording.of(tokenizer), piece=50)
+    readings = [*policy.second_readings(sample.input_ids[None, : sample.prompt_length])]
+    branches = zip(sample.branches, sample.answers, readings, strict=True)
+    assert len(readings) > 2
+    for (start, end), (begins, _), (tokens, looking) in branches:
+        assert torch.equal(tokens[0], sample.input_ids[start:end])
+        assert looking == end - begins
 
 
 def test_rows_of_an_evaluation_know_the_words():

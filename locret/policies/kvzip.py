@@ -6,15 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from locret.heads.targets import AnswerView, max_prob
+from locret.heads.targets import AnswerView, log_max_prob
 from locret.policies.base import LayerChunk, Policy
 from locret.policies.sharing import highest_of_all, raised
 from locret.quantities import check_whole
 
 REPEAT = "\n\nRepeat the previous context exactly."
 REPEAT_AFTER = "\n\nRepeat the previous context, starting after:"
-NEAR_ZERO = 1e-5
-"""Added to probabilities before their logarithm is taken, as it is to labels."""
 
 _MARK = "here the context stands"
 
@@ -118,7 +116,7 @@ class KVzipPolicy(Policy):
             yield torch.cat([*asked, piece], dim=1), piece.shape[1]
 
     def look(self, view: AnswerView) -> Tensor:
-        return (max_prob(view) + NEAR_ZERO).log()
+        return log_max_prob(view)
 
     @property
     def shares(self) -> bool:
