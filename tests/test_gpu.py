@@ -88,10 +88,10 @@ def test_answers_are_evicted_as_on_the_cpu(name):
     alike(name, decode_interval=4)
 
 
-@pytest.mark.parametrize("into", ["similar", "adjacent"])
+@pytest.mark.parametrize("merging", ["similar", "adjacent", {"fold": True}], ids=str)
 @pytest.mark.parametrize("interval", [None, 4])
-def test_values_are_merged_as_on_the_cpu(into, interval):
-    alike("keydiff", merging=into, decode_interval=interval)
+def test_values_are_merged_as_on_the_cpu(merging, interval):
+    alike("keydiff", merging=merging, decode_interval=interval)
 
 
 @pytest.mark.parametrize(

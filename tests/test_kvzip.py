@@ -7,20 +7,22 @@ import pytest
 import torch
 
 import locret
+from datamodules.branches import BranchEncoder, Branching
+from datamodules.conversations import Conversation, exchange
 from locret.engine.calibration import Calibration
 from locret.evaluation.setups import Engines, expand
 from locret.model.backbone import Backbone
 from locret.model.loading import LoadedModel
 from locret.policies import POLICIES, Policy
 from locret.policies.compose import AdaptiveHeads, SharedLayers
-from locret.policies.kvzip import REQUEST, KVzipPolicy
+from locret.policies.kvzip import REPEAT, REPEAT_AFTER, KVzipPolicy, Wording
 from tests.kept import kept_of
 from tests.test_batches import assert_each_row_as_alone
 from tests.tiny_models import FAMILIES, distinct_prompt, prompt, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
 VOCAB = 512
-REQUESTED = (5, 4, 3)
+WORDS = Wording(whole=(5, 4, 3), after=(7, 5), end=(9,))
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
@@ -30,7 +32,7 @@ def model(request):
 
 
 def kvzip(piece=15, lead=2, **options):
-    return KVzipPolicy(REQUESTED, piece, lead, **options)
+    return KVzipPolicy(WORDS, piece, lead, **options)
 
 
 def engine_of(model, policy, **settings):
@@ -43,12 +45,13 @@ def reference(model, ids, piece=15, lead=2):
     """[layers][H, n]: log(p + 1e-5) of every unit, by the stock model's own softmax."""
     tokens, pieces = ids[0].tolist(), []
     for start in range(0, len(tokens), piece):
-        copy = tokens[start : start + piece]
-        whole = [*tokens, *REQUESTED, *tokens[max(start - lead, 0) : start], *copy]
-        before = model.config._attn_implementation
+        copy, before = tokens[start : start + piece], tokens[max(start - lead, 0) : start]
+        asked = [*WORDS.after, *before, *WORDS.end] if start else WORDS.whole
+        whole = [*tokens, *asked, *copy]
+        attn = model.config._attn_implementation
         model.set_attn_implementation("eager")
         weights = model(torch.tensor([whole]), output_attentions=True).attentions
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(attn)
         heads = model.config.num_key_value_heads
         looked = [w[0, :, -len(copy) :, : len(tokens)].amax(dim=1) for w in weights]
         pieces.append([w.view(heads, -1, len(tokens)).amax(dim=1) for w in looked])
@@ -99,10 +102,21 @@ def test_pieces_leads_chunks_and_positions(model, piece, lead, chunk_size, posit
     assert kept(engine.prefill(ids)) == best(scores, alike(scores, 11))
 
 
-def test_without_a_request_the_copy_follows_at_once(model):
-    assert KVzipPolicy().request == ()
+def test_without_words_the_copy_follows_at_once():
     ((tokens, looking),) = KVzipPolicy().second_readings(torch.arange(9)[None])
     assert tokens.tolist() == [[*range(9)]] and looking == 9
+
+
+def test_later_pieces_are_told_what_stands_before_and_the_opening_is_not_repeated():
+    policy = KVzipPolicy(Wording((0, 1), (90,), (91,), (92,)), piece=3, lead=2)
+    readings = [*policy.second_readings(torch.arange(9).expand(2, -1))]
+    asked = [[90, 2, 3, 4], [91, 3, 4, 92, 5, 6, 7], [91, 6, 7, 92, 8]]
+    assert [tokens.tolist() for tokens, _ in readings] == [[row, row] for row in asked]
+    assert [looking for _, looking in readings] == [3, 3, 1]
+    (other, _), *_ = policy.second_readings(torch.arange(1, 9)[None])
+    assert other.tolist() == [[90, 1, 2, 3]]
+    ((few, _),) = policy.second_readings(torch.arange(2)[None])
+    assert few.tolist() == [[90, 0, 1]]
 
 
 @pytest.mark.parametrize("budget", [1, 11, 25])
@@ -233,11 +247,28 @@ def test_saved_contexts_are_asked_alike(model, tmp_path):
 
 @pytest.mark.parametrize("has_template", [True, False])
 @pytest.mark.parametrize("chat", [True, False])
-def test_the_request_is_in_the_tokenizers_words(has_template, chat):
+def test_the_copy_is_asked_for_in_the_tokenizers_words(has_template, chat):
     tokenizer = tiny_tokenizer(has_template)
-    request = KVzipPolicy.words(tokenizer, chat)["request"]
-    after = "<|end|><|assistant|>" if has_template and chat else "\n\n"
-    assert tokenizer.decode(request) == REQUEST + after
+    before, end = "", "\n\n"
+    if has_template and chat:
+        before, end = "<|user|>", "<|end|><|assistant|>"
+    words = (before, REPEAT + end, REPEAT_AFTER, end)
+    assert [*map(tokenizer.decode, Wording.of(tokenizer, chat))] == [*words]
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_trainings_by_replay_ask_for_the_same_copies(has_template):
+    """The policy is the oracle of what such trainings learn."""
+    tokenizer, said = tiny_tokenizer(has_template), "".join(f"{i}, " for i in range(60))
+    encoder = BranchEncoder(tokenizer, Branching(("replay",), copy_tokens=50))
+    sample = encoder(Conversation(exchange(said, ""), context=said))
+    policy = KVzipPolicy(Wording.of(tokenizer), piece=50)
+    readings = [*policy.second_readings(sample.input_ids[None, : sample.prompt_length])]
+    branches = zip(sample.branches, sample.answers, readings, strict=True)
+    assert len(readings) > 2
+    for (start, end), (begins, _), (tokens, looking) in branches:
+        assert torch.equal(tokens[0], sample.input_ids[start:end])
+        assert looking == end - begins
 
 
 def test_rows_of_an_evaluation_know_the_words():
@@ -250,9 +281,9 @@ def test_rows_of_an_evaluation_know_the_words():
     policy = engines.get(setup, 10).policy
     assert engines.used[setup.label]["rereads"]
     assert (policy.dynamic, policy.piece) == (True, 50)
-    assert list(policy.request) == KVzipPolicy.words(tokenizer)["request"]
+    assert policy.wording == Wording.of(tokenizer)
     raw = Engines(loaded, {}, None, settings, chat=False).get(setup, 10).policy
-    assert list(raw.request) == KVzipPolicy.words(tokenizer, chat=False)["request"]
+    assert raw.wording == Wording.of(tokenizer, chat=False)
     assert POLICIES["keydiff"].words(tokenizer) == {}
 
 
