@@ -74,12 +74,12 @@ def _cell(answered: Sequence[Answered], scores: Scores, of_full: Scores | None) 
     depths = [q.sample.depth for q, _ in answered]
     against = None if setup.label == FULL else of_full
     groups = [q.group for q, _ in answered]
-    figures = {
+    by_metric = {
         metric: _figures({"": values}, against and {"": against[metric]}, {"": groups}, metric)
         for metric, values in scores.items()
     }
     others = {
-        metric: figures[metric] | {"scores": _rounded(values)}
+        metric: by_metric[metric] | {"scores": _rounded(values)}
         for metric, values in scores.items()
         if metric != main and main != FOUND  # needles are counted
     }
@@ -90,10 +90,10 @@ def _cell(answered: Sequence[Answered], scores: Scores, of_full: Scores | None) 
         "task_name": task.name,
         "length": task.length,
         "metric": main,
-        **figures[main],
+        **by_metric[main],
         "count": len(records),
         "failed": sum(record.end == OUT_OF_MEMORY for record in records),
-        "other_metrics": {m: found["score"] for m, found in figures.items() if m != main},
+        "other_metrics": {m: found["score"] for m, found in by_metric.items() if m != main},
         **({"others": others} if others else {}),
         **_sizes([record for record in records if record.end != OUT_OF_MEMORY]),
         "cut": sum(record.cut > 0 for record in records),
