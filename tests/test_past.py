@@ -52,3 +52,13 @@ def test_a_step_sees_its_own_unit_in_the_tail(counts, dtype):
     apart = attend_past(query, before, tuple(x[:, :, 3:] for x in tail), 0.4, "eager")
     tolerance = 1e-5 if dtype == torch.float32 else 0.06
     torch.testing.assert_close(together, apart, rtol=0, atol=tolerance)
+
+
+def test_a_sequence_looks_the_same_whatever_others_stand_beside_it():
+    """Fused attention plans by shapes and strides: what is alike is planned once."""
+    looks = set()
+    for lengths in ((5, 7), (30, 7)):
+        sequences = sequences_of((lengths,), torch.device("cpu"))
+        past = Past(torch.randn(sum(lengths), 8), torch.randn(sum(lengths), 8), sequences)
+        looks |= {(x.shape, x.stride()) for x in past.of(0, 1)}
+    assert len(looks) == 1

@@ -53,8 +53,10 @@ class Past(NamedTuple):
         if self.sequences is None:
             return tuple(x[row : row + 1, head : head + 1] for x in self[:2])  # type: ignore[return-value]
         at = row * self.sequences.shape[1] + head
-        start, end = self.sequences.bounds[at : at + 2]
-        return self.keys[None, None, start:end], self.values[None, None, start:end]
+        units = slice(*self.sequences.bounds[at : at + 2])
+        # Strides of the whole would tell how long all sequences are together, and cuDNN would make
+        # a plan, which takes milliseconds, for every such length.
+        return self.keys[units][None, None], self.values[units][None, None]
 
 
 def with_bias_in_channels(
