@@ -16,6 +16,8 @@ from locret.kernels.decode_kivi import attend_packed
 from locret.kernels.decode_kivi_small import PROGRAMS as SMALL_PROGRAMS
 from locret.kernels.decode_kivi_small import attend_small, takes_small
 from locret.kernels.decode_rotated import attend_rotated, merge_rotated
+from locret.kernels.decode_rotated_small import PROGRAMS as SMALL_ROTATED_PROGRAMS
+from locret.kernels.decode_rotated_small import takes_small_rotated
 from locret.kernels.dispatch import multiprocessors, takes_triton
 from locret.kernels.packed import PROGRAMS, PackedKV, PackedShares
 from locret.kernels.packed_rotated import RotatedKV
@@ -87,8 +89,12 @@ def packed_shares(
             too, but not as soon.
     """
     device = packed.starts.device
-    small = isinstance(packed, PackedKV) and takes_small(queries, dtype, packed)
-    programs = SMALL_PROGRAMS if small else PROGRAMS
+    programs = PROGRAMS
+    if isinstance(packed, RotatedKV):
+        if takes_small_rotated(queries, dtype, packed):
+            programs = SMALL_ROTATED_PROGRAMS
+    elif takes_small(queries, dtype, packed):
+        programs = SMALL_PROGRAMS
     shares = share_out(lengths, programs * multiprocessors(device), device, start=_START)
     return PackedShares.along(packed.starts, shares)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from locret.kernels.decode_rotated_small import attend_small_rotated, takes_small_rotated
 from locret.kernels.dispatch import head_of, on_device, padded, tl, triton
 from locret.kernels.packed import (
     STEP,
@@ -42,8 +43,8 @@ from locret.kernels.splits import (
     weigh,
 )
 
-_STATES = 32  # states that the merge reads at a time
-_ROWS = 32  # elements of a vector that are rotated at a time
+_STATES = 128  # states of rotated tiles that the merge reads at a time: it waits for each time
+_OTHERS = 32  # others
 
 
 def attend_rotated(
@@ -53,17 +54,19 @@ def attend_rotated(
     size, new = query.shape[3], query.shape[2]
     (_, *arguments), sizes = step_arguments(query, packed, shares, scaling, states)
     sizes["SIZE_BLOCK"] = padded(size, least=16)
-    how = launch_options(query, sizes["QUERIES"])
-    key_bits, value_bits = bits_of(packed.key_levels), bits_of(packed.value_levels)
     rotated = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     with on_device(query):
-        _rotate[(new * triton.cdiv(size, _ROWS), query.shape[1], query.shape[0])](
+        _rotate[(new, query.shape[1], query.shape[0])](
             *(query, rotated, query.stride()),
             SIZE=size,
             SIZE_BLOCK=sizes["SIZE_BLOCK"],
-            ROWS=_ROWS,
             num_warps=4,
         )
+        if takes_small_rotated(sizes["QUERIES"], query.dtype, packed):
+            attend_small_rotated(query, rotated, packed, shares, scaling, states)
+            return
+        how = launch_options(query, sizes["QUERIES"])
+        key_bits, value_bits = bits_of(packed.key_levels), bits_of(packed.value_levels)
         _attend[(shares.count,)](
             *((query, rotated), *arguments),
             **sizes,
@@ -92,9 +95,9 @@ def merge_rotated(states: States, out: Tensor, shares: Sequence[Shares]) -> None
             QUERIES=queries,
             SIZE=size,
             SIZE_BLOCK=padded(size, least=16),
-            ROWS=_ROWS,
             STEP=_STATES,
-            num_warps=8,
+            OTHERS=_OTHERS,
+            num_warps=16,
         )
 
 
@@ -105,20 +108,30 @@ def _rotate(  # type: ignore[no-untyped-def]
     strides,
     SIZE: tl.constexpr,
     SIZE_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    SLICES: tl.constexpr = (SIZE + ROWS - 1) // ROWS
-    t = tl.program_id(0) // SLICES
+    t = tl.program_id(0)
     head = tl.program_id(1)
     b = tl.program_id(2)
-    i = tl.program_id(0) % SLICES * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, SIZE_BLOCK)
     at = query + b.to(tl.int64) * strides[0] + head * strides[1] + t * strides[2] + d * strides[3]
-    q = tl.load(at, mask=d < SIZE, other=0.0).to(tl.float32)
-    x = tl.sum(hadamard_at(i[:, None], d[None, :], SIZE) * q[None, :], 1)
-    x *= (SIZE & -SIZE) ** -0.5
-    row = (b * tl.num_programs(1) + head) * (tl.num_programs(0) // SLICES) + t
-    tl.store(rotated + row * SIZE + i, x, mask=i < SIZE)
+    x = tl.load(at, mask=d < SIZE, other=0.0).to(tl.float32)
+    row = (b * tl.num_programs(1) + head) * tl.num_programs(0) + t
+    tl.store(rotated + row * SIZE + d, _turned(x, SIZE, SIZE_BLOCK), mask=d < SIZE)
+
+
+@triton.jit
+def _turned(x, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """H x, of a vector padded with zeros. H is a product of two: among LOW channels that follow
+    each other, and among those LOW apart."""
+    LOW: tl.constexpr = 16 if SIZE % 16 == 0 else 8
+    HIGH: tl.constexpr = SIZE_BLOCK // LOW
+    i = tl.arange(0, LOW)
+    signs = hadamard_at(i[:, None], i[None, :], LOW)
+    x = tl.sum(tl.reshape(x, (HIGH, 1, LOW)) * signs[None, :, :], 2)
+    j = tl.arange(0, HIGH)
+    signs = hadamard_at(j[:, None], j[None, :], SIZE // LOW)
+    x = tl.sum(signs[:, :, None] * x[None, :, :], 1)
+    return tl.reshape(x, (SIZE_BLOCK,)) * (SIZE & -SIZE) ** -0.5
 
 
 # Nothing is compiled anew for these, which differ from prompt to prompt.
@@ -244,8 +257,8 @@ def _merge(  # type: ignore[no-untyped-def]
     QUERIES: tl.constexpr,
     SIZE: tl.constexpr,
     SIZE_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
     STEP: tl.constexpr,
+    OTHERS: tl.constexpr,
 ):
     which = tl.program_id(0)
     d = tl.arange(0, SIZE_BLOCK)
@@ -259,7 +272,7 @@ def _merge(  # type: ignore[no-untyped-def]
     tiles = states_of(other_firsts, sequence, others_at)
     tail = (tail_at + sequence * tail_splits, tail_splits)
     other_highest, other_total, plain = merged_states(
-        states, tiles, tail, (0, 0), which, d, QUERIES, SIZE, SIZE_BLOCK, STEP
+        states, tiles, tail, (0, 0), which, d, QUERIES, SIZE, SIZE_BLOCK, OTHERS
     )
     base = tl.maximum(highest, other_highest)
     base = tl.where(base == float("-inf"), 0.0, base)
@@ -267,13 +280,8 @@ def _merge(  # type: ignore[no-untyped-def]
     other_shrink = tl.exp2(other_highest - base)
     total = total * shrink + other_total * other_shrink
     inverse = 1.0 / tl.where(total > 0.0, total, 1.0)
-    rotated *= shrink * inverse * (SIZE & -SIZE) ** -0.5
-    plain *= other_shrink * inverse
+    x = _turned(rotated * (shrink * inverse), SIZE, SIZE_BLOCK) + plain * (other_shrink * inverse)
 
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    to = queries_at(out, strides, b, h, which, NEW, QUERIES)
-    for start in tl.static_range(0, SIZE, ROWS):
-        i = start + tl.arange(0, ROWS)
-        x = hadamard_at(i[:, None], d[None, :], SIZE) * rotated[None, :]
-        x += tl.where(i[:, None] == d[None, :], plain[None, :], 0.0)
-        tl.store(to + i * strides[3], tl.sum(x, 1).to(out.dtype.element_ty), mask=i < SIZE)
+    to = queries_at(out, strides, b, h, which, NEW, QUERIES) + d * strides[3]
+    tl.store(to, x.to(out.dtype.element_ty), mask=d < SIZE)

@@ -357,13 +357,20 @@ def _code(bits: int, chunk: int) -> tuple[str, ...]:
     )
 
 
+def table_of(levels: tuple[float, ...]) -> np.ndarray:
+    """uint32 [2, 2], the low and the high bytes of eight levels in float16: of 16 levels those of
+    the upper half; zero where there are but four."""
+    halves = np.zeros(8, np.float16)
+    if len(levels) <= 8:
+        table = levels if len(levels) == 8 else (*(-level for level in reversed(levels)), *levels)
+        halves[: len(table)] = table
+    return halves.view(np.uint8).reshape(8, 2).T.copy().view("<u4")
+
+
 def _lookup(levels: tuple[float, ...]) -> tuple[str, ...]:
     """PTX that looks the low and the high bytes of four float16 numbers up: `prmt` is a table of
     eight bytes."""
-    table = levels if len(levels) == 8 else (*(-level for level in reversed(levels)), *levels)
-    halves = np.zeros(8, np.float16)
-    halves[: len(table)] = table
-    low, high = (halves.view(np.uint8)[start::2].copy().view("<u4") for start in (0, 1))
+    low, high = table_of(levels)
     return (
         # Four nibbles that follow each other choose four bytes.
         *("shr.b32 low, code, 4;", "or.b32 code, code, low;", "prmt.b32 code, code, 0, 0x4420;"),

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from locret.kernels.decode_packed import packed_shares
+from locret.kernels.decode_rotated_small import takes_small_rotated
 from locret.kernels.packed_rotated import expand_rotated, expand_rotated_reference
 from tests.kernels.close import assert_near
 from tests.kernels.rotated import random_rotated
@@ -64,6 +66,39 @@ def test_half_precision(dtype, bits, size, device):
     compare(torch.randn(1, 8, 1, size, device=device).to(dtype), packed, [70, 33])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lengths", "rows", "size", "group", "bits"),
+    [
+        ([139, 0, 33, 100], 4, 128, 64, (3, 3)),
+        ([65, 1, 64, 3, 130, 20], 1, 64, 64, (3, 2)),
+        ([33, 7, 1, 90], 8, 128, 32, (4, 2)),
+        ([40, 17], 7, 256, 64, (2, 3)),
+        ([70, 11], 3, 64, 128, (8, 4)),
+        ([0, 90], 2, 128, 16, (2, 8)),
+    ],
+)
+def test_small_queries_equal_the_twin(lengths, rows, size, group, bits, dtype, device):
+    packed = random_rotated(lengths, size, *bits, device, group)
+    assert takes_small_rotated(rows, dtype, packed)
+    query = torch.randn(2, len(lengths) // 2 * rows, 1, size, device=device).to(dtype)
+    compare(query, packed, lengths)
+    compare(query, packed, lengths, shares=packed_shares(packed, lengths, rows, dtype))
+
+
+def test_small_queries_of_several_new_tokens(device):
+    packed = random_rotated([100, 30, 0, 8], 128, 3, 3, device)
+    query = torch.randn(2, 4, 4, 128, device=device).transpose(1, 2).half()
+    compare(query, packed, [100, 30, 0, 8])
+
+
+@pytest.mark.parametrize("units", [16, 32])
+def test_small_queries_in_smaller_steps(units, device, monkeypatch):
+    monkeypatch.setattr("locret.kernels.decode_rotated_small.STEP", units)
+    packed = random_rotated([150, 60], 128, 3, 3, device)
+    compare(torch.randn(1, 8, 1, 128, device=device).bfloat16(), packed, [150, 60])
+
+
 def test_several_new_tokens_are_causal_among_themselves(device):
     packed = random_rotated([100, 30, 0, 8], 64, 3, 3, device)
     query = torch.randn(2, 5, 8, 64, device=device).transpose(1, 2)
@@ -86,10 +121,11 @@ def test_some_of_it_is_empty(lengths, plain, tail, device):
     compare(torch.randn(1, 4, 1, 64, device=device), packed, lengths, plain, tail)
 
 
-def test_units_of_zeros_and_large_ones(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_units_of_zeros_and_large_ones(dtype, device):
     packed = random_rotated([130], 64, 3, 3, device)
     packed.values[1][:70] = 0.0
     packed.values[1][100] = 3000.0
     packed.keys[1][60:70] = 0.0
     packed.keys[1][5] = 30.0
-    compare(torch.randn(1, 4, 1, 64, device=device), packed, [130])
+    compare(torch.randn(1, 4, 1, 64, device=device).to(dtype), packed, [130])
