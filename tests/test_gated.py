@@ -378,6 +378,52 @@ def test_half_precision_stays_finite():
         assert result.loss.isfinite() and all(g.isfinite().all() for g in gradients)
 
 
+def test_mixed_precision_as_trainings_have_it():
+    """A backbone in bfloat16, heads in float32 under autocast, which shares what it casts."""
+    exact, heads = made(regression_weight=0.1)
+    _, expected = gradients_of(exact, heads)
+    loss, heads = made(model=copy.deepcopy(exact.backbone.model), regression_weight=0.1)
+    loss.backbone.model.bfloat16()
+    heads.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = loss(IDS, ROW, HALF, 0.5)
+    result.loss.backward()
+    for parameter, theirs in zip(heads.parameters(), expected, strict=True):
+        ours = parameter.grad
+        assert ours.dtype == torch.float32
+        assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "qwen2-hybrid", "qwen3", "phi3"])
+def test_gradients_on_a_gpu_are_those_of_the_cpu(family):
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(family).requires_grad_(False).to(device)
+        loss, heads = made(model=model, regression_weight=0.1)
+        heads.to(device)
+        result = loss(IDS.to(device), ROW, HALF, 0.5)
+        result.loss.backward()
+        found.append([result.divergence.cpu(), *(p.grad.cpu() for p in heads.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, 1e-2)
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu_takes_fused_attention():
+    """Heads of the size of real ones: with the gate's channels, 136."""
+    model = tiny_model("qwen2", head_dim=128, hidden_size=1024).requires_grad_(False)
+    results = []
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cuda")):
+        loss, heads = made(model=model.to(device), dtype=dtype)
+        heads.to(device)
+        result = loss(IDS.to(device), ROW, HALF, 0.5)
+        result.loss.backward()
+        assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in heads.parameters())
+        results.append(result.divergence.item())
+    assert results[1] == pytest.approx(results[0], rel=0.2)
+
+
 # --- what is refused ---
 
 
