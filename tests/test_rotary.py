@@ -212,3 +212,26 @@ def test_unknown_rule_is_refused():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="'long' or 'by_length'"):
         Rotary(model.model.rotary_emb, None, "short")
+
+
+def test_gradients_pass_where_the_fused_kernel_would_have_none(monkeypatch):
+    """As on a GPU, whose kernel writes into a tensor that no graph knows."""
+    rotary = Backbone(tiny_model("llama")).rotary
+    x = random_heads(7).requires_grad_(True)
+    weights = torch.randn_like(x)
+    expected = torch.autograd.grad((rotary.rotate(x, (3,), (10,)) * weights).sum(), x)
+    fused = []
+
+    def without_graph(x, *tables):
+        fused.append(1)
+        return rotate_at_slots(x.detach(), *tables)
+
+    monkeypatch.setattr(Rotary, "_fuses", lambda self, like: True)
+    monkeypatch.setattr("locret.model.rotary.rotate_at_slots", without_graph)
+    rotary = Backbone(tiny_model("llama")).rotary
+    given = rotary.rotate(x, (3,), (10,))
+    assert torch.equal(torch.autograd.grad((given * weights).sum(), x)[0], expected[0])
+    assert not fused
+    with torch.no_grad():
+        assert torch.allclose(rotary.rotate(x, (3,), (10,)), given, atol=1e-6)
+    assert fused

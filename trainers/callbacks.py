@@ -123,6 +123,12 @@ class ExportHeads(Export):
             save_record(folder, replace(heads.config, quotas=quotas).to_dict())
 
 
+class ExportTunedHeads(ExportHeads):
+    """The same for heads that were tuned through gates, with the figures of such a training."""
+
+    plotted = ("train/divergence", "train/agreement")
+
+
 class ExportAdapter(Export):
     """Writes the adapter in PEFT's format, in bfloat16."""
 

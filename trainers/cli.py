@@ -114,6 +114,14 @@ def run(cli: TrainingCLI) -> Path | None:
     return None if trainer.fast_dev_run else output
 
 
+def tell_how_to_use(cli: TrainingCLI, heads: Path | None) -> None:
+    """The command that generates with the heads just trained, if there are any."""
+    if heads is not None and cli.trainer.is_global_zero:
+        model = cli.model.hparams["model"]
+        print(f"next      python -m locret generate --model {model} ", end="")
+        print(f"--heads {heads} --prompt-file FILE")
+
+
 def _check_checkpoint(ckpt_path: str | None) -> None:
     """Refuse a file that no training wrote.
 

@@ -15,10 +15,7 @@ def main(args: list[str] | None = None) -> Path | None:
     """Run a training; returns the folder of the artifact, None after a check (`trainers.cli`)."""
     training = cli.build(HeadsModule, ExportHeads, args)
     output = cli.run(training)
-    if output is not None and training.trainer.is_global_zero:
-        model = training.model.hparams["model"]
-        print(f"next      python -m locret generate --model {model} ", end="")
-        print(f"--heads {output} --prompt-file FILE")
+    cli.tell_how_to_use(training, output)
     return output
 
 

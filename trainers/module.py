@@ -245,15 +245,8 @@ class HeadsModule(LightningModule):
     def trained_heads(self) -> RetainingHeads:
         """The heads in `save_dtype`, with the run's figures and longest prompt in their record."""
         assert self.heads is not None
-        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        config = dataclasses.replace(
-            self.heads.config,
-            trained_tokens=int(self.longest_prompt),  # type: ignore[arg-type]
-            metrics=metrics,
-        )
         dtype = getattr(torch, self.hparams["save_dtype"])
-        tensors = {name: t.to("cpu", dtype) for name, t in self.heads.state_dict().items()}
-        return RetainingHeads.from_tensors(config, tensors)
+        return as_exported(self, self.heads, int(self.longest_prompt), dtype)  # type: ignore[arg-type]
 
     @property
     def backbone(self) -> Backbone:
@@ -301,6 +294,22 @@ class HeadsModule(LightningModule):
             for predictions, targets in zip(result.predictions, result.targets, strict=True)
         ]
         return torch.stack(overlaps).view(len(self.heads.layers), -1).mean(dim=1)
+
+
+def as_exported(
+    module: LightningModule, heads: RetainingHeads, trained_tokens: int, dtype: torch.dtype
+) -> RetainingHeads:
+    """Heads on the CPU in `dtype`, with the run's figures and longest prompt in their record.
+
+    Args:
+        module: that was trained.
+        heads: its own.
+        trained_tokens: the longest prompt.
+    """
+    metrics = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
+    config = dataclasses.replace(heads.config, trained_tokens=trained_tokens, metrics=metrics)
+    tensors = {name: t.to("cpu", dtype) for name, t in heads.state_dict().items()}
+    return RetainingHeads.from_tensors(config, tensors)
 
 
 def _losses(result: Distilled) -> dict[str, Tensor]:

@@ -190,6 +190,19 @@ class Backbone:
         for path in [name.split(".") for name, module in modules.items() if module in ours]:
             yield from (modules[".".join(path[:count])] for count in range(len(path) + 1))
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model says of the next token, float32 [..., vocabulary].
+
+        Args:
+            hidden: the decoder's output, [..., hidden size].
+        """
+        logits = self.model.get_output_embeddings()(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits * getattr(self.model, "logit_scale", 1)  # Cohere
+        logits = logits / getattr(self.config, "logits_scaling", 1)  # Granite
+        softcap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
     def surprise(self, hidden: Tensor, next_ids: Tensor) -> Tensor:
         """-log p of the tokens that came next, [B, T] float32.
 
@@ -197,12 +210,7 @@ class Backbone:
             hidden: the decoder's output, [B, T, hidden size].
             next_ids: [B, T] long.
         """
-        logits = self.model.get_output_embeddings()(hidden).float()
-        logits = logits * getattr(self.model, "logit_scale", 1)  # Cohere
-        logits = logits / getattr(self.config, "logits_scaling", 1)  # Granite
-        softcap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = self.logits(hidden)
         chosen = logits.gather(-1, next_ids[..., None].to(logits.device))[..., 0]
         return logits.logsumexp(dim=-1) - chosen
 

@@ -88,9 +88,9 @@ def with_bias_in_channels(
 
 
 def _split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Float32 as the sum of two numbers of a dtype."""
+    """`x`, float32, as the sum of two numbers of a dtype."""
     high = x.to(dtype)
-    return high, (x - high.float()).to(dtype)
+    return high, (x - high.to(x.dtype)).to(dtype)
 
 
 def are_few(query: Tensor, pasts: Sequence[Past], new: tuple[Tensor, Tensor] | None) -> bool:

@@ -232,7 +232,9 @@ class Rotary:
         return self._turn(x, self._tables_of(tuple(ranges), x, dim=1))
 
     def _turn(self, x: Tensor, tables: "Tables") -> Tensor:
-        if tables.fused is not None and self._pattern is not None:
+        # The fused kernel knows no backward pass: gradients would end here without a word.
+        learning = x.requires_grad and torch.is_grad_enabled()
+        if tables.fused is not None and self._pattern is not None and not learning:
             return rotate_at_slots(x, *tables.fused, self._pattern.pairing)
         cos, sin = tables.cos, tables.sin
         turned, rest = x[..., : self._short.size], x[..., self._short.size :]

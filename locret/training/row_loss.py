@@ -158,7 +158,7 @@ class RowLoss:
             finish()
         if self.gradients:
             parameters = list(self.gradients)
-            loss = _WithGradients.apply(loss, *parameters, *self.gradients.values())
+            loss = WithGradients.apply(loss, *parameters, *self.gradients.values())
             self.gradients = {}
         return Distilled(loss, regression, smoothness, self.predictions, self.targets)
 
@@ -243,7 +243,8 @@ class PackedAttention:
         for stretch in (each for segment in self.segments for each in segment.stretches):
             own = query[:, :, stretch.start : stretch.end]
             keys, values = (stretch.seen(x, stretch.end) for x in (key, call.value))
-            outputs.append(attend(own, keys, values, call.scaling, self.backend))
+            output = attend(own, keys, values, call.scaling, self.backend, weighting=call.weighting)
+            outputs.append(output)
         return torch.cat(outputs, dim=1)
 
 
@@ -271,7 +272,7 @@ def _stacked(values: list[Tensor]) -> Tensor:
     return torch.stack([value.to(values[0].device) for value in values])
 
 
-class _WithGradients(torch.autograd.Function):
+class WithGradients(torch.autograd.Function):
     """A loss whose gradients are known already.
 
     Each layer's gradients are taken while its tensors live. Handing them over in backward leaves

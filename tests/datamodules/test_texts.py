@@ -154,7 +154,9 @@ def test_texts_train_by_replay_alone(tmp_path):
         set_up(source)
 
 
-@pytest.mark.parametrize("name", ["qwen25_coder", "qwen25_coder_paper", "smollm2_replay"])
+@pytest.mark.parametrize(
+    "name", ["qwen25_coder", "qwen25_coder_kl", "qwen25_coder_paper", "smollm2_replay"]
+)
 def test_recipes_hold_out_chains_and_several_values(name):
     """So that RULER's `vt` and `multivalue` tell how heads do on what they were not trained on."""
     data = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["data"]

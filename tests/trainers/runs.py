@@ -27,16 +27,21 @@ def callbacks(folder, *more):
 
 
 def tiny_run(backbone, rows, folder, steps=2, config="smollm2.yaml", width=16):
-    """For both trainings: heads, and with an adapter config the adapter."""
+    """For all trainings: heads, with an adapter config the adapter, and with a config of the second
+    stage (`_kl`) heads that tell their width themselves."""
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(folder), "name": "logs"},
     }
-    adapter = "adapter" in config
+    own = [f"--model.width={width}", "--model.adapter=null"]
+    if "adapter" in config:
+        own = ["--model.rank=2"]
+    elif "_kl" in config:
+        own = []
     return [
         f"--config={config}",
         f"--model.model={backbone}",
-        *(["--model.rank=2"] if adapter else [f"--model.width={width}", "--model.adapter=null"]),
+        *own,
         "--model.dtype=float32",
         "--model.warmup_steps=1",
         source(rows),
