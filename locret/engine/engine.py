@@ -8,7 +8,7 @@ eviction.
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -266,6 +266,12 @@ class Engine:
         query_ids = self._reader.checked_query(query_ids, input_ids)
         with self:
             return self._reader.read_context(input_ids, padding, query_ids)
+
+    @torch.no_grad()
+    def together(self, caches: Sequence[RetainedCache]) -> RetainedCache:
+        """Contexts of one row each, of equal settings, as one batch to be asked together. They stay
+        as they are; the batch has its own copy of their units."""
+        return self._reader.stacked([cache.fork() for cache in caches], 0)
 
     @torch.compiler.disable
     @torch.no_grad()
