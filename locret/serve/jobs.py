@@ -81,7 +81,8 @@ class AskJob:
 
     def usage(self) -> Usage:
         units, nbytes = self.base
-        after = self.taken + (len(self.question) if self.context_tokens else 0)
+        # The last token of an answer is not read.
+        after = self.taken - 1 + (len(self.question) if self.context_tokens else 0)
         return Usage(
             prompt_tokens=self.context_tokens + len(self.question),
             cached_tokens=self.cached_tokens,

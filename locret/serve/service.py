@@ -7,7 +7,7 @@ behind it that can be answered together, does them, and goes on. Rows do not joi
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +71,8 @@ class Service:
         beside = prefix_bytes + (0 if contexts is None else contexts.device_bytes)
         self.limits = Limits(engine, memory, beside)
         self._prefixes = Prefixes(prefix_bytes)
+        embeddings: Any = engine.backbone.model.get_input_embeddings()
+        self._vocabulary: int = embeddings.num_embeddings
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
@@ -134,6 +136,7 @@ class Service:
             ValueError: there is nothing to answer, or a number out of range.
         """
         _check(ask)
+        self._check_tokens(ask.prompt)
         prompt, context = len(ask.prompt), None
         if ask.context is not None:
             context = self._stored().info(ask.context).tokens
@@ -142,7 +145,7 @@ class Service:
         most = self.limits.answer_tokens(*asked, ask.max_tokens, self._max_tokens)
         answer = Answer()
         job = AskJob(ask, most, answer, TextOf(self.tokenizer, ask.stop), shared)
-        answer.on_cancel = lambda: self._cancelled(job)
+        answer.on_end = lambda: self._ended(job)
         self._enqueue(job)
         return answer
 
@@ -154,8 +157,7 @@ class Service:
             ValueError: no tokens, or this service cannot store contexts; says why.
         """
         self._stored()
-        if not ids:
-            raise ValueError("the context has no tokens; send some text")
+        self._check_tokens(ids)
         if self._needs_query:
             raise ValueError(
                 "this engine reads a context for one question only (query_aware, or heads that are "
@@ -164,9 +166,21 @@ class Service:
         self.limits.check_context(len(ids))
         reading = Reading()
         job = ReadJob([*ids], reading)
-        reading.on_cancel = lambda: self._cancelled(job)
+        reading.on_end = lambda: self._ended(job)
         self._enqueue(job)
         return reading
+
+    def _check_tokens(self, ids: Sequence[int]) -> None:
+        """
+        Raises:
+            ValueError: there are none, or the model has no such token.
+        """
+        if not ids:
+            raise ValueError("there are no tokens to read; send some text")
+        if min(ids) < 0 or max(ids) >= self._vocabulary:
+            raise ValueError(
+                f"token ids are {min(ids)} to {max(ids)}; expected 0 to {self._vocabulary - 1}"
+            )
 
     def _stored(self) -> Contexts:
         if self.contexts is None:
@@ -202,11 +216,12 @@ class Service:
             self._waiting.append(job)
             self._changed.notify_all()
 
-    def _cancelled(self, job: Job) -> None:
+    def _ended(self, job: Job) -> None:
+        """Take a job that ended into account, whatever ended it."""
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
-            self._count(cancelled=1)
+            self._count_end(job)
             self._changed.notify_all()
 
     def _count(self, **more: int) -> None:
@@ -227,7 +242,7 @@ class Service:
             while jobs := self._next():
                 began = time.monotonic()
                 worker.work(jobs)
-                self._finish(jobs, time.monotonic() - began)
+                self._finish(time.monotonic() - began)
         finally:
             worker.close()
 
@@ -248,10 +263,8 @@ class Service:
         if job.taken == 1:
             self.on_first_token(time.monotonic() - job.arrived)
 
-    def _finish(self, jobs: list[Job], seconds: float) -> None:
+    def _finish(self, seconds: float) -> None:
         with self._changed:
-            for job in jobs:
-                self._count_end(job)
             self._running = []
             self._seconds += SMOOTHING * (seconds - self._seconds)
             self._changed.notify_all()
@@ -269,7 +282,9 @@ class Service:
             self._counts = replace(self._counts, units=usage.units)
         elif error is None:
             self._count(read=1)
-        elif not isinstance(error, Cancelled):
+        elif isinstance(error, Cancelled):
+            self._count(cancelled=1)
+        else:
             self._count(failed=1)
 
 
@@ -282,8 +297,6 @@ def _check(ask: Ask) -> None:
     Raises:
         ValueError: says what is out of range.
     """
-    if not ask.prompt:
-        raise ValueError("the prompt has no tokens; send some text")
     if ask.max_tokens is not None and ask.max_tokens < 1:
         raise ValueError(f"max_tokens is {ask.max_tokens}; expected at least 1")
     if not 0 <= ask.temperature < float("inf"):
