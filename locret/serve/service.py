@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from locret.engine.engine import Engine
 from locret.serve.answers import Answer, Reading
 from locret.serve.batching import next_batch
@@ -73,6 +75,7 @@ class Service:
         self._prefixes = Prefixes(prefix_bytes)
         embeddings: Any = engine.backbone.model.get_input_embeddings()
         self._vocabulary: int = embeddings.num_embeddings
+        self._device: Any = engine.model.device
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
@@ -139,12 +142,13 @@ class Service:
         self._check_tokens(ask.prompt)
         prompt, context = len(ask.prompt), None
         if ask.context is not None:
-            context = self._stored().info(ask.context).tokens
+            context = self._stored().use(ask.context).tokens
         shared = 0 if context is not None else self._shared(ask)
         asked = (prompt - shared, shared) if shared else (prompt, context)
         most = self.limits.answer_tokens(*asked, ask.max_tokens, self._max_tokens)
         answer = Answer()
-        job = AskJob(ask, most, answer, TextOf(self.tokenizer, ask.stop), shared)
+        units = self.limits.needed(*asked, most)
+        job = AskJob(ask, most, answer, TextOf(self.tokenizer, ask.stop), shared, units)
         answer.on_end = lambda: self._ended(job)
         self._enqueue(job)
         return answer
@@ -230,6 +234,8 @@ class Service:
         self._counts = replace(self._counts, **sums)
 
     def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # kernels are launched on a thread's own device
         worker = Worker(
             self.engine,
             self.tokenizer,
@@ -245,6 +251,15 @@ class Service:
                 self._finish(time.monotonic() - began)
         finally:
             worker.close()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Let nobody wait for a thread that has ended."""
+        with self._changed:
+            self._closing = True
+            left = [*self._waiting, *self._running]
+        for job in left:
+            _pending(job).close(RuntimeError("the request failed: the service has ended"))
 
     def _next(self) -> list[Job]:
         """The jobs to do next, once there are any; none when the service has ended."""
@@ -254,7 +269,9 @@ class Service:
                 return []
             if self._batch > 1 and len(self._waiting) < self._batch and self._linger > 0:
                 self._changed.wait_for(lambda: len(self._waiting) >= self._batch, self._linger)
-            self._running = next_batch(self._waiting, self._batch) if self._waiting else []
+            if self._waiting:
+                most_units = self.limits.most_units
+                self._running = next_batch(self._waiting, self._batch, most_units)
             for job in self._running:
                 self._waiting.remove(job)
         return self._running or self._next()

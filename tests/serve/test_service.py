@@ -8,10 +8,14 @@ import threading
 import pytest
 import torch
 
+import locret
 from locret.cache.cache import RetainedCache
+from locret.model.hooks import cache_of
 from locret.serve.contexts import Contexts
 from locret.serve.requests import Ask, Cancelled, End, Piece, QueueFull, TooLong, UnknownContext
-from tests.serve.conftest import WAIT, text_of
+from locret.serve.service import Service
+from tests.serve.conftest import SMALL, WAIT, text_of
+from tests.tiny_models import tiny_heads, tiny_model
 
 
 @pytest.fixture
@@ -25,6 +29,19 @@ def batches(engine, monkeypatch):
 
     monkeypatch.setattr(engine, "generate", spied)
     return rows
+
+
+def test_units_foreseen_are_those_held(make, ids, twin):
+    service = make()
+    service.start()
+    for length in (3, 60):
+        usage = text_of(service.ask(Ask(ids(length), max_tokens=4)))[1].usage
+        output = twin.generate(
+            torch.tensor([ids(length)]), max_new_tokens=4, return_dict_in_generate=True
+        )
+        report = cache_of(output).report()
+        assert usage.units == report["units"][0]
+        assert usage.bytes <= report["total_bytes"]  # which has room for more
 
 
 def test_prompts_of_different_lengths_are_answered_together(make, ids, expected, batches):
@@ -63,6 +80,47 @@ def test_contexts_of_different_lengths_are_asked_together(make, ids, expected, t
     stored = service.contexts
     assert stored.bytes_in_memory == sum(info.bytes for info in infos)
     assert stored.get(infos[0].id).seen == 60
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"positions": "original"},
+        {"decode_interval": 4},
+        {"quantization": {"name": "kivi", "bits": 4}},
+        {"recall": {"block_size": 2, "blocks": 2, "representatives": 1}},
+        {"merging": "similar"},
+        {"budget": "4x"},
+        {"query_aware": True},
+    ],
+    ids=str,
+)
+def test_engines_of_other_settings(tokenizer, ids, settings):
+    def engine():
+        model = tiny_model("llama", vocab_size=len(tokenizer))
+        return locret.Engine(model, heads=tiny_heads(model), **SMALL | settings)
+
+    def alone(tokens, cache=None):
+        one = torch.tensor([tokens])
+        output = by.generate(one, cache=cache, max_new_tokens=6, do_sample=False)
+        return tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
+
+    by, service = engine(), Service(engine(), tokenizer, contexts=Contexts())
+    plain = [service.ask(Ask(ids(n), max_tokens=6)) for n in (50, 9)]
+    service.start()
+    assert [text_of(answer)[0] for answer in plain] == [alone(ids(n)) for n in (50, 9)]
+    if "query_aware" in settings:
+        with pytest.raises(ValueError, match="one question only"):
+            service.read(ids(50))
+    else:
+        infos = [service.read(ids(n)).result(WAIT) for n in (50, 31)]
+        for _ in range(2):  # questions leave no trace
+            asked = [service.ask(Ask(ids(4 + n), infos[n].id, max_tokens=6)) for n in (0, 1, 0)]
+            caches = [by.prefill(torch.tensor([ids(n)])) for n in (50, 31, 50)]
+            right = [alone(ids(4 + n), c) for n, c in zip((0, 1, 0), caches, strict=True)]
+            assert [text_of(answer)[0] for answer in asked] == right
+    service.close(seconds=WAIT)
+    assert service.counts.failed == 0
 
 
 def test_a_shared_beginning_is_read_once(make, ids, expected, twin):
@@ -234,13 +292,18 @@ def test_too_long(make, ids):
     assert text_of(service.ask(Ask(ids(9), info.id)))[1].usage.completion_tokens == 995
 
 
-def test_memory_bounds_too(engine, make, ids):
+def test_memory_bounds_too(make, ids, batches):
     service = make(memory=2**20, prefix_bytes=0, contexts=Contexts())
     units = service.limits.most_units
     assert 0 < units < 1024
     with pytest.raises(TooLong, match=f"the memory for {units:,} units"):
         service.ask(Ask(ids(9), max_tokens=units))
-    service.ask(Ask(ids(9), max_tokens=units - 9))
+    asks = [Ask(ids(9), max_tokens=most) for most in (units - 9, 9, 9)]
+    for ask in asks:
+        service.ask(ask)
+    service.start()
+    service.close(seconds=WAIT)
+    assert batches == [1, 2]  # the first leaves no room for others
 
 
 @pytest.mark.parametrize(
