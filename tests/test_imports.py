@@ -17,7 +17,7 @@ LAYERS = [
     {"cache"},
     {"policies", "model"},
     {"training", "engine"},
-    {"tasks"},
+    {"tasks", "serve"},
     {"evaluation"},
     {"integrations"},
     {"commands"},

@@ -227,6 +227,13 @@ class RetainedCache(Cache):
         for name, value in snapshot.fields.items():
             setattr(self, name, copy.copy(value))
 
+    def fork(self) -> "RetainedCache":
+        """A cache of its own that holds what this one does now. Nothing is copied: what is stored
+        is never changed where it stands."""
+        made = self._emptied()
+        made.restore(self.snapshot())
+        return made
+
     def save(self, path: str | Path) -> None:
         """Write the context to the folder `path`: safetensors and JSON (`locret.cache.files`).
 
@@ -288,8 +295,7 @@ class RetainedCache(Cache):
 
     def rows(self, indices: Sequence[int]) -> "RetainedCache":
         """Some rows as a cache of their own; this one stays as it is."""
-        chosen = self._emptied()
-        chosen.restore(self.snapshot())
+        chosen = self.fork()
         chosen._select_rows(indices)
         if self.token_ids is not None:
             chosen.token_ids = self.token_ids[list(indices)]

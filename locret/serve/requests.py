@@ -1,0 +1,105 @@
+"""What is asked of the service and what comes back: plain data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request for one answer.
+
+    Attributes:
+        prompt: token ids of the whole prompt, or with `context` of what follows the context.
+        context: id of a stored context.
+        shared: leading tokens of `prompt` that are worth keeping for later requests, such as all
+            messages but the last; 0 = none.
+        max_tokens: most tokens of the answer; None = as the service says.
+        temperature: 0 = greedy.
+        top_p: of nucleus sampling; 1 = all tokens.
+        seed: the same one gives the same answer to the same request; None = any.
+        stop: strings that end the answer and are not part of it.
+    """
+
+    prompt: list[int]
+    context: str | None = None
+    shared: int = 0
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request took.
+
+    Attributes:
+        prompt_tokens: of the context and the prompt.
+        cached_tokens: those of them that had been read before.
+        completion_tokens: of the answer, the token that ended it included.
+        units: that a KV head holds at the end, on average.
+        bytes: of keys, values and source positions at the end.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    units: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of an answer: whole characters, and nothing of a stop string."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of an answer: "stop" = it was complete or met a stop string, "length" = cut."""
+
+    reason: Literal["stop", "length"]
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class ContextInfo:
+    """What is known of a stored context.
+
+    Attributes:
+        id: names it in requests.
+        tokens: that were read.
+        units: that a KV head holds of them, on average.
+        bytes: of its storage.
+    """
+
+    id: str
+    tokens: int
+    units: int
+    bytes: int
+
+
+class QueueFull(Exception):
+    """Too many requests wait, or the service is closing.
+
+    Attributes:
+        retry_after: seconds after which it is worth trying again.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TooLong(ValueError):
+    """A request that cannot fit; the message says what would."""
+
+
+class UnknownContext(ValueError):
+    """No context of this id is stored."""
+
+
+class Cancelled(Exception):
+    """The request was cancelled before its end."""
