@@ -31,10 +31,12 @@ TASK = "locret"
 MAX_NEW_TOKENS = 50
 SETTINGS = frozenset(inspect.signature(Engine.__init__).parameters) - {"self", "model"}
 
+_Pipeline: Any = Pipeline  # its annotations are not what it asks of its subclasses
+
 logger = logging.getLogger(__name__)
 
 
-class LocretPipeline(Pipeline):
+class LocretPipeline(_Pipeline):
     """Questions about a context, within a budget.
 
     Args:
