@@ -22,7 +22,8 @@ from locret.integrations import custom_generate
 HEADS = None  # a Hub id or a folder; None: the repository that generate() was told of
 
 
-def generate(model, inputs=None, heads=HEADS, **kwargs):
+# The model comes by keyword: model.generate(inputs) works where this is bound to a model, too.
+def generate(inputs=None, *, model, heads=HEADS, **kwargs):
     return custom_generate.generate(model, inputs, heads=heads, loaded_from=__file__, **kwargs)
 '''
 

@@ -114,11 +114,26 @@ def test_bound_to_a_model_it_does_not_call_itself(model, folder):
     function = model.load_custom_generate(str(folder), trust_remote_code=True)
     model.generate = functools.partial(function, model=model)
     bound = model.generate
-    found = model.generate(inputs=IDS, heads=str(folder), max_new_tokens=8)
+    found = model.generate(IDS, heads=str(folder), max_new_tokens=8)
     assert torch.equal(found, expected) and model.generate is bound
     with pytest.raises(ValueError, match="no heads are named"):
-        model.generate(inputs=IDS, max_new_tokens=8)
+        model.generate(IDS, max_new_tokens=8)
     assert model.generate is bound
+
+
+def test_a_model_s_own_repository_may_hold_the_code(model, folder, tmp_path):
+    """Then whoever loads the model and trusts its code gets ours as `generate`."""
+    model.save_pretrained(tmp_path / "model")
+    shutil.copytree(folder / "custom_generate", tmp_path / "model" / "custom_generate")
+    code = tmp_path / "model" / "custom_generate" / "generate.py"
+    code.write_text(code.read_text().replace("HEADS = None", f"HEADS = {str(folder)!r}"))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", trust_remote_code=True
+    )
+    assert torch.equal(loaded.generate(IDS, max_new_tokens=8), by_engine(model, folder))
+    untrusted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    full = untrusted.generate(IDS, max_new_tokens=8, do_sample=False)
+    assert torch.equal(full, model.generate(IDS, max_new_tokens=8, do_sample=False))
 
 
 def test_code_that_somebody_edited_is_kept(model, folder):
