@@ -10,6 +10,7 @@ import transformers
 
 import locret
 from tests.tiny_models import tiny_heads, tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
 
 SETTINGS = {"budget": 24, "chunk_size": 32, "stabilizers": 4, "local_tokens": 8}
 IDS = torch.arange(1, 121)[None] % 60 + 2
@@ -72,6 +73,25 @@ def test_arguments_of_generate_are_obeyed(model, folder):
         IDS, generation_config=config, custom_generate=str(folder), trust_remote_code=True
     )
     assert output.shape[1] == IDS.shape[1] + 3
+
+
+def test_as_transformers_serve_calls_it(model, folder):
+    tokenizer = tiny_tokenizer()
+    answer = custom(model, folder)[0, IDS.shape[1] :].tolist()
+    texts = [tokenizer.decode([token]) for token in answer]
+    end = next(i for i, text in enumerate(texts) if text.isascii() and text.strip())
+    config = transformers.GenerationConfig(
+        max_new_tokens=8, do_sample=False, stop_strings=[texts[end]]
+    )
+    output = model.generate(
+        input_ids=IDS,
+        attention_mask=torch.ones_like(IDS),
+        generation_config=config,
+        tokenizer=tokenizer,
+        custom_generate=str(folder),
+        trust_remote_code=True,
+    )
+    assert output[0, IDS.shape[1] :].tolist() == answer[: end + 1]
 
 
 def test_a_context_read_before_is_asked(model, folder):
