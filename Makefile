@@ -7,6 +7,7 @@
 # For maintainers:
 # make test-lowest   run the tests with the lowest versions that pyproject.toml allows (.venv-lowest)
 # make test-latest   run them with the newest of everything, allowed or not (.venv-latest)
+# make wheel         build the wheel, install it into a fresh environment, run its commands there
 # make lock          make constraints.txt anew, of the newest versions; TORCH stays as given here
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO := runs/smollm2
 HEADS := $(DEMO)/heads/heads.safetensors
 
-.PHONY: demo test test-lowest test-latest results-smoke lint format lock clean
+.PHONY: demo test test-lowest test-latest results-smoke lint format wheel lock clean
 .DELETE_ON_ERROR:
 
 demo: $(HEADS)
@@ -53,6 +54,9 @@ lint: .venv/dev.installed
 
 format: .venv/dev.installed
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+wheel:
+	@PYTHON=$(PYTHON) .ci/wheel
 
 clean:
 	rm -rf $(DEMO)

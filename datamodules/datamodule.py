@@ -1,5 +1,6 @@
 """The Lightning data module: sources -> samples -> batches, in an order that can be resumed."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from itertools import count as numbers
@@ -25,6 +26,7 @@ from datamodules.epochs import (
     Shuffled,
 )
 from datamodules.sources import Source
+from locret.commands.progress import Progress
 
 
 class ConversationDataModule(lightning.LightningDataModule):
@@ -123,6 +125,13 @@ class ConversationDataModule(lightning.LightningDataModule):
         """
         if self._datasets:
             return
+        first = self.trainer is None or self.trainer.is_global_zero
+        with Progress("loading the data") if first else contextlib.nullcontext():
+            found = self._load_sources()
+        self._train_epochs = self._make_epochs(found["train"], self.seed)
+        self._datasets = found
+
+    def _load_sources(self) -> dict[str, ConversationDataset]:
         tokenizer = self._find_tokenizer()
         encoder = self._make_encoder(tokenizer)
         encode: Encode = CachedEncoder(encoder, self.cache_dir) if self.cache_dir else encoder
@@ -133,8 +142,7 @@ class ConversationDataModule(lightning.LightningDataModule):
                 found[name] = ConversationDataset(loaded, encode)
                 found[name].check()
                 self._read[name] = _what_was_read(sources, loaded)
-        self._train_epochs = self._make_epochs(found["train"], self.seed)
-        self._datasets = found
+        return found
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches as `collate` makes them, in the order of the epoch."""

@@ -1,6 +1,8 @@
 """Command line: `python -m locret COMMAND --help`.
 
 generate   answer a prompt of any length within a budget
+fit        train retaining heads for a model
+adapt      teach a small model long contexts, by LoRA
 needle     needle in a haystack under several policies, at one length or over a grid
 grid       policies, bits and budgets at equal bytes, on synthetic retrieval
 evaluate   benchmarks under several policies and budgets, with a manifest
@@ -31,11 +33,13 @@ from locret.commands import (
     report,
     reproduce,
     shared,
+    train,
 )
 from locret.system import interrupts
 
 COMMANDS = (
     generate,
+    train,
     needle,
     grid,
     evaluate,
@@ -51,7 +55,10 @@ COMMANDS = (
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (`locret.system.interrupts`)."""
     shared.replace_unprintable()
-    given = _parsed(sys.argv[1:] if args is None else args)
+    args = sys.argv[1:] if args is None else args
+    if args and args[0] in train.NAMES:  # trainings say themselves how they stop and go on
+        return train.run(args[0], args[1:])
+    given = _parsed(args)
     note = "stopped"
     if _keeps_answers(given):
         note += "; the same command goes on where it stopped"

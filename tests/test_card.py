@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import ModelCard
 
@@ -62,7 +63,7 @@ def test_front_matter_is_what_the_hub_reads(heads):
         "library_name": "locret",
         "license": "apache-2.0",
         "pipeline_tag": "text-generation",
-        "tags": ["locret", "kv-cache", "kv-cache-compression", "long-context"],
+        "tags": ["locret", "kv-cache", "kv-cache-compression", "long-context", "custom_generate"],
         "base_model": "some/backbone",
         "base_model_relation": "adapter",
         "datasets": ["owner/set"],
@@ -101,20 +102,31 @@ def test_every_field_of_the_record_is_in_the_table(heads):
     assert [name for name, value in record.items() if value is not None and name not in shown] == []
 
 
-def test_the_shown_usage_runs(heads, folder):
+@pytest.fixture
+def modules(monkeypatch, tmp_path):
+    """A folder of this test for the code that transformers copies."""
+    folder = str(tmp_path / "modules")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_the_shown_usage_runs(heads, folder, modules):
     card = model_card(heads.config.to_dict(), Facts(repo_id=str(folder)))
-    (usage,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    usage, stock = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     assert sum(map(bool, usage.splitlines())) == 3
     names = {"model": tiny_model("llama"), "input_ids": torch.randint(3, 99, (1, 90))}
     exec(usage, names)  # noqa: S102 - the card is ours
     assert names["ids"].shape == (1, 90 + 64)
     assert names["engine"].config.reading.budget == 30
+    expected = names.pop("ids")
+    exec(stock, names)  # noqa: S102
+    assert torch.equal(names["ids"], expected)
 
 
 def test_the_usage_runs_without_a_recorded_budget(tmp_path):
     heads = tiny_heads(tiny_model("llama"))
     card = model_card(heads.config.to_dict(), Facts(repo_id=str(heads.save_pretrained(tmp_path))))
-    (usage,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    usage, _ = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     exec(usage, {"model": tiny_model("llama"), "input_ids": torch.randint(3, 99, (1, 9))})  # noqa: S102
 
 

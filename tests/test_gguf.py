@@ -224,9 +224,28 @@ def test_needle_and_its_grid_record_the_hash(file, tmp_path):
         assert manifest["computed"][0]["model_revision"] == file_revision(str(file))
 
 
-def test_plan(file, capsys):
+@pytest.mark.parametrize("by_folder", [False, True])
+def test_calibrate(by_folder, file, tmp_path, capsys):
+    out = tmp_path / "quotas.json"
+    args = ["--policy", "keydiff", "--data", str(file.parent / "prompt.txt"), "--out", str(out)]
+    args += ["--contexts", "1", "--tokens", "129", "--compressions", "2", "--device", "cpu"]
+    assert main(["calibrate", "--model", str(file.parent if by_folder else file), *args]) == 0
+    assert json.loads(out.read_text()).keys() == {"2"}
+
+
+def test_grid(file, tmp_path):
+    args = ["--policies", "keydiff", "--bits", "16", "--ratios", "4", "--tokens", "300"]
+    args += ["--count", "1", "--max-new-tokens", "1", "--device", "cpu"]
+    out = tmp_path / "g.json"
+    assert main(["grid", "--model", str(file), *args, "--json-out", str(out)]) == 0
+    revision = json.loads(out.read_text())["manifest"]["sources"]["revision"]
+    assert revision == file_revision(str(file))
+
+
+@pytest.mark.parametrize("by_folder", [False, True])
+def test_plan(by_folder, file, capsys):
     args = ["--memory", "1GiB", "--context", "4K", "--json"]
-    assert main(["plan", "--model", str(file), *args]) == 0
+    assert main(["plan", "--model", str(file.parent if by_folder else file), *args]) == 0
     assert json.loads(capsys.readouterr().out)["geometry"]["num_kv_heads"] == 2
 
 
@@ -272,14 +291,29 @@ def test_lm_eval(file):
     assert model.tokenizer(TEXT)["input_ids"] == tiny_tokenizer()(TEXT)["input_ids"]
 
 
-def test_heads_trained_on_it_record_the_hash(file, tmp_path):
+@pytest.fixture
+def rows(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT[:60]}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    return rows
+
+
+def test_an_adapter_is_trained_on_it(file, rows, tmp_path):
+    pytest.importorskip("lightning")
+    from tests.trainers.runs import tiny_run
+
+    args = tiny_run(file.parent, rows, tmp_path, steps=1, config="smollm2_adapter.yaml")
+    assert main(["adapt", *args]) == 0
+    adapter = json.loads((tmp_path / "heads" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(file.parent)
+
+
+def test_heads_trained_on_it_record_the_hash(file, rows, tmp_path):
     pytest.importorskip("lightning")
     from tests.trainers.runs import tiny_run
     from trainers import fit
 
-    rows = tmp_path / "rows.jsonl"
-    turns = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT[:60]}]
-    rows.write_text(json.dumps({"messages": turns}) + "\n")
     output = fit.main(tiny_run(file, rows, tmp_path, steps=1))
     record = locret.RetainingHeads.from_pretrained(output).config
     assert (record.backbone, record.backbone_revision) == (str(file), file_revision(str(file)))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub.utils import _http
 
-from locret import RetainingHeads
+from locret import Engine, RetainingHeads
 from locret.cli import main
 from locret.heads import files as artifact
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer
@@ -27,6 +29,8 @@ ALWAYS = 10**6
 PUBLISHED = [
     "README.md",
     "config.json",
+    "custom_generate/generate.py",
+    "custom_generate/requirements.txt",
     "heads.safetensors",
     "log.csv",
     "needle.json",
@@ -83,7 +87,8 @@ def folder(heads, tmp_path):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def assert_same_weights(a, b):
@@ -155,7 +160,7 @@ def test_pushed_heads_come_back_bit_identical_in_fresh_processes(
     folder = sent.save_pretrained(tmp_path / "heads")
     if dtype == torch.float32:
         out = run_fresh("-m", "locret", "push", str(folder), "me/heads")
-        assert out == f"pushed 3 files to {server.url}/me/heads\n"
+        assert out == f"pushed 5 files to {server.url}/me/heads\n"
     else:
         assert sent.push_to_hub("me/heads") == f"{server.url}/me/heads"
     assert server.requests["upload"] == server.requests["commit"] == 1
@@ -176,6 +181,30 @@ def test_push_commits_once_what_belongs_to_the_artifact(server, token, folder, c
     card = files["README.md"].decode()
     assert 'from_pretrained("me/heads")' in card
     assert "(training.png)" in card
+    assert contents(folder) == before
+
+
+def test_stock_generate_takes_what_was_pushed(server, token, heads, tmp_path, monkeypatch):
+    """Code and heads come from the Hub, of one commit."""
+    model, ids = tiny_model("llama"), torch.arange(2, 50)[None]
+    heads.push_to_hub("me/heads")
+    modules = transformers.dynamic_module_utils
+    monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    given = {"budget": 8, "chunk_size": 16, "stabilizers": 2, "local_tokens": 4}
+    pushed = {"custom_generate": "me/heads", "trust_remote_code": True, "max_new_tokens": 5}
+    found = model.generate(ids, **pushed, **given)
+    expected = Engine(model, heads=heads, **given).generate(ids, max_new_tokens=5)
+    assert torch.equal(found, expected)
+    repository = server.repositories["me/heads"]
+    assert list((tmp_path / "modules").glob(f"*/me/heads/{repository.branches['main']}"))
+
+
+def test_heads_of_an_earlier_version_are_pushed_with_code_for_generate(server, token, folder):
+    shutil.rmtree(folder / "custom_generate")
+    before = contents(folder)
+    artifact.push("me/heads", folder)
+    assert sorted(server.repositories["me/heads"].files()) == PUBLISHED
     assert contents(folder) == before
 
 

@@ -1,6 +1,7 @@
 """What a wheel holds: every file of the packages, and the configurations."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,3 +81,28 @@ def test_names_of_configurations_work_where_a_wheel_is_installed(wheel, tmp_path
     assert done.returncode == 0, done.stderr
     found = done.stdout.splitlines()
     assert len(found) == 5 and all(line.startswith(str(site)) for line in found), found
+
+
+def test_version_changelog_and_citation_agree():
+    import yaml
+
+    import locret
+
+    changelog = (ROOT / "docs" / "CHANGELOG.md").read_text(encoding="utf-8")
+    heading = next(line for line in changelog.splitlines() if line.startswith("## "))
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert heading.split()[1] == citation["version"] == locret.__version__
+    assert citation["license"] == "Apache-2.0" and citation["authors"]
+
+
+@pytest.mark.parametrize("name", ["CHANGELOG.md", "CONTRIBUTING.md"])
+def test_pages_at_the_root_point_to_those_of_docs(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    (target,) = re.findall(r"\]\((.+?)\)", text)
+    assert (ROOT / target).is_file()
+
+
+def test_the_wheel_s_check_is_part_of_every_change():
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == ".ci/wheel"
+    assert os.access(ROOT / ".ci" / "wheel", os.X_OK)
+    subprocess.run(["bash", "-n", str(ROOT / ".ci" / "wheel")], check=True)

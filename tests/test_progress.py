@@ -1,13 +1,16 @@
 """What long commands say while they run and when they end."""
 
 import io
+import json
 import shlex
+import threading
+import time
 
 import pytest
 
 from locret.cli import main
-from locret.commands import shared
-from locret.commands.shared import Progress
+from locret.commands import progress
+from locret.commands.progress import Progress
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -21,7 +24,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """The time, in a list of one number."""
     now = [100.0]
-    monkeypatch.setattr(shared.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -64,9 +67,64 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     asking = Progress("asking")
     asking(0, 4)
     asking(2, 4)
-    shown = shared.sys.stderr.getvalue()
+    shown = progress.sys.stderr.getvalue()
     assert "\r" in shown and "asking:   0%" in shown and "0/4" in shown
     asking(4, 4)
+
+
+def lines_of(capsys, number):
+    """So many lines on stderr, waited for."""
+    said = ""
+    for _ in range(500):
+        said += capsys.readouterr().err
+        if said.count("\n") >= number:
+            break
+        time.sleep(0.01)
+    return said.splitlines()
+
+
+@pytest.fixture
+def often(monkeypatch):
+    monkeypatch.setattr(progress, "LOOKS_EVERY", 0.001)
+
+
+def test_work_that_takes_long_is_heard_of_before_and_between_calls(clock, often, capsys):
+    with Progress("asking") as asking:
+        clock[0] += 6
+        assert lines_of(capsys, 1) == ["asking: 0:06 so far"]
+        asking(0, 3)
+        asking(1, 3)
+        assert lines_of(capsys, 1) == ["asking: 0 of 3 answers"]
+        clock[0] += 4
+        time.sleep(0.05)
+        assert capsys.readouterr().err == ""
+        clock[0] += 2
+        assert lines_of(capsys, 1) == ["asking: 1 of 3 answers, 0:12 so far"]
+        asking(3, 3)
+        assert lines_of(capsys, 1) == ["asking: 3 of 3 answers, 0:06 in all"]
+        clock[0] += 60
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_is_told_behind_the_block_even_after_an_error(clock, often, capsys):
+    threads = threading.active_count()
+    with pytest.raises(OSError), Progress("asking"):
+        raise OSError("stopped")
+    clock[0] += 60
+    time.sleep(0.05)
+    assert capsys.readouterr().err == "" and threading.active_count() == threads
+
+
+def test_a_bar_shows_the_time_while_nothing_is_done(often, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with Progress("asking") as asking:
+        asking(1, 4)
+        before = len(progress.sys.stderr.getvalue())
+        while len(progress.sys.stderr.getvalue()) == before:
+            time.sleep(0.01)
+        asking(4, 4)
+    assert "so far" not in progress.sys.stderr.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +136,17 @@ def folder(tmp_path_factory):
     tokenizer.save_pretrained(folder / "backbone")
     tiny_heads(model).save_pretrained(folder / "heads")
     return folder
+
+
+def test_an_answer_that_is_not_shown_is_counted(folder, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("One quiet otter. " * 9)
+    args = ["--prompt-file", str(tmp_path / "prompt.txt"), "--device", "cpu", "--json"]
+    assert main(["generate", "--model", str(folder / "backbone"), *args]) == 0
+    said = capsys.readouterr()
+    new = json.loads(said.out)["new_tokens"]
+    told = [line for line in said.err.splitlines() if line.startswith("answering: ")]
+    assert told[0] == "answering: 0 of 128 tokens"
+    assert told[-1].startswith(f"answering: {new} of {new} tokens, ")
 
 
 NEEDLE = "needle --policies full,locret --max-new-tokens 2"

@@ -1,4 +1,4 @@
-"""Teach a small backbone long contexts by LoRA: `python -m trainers.adapt --config NAME`.
+"""Teach a small backbone long contexts by LoRA: `locret adapt --config NAME`.
 
 A small model loses needles beyond one or two thousand tokens; no eviction policy can give back what
 the full cache does not find. See `trainers.cli` for the options every training shares.
@@ -17,7 +17,7 @@ with ends_at_once():
 
 def main(args: list[str] | None = None) -> Path | None:
     """Run a training; returns the folder of the adapter, None after a check (`trainers.cli`)."""
-    return cli.run(cli.build(AdapterModule, ExportAdapter, args))
+    return cli.run(cli.build(AdapterModule, ExportAdapter, args, "locret adapt"))
 
 
 if __name__ == "__main__":

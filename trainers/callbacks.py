@@ -7,6 +7,7 @@ processes that load data; and of several processes those would wait for ever tha
 collective which another one never does.
 """
 
+import contextlib
 import importlib.util
 import math
 import shlex
@@ -26,7 +27,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import distributed
 
-from locret.commands.shared import Progress
+from locret.commands.progress import Progress
 from locret.heads.files import save_record, write_card, written_aside
 from locret.heads.heads import RetainingHeads
 from locret.system.interrupts import Repeats, Stopped, handlers, stop_behind
@@ -247,9 +248,23 @@ class PlainProgress(Callback):
 
     def __init__(self) -> None:
         self._progress = Progress("training", "steps")
+        self._watched = contextlib.ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Data and the first step may take long."""
+        if trainer.is_global_zero and not sys.stderr.isatty():
+            self._watched.enter_context(self._progress)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         steps = trainer.estimated_stepping_batches
         # A training without an end has no share that is done.
         if trainer.is_global_zero and not sys.stderr.isatty() and math.isfinite(steps):
             self._progress(trainer.global_step, int(steps))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._watched.close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._watched.close()

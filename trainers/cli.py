@@ -52,15 +52,23 @@ class TrainingCLI(LightningCLI):
 
 
 def build(
-    module: type[LightningModule], export: type[SaveConfigCallback], args: list[str] | None
+    module: type[LightningModule],
+    export: type[SaveConfigCallback],
+    args: list[str] | None,
+    command: str = "locret fit",
 ) -> TrainingCLI:
-    """Parse the command line (`args`, or the process's own) and make trainer, module and data."""
+    """Parse the command line (`args`, or the process's own) and make trainer, module and data.
+
+    Args:
+        command: what `--help` calls it.
+    """
     _silence()
     return TrainingCLI(
         module,
         ConversationDataModule,
         run=False,
         args=args,
+        parser_kwargs={"prog": command},
         save_config_callback=export,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,

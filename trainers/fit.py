@@ -1,4 +1,4 @@
-"""Train retaining heads: `python -m trainers.fit --config smollm2.yaml` (see `trainers.cli`)."""
+"""Train retaining heads: `locret fit --config smollm2.yaml` (see `trainers.cli`)."""
 
 import sys
 from pathlib import Path

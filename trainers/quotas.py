@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from locret.commands.shared import Progress
+from locret.commands.progress import Progress
 from locret.engine.calibration import Calibration, why_not
 from locret.heads.heads import RetainingHeads
 from locret.policies import LocretPolicy
@@ -38,11 +38,12 @@ def measured_quotas(
     backbone = module.backbone
     device = next(backbone.decoder.parameters()).device
     calibration = Calibration(backbone, LocretPolicy(heads.to(device, backbone.model.dtype)))
-    progress = Progress("measuring head quotas", "contexts")
-    for done, ids in enumerate(trainer.datamodule.contexts(count)):  # type: ignore[attr-defined]
-        progress(done, count)
-        calibration.add(ids[None].to(device))
-    progress(count, count)
+    contexts = trainer.datamodule.contexts(count)  # type: ignore[attr-defined]
+    with Progress("measuring head quotas", "contexts") as progress:
+        for done, ids in enumerate(contexts):
+            progress(done, count)
+            calibration.add(ids[None].to(device))
+        progress(count, count)
     return calibration.quotas()
 
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from locret.commands.progress import Progress
 from locret.commands.shared import (
     Listed,
-    Progress,
     add_model,
     argument,
     load,
@@ -117,11 +117,11 @@ def run(given: argparse.Namespace) -> None:
     made = policy_in_words(policy, loaded.tokenizer)
     engine = Engine(loaded.model, made, heads=heads, quotas=None)
     calibration = Calibration(engine.backbone, engine.policy, sorted(set(given.compressions)))
-    progress = Progress("scoring", "contexts")
-    for done, ids in enumerate(contexts):
-        progress(done, len(contexts))
-        calibration.add(torch.tensor([ids], device=loaded.model.device))
-    progress(len(contexts), len(contexts))
+    with Progress("scoring", "contexts") as progress:
+        for done, ids in enumerate(contexts):
+            progress(done, len(contexts))
+            calibration.add(torch.tensor([ids], device=loaded.model.device))
+        progress(len(contexts), len(contexts))
     quotas = calibration.quotas()
     written = _written(given, heads, quotas)
     read = sum(map(len, contexts))

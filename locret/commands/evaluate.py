@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from locret.commands.shared import Progress
+from locret.commands.progress import asking
 
 if TYPE_CHECKING:
     from locret.evaluation.config import EvalConfig
@@ -48,8 +48,8 @@ def run(args: Sequence[str]) -> None:
         print(_plan(prepare(config)))
         return
     command = "python -m locret " + shlex.join(sys.argv[1:])
-    progress = Progress("asking") if ranks.rank == 0 else None
-    path = evaluate.run(config, command, ranks, progress, given.processes, given.minutes)
+    with asking(ranks.rank) as progress:
+        path = evaluate.run(config, command, ranks, progress, given.processes, given.minutes)
     if path is None and ranks.world == 1:
         raise ValueError("there are answers to give yet: run the same command again")
     if path is None:

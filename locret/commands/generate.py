@@ -5,9 +5,9 @@ import json
 import time
 from typing import Any
 
+from locret.commands.progress import Answering, Progress
 from locret.commands.shared import (
     BYTES_PER_MIB,
-    Progress,
     add_model,
     argument,
     load,
@@ -83,20 +83,21 @@ def run(given: argparse.Namespace) -> None:
         loaded.model,
         policy_in_words(policy, loaded.tokenizer, not given.raw),
         heads=heads,
-        progress=Progress("reading", "tokens"),
         **settings,
     )
     shown = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    counted = Answering(given.max_new_tokens)
     ids = _prompt_ids(loaded.tokenizer, text, raw=given.raw).to(loaded.model.device)
     started = time.perf_counter()
-    output = engine.generate(
-        ids,
-        ids.new_ones(ids.shape),  # every token counts, the padding token too
-        max_new_tokens=given.max_new_tokens,
-        streamer=None if given.json else shown,
-        do_sample=False,
-        return_dict_in_generate=True,
-    )
+    with Progress("reading", "tokens") as engine.progress:
+        output = engine.generate(
+            ids,
+            ids.new_ones(ids.shape),  # every token counts, the padding token too
+            max_new_tokens=given.max_new_tokens,
+            streamer=counted if given.json else shown,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
     answer = output.sequences[0, ids.shape[1] :]
     result = {
         "answer": loaded.tokenizer.decode(answer, skip_special_tokens=True),

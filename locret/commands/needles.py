@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from locret.commands.shared import Listed, Progress, add_model, argument, report_of, say_next, whole
+from locret.commands.progress import asking
+from locret.commands.shared import Listed, add_model, argument, report_of, say_next, whole
 from locret.policies import POLICIES
 from locret.quantities import MOST, parse_tokens
 from locret.tasks import GROUPS
@@ -151,9 +152,9 @@ def _asked(given: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, An
 
     ranks = Ranks.of_environment()
     command = "python -m locret " + shlex.join(sys.argv[1:])
-    progress = Progress("asking") if ranks.rank == 0 else None
     made = EvalConfig.from_dict(config)
-    path = evaluate.run(made, command, ranks, progress, given.processes, given.minutes)
+    with asking(ranks.rank) as progress:
+        path = evaluate.run(made, command, ranks, progress, given.processes, given.minutes)
     if path is None:
         raise ValueError("there are answers to give yet: run the same command again")
     text = path.read_text(encoding="utf-8")

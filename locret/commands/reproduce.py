@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from locret.commands.shared import Progress
+from locret.commands.progress import Progress
 
 MARK = ".reproduced"
 """A file that tells a reproduction's folder from one of `evaluate`, whose answers took hours."""
@@ -43,7 +43,8 @@ def run(given: argparse.Namespace) -> None:
     for path in paths:
         name = again.name_of(path)
         folder = _cleared(given.output / name)
-        found = again.reproduce(path, folder, changes, Progress(name))
+        with Progress(name) as progress:
+            found = again.reproduce(path, folder, changes, progress)
         compared += found.compared
         left_out += [f"{name}: {reason}" for reason in found.left_out]
     for reason in left_out:

@@ -2,9 +2,10 @@
 
 Ours is a folder with `heads.safetensors` (`layers.{i}.fc1.weight`, `layers.{i}.fc2.weight`; other
 kinds of heads: the names of their parameters), `config.json` (`locret.heads.heads.HeadsConfig`) and
-a model card; beside them may lie `training.yaml`, `training.png` and small files with figures,
-which are published too. The released format is a torch file with
-`model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`, alone or in a whole-model dict.
+a model card, and `custom_generate/` for stock `generate` (`locret.heads.custom_generate`); beside
+them may lie `training.yaml`, `training.png` and small files with figures, which are published too.
+The released format is a torch file with `model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`,
+alone or in a whole-model dict.
 
 Loading never executes code. Saving writes aside and renames: a failed save changes nothing.
 """
@@ -27,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from locret.heads import hub, peers
+from locret.heads import custom_generate, hub, peers
 from locret.heads.card import Facts, is_generated, model_card
 from locret.system.files import as_json
 
@@ -118,7 +119,8 @@ def save_folder(
 ) -> Path:
     """Write the artifact folder. A failure changes nothing.
 
-    Other files in it are left alone, and so is a card that somebody wrote or edited.
+    Other files in it are left alone, and so are a card that somebody wrote or edited, and
+    `custom_generate/` where it is there.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -132,6 +134,10 @@ def save_folder(
         (aside / RECORD).write_text(_record_text(record), encoding="utf-8")
         if not has_own_card(folder):
             (aside / CARD).write_text(model_card(record), encoding="utf-8")
+        if not (folder / custom_generate.FOLDER).exists():
+            (aside / custom_generate.FOLDER).mkdir()
+            for name, text in custom_generate.FILES.items():
+                (aside / name).write_text(text, encoding="utf-8")
         # safetensors writes files that only their owner may read
         (aside / WEIGHTS).chmod((aside / RECORD).stat().st_mode)
     return folder
@@ -208,8 +214,13 @@ def publishable(
         reason = _reason_to_stay(path)
         if reason:
             left_out[path.name] = reason
-        elif path.name != CARD:
+        elif path.name not in (CARD, custom_generate.FOLDER):
             files.append(CommitOperationAdd(path.name, path))
+    for name, text in custom_generate.FILES.items():  # artifacts of earlier versions lack them
+        own_file = folder / name
+        files.append(
+            CommitOperationAdd(name, own_file if own_file.is_file() else text.encode("utf-8"))
+        )
     own = has_own_card(folder)
     card = (folder / CARD).read_bytes() if own else _card(folder, repo_id).encode("utf-8")
     return [CommitOperationAdd(CARD, card), *files], left_out
@@ -271,16 +282,20 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 def _move_in(aside: Path, folder: Path) -> None:
-    """Move all files of `aside` into `folder`, or, if one fails, put back what was there."""
-    files = sorted(aside.iterdir())
+    """Move all files of `aside` into `folder`, those of its folders too, or, if one fails, put back
+    what was there."""
+    files = sorted(path for path in aside.rglob("*") if path.is_file())
     before = aside / "before"
     before.mkdir()
     with contextlib.ExitStack() as undo:
-        for file in files:
-            target = folder / file.name
+        for number, file in enumerate(files):
+            target, copy = folder / file.relative_to(aside), before / str(number)
+            if not target.parent.exists():
+                target.parent.mkdir()
+                undo.callback(target.parent.rmdir)
             if target.exists():
-                shutil.copy2(target, before / file.name)
-                put_back = functools.partial(os.replace, before / file.name, target)
+                shutil.copy2(target, copy)
+                put_back = functools.partial(os.replace, copy, target)
             else:
                 put_back = functools.partial(target.unlink, missing_ok=True)
             os.replace(file, target)
@@ -290,6 +305,8 @@ def _move_in(aside: Path, folder: Path) -> None:
 
 def _reason_to_stay(path: Path) -> str | None:
     """Why a file of an artifact folder is not published; None if it is."""
+    if path.name == custom_generate.FOLDER:
+        return None
     if not path.is_file():
         return "not a file"
     if path.name in (WEIGHTS, RECORD, CARD, TRAINING):

@@ -1,7 +1,10 @@
 """What a training says where its output goes to a file."""
 
+import pickle
+import time
 from types import SimpleNamespace
 
+from locret.commands import progress
 from trainers.callbacks import PlainProgress
 
 
@@ -21,3 +24,25 @@ def test_lines_are_few_and_the_last_step_is_told(capsys):
 def test_one_process_speaks_and_an_endless_training_has_no_share(capsys):
     assert told(capsys, is_global_zero=False) == []
     assert told(capsys, estimated_stepping_batches=float("inf")) == []
+
+
+def test_what_comes_before_the_first_step_is_heard_of_too(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "LOOKS_EVERY", 0.001)
+    for end in ("teardown", "on_exception"):
+        plain, trainer = PlainProgress(), SimpleNamespace(is_global_zero=True)
+        plain.setup(trainer, None, "fit")
+        now[0] += 7
+        told = ""
+        while not told:
+            told = capsys.readouterr().err
+        assert told == "training: 0:07 so far\n"
+        getattr(plain, end)(trainer, None, "fit")
+        now[0] += 7
+        time.sleep(0.05)
+        assert capsys.readouterr().err == ""
+
+
+def test_it_can_be_copied_into_other_processes():
+    assert isinstance(pickle.loads(pickle.dumps(PlainProgress())), PlainProgress)
