@@ -1,6 +1,7 @@
 """Command line: `python -m locret COMMAND --help`.
 
 generate   answer a prompt of any length within a budget
+serve      an OpenAI-compatible server whose contexts fit a budget
 needle     needle in a haystack under several policies, at one length or over a grid
 grid       policies, bits and budgets at equal bytes, on synthetic retrieval
 evaluate   benchmarks under several policies and budgets, with a manifest
@@ -30,12 +31,14 @@ from locret.commands import (
     plan,
     report,
     reproduce,
+    serve,
     shared,
 )
 from locret.system import interrupts
 
 COMMANDS = (
     generate,
+    serve,
     needle,
     grid,
     evaluate,
