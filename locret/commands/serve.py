@@ -33,10 +33,13 @@ def add_to(commands: Any) -> None:
         ("--port", _port, 8000, "N", "0 = any free one"),
         ("--name", str, None, "NAME", "what clients call the model; default: MODEL"),
         ("--contexts", Path, None, "FOLDER", "keep contexts there, so that a restart finds them"),
-        ("--contexts-bytes", size, "16GiB", "SIZE", "most that contexts take; the oldest go first"),
+        ("--contexts-bytes", size, "16GiB", "SIZE", "of all contexts; who was asked last stays"),
+        ("--contexts-memory", size, "4GiB", "SIZE", "of contexts on the device; others are loaded"),
         ("--ttl", whole(1), 7 * DAY, "SECONDS", "after which a context that nobody asks is gone"),
         ("--queue", whole(1), 64, "N", "requests that may wait; more are told to come again"),
         ("--batch", whole(1), 8, "N", "requests answered together"),
+        ("--max-tokens", whole(1), 1024, "N", "of an answer whose request does not say"),
+        ("--memory", size, None, "SIZE", "the device's; prompts that do not fit are refused"),
         ("--upload-limit", size, "64MiB", "SIZE", "of the body of a request"),
         ("--drain", whole(0), 60, "SECONDS", "that answers may go on after SIGTERM"),
     ):
@@ -77,7 +80,6 @@ def _app(given: argparse.Namespace, key: str | None) -> Any:
     from locret.engine.config import EngineConfig
     from locret.engine.engine import Engine
     from locret.serve.app import make_app
-    from locret.serve.contexts import Contexts
     from locret.serve.service import Service
 
     settings, heads = engine_settings(given), load_heads(given)
@@ -88,9 +90,14 @@ def _app(given: argparse.Namespace, key: str | None) -> Any:
     engine = Engine(
         loaded.model, policy_in_words(policy, loaded.tokenizer, chat), heads=heads, **settings
     )
-    contexts = Contexts(given.contexts, given.contexts_bytes, given.ttl)
     service = Service(
-        engine, loaded.tokenizer, contexts=contexts, queue=given.queue, batch=given.batch
+        engine,
+        loaded.tokenizer,
+        contexts=_contexts(given),
+        queue=given.queue,
+        batch=given.batch,
+        max_tokens=given.max_tokens,
+        memory=_memory(loaded.model.device) if given.memory is None else given.memory,
     )
     return make_app(
         service,
@@ -100,6 +107,22 @@ def _app(given: argparse.Namespace, key: str | None) -> Any:
         upload_limit=given.upload_limit,
         drain_seconds=given.drain,
     )
+
+
+def _contexts(given: argparse.Namespace) -> Any:
+    from locret.serve.contexts import Contexts
+
+    most = given.contexts_bytes
+    if given.contexts is None:  # without a folder all of them are on the device
+        most = min(most, given.contexts_memory)
+    return Contexts(given.contexts, most, given.ttl, given.contexts_memory)
+
+
+def _memory(device: Any) -> int | None:
+    """Bytes of the device, if it is a GPU: other programs share the memory of a CPU."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
 
 
 def _port(text: str) -> int:

@@ -1,6 +1,7 @@
 """What a caller gets for a request at once: where its events, or its result, will arrive."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,12 +15,12 @@ T = TypeVar("T")
 class Pending(Generic[T]):
     """Messages from the generation thread to threads or event loops that wait for them.
 
-    Args:
+    Attributes:
         on_cancel: called once if `cancel` comes before the end.
     """
 
-    def __init__(self, on_cancel: Callable[[], None] = lambda: None) -> None:
-        self._on_cancel = on_cancel
+    def __init__(self) -> None:
+        self.on_cancel: Callable[[], None] = lambda: None
         self._condition = threading.Condition()
         self._messages: list[T] = []
         self._error: Exception | None = None
@@ -31,11 +32,17 @@ class Pending(Generic[T]):
         """Whether there will be no more messages."""
         return self._closed
 
+    @property
+    def outcome(self) -> tuple[T | None, Exception | None]:
+        """The last message so far, and what ended them all if that was an error."""
+        with self._condition:
+            return (self._messages[-1] if self._messages else None), self._error
+
     def cancel(self) -> None:
         """Give it up: whoever waits is told at once, the work ends after the chunk or step that
         runs. Nothing happens after the end."""
         if self.close(Cancelled("the request was cancelled")):
-            self._on_cancel()
+            self.on_cancel()
 
     def put(self, message: T, last: bool = False) -> bool:
         """Pass a message on; False, and nothing happens, once all is closed."""
@@ -101,7 +108,7 @@ class Pending(Generic[T]):
         loop, arrived, place = asyncio.get_running_loop(), asyncio.Event(), 0
 
         def waker() -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile
                 loop.call_soon_threadsafe(arrived.set)
 
         with self._condition:

@@ -8,7 +8,7 @@ GET /health, /ready, POST /load_model         without a key
 """
 
 import hmac
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -33,7 +33,7 @@ from locret.serve.logs import RequestLog
 from locret.serve.messages import Prompts
 from locret.serve.metrics import Metrics
 from locret.serve.replies import Kind, Reply, event
-from locret.serve.requests import Ask
+from locret.serve.requests import Ask, TooLong, UnknownContext
 
 UPLOAD_LIMIT = 64 * 2**20
 """Bytes of a body."""
@@ -85,7 +85,13 @@ class Server:
 
     @property
     def contexts(self) -> Any:
-        """The stored contexts."""
+        """The stored contexts.
+
+        Raises:
+            Refused: none are stored here.
+        """
+        if self.service.contexts is None:
+            raise Refused(404, "this server stores no contexts; send the whole prompt instead")
         return self.service.contexts
 
 
@@ -226,11 +232,25 @@ def _completion_ask(prompts: Prompts, fields: CompletionFields) -> Ask:
 async def _answered(
     request: Request, server: Server, fields: Sampling, ask: Ask, kind: Kind
 ) -> Response:
-    answer = server.service.ask(ask)
+    answer = await _accepted(server.service.ask, ask)
     reply = Reply(kind, request.state.id, server.name)
     if fields.stream:
-        return streamed(request, answer, reply, server.metrics, fields.tells_usage)
-    return await whole(request, answer, reply, server.metrics)
+        return streamed(request, answer, reply, fields.tells_usage)
+    return await whole(request, answer, reply)
+
+
+async def _accepted(into: Callable[[Any], Any], asked: Any) -> Any:
+    """What the service says of a request: where its answer, or its context, will arrive.
+
+    Raises:
+        Refused: the service does not take it.
+    """
+    try:
+        return await to_thread.run_sync(into, asked)
+    except (TooLong, UnknownContext):
+        raise
+    except ValueError as error:
+        raise Refused(400, str(error)) from error
 
 
 # ---- contexts ------------------------------------------------------------------------------------
@@ -241,7 +261,7 @@ async def read_context(request: Request, server: Served) -> dict[str, Any]:
     """Read a document once, to be asked by its id."""
     messages = await _context_messages(request, server.upload_limit)
     ids = await to_thread.run_sync(server.prompts.context, messages)
-    reading = server.service.read(ids)
+    reading = await _accepted(server.service.read, ids)
     try:
         return _context(await while_there(request, reading.aresult()))
     finally:

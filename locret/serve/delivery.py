@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
@@ -11,7 +10,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from locret.serve.errors import CLIENT_LEFT, Refused, body_of, refusal_of
-from locret.serve.metrics import Metrics
 from locret.serve.replies import DONE, Reply, event
 from locret.serve.requests import End, Piece
 
@@ -39,20 +37,18 @@ class EventStream(StreamingResponse):
             self.answer.cancel()
 
 
-async def whole(request: Request, answer: Any, reply: Reply, metrics: Metrics) -> Response:
+async def whole(request: Request, answer: Any, reply: Reply) -> Response:
     """The answer as one JSON object, once it is complete."""
     try:
-        text, end = await while_there(request, _collected(request, answer, metrics))
+        text, end = await while_there(request, _collected(request, answer))
     finally:
         answer.cancel()
     return JSONResponse(reply.whole(text, end))
 
 
-def streamed(
-    request: Request, answer: Any, reply: Reply, metrics: Metrics, tells_usage: bool
-) -> Response:
+def streamed(request: Request, answer: Any, reply: Reply, tells_usage: bool) -> Response:
     """The answer as a stream of events."""
-    return EventStream(_events(request, answer, reply, metrics, tells_usage), answer)
+    return EventStream(_events(request, answer, reply, tells_usage), answer)
 
 
 async def while_there(request: Request, work: Awaitable[Result]) -> Result:
@@ -80,9 +76,9 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _collected(request: Request, answer: Any, metrics: Metrics) -> tuple[str, End]:
+async def _collected(request: Request, answer: Any) -> tuple[str, End]:
     texts: list[str] = []
-    async for each in _timed(request, answer, metrics):
+    async for each in _told(request, answer):
         if isinstance(each, End):
             return "".join(texts), each
         texts.append(each.text)
@@ -90,13 +86,13 @@ async def _collected(request: Request, answer: Any, metrics: Metrics) -> tuple[s
 
 
 async def _events(
-    request: Request, answer: Any, reply: Reply, metrics: Metrics, tells_usage: bool
+    request: Request, answer: Any, reply: Reply, tells_usage: bool
 ) -> AsyncIterator[str]:
     opening = reply.opening()
     if opening:
         yield opening
     try:
-        async for each in _timed(request, answer, metrics):
+        async for each in _told(request, answer):
             if isinstance(each, Piece):
                 yield reply.piece(each.text)
                 continue
@@ -108,13 +104,16 @@ async def _events(
     yield DONE
 
 
-async def _timed(request: Request, answer: Any, metrics: Metrics) -> AsyncIterator[Piece | End]:
-    """The events of an answer; metrics and the log learn of the first and of the last."""
-    began, first = time.monotonic(), True
-    async for each in answer.aevents():
-        if first:
-            metrics.first_token.observe(time.monotonic() - began)
-            first = False
-        if isinstance(each, End):
-            request.state.usage = each.usage
-        yield each
+async def _told(request: Request, answer: Any) -> AsyncIterator[Piece | End]:
+    """The events of an answer; the log learns of the last one.
+
+    Raises:
+        Refused: the answer failed.
+    """
+    try:
+        async for each in answer.aevents():
+            if isinstance(each, End):
+                request.state.usage = each.usage
+            yield each
+    except RuntimeError as error:  # logged by the service, which says why in one sentence
+        raise Refused(500, str(error), "failed") from error

@@ -1,13 +1,12 @@
 """A service without a model, which says the words that it is told to say."""
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 from locret.serve.answers import Answer, Reading
+from locret.serve.counters import Counters
 from locret.serve.requests import ContextInfo, End, Piece, UnknownContext, Usage
 
 USAGE = Usage(prompt_tokens=7, cached_tokens=3, completion_tokens=2, units=5, bytes=99)
-COUNTS = "queued running answered cancelled failed prompt_tokens completion_tokens units bytes"
 ID = "abcdefghijklmnopqrstuv"
 
 
@@ -56,13 +55,14 @@ class FakeService:
 
     @property
     def counts(self):
-        return SimpleNamespace(**dict.fromkeys(COUNTS.split(), 1))
+        return Counters(queued=1, answered=1, units=1)
 
     def ask(self, ask):
         if self.error is not None:
             raise self.error
         self.asked.append(ask)
-        answer = Answer(lambda: self.cancelled.append(ask))
+        answer = Answer()
+        answer.on_cancel = lambda: self.cancelled.append(ask)
         for text in self.said:
             answer.put(Piece(text))
         if self.fails is not None:
@@ -73,7 +73,8 @@ class FakeService:
 
     def read(self, ids):
         self.read_ids.append(ids)
-        reading = Reading(lambda: self.cancelled.append(ids))
+        reading = Reading()
+        reading.on_cancel = lambda: self.cancelled.append(ids)
         if self.ends:
             info = ContextInfo(ID, len(ids), 4, 100)
             self.contexts.stored[ID] = info

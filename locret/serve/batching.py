@@ -1,0 +1,38 @@
+"""Which waiting requests are answered together."""
+
+from collections.abc import Iterable
+
+from locret.serve.jobs import AskJob, Job
+
+
+def next_batch(waiting: Iterable[Job], most: int) -> list[Job]:
+    """The first job, and in their order those behind it that can be answered with it.
+
+    Args:
+        waiting: the one that came first, first.
+        most: jobs of a batch.
+    """
+    jobs = iter(waiting)
+    first = next(jobs)
+    if not isinstance(first, AskJob):
+        return [first]
+    kind, chosen = _kind(first), [first]
+    for job in jobs:
+        if len(chosen) >= most:
+            break
+        if isinstance(job, AskJob) and _kind(job) == kind:
+            chosen.append(job)
+    return [*chosen]
+
+
+def _kind(job: AskJob) -> tuple[object, ...]:
+    """What requests of a batch agree in. Stock `generate` has one way to sample for all rows, and
+    one generator: a seed is for one request. The engine cannot ask questions of one token together
+    with longer ones."""
+    ask = job.ask
+    has_context = bool(ask.context is not None or job.shared)
+    shape = has_context, has_context and len(job.question) == 1
+    if ask.temperature == 0:
+        return (*shape, "greedy")
+    alone = None if ask.seed is None else id(job)
+    return (*shape, ask.temperature, ask.top_p, alone)

@@ -1,0 +1,88 @@
+"""Stored contexts as files, so that another process finds them: a folder `ID` as
+`RetainedCache.save` writes it, and beside it `ID.json`, which is written last and says what it is.
+The time of the last use is that of `ID.json`."""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from locret.cache.cache import RetainedCache
+from locret.serve.requests import ContextInfo
+
+ID = re.compile(r"ctx_[A-Za-z0-9_-]{22}")
+"""How ids look. Nothing else ever becomes a path."""
+ABANDONED = 3600.0  # seconds after which a folder without a record is not being written any more
+
+
+class ContextFiles:
+    """The contexts in a folder, which other processes may use too.
+
+    Args:
+        folder: made if it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+
+    def write(self, info: ContextInfo, cache: RetainedCache, now: float) -> None:
+        """Store a context, used `now`."""
+        cache.save(self.folder / info.id)
+        record = self._record(info.id)
+        aside = record.with_suffix(".tmp")
+        aside.write_text(json.dumps(asdict(info)), encoding="utf-8")
+        os.utime(aside, (now, now))
+        aside.replace(record)
+
+    def load(self, id: str, model: Any) -> RetainedCache:
+        """The context, to be asked with `model`.
+
+        Raises:
+            ValueError: it is damaged, not there, or one of another model.
+        """
+        return RetainedCache.load(self.folder / id, model)
+
+    def find(self, id: str) -> tuple[ContextInfo, float] | None:
+        """What is known of a context and when it was used last; None if it is not there."""
+        record = self._record(id)
+        try:
+            info = ContextInfo(**json.loads(record.read_text(encoding="utf-8")))
+            return info, record.stat().st_mtime
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def use(self, id: str, now: float) -> None:
+        """Say that a context was used `now`; nothing if it is not there any more."""
+        try:
+            os.utime(self._record(id), (now, now))
+        except OSError:
+            return
+
+    def remove(self, id: str) -> None:
+        """Delete a context, if it is there."""
+        self._record(id).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / id, ignore_errors=True)
+
+    def ids(self) -> Iterator[str]:
+        for record in self.folder.glob("*.json"):
+            if ID.fullmatch(record.stem):
+                yield record.stem
+
+    def _record(self, id: str) -> Path:
+        return self.folder / f"{id}.json"
+
+    def _sweep(self) -> None:
+        """Delete what processes left that were killed while they wrote."""
+        for path in self.folder.iterdir():
+            ours = (
+                path.is_dir() and ID.fullmatch(path.name) and not self._record(path.name).exists()
+            )
+            if ours and time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)

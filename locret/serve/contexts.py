@@ -1,0 +1,214 @@
+"""Contexts that were read once and are asked many times, by id."""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from locret.cache.cache import RetainedCache
+from locret.quantities import format_bytes
+from locret.serve.context_files import ID, ContextFiles
+from locret.serve.requests import ContextInfo, TooLong, UnknownContext
+
+
+@dataclass
+class _Stored:
+    """A context; `cache` is None while it is only on disk. `used`: when it was asked last."""
+
+    info: ContextInfo
+    used: float
+    cache: RetainedCache | None = None
+
+
+class Contexts:
+    """Stored contexts. Those used least recently make room for new ones. Thread-safe.
+
+    Args:
+        folder: where they are kept, for other processes and after a restart; None = in memory.
+        most_bytes: that all of them may take; None = no limit.
+        ttl_seconds: after so long without use a context is deleted; None = never.
+        memory_bytes: with a folder, that those in memory may take; others are loaded when they are
+            asked. None = all stay.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        most_bytes: int | None = None,
+        ttl_seconds: float | None = None,
+        memory_bytes: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.most_bytes, self.ttl_seconds, self.memory_bytes = most_bytes, ttl_seconds, memory_bytes
+        self._files = None if folder is None else ContextFiles(folder)
+        self._clock = clock
+        self._stored: dict[str, _Stored] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """What contexts take on the device now."""
+        with self._lock:
+            return sum(one.info.bytes for one in self._stored.values() if one.cache is not None)
+
+    @property
+    def device_bytes(self) -> int:
+        """Most that they may take on the device; 0 where there is no limit."""
+        limits = [self.most_bytes, None if self._files is None else self.memory_bytes]
+        return min((limit for limit in limits if limit is not None), default=0)
+
+    @property
+    def count(self) -> int:
+        """How many are known here."""
+        return len(self._stored)
+
+    def put(self, cache: RetainedCache) -> ContextInfo:
+        """Store a context of one row, under a new id.
+
+        Raises:
+            TooLong: it takes more bytes than all contexts may.
+        """
+        info = info_of(cache, f"ctx_{secrets.token_urlsafe(16)}")
+        if self.most_bytes is not None and info.bytes > self.most_bytes:
+            raise TooLong(
+                f"the context takes {format_bytes(info.bytes)} and all contexts together may take "
+                f"{format_bytes(self.most_bytes)}; send a shorter one"
+            )
+        now = self._clock()
+        if self._files is not None:
+            self._files.write(info, cache, now)
+        with self._lock:
+            self._stored[info.id] = _Stored(info, now, cache)
+            self._make_room()
+        return info
+
+    def get(self, id: str, model: Any = None) -> RetainedCache:
+        """The context, which counts as used now. It is stored still: go on with a fork of it.
+
+        Args:
+            model: that it is asked with; needed for contexts on disk.
+
+        Raises:
+            UnknownContext: it is not there, or not any more.
+            ValueError: its files are damaged, or of another model.
+        """
+        with self._lock:
+            one = self._find(id)
+            one.used = self._clock()
+            if self._files is not None:
+                self._files.use(id, one.used)
+            cache = one.cache
+        if cache is None:
+            cache = self._load(id, model)  # takes long; others may ask what is there meanwhile
+            with self._lock:
+                one.cache = cache
+                self._leave_memory()
+        return cache
+
+    def info(self, id: str) -> ContextInfo:
+        """
+        Raises:
+            UnknownContext: it is not there, or not any more.
+        """
+        with self._lock:
+            return self._find(id).info
+
+    def delete(self, id: str) -> None:
+        """
+        Raises:
+            UnknownContext: it is not there, or not any more.
+        """
+        with self._lock:
+            self._find(id)
+            self._remove(id)
+
+    def forget_loaded(self) -> None:
+        """Take contexts that are on disk too out of memory."""
+        with self._lock:
+            for one in self._stored.values() if self._files is not None else ():
+                one.cache = None
+
+    def _load(self, id: str, model: Any) -> RetainedCache:
+        assert self._files is not None
+        try:
+            return self._files.load(id, model)
+        except ValueError:
+            self.info(id)  # it may have been deleted just now
+            raise
+
+    def _find(self, id: str) -> _Stored:
+        one = self._known(id) if isinstance(id, str) and ID.fullmatch(id) else None
+        if one is None:
+            raise UnknownContext("there is no context of this id (any more); send its text again")
+        return one
+
+    def _known(self, id: str) -> _Stored | None:
+        """The context as memory and files have it; None if it is not there or too old."""
+        one = self._stored.get(id)
+        if self._files is not None:
+            found = self._files.find(id)
+            if found is None:
+                self._stored.pop(id, None)
+                return None
+            info, used = found
+            one = self._stored.setdefault(id, _Stored(info, used))
+            one.used = max(one.used, used)  # another process may have used it
+        if one is not None and self._expired(one):
+            self._remove(id)
+            return None
+        return one
+
+    def _expired(self, one: _Stored) -> bool:
+        return self.ttl_seconds is not None and self._clock() - one.used > self.ttl_seconds
+
+    def _remove(self, id: str) -> None:
+        self._stored.pop(id, None)
+        if self._files is not None:
+            self._files.remove(id)
+
+    def _refresh(self) -> None:
+        """Know all contexts that are there, and none that are too old."""
+        on_disk = [] if self._files is None else [*self._files.ids()]
+        for id in {*on_disk, *self._stored}:
+            self._known(id)
+
+    def _by_use(self) -> Sequence[_Stored]:
+        return sorted(self._stored.values(), key=lambda one: one.used)
+
+    def _make_room(self) -> None:
+        self._refresh()
+        over = sum(one.info.bytes for one in self._stored.values()) - (self.most_bytes or 0)
+        for one in self._by_use() if self.most_bytes is not None else ():
+            if over <= 0:
+                break
+            self._remove(one.info.id)
+            over -= one.info.bytes
+        self._leave_memory()
+
+    def _leave_memory(self) -> None:
+        """Let what does not fit into memory be on disk only; what was used last stays."""
+        if self._files is None or self.memory_bytes is None:
+            return
+        loaded = [one for one in self._by_use() if one.cache is not None]
+        over = sum(one.info.bytes for one in loaded) - self.memory_bytes
+        for one in loaded[:-1]:
+            if over <= 0:
+                break
+            one.cache, over = None, over - one.info.bytes
+
+    def list(self) -> Sequence[ContextInfo]:
+        """All contexts, the one used last first."""
+        with self._lock:
+            self._refresh()
+            return [one.info for one in reversed(self._by_use())]
+
+
+def info_of(cache: RetainedCache, id: str = "") -> ContextInfo:
+    """What a cache of one row holds."""
+    report = cache.report()
+    units = round(sum(report["units"]) / len(report["units"]))
+    return ContextInfo(id, cache.seen, units, cache.nbytes)

@@ -1,0 +1,122 @@
+"""Requests on their way through the service, and how the tokens of an answer become its events."""
+
+import time
+from dataclasses import dataclass, field
+
+from locret.serve.answers import Answer, Reading
+from locret.serve.requests import Ask, End, Piece, Usage
+from locret.serve.texts import TextOf
+
+
+@dataclass(eq=False)
+class AskJob:
+    """A request for an answer.
+
+    Attributes:
+        ask: what is asked.
+        most_tokens: of the answer.
+        answer: where its events go.
+        text: decodes the answer.
+        shared: leading tokens of the prompt that are read as a context; 0 = none.
+        context_tokens: of the context or the shared tokens, once it is known.
+        cached_tokens: those of them that had been read before.
+        base: units and bytes of the context or, without one, of the prompt, once they are known.
+        growth: bytes that every further token takes.
+        arrived: when it came, in seconds of `time.monotonic`.
+        taken: tokens of the answer so far.
+    """
+
+    ask: Ask
+    most_tokens: int
+    answer: Answer
+    text: TextOf
+    shared: int = 0
+    context_tokens: int = 0
+    cached_tokens: int = 0
+    base: tuple[float, int] = (0.0, 0)
+    growth: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    taken: int = 0
+    _again: int = 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody waits for anything of it any more."""
+        return self.answer.closed
+
+    @property
+    def question(self) -> list[int]:
+        """What follows the context, if there is one, else the prompt."""
+        return self.ask.prompt[self.shared :]
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be asked again from the beginning: the same answer comes, or no text of
+        another one is out yet."""
+        return self.taken == 0 or self.ask.temperature == 0 or self.ask.seed is not None
+
+    def start(self) -> None:
+        """Expect the answer from its first token on, those that were taken before once more."""
+        self._again = self.taken
+
+    def take(self, token: int, ends: frozenset[int]) -> bool:
+        """Pass on what the next token adds; whether the answer is at its end.
+
+        Args:
+            token: of the answer.
+            ends: tokens that end an answer.
+        """
+        if self.closed:
+            return True
+        if self._again:
+            self._again -= 1
+            return False
+        self.taken += 1
+        if token in ends:
+            return self._end(True)
+        self._pass_on(self.text.add(token))
+        if self.text.stopped:
+            return self._end(True)
+        return self.taken >= self.most_tokens and self._end(False)
+
+    def usage(self) -> Usage:
+        units, nbytes = self.base
+        after = self.taken + (len(self.question) if self.context_tokens else 0)
+        return Usage(
+            prompt_tokens=self.context_tokens + len(self.question),
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.taken,
+            units=round(units + after),
+            bytes=round(nbytes + self.growth * after),
+        )
+
+    def _pass_on(self, text: str) -> None:
+        if text:
+            self.answer.put(Piece(text))
+
+    def _end(self, complete: bool) -> bool:
+        self._pass_on(self.text.end())
+        complete = complete or self.text.stopped
+        self.answer.put(End("stop" if complete else "length", self.usage()), last=True)
+        return True
+
+
+@dataclass(eq=False)
+class ReadJob:
+    """A context to read.
+
+    Attributes:
+        ids: its tokens.
+        reading: where the result goes.
+    """
+
+    ids: list[int]
+    reading: Reading
+
+    @property
+    def closed(self) -> bool:
+        return self.reading.closed
+
+
+Job = AskJob | ReadJob
+"""What waits in the queue."""

@@ -1,0 +1,160 @@
+"""What fits: prompts, contexts and answers within the model's window and the device's memory."""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from locret.cache.sequences import Counts
+from locret.engine.engine import Engine
+from locret.engine.plan import make_plan
+from locret.policies import LocretPolicy
+from locret.serve.requests import TooLong
+
+LONGEST = 2**40  # tokens; more is never asked about
+
+
+class Limits:
+    """Says how long requests to an engine may be.
+
+    Args:
+        engine: that answers.
+        memory: bytes that the process may use on the device; None = not known.
+        beside: bytes of it for stored contexts.
+
+    Attributes:
+        window: positions of the model; None = not known.
+        most_units: that a KV head can hold within the memory; None = not known.
+    """
+
+    def __init__(self, engine: Engine, memory: int | None = None, beside: int = 0) -> None:
+        self._engine = engine
+        self._reading = engine.config.reading
+        self.window: int | None = getattr(engine.model.config, "max_position_embeddings", None)
+        self.most_units = None if memory is None else _units_within(engine, memory - beside)
+        self._counts = lru_cache(maxsize=256)(self._count)
+
+    def answer_tokens(self, prompt: int, context: int | None, wanted: int | None, most: int) -> int:
+        """How long an answer may become.
+
+        Args:
+            prompt: tokens of the prompt, or of what follows the context.
+            context: tokens of the context; None = there is none.
+            wanted: by the request; None = what fits, `most` at most.
+
+        Raises:
+            TooLong: prompt and answer do not fit; says what would.
+        """
+        tokens = wanted or 1
+        if not self._fits(prompt, context, tokens):
+            fitting = _largest(lambda n: self._fits(n, context, tokens))
+            after = "" if context is None else f" after a context of {context:,} tokens"
+            raise TooLong(
+                f"the prompt has {prompt:,} tokens{after} and the answer may have {tokens:,}, "
+                f"which is more than {self._what()} takes; "
+                + self._advice(fitting, prompt, context, tokens)
+            )
+        if wanted is not None:
+            return wanted
+        return min(most, _largest(lambda n: self._fits(prompt, context, n), most))
+
+    def check_context(self, tokens: int) -> None:
+        """
+        Raises:
+            TooLong: a context of so many tokens cannot be read and asked; says what would fit.
+        """
+        if not self._readable(tokens):
+            raise TooLong(
+                f"the context has {tokens:,} tokens, which is more than {self._what()} takes; a "
+                f"context of {_largest(self._readable):,} tokens would fit"
+            )
+
+    def slots(self, context: int) -> int:
+        """Units that the fullest KV head holds of a context of so many tokens."""
+        counts = self._counts(context)
+        return context if counts is None else max((max(h) for h in counts), default=0)
+
+    def units(self, context: int) -> float:
+        """Units that a KV head holds on average of a context of so many tokens."""
+        counts = self._counts(context)
+        if counts is None:
+            return context
+        return sum(map(sum, counts)) / max(sum(map(len, counts)), 1)
+
+    @property
+    def unread(self) -> int:
+        """Last tokens of a prompt that are never evicted."""
+        return 1 if self._reading.query_aware else self._reading.local_tokens
+
+    def needed(self, prompt: int, context: int | None, new: int) -> int:
+        """Most units of a KV head for a request with an answer of `new` tokens."""
+        if self._reading.decode_interval is not None:
+            new = min(new, self._reading.decode_interval)
+        if context is not None:
+            return self.slots(context) + prompt + new
+        read = max(0, prompt - self.unread)
+        return max(self._while_reading(read), min(self.slots(read), read) + prompt - read + new)
+
+    def _count(self, context: int) -> Counts | None:
+        engine = self._engine
+        return engine.config.counts(engine.policy, engine.sizing, context)
+
+    def _while_reading(self, tokens: int) -> int:
+        chunk = self._reading.chunk_size
+        if chunk is None or self._engine.policy.rereads:
+            return tokens
+        return min(tokens, self.slots(tokens) + chunk)
+
+    def _within(self, units: int, tokens: int) -> bool:
+        """Whether so many units of a head, of so many tokens, fit."""
+        positions = tokens if self._reading.positions == "original" else units
+        if self.window is not None and positions > self.window:
+            return False
+        return self.most_units is None or units <= self.most_units
+
+    def _fits(self, prompt: int, context: int | None, new: int) -> bool:
+        return self._within(self.needed(prompt, context, new), prompt + (context or 0) + new)
+
+    def _readable(self, context: int) -> bool:
+        """Whether there is room for a question and an answer of one token, too."""
+        return self._within(max(self._while_reading(context), self.slots(context) + 2), context + 2)
+
+    def _what(self) -> str:
+        limits = []
+        if self.window is not None:
+            limits.append(f"the model's window of {self.window:,} positions")
+        if self.most_units is not None:
+            limits.append(f"the memory for {self.most_units:,} units a KV head")
+        return " and ".join(limits)
+
+    def _advice(self, fitting: int, prompt: int, context: int | None, new: int) -> str:
+        shorter = _largest(lambda n: self._fits(prompt, context, n))
+        ways = [f"a prompt of {fitting:,} tokens would fit"] if fitting else []
+        ways += [f"an answer of {shorter:,} tokens would fit"] if 0 < shorter < new else []
+        return ", or ".join(ways) or "send a shorter one, and ask for a shorter answer"
+
+
+def _largest(fits: Callable[[int], bool], most: int = LONGEST) -> int:
+    """The largest number up to `most` that fits; 0 if not even 1 does."""
+    return bisect_right(range(1, most + 1), False, key=lambda n: not fits(n))
+
+
+def _units_within(engine: Engine, memory: int) -> int | None:
+    """Units of a KV head that fit into `memory` beside weights and a chunk; None where a plan
+    cannot say."""
+    reading, scheme = engine.config.reading, engine.config.storage.quantization
+    model: Any = engine.model
+    core = engine.policy.core
+    plan = make_plan(
+        model.config,
+        memory=max(memory, 1),
+        context=LONGEST,
+        dtype=model.dtype,
+        chunk_size=reading.chunk_size or model.config.max_position_embeddings,
+        new_tokens=0,
+        head_width=(core.heads.config.width or 0) if isinstance(core, LocretPolicy) else 0,
+        quotas=reading.quotas,
+    )
+    bits = scheme.bits if scheme.packs else 8 * model.dtype.itemsize
+    found = [one for one in plan.schemes if (one.name, one.bits) == (scheme.name, bits)]
+    return found[0].budget if found and plan.geometry.num_layers else None

@@ -1,0 +1,296 @@
+"""Uses the engine: reads contexts and answers batches. One thread alone calls it."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from locret.cache.cache import RetainedCache
+from locret.engine.engine import Engine
+from locret.serve.contexts import Contexts, info_of
+from locret.serve.jobs import AskJob, Job, ReadJob
+from locret.serve.limits import Limits
+from locret.serve.prefixes import Prefixes
+from locret.serve.requests import TooLong, UnknownContext
+
+LOG = logging.getLogger(__name__)
+
+
+class Abandoned(Exception):
+    """Nobody waits any more for what is being read."""
+
+
+class Worker:
+    """Answers jobs with an engine.
+
+    Args:
+        engine: nothing else may use it, or its model, meanwhile.
+        tokenizer: of the model.
+        contexts: stored ones; None = there are none.
+        prefixes: where beginnings that requests share are kept.
+        limits: of the engine.
+        on_token: called with a job after each token of its answer.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        contexts: Contexts | None,
+        prefixes: Prefixes,
+        limits: Limits,
+        on_token: Callable[[AskJob], None] = lambda job: None,
+    ) -> None:
+        self._engine, self._contexts, self._prefixes = engine, contexts, prefixes
+        self._limits, self._on_token = limits, on_token
+        self._device: Any = engine.model.device
+        self._ends = end_tokens(engine.model, tokenizer)
+        self._pad = _pad_token(tokenizer, self._ends)
+        self._current: Sequence[Job] = ()
+        self._progress, engine.progress = engine.progress, self._after_chunk
+
+    def close(self) -> None:
+        """Give the engine back as it was."""
+        self._engine.progress = self._progress
+
+    def work(self, jobs: Sequence[Job]) -> None:
+        """Do jobs that go together (`locret.serve.batching`). Each is closed afterwards."""
+        self._current = jobs
+        try:
+            if isinstance(jobs[0], ReadJob):
+                self._read(jobs[0])
+            else:
+                self._answer_all([job for job in jobs if isinstance(job, AskJob)])
+        except Abandoned:
+            pass
+        except Exception as error:  # the service lives on, whatever one request does to it
+            LOG.exception("%d requests failed", len(jobs))
+            _fail(jobs, error)
+        finally:
+            self._current = ()
+
+    def _after_chunk(self, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(done, total)
+        if self._current and all(job.closed for job in self._current):
+            raise Abandoned
+
+    def _read(self, job: ReadJob) -> None:
+        assert self._contexts is not None
+        try:
+            info = self._contexts.put(self._read_context(job.ids))
+        except TooLong as error:
+            job.reading.close(error)
+            return
+        except torch.OutOfMemoryError:
+            self._free()
+            raise
+        if not job.reading.put(info, last=True):
+            with contextlib.suppress(UnknownContext):
+                self._contexts.delete(info.id)
+
+    def _read_context(self, ids: Sequence[int]) -> RetainedCache:
+        tokens = torch.tensor([ids], device=self._device)
+        # Ones, because a padding token within a text is a token.
+        return self._engine.prefill(tokens, torch.ones_like(tokens))
+
+    def _answer_all(self, jobs: Sequence[AskJob]) -> None:
+        """Answer jobs; by halves, where memory is short."""
+        left = [job for job in jobs if not job.closed]
+        try:
+            for together in self._with_contexts(left):
+                self._answer(*together)
+            return
+        except torch.OutOfMemoryError as error:
+            kept, message = self._prefixes.nbytes, str(error).split("\n")[0]
+        # Outside of the handler, so that the failed call's tensors are let go.
+        self._free()
+        left = [job for job in left if not job.closed]
+        if len(left) == 1 and len(jobs) == 1 and not kept:
+            _fail(left, torch.OutOfMemoryError(message))
+            return
+        _fail([job for job in left if not job.repeatable], torch.OutOfMemoryError(message))
+        left = [job for job in left if not job.closed]
+        middle = (len(left) + 1) // 2
+        for half in (left[:middle], left[middle:]):
+            if half:
+                self._answer_all(half)
+
+    def _free(self) -> None:
+        self._prefixes.clear()
+        if self._contexts is not None:
+            self._contexts.forget_loaded()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _with_contexts(
+        self, jobs: Sequence[AskJob]
+    ) -> Iterator[tuple[list[AskJob], list[RetainedCache]]]:
+        """Jobs that can be asked in one call, and their contexts; none where jobs have none."""
+        if not jobs:
+            return
+        if jobs[0].ask.context is None and not jobs[0].shared:
+            for job in jobs:
+                self._expect_prompt(job)
+            yield [*jobs], []
+            return
+        groups: dict[str, list[tuple[AskJob, RetainedCache]]] = {}
+        for job in jobs:
+            try:
+                cache = self._context_of(job)
+            except (UnknownContext, ValueError) as error:
+                _fail([job], error)
+            else:
+                groups.setdefault(_settings_of(cache), []).append((job, cache))
+        for group in groups.values():
+            yield [job for job, _ in group], [cache for _, cache in group]
+
+    def _expect_prompt(self, job: AskJob) -> None:
+        """Foresee what the cache of a prompt will hold: stock `generate` does not show it."""
+        tokens, sizing = len(job.question), self._engine.sizing
+        read = max(0, tokens - self._limits.unread)
+        units = self._limits.units(read) + tokens - read
+        layers = [round(units)] * sizing.num_layers
+        job.base = units, sizing.cache_bytes(layers) + sizing.window_bytes(tokens)
+        job.growth = self._growth
+
+    @property
+    def _growth(self) -> int:
+        """Bytes of one more token, stored as it is."""
+        sizing = self._engine.sizing
+        unit = 2 * sizing.head_size * sizing.element_size + 4
+        return unit * sizing.num_layers * sizing.num_kv_heads
+
+    def _context_of(self, job: AskJob) -> RetainedCache:
+        """The context that a job asks, stored before or read now."""
+        if job.ask.context is not None:
+            if self._contexts is None:
+                raise UnknownContext("this service stores no contexts")
+            cache = self._contexts.get(job.ask.context, self._engine.model)
+            job.cached_tokens = cache.seen
+        else:
+            cache = self._prefix_of(job)
+        info = info_of(cache)
+        job.context_tokens, job.growth = cache.seen, self._growth
+        job.base = info.units, info.bytes
+        return cache
+
+    def _prefix_of(self, job: AskJob) -> RetainedCache:
+        tokens = job.ask.prompt[: job.shared]
+        cache = self._prefixes.get(tokens)
+        if cache is not None:
+            job.cached_tokens = job.shared
+            return cache
+        job.cached_tokens = 0
+        cache = self._read_context(tokens)
+        self._prefixes.put(tokens, cache)
+        return cache
+
+    def _answer(self, jobs: Sequence[AskJob], caches: Sequence[RetainedCache]) -> None:
+        """Answer jobs in one call, on contexts or without any."""
+        given: dict[str, Any] = {}
+        if caches:
+            alone = len(caches) == 1
+            given["cache"] = caches[0].fork() if alone else self._engine.together(caches)
+        ids, mask = padded([job.question for job in jobs], self._device)
+        for job in jobs:
+            job.start()
+        with self._seeded(jobs[0].ask.seed if jobs[0].ask.temperature else None):
+            self._engine.generate(
+                ids,
+                mask,
+                max_new_tokens=max(job.most_tokens for job in jobs),
+                stopping_criteria=[_Watch(jobs, self._ends, self._on_token)],
+                eos_token_id=sorted(self._ends) or None,
+                pad_token_id=self._pad,
+                **_sampling(jobs[0]),
+                **given,
+            )
+
+    @contextlib.contextmanager
+    def _seeded(self, seed: int | None) -> Iterator[None]:
+        """Sample from a seed of its own, if there is one, and leave the generators as they were."""
+        if seed is None:
+            yield
+            return
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            yield
+
+
+class _Watch(StoppingCriteria):
+    """Sees the new token of every row at each step, passes it on, and ends rows."""
+
+    def __init__(
+        self,
+        jobs: Sequence[AskJob],
+        ends: frozenset[int],
+        on_token: Callable[[AskJob], None],
+    ) -> None:
+        self._jobs, self._ends, self._on_token = jobs, ends, on_token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        tokens = input_ids[:, -1].tolist()
+        done = [self._take(job, token) for job, token in zip(self._jobs, tokens, strict=True)]
+        return torch.tensor(done, device=input_ids.device)
+
+    def _take(self, job: AskJob, token: int) -> bool:
+        before = job.taken
+        done = job.take(token, self._ends)
+        if job.taken > before:
+            self._on_token(job)
+        return done
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [B, n], padded on the left, and their mask."""
+    width = max(map(len, rows))
+    ids = [[0] * (width - len(row)) + [*row] for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: the model's, else the tokenizer's."""
+    found = model.generation_config.eos_token_id
+    found = tokenizer.eos_token_id if found is None else found
+    return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+
+def _pad_token(tokenizer: Any, ends: frozenset[int]) -> int:
+    """What rows that are done are filled with; it is looked at by nobody."""
+    pad: int | None = tokenizer.pad_token_id
+    return min(ends, default=0) if pad is None else pad
+
+
+def _sampling(job: AskJob) -> dict[str, Any]:
+    if job.ask.temperature == 0:
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": job.ask.temperature,
+        "top_p": job.ask.top_p,
+        "top_k": 0,
+    }
+
+
+def _settings_of(cache: RetainedCache) -> str:
+    """What contexts agree in that are asked in one call."""
+    scheme, longrope = cache.scheme, cache.longrope
+    settings = cache.positions, scheme, cache.merging, cache.recall, longrope, cache.query_length
+    return repr(settings)
+
+
+def _fail(jobs: Sequence[Job], error: Exception) -> None:
+    """Close jobs with what went wrong, in one sentence."""
+    sentence = " ".join(str(error).split("\n")[0].split())
+    if isinstance(error, torch.OutOfMemoryError):
+        sentence = "the device's memory is too small for it beside what is stored"
+    failed = RuntimeError(f"the request failed: {sentence or type(error).__name__}")
+    for job in jobs:
+        (job.answer if isinstance(job, AskJob) else job.reading).close(failed)
