@@ -65,13 +65,13 @@ def run(given: argparse.Namespace) -> None:
     if missing:
         raise ValueError(f"packages are missing: {', '.join(missing)}; pip install 'locret[serve]'")
     from locret.serve.logs import log_to_stderr
-    from locret.serve.server import listening, serve
+    from locret.serve.server import bound, serve
 
     key = given.api_key if given.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not key.strip():
         raise ValueError("the API key is empty; give one, or leave it out")
     log_to_stderr()
-    with listening(given.host, given.port) as taken:  # before a model is loaded for minutes
+    with bound(given.host, given.port) as taken:  # before a model is loaded for minutes
         serve(_app(given, key), taken, given.drain)
 
 

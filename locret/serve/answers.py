@@ -16,11 +16,11 @@ class Pending(Generic[T]):
     """Messages from the generation thread to threads or event loops that wait for them.
 
     Attributes:
-        on_cancel: called once if `cancel` comes before the end.
+        on_end: called once when there will be no more messages, before those who wait are told.
     """
 
     def __init__(self) -> None:
-        self.on_cancel: Callable[[], None] = lambda: None
+        self.on_end: Callable[[], None] = lambda: None
         self._condition = threading.Condition()
         self._messages: list[T] = []
         self._error: Exception | None = None
@@ -41,8 +41,7 @@ class Pending(Generic[T]):
     def cancel(self) -> None:
         """Give it up: whoever waits is told at once, the work ends after the chunk or step that
         runs. Nothing happens after the end."""
-        if self.close(Cancelled("the request was cancelled")):
-            self.on_cancel()
+        self.close(Cancelled("the request was cancelled"))
 
     def put(self, message: T, last: bool = False) -> bool:
         """Pass a message on; False, and nothing happens, once all is closed."""
@@ -51,6 +50,8 @@ class Pending(Generic[T]):
                 return False
             self._messages.append(message)
             self._closed = last
+            if last:
+                self.on_end()
             self._wake()
             return True
 
@@ -60,6 +61,7 @@ class Pending(Generic[T]):
             if self._closed:
                 return False
             self._closed, self._error = True, error
+            self.on_end()
             self._wake()
             return True
 

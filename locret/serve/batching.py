@@ -5,23 +5,27 @@ from collections.abc import Iterable
 from locret.serve.jobs import AskJob, Job
 
 
-def next_batch(waiting: Iterable[Job], most: int) -> list[Job]:
+def next_batch(waiting: Iterable[Job], most: int, most_units: int | None = None) -> list[Job]:
     """The first job, and in their order those behind it that can be answered with it.
 
     Args:
         waiting: the one that came first, first.
         most: jobs of a batch.
+        most_units: that a KV head of all of them together can hold; None = not known.
     """
     jobs = iter(waiting)
     first = next(jobs)
     if not isinstance(first, AskJob):
         return [first]
-    kind, chosen = _kind(first), [first]
+    kind, chosen, units = _kind(first), [first], first.most_units
     for job in jobs:
         if len(chosen) >= most:
             break
-        if isinstance(job, AskJob) and _kind(job) == kind:
+        if not isinstance(job, AskJob) or _kind(job) != kind:
+            continue
+        if most_units is None or units + job.most_units <= most_units:
             chosen.append(job)
+            units += job.most_units
     return [*chosen]
 
 

@@ -97,10 +97,7 @@ class Contexts:
             ValueError: its files are damaged, or of another model.
         """
         with self._lock:
-            one = self._find(id)
-            one.used = self._clock()
-            if self._files is not None:
-                self._files.use(id, one.used)
+            one = self._used(id)
             cache = one.cache
         if cache is None:
             cache = self._load(id, model)  # takes long; others may ask what is there meanwhile
@@ -116,6 +113,15 @@ class Contexts:
         """
         with self._lock:
             return self._find(id).info
+
+    def use(self, id: str) -> ContextInfo:
+        """As `info`, and it counts as used now.
+
+        Raises:
+            UnknownContext: it is not there, or not any more.
+        """
+        with self._lock:
+            return self._used(id).info
 
     def delete(self, id: str) -> None:
         """
@@ -144,6 +150,13 @@ class Contexts:
         one = self._known(id) if isinstance(id, str) and ID.fullmatch(id) else None
         if one is None:
             raise UnknownContext("there is no context of this id (any more); send its text again")
+        return one
+
+    def _used(self, id: str) -> _Stored:
+        one = self._find(id)
+        one.used = self._clock()
+        if self._files is not None:
+            self._files.use(id, one.used)
         return one
 
     def _known(self, id: str) -> _Stored | None:

@@ -18,6 +18,7 @@ class AskJob:
         answer: where its events go.
         text: decodes the answer.
         shared: leading tokens of the prompt that are read as a context; 0 = none.
+        most_units: that a KV head may hold for it.
         context_tokens: of the context or the shared tokens, once it is known.
         cached_tokens: those of them that had been read before.
         base: units and bytes of the context or, without one, of the prompt, once they are known.
@@ -31,6 +32,7 @@ class AskJob:
     answer: Answer
     text: TextOf
     shared: int = 0
+    most_units: int = 0
     context_tokens: int = 0
     cached_tokens: int = 0
     base: tuple[float, int] = (0.0, 0)
@@ -81,7 +83,8 @@ class AskJob:
 
     def usage(self) -> Usage:
         units, nbytes = self.base
-        after = self.taken + (len(self.question) if self.context_tokens else 0)
+        # The last token of an answer is not read.
+        after = self.taken - 1 + (len(self.question) if self.context_tokens else 0)
         return Usage(
             prompt_tokens=self.context_tokens + len(self.question),
             cached_tokens=self.cached_tokens,

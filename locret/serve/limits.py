@@ -72,14 +72,15 @@ class Limits:
     def slots(self, context: int) -> int:
         """Units that the fullest KV head holds of a context of so many tokens."""
         counts = self._counts(context)
-        return context if counts is None else max((max(h) for h in counts), default=0)
+        return context if counts is None else min(context, max(map(max, counts), default=0))
 
     def units(self, context: int) -> float:
         """Units that a KV head holds on average of a context of so many tokens."""
         counts = self._counts(context)
         if counts is None:
             return context
-        return sum(map(sum, counts)) / max(sum(map(len, counts)), 1)
+        kept = [min(units, context) for heads in counts for units in heads]
+        return sum(kept) / max(len(kept), 1)
 
     @property
     def unread(self) -> int:
@@ -93,7 +94,7 @@ class Limits:
         if context is not None:
             return self.slots(context) + prompt + new
         read = max(0, prompt - self.unread)
-        return max(self._while_reading(read), min(self.slots(read), read) + prompt - read + new)
+        return max(self._while_reading(read), self.slots(read) + prompt - read + new)
 
     def _count(self, context: int) -> Counts | None:
         engine = self._engine

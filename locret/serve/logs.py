@@ -13,6 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from locret.serve.errors import CLIENT_LEFT
 
 LONGEST_PATH = 200
+PROBES = ("/health", "/ready")
+"""Asked every few seconds by whoever watches the server; only their failures are logged."""
 _log = logging.getLogger("locret.serve")
 
 
@@ -47,7 +49,9 @@ class RequestLog:
             status = 500
             raise
         finally:
-            _log.info("request", extra={"fields": _line(scope, status, time.monotonic() - began)})
+            probe = scope["path"] in PROBES and status == 200
+            line = _line(scope, status, time.monotonic() - began)
+            _log.log(logging.DEBUG if probe else logging.INFO, "request", extra={"fields": line})
 
 
 def _header(id: str) -> tuple[bytes, bytes]:

@@ -14,6 +14,12 @@ _log = logging.getLogger("locret.serve")
 
 
 class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn; says where it serves once it does, and signals are handled."""
+        await super().startup(sockets)
+        for taken in sockets or []:
+            _log.info("serving at %s", address_of(taken))
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn, but without raising the signal again in the end: a server that finished what
@@ -27,10 +33,9 @@ def serve(app: FastAPI, taken: socket.socket, drain_seconds: float = 60.0) -> No
 
     Args:
         app: the application.
-        taken: a socket that takes connections (`listening`).
+        taken: a socket for connections (`bound`).
         drain_seconds: how long answers may go on after the signal.
     """
-    _log.info("serving at %s", address_of(taken))
     make_server(app, drain_seconds).run(sockets=[taken])
 
 
@@ -47,20 +52,30 @@ def make_server(app: FastAPI, drain_seconds: float = 60.0) -> uvicorn.Server:
     )
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that takes connections there.
+def bound(host: str, port: int) -> socket.socket:
+    """A socket for connections there. It takes none yet: while a model is loaded, clients are
+    refused and do not wait.
 
     Raises:
         OSError: the address is not one of this machine, or the port is taken or not allowed.
     """
-    (family, *_), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    taken = None
     try:
-        return socket.create_server((host, port), family=family)
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        taken = socket.socket(family, kind)
+        # Connections of a server that has just ended do not keep the port.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
     except OSError as error:
+        if taken is not None:
+            taken.close()
         raise OSError(f"cannot listen at {host} port {port}: {error.strerror}") from error
+    return taken
 
 
 def address_of(taken: socket.socket) -> str:
-    """The URL of a listening socket."""
+    """The URL of a socket."""
     host, port, *_ = taken.getsockname()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -7,9 +7,11 @@ behind it that can be answered together, does them, and goes on. Rows do not joi
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from locret.engine.engine import Engine
 from locret.serve.answers import Answer, Reading
@@ -71,6 +73,9 @@ class Service:
         beside = prefix_bytes + (0 if contexts is None else contexts.device_bytes)
         self.limits = Limits(engine, memory, beside)
         self._prefixes = Prefixes(prefix_bytes)
+        embeddings: Any = engine.backbone.model.get_input_embeddings()
+        self._vocabulary: int = embeddings.num_embeddings
+        self._device: Any = engine.model.device
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
@@ -134,15 +139,17 @@ class Service:
             ValueError: there is nothing to answer, or a number out of range.
         """
         _check(ask)
+        self._check_tokens(ask.prompt)
         prompt, context = len(ask.prompt), None
         if ask.context is not None:
-            context = self._stored().info(ask.context).tokens
+            context = self._stored().use(ask.context).tokens
         shared = 0 if context is not None else self._shared(ask)
         asked = (prompt - shared, shared) if shared else (prompt, context)
         most = self.limits.answer_tokens(*asked, ask.max_tokens, self._max_tokens)
         answer = Answer()
-        job = AskJob(ask, most, answer, TextOf(self.tokenizer, ask.stop), shared)
-        answer.on_cancel = lambda: self._cancelled(job)
+        units = self.limits.needed(*asked, most)
+        job = AskJob(ask, most, answer, TextOf(self.tokenizer, ask.stop), shared, units)
+        answer.on_end = lambda: self._ended(job)
         self._enqueue(job)
         return answer
 
@@ -154,8 +161,7 @@ class Service:
             ValueError: no tokens, or this service cannot store contexts; says why.
         """
         self._stored()
-        if not ids:
-            raise ValueError("the context has no tokens; send some text")
+        self._check_tokens(ids)
         if self._needs_query:
             raise ValueError(
                 "this engine reads a context for one question only (query_aware, or heads that are "
@@ -164,9 +170,21 @@ class Service:
         self.limits.check_context(len(ids))
         reading = Reading()
         job = ReadJob([*ids], reading)
-        reading.on_cancel = lambda: self._cancelled(job)
+        reading.on_end = lambda: self._ended(job)
         self._enqueue(job)
         return reading
+
+    def _check_tokens(self, ids: Sequence[int]) -> None:
+        """
+        Raises:
+            ValueError: there are none, or the model has no such token.
+        """
+        if not ids:
+            raise ValueError("there are no tokens to read; send some text")
+        if min(ids) < 0 or max(ids) >= self._vocabulary:
+            raise ValueError(
+                f"token ids are {min(ids)} to {max(ids)}; expected 0 to {self._vocabulary - 1}"
+            )
 
     def _stored(self) -> Contexts:
         if self.contexts is None:
@@ -202,11 +220,12 @@ class Service:
             self._waiting.append(job)
             self._changed.notify_all()
 
-    def _cancelled(self, job: Job) -> None:
+    def _ended(self, job: Job) -> None:
+        """Take a job that ended into account, whatever ended it."""
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
-            self._count(cancelled=1)
+            self._count_end(job)
             self._changed.notify_all()
 
     def _count(self, **more: int) -> None:
@@ -215,6 +234,8 @@ class Service:
         self._counts = replace(self._counts, **sums)
 
     def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # kernels are launched on a thread's own device
         worker = Worker(
             self.engine,
             self.tokenizer,
@@ -227,9 +248,18 @@ class Service:
             while jobs := self._next():
                 began = time.monotonic()
                 worker.work(jobs)
-                self._finish(jobs, time.monotonic() - began)
+                self._finish(time.monotonic() - began)
         finally:
             worker.close()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Let nobody wait for a thread that has ended."""
+        with self._changed:
+            self._closing = True
+            left = [*self._waiting, *self._running]
+        for job in left:
+            _pending(job).close(RuntimeError("the request failed: the service has ended"))
 
     def _next(self) -> list[Job]:
         """The jobs to do next, once there are any; none when the service has ended."""
@@ -239,7 +269,9 @@ class Service:
                 return []
             if self._batch > 1 and len(self._waiting) < self._batch and self._linger > 0:
                 self._changed.wait_for(lambda: len(self._waiting) >= self._batch, self._linger)
-            self._running = next_batch(self._waiting, self._batch) if self._waiting else []
+            if self._waiting:
+                most_units = self.limits.most_units
+                self._running = next_batch(self._waiting, self._batch, most_units)
             for job in self._running:
                 self._waiting.remove(job)
         return self._running or self._next()
@@ -248,10 +280,8 @@ class Service:
         if job.taken == 1:
             self.on_first_token(time.monotonic() - job.arrived)
 
-    def _finish(self, jobs: list[Job], seconds: float) -> None:
+    def _finish(self, seconds: float) -> None:
         with self._changed:
-            for job in jobs:
-                self._count_end(job)
             self._running = []
             self._seconds += SMOOTHING * (seconds - self._seconds)
             self._changed.notify_all()
@@ -269,7 +299,9 @@ class Service:
             self._counts = replace(self._counts, units=usage.units)
         elif error is None:
             self._count(read=1)
-        elif not isinstance(error, Cancelled):
+        elif isinstance(error, Cancelled):
+            self._count(cancelled=1)
+        else:
             self._count(failed=1)
 
 
@@ -282,8 +314,6 @@ def _check(ask: Ask) -> None:
     Raises:
         ValueError: says what is out of range.
     """
-    if not ask.prompt:
-        raise ValueError("the prompt has no tokens; send some text")
     if ask.max_tokens is not None and ask.max_tokens < 1:
         raise ValueError(f"max_tokens is {ask.max_tokens}; expected at least 1")
     if not 0 <= ask.temperature < float("inf"):

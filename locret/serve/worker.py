@@ -142,6 +142,7 @@ class Worker:
         for job in jobs:
             try:
                 cache = self._context_of(job)
+                _check_not_repeated(job, cache)
             except (UnknownContext, ValueError) as error:
                 _fail([job], error)
             else:
@@ -284,6 +285,18 @@ def _settings_of(cache: RetainedCache) -> str:
     scheme, longrope = cache.scheme, cache.longrope
     settings = cache.positions, scheme, cache.merging, cache.recall, longrope, cache.query_length
     return repr(settings)
+
+
+def _check_not_repeated(job: AskJob, cache: RetainedCache) -> None:
+    """Refuse one job for what the engine would refuse all of a batch for.
+
+    Raises:
+        ValueError: the question begins with all of its context.
+    """
+    tokens = cache.token_ids
+    assert tokens is not None
+    if len(job.question) >= cache.seen and job.question[: cache.seen] == tokens[0].tolist():
+        raise ValueError("the prompt begins with the whole context; send only what follows it")
 
 
 def _fail(jobs: Sequence[Job], error: Exception) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from locret.serve.answers import Answer, Reading
 from locret.serve.counters import Counters
-from locret.serve.requests import ContextInfo, End, Piece, UnknownContext, Usage
+from locret.serve.requests import Cancelled, ContextInfo, End, Piece, UnknownContext, Usage
 
 USAGE = Usage(prompt_tokens=7, cached_tokens=3, completion_tokens=2, units=5, bytes=99)
 ID = "abcdefghijklmnopqrstuv"
@@ -44,7 +44,7 @@ class FakeService:
     ready: bool = True
     asked: list = field(default_factory=list)
     read_ids: list = field(default_factory=list)
-    cancelled: list = field(default_factory=list)
+    pending: list = field(default_factory=list)
     contexts: FakeContexts = field(default_factory=FakeContexts)
 
     def start(self):
@@ -52,6 +52,11 @@ class FakeService:
 
     def close(self, drain=True, seconds=60.0):
         self.closed = True
+
+    @property
+    def cancelled(self):
+        """Whether the last request was."""
+        return isinstance(self.pending[-1].outcome[1], Cancelled)
 
     @property
     def counts(self):
@@ -62,7 +67,7 @@ class FakeService:
             raise self.error
         self.asked.append(ask)
         answer = Answer()
-        answer.on_cancel = lambda: self.cancelled.append(ask)
+        self.pending.append(answer)
         for text in self.said:
             answer.put(Piece(text))
         if self.fails is not None:
@@ -74,7 +79,7 @@ class FakeService:
     def read(self, ids):
         self.read_ids.append(ids)
         reading = Reading()
-        reading.on_cancel = lambda: self.cancelled.append(ids)
+        self.pending.append(reading)
         if self.ends:
             info = ContextInfo(ID, len(ids), 4, 100)
             self.contexts.stored[ID] = info

@@ -4,14 +4,14 @@ import contextlib
 import threading
 import time
 
-from locret.serve.server import address_of, listening, make_server
+from locret.serve.server import address_of, bound, make_server
 
 
 @contextlib.contextmanager
 def running(app):
     """The URL of an application that is being served."""
     server = make_server(app, drain_seconds=5)
-    with listening("127.0.0.1", 0) as taken:
+    with bound("127.0.0.1", 0) as taken:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
         thread.start()
         until(lambda: server.started)

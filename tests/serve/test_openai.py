@@ -1,12 +1,10 @@
 """The real client of OpenAI against a live server over a real model: answers are the engine's."""
 
-import json
+import re
 import signal
-import subprocess
-import sys
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx2 as httpx
 import openai
@@ -19,6 +17,7 @@ from locret.serve.app import make_app
 from locret.serve.contexts import Contexts
 from locret.serve.messages import Prompts
 from locret.serve.service import Service
+from tests.serve.command import ROOT, Command
 from tests.serve.live import running, until
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -208,6 +207,14 @@ def test_a_reading_that_was_left_is_given_up(client, service, url):
     until(lambda: service.counts.cancelled == before + 1 and service.counts.running == 0, 5)
 
 
+def test_the_documented_code_runs(url, capsys):
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block.replace("http://127.0.0.1:8000", url).replace("KEY", KEY), names)  # noqa: S102
+    assert "stamps" in capsys.readouterr().out
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -219,33 +226,6 @@ def folder(tmp_path_factory):
     model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=8192)
     model.save_pretrained(folder / "tiny")
     return folder
-
-
-class Command:
-    """`python -m locret serve`, until it says where it serves.
-
-    Args:
-        args: of the command.
-    """
-
-    def __init__(self, *args):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "locret", "serve", *map(str, args), "--port", "0"],
-            cwd=Path(__file__).parents[2],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for line in self.process.stderr:  # other packages log what they like
-            if '"serving at ' in line:
-                self.url = json.loads(line)["message"].split()[-1]
-                return
-        raise AssertionError("the command ended")
-
-    def stop(self):
-        """Ask it to end; its status and what it logged."""
-        self.process.send_signal(signal.SIGTERM)
-        _, logged = self.process.communicate(timeout=30)
-        return self.process.returncode, logged
 
 
 def test_sigterm_finishes_what_runs_and_contexts_survive(folder, monkeypatch):
@@ -296,6 +276,14 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(folder, capsys, monke
     assert "heads" in capsys.readouterr().err
     assert locret_main(folder, "--api-key", " ", "--port", "0") == 2
     assert "API key is empty" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_told(folder, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert locret_main(folder, "--port", str(other.getsockname()[1])) == 2
+    assert "cannot listen at 127.0.0.1" in capsys.readouterr().err
+    assert locret_main(folder, "--host", "no.such.host.invalid") == 2
+    assert "cannot listen at no.such.host.invalid" in capsys.readouterr().err
 
 
 def locret_main(folder, *args):
