@@ -22,9 +22,14 @@ async def read_json(request: Request, most: int) -> dict[str, Any]:
     """The JSON object in the body of a request.
 
     Raises:
-        Refused: the body has more than `most` bytes (413), or is not a JSON object of Unicode text
-            (400).
+        Refused: the body has more than `most` bytes (413), is not called JSON (415), or is not a
+            JSON object of Unicode text (400).
     """
+    # Web pages may send other types to a server on this machine without being asked for leave.
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = f"the body is {kind[:80] or 'of no type'!r}; send Content-Type: application/json"
+        raise Refused(415, message, headers={"Connection": "close"})
     body = b"".join([chunk async for chunk in chunks(request, most)])
     return await to_thread.run_sync(parse, body)
 

@@ -283,10 +283,18 @@ def test_an_upload_of_unknown_length_is_refused_where_it_becomes_too_long(client
             yield b" " * 2**16
 
     try:
-        found = client.post(CONTEXTS, content=sent())
+        found = client.post(CONTEXTS, content=sent(), headers={"Content-Type": "application/json"})
     except (httpx.WriteError, httpx.ReadError):
         return  # the server closes a connection that goes on sending
     error_of(found, 413)
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_what_a_web_page_may_send_unasked_is_refused(kind, client, service):
+    headers = {} if kind is None else {"Content-Type": kind}
+    found = client.post(CHAT, content=json.dumps(HELLO).encode(), headers=headers)
+    assert "send Content-Type: application/json" in error_of(found, 415)
+    assert service.asked == []
 
 
 PATHS = [

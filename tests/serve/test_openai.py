@@ -1,8 +1,11 @@
 """The real client of OpenAI against a live server over a real model: answers are the engine's."""
 
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -213,6 +216,20 @@ def test_the_documented_code_runs(url, capsys):
     for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
         exec(block.replace("http://127.0.0.1:8000", url).replace("KEY", KEY), names)  # noqa: S102
     assert "stamps" in capsys.readouterr().out
+
+
+def test_transformers_chat_holds_a_conversation(url):
+    said = "Name the capital of France.\nAnd of Sweden?\n!exit\n"
+    command = [sys.executable, "-m", "transformers.cli.transformers", "chat", NAME, f"{url}/v1"]
+    done = subprocess.run(
+        [*command, "max_new_tokens=12", "do_sample=False"],
+        input=said,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"HF_TOKEN": KEY},
+    )
+    assert "Paris" in done.stdout and "Stockholm" in done.stdout, done.stderr[-500:]
 
 
 # ---- the command ---------------------------------------------------------------------------------
