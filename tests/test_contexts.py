@@ -59,8 +59,18 @@ def test_snapshot_of_another_cache_is_refused(engine):
         locret.RetainedCache(3).restore(snapshot)
 
 
-def asked(engine, cache):
-    return engine.generate(prompt(4, seed=5), cache=cache, **GREEDY)
+def test_forks_are_asked_apart_and_together(engine):
+    """Neither leaves a trace in the context they come from."""
+    cache, longer = engine.prefill(prompt(60)), engine.prefill(prompt(75, seed=1))
+    alone = [asked(engine, one.fork()) for one in (cache, longer, cache)]
+    together = asked(engine, engine.together([cache, longer, cache]), rows=3)
+    assert torch.equal(together, torch.cat(alone))
+    assert (cache.seen, cache.report()["units"]) == (60, [20, 20])
+    assert torch.equal(asked(engine, cache), alone[0])
+
+
+def asked(engine, cache, rows=1):
+    return engine.generate(prompt(4, seed=5).repeat(rows, 1), cache=cache, **GREEDY)
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])

@@ -147,6 +147,14 @@ def left_mask(ids: Tensor, padding: Sequence[int]) -> Tensor:
     return (token >= torch.tensor(padding, device=ids.device)[:, None]).long()
 
 
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids of rows as `input_ids` [B, n], padded on the left, and their attention mask."""
+    width = max(map(len, rows))
+    ids = [[0] * (width - len(row)) + [*row] for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 def unpadded(input_ids: Tensor, padding: list[int]) -> list[Tensor]:
     """Each row [1, n] without its padding."""
     return [input_ids[row : row + 1, skip:] for row, skip in enumerate(padding)]
@@ -179,6 +187,12 @@ def setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
     if value is not None or name in kwargs:  # an argument of None overrides what is configured
         return value
     return getattr(model.generation_config, name, None)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the model's, else the tokenizer's."""
+    found = _token_ids(model.generation_config.eos_token_id)
+    return found or _token_ids(tokenizer.eos_token_id)
 
 
 def prompt_lengths(model: Any, kwargs: dict[str, Any]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from locret.cache.cache import RetainedCache
+from locret.engine.arguments import end_tokens, padded
 from locret.engine.engine import Engine
 from locret.evaluation.questions import Question
 from locret.evaluation.records import OUT_OF_MEMORY, Record
@@ -136,9 +137,7 @@ class Asker:
     @property
     def end_tokens(self) -> list[int]:
         """Tokens that end an answer: the model's, else the tokenizer's."""
-        found = self.model.generation_config.eos_token_id
-        found = self.tokenizer.eos_token_id if found is None else found
-        return [] if found is None else [found] if isinstance(found, int) else list(found)
+        return end_tokens(self.model, self.tokenizer)
 
     def _record(self, question: Question, new: Tensor, sizes: dict[str, Any]) -> Record:
         tokens, ends = new.tolist(), set(self.end_tokens)
@@ -193,16 +192,6 @@ def _asked_together(batch: Sequence[Question], together: bool) -> list[list[int]
     for row, question in enumerate(batch):
         groups.setdefault(question.rest, []).append(row)
     return [*groups.values()]
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Token ids [B, n], padded on the left, and their mask; None if no row is padded."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    if all(len(row) == width for row in rows):
-        return ids, None
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
 
 
 class StopStrings(StoppingCriteria):

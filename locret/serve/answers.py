@@ -20,7 +20,7 @@ class Pending(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self.on_end: Callable[[], None] = lambda: None
+        self.on_end: Callable[[], None] = _nothing
         self._condition = threading.Condition()
         self._messages: list[T] = []
         self._error: Exception | None = None
@@ -49,9 +49,8 @@ class Pending(Generic[T]):
             if self._closed:
                 return False
             self._messages.append(message)
-            self._closed = last
             if last:
-                self.on_end()
+                self._end()
             self._wake()
             return True
 
@@ -60,10 +59,15 @@ class Pending(Generic[T]):
         with self._condition:
             if self._closed:
                 return False
-            self._closed, self._error = True, error
-            self.on_end()
+            self._error = error
+            self._end()
             self._wake()
             return True
+
+    def _end(self) -> None:
+        self._closed = True
+        on_end, self.on_end = self.on_end, _nothing  # whoever keeps the answer keeps no request
+        on_end()
 
     def _wake(self) -> None:
         self._condition.notify_all()
@@ -130,6 +134,10 @@ class Pending(Generic[T]):
         finally:
             with self._condition:
                 self._wakers.remove(waker)
+
+
+def _nothing() -> None:
+    pass
 
 
 class Answer(Pending[Piece | End]):

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 
 from locret.serve.jobs import AskJob, Job
 
+LONG = 8192
+"""Tokens from which on reading a prompt takes a device so long that it shows."""
+
 
 def next_batch(waiting: Iterable[Job], most: int, most_units: int | None = None) -> list[Job]:
     """The first job, and in their order those behind it that can be answered with it.
@@ -32,10 +35,10 @@ def next_batch(waiting: Iterable[Job], most: int, most_units: int | None = None)
 def _kind(job: AskJob) -> tuple[object, ...]:
     """What requests of a batch agree in. Stock `generate` has one way to sample for all rows, and
     one generator: a seed is for one request. The engine cannot ask questions of one token together
-    with longer ones."""
-    ask = job.ask
+    with longer ones. Short prompts do not wait until long ones are read."""
+    ask, length = job.ask, len(job.question)
     has_context = bool(ask.context is not None or job.shared)
-    shape = has_context, has_context and len(job.question) == 1
+    shape = has_context, has_context and length == 1, length > LONG
     if ask.temperature == 0:
         return (*shape, "greedy")
     alone = None if ask.seed is None else id(job)

@@ -4,6 +4,7 @@ Requests wait in a bounded queue. One thread owns the engine; it takes the first
 behind it that can be answered together, does them, and goes on. Rows do not join a batch that runs.
 """
 
+import copy
 import threading
 import time
 from collections import deque
@@ -38,7 +39,8 @@ class Service:
         tokenizer: of the model.
         contexts: where contexts are stored; None = none can be.
         queue: requests that may wait.
-        batch: requests that are answered together.
+        batch: requests that are answered together. In 16 bits a row of a batch is rounded otherwise
+            than alone, so that its words may differ; 1 = every answer is as the engine's alone.
         max_tokens: most tokens of an answer whose request does not say.
         memory: bytes that the process may use on the device; None = not known.
         prefix_bytes: that beginnings which requests share may take in memory; 0 = none is kept.
@@ -66,6 +68,8 @@ class Service:
             if value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
         self.engine, self.tokenizer, self.contexts = engine, tokenizer, contexts
+        # Of the generation thread's own: tokenizers are not made for several threads.
+        self._decoder = copy.deepcopy(tokenizer)
         self.on_first_token: Callable[[float], None] = lambda seconds: None
         self._queue, self._linger, self._max_tokens = queue, linger, max_tokens
         # Questions that others must not be asked with are asked alone.
@@ -148,7 +152,7 @@ class Service:
         most = self.limits.answer_tokens(*asked, ask.max_tokens, self._max_tokens)
         answer = Answer()
         units = self.limits.needed(*asked, most)
-        job = AskJob(ask, most, answer, TextOf(self.tokenizer, ask.stop), shared, units)
+        job = AskJob(ask, most, answer, TextOf(self._decoder, ask.stop), shared, units)
         answer.on_end = lambda: self._ended(job)
         self._enqueue(job)
         return answer
@@ -238,7 +242,7 @@ class Service:
             torch.cuda.set_device(self._device)  # kernels are launched on a thread's own device
         worker = Worker(
             self.engine,
-            self.tokenizer,
+            self._decoder,
             self.contexts,
             self._prefixes,
             self.limits,

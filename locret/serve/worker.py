@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from locret.cache.cache import RetainedCache
+from locret.engine.arguments import end_tokens, padded
 from locret.engine.engine import Engine
 from locret.serve.contexts import Contexts, info_of
 from locret.serve.jobs import AskJob, Job, ReadJob
@@ -48,7 +49,7 @@ class Worker:
         self._engine, self._contexts, self._prefixes = engine, contexts, prefixes
         self._limits, self._on_token = limits, on_token
         self._device: Any = engine.model.device
-        self._ends = end_tokens(engine.model, tokenizer)
+        self._ends = frozenset(end_tokens(engine.model, tokenizer))
         self._pad = _pad_token(tokenizer, self._ends)
         self._current: Sequence[Job] = ()
         self._progress, engine.progress = engine.progress, self._after_chunk
@@ -80,15 +81,18 @@ class Worker:
             raise Abandoned
 
     def _read(self, job: ReadJob) -> None:
+        """Read and store a context; once more with all memory there is, if it is short."""
+        if not self._has_room(lambda: self._store(job)):
+            self._free()
+            self._store(job)
+
+    def _store(self, job: ReadJob) -> None:
         assert self._contexts is not None
         try:
             info = self._contexts.put(self._read_context(job.ids))
         except TooLong as error:
-            job.reading.close(error)
+            job.reading.close(error.with_traceback(None))  # which would keep the context alive
             return
-        except torch.OutOfMemoryError:
-            self._free()
-            raise
         if not job.reading.put(info, last=True):
             with contextlib.suppress(UnknownContext):
                 self._contexts.delete(info.id)
@@ -100,25 +104,32 @@ class Worker:
 
     def _answer_all(self, jobs: Sequence[AskJob]) -> None:
         """Answer jobs; by halves, where memory is short."""
-        left = [job for job in jobs if not job.closed]
-        try:
-            for together in self._with_contexts(left):
-                self._answer(*together)
+        if self._has_room(lambda: self._answer_groups(jobs)):
             return
-        except torch.OutOfMemoryError as error:
-            kept, message = self._prefixes.nbytes, str(error).split("\n")[0]
-        # Outside of the handler, so that the failed call's tensors are let go.
+        could_free = self._prefixes.nbytes > 0
         self._free()
-        left = [job for job in left if not job.closed]
-        if len(left) == 1 and len(jobs) == 1 and not kept:
-            _fail(left, torch.OutOfMemoryError(message))
-            return
-        _fail([job for job in left if not job.repeatable], torch.OutOfMemoryError(message))
-        left = [job for job in left if not job.closed]
-        middle = (len(left) + 1) // 2
-        for half in (left[:middle], left[middle:]):
-            if half:
+        left = [job for job in jobs if not job.closed]
+        if len(jobs) > 1 or could_free:
+            _fail([job for job in left if not job.repeatable], torch.OutOfMemoryError())
+            left = [job for job in left if not job.closed]
+            middle = (len(left) + 1) // 2
+            for half in filter(None, (left[:middle], left[middle:])):
                 self._answer_all(half)
+        else:
+            _fail(left, torch.OutOfMemoryError())
+
+    def _answer_groups(self, jobs: Sequence[AskJob]) -> None:
+        for together, caches in self._with_contexts([job for job in jobs if not job.closed]):
+            self._answer(together, caches)
+
+    @staticmethod
+    def _has_room(do: Callable[[], None]) -> bool:
+        """Do something; False where memory was too short for it. All that it held is let go."""
+        try:
+            do()
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def _free(self) -> None:
         self._prefixes.clear()
@@ -246,21 +257,6 @@ class _Watch(StoppingCriteria):
         if job.taken > before:
             self._on_token(job)
         return done
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [B, n], padded on the left, and their mask."""
-    width = max(map(len, rows))
-    ids = [[0] * (width - len(row)) + [*row] for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: the model's, else the tokenizer's."""
-    found = model.generation_config.eos_token_id
-    found = tokenizer.eos_token_id if found is None else found
-    return frozenset([] if found is None else [found] if isinstance(found, int) else found)
 
 
 def _pad_token(tokenizer: Any, ends: frozenset[int]) -> int:

@@ -106,6 +106,15 @@ def said(answer):
     return answer.choices[0].message.content
 
 
+def test_a_context_and_a_question_are_the_text_of_one_prompt(loaded):
+    prompts = Prompts(loaded.tokenizer)
+    ids = prompts.context([{"role": "user", "content": STORY}])
+    ids += prompts.question([{"role": "user", "content": QUESTIONS[0]}])
+    turn = {"role": "user", "content": f"{STORY.strip()}\n\n{QUESTIONS[0]}"}
+    text = loaded.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    assert loaded.tokenizer.decode(ids) == text
+
+
 def test_a_plain_answer_is_the_engines(client, expected):
     found = chat(client)
     assert said(found) == expected["plain"]

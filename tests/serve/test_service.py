@@ -384,6 +384,63 @@ def test_a_failure_ends_its_answers_alone(make, engine, ids, expected, monkeypat
     assert service.counts.failed == service.counts.answered == 1
 
 
+def test_short_memory_lets_shared_beginnings_go(make, engine, ids, monkeypatch):
+    service = make(contexts=Contexts())
+    service.start()
+    shared = Ask(ids(300) + ids(5, seed=1), shared=300, max_tokens=4)
+    text = text_of(service.ask(shared))[0]
+    assert service.counts.bytes > 0
+    for name in ("prefill", "generate"):
+        calls, whole = [], getattr(engine, name)
+
+        def short(*args, calls=calls, whole=whole, **kwargs):
+            calls.append(0)
+            if len(calls) == 1:
+                raise torch.OutOfMemoryError("no room")
+            return whole(*args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, name, short)
+            if name == "prefill":
+                service.contexts.delete(service.read(ids(30)).result(WAIT).id)
+                assert service.counts.bytes == 0
+            else:
+                assert text_of(service.ask(shared))[0] == text
+        assert len(calls) == 2
+
+
+def test_memory_that_is_too_short(make, engine, ids, monkeypatch):
+    def short(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine, "prefill", short)
+    monkeypatch.setattr(engine, "generate", short)
+    service = make(contexts=Contexts())
+    service.start()
+    answers = [service.ask(Ask(ids(9))) for _ in range(3)]
+    for wait in (*(lambda a=a: list(a.events(WAIT)) for a in answers), service.read(ids(9)).result):
+        with pytest.raises(RuntimeError, match="the device's memory is too small"):
+            wait()
+    assert service.counts.failed == 4 and service.ready
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_has_ended(make, engine, ids, monkeypatch):
+    def end(*args, **kwargs):
+        raise SystemExit
+
+    monkeypatch.setattr(engine, "generate", end)
+    service = make(batch=1)
+    answers = [service.ask(Ask(ids(9))) for _ in range(2)]
+    service.start()
+    for answer in answers:
+        with pytest.raises(RuntimeError, match="the service has ended"):
+            list(answer.events(WAIT))
+    assert not service.ready
+    with pytest.raises(QueueFull):
+        service.ask(Ask(ids(9)))
+
+
 def test_in_an_event_loop(make, ids, expected):
     service = make(contexts=Contexts())
     service.start()
