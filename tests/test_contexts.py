@@ -65,6 +65,10 @@ def test_forks_are_asked_apart_and_together(engine):
     alone = [asked(engine, one.fork()) for one in (cache, longer, cache)]
     together = asked(engine, engine.together([cache, longer, cache]), rows=3)
     assert torch.equal(together, torch.cat(alone))
+    tokens = prompt(4, seed=5)
+    read_on = engine.together([cache, longer], [tokens[:, :3], prompt(9)])
+    last = engine.generate(torch.cat([tokens[:, 3:], prompt(1, seed=2)]), cache=read_on, **GREEDY)
+    assert torch.equal(last[:1, 1:], alone[0][:, 4:])
     assert (cache.seen, cache.report()["units"]) == (60, [20, 20])
     assert torch.equal(asked(engine, cache), alone[0])
 

@@ -267,11 +267,23 @@ class Engine:
         with self:
             return self._reader.read_context(input_ids, padding, query_ids)
 
+    @torch.compiler.disable
     @torch.no_grad()
-    def together(self, caches: Sequence[RetainedCache]) -> RetainedCache:
-        """Contexts of one row each, of equal settings, as one batch to be asked together. They stay
-        as they are; the batch has its own copy of their units."""
-        return self._reader.stacked([cache.fork() for cache in caches], 0)
+    def together(
+        self, caches: Sequence[RetainedCache], questions: Sequence[Tensor] = ()
+    ) -> RetainedCache:
+        """Contexts of one row each, of equal settings, as one batch to be asked together.
+
+        Args:
+            caches: they stay as they are; the batch has a copy of their units.
+            questions: tokens [1, n] long for each, at least one, that are read after it; empty =
+                none. That takes less memory than to `generate` with questions of different lengths.
+        """
+        rows = [cache.fork() for cache in caches]
+        with self:
+            for row, question in zip(rows, questions, strict=False):
+                self._reader.read_on(row, question)
+            return self._reader.stacked(rows, 0)
 
     @torch.compiler.disable
     @torch.no_grad()

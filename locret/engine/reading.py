@@ -156,15 +156,20 @@ class Reader:
         for skip in sorted(set(padding)):
             alike = [i for i, length in enumerate(padding) if length == skip]
             some = cache.rows(alike)
-            assert some.token_ids is not None
-            new = torch.cat([some.unread_ids.to(questions.device), questions[alike, skip:]], dim=1)
-            self.store(new[:, :-1], some)
-            some.token_ids = torch.cat([some.token_ids, new[:, :-1].cpu()], dim=1)
+            self.read_on(some, questions[alike, skip:-1])
             rows |= {i: some.rows([place]) for place, i in enumerate(alike)}
         stacked = self.stacked([rows[i] for i in range(len(padding))], 0)
         cache.restore(stacked.snapshot())
         assert cache.token_ids is not None
         return torch.cat([cache.token_ids.to(questions.device), questions[:, -1:]], dim=1)
+
+    def read_on(self, cache: RetainedCache, tokens: Tensor) -> None:
+        """Let a cache read tokens [B, n] too, of which it evicts none."""
+        assert cache.token_ids is not None
+        new = torch.cat([cache.unread_ids, tokens.cpu()], dim=1)
+        self.store(new.to(tokens.device), cache)
+        cache.token_ids = torch.cat([cache.token_ids, new], dim=1)
+        cache.unread_ids = new[:, :0]
 
     def _query_of(self, prompt: Tensor, context: Tensor) -> Tensor | None:
         """What query-aware heads read in front of a prompt's context, if there is any."""

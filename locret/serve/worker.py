@@ -204,11 +204,17 @@ class Worker:
 
     def _answer(self, jobs: Sequence[AskJob], caches: Sequence[RetainedCache]) -> None:
         """Answer jobs in one call, on contexts or without any."""
+        questions = [job.question for job in jobs]
         given: dict[str, Any] = {}
-        if caches:
-            alone = len(caches) == 1
-            given["cache"] = caches[0].fork() if alone else self._engine.together(caches)
-        ids, mask = padded([job.question for job in jobs], self._device)
+        if len(caches) == 1:
+            given["cache"] = caches[0].fork()
+        elif len(set(map(len, questions))) == 1 and caches:
+            given["cache"] = self._engine.together(caches)
+        elif caches:
+            before = [torch.tensor([ids[:-1]], device=self._device) for ids in questions]
+            given["cache"] = self._engine.together(caches, before)
+            questions = [ids[-1:] for ids in questions]
+        ids, mask = padded(questions, self._device)
         for job in jobs:
             job.start()
         with self._seeded(jobs[0].ask.seed if jobs[0].ask.temperature else None):

@@ -67,16 +67,19 @@ def test_contexts_of_different_lengths_are_asked_together(make, ids, expected, t
     infos = [service.read(text).result(WAIT) for text in texts]
     assert [info.tokens for info in infos] == [60, 33, 9]
     assert [info.units for info in infos] == [20, 20, 9]
-    asks = [Ask(ids(3 + n, seed=n), infos[n % 3].id, max_tokens=6) for n in range(7)]
+    asks = [Ask(ids(1 + n, seed=n), infos[n % 3].id, max_tokens=6) for n in range(7)]
     answers = list(map(service.ask, asks))
     for n, answer in enumerate(answers):
         text, end = text_of(answer)
         cache = twin.prefill(torch.tensor([texts[n % 3]]))
         assert text == expected(asks[n].prompt, cache, new=6)
         assert end.usage.cached_tokens == len(texts[n % 3])
-        assert end.usage.prompt_tokens == len(texts[n % 3]) + 3 + n
+        assert end.usage.prompt_tokens == len(texts[n % 3]) + 1 + n
         assert end.usage.units == round(sum(cache.report()["units"]) / 2)
     assert max(batches) > 1
+    alike = [service.ask(Ask(ids(4, seed=n), infos[n].id, max_tokens=6)) for n in range(3)]
+    right = [expected(ids(4, n), twin.prefill(torch.tensor([texts[n]])), new=6) for n in range(3)]
+    assert [text_of(answer)[0] for answer in alike] == right
     stored = service.contexts
     assert stored.bytes_in_memory == sum(info.bytes for info in infos)
     assert stored.get(infos[0].id).seen == 60
