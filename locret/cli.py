@@ -3,6 +3,7 @@
 generate   answer a prompt of any length within a budget
 fit        train retaining heads for a model
 adapt      teach a small model long contexts, by LoRA
+serve      an OpenAI-compatible server whose contexts fit a budget
 needle     needle in a haystack under several policies, at one length or over a grid
 grid       policies, bits and budgets at equal bytes, on synthetic retrieval
 evaluate   benchmarks under several policies and budgets, with a manifest
@@ -32,6 +33,7 @@ from locret.commands import (
     plan,
     report,
     reproduce,
+    serve,
     shared,
     train,
 )
@@ -40,6 +42,7 @@ from locret.system import interrupts
 COMMANDS = (
     generate,
     train,
+    serve,
     needle,
     grid,
     evaluate,

@@ -8,51 +8,26 @@ from typing import Any
 from locret.commands.progress import Answering, Progress
 from locret.commands.shared import (
     BYTES_PER_MIB,
+    add_engine,
     add_model,
-    argument,
+    engine_settings,
     load,
     load_heads,
     read_text,
     whole,
 )
-from locret.heads.quotas import Quotas, quotas_of
 from locret.model.hooks import cache_of
-from locret.policies import POLICIES, policy_in_words
-from locret.quantities import BUDGET_TEXTS, parse_budget
-from locret.quantization import SCHEMES, Scheme, scheme_of
+from locret.policies import policy_in_words
 
 
 def add_to(commands: Any) -> None:
     command = commands.add_parser("generate", help="answer a prompt within a budget")
     add_model(command)
     command.add_argument("--prompt-file", required=True, help="a text file; - for standard input")
-    command.add_argument("--policy", default=None, choices=sorted(POLICIES))
-    command.add_argument(
-        "--budget",
-        type=argument(parse_budget),
-        default="auto",
-        metavar="N",
-        help=f"what a KV head keeps: {BUDGET_TEXTS}",
-    )
-    command.add_argument(
-        "--quotas",
-        type=argument(_quotas),
-        default="auto",
-        metavar="FILE",
-        help="which KV heads keep more than others, as `calibrate` writes it; none = all alike; "
-        "auto, the default: what the heads record",
-    )
-    for name, kind, text in (
-        ("--chunk-size", whole(1, none=None, auto="auto"), "tokens read at a time, or none"),
-        ("--stabilizers", whole(0, auto="auto"), "last units that survive evictions"),
-        ("--local-tokens", whole(1, auto="auto"), "last tokens, read after the evictions"),
-    ):
-        command.add_argument(name, type=kind, default="auto", metavar="N", help=text)
+    add_engine(command)
     command.add_argument(
         "--query-aware", action="store_true", help="see the question before the final eviction"
     )
-    command.add_argument("--quantization", choices=sorted(SCHEMES), help="of keys and values")
-    command.add_argument("--bits", type=whole(1), help="of the quantization")
     command.add_argument("--max-new-tokens", type=whole(1), default=128)
     command.add_argument("--raw", action="store_true", help="do not apply the chat template")
     command.add_argument("--json", action="store_true", help="print one JSON object at the end")
@@ -74,7 +49,7 @@ def run(given: argparse.Namespace) -> None:
     text = read_text(given.prompt_file)
     if not text.strip():
         raise ValueError(f"there is no text in {given.prompt_file}; give a prompt")
-    settings = _settings(given)
+    settings = engine_settings(given) | {"query_aware": given.query_aware}
     heads = load_heads(given)
     policy = given.policy or ("locret" if heads else "full")
     EngineConfig.of(policy, heads.config if heads else None, **settings)
@@ -108,27 +83,6 @@ def run(given: argparse.Namespace) -> None:
         "cache": cache_of(output).report(),
     }
     print(json.dumps(result) if given.json else _summary(result))
-
-
-def _quotas(text: str) -> Quotas | str | None:
-    """The quotas that a user means; "auto" = those that the heads record."""
-    words = {"none": None, "auto": "auto"}
-    return words[text.lower()] if text.lower() in words else quotas_of(text)
-
-
-def _settings(given: argparse.Namespace) -> dict[str, Any]:
-    """The engine's settings by name."""
-    names = ("budget", "quotas", "chunk_size", "stabilizers", "local_tokens", "query_aware")
-    return {name: getattr(given, name) for name in names} | {"quantization": _quantization(given)}
-
-
-def _quantization(given: argparse.Namespace) -> Scheme | None:
-    if given.quantization is None:
-        if given.bits is not None:
-            raise ValueError("--bits are of a --quantization; name one, such as kivi")
-        return None
-    options = {} if given.bits is None else {"bits": given.bits}
-    return scheme_of({"name": given.quantization} | options)
 
 
 def _summary(result: dict[str, Any]) -> str:

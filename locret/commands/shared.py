@@ -7,11 +7,16 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from locret.commands.progress import Progress
 from locret.heads.heads import RetainingHeads
+from locret.heads.quotas import Quotas, quotas_of
+from locret.model.attend import Backend
 from locret.model.loading import LoadedModel, load_model
+from locret.policies import POLICIES
+from locret.quantities import BUDGET_TEXTS, parse_budget
+from locret.quantization import SCHEMES, Scheme, scheme_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 BYTES_PER_MIB = 2**20
@@ -19,13 +24,77 @@ MODEL = "Hub id, folder, .gguf file, or embedded:smollm2"
 STANDARD_INPUT = "-"
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    """Arguments that name a model, and the heads and adapter for it."""
-    command.add_argument("--model", required=True, help=MODEL)
+def add_model(command: argparse.ArgumentParser, first: bool = False) -> None:
+    """Arguments that name a model, and the heads and adapter for it.
+
+    Args:
+        command: to add them to.
+        first: the model is the first argument, without --model in front of it.
+    """
+    if first:
+        command.add_argument("model", metavar="MODEL", help=MODEL)
+    else:
+        command.add_argument("--model", required=True, help=MODEL)
     command.add_argument("--heads", help="artifact folder, .bin file, or Hub id")
     command.add_argument("--adapter", help="PEFT adapter of the model: folder or Hub id")
     command.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     command.add_argument("--device", default=None)
+
+
+def add_engine(command: argparse.ArgumentParser) -> None:
+    """Arguments that are settings of the engine (`engine_settings`)."""
+    command.add_argument("--policy", default=None, choices=sorted(POLICIES))
+    command.add_argument(
+        "--budget",
+        type=argument(parse_budget),
+        default="auto",
+        metavar="N",
+        help=f"what a KV head keeps: {BUDGET_TEXTS}",
+    )
+    command.add_argument(
+        "--quotas",
+        type=argument(_quotas),
+        default="auto",
+        metavar="FILE",
+        help="which KV heads keep more than others, as `calibrate` writes it; none = all alike; "
+        "auto, the default: what the heads record",
+    )
+    for name, kind, text in (
+        ("--chunk-size", whole(1, none=None, auto="auto"), "tokens read at a time, or none"),
+        ("--stabilizers", whole(0, auto="auto"), "last units that survive evictions"),
+        ("--local-tokens", whole(1, auto="auto"), "last tokens, read after the evictions"),
+    ):
+        command.add_argument(name, type=kind, default="auto", metavar="N", help=text)
+    command.add_argument("--quantization", choices=sorted(SCHEMES), help="of keys and values")
+    command.add_argument("--bits", type=whole(1), help="of the quantization")
+    command.add_argument(
+        "--decode-interval", type=whole(1, none=None), metavar="N", help="evict in answers too"
+    )
+    command.add_argument("--merging", choices=("similar", "adjacent"), help="of evicted values")
+    command.add_argument("--positions", default="auto", choices=("auto", "compact", "original"))
+    command.add_argument("--backend", default="auto", choices=("auto", *get_args(Backend)))
+
+
+def engine_settings(given: argparse.Namespace) -> dict[str, Any]:
+    """The engine's settings by name."""
+    names = ["budget", "quotas", "chunk_size", "stabilizers", "local_tokens"]
+    names += ["decode_interval", "merging", "positions", "backend"]
+    return {name: getattr(given, name) for name in names} | {"quantization": _quantization(given)}
+
+
+def _quotas(text: str) -> Quotas | str | None:
+    """The quotas that a user means; "auto" = those that the heads record."""
+    words = {"none": None, "auto": "auto"}
+    return words[text.lower()] if text.lower() in words else quotas_of(text)
+
+
+def _quantization(given: argparse.Namespace) -> Scheme | None:
+    if given.quantization is None:
+        if given.bits is not None:
+            raise ValueError("--bits are of a --quantization; name one, such as kivi")
+        return None
+    options = {} if given.bits is None else {"bits": given.bits}
+    return scheme_of({"name": given.quantization} | options)
 
 
 def load_heads(given: argparse.Namespace) -> RetainingHeads | None:

@@ -1,0 +1,102 @@
+"""One JSON line a request: what was asked for and how it went, never what it said."""
+
+import json
+import logging
+import sys
+import time
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from locret.serve.errors import CLIENT_LEFT
+
+LONGEST_PATH = 200
+PROBES = ("/health", "/ready")
+"""Asked every few seconds by whoever watches the server; only their failures are logged."""
+_log = logging.getLogger("locret.serve")
+
+
+class RequestLog:
+    """Gives every request an id, and logs it when it has ended.
+
+    Args:
+        app: what answers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["id"] = uuid.uuid4().hex
+        began, status = time.monotonic(), CLIENT_LEFT  # where nothing is sent, the client had left
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], _header(state["id"])]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            probe = scope["path"] in PROBES and status == 200
+            line = _line(scope, status, time.monotonic() - began)
+            _log.log(logging.DEBUG if probe else logging.INFO, "request", extra={"fields": line})
+
+
+def _header(id: str) -> tuple[bytes, bytes]:
+    return b"x-request-id", id.encode()
+
+
+def _line(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
+    state = scope["state"]
+    line = {
+        "id": state["id"],
+        "method": scope["method"],
+        "path": scope["path"][:LONGEST_PATH],
+        "status": status,
+        "seconds": round(seconds, 3),
+    }
+    usage = state.get("usage")
+    if usage is not None:
+        line |= {
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+        }
+    return line
+
+
+class JsonLines(logging.Formatter):
+    """Every record as one line of JSON; what an exception says is one of its strings."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def log_to_stderr() -> None:
+    """Let this package and uvicorn log JSON lines to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("locret.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
