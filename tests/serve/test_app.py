@@ -247,6 +247,11 @@ MULTIPART = {
         "no file",
     ),
     "empty": ("multipart/form-data; boundary=x", b"", "multipart"),
+    "strange charset": (
+        "multipart/form-data; boundary=x; charset=undefined",
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc\r\n--x--\r\n',
+        "charset",
+    ),
 }
 
 
