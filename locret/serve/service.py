@@ -28,6 +28,8 @@ from locret.serve.worker import Worker
 
 SHARED_LEAST = 256
 """Tokens from which on a shared beginning of prompts is kept: fewer are read as fast."""
+COLDEST = 1e-6
+"""Lower temperatures are 0: logits divided by them may be infinite, which nothing is drawn from."""
 SMOOTHING = 0.2  # weight of the newest batch in the seconds that one takes
 
 
@@ -144,6 +146,8 @@ class Service:
         """
         _check(ask)
         self._check_tokens(ask.prompt)
+        if ask.temperature < COLDEST:
+            ask = replace(ask, temperature=0.0)
         prompt, context = len(ask.prompt), None
         if ask.context is not None:
             context = self._stored().use(ask.context).tokens

@@ -254,8 +254,9 @@ def test_sampling_settings_count(make, ids, expected):
     service = make()
     service.start()
     narrow = Ask(ids(9), max_tokens=8, temperature=1.0, top_p=1e-6)
-    cold = Ask(ids(9), max_tokens=8, temperature=1e-4)
-    assert text_of(service.ask(narrow))[0] == text_of(service.ask(cold))[0] == expected(ids(9))
+    cold = [Ask(ids(9), max_tokens=8, temperature=t) for t in (1e-4, 1e-6, 1e-40, 5e-324)]
+    for ask in (narrow, *cold):
+        assert text_of(service.ask(ask))[0] == expected(ids(9))
 
 
 def test_an_end_token_ends(make, engine, tokenizer, ids, twin):
