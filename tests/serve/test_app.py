@@ -10,7 +10,7 @@ import pytest
 from locret.serve.app import make_app
 from locret.serve.logs import JsonLines
 from locret.serve.messages import Prompts
-from locret.serve.requests import QueueFull, TooLong
+from locret.serve.requests import QueueFull, RepeatsContext, TooLong, UnknownContext
 from tests.serve.fake import ID, FakeService
 from tests.serve.live import running, until
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -336,6 +336,14 @@ def test_errors_of_the_service_have_a_status_each(client, service, caplog):
     assert found.json()["error"]["code"] == "context_length_exceeded"
     service.error = RuntimeError("secrets of the prompt")
     assert "secrets" not in error_of(client.post(CHAT, json=HELLO), 500)
+
+
+def test_what_a_client_can_mend_is_not_a_failure(client, service):
+    for error, status in ((UnknownContext("it is gone"), 404), (RepeatsContext("only more"), 400)):
+        service.fails = error
+        assert str(error) in error_of(client.post(CHAT, json=HELLO), status)
+        found = client.post(CHAT, json=HELLO | {"stream": True}).text
+        assert str(error) in found and '"invalid_request_error"' in found
 
 
 def test_a_failure_within_a_stream_is_an_event_of_it(client, service):
