@@ -80,7 +80,9 @@ class FakeService:
         self.read_ids.append(ids)
         reading = Reading()
         self.pending.append(reading)
-        if self.ends:
+        if self.fails is not None:
+            reading.close(self.fails)
+        elif self.ends:
             info = ContextInfo(ID, len(ids), 4, 100)
             self.contexts.stored[ID] = info
             reading.put(info, last=True)

@@ -353,6 +353,11 @@ def test_a_failure_within_a_stream_is_an_event_of_it(client, service):
     error_of(client.post(CHAT, json=HELLO), 500)
 
 
+def test_why_a_context_was_not_read_is_told(client, service):
+    service.fails = RuntimeError("the request failed: no room")
+    assert "no room" in error_of(client.post(CONTEXTS, json={"text": "Some text."}), 500)
+
+
 # ---- keys, operators -----------------------------------------------------------------------------
 
 
