@@ -2,6 +2,7 @@
 `RetainedCache.save` writes it, and beside it `ID.json`, which is written last and says what it is.
 The time of the last use is that of `ID.json`."""
 
+import contextlib
 import json
 import os
 import re
@@ -33,13 +34,23 @@ class ContextFiles:
         self._sweep()
 
     def write(self, info: ContextInfo, cache: RetainedCache, now: float) -> None:
-        """Store a context, used `now`."""
-        cache.save(self.folder / info.id)
+        """Store a context, used `now`.
+
+        Raises:
+            OSError: it cannot be written; nothing of it is left.
+        """
         record = self._record(info.id)
         aside = record.with_suffix(".tmp")
-        aside.write_text(json.dumps(asdict(info)), encoding="utf-8")
-        os.utime(aside, (now, now))
-        aside.replace(record)
+        try:
+            cache.save(self.folder / info.id)
+            aside.write_text(json.dumps(asdict(info)), encoding="utf-8")
+            os.utime(aside, (now, now))
+            aside.replace(record)
+        except OSError:  # a full disk must not stay full of what nobody can ask
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+                self.remove(info.id)
+            raise
 
     def load(self, id: str, model: Any) -> RetainedCache:
         """The context, to be asked with `model`.

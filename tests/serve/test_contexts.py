@@ -156,6 +156,17 @@ def test_damaged_and_unfinished_files(tmp_path, read, make, ids):
         service.ask(Ask(ids(5), cut))
 
 
+def test_what_cannot_be_written_leaves_nothing(tmp_path, read, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    contexts = Contexts(tmp_path)
+    monkeypatch.setattr("locret.serve.context_files.os.utime", full)
+    with pytest.raises(OSError, match="No space"):
+        contexts.put(read())
+    assert [*tmp_path.iterdir()] == [] and contexts.count == 0
+
+
 def test_used_by_several_threads(tmp_path, read, twin):
     contexts = Contexts(tmp_path, most_bytes=3 * read().nbytes)
     caches, failures = [read(seed=n) for n in range(4)], []
