@@ -210,6 +210,8 @@ class Service:
         shared = min(ask.shared, len(ask.prompt) - 1)
         if shared < SHARED_LEAST or not self._prefixes.most_bytes or self._needs_query:
             return 0
+        if not self.limits.readable(shared):  # whether it fits as a whole is looked at then
+            return 0
         # The engine takes a question that begins with its whole context for a mistake.
         repeats = ask.prompt[shared : 2 * shared] == ask.prompt[:shared]
         return 0 if repeats else shared

@@ -141,6 +141,14 @@ def test_a_shared_beginning_is_read_once(make, ids, expected, twin):
     assert text == expected(shared + shared)
 
 
+def test_a_shared_beginning_must_be_readable(tokenizer, ids):
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    service = Service(locret.Engine(model, "keydiff", budget=20, chunk_size=None), tokenizer)
+    for shared in (0, 1200):
+        with pytest.raises(TooLong, match="1,024 positions"):
+            service.ask(Ask(ids(1300), shared=shared, max_tokens=3))
+
+
 def test_no_room_for_shared_beginnings(make, ids):
     service = make(prefix_bytes=1)
     service.start()
