@@ -99,13 +99,15 @@ class Service:
     def counts(self) -> Counters:
         """Numbers for operators, as they are now."""
         contexts = self.contexts
+        # Before the lock is taken: contexts may have to be looked up on disk.
         in_memory = 0 if contexts is None else contexts.bytes_in_memory
+        stored = 0 if contexts is None else contexts.count
         with self._changed:
             return replace(
                 self._counts,
                 queued=len(self._waiting),
                 running=len([job for job in self._running if not job.closed]),
-                contexts=0 if contexts is None else contexts.count,
+                contexts=stored,
                 bytes=in_memory + self._prefixes.nbytes,
             )
 

@@ -108,6 +108,7 @@ def test_a_restart_finds_them(tmp_path, make, ids, expected, read, clock):
     before = Contexts(tmp_path, clock=clock)
     info, other = before.put(read(60)), before.put(read(9))
     again = Contexts(tmp_path, clock=clock)
+    assert again.count == 2
     assert known(again) == [other.id, info.id]
     assert again.bytes_in_memory == 0
     service = make(contexts=again)
