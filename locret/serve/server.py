@@ -1,9 +1,11 @@
 """Runs the application with uvicorn until a signal asks it to stop."""
 
 import contextlib
+import errno
 import logging
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -16,6 +18,8 @@ _log = logging.getLogger("locret.serve")
 class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn; says where it serves once it does, and signals are handled."""
+        for taken in sockets or []:  # its connections shall not keep the port when it has ended
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await super().startup(sockets)
         for taken in sockets or []:
             _log.info("serving at %s", address_of(taken))
@@ -59,19 +63,30 @@ def bound(host: str, port: int) -> socket.socket:
     Raises:
         OSError: the address is not one of this machine, or the port is taken or not allowed.
     """
-    taken = None
     try:
         (family, kind, _, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        taken = socket.socket(family, kind)
-        # Connections of a server that has just ended do not keep the port.
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
+        try:
+            return _bound(family, kind, address, reuse=False)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        # It may be kept by nothing but connections of a server that has just ended.
+        return _bound(family, kind, address, reuse=True)
     except OSError as error:
-        if taken is not None:
-            taken.close()
         raise OSError(f"cannot listen at {host} port {port}: {error.strerror}") from error
+
+
+def _bound(family: int, kind: int, address: Any, reuse: bool) -> socket.socket:
+    taken = socket.socket(family, kind)
+    try:
+        # Two that may be reused could be bound to one port, until one of them listens.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        taken.bind(address)
+    except OSError:
+        taken.close()
+        raise
     return taken
 
 
