@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -26,11 +27,18 @@ class ContextFiles:
 
     Args:
         folder: made if it is not there.
+
+    Raises:
+        OSError: nothing can be written there.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise OSError(f"cannot write contexts to {folder}: {error.strerror}") from error
         self._sweep()
 
     def write(self, info: ContextInfo, cache: RetainedCache, now: float) -> None:

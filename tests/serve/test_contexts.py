@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +167,12 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, read, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         contexts.put(read())
     assert [*tmp_path.iterdir()] == [] and contexts.count == 0
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/proc/contexts", __file__])
+def test_a_folder_that_cannot_be_written_is_refused(folder):
+    with pytest.raises(OSError, match=f"cannot write contexts to {folder}: "):
+        Contexts(Path(folder))
 
 
 def test_used_by_several_threads(tmp_path, read, twin):
