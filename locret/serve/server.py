@@ -1,5 +1,6 @@
 """Runs the application with uvicorn until a signal asks it to stop."""
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -15,7 +16,29 @@ from locret.system import interrupts
 _log = logging.getLogger("locret.serve")
 
 
+SENDING = 5.0
+"""Seconds for what clients are told of answers that were given up."""
+
+
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._app, self._drain_seconds = app, drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn; requests that go on for too long are given up by the service, so that their
+        clients are told so, before uvicorn would cut them off."""
+        giving_up = asyncio.create_task(self._give_up())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            giving_up.cancel()
+
+    async def _give_up(self) -> None:
+        await asyncio.sleep(self._drain_seconds)
+        service = self._app.state.server.service
+        await asyncio.to_thread(service.close, drain=False)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn; says where it serves once it does, and signals are handled."""
         for taken in sockets or []:  # its connections shall not keep the port when it has ended
@@ -45,15 +68,14 @@ def serve(app: FastAPI, taken: socket.socket, drain_seconds: float = 60.0) -> No
 
 def make_server(app: FastAPI, drain_seconds: float = 60.0) -> uvicorn.Server:
     """uvicorn's server for the application; in a thread, `should_exit` stops it."""
-    return _Server(
-        uvicorn.Config(
-            app,
-            log_config=None,  # `locret.serve.logs` says where to
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=int(drain_seconds) + 1,
-        )
+    config = uvicorn.Config(
+        app,
+        log_config=None,  # `locret.serve.logs` says where to
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(drain_seconds + SENDING) + 1,
     )
+    return _Server(config, app, drain_seconds)
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -30,6 +30,8 @@ SHARED_LEAST = 256
 """Tokens from which on a shared beginning of prompts is kept: fewer are read as fast."""
 COLDEST = 1e-6
 """Lower temperatures are 0: logits divided by them may be infinite, which nothing is drawn from."""
+LAST_STEP = 60.0
+"""Seconds, at least, for the chunk or step that runs: a process does not end well within one."""
 SMOOTHING = 0.2  # weight of the newest batch in the seconds that one takes
 
 
@@ -135,7 +137,7 @@ class Service:
             self._stopped = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join(seconds)
+            self._thread.join(max(seconds, LAST_STEP))
 
     def ask(self, ask: Ask) -> Answer:
         """Queue a request; thread-safe, does not wait for anything.

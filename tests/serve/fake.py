@@ -52,6 +52,9 @@ class FakeService:
 
     def close(self, drain=True, seconds=60.0):
         self.closed = True
+        if not drain:
+            for pending in self.pending:
+                pending.cancel()
 
     @property
     def cancelled(self):
