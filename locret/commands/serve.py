@@ -85,6 +85,7 @@ def _app(given: argparse.Namespace, key: str | None) -> Any:
     settings, heads = engine_settings(given), load_heads(given)
     policy = given.policy or ("locret" if heads else "full")
     EngineConfig.of(policy, heads.config if heads else None, **settings)
+    contexts = _contexts(given)  # its folder too is looked at before a model is loaded
     loaded = load(given)
     chat = bool(loaded.tokenizer.chat_template)
     engine = Engine(
@@ -93,7 +94,7 @@ def _app(given: argparse.Namespace, key: str | None) -> Any:
     service = Service(
         engine,
         loaded.tokenizer,
-        contexts=_contexts(given),
+        contexts=contexts,
         queue=given.queue,
         batch=given.batch,
         max_tokens=given.max_tokens,

@@ -151,6 +151,8 @@ class Answer(Pending[Piece | End]):
 
         Raises:
             Cancelled: the request was cancelled.
+            UnknownContext: the context was deleted while the request waited.
+            RepeatsContext: the prompt begins with all of the context.
             RuntimeError: it failed; says why in one sentence.
             TimeoutError: nothing came in time.
         """

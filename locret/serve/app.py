@@ -264,6 +264,8 @@ async def read_context(request: Request, server: Served) -> dict[str, Any]:
     reading = await _accepted(server.service.read, ids)
     try:
         return _context(await while_there(request, reading.aresult()))
+    except RuntimeError as error:  # logged by the service, which says why in one sentence
+        raise Refused(500, str(error), "failed") from error
     finally:
         reading.cancel()
 

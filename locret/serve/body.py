@@ -47,6 +47,10 @@ async def read_upload(request: Request, most: int) -> str:
         form = await parser.parse()
     except MultiPartException as error:
         raise Refused(400, f"the multipart body cannot be read: {error.message}") from error
+    except UnicodeError as error:  # of the codec that `charset=` names
+        raise Refused(
+            400, "the multipart body cannot be read: its names are not in its charset"
+        ) from error
     try:
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         if not files:

@@ -2,10 +2,12 @@
 `RetainedCache.save` writes it, and beside it `ID.json`, which is written last and says what it is.
 The time of the last use is that of `ID.json`."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,21 +27,38 @@ class ContextFiles:
 
     Args:
         folder: made if it is not there.
+
+    Raises:
+        OSError: nothing can be written there.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise OSError(f"cannot write contexts to {folder}: {error.strerror}") from error
         self._sweep()
 
     def write(self, info: ContextInfo, cache: RetainedCache, now: float) -> None:
-        """Store a context, used `now`."""
-        cache.save(self.folder / info.id)
+        """Store a context, used `now`.
+
+        Raises:
+            OSError: it cannot be written; nothing of it is left.
+        """
         record = self._record(info.id)
         aside = record.with_suffix(".tmp")
-        aside.write_text(json.dumps(asdict(info)), encoding="utf-8")
-        os.utime(aside, (now, now))
-        aside.replace(record)
+        try:
+            cache.save(self.folder / info.id)
+            aside.write_text(json.dumps(asdict(info)), encoding="utf-8")
+            os.utime(aside, (now, now))
+            aside.replace(record)
+        except OSError:  # a full disk must not stay full of what nobody can ask
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+                self.remove(info.id)
+            raise
 
     def load(self, id: str, model: Any) -> RetainedCache:
         """The context, to be asked with `model`.

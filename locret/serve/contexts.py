@@ -63,8 +63,10 @@ class Contexts:
 
     @property
     def count(self) -> int:
-        """How many are known here."""
-        return len(self._stored)
+        """How many are stored."""
+        with self._lock:
+            self._refresh()
+            return len(self._stored)
 
     def put(self, cache: RetainedCache) -> ContextInfo:
         """Store a context of one row, under a new id.

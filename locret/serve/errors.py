@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from locret.serve.requests import Cancelled, QueueFull, TooLong, UnknownContext
+from locret.serve.requests import Cancelled, QueueFull, RepeatsContext, TooLong, UnknownContext
 
 CLIENT_LEFT = 499
 """What the log calls the status of a request whose client left."""
@@ -49,6 +49,8 @@ def refusal_of(error: Exception) -> Refused:
         return Refused(429, str(error), "queue_full", {"Retry-After": seconds})
     if isinstance(error, TooLong):
         return Refused(400, str(error), "context_length_exceeded")
+    if isinstance(error, RepeatsContext):
+        return Refused(400, str(error))
     if isinstance(error, UnknownContext):
         return Refused(404, str(error), "context_not_found")
     if isinstance(error, Cancelled):

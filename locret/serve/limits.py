@@ -63,10 +63,10 @@ class Limits:
         Raises:
             TooLong: a context of so many tokens cannot be read and asked; says what would fit.
         """
-        if not self._readable(tokens):
+        if not self.readable(tokens):
             raise TooLong(
                 f"the context has {tokens:,} tokens, which is more than {self._what()} takes; a "
-                f"context of {_largest(self._readable):,} tokens would fit"
+                f"context of {_largest(self.readable):,} tokens would fit"
             )
 
     def slots(self, context: int) -> int:
@@ -116,7 +116,7 @@ class Limits:
     def _fits(self, prompt: int, context: int | None, new: int) -> bool:
         return self._within(self.needed(prompt, context, new), prompt + (context or 0) + new)
 
-    def _readable(self, context: int) -> bool:
+    def readable(self, context: int) -> bool:
         """Whether there is room for a question and an answer of one token, too."""
         return self._within(max(self._while_reading(context), self.slots(context) + 2), context + 2)
 

@@ -101,5 +101,9 @@ class UnknownContext(ValueError):
     """No context of this id is stored."""
 
 
+class RepeatsContext(ValueError):
+    """The prompt begins with all of the context that it is about."""
+
+
 class Cancelled(Exception):
     """The request was cancelled before its end."""

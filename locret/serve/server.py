@@ -1,9 +1,12 @@
 """Runs the application with uvicorn until a signal asks it to stop."""
 
+import asyncio
 import contextlib
+import errno
 import logging
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -13,9 +16,33 @@ from locret.system import interrupts
 _log = logging.getLogger("locret.serve")
 
 
+SENDING = 5.0
+"""Seconds for what clients are told of answers that were given up."""
+
+
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._app, self._drain_seconds = app, drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn; requests that go on for too long are given up by the service, so that their
+        clients are told so, before uvicorn would cut them off."""
+        giving_up = asyncio.create_task(self._give_up())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            giving_up.cancel()
+
+    async def _give_up(self) -> None:
+        await asyncio.sleep(self._drain_seconds)
+        service = self._app.state.server.service
+        await asyncio.to_thread(service.close, drain=False)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn; says where it serves once it does, and signals are handled."""
+        for taken in sockets or []:  # its connections shall not keep the port when it has ended
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await super().startup(sockets)
         for taken in sockets or []:
             _log.info("serving at %s", address_of(taken))
@@ -41,15 +68,14 @@ def serve(app: FastAPI, taken: socket.socket, drain_seconds: float = 60.0) -> No
 
 def make_server(app: FastAPI, drain_seconds: float = 60.0) -> uvicorn.Server:
     """uvicorn's server for the application; in a thread, `should_exit` stops it."""
-    return _Server(
-        uvicorn.Config(
-            app,
-            log_config=None,  # `locret.serve.logs` says where to
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=int(drain_seconds) + 1,
-        )
+    config = uvicorn.Config(
+        app,
+        log_config=None,  # `locret.serve.logs` says where to
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(drain_seconds + SENDING) + 1,
     )
+    return _Server(config, app, drain_seconds)
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -59,19 +85,30 @@ def bound(host: str, port: int) -> socket.socket:
     Raises:
         OSError: the address is not one of this machine, or the port is taken or not allowed.
     """
-    taken = None
     try:
         (family, kind, _, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        taken = socket.socket(family, kind)
-        # Connections of a server that has just ended do not keep the port.
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
+        try:
+            return _bound(family, kind, address, reuse=False)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        # It may be kept by nothing but connections of a server that has just ended.
+        return _bound(family, kind, address, reuse=True)
     except OSError as error:
-        if taken is not None:
-            taken.close()
         raise OSError(f"cannot listen at {host} port {port}: {error.strerror}") from error
+
+
+def _bound(family: int, kind: int, address: Any, reuse: bool) -> socket.socket:
+    taken = socket.socket(family, kind)
+    try:
+        # Two that may be reused could be bound to one port, until one of them listens.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        taken.bind(address)
+    except OSError:
+        taken.close()
+        raise
     return taken
 
 

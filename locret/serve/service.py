@@ -28,6 +28,10 @@ from locret.serve.worker import Worker
 
 SHARED_LEAST = 256
 """Tokens from which on a shared beginning of prompts is kept: fewer are read as fast."""
+COLDEST = 1e-6
+"""Lower temperatures are 0: logits divided by them may be infinite, which nothing is drawn from."""
+LAST_STEP = 60.0
+"""Seconds, at least, for the chunk or step that runs: a process does not end well within one."""
 SMOOTHING = 0.2  # weight of the newest batch in the seconds that one takes
 
 
@@ -97,13 +101,15 @@ class Service:
     def counts(self) -> Counters:
         """Numbers for operators, as they are now."""
         contexts = self.contexts
+        # Before the lock is taken: contexts may have to be looked up on disk.
         in_memory = 0 if contexts is None else contexts.bytes_in_memory
+        stored = 0 if contexts is None else contexts.count
         with self._changed:
             return replace(
                 self._counts,
                 queued=len(self._waiting),
                 running=len([job for job in self._running if not job.closed]),
-                contexts=0 if contexts is None else contexts.count,
+                contexts=stored,
                 bytes=in_memory + self._prefixes.nbytes,
             )
 
@@ -131,7 +137,7 @@ class Service:
             self._stopped = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join(seconds)
+            self._thread.join(max(seconds, LAST_STEP))
 
     def ask(self, ask: Ask) -> Answer:
         """Queue a request; thread-safe, does not wait for anything.
@@ -144,6 +150,8 @@ class Service:
         """
         _check(ask)
         self._check_tokens(ask.prompt)
+        if ask.temperature < COLDEST:
+            ask = replace(ask, temperature=0.0)
         prompt, context = len(ask.prompt), None
         if ask.context is not None:
             context = self._stored().use(ask.context).tokens
@@ -205,6 +213,8 @@ class Service:
         """Leading tokens of a prompt to read as a context that is kept."""
         shared = min(ask.shared, len(ask.prompt) - 1)
         if shared < SHARED_LEAST or not self._prefixes.most_bytes or self._needs_query:
+            return 0
+        if not self.limits.readable(shared):  # whether it fits as a whole is looked at then
             return 0
         # The engine takes a question that begins with its whole context for a mistake.
         repeats = ask.prompt[shared : 2 * shared] == ask.prompt[:shared]

@@ -16,7 +16,7 @@ from locret.serve.contexts import Contexts, info_of
 from locret.serve.jobs import AskJob, Job, ReadJob
 from locret.serve.limits import Limits
 from locret.serve.prefixes import Prefixes
-from locret.serve.requests import TooLong, UnknownContext
+from locret.serve.requests import RepeatsContext, TooLong, UnknownContext
 
 LOG = logging.getLogger(__name__)
 
@@ -154,7 +154,9 @@ class Worker:
             try:
                 cache = self._context_of(job)
                 _check_not_repeated(job, cache)
-            except (UnknownContext, ValueError) as error:
+            except (UnknownContext, RepeatsContext) as error:  # what the client can mend
+                job.answer.close(error.with_traceback(None))
+            except ValueError as error:
                 _fail([job], error)
             else:
                 groups.setdefault(_settings_of(cache), []).append((job, cache))
@@ -293,12 +295,12 @@ def _check_not_repeated(job: AskJob, cache: RetainedCache) -> None:
     """Refuse one job for what the engine would refuse all of a batch for.
 
     Raises:
-        ValueError: the question begins with all of its context.
+        RepeatsContext: the question begins with all of its context.
     """
     tokens = cache.token_ids
     assert tokens is not None
     if len(job.question) >= cache.seen and job.question[: cache.seen] == tokens[0].tolist():
-        raise ValueError("the prompt begins with the whole context; send only what follows it")
+        raise RepeatsContext("the prompt begins with the whole context; send only what follows it")
 
 
 def _fail(jobs: Sequence[Job], error: Exception) -> None:

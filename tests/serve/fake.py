@@ -52,6 +52,9 @@ class FakeService:
 
     def close(self, drain=True, seconds=60.0):
         self.closed = True
+        if not drain:
+            for pending in self.pending:
+                pending.cancel()
 
     @property
     def cancelled(self):
@@ -80,7 +83,9 @@ class FakeService:
         self.read_ids.append(ids)
         reading = Reading()
         self.pending.append(reading)
-        if self.ends:
+        if self.fails is not None:
+            reading.close(self.fails)
+        elif self.ends:
             info = ContextInfo(ID, len(ids), 4, 100)
             self.contexts.stored[ID] = info
             reading.put(info, last=True)

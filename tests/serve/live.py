@@ -8,9 +8,9 @@ from locret.serve.server import address_of, bound, make_server
 
 
 @contextlib.contextmanager
-def running(app):
+def running(app, drain_seconds=5):
     """The URL of an application that is being served."""
-    server = make_server(app, drain_seconds=5)
+    server = make_server(app, drain_seconds)
     with bound("127.0.0.1", 0) as taken:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
         thread.start()

@@ -10,7 +10,7 @@ import pytest
 from locret.serve.app import make_app
 from locret.serve.logs import JsonLines
 from locret.serve.messages import Prompts
-from locret.serve.requests import QueueFull, TooLong
+from locret.serve.requests import QueueFull, RepeatsContext, TooLong, UnknownContext
 from tests.serve.fake import ID, FakeService
 from tests.serve.live import running, until
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -247,6 +247,11 @@ MULTIPART = {
         "no file",
     ),
     "empty": ("multipart/form-data; boundary=x", b"", "multipart"),
+    "strange charset": (
+        "multipart/form-data; boundary=x; charset=undefined",
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc\r\n--x--\r\n',
+        "charset",
+    ),
 }
 
 
@@ -333,11 +338,24 @@ def test_errors_of_the_service_have_a_status_each(client, service, caplog):
     assert "secrets" not in error_of(client.post(CHAT, json=HELLO), 500)
 
 
+def test_what_a_client_can_mend_is_not_a_failure(client, service):
+    for error, status in ((UnknownContext("it is gone"), 404), (RepeatsContext("only more"), 400)):
+        service.fails = error
+        assert str(error) in error_of(client.post(CHAT, json=HELLO), status)
+        found = client.post(CHAT, json=HELLO | {"stream": True}).text
+        assert str(error) in found and '"invalid_request_error"' in found
+
+
 def test_a_failure_within_a_stream_is_an_event_of_it(client, service):
     service.fails = RuntimeError("out of memory")
     found = client.post(CHAT, json=HELLO | {"stream": True}).text
     assert '"server_error"' in found and "[DONE]" in found
     error_of(client.post(CHAT, json=HELLO), 500)
+
+
+def test_why_a_context_was_not_read_is_told(client, service):
+    service.fails = RuntimeError("the request failed: no room")
+    assert "no room" in error_of(client.post(CONTEXTS, json={"text": "Some text."}), 500)
 
 
 # ---- keys, operators -----------------------------------------------------------------------------

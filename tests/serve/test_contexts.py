@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +109,7 @@ def test_a_restart_finds_them(tmp_path, make, ids, expected, read, clock):
     before = Contexts(tmp_path, clock=clock)
     info, other = before.put(read(60)), before.put(read(9))
     again = Contexts(tmp_path, clock=clock)
+    assert again.count == 2
     assert known(again) == [other.id, info.id]
     assert again.bytes_in_memory == 0
     service = make(contexts=again)
@@ -154,6 +156,23 @@ def test_damaged_and_unfinished_files(tmp_path, read, make, ids):
         list(service.ask(Ask(ids(5), damaged)).events(WAIT))
     with pytest.raises(UnknownContext):
         service.ask(Ask(ids(5), cut))
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path, read, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    contexts = Contexts(tmp_path)
+    monkeypatch.setattr("locret.serve.context_files.os.utime", full)
+    with pytest.raises(OSError, match="No space"):
+        contexts.put(read())
+    assert [*tmp_path.iterdir()] == [] and contexts.count == 0
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/proc/contexts", __file__])
+def test_a_folder_that_cannot_be_written_is_refused(folder):
+    with pytest.raises(OSError, match=f"cannot write contexts to {folder}: "):
+        Contexts(Path(folder))
 
 
 def test_used_by_several_threads(tmp_path, read, twin):

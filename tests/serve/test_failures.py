@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from locret.serve.contexts import Contexts
-from locret.serve.requests import Ask, QueueFull
+from locret.serve.requests import Ask, QueueFull, RepeatsContext, UnknownContext
 from tests.serve.conftest import WAIT, text_of
 
 
@@ -14,8 +14,19 @@ def test_a_question_that_repeats_its_context_fails_alone(make, ids, expected, tw
     info = service.read(ids(20)).result(WAIT)
     repeating, other = service.ask(Ask(ids(20) + [9], info.id)), Ask(ids(4), info.id, max_tokens=8)
     assert text_of(service.ask(other))[0] == expected(ids(4), twin.prefill(torch.tensor([ids(20)])))
-    with pytest.raises(RuntimeError, match="begins with the whole context"):
+    with pytest.raises(RepeatsContext, match="begins with the whole context"):
         list(repeating.events(WAIT))
+
+
+def test_a_context_deleted_while_a_question_waits_is_not_found(make, ids, twin):
+    contexts = Contexts()
+    service = make(contexts=contexts)
+    info = contexts.put(twin.prefill(torch.tensor([ids(20)])))
+    answer = service.ask(Ask(ids(4), info.id, max_tokens=8))
+    contexts.delete(info.id)
+    service.start()
+    with pytest.raises(UnknownContext):
+        list(answer.events(WAIT))
 
 
 def test_short_memory_halves_the_batch(make, engine, ids, expected, monkeypatch):

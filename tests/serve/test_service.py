@@ -141,6 +141,14 @@ def test_a_shared_beginning_is_read_once(make, ids, expected, twin):
     assert text == expected(shared + shared)
 
 
+def test_a_shared_beginning_must_be_readable(tokenizer, ids):
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    service = Service(locret.Engine(model, "keydiff", budget=20, chunk_size=None), tokenizer)
+    for shared in (0, 1200):
+        with pytest.raises(TooLong, match="1,024 positions"):
+            service.ask(Ask(ids(1300), shared=shared, max_tokens=3))
+
+
 def test_no_room_for_shared_beginnings(make, ids):
     service = make(prefix_bytes=1)
     service.start()
@@ -254,8 +262,9 @@ def test_sampling_settings_count(make, ids, expected):
     service = make()
     service.start()
     narrow = Ask(ids(9), max_tokens=8, temperature=1.0, top_p=1e-6)
-    cold = Ask(ids(9), max_tokens=8, temperature=1e-4)
-    assert text_of(service.ask(narrow))[0] == text_of(service.ask(cold))[0] == expected(ids(9))
+    cold = [Ask(ids(9), max_tokens=8, temperature=t) for t in (1e-4, 1e-6, 1e-40, 5e-324)]
+    for ask in (narrow, *cold):
+        assert text_of(service.ask(ask))[0] == expected(ids(9))
 
 
 def test_an_end_token_ends(make, engine, tokenizer, ids, twin):
