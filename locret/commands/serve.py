@@ -68,7 +68,8 @@ def run(given: argparse.Namespace) -> None:
     from locret.serve.server import bound, serve
 
     key = given.api_key if given.api_key is not None else os.environ.get(KEY_VARIABLE)
-    if key is not None and not key.strip():
+    key = None if key is None else key.strip()  # as that of a client is
+    if key == "":
         raise ValueError("the API key is empty; give one, or leave it out")
     log_to_stderr()
     with bound(given.host, given.port) as taken:  # before a model is loaded for minutes

@@ -95,14 +95,18 @@ class Contexts:
             model: that it is asked with; needed for contexts on disk.
 
         Raises:
-            UnknownContext: it is not there, or not any more.
-            ValueError: its files are damaged, or of another model.
+            UnknownContext: it is not there, not any more, or this model cannot go on with it.
         """
         with self._lock:
             one = self._used(id)
             cache = one.cache
         if cache is None:
-            cache = self._load(id, model)  # takes long; others may ask what is there meanwhile
+            try:
+                cache = self._load(id, model)  # takes long; others may ask what is there meanwhile
+            except ValueError as error:  # it names files, which are nobody's business
+                raise UnknownContext(
+                    f"context {id} is damaged, or was read by another model; upload it again"
+                ) from error
             with self._lock:
                 one.cache = cache
                 self._leave_memory()

@@ -30,8 +30,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
     "response_format": (_PLAIN,),
     "modalities": (["text"],),
     "audio": (),
@@ -154,7 +154,9 @@ def fields_of(kind: type[Fields], found: dict[str, Any]) -> Fields:
     """
     for name, harmless in _UNSUPPORTED.items():
         value = found.get(name)
-        if value is not None and value not in harmless:
+        # 0 is equal to False, but of `logprobs` it asks for some.
+        asks = not any(value == one and type(value) is type(one) for one in harmless)
+        if value is not None and asks:
             raise Refused(400, f"{name} is not supported; leave it out", "unsupported")
     try:
         return kind.model_validate(_with_generation_config(found))

@@ -197,6 +197,7 @@ FIELDS = {
     "n": (CHAT, HELLO | {"n": 2}, "n is not supported"),
     "tools": (CHAT, HELLO | {"tools": [{"type": "function"}]}, "tools is not supported"),
     "logprobs": (CHAT, HELLO | {"logprobs": True}, "logprobs is not supported"),
+    "logprobs of none": (TEXT, {"prompt": "Hello", "logprobs": 0}, "logprobs is not supported"),
     "a json answer": (CHAT, HELLO | {"response_format": {"type": "json_object"}}, "not supported"),
     "two prompts": (TEXT, {"prompt": ["a", "b"]}, "2 prompts"),
     "empty prompt": (TEXT, {"prompt": ""}, "nothing in it"),

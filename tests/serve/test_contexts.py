@@ -152,7 +152,7 @@ def test_damaged_and_unfinished_files(tmp_path, read, make, ids):
     assert known(again) == [damaged] and not unfinished.exists()
     service = make(contexts=again)
     service.start()
-    with pytest.raises(RuntimeError, match="damaged or cut"):
+    with pytest.raises(UnknownContext, match="is damaged, or was read by another model"):
         list(service.ask(Ask(ids(5), damaged)).events(WAIT))
     with pytest.raises(UnknownContext):
         service.ask(Ask(ids(5), cut))

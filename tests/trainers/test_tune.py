@@ -166,7 +166,7 @@ def test_mixed_precision_as_shipped(backbones, heads, rows, tmp_path):
         (["--model.temperatures=[1,0]"], "temperatures is [1.0, 0.0]; expected numbers above 0"),
         (["--model.quota_contexts=-1"], "quota_contexts is -1"),
         (["--model.threshold=quotas"], "the heads have none in their record"),
-        (["--data.branches=null"], "samples have no branches"),
+        (["--data.branches=null"], "data.branches is null"),
         (["--model.quantization=nosuch"], "no quantization 'nosuch'"),
     ],
     ids=str,
