@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import locret
 from locret.cache.sizing import Sizing
 from locret.engine.config import EngineConfig
+from locret.engine.engine import Engine
 from locret.heads.quotas import (
     FLOOR,
     GRID_FROM,
@@ -26,7 +27,9 @@ from locret.heads.quotas import (
     spread,
     unit_counts,
 )
+from locret.model.backbone import Backbone
 from locret.policies import POLICIES
+from locret.policies.base import Eviction
 from locret.policies.knorm import KNormPolicy
 from locret.quantization import NO_SCHEME, make_scheme
 from tests.tiny_models import tiny_heads, tiny_model
@@ -361,3 +364,27 @@ def test_counts_on_a_grid_are_nearly_the_same(counts, more):
     for n, before in zip(flat, exact, strict=True):
         assert n <= most and abs(n - before) <= before / 16
         assert n == before if before < GRID_FROM else is_on_grid(n) or n == most
+
+
+def test_stabilizers_are_a_share_of_what_each_head_keeps_in_all_layers():
+    policy, counts = POLICIES["keydiff"](), ((10, 30), (100, 260))
+    of_all = Eviction(counts, stabilizers=25, average=100)
+    tails = [[tail for tail, _ in of_all.protected(layer, policy)] for layer in (0, 1)]
+    assert tails == [[2, 7], [25, 65]]
+    of_layers = Eviction(((10, 30), (100, 300)), stabilizers=10)  # layers budgeted by themselves
+    tails = [[tail for tail, _ in of_layers.protected(layer, policy)] for layer in (0, 1)]
+    assert tails == [[5, 15], [5, 15]]
+
+
+def test_an_engine_with_quotas_reckons_stabilizers_from_the_mean_of_all_layers():
+    model = tiny_model("llama")
+    shape = Backbone(model).geometry
+    table = [[1.0] * shape.num_kv_heads] * (shape.num_layers - 1) + [[5.0] * shape.num_kv_heads]
+    engine = Engine(model, "keydiff", budget="4x", quotas=table, chunk_size=16)
+    _, counts = engine.new_cache(400)
+    eviction = engine.config.eviction(counts)
+    assert eviction.average == 100
+    share = eviction.stabilizers / 100
+    for layer, heads in enumerate(counts):
+        for (tail, _), kept in zip(eviction.protected(layer, engine.policy), heads, strict=True):
+            assert abs(tail - share * kept) <= 1

@@ -263,11 +263,13 @@ class EngineConfig:
     def eviction(self, counts: Counts, query: int = 0, above: int = 0, **others: Any) -> Eviction:
         """The eviction of layers whose heads keep `counts`, with stabilizers, in the recorded
         proportion if they are "auto"; arguments of `Eviction`."""
-        stabilizers = self.reading.stabilizers
+        stabilizers, average = self.reading.stabilizers, None
+        if self.reading.quotas is not None:  # layers are unequal, as heads are
+            average = sum(map(sum, counts)) // sum(map(len, counts))
         if stabilizers == "auto":
             smallest = min(sum(heads) // len(heads) for heads in counts)
-            stabilizers = self.recorded.stabilizers_for(smallest)
-        return Eviction(counts, stabilizers, query, above, **others)
+            stabilizers = self.recorded.stabilizers_for(average or smallest)
+        return Eviction(counts, stabilizers, query, above, average=average, **others)
 
     def _check(self) -> None:
         reading, storage, compute = self.reading, self.storage, self.compute

@@ -328,7 +328,8 @@ class Eviction:
     """What layers do after attending: keep `counts[layer][head]` units.
 
     The last `stabilizers` units and the first `query` ones are among them whatever they scored; a
-    head that keeps fewer than others has fewer stabilizers in proportion. A layer evicts when a
+    head that keeps fewer than others has fewer stabilizers in proportion: than `average` units, or
+    if that is None, than its layer's heads on average. A layer evicts when a
     head holds more than `above` units above what it keeps. The last `drop` tokens of the chunk are
     read for the policy to see and not kept: a question that will be asked later. The values of
     evicted units are merged into others by the rule `merging`; None = they are lost.
@@ -340,6 +341,7 @@ class Eviction:
     above: int = 0
     drop: int = 0
     merging: Merging | None = None
+    average: int | None = None
 
     def budget(self, retained_idx: int) -> int:
         """Units a head of a layer keeps on average."""
@@ -349,7 +351,7 @@ class Eviction:
     def protected(self, retained_idx: int, policy: Policy) -> list[tuple[int, int]]:
         """Protected units at the (tail, head) of each sequence of a layer's KV heads, those that
         are recent to the policy included: a small budget protects fewer."""
-        average = max(self.budget(retained_idx), 1)
+        average = max(self.average or self.budget(retained_idx), 1)
         return [
             self._protected(count, self.stabilizers * count // average, policy.recent(count))
             for count in self.counts[retained_idx]
