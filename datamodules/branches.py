@@ -27,11 +27,10 @@ from datamodules.encoder import (
     is_blank,
     is_unicode,
 )
+from locret.policies.kvzip import REPEAT, REPEAT_AFTER
 
 Kind = Literal["answer", "replay"]
 
-REPEAT = "\n\nRepeat the previous context exactly."
-REPEAT_AFTER = "\n\nRepeat the previous context, starting after:"
 LEAD_TOKENS = 8  # of the context, told to a copy that does not begin at its start
 ASKING_TOKENS = 256  # bound on what stands before an answer in its branch
 

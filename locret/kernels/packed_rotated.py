@@ -268,7 +268,6 @@ def levels_at(  # type: ignore[no-untyped-def]
 ):
     """The levels of one chunk of channels, of what `load_codes` read: float16 by `ASSEMBLY`,
     float32 by plain arithmetic where that is None."""
-    HALF: tl.constexpr = 1 << (BITS - 1)
     if ASSEMBLY is not None:
         if BITS == 3:
             x = tl.inline_asm_elementwise(
@@ -288,15 +287,23 @@ def levels_at(  # type: ignore[no-untyped-def]
             code = (codes[0].to(tl.int32) >> (2 * chunk)) & 3
             code += ((codes[1].to(tl.int32) >> (2 * chunk)) & 1) << 2
         else:
-            code = (codes[0].to(tl.int32) >> (chunk * BITS)) & (2 * HALF - 1)
-        if BITS == 8:
-            x = code.to(tl.float32) - 127.5
-        else:
-            step = tl.where(code < HALF, HALF - 1 - code, code - HALF)
-            x = tl.zeros(code.shape, tl.float32)
-            for i in tl.static_range(HALF):
-                x = tl.where(step == i, LEVELS[i], x)
-            x = tl.where(code < HALF, -x, x)
+            code = (codes[0].to(tl.int32) >> (chunk * BITS)) & ((1 << BITS) - 1)
+        x = level_of(code, BITS, LEVELS)
+    return x
+
+
+@triton.jit
+def level_of(code, BITS: tl.constexpr, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 levels of codes, int32, by plain arithmetic."""
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    if BITS == 8:
+        x = code.to(tl.float32) - 127.5
+    else:
+        step = tl.where(code < HALF, HALF - 1 - code, code - HALF)
+        x = tl.zeros(code.shape, tl.float32)
+        for i in tl.static_range(HALF):
+            x = tl.where(step == i, LEVELS[i], x)
+        x = tl.where(code < HALF, -x, x)
     return x
 
 

@@ -9,7 +9,7 @@ float16, then the high ones. So an element of 3 bits costs one and a half instru
 import functools
 
 from locret.kernels.dispatch import tl, triton
-from locret.kernels.packed_rotated import bits_of, table_of
+from locret.kernels.packed_rotated import bits_of, level_of, table_of
 
 Levels = tuple[float, ...]
 _SELECT = "0xE4"  # lop3: bits of the first operand where the third has ones, else of the second
@@ -245,18 +245,9 @@ def _level(  # type: ignore[no-untyped-def]
     LEVELS: tl.constexpr,
 ):
     """float16 levels of one byte of 32-bit words, by plain arithmetic."""
-    HALF: tl.constexpr = 1 << (BITS - 1)
     if BITS == 3:
         code = (word >> (8 * byte + 2 * chunk)) & 3
         code += ((high >> (8 * byte + 2 * chunk)) & 1) << 2
     else:
-        code = (word >> (8 * byte + BITS * chunk)) & (2 * HALF - 1)
-    if BITS == 8:
-        x = code.to(tl.float32) - 127.5
-    else:
-        step = tl.where(code < HALF, HALF - 1 - code, code - HALF)
-        x = tl.zeros(code.shape, tl.float32)
-        for i in tl.static_range(HALF):
-            x = tl.where(step == i, LEVELS[i], x)
-        x = tl.where(code < HALF, -x, x)
-    return x.to(tl.float16)
+        code = (word >> (8 * byte + BITS * chunk)) & ((1 << BITS) - 1)
+    return level_of(code, BITS, LEVELS).to(tl.float16)

@@ -42,6 +42,11 @@ class AskJob:
     _again: int = 0
 
     @property
+    def pending(self) -> Answer:
+        """Where those wait who asked."""
+        return self.answer
+
+    @property
     def closed(self) -> bool:
         """Whether nobody waits for anything of it any more."""
         return self.answer.closed
@@ -115,6 +120,11 @@ class ReadJob:
 
     ids: list[int]
     reading: Reading
+
+    @property
+    def pending(self) -> Reading:
+        """Where those wait who asked."""
+        return self.reading
 
     @property
     def closed(self) -> bool:

@@ -132,7 +132,7 @@ class Service:
                 self._changed.wait_for(lambda: not (self._waiting or self._running), seconds)
             left = [*self._waiting, *self._running]
         for job in left:
-            _pending(job).cancel()
+            job.pending.cancel()
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -273,7 +273,7 @@ class Service:
             self._closing = True
             left = [*self._waiting, *self._running]
         for job in left:
-            _pending(job).close(RuntimeError("the request failed: the service has ended"))
+            job.pending.close(RuntimeError("the request failed: the service has ended"))
 
     def _next(self) -> list[Job]:
         """The jobs to do next, once there are any; none when the service has ended."""
@@ -301,7 +301,7 @@ class Service:
             self._changed.notify_all()
 
     def _count_end(self, job: Job) -> None:
-        last, error = _pending(job).outcome
+        last, error = job.pending.outcome
         if isinstance(last, End):
             usage = last.usage
             self._count(
@@ -317,10 +317,6 @@ class Service:
             self._count(cancelled=1)
         else:
             self._count(failed=1)
-
-
-def _pending(job: Job) -> Answer | Reading:
-    return job.answer if isinstance(job, AskJob) else job.reading
 
 
 def _check(ask: Ask) -> None:

@@ -310,4 +310,4 @@ def _fail(jobs: Sequence[Job], error: Exception) -> None:
         sentence = "the device's memory is too small for it beside what is stored"
     failed = RuntimeError(f"the request failed: {sentence or type(error).__name__}")
     for job in jobs:
-        (job.answer if isinstance(job, AskJob) else job.reading).close(failed)
+        job.pending.close(failed)

@@ -19,7 +19,7 @@ from locret.model.hooks import LayerCall, without_autocast
 from locret.model.past import Past, with_bias_in_channels
 from locret.quantization import NO_SCHEME, Scheme
 from locret.quantization.packed import pack_keys, pack_values
-from locret.training.row_loss import Recipe
+from locret.training.row_loss import Recipe, slots_of
 from locret.training.segments import Segment, Span, Stretch
 
 
@@ -88,9 +88,7 @@ class Trunks:
 
     def add(self, call: LayerCall) -> None:
         """Collect a layer of the row."""
-        stretches = [stretch for segment in self.segments for stretch in segment.stretches]
-        slots = [stretch.slots(stretch.start, stretch.end) for stretch in stretches]
-        key = self._of_trunks(call.rotate_ranges(call.key, slots), 2)
+        key = self._of_trunks(call.rotate_ranges(call.key, slots_of(self.segments)), 2)
         value = self._of_trunks(call.value, 2)
         i = call.retained_idx
         if i is not None:

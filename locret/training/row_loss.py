@@ -88,7 +88,7 @@ class RowLoss:
         self.recipe = recipe
         self.segments = segments
         self.share = share
-        self.ranges = _slots_of(segments)
+        self.ranges = slots_of(segments)
         self.shared: list[Callable[[], None]] = []
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.regression: list[Tensor] = []
@@ -237,7 +237,7 @@ class PackedAttention:
         self.backend = backend
 
     def __call__(self, call: LayerCall) -> Tensor:
-        ranges = _slots_of(self.segments)
+        ranges = slots_of(self.segments)
         query, key = (call.rotate_ranges(x, ranges) for x in (call.query, call.key))
         outputs = []
         for stretch in (each for segment in self.segments for each in segment.stretches):
@@ -253,7 +253,7 @@ def norms_of(hidden: Tensor) -> Tensor:
     return hidden.norm(dim=-1, dtype=torch.float32)
 
 
-def _slots_of(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
+def slots_of(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
     """Slots of a row's tokens, as `Rotary.rotate_ranges` takes them."""
     stretches = [stretch for segment in segments for stretch in segment.stretches]
     return [stretch.slots(stretch.start, stretch.end) for stretch in stretches]
