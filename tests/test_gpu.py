@@ -265,8 +265,9 @@ def test_memory_comes_back():
     model = tiny_model("llama").cuda()
     engine = Engine(model, heads=tiny_heads(model), **SMALL)
     levels = []
-    for length in (50, 300, 100, 50):
+    for length in (50, 300, 100, 50, 300, 100, 50):
         engine.generate(prompt(length).cuda(), **GREEDY)
         levels.append(torch.cuda.memory_allocated())
-    assert levels[-1] <= levels[0]
+    # From the fourth on nothing is new: a tensor of a graph may take one block of 512 bytes more.
+    assert levels[-1] <= levels[3]
     assert locret.RetainedCache(2).nbytes == 0
