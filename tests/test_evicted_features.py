@@ -142,6 +142,19 @@ def test_half_precision_backbone_trains_float32_heads():
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
 
 
+def test_heads_learn_under_autocast_which_has_seen_them_without_gradients():
+    """Autocast keeps copies of weights, which were without gradients in old versions of torch."""
+    model = tiny_model("llama").bfloat16()
+    heads = trainable(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = as_evicted(model, heads)
+        _, ours = distill(model, heads, [[*layer] for layer in features])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, expected = distill(model, heads, features)
+    pairs = zip(ours, expected, strict=True)
+    assert all(torch.equal(a, b) and b.abs().max() > 0 for a, b in pairs)
+
+
 def test_what_a_row_draws_is_log_uniform_between_the_bounds():
     reading, rng = EvictedReading((2, 16), (100, 400), share=0.75), Random(0)
     drawn = [reading.drawn(rng) for _ in range(400)]

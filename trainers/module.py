@@ -58,8 +58,6 @@ class HeadsModule(LightningModule):
 
     Args:
         model: the backbone: a Hub id, a folder, or `embedded:smollm2`.
-        heads: where to start from: heads of the same shape and label, as `trainers.fit` makes them,
-            a folder or a Hub id; None = random ones.
         adapter: a PEFT adapter of the backbone, merged into its weights unless they are quantized.
         quantization: of the backbone's weights: "int8", "nf4" (`locret.model.loading`).
         width: hidden width of a head (the paper's d_R); linear heads have none.
@@ -80,6 +78,15 @@ class HeadsModule(LightningModule):
         longrope: LongRoPE rule in training and, recorded, in inference.
         train_chunk_size: tokens that a layer reads at a time in training, for rows that do not fit
             in memory; None reads a row at once.
+        dtype: of the backbone; the heads train in float32.
+        save_dtype: of the exported heads.
+        attn_implementation: of the backbone: "sdpa" or "eager".
+        revision: of the backbone on the Hub.
+        budget, chunk_size, stabilizers, local_tokens: engine settings that the artifact recommends.
+        quota_contexts: contexts of the training data by which head quotas are measured when
+            training ends (`trainers.quotas`); 0 for none. Only where the label is a logarithm.
+        heads: where to start from: heads of the same shape and label, as `trainers.fit` makes them,
+            a folder or a Hub id; None = random ones.
         features: what heads see in training: "full", a model that reads with its whole context, or
             "evicted", one that reads in chunks and evicts by the heads' own scores
             (`locret.training.evicted_features`). Labels are of the whole context.
@@ -88,13 +95,6 @@ class HeadsModule(LightningModule):
         evicted_share: of the batches that are read so; the others are read whole.
         evicted_quantization: how keys and values are stored meanwhile, as of an engine: None, a
             name, or a mapping such as {name: rotated, bits: 3}.
-        dtype: of the backbone; the heads train in float32.
-        save_dtype: of the exported heads.
-        attn_implementation: of the backbone: "sdpa" or "eager".
-        revision: of the backbone on the Hub.
-        budget, chunk_size, stabilizers, local_tokens: engine settings that the artifact recommends.
-        quota_contexts: contexts of the training data by which head quotas are measured when
-            training ends (`trainers.quotas`); 0 for none. Only where the label is a logarithm.
 
     Raises:
         ValueError: engine settings that no engine would take, bounds in the wrong order or out of
@@ -104,7 +104,6 @@ class HeadsModule(LightningModule):
     def __init__(
         self,
         model: str,
-        heads: str | None = None,
         adapter: str | None = None,
         quantization: Quantization | None = None,
         width: int = 1024,
@@ -123,11 +122,6 @@ class HeadsModule(LightningModule):
         positions: Positions = "compact",
         longrope: LongRopeRule = "long",
         train_chunk_size: int | None = None,
-        features: Seen = "full",
-        evicted_compressions: tuple[float, float] = (2.0, 16.0),
-        evicted_chunk: tuple[int, int] = (512, 2048),
-        evicted_share: float = 1.0,
-        evicted_quantization: str | dict[str, Any] | None = None,
         dtype: Dtype = "auto",
         save_dtype: SaveDtype = "float32",
         attn_implementation: str = "sdpa",
@@ -137,6 +131,12 @@ class HeadsModule(LightningModule):
         stabilizers: int = 2500,
         local_tokens: int = 100,
         quota_contexts: int = 60,
+        heads: str | None = None,
+        features: Seen = "full",
+        evicted_compressions: tuple[float, float] = (2.0, 16.0),
+        evicted_chunk: tuple[int, int] = (512, 2048),
+        evicted_share: float = 1.0,
+        evicted_quantization: str | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()

@@ -122,7 +122,11 @@ def test_two_processes_learn_what_one_does_that_accumulates(backbones, heads, ro
 
 def test_mixed_precision_as_shipped(backbones, heads, rows, tmp_path):
     mixed = ["--trainer.precision=bf16-mixed", "--model.dtype=bfloat16"]
-    main(arguments(backbones, heads, rows, tmp_path, *mixed))
+    mixed += ["--model.save_dtype=float32", "--model.quota_contexts=0"]
+    made = main(arguments(backbones, heads, rows, tmp_path, *mixed))
+    before, after = map(locret.RetainingHeads.from_pretrained, (heads, made))
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    assert not any(torch.equal(old.float(), new) for old, new in pairs)
     assert all(loss > 0 for loss in logged(tmp_path / "logs" / "version_0", "train/loss"))
 
 
