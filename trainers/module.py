@@ -5,8 +5,10 @@ registered: Lightning neither flips its mode nor moves, optimizes or saves it.
 """
 
 import dataclasses
+import os
 from functools import cached_property
-from typing import Any, Literal
+from random import Random
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -29,8 +31,9 @@ from locret.model.loading import (
 )
 from locret.model.rotary import LongRopeRule
 from locret.training.distill import Distillation
-from locret.training.row_loss import Distilled, Share
-from locret.training.segments import with_query_in_front
+from locret.training.evicted_features import EvictedReading, evicted_features
+from locret.training.row_loss import Distilled, Features, Share
+from locret.training.segments import Segment, with_query_in_front
 from trainers.distributed import (
     average,
     make_equal,
@@ -43,7 +46,10 @@ from trainers.figures import RankCorrelation, TopOverlap, averaged, looked_at, t
 from trainers.optimizer import adamw, restart_schedule
 
 SaveDtype = Literal["float32", "bfloat16", "float16"]
+Seen = Literal["full", "evicted"]
 ENGINE_SETTINGS = ("budget", "chunk_size", "stabilizers", "local_tokens")
+SHAPE_AND_LABEL = ("adapter", "bias", "kind", "label", "longrope", "query_tokens", "tap")
+"""What heads must have been trained with, where a training starts from them; and their width."""
 RECALL_AT = (0.05, 0.1, 0.25)  # budgets in validation, as fractions of the prompt
 
 
@@ -79,9 +85,20 @@ class HeadsModule(LightningModule):
         budget, chunk_size, stabilizers, local_tokens: engine settings that the artifact recommends.
         quota_contexts: contexts of the training data by which head quotas are measured when
             training ends (`trainers.quotas`); 0 for none. Only where the label is a logarithm.
+        heads: where to start from: heads of the same shape and label, as `trainers.fit` makes them,
+            a folder or a Hub id; None = random ones.
+        features: what heads see in training: "full", a model that reads with its whole context, or
+            "evicted", one that reads in chunks and evicts by the heads' own scores
+            (`locret.training.evicted_features`). Labels are of the whole context.
+        evicted_compressions: the least and the most tokens for a unit kept; a batch draws.
+        evicted_chunk: the least and the most tokens read at a time; a batch draws.
+        evicted_share: of the batches that are read so; the others are read whole.
+        evicted_quantization: how keys and values are stored meanwhile, as of an engine: None, a
+            name, or a mapping such as {name: rotated, bits: 3}.
 
     Raises:
-        ValueError: engine settings that no engine would take, or contexts below 0.
+        ValueError: engine settings that no engine would take, bounds in the wrong order or out of
+            range, heads that read a question in front of evicted contexts, or contexts below 0.
     """
 
     def __init__(
@@ -114,9 +131,16 @@ class HeadsModule(LightningModule):
         stabilizers: int = 2500,
         local_tokens: int = 100,
         quota_contexts: int = 60,
+        heads: str | None = None,
+        features: Seen = "full",
+        evicted_compressions: tuple[float, float] = (2.0, 16.0),
+        evicted_chunk: tuple[int, int] = (512, 2048),
+        evicted_share: float = 1.0,
+        evicted_quantization: str | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self._evicted = self._evicted_reading()
         self._check_engine_settings()
         if quota_contexts < 0:
             raise ValueError(f"quota_contexts is {quota_contexts}; expected 0 (none) or more")
@@ -141,10 +165,27 @@ class HeadsModule(LightningModule):
         # Past nn.Module's bookkeeping, so that the backbone is no submodule.
         object.__setattr__(self, "backbone_model", None)
 
-    def _check_engine_settings(self) -> None:
+    def _evicted_reading(self) -> EvictedReading | None:
+        """How contexts are read for what heads see of them; None = whole."""
         given = self.hparams
+        if given["features"] not in get_args(Seen):
+            raise ValueError(f"features is {given['features']!r}; expected one of {get_args(Seen)}")
+        if given["features"] == "full":
+            return None
+        if given["query_tokens"]:
+            raise ValueError(
+                f"query_tokens is {given['query_tokens']} with features 'evicted', which are of "
+                "contexts without a question; set query_tokens to 0, or features to 'full'"
+            )
+        names = ("compressions", "chunk", "share", "quantization")
+        return EvictedReading(*(given[f"evicted_{name}"] for name in names))
+
+    def _check_engine_settings(self) -> None:
+        given, quantization = self.hparams, None
+        if self._evicted is not None:
+            quantization = self._evicted.quantization
         settings = {name: given[name] for name in (*ENGINE_SETTINGS, "positions", "longrope")}
-        EngineConfig.of(None, None, given["query_tokens"], **settings)
+        EngineConfig.of(None, None, given["query_tokens"], **settings, quantization=quantization)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -160,7 +201,8 @@ class HeadsModule(LightningModule):
         """Load the backbone and make the heads, once.
 
         Raises:
-            ValueError: a quantized backbone is to be sharded, or a backbone split.
+            ValueError: a quantized backbone or one that evicts is to be sharded, a backbone split,
+                or heads to start from are not of the shape and label that are trained.
         """
         if self.heads is not None:
             return
@@ -169,6 +211,11 @@ class HeadsModule(LightningModule):
             raise ValueError(
                 f"a backbone in {given['quantization']} cannot be sharded: use --trainer.strategy "
                 "ddp, or leave model.quantization out"
+            )
+        if self._evicted is not None and shards is not None:
+            raise ValueError(
+                "a sharded backbone has features 'full' alone, as its processes read in step: use "
+                "--trainer.strategy ddp, or --model.features full"
             )
         loaded = load_model(
             given["model"],
@@ -181,10 +228,6 @@ class HeadsModule(LightningModule):
         )
         model = loaded.model.requires_grad_(False)
         object.__setattr__(self, "backbone_model", model)
-        names = (
-            *("adapter", "bias", "kind", "label"),
-            *("longrope", "positions", "query_tokens", "tap"),
-        )
         config = HeadsConfig.for_geometry(
             Backbone(model).geometry,
             None if given["kind"] == "linear" else given["width"],
@@ -193,12 +236,35 @@ class HeadsModule(LightningModule):
             backbone_sha256=weights_sha256(given["model"]),
             model_type=model.config.model_type,
             defaults={name: given[name] for name in ENGINE_SETTINGS},
-            **{name: given[name] for name in names},
+            **{name: given[name] for name in ("positions", *SHAPE_AND_LABEL)},
         )
         with torch.device("cpu"):  # the same heads from a seed, whatever strategy and device
-            self.heads = RetainingHeads(config)
+            fresh = given["heads"] is None
+            self.heads = RetainingHeads(config) if fresh else self._started(config)
         if shards is not None:  # last: whatever sharding does to the random state
             shard_backbone(model.get_decoder(), shards)
+
+    def _started(self, config: HeadsConfig) -> RetainingHeads:
+        """The heads to start from, in float32, with their quotas."""
+        source = self.hparams["heads"]
+        trained = RetainingHeads.from_pretrained(source)
+        pairs = {
+            name: (getattr(trained.config, name), getattr(config, name))
+            for name in (*SHAPE_AND_LABEL, "width")
+        }
+        others = [
+            f"{name}: heads {theirs!r}, model.{name} {ours!r}"
+            for name, (theirs, ours) in pairs.items()
+            if theirs != ours
+        ]
+        if others:
+            raise ValueError(
+                f"heads of {source} were not trained with the settings given: {'; '.join(others)}"
+            )
+        self.longest_prompt.fill_(trained.config.trained_tokens or 0)  # type: ignore[operator]
+        config = dataclasses.replace(config, quotas=trained.config.quotas)
+        tensors = trained.float().state_dict()
+        return RetainingHeads.from_tensors(config, tensors, source).requires_grad_(True)
 
     def setup(self, stage: str) -> None:
         self._averages_gradients = False
@@ -216,13 +282,13 @@ class HeadsModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         # Where batches are accumulated, their sum is averaged over processes, not each of them.
         at_once = self._averages_gradients and self.trainer.accumulate_grad_batches == 1
-        result = self._step(batch, start_average if at_once else None)
+        result = self._step(batch, batch_idx, start_average if at_once else None)
         self.figures = self._figures(result) if looked_at(self.trainer) else {}
         self.log_dict(self.figures, prog_bar=True, batch_size=len(batch["segments"]))
         return result.loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        result = self._step(batch)
+        result = self._step(batch, batch_idx)
         losses = {f"val/{name}": value for name, value in _losses(result).items()}
         samples = len(batch["segments"])
         self.log_dict(losses, prog_bar=True, batch_size=samples, sync_dist=True)
@@ -253,14 +319,34 @@ class HeadsModule(LightningModule):
         """The frozen backbone, where this process trains."""
         return self._distill().backbone
 
-    def _step(self, batch: dict[str, Any], share: Share | None = None) -> Distilled:
+    def _step(self, batch: dict[str, Any], batch_idx: int, share: Share | None = None) -> Distilled:
         ids, segments = batch["input_ids"], batch["segments"]
         if self.training:
             longest = max(s.last_prompt_end - s.start for s in segments)
             self.longest_prompt.clamp_(min=longest)  # type: ignore[operator]
         if self.hparams["query_tokens"]:
             ids, segments = with_query_in_front(ids, segments, self.hparams["query_tokens"])
-        return self._distill()(ids, segments, share)
+        distill = self._distill()
+        return distill(ids, segments, share, self._features(ids, segments, batch_idx))
+
+    def _features(self, ids: Tensor, segments: list[Segment], batch_idx: int) -> Features | None:
+        """What heads read of a model that evicts; None where they see the whole context. How it
+        reads follows from seed and step alone, so that it is the same in all processes and in a
+        training that goes on from a checkpoint."""
+        reading = self._evicted
+        if reading is None:
+            return None
+        how: tuple[float, int] | None = reading.middle
+        if self.training:
+            seed = os.environ.get("PL_GLOBAL_SEED", "")
+            where = f"{seed} {self.trainer.global_step} {batch_idx}"
+            how = reading.drawn(Random(f"locret evicted {where}"))
+        if how is None:
+            return None
+        assert self.heads is not None
+        return evicted_features(
+            self.backbone, self.heads, ids, segments, *how, reading.quantization
+        )
 
     def _distill(self) -> Distillation:
         """Made at the first step, when the strategy has decided on which device we are."""

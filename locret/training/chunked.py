@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from locret.heads.heads import RetainingHead
 from locret.model.hooks import LayerCall
-from locret.training.row_loss import Recipe, RowLoss, Share, norms_of
+from locret.training.row_loss import Features, Recipe, RowLoss, Share, norms_of
 from locret.training.segments import Segment, Stretch
 
 
@@ -30,7 +30,7 @@ class ChunkedRowLoss(RowLoss):
 
     Args:
         chunk_size: tokens.
-        recipe, segments, share: see `RowLoss`.
+        recipe, segments, share, features: see `RowLoss`.
     """
 
     def __init__(
@@ -39,8 +39,9 @@ class ChunkedRowLoss(RowLoss):
         recipe: Recipe,
         segments: Sequence[Segment],
         share: Share | None = None,
+        features: Features | None = None,
     ) -> None:
-        super().__init__(recipe, segments, share)
+        super().__init__(recipe, segments, share, features)
         self.chunk_size = chunk_size
         self.length = segments[-1].end
         self._read_so_far: _LayerOfRow | None = None

@@ -20,7 +20,7 @@ from locret.heads.heads import FEATURES, RetainingHeads
 from locret.heads.targets import LABELS, BoundaryLoss, Loss, by_name, make_loss
 from locret.model.backbone import Backbone
 from locret.training.chunked import ChunkedRowLoss
-from locret.training.row_loss import Distilled, PromptKeys, Recipe, RowLoss, Share
+from locret.training.row_loss import Distilled, Features, PromptKeys, Recipe, RowLoss, Share
 from locret.training.segments import Segment, check_segments
 
 
@@ -82,7 +82,11 @@ class Distillation:
         )
 
     def __call__(
-        self, input_ids: Tensor, segments: Sequence[Segment], share: Share | None = None
+        self,
+        input_ids: Tensor,
+        segments: Sequence[Segment],
+        share: Share | None = None,
+        features: Features | None = None,
     ) -> Distilled:
         """One row of samples.
 
@@ -90,6 +94,8 @@ class Distillation:
             input_ids: [1, N] long; for one segment also [B, N].
             segments: the samples in the row, in order, without gaps.
             share: what becomes of each layer's gradients once they are taken.
+            features: what heads read, instead of this row's own features, such as those of
+                `locret.training.evicted_features`; the list is empty of tensors afterwards.
 
         Raises:
             ValueError: segments that do not fill the row, answers or branches that are not where
@@ -100,9 +106,9 @@ class Distillation:
         if self.recipe.prompt_keys == "unrotated" and any(each.branches for each in segments):
             raise ValueError("prompt_keys is 'unrotated', which samples with branches do not take")
         if self.chunk_size is None or length <= self.chunk_size:
-            row = RowLoss(self.recipe, segments, share)
+            row = RowLoss(self.recipe, segments, share, features)
         else:
-            row = ChunkedRowLoss(self.chunk_size, self.recipe, segments, share)
+            row = ChunkedRowLoss(self.chunk_size, self.recipe, segments, share, features)
         decoder = self.backbone.decoder
         with torch.no_grad(), row.reading(decoder), self.backbone.attached(row.layer):
             decoder(

@@ -28,6 +28,9 @@ Share = Callable[[Sequence[Tensor]], Callable[[], None]]
 """Begins to change gradients in place, such as to average them over processes, while the backbone
 reads on; they are used after what it returns was called."""
 
+Features = list[list[Tensor]]
+"""What heads read of each segment's labelled tokens, [B, P, input width], by layer and segment."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -80,14 +83,21 @@ class RowLoss:
         recipe: how heads learn.
         segments: the samples in the row.
         share: what becomes of each layer's gradients; None leaves them as they are.
+        features: what heads read, instead of the row's own features. A layer's are given up once
+            its loss is taken.
     """
 
     def __init__(
-        self, recipe: Recipe, segments: Sequence[Segment], share: Share | None = None
+        self,
+        recipe: Recipe,
+        segments: Sequence[Segment],
+        share: Share | None = None,
+        features: Features | None = None,
     ) -> None:
         self.recipe = recipe
         self.segments = segments
         self.share = share
+        self.features = features
         self.ranges = slots_of(segments)
         self.shared: list[Callable[[], None]] = []
         self.gradients: dict[nn.Parameter, Tensor] = {}
@@ -122,10 +132,10 @@ class RowLoss:
         head, layers = self.recipe.heads[retained_idx], len(self.recipe.heads.layers)
         main, smooth, samples = [], [], len(self.segments)
         device = next(head.parameters()).device  # not always that of the layer
+        each = self._read_by_heads(retained_idx, features)
         with torch.set_grad_enabled(self.recipe.heads.training):
-            for segment, labels in zip(self.segments, targets, strict=True):
-                read = features[:, segment.start : segment.last_prompt_end].to(device)
-                predictions = self.predict(head, read).float()
+            for segment, read, labels in zip(self.segments, each, targets, strict=True):
+                predictions = self.predict(head, read.to(device)).float()
                 wanted = [label.to(device) for label in _of_trunk(segment, labels)]
                 for label in wanted:
                     predicted = predictions[..., : label.shape[-1]]
@@ -144,6 +154,14 @@ class RowLoss:
                 self.shared.append(self.share(taken))
         self.regression.append(regression.detach())
         self.smoothness.append(differences.detach())
+
+    def _read_by_heads(self, retained_idx: int, features: Tensor) -> list[Tensor]:
+        """What the layer's head reads of each segment, of the row's `features` if it has no
+        others."""
+        if self.features is None:
+            return [features[:, s.start : s.last_prompt_end] for s in self.segments]
+        others, self.features[retained_idx] = self.features[retained_idx], []
+        return others
 
     def predict(self, head: RetainingHead, features: Tensor) -> Tensor:
         """Scores [B, H, T] of features [B, T, input width]."""

@@ -29,6 +29,7 @@ FAMILY_OF_CONFIG = {  # configs of heads
     "llama31.yaml": "llama",
     "phi3.yaml": "phi3",
     "qwen25_coder.yaml": "qwen2",
+    "qwen25_coder_evicted.yaml": "qwen2",
     "qwen25_coder_paper.yaml": "qwen2",
     "qwen3.yaml": "qwen3",
     "smollm2.yaml": "llama",
@@ -47,7 +48,11 @@ def test_every_config_has_a_family_here():
 def test_a_config_fits_two_steps_on_a_tiny_model(config, backbones, rows, tmp_path):
     backbone = backbones(FAMILY_OF_CONFIG[config])
     shipped = yaml.safe_load((CONFIGS / config).read_text())
-    output = main(tiny_run(backbone, rows, tmp_path, config=config))
+    args = tiny_run(backbone, rows, tmp_path, config=config)
+    if "heads" in shipped["model"]:  # a second stage, of those of the first
+        first = tiny_run(backbone, rows, tmp_path / "first", config="qwen25_coder.yaml")
+        args.append(f"--model.heads={main(first)}")
+    output = main(args)
     heads = locret.RetainingHeads.from_pretrained(output)
     model = load_model(str(backbone), dtype="float32", device="cpu").model
     locret.Engine(model, heads=heads)
