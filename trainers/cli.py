@@ -37,7 +37,13 @@ from trainers.callbacks import (
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI with an output folder and a checkpoint to resume from."""
+    """LightningCLI with an output folder and a checkpoint to resume from.
+
+    Attributes:
+        was_finished: the run went on from its own last step, and took none.
+    """
+
+    was_finished = False
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--output", type=str, help="folder for what is trained")
@@ -56,14 +62,16 @@ def build(
     export: type[SaveConfigCallback],
     args: list[str] | None,
     command: str = "locret fit",
+    kind: type[TrainingCLI] = TrainingCLI,
 ) -> TrainingCLI:
     """Parse the command line (`args`, or the process's own) and make trainer, module and data.
 
     Args:
         command: what `--help` calls it.
+        kind: with arguments of its own.
     """
     _silence()
-    return TrainingCLI(
+    return kind(
         module,
         ConversationDataModule,
         run=False,
@@ -157,6 +165,7 @@ def _export(cli: TrainingCLI) -> None:
         )
     for callback in trainer.callbacks:
         if isinstance(callback, Export) and not callback.written:
+            cli.was_finished = True
             callback.write(trainer, cli.model)
 
 

@@ -1,22 +1,71 @@
-"""Train retaining heads: `locret fit --config smollm2.yaml` (see `trainers.cli`)."""
+"""Train retaining heads: `locret fit --config smollm2.yaml` (see `trainers.cli`).
 
+A config may name another one of `trainers.tune`, `then: qwen25_coder_kl.yaml`: the heads that were
+trained are tuned by it next, in the same command. `--then null` stops after the first stage.
+"""
+
+import gc
 import sys
 from pathlib import Path
 
 from locret.system.interrupts import ends_at_once
 
 with ends_at_once():
-    from trainers import cli
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    from trainers import cli, tune
     from trainers.callbacks import ExportHeads
     from trainers.module import HeadsModule
 
 
+class FitCLI(cli.TrainingCLI):
+    """With the name of a second stage."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--then",
+            type=str | None,
+            default=None,
+            help="config of trainers.tune, which goes on from these heads and writes OUTPUT_tuned",
+        )
+
+
 def main(args: list[str] | None = None) -> Path | None:
     """Run a training; returns the folder of the artifact, None after a check (`trainers.cli`)."""
-    training = cli.build(HeadsModule, ExportHeads, args)
+    training = cli.build(HeadsModule, ExportHeads, args, kind=FitCLI)
     output = cli.run(training)
-    cli.tell_how_to_use(training, output)
-    return output
+    more = None if output is None else _second_stage(training, output)
+    if more is None:
+        cli.tell_how_to_use(training, output)
+        return output
+    del training  # and its model, before the next one is loaded
+    gc.collect()
+    return tune.main(more)
+
+
+def _second_stage(training: cli.TrainingCLI, output: Path) -> list[str] | None:
+    """The arguments of `trainers.tune` that go on from the heads in `output`; None = no such stage,
+    or one that several processes would have to be started for again, which is told then."""
+    config, trainer = training.config, training.trainer
+    if config.then is None:
+        return None
+    arguments = [
+        f"--config={config.then}",
+        f"--model.model={config.model.model}",
+        f"--model.heads={output}",
+        f"--output={output.with_name(output.name + '_tuned')}",
+        f"--trainer.accelerator={config.trainer.accelerator}",
+        f"--trainer.devices={config.trainer.devices}",
+    ]
+    if training.was_finished and config.ckpt_path == "last":
+        arguments.append("--ckpt_path=last")  # the second stage is what was interrupted
+    if trainer.world_size == 1:
+        print(f"next      these heads are tuned by {config.then}", flush=True)
+        return arguments
+    if trainer.is_global_zero:
+        print("next      python -m trainers.tune " + " ".join(arguments))
+    return None
 
 
 if __name__ == "__main__":

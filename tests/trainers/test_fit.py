@@ -48,10 +48,10 @@ def test_every_config_has_a_family_here():
 def test_a_config_fits_two_steps_on_a_tiny_model(config, backbones, rows, tmp_path):
     backbone = backbones(FAMILY_OF_CONFIG[config])
     shipped = yaml.safe_load((CONFIGS / config).read_text())
-    args = tiny_run(backbone, rows, tmp_path, config=config)
+    args = [*tiny_run(backbone, rows, tmp_path, config=config), "--then=null"]
     if "heads" in shipped["model"]:  # a second stage, of those of the first
         first = tiny_run(backbone, rows, tmp_path / "first", config="qwen25_coder.yaml")
-        args.append(f"--model.heads={main(first)}")
+        args.append(f"--model.heads={main([*first, '--then=null'])}")
     output = main(args)
     heads = locret.RetainingHeads.from_pretrained(output)
     model = load_model(str(backbone), dtype="float32", device="cpu").model
@@ -61,6 +61,28 @@ def test_a_config_fits_two_steps_on_a_tiny_model(config, backbones, rows, tmp_pa
     assert heads.config.backbone == str(backbone)
     assert heads.config.trained_tokens > 100
     assert "train/top10_overlap" in heads.config.metrics
+
+
+def test_a_second_stage_follows_in_the_same_command(backbones, rows, tmp_path, capsys):
+    """And goes on where it was interrupted, if the first stage was at its end."""
+    second = yaml.safe_load((CONFIGS / "qwen25_coder_kl.yaml").read_text())
+    second["trainer"] |= {"max_steps": 2, "precision": "32-true", "log_every_n_steps": 1}
+    second["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "second")
+    for callback in second["trainer"]["callbacks"]:
+        callback["init_args"] |= {"dirpath": str(tmp_path / "second"), "every_n_train_steps": 1}
+    jsonl = {"class_path": "datamodules.sources.JsonlSource", "init_args": {"path": str(rows)}}
+    second["data"] |= {"train": [jsonl], "weights": None, "num_workers": 0, "batch_size": 1}
+    second["model"] |= {"dtype": "float32", "quota_contexts": 0, "warmup_steps": 0}
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(second))
+    args = tiny_run(backbones("qwen2"), rows, tmp_path, config="qwen25_coder.yaml")
+    args += [f"--then={tmp_path / 'second.yaml'}", "--model.quota_contexts=0"]
+    output = main(args)
+    assert output == tmp_path / "heads_tuned"
+    before, after = weights(tmp_path / "heads"), weights(output)
+    assert before != after
+    assert "are tuned by" in capsys.readouterr().out
+    assert main([*args, "--ckpt_path=last"]) == output
+    assert (weights(tmp_path / "heads"), weights(output)) == (before, after)
 
 
 def test_the_resolved_config_lies_beside_the_heads_and_repeats_the_run(backbones, rows, tmp_path):
