@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from locret import RetainingHeads
 from locret.heads import files as artifact
-from locret.heads.card import REPEAT_COMMAND, Facts, escape, is_generated, model_card
+from locret.heads.card import Facts, escape, is_generated, model_card, repeat_command
 from tests.tiny_models import tiny_heads, tiny_model
 
 TRAINING = {
@@ -141,10 +141,15 @@ def test_training_data_command_plot_and_figures(heads):
     assert "- HubSource: name owner/set\n" in card
     assert "- SyntheticSource: tasks niah_single, passkey; size 100\n" in card
     assert "\npython -m trainers.fit --config x.yaml   # as it was run\n" in card
-    assert f"\n{REPEAT_COMMAND}   # " in card
+    assert "\npython -m trainers.fit --config training.yaml   # " in card
     assert "](training.png)" in card
     assert "[needle.json](needle.json), [a log.csv](a%20log.csv)" in card
     assert "2410.01805" in card.split("## Citation")[1]
+
+
+def test_heads_that_were_tuned_are_tuned_again():
+    card = model_card({}, Facts(training={}, command="python -m trainers.tune --config x.yaml"))
+    assert "\npython -m trainers.tune --config training.yaml   # the same again" in card
 
 
 def test_sources_within_sources_are_listed():
@@ -161,7 +166,7 @@ def test_sources_within_sources_are_listed():
 def test_training_configs_that_say_nothing_of_data(training):
     card = model_card({}, Facts(training=training))
     assert "Data:" not in card
-    assert REPEAT_COMMAND in card
+    assert repeat_command() in card
     assert "datasets" not in front_matter(card)
 
 
