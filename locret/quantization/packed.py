@@ -175,14 +175,18 @@ def pack_keys(scheme: Scheme, x: Tensor, lengths: Sequence[int]) -> PackedKeys:
         ValueError: a value is not finite, or too large to be stored.
     """
     sizes, _ = aligned(torch.tensor(lengths, dtype=torch.long), scheme.group)
-    blocks = Blocks(sizes, torch.full_like(sizes, FRESH)).to(x.device)
+    blocks = Blocks(sizes, torch.full_like(sizes, FRESH))
+    starts, sizes, former = (
+        each.to(x.device, non_blocking=True)
+        for each in (blocks.starts, blocks.sizes, blocks.kept.int())
+    )
     every = torch.arange(len(x), device=x.device)
-    fused = scheme.keys_at(None, None, x, every, blocks.kept.int(), blocks.starts)
+    fused = scheme.keys_at(None, None, x, every, former, starts)
     if fused is not None:
-        return PackedKeys(scheme, x.shape[-1], fused[0], None, fused[1], blocks.starts)
-    filled = x[_places(blocks.starts[:-1], blocks.sizes, scheme.group)]
-    units, tables, outliers = _encoded(scheme, filled, blocks.sizes, sum(lengths))
-    return PackedKeys(scheme, x.shape[-1], units, outliers, tables, blocks.starts)
+        return PackedKeys(scheme, x.shape[-1], fused[0], None, fused[1], starts)
+    filled = x[_places(starts[:-1], sizes, scheme.group)]
+    units, tables, outliers = _encoded(scheme, filled, sizes, sum(lengths))
+    return PackedKeys(scheme, x.shape[-1], units, outliers, tables, starts)
 
 
 def pack_values(scheme: Scheme, x: Tensor) -> PackedValues:

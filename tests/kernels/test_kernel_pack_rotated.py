@@ -55,10 +55,10 @@ def evicted(lengths, fresh, share, device):
 @pytest.mark.parametrize(
     ("lengths", "size", "group", "fresh", "bits", "dtype"),
     [
-        ([139, 0, 90], 64, 64, 40, (3, 3), torch.bfloat16),
-        ([70, 1], 128, 16, 5, (3, 2), torch.float16),
-        ([65], 80, 64, 1, (2, 4), torch.float32),
-        ([0, 30, 7], 96, 8, 20, (4, 8), torch.bfloat16),
+        ([70, 0, 33], 64, 16, 20, (3, 3), torch.bfloat16),
+        ([65, 1], 128, 64, 5, (3, 2), torch.float16),
+        ([63], 80, 64, 1, (2, 4), torch.float32),
+        ([0, 30, 7], 96, 8, 9, (4, 8), torch.bfloat16),
         ([9], 256, 4, 3, (8, 3), torch.float32),
         ([9], 256, 4, 3, (4, 2), torch.float16),
     ],
