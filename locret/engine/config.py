@@ -417,10 +417,10 @@ def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:
 
 
 def _chunk_size(reading: Reading, backbone: Backbone) -> int:
-    model, kind = backbone.model, backbone.layers[0].device.type
-    token_bytes = chunk_bytes(backbone.geometry, model.config, model.dtype, head_width=0)
-    room, memory = _room(reading, model.config), memory_beside_weights(backbone)
-    return chosen_chunk(kind, room, memory, token_bytes)
+    config, kind = backbone.config, backbone.layers[0].device.type
+    token_bytes = chunk_bytes(backbone.geometry, config, backbone.model.dtype, head_width=0)
+    memory = memory_beside_weights(backbone)
+    return chosen_chunk(kind, _room(reading, config), memory, token_bytes)
 
 
 def _room(reading: Reading, config: Any) -> int | None:

@@ -4,8 +4,8 @@ An eviction keeps some packed units, whose codes move as they are, and fresh one
 encoded; of keys, some blocks of packed units are encoded anew, for they became thin. Each program
 takes a block of keys, or a few values, and does what they need: gathers, decodes, takes the mean
 away, rotates by butterflies in registers, chooses levels twice, and packs bits by a matrix product
-with powers of two. The twin is the plain path of `locret.quantization.packed` with
-`locret.quantization.rotated`.
+with powers of two. Callers ask `dispatch.takes_triton` first; the twin is the plain path of
+`locret.quantization.packed` with `locret.quantization.rotated`.
 
 N packed units, F fresh ones, K units kept, M blocks, D head size, a multiple of 8.
 """
@@ -19,9 +19,6 @@ from torch import Tensor
 from locret.kernels.dispatch import check_tensors, on_device, padded, tl, triton
 from locret.kernels.packed_rotated import bits_of, check_rotated, level_of
 
-LARGEST = tl.constexpr(2.0**15)  # of what is packed: `locret.quantization.codes`
-_FLOAT16_LAST = tl.constexpr(65504.0)
-_SMALLEST = tl.constexpr(2.0**-100)  # keeps a unit of zeros from dividing by zero
 _ELEMENTS = 4096  # that a program holds at a time
 
 
@@ -201,7 +198,7 @@ def _pack_keys(  # type: ignore[no-untyped-def]
             _refuse(x, bad)
             away = tl.where((k < end)[:, None], x - mean[None, :], 0.0)
             z = _turned(away, SIZE, CHANNELS, STAGES, UNITS)
-            _encode(z, new, bad, k, k < end, d, SIZE, BITS, LEVELS, BETWEEN, CHANNELS)
+            _encode(z, new, bad, k, k < end, d, SIZE, BITS, LEVELS, BETWEEN)
 
 
 @triton.jit(do_not_specialize=["count", "kept"])
@@ -229,7 +226,7 @@ def _pack_values(  # type: ignore[no-untyped-def]
         x = _fresh(fresh, unit - count, is_fresh, d, SIZE)
         _refuse(x, bad)
         z = _turned(x, SIZE, CHANNELS, STAGES, UNITS)
-        _encode(z, new, bad, k, is_fresh, d, SIZE, BITS, LEVELS, BETWEEN, CHANNELS)
+        _encode(z, new, bad, k, is_fresh, d, SIZE, BITS, LEVELS, BETWEEN)
     if old is not None:
         _copy(old, new, unit, k, (k < kept) & (unit < count), SIZE * BITS // 8)
 
@@ -356,7 +353,7 @@ def _as_bfloat16(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def _refuse(x, bad):  # type: ignore[no-untyped-def]
     """Say so in `bad` where a number is not finite, or too large."""
-    wrong = tl.sum(tl.where(tl.abs(x) <= LARGEST, 0, 1))
+    wrong = tl.sum(tl.where(tl.abs(x) <= 32768.0, 0, 1))  # `LARGEST` of `quantization.codes`
     tl.store(bad, 1, mask=wrong > 0)
 
 
@@ -372,13 +369,12 @@ def _encode(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     BETWEEN: tl.constexpr,
-    CHANNELS: tl.constexpr,
 ):
     """Codes and scale of rotated units to the places `k`."""
     size = tl.max(tl.abs(z), 1) / 127.5 if BITS == 8 else tl.sqrt(tl.sum(z * z, 1) / SIZE)
     code, size = _nearest(z, size, d, SIZE, BITS, LEVELS, BETWEEN)
     code, size = _nearest(z, size, d, SIZE, BITS, LEVELS, BETWEEN)
-    tl.store(bad, 1, mask=tl.sum(tl.where(tl.abs(size) <= _FLOAT16_LAST, 0, 1)) > 0)
+    tl.store(bad, 1, mask=tl.sum(tl.where(tl.abs(size) <= 65504.0, 0, 1)) > 0)
     tl.store(new[1] + k, size.to(tl.float16), mask=there)
     row = new[0] + k.to(tl.int64)[:, None] * (SIZE * BITS // 8)
     if BITS == 8:
@@ -402,7 +398,7 @@ def _nearest(  # type: ignore[no-untyped-def]
     BETWEEN: tl.constexpr,
 ):
     """Codes, int32, of the levels nearest to z / size, and the scale of least error for them."""
-    steps = z / tl.maximum(size, _SMALLEST)[:, None]
+    steps = z / tl.maximum(size, 1e-30)[:, None]  # a unit of zeros does not divide by zero
     if BITS == 8:
         code = tl.minimum(tl.maximum(tl.ceil(steps + 127.0), 0.0), 255.0).to(tl.int32)
     else:
