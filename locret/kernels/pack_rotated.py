@@ -49,9 +49,9 @@ def pack_rotated_keys(
         ValueError: shapes or dtypes do not fit.
     """
     size, blocks = fresh.shape[1], len(kept)
-    new = _new(len(index), size, levels, fresh)
-    new = (*new, fresh.new_empty(blocks, size, dtype=torch.bfloat16))
-    _check(old, fresh, index, levels, block, old is not None)
+    new = _new(len(index), levels, fresh, blocks)
+    old, block = old or _new(0, levels, fresh, 0), index if block is None else block
+    _check(old, fresh, index, levels, block)
     check_tensors(
         {"kept": (kept, torch.int32, (blocks,)), "starts": (starts, torch.int32, (blocks + 1,))}
     )
@@ -59,7 +59,7 @@ def pack_rotated_keys(
     if blocks:
         with on_device(fresh):
             _pack_keys[(blocks,)](
-                *(old, block, fresh, index, kept, starts, new, bad, _count(old)),
+                *(old, block, fresh, index, kept, starts, new, bad, len(old[0])),
                 **_sizes(size, levels),
             )
     return new, bad
@@ -70,13 +70,14 @@ def pack_rotated_values(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The packed values at `index`: codes and scale; otherwise as of `pack_rotated_keys`."""
     size = fresh.shape[1]
-    new, bad = _new(len(index), size, levels, fresh), fresh.new_zeros(1, dtype=torch.int32)
+    new, bad = _new(len(index), levels, fresh), fresh.new_zeros(1, dtype=torch.int32)
+    old = old or _new(0, levels, fresh)
     _check(old, fresh, index, levels)
     if len(index):
         sizes = _sizes(size, levels)
         with on_device(fresh):
             _pack_values[(triton.cdiv(len(index), sizes["UNITS"]),)](
-                *(old, fresh, index, new, bad, _count(old), len(index)), **sizes
+                *(old, fresh, index, new, bad, len(old[0]), len(index)), **sizes
             )
     return new, bad
 
@@ -90,38 +91,37 @@ def fetch_rotated(
 ) -> Tensor:
     """float32 [K, D], units in full; arguments as of `pack_rotated_keys`, of values no `block`."""
     size = fresh.shape[1]
-    _check(old, fresh, index, levels, block, block is not None)
+    _check(old, fresh, index, levels, block)
     out = fresh.new_empty(len(index), size, dtype=torch.float32)
     if len(index):
         sizes = _sizes(size, levels)
         with on_device(fresh):
             _fetch[(triton.cdiv(len(index), sizes["UNITS"]),)](
-                *(old, block, fresh, index, out, _count(old), len(index)), **sizes
+                *(old, block, fresh, index, out, len(old[0]), len(index)), **sizes
             )
     return out
 
 
-def _new(count: int, size: int, levels: tuple[float, ...], like: Tensor) -> tuple[Tensor, ...]:
+def _new(
+    count: int, levels: tuple[float, ...], like: Tensor, blocks: int | None = None
+) -> tuple[Tensor, ...]:
+    """Room for codes and scales of units and, of keys, the means of blocks."""
+    size = like.shape[1]
     codes = like.new_empty(count, size * bits_of(levels) // 8, dtype=torch.uint8)
-    return codes, like.new_empty(count, 1, dtype=torch.float16)
-
-
-def _count(old: tuple[Tensor, ...] | None) -> int:
-    return 0 if old is None else len(old[0])
+    units = codes, like.new_empty(count, 1, dtype=torch.float16)
+    return units if blocks is None else (*units, like.new_empty(blocks, size, dtype=torch.bfloat16))
 
 
 def _check(
-    old: tuple[Tensor, ...] | None,
+    old: tuple[Tensor, ...],
     fresh: Tensor,
     index: Tensor,
     levels: tuple[float, ...],
     block: Tensor | None = None,
-    of_keys: bool = False,
 ) -> None:
     size = fresh.shape[1]
-    if old is not None:
-        ends = torch.empty(len(old[2]) + 1, dtype=torch.int32) if of_keys else None
-        check_rotated(old, levels, (len(old[0]), size), ends)
+    ends = None if block is None else torch.empty(len(old[2]) + 1, dtype=torch.int32)
+    check_rotated(old, levels, (len(old[0]), size), ends)
     check_tensors(
         {
             "fresh": (fresh, fresh.dtype, (len(fresh), size)),
@@ -170,15 +170,14 @@ def _pack_keys(  # type: ignore[no-untyped-def]
     former = tl.load(kept + b).to(tl.int64)
     d = tl.arange(0, CHANNELS)
     at_mean = new[2] + b * SIZE + d
-    if old is not None:  # noqa: SIM102 (known when compiled; what follows is not)
-        if former >= 0:
-            mean = tl.load(old[2] + former * SIZE + d, mask=d < SIZE, other=0.0)
-            tl.store(at_mean, mean, mask=d < SIZE)
-            for at in range(first, end, UNITS):
-                k = at + tl.arange(0, UNITS)
-                unit = tl.load(index + k, mask=k < end, other=0)
-                _copy(old, new, unit, k, k < end, SIZE * BITS // 8)
-    if former < 0:
+    if former >= 0:
+        as_it_was = tl.load(old[2] + former * SIZE + d, mask=d < SIZE, other=0.0)
+        tl.store(at_mean, as_it_was, mask=d < SIZE)
+        for at in range(first, end, UNITS):
+            k = at + tl.arange(0, UNITS)
+            unit = tl.load(index + k, mask=k < end, other=0)
+            _copy(old, new, unit, k, k < end, SIZE * BITS // 8)
+    else:
         total = tl.zeros((CHANNELS,), tl.float32)
         for at in range(first, end, UNITS):
             k = at + tl.arange(0, UNITS)
@@ -227,8 +226,7 @@ def _pack_values(  # type: ignore[no-untyped-def]
         _refuse(x, bad)
         z = _turned(x, SIZE, CHANNELS, STAGES, UNITS)
         _encode(z, new, bad, k, is_fresh, d, SIZE, BITS, LEVELS, BETWEEN)
-    if old is not None:
-        _copy(old, new, unit, k, (k < kept) & (unit < count), SIZE * BITS // 8)
+    _copy(old, new, unit, k, (k < kept) & (unit < count), SIZE * BITS // 8)
 
 
 @triton.jit(do_not_specialize=["count", "kept"])
@@ -296,17 +294,16 @@ def _units(  # type: ignore[no-untyped-def]
     """float32 units in full, packed or fresh; zeros where there is none."""
     unit = tl.load(index + k, mask=there, other=0)
     x = _fresh(fresh, unit - count, there & (unit >= count), d, SIZE)
-    if old is not None:
-        is_old = there & (unit < count)
-        if tl.max(is_old.to(tl.int32), 0) > 0:
-            z = _stored(old, unit, is_old, d, SIZE, BITS, LEVELS)
-            y = _turned(z, SIZE, CHANNELS, STAGES, UNITS)
-            if old_block is not None:
-                block = tl.load(old_block + k, mask=is_old, other=0)
-                mask = is_old[:, None] & (d < SIZE)[None, :]
-                at = old[2] + block[:, None] * SIZE + d[None, :]
-                y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            x = tl.where(is_old[:, None], y, x)
+    is_old = there & (unit < count)
+    if tl.max(is_old.to(tl.int32), 0) > 0:
+        z = _stored(old, unit, is_old, d, SIZE, BITS, LEVELS)
+        y = _turned(z, SIZE, CHANNELS, STAGES, UNITS)
+        if old_block is not None:
+            block = tl.load(old_block + k, mask=is_old, other=0)
+            mask = is_old[:, None] & (d < SIZE)[None, :]
+            at = old[2] + block[:, None] * SIZE + d[None, :]
+            y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(is_old[:, None], y, x)
     return x
 
 
