@@ -111,7 +111,7 @@ GENERATE = [
         for text in ("0x bytes", "x bytes", "1x bytes", "8 bytes", "8xbytes", "0.25 bytes")
     ),
     ("--budget", "0MiB", "'0MiB' is less than 1; expected an amount of memory"),
-    ("--chunk-size", "abc", "'abc' is not a whole number of at least 1, none or auto"),
+    ("--chunk-size", "abc", "'abc' is not a whole number of at least 1, none, auto or recorded"),
     ("--chunk-size", "0", "'0' is not a whole number of at least 1"),
     ("--stabilizers", "x", "'x' is not a whole number of at least 0 or auto"),
     ("--stabilizers", "-1", "'-1' is not a whole number of at least 0"),
@@ -192,7 +192,7 @@ def test_a_plan_of_what_cannot_be_is_one_sentence(name, text, says, folder, caps
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"chunk_size": "abc"}, "chunk_size is 'abc'; expected at least 1, or None"),
+        ({"chunk_size": "abc"}, "chunk_size is 'abc'; expected at least 1, None or 'auto'"),
         ({"stabilizers": "x"}, "stabilizers is 'x'; expected zero or more"),
         ({"stabilizers": 99}, "stabilizers is 99 but the budget is 32"),
         ({"local_tokens": 0}, "local_tokens is 0; expected at least 1"),
@@ -209,7 +209,7 @@ def test_engine_settings_of_an_evaluation_are_checked_without_a_model(settings, 
 
 
 def test_engine_settings_that_can_be_pass():
-    words = {"chunk_size": None, "stabilizers": "auto", "positions": "auto"}
+    words = {"chunk_size": "auto", "stabilizers": "auto", "positions": "auto"}
     for setup in (Setup("full"), Setup("streaming_llm", "8x"), Setup("streaming_llm", 0.25)):
         check_setup(setup, words)
     check_setup(Setup("full"), {"stabilizers": 99})

@@ -9,8 +9,9 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import locret
-from locret.engine.config import PAPER
+from locret.engine.chunk import ON_CPU
 from locret.engine.engine import DEFAULT_NEW_TOKENS
+from locret.engine.recorded import PAPER
 from locret.heads.heads import FEATURES
 from locret.model.backbone import Backbone
 from locret.model.hooks import as_argument, cache_of
@@ -84,7 +85,7 @@ def test_streaming_llm_refuses_negative_sinks():
 def test_without_heads_the_settings_are_the_papers(model):
     engine = locret.Engine(model, "random")
     ours = {name: getattr(engine.config.reading, name) for name in PAPER}
-    assert ours == PAPER
+    assert ours == PAPER and engine.config.reading.chunk_size == ON_CPU
     assert engine.config.reading.positions == "compact"
 
 
@@ -117,7 +118,7 @@ def test_settings_given_win_over_the_record(model):
 def test_record_of_some_settings_leaves_the_papers_for_the_others(model):
     engine = locret.Engine(model, heads=recorded_heads(model, defaults={"budget": 4096}))
     reading = engine.config.reading
-    assert (reading.budget, reading.chunk_size) == (4096, PAPER["chunk_size"])
+    assert (reading.budget, reading.chunk_size) == (4096, ON_CPU)
     assert reading.stabilizers == PAPER["stabilizers"] // 4  # in proportion to the budget
     engine = locret.Engine(model, heads=recorded_heads(model, defaults={"chunk_size": 9}))
     reading = engine.config.reading

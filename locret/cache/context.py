@@ -146,8 +146,16 @@ def in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: int
         tokens: fresh units of each sequence.
     """
     packed, plain = context.packed, context.plain
-    done, before = (x.lengths.flatten()[owner] for x in (packed, context.sequences))
-    of_packed = packed.offsets.long()[owner] + index
-    of_plain = packed.total + plain.offsets.long()[owner] + index - done
-    of_fresh = packed.total + plain.total + owner * tokens + index - before
-    return torch.where(index < done, of_packed, torch.where(index < before, of_plain, of_fresh))
+    # Each sequence is three stretches: their lengths, and where they begin in storage.
+    lengths = [(*both, tokens) for both in zip(packed.flat, plain.flat, strict=True)]
+    first_plain, first_fresh = packed.total, packed.total + plain.total
+    stored = [
+        (packed.bounds[i], first_plain + plain.bounds[i], first_fresh + i * tokens)
+        for i in range(len(lengths))
+    ]
+    ends = torch.tensor(lengths).flatten().cumsum(0)
+    starts = ends - torch.tensor(lengths).flatten()
+    table = torch.stack([starts, ends, torch.tensor(stored).flatten() - starts])
+    starts, ends, shifts = table.to(index.device, non_blocking=True)
+    unit = index + starts[::3][owner]  # all stretches counted through
+    return unit + shifts[torch.searchsorted(ends, unit, right=True)]

@@ -21,14 +21,8 @@ from locret.cache.sequences import Sequences, alike, sequences_of
 from locret.cache.tail import NewTokens, Tail, TailView
 from locret.kernels import gather_sequences
 from locret.quantization import NO_SCHEME, Scheme
-from locret.quantization.packed import (
-    fetch,
-    from_named,
-    pack_keys,
-    select_keys,
-    select_values,
-    to_named,
-)
+from locret.quantization.named import from_named, to_named
+from locret.quantization.packed import fetch, pack_keys, select_keys, select_values
 
 NAMES = ("keys", "values", "source_positions", "scores", "weights")
 """What a unit has: its score until nothing is evicted any more, a weight where evicted values are

@@ -77,6 +77,7 @@ def run(given: argparse.Namespace) -> None:
     result = {
         "answer": loaded.tokenizer.decode(answer, skip_special_tokens=True),
         "policy": engine.policy.name,
+        "chunk_size": engine.config.reading.chunk,
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(answer),
         "seconds": round(time.perf_counter() - started, 3),

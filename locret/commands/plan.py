@@ -21,7 +21,9 @@ def add_to(commands: Any) -> None:
     command.add_argument(
         "--context", required=True, type=argument(parse_tokens), help="tokens, such as 128K"
     )
-    command.add_argument("--chunk-size", type=whole(1), help="tokens read at a time")
+    command.add_argument(
+        "--chunk-size", type=whole(1), help="tokens read at a time; default: the fastest"
+    )
     command.add_argument("--new-tokens", type=whole(0), help="answer tokens to leave room for")
     command.add_argument("--head-width", type=whole(0), help="of the retaining heads; 0 = none")
     command.add_argument(

@@ -59,8 +59,15 @@ def add_engine(command: argparse.ArgumentParser) -> None:
         help="which KV heads keep more than others, as `calibrate` writes it; none = all alike; "
         "auto, the default: what the heads record",
     )
+    command.add_argument(
+        "--chunk-size",
+        type=whole(1, none=None, auto="auto", recorded="recorded"),
+        default="recorded",
+        metavar="N",
+        help="tokens read at a time; auto: what is fastest; recorded, the default: what the "
+        "heads record, else auto",
+    )
     for name, kind, text in (
-        ("--chunk-size", whole(1, none=None, auto="auto"), "tokens read at a time, or none"),
         ("--stabilizers", whole(0, auto="auto"), "last units that survive evictions"),
         ("--local-tokens", whole(1, auto="auto"), "last tokens, read after the evictions"),
     ):

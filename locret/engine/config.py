@@ -12,7 +12,7 @@ first, so that a mistake is told before a model is loaded.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from locret.cache.cache import Positions, check_storage
 from locret.cache.merging import Merging, merging_of
@@ -20,6 +20,8 @@ from locret.cache.recall import Recall, recall_of
 from locret.cache.sequences import Counts
 from locret.cache.sizing import Sizing
 from locret.engine.budgets import head_counts, layer_budgets
+from locret.engine.chunk import chosen_chunk, chunk_bytes, memory_beside_weights
+from locret.engine.recorded import RECORDED, Auto, Recorded
 from locret.engine.steps import why_not_graphed
 from locret.heads.heads import HeadsConfig
 from locret.heads.quotas import Quotas, quotas_of
@@ -38,47 +40,6 @@ from locret.quantities import (
 )
 from locret.quantization import Scheme, scheme_of
 
-Auto = Literal["auto"]
-
-PAPER = {"budget": 16384, "chunk_size": 3072, "stabilizers": 2500, "local_tokens": 100}
-"""The engine settings of the paper, where neither the user nor the heads say otherwise."""
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What the heads record, or else the paper: "auto" stands for these values."""
-
-    settings: Mapping[str, int]
-    """Those of `PAPER`."""
-    positions: Any = "compact"
-    longrope: Any = "long"
-    query_tokens: int = 0
-    """Tokens of the question that the heads read in front of the prompt (Locret-Q); 0 = none."""
-    quotas: Quotas | None = None
-    """Of the heads, where they score; None = equal."""
-
-    @classmethod
-    def by(cls, heads: HeadsConfig | None, query_tokens: int, scores: bool) -> "Recorded":
-        """What these heads record.
-
-        Args:
-            query_tokens: of the heads that score; heads may be given for their settings alone.
-            scores: these heads score.
-        """
-        if heads is None:
-            return cls(PAPER, query_tokens=query_tokens)
-        settings = PAPER | heads.defaults
-        if "stabilizers" not in heads.defaults and settings["budget"] < PAPER["budget"]:
-            settings["stabilizers"] = PAPER["stabilizers"] * settings["budget"] // PAPER["budget"]
-        quotas = quotas_of(heads.quotas) if scores else None
-        return cls(settings, heads.positions, heads.longrope, query_tokens, quotas)
-
-    def stabilizers_for(self, budget: int | None) -> int:
-        """The recorded stabilizers, fewer in proportion where the budget is smaller."""
-        most = self.settings["budget"]
-        least = most if budget is None else min(budget, most)
-        return self.settings["stabilizers"] * least // most
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -88,8 +49,9 @@ class Reading:
     """Units a KV head keeps on average (`locret.quantities.budget_of`); None = all."""
     quotas: Quotas | None
     """Which heads keep more and which less (`locret.heads.quotas`); None = all alike."""
-    chunk_size: int | None
-    """Tokens of the prompt read at a time; None = all at once."""
+    chunk_size: int | None | Auto
+    """Tokens of the prompt read at a time; None = all at once; "auto", until the model is known, =
+    the fastest (`locret.engine.chunk`)."""
     stabilizers: int | Auto
     """Last units that survive every eviction but the final one; "auto" = in the recorded
     proportion, where the budget is known with the context only."""
@@ -103,6 +65,12 @@ class Reading:
     """Whether the policy sees the question before the final eviction."""
     decode_interval: int | None
     """Tokens of an answer after which it is evicted again; None = answers are kept whole."""
+
+    @property
+    def chunk(self) -> int | None:
+        """`chunk_size`, of settings that are for a model."""
+        assert self.chunk_size != "auto"
+        return self.chunk_size
 
 
 @dataclass(frozen=True)
@@ -128,9 +96,10 @@ class Compute:
 
 
 DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("budget", "quotas", "chunk_size", "stabilizers", "local_tokens"), "auto"),
+    **dict.fromkeys(("budget", "quotas", "stabilizers", "local_tokens"), "auto"),
     **dict.fromkeys(("positions", "longrope", "backend", "graphs"), "auto"),
     **dict.fromkeys(("decode_interval", "quantization", "merging", "recall"), None),
+    "chunk_size": RECORDED,
     "query_aware": False,
 }
 """The settings by name, with what each is where the user does not say."""
@@ -211,7 +180,10 @@ class EngineConfig:
             raise ValueError("merging fold adds to logits, which this model caps; leave fold out")
         backend = _backend(self.compute.backend, backbone)
         graphs = _graphs(self.compute.graphs, backbone, self.storage.recall)
-        return replace(self, compute=Compute(backend, graphs))
+        reading = self.reading
+        if reading.chunk_size == "auto":
+            reading = replace(reading, chunk_size=_chunk_size(reading, backbone))
+        return replace(self, reading=reading, compute=Compute(backend, graphs))
 
     def flat(self) -> dict[str, Any]:
         """The settings by name."""
@@ -364,11 +336,13 @@ def _reading(given: Mapping[str, Any], recorded: Recorded, evicts: bool) -> Read
     if stabilizers == "auto" and not isinstance(budget, float | Memory | ByteShare):
         stabilizers = recorded.stabilizers_for(_smallest(budget))
     positions, longrope = given["positions"], given["longrope"]
-    quotas = given["quotas"]
+    quotas, chunk_size = given["quotas"], given["chunk_size"]
+    if chunk_size == RECORDED:
+        chunk_size = recorded.settings.get("chunk_size", "auto")
     return Reading(
         budget=budget,
         quotas=recorded.quotas if _is_auto(quotas) else quotas_of(quotas),
-        chunk_size=chosen("chunk_size"),
+        chunk_size=chunk_size,
         stabilizers=stabilizers,
         local_tokens=chosen("local_tokens"),
         positions=recorded.positions if positions == "auto" else positions,
@@ -393,8 +367,10 @@ def _check_values(reading: Reading) -> None:
     _check_choice("positions", reading.positions, get_args(Positions))
     _check_choice("longrope", reading.longrope, get_args(LongRopeRule))
     _check_choice("query_aware", reading.query_aware, (True, False))
-    if reading.chunk_size is not None and not is_whole(reading.chunk_size, 1):
-        raise ValueError(f"chunk_size is {reading.chunk_size!r}; expected at least 1, or None")
+    if reading.chunk_size not in (None, "auto") and not is_whole(reading.chunk_size, 1):
+        raise ValueError(
+            f"chunk_size is {reading.chunk_size!r}; expected at least 1, None or 'auto'"
+        )
     if not is_whole(reading.local_tokens, 1):
         raise ValueError(
             f"local_tokens is {reading.local_tokens!r}; expected at least 1: the answer starts "
@@ -438,6 +414,25 @@ def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:
     if reason is not None:
         raise ValueError(f"backend {backend!r} does not work here: {reason}; leave it 'auto'")
     return backend
+
+
+def _chunk_size(reading: Reading, backbone: Backbone) -> int:
+    config, kind = backbone.config, backbone.layers[0].device.type
+    token_bytes = chunk_bytes(backbone.geometry, config, backbone.model.dtype, head_width=0)
+    memory = memory_beside_weights(backbone)
+    return chosen_chunk(kind, _room(reading, config), memory, token_bytes)
+
+
+def _room(reading: Reading, config: Any) -> int | None:
+    """Slots of the window for a chunk, beside what is kept: half of all where a head may keep any
+    number. None = no slot is reused, or what is kept does not fit anyway."""
+    window = getattr(config, "max_position_embeddings", None)
+    if window is None or reading.positions != "compact" or reading.budget is None:
+        return None
+    most = max(reading.budget) if isinstance(reading.budget, tuple) else reading.budget
+    if reading.quotas is not None or not isinstance(most, int):
+        return window // 2
+    return window - most if most < window else None
 
 
 def _graphs(graphs: bool | Auto, backbone: Backbone, recall: Recall | None) -> bool:

@@ -9,7 +9,7 @@ eviction.
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,9 @@ from locret.engine.arguments import (
     setting,
 )
 from locret.engine.attention import RetainedAttention
-from locret.engine.config import Auto, EngineConfig
+from locret.engine.config import EngineConfig
 from locret.engine.reading import Progress, Reader
+from locret.engine.recorded import Auto
 from locret.engine.steps import StepCounts
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import QuotasChoice
@@ -53,8 +54,8 @@ class Engine:
     `past_key_values`). One engine serves any number of requests in turn: all state of a request
     lives in its cache.
 
-    "auto" takes what the heads record, else the paper's value. With a smaller budget than recorded,
-    `stabilizers="auto"` keeps the recorded proportion of stabilizers to budget.
+    "auto" takes what the heads record, else the paper's value, but for `chunk_size`. With a smaller
+    budget than recorded, `stabilizers="auto"` keeps the recorded proportion of stabilizers to it.
 
     Args:
         model: a stock transformers causal language model.
@@ -73,7 +74,9 @@ class Engine:
             what the heads record, where the policy scores with them. The total is the budget's:
             `locret.heads.quotas`.
         budget_bytes: the old name of a budget that is memory; use budget="2GiB".
-        chunk_size: tokens of the prompt read at a time; None = all at once.
+        chunk_size: tokens of the prompt read at a time; None = all at once; "auto" = the fastest on
+            the model's device that fits (`locret.engine.chunk`); "recorded" = what the heads
+            record, else "auto".
         stabilizers: last units that survive every eviction but the final one.
         local_tokens: last tokens of the prompt that are read after the final eviction.
         positions: "compact" or "original" (`locret.cache.cache`).
@@ -121,7 +124,7 @@ class Engine:
         budget: BudgetChoice | Auto = "auto",
         quotas: QuotasChoice | Auto = "auto",
         budget_bytes: int | str | None = None,
-        chunk_size: int | None | Auto = "auto",
+        chunk_size: int | None | Auto | Literal["recorded"] = "recorded",
         stabilizers: int | Auto = "auto",
         local_tokens: int | Auto = "auto",
         positions: Positions | Auto = "auto",

@@ -17,7 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from locret.cache.sizing import Sizing
-from locret.engine.config import PAPER, EngineConfig
+from locret.engine.chunk import chosen_chunk, chunk_bytes, working_slot
+from locret.engine.config import EngineConfig
+from locret.engine.recorded import PAPER, Auto
 from locret.heads.heads import Geometry
 from locret.heads.quotas import Quotas, in_words
 from locret.model.backbone import Backbone
@@ -67,7 +69,8 @@ class Plan:
     """Where the memory goes. All sizes in bytes; `left_bytes` is for the cache (below 0: too big).
 
     Attributes:
-        memory, context, chunk_size, new_tokens, dtype: as asked for.
+        memory, context, new_tokens, dtype: as asked for.
+        chunk_size: tokens read at a time.
         window: the model's `max_position_embeddings`.
         geometry: of the attention layers.
         parameters, weights_bytes: of the backbone, tied ones once.
@@ -105,7 +108,7 @@ def make_plan(
     memory: int,
     context: int,
     dtype: torch.dtype | None = None,
-    chunk_size: int | None = PAPER["chunk_size"],
+    chunk_size: int | None | Auto = "auto",
     new_tokens: int = DEFAULT_NEW_TOKENS,
     head_width: int = HEAD_WIDTH,
     quotas: Quotas | None = None,
@@ -117,7 +120,8 @@ def make_plan(
         memory: bytes that the process may use on the device.
         context: tokens to be read.
         dtype: of weights and unquantized cache; default the config's, else bfloat16.
-        chunk_size: tokens read at a time; None = all at once.
+        chunk_size: tokens read at a time; None = all at once; "auto" = as an engine would on a GPU
+            of that memory (`locret.engine.chunk`).
         new_tokens: answer tokens to leave room for, beside the paper's local tokens.
         head_width: hidden width of the retaining heads, with tap `qkv`; 0 = no heads.
         quotas: of the heads. What they keep together does not depend on them; what the layer at
@@ -135,7 +139,7 @@ def make_plan(
     ):
         if not least <= value <= MOST:
             raise ValueError(f"{name} is {value}; expected at least {least}, and at most {MOST}")
-    chunk_size = EngineConfig.of(chunk_size=chunk_size).reading.chunk_size or context
+    asked = EngineConfig.of(chunk_size=chunk_size).reading.chunk_size
     dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -145,20 +149,25 @@ def make_plan(
         quotas.check_shape(geometry.num_layers, geometry.num_kv_heads)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     heads = _heads_parameters(geometry, head_width) * dtype.itemsize
-    chunk = _chunk_bytes(geometry, config, min(chunk_size, context), dtype, head_width)
+    token_bytes = chunk_bytes(geometry, config, dtype, head_width)
+    if asked == "auto":
+        window = config.max_position_embeddings
+        asked = chosen_chunk("cuda", window // 2, memory - weights - heads, token_bytes)
+    tokens = asked or context
+    chunk = min(tokens, context) * token_bytes
     reserve = round(memory * RESERVE)
     after = PAPER["local_tokens"] + new_tokens
     sizing = Sizing.of(NO_SCHEME, geometry, dtype.itemsize, windows=backbone.windows)
     sliding = sizing.window_bytes(context + after)
     left = memory - weights - heads - sliding - chunk - reserve
-    slot = round(_working_slot(geometry, dtype) * _largest_layer(quotas))
+    slot = round(working_slot(geometry, dtype) * _largest_layer(quotas))
     schemes = tuple(
         _scheme(scheme, geometry, dtype, left, context, after, slot) for scheme in PLANNED
     )
     return Plan(
         memory=memory,
         context=context,
-        chunk_size=chunk_size,
+        chunk_size=tokens,
         new_tokens=new_tokens,
         dtype=str(dtype).removeprefix("torch."),
         window=config.max_position_embeddings,
@@ -214,39 +223,9 @@ def _spread(quotas: Quotas | None, schemes: tuple[SchemePlan, ...]) -> str | Non
     return in_words(quotas.at(min(compressions)))
 
 
-def _layer_elements(geometry: Geometry) -> int:
-    return 2 * geometry.num_kv_heads * geometry.head_size
-
-
-def _working_slot(geometry: Geometry, dtype: torch.dtype) -> int:
-    """Bytes a slot takes in the layer at work: grown storage, rotated keys, what is gathered."""
-    return _layer_elements(geometry) * dtype.itemsize * 5 // 2
-
-
 def _heads_parameters(geometry: Geometry, width: int) -> int:
     a_layer = width * (geometry.feature_width("qkv") + geometry.num_kv_heads)
     return geometry.num_layers * a_layer
-
-
-def _chunk_bytes(
-    geometry: Geometry, config: Any, tokens: int, dtype: torch.dtype, head_width: int
-) -> int:
-    """The larger of what attention and MLP hold of a chunk, and the layer's slots of its units."""
-    queries = geometry.num_query_heads * geometry.head_size
-    # queries before and after rotation, the output, the heads' features and hidden layer twice
-    features = geometry.feature_width("qkv") if head_width else 0
-    attention = _layer_elements(geometry) + 3 * queries + features + 2 * head_width
-    mlp = 3 * _mlp_width(config)  # gate, up and their product
-    residuals = 2 * geometry.hidden_size  # the residual stream and its normed copy
-    activations = (residuals + max(attention, mlp)) * dtype.itemsize
-    return tokens * (activations + _working_slot(geometry, dtype))
-
-
-def _mlp_width(config: Any) -> int:
-    """Width of the MLP that a token goes through: of all its experts together."""
-    experts = getattr(config, "num_experts_per_tok", None) or 1
-    expert = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    return max(config.intermediate_size, experts * expert)
 
 
 def as_text(plan: Plan, name: str) -> str:

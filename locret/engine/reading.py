@@ -328,14 +328,14 @@ class Reader:
         elif query_ids is not None:
             query = query_ids.shape[1]
             ids = torch.cat([query_ids, ids], dim=1)
-        chunks = tuple(_chunks(ids.shape[1], self.config.reading.chunk_size, in_last))
+        chunks = tuple(_chunks(ids.shape[1], self.config.reading.chunk, in_last))
         return Planned(ids, prompt_length, counts, query, drop, chunks)
 
     def _read_apart(self, readings: list[Planned]) -> list[RetainedCache]:
         """A cache for each reading of one row. Chunks that begin and end alike are read together,
         as many as make up `TOGETHER` tokens."""
         done: dict[int, RetainedCache] = {}
-        size = self.config.reading.chunk_size or TOGETHER
+        size = self.config.reading.chunk or TOGETHER
         groups = _together(readings, max(1, TOGETHER // size))
         left = [(self._opened([readings[i] for i in rows]), rows, 0) for rows in groups]
         while left:

@@ -18,6 +18,7 @@ from locret.kernels.evict import (
     gather_sequences,
     select_sequences,
 )
+from locret.kernels.pack_rotated import fetch_rotated, pack_rotated_keys, pack_rotated_values
 from locret.kernels.packed import PackedKV, PackedShares, expand_units
 from locret.kernels.packed_floats import expand_floats
 from locret.kernels.packed_rotated import RotatedKV, expand_rotated
@@ -36,8 +37,11 @@ __all__ = [
     "expand_floats",
     "expand_rotated",
     "expand_units",
+    "fetch_rotated",
     "gather_sequences",
     "merge_attention",
+    "pack_rotated_keys",
+    "pack_rotated_values",
     "packed_shares",
     "rotate_at_slots",
     "rotate_units",

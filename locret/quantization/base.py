@@ -119,6 +119,41 @@ class Scheme:
         """
         return False
 
+    def keys_at(
+        self,
+        packed: Tensors | None,
+        block: Tensor | None,
+        fresh: Tensor,
+        index: Tensor,
+        kept: Tensor,
+        starts: Tensor,
+    ) -> tuple[Tensors, Tensors] | None:
+        """What `encode_keys` would return for all blocks at once, where a kernel can: what each
+        unit needs [K, *], and the tables [M, *]. None = the methods above are to be asked.
+
+        Args:
+            packed: what each of N packed units needs [N, *], and their tables; None = N is 0.
+            block: long [K], the block of each unit that is packed.
+            fresh: [F, D], other keys.
+            index: long [K], the units: u < N is packed, N + i is unit i of `fresh`.
+            kept: int32 [M], the former block whose entry a new block keeps; below 0, encode.
+            starts: int32 [M + 1], of the new blocks.
+
+        Raises:
+            ValueError: a key that is to be encoded cannot be stored.
+        """
+        return None
+
+    def values_at(self, packed: Tensors | None, fresh: Tensor, index: Tensor) -> Tensors | None:
+        """The same of values, each unit for itself."""
+        return None
+
+    def units_at(
+        self, packed: Tensors, block: Tensor | None, fresh: Tensor, index: Tensor
+    ) -> Tensor | None:
+        """float32 [K, D], keys (with `block`) or values in full, where a kernel can; else None."""
+        return None
+
     def decodes_packed(self, head_size: int) -> bool:
         """Whether `kernel_form` has a form for packed units of that many channels."""
         return False

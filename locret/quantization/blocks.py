@@ -7,12 +7,18 @@ stretches of `STRETCH` blocks are packed anew, those first that save an entry at
 touched. So a unit is packed anew about once each time its block halves, not at every eviction. All
 other blocks stay as they are.
 
+All is on the host: how many blocks there are depends on the counts, so that a device would be
+waited for at every line. A GPU stands still meanwhile, and NumPy takes less than half of torch's
+time here.
+
 Sequences and blocks are flat, one after the other: Q sequences, M blocks. No block is empty.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy import ndarray as Array
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -55,19 +61,14 @@ def aligned(units: Tensor, group: int) -> tuple[Tensor, Tensor]:
     Returns:
         Sizes of the blocks, long, and the stretch of each.
     """
-    count = (units + group - 1) // group
-    stretch = torch.repeat_interleave(count)
-    place = torch.arange(len(stretch), device=units.device) - _before(count)[stretch]
-    return (units[stretch] - place * group).clamp(max=group), stretch
+    sizes, stretch = _aligned(units.numpy(), group)
+    return torch.from_numpy(sizes), torch.from_numpy(stretch)
 
 
 def arrange(
     survivors: Tensor, sequence: Tensor, fresh: Tensor, limits: Tensor, group: int
 ) -> Blocks:
-    """The blocks after an eviction.
-
-    How many blocks there are depends on what the arguments hold, so a device would be waited for
-    at every line: they are best on the host.
+    """The blocks after an eviction. All tensors are on the host.
 
     Args:
         survivors: long [M], units left of each former block.
@@ -79,73 +80,81 @@ def arrange(
     Returns:
         Blocks over survivors and fresh units together, in each sequence at most its limit.
     """
-    left = survivors.nonzero()[:, 0]
-    sizes, of = aligned(fresh, group)
-    blocks, sequence = _in_order(
-        (Blocks(survivors[left], left), sequence[left]),
-        (Blocks(sizes, torch.full_like(sizes, FRESH)), of),
+    were, owner, most = survivors.numpy(), sequence.numpy(), limits.numpy()
+    left = np.flatnonzero(were)
+    sizes, of = _aligned(fresh.numpy(), group)
+    sizes, kept, owner = _in_order(
+        (were[left], left, owner[left]), (sizes, np.full_like(sizes, FRESH), of)
     )
-    counts = _sums(torch.ones_like(sequence), sequence, len(limits))
-    if not bool((counts > limits).any()):
-        return blocks
-    return _repacked(blocks, sequence, counts, limits, group)
+    counts = np.bincount(owner, minlength=len(most))
+    if (counts > most).any():
+        sizes, kept, _ = _repacked(sizes, kept, owner, counts, most, group)
+    return Blocks(torch.from_numpy(sizes), torch.from_numpy(kept))
+
+
+def _aligned(units: Array, group: int) -> tuple[Array, Array]:
+    count = (units + group - 1) // group
+    stretch = np.repeat(np.arange(len(units)), count)
+    place = np.arange(len(stretch)) - _before(count)[stretch]
+    return np.minimum(units[stretch] - place * group, group), stretch
 
 
 def _repacked(
-    blocks: Blocks, sequence: Tensor, counts: Tensor, limits: Tensor, group: int
-) -> Blocks:
-    """The same with stretches packed anew, in the sequences that have more blocks than they may.
+    sizes: Array, kept: Array, sequence: Array, counts: Array, limits: Array, group: int
+) -> tuple[Array, Array, Array]:
+    """Blocks with stretches packed anew, in the sequences that have more blocks than they may.
 
     Args:
-        sequence: long [M], the sequence of each block.
-        counts: long [Q], blocks of each sequence.
+        sizes, kept: [M], of `Blocks`.
+        sequence: [M], the sequence of each block.
+        counts, limits: [Q], blocks of each sequence, and most of them.
     """
     stretches = (counts + STRETCH - 1) // STRETCH
-    owner, first = torch.repeat_interleave(stretches), _before(stretches)[sequence]
-    place = torch.arange(len(sequence), device=sequence.device) - _before(counts)[sequence]
+    owner, first = np.repeat(np.arange(len(counts)), stretches), _before(stretches)[sequence]
+    place = np.arange(len(sequence)) - _before(counts)[sequence]
     stretch = first + place // STRETCH
-    units = _sums(blocks.sizes, stretch, len(owner))
-    saved = _sums(torch.ones_like(stretch), stretch, len(owner)) - (units + group - 1) // group
+    units = _sums(sizes, stretch, len(owner))
+    saved = np.bincount(stretch, minlength=len(owner)) - (units + group - 1) // group
     picked = _cheapest(units, saved, owner, counts - limits)
     few = _sums(saved * picked, owner, len(limits)) < counts - limits
     # Where stretches of neighbours do not save enough, the whole sequence is one stretch.
-    stretch = torch.where(few[sequence], first, stretch)
-    picked = picked | few[owner]
-    units = _sums(blocks.sizes, stretch, len(owner))
+    stretch = np.where(few[sequence], first, stretch)
+    picked |= few[owner]
+    units = _sums(sizes, stretch, len(owner))
     stays = ~picked[stretch]
-    sizes, of = aligned(units * picked, group)
+    new, of = _aligned(units * picked, group)
     return _in_order(
-        (Blocks(blocks.sizes[stays], blocks.kept[stays]), stretch[stays]),
-        (Blocks(sizes, torch.full_like(sizes, REPACKED)), of),
-    )[0]
+        (sizes[stays], kept[stays], stretch[stays]), (new, np.full_like(new, REPACKED), of)
+    )
 
 
-def _cheapest(units: Tensor, saved: Tensor, owner: Tensor, excess: Tensor) -> Tensor:
+def _cheapest(units: Array, saved: Array, owner: Array, excess: Array) -> Array:
     """Which stretches to pack anew to save `excess` [Q] blocks, bool like `units`, `saved` and the
     sequence of each, `owner`."""
-    cost = torch.where(saved > 0, units / saved.clamp(min=1), torch.inf)
-    order = cost.argsort(stable=True)
-    order = order[owner[order].argsort(stable=True)]
+    cost = np.where(saved > 0, units / np.maximum(saved, 1), np.inf)
+    order = np.lexsort((cost, owner))
     saved, owner = saved[order], owner[order]
     before = _before(saved) - _before(_sums(saved, owner, len(excess)))[owner]
-    chosen = (before < excess[owner]) & (saved > 0)
-    return torch.zeros_like(chosen).scatter(0, order, chosen)
+    picked = np.zeros(len(units), bool)
+    picked[order] = (before < excess[owner]) & (saved > 0)
+    return picked
 
 
-def _in_order(one: tuple[Blocks, Tensor], other: tuple[Blocks, Tensor]) -> tuple[Blocks, Tensor]:
-    """Both, sorted by the numbers that each comes with, which are ascending; `one` first where
-    numbers are equal."""
-    (blocks, at), (more, more_at) = one, other
-    at, order = torch.cat([at, more_at]).sort(stable=True)
-    sizes, kept = torch.cat([blocks.sizes, more.sizes]), torch.cat([blocks.kept, more.kept])
-    return Blocks(sizes[order], kept[order]), at
+def _in_order(
+    one: tuple[Array, Array, Array], other: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    """Sizes, former blocks, and what both are sorted by, which is ascending in each; `one` first
+    where it is equal."""
+    joined = [np.concatenate(pair) for pair in zip(one, other, strict=True)]
+    order = joined[2].argsort(kind="stable")
+    return joined[0][order], joined[1][order], joined[2][order]
 
 
-def _before(counts: Tensor) -> Tensor:
+def _before(counts: Array) -> Array:
     """The sum of all counts before each."""
-    return counts.cumsum(0) - counts
+    return counts.cumsum() - counts
 
 
-def _sums(x: Tensor, at: Tensor, count: int) -> Tensor:
-    """[count]: sums of the `x` at each index."""
-    return x.new_zeros(count).index_add_(0, at, x)
+def _sums(x: Array, at: Array, count: int) -> Array:
+    """[count]: sums of the `x` at each index; float64 holds them exactly."""
+    return np.bincount(at, x, count).astype(np.int64)

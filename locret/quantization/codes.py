@@ -137,7 +137,15 @@ def refuse_unstorable(x: Tensor) -> None:
     Raises:
         ValueError: a value is not finite, or beyond `LARGEST`.
     """
-    if not bool((x.abs() <= LARGEST).all()):
+    refuse_where(~(x.abs() <= LARGEST).all())
+
+
+def refuse_where(unstorable: Tensor) -> None:
+    """
+    Raises:
+        ValueError: `unstorable`, one number on any device, which is waited for, is not 0.
+    """
+    if bool(unstorable):
         raise ValueError(
             f"cannot quantize: keys or values hold NaN, infinity or magnitudes above {LARGEST:.0f}"
             "; quantization 'none' stores them as they are"

@@ -1,5 +1,5 @@
-"""Packed keys and packed values of one layer: how they are made, read, selected from, joined and
-named. `docs/quantization.md` says what each tensor is.
+"""Packed keys and packed values of one layer: how they are made, read, selected from and joined.
+`docs/quantization.md` says what each tensor is.
 
 Evict first, then quantize: units that were packed keep their codes. Keys keep the entries of their
 block with them, unless their sequence has too many thin blocks (`blocks.arrange`); only then are
@@ -175,14 +175,25 @@ def pack_keys(scheme: Scheme, x: Tensor, lengths: Sequence[int]) -> PackedKeys:
         ValueError: a value is not finite, or too large to be stored.
     """
     sizes, _ = aligned(torch.tensor(lengths, dtype=torch.long), scheme.group)
-    blocks = Blocks(sizes, torch.full_like(sizes, FRESH)).to(x.device)
-    filled = x[_places(blocks.starts[:-1], blocks.sizes, scheme.group)]
-    units, tables, outliers = _encoded(scheme, filled, blocks.sizes, sum(lengths))
-    return PackedKeys(scheme, x.shape[-1], units, outliers, tables, blocks.starts)
+    blocks = Blocks(sizes, torch.full_like(sizes, FRESH))
+    starts, sizes, former = (
+        each.to(x.device, non_blocking=True)
+        for each in (blocks.starts, blocks.sizes, blocks.kept.int())
+    )
+    every = torch.arange(len(x), device=x.device)
+    fused = scheme.keys_at(None, None, x, every, former, starts)
+    if fused is not None:
+        return PackedKeys(scheme, x.shape[-1], fused[0], None, fused[1], starts)
+    filled = x[_places(starts[:-1], sizes, scheme.group)]
+    units, tables, outliers = _encoded(scheme, filled, sizes, sum(lengths))
+    return PackedKeys(scheme, x.shape[-1], units, outliers, tables, starts)
 
 
 def pack_values(scheme: Scheme, x: Tensor) -> PackedValues:
     """Pack values [N, D]. Raises as `pack_keys` does."""
+    fused = scheme.values_at(None, x, torch.arange(len(x), device=x.device))
+    if fused is not None:
+        return PackedValues(scheme, x.shape[-1], fused, None)
     units, outliers = _encoded_values(scheme, x)
     return PackedValues(scheme, x.shape[-1], _owned(units), outliers)
 
@@ -213,30 +224,38 @@ def select_keys(
     """
     if packed is None or not packed.count:
         return pack_keys(scheme, fresh.index_select(0, index), new_lengths)
-    blocks = _arranged(packed, lengths, index, new_lengths, fresh.element_size())
-    here = blocks.to(index.device)
-    kept = replace(
-        packed,
-        units=_at(packed.units, index.clamp(max=packed.count - 1)),
-        tables=_at(packed.tables, here.kept.clamp(min=0)),
-        starts=here.starts,
+    here = index.clamp(max=packed.count - 1)
+    block = packed.blocks_of(here)
+    how = lengths, index < packed.count, new_lengths, fresh.element_size()
+    blocks = _arranged(packed, block, *how)
+    former, starts = (
+        x.int().to(index.device, non_blocking=True) for x in (blocks.kept, blocks.starts)
     )
-    encoded = [
-        _encode_blocks(kept, blocks, which, packed, fresh, index) for which in (FRESH, REPACKED)
-    ]
-    return replace(kept, outliers=_outliers_after(packed, index, encoded))
+    own = *packed.units, *packed.tables
+    fused = scheme.keys_at(own, block, fresh, index, former, starts)
+    if fused is not None:
+        return replace(packed, units=fused[0], tables=fused[1], starts=starts)
+    tables = _at(packed.tables, former.clamp(min=0))
+    kept = replace(packed, units=_at(packed.units, here), tables=tables, starts=starts)
+    places, outliers = _encode_blocks(kept, blocks, packed, fresh, index)
+    return replace(kept, outliers=_outliers_after(packed, index, places, outliers))
 
 
 def _arranged(
     packed: PackedKeys,
+    block: Tensor,
     lengths: Sequence[int],
-    index: Tensor,
+    old: Tensor,
     new_lengths: Sequence[int],
     element_size: int,
 ) -> Blocks:
-    """The blocks of what `select_keys` keeps, on the host; `element_size` is of fresh keys."""
-    old, block = index < packed.count, packed.blocks_of(index.clamp(max=packed.count - 1))
-    survivors = torch.zeros(len(packed.starts) - 1, dtype=torch.long, device=index.device)
+    """The blocks of what `select_keys` keeps, on the host.
+
+    Args:
+        block: long [K], the block of each unit that is `old`, bool [K].
+        element_size: of fresh keys.
+    """
+    survivors = torch.zeros(len(packed.starts) - 1, dtype=torch.long, device=old.device)
     survivors.scatter_add_(0, block, old.long())
     survivors, starts = torch.stack([survivors, packed.starts[:-1]]).cpu()
     before, total = (torch.tensor(counts, dtype=torch.long) for counts in (lengths, new_lengths))
@@ -249,41 +268,40 @@ def _arranged(
 
 
 def _encode_blocks(
-    kept: PackedKeys, blocks: Blocks, which: int, packed: PackedKeys, fresh: Tensor, index: Tensor
+    kept: PackedKeys, blocks: Blocks, packed: PackedKeys, fresh: Tensor, index: Tensor
 ) -> tuple[Tensor, Outliers | None]:
-    """Fill in the codes and entries of the blocks of `kept` whose units are all fresh ones, or of
-    those with units that were packed: `which` is `FRESH` or `REPACKED`. Returns where in `kept`
-    the units of these blocks are, long [n], and their outliers."""
-    at = (blocks.kept == which).nonzero()[:, 0]
+    """Fill in the codes and entries of the blocks of `kept` that are to be encoded. Returns where
+    in `kept` the units of these blocks are, long [n], and their outliers."""
+    which = [(blocks.kept == what).nonzero()[:, 0] for what in (FRESH, REPACKED)]
+    at = torch.cat(which)
     if not len(at):
         return index[:0], None
-    total = int(blocks.sizes[at].sum())
+    total, group = int(blocks.sizes[at].sum()), packed.scheme.group
     sizes, at = (x.to(index.device, non_blocking=True) for x in (blocks.sizes[at], at))
-    starts, group = kept.starts[at].long(), packed.scheme.group
+    starts = kept.starts[at].long()
     unit = index[_places(starts, sizes, group)]
-    x = fresh[unit - packed.count].float() if which == FRESH else fetch(packed, fresh, unit)
+    new, mixed = unit.split([*map(len, which)])
+    x = fresh[new - packed.count].float()
+    if len(mixed):
+        x = torch.cat([x, fetch(packed, fresh, mixed)])
     units, tables, outliers = _encoded(packed.scheme, x, sizes, total)
     places = ragged(starts, sizes, total)
-    for tensor, new in zip(kept.units, units, strict=True):
-        tensor.index_copy_(0, places, new)
-    for table, new in zip(kept.tables, tables, strict=True):
-        table.index_copy_(0, at, new)
+    for tensor, own in zip(kept.units, units, strict=True):
+        tensor.index_copy_(0, places, own)
+    for table, own in zip(kept.tables, tables, strict=True):
+        table.index_copy_(0, at, own)
     return places, outliers
 
 
 def _outliers_after(
-    packed: PackedKeys, index: Tensor, encoded: Sequence[tuple[Tensor, Outliers | None]]
+    packed: PackedKeys, index: Tensor, places: Tensor, encoded: Outliers | None
 ) -> Outliers | None:
-    """The outliers of the units at `index`: new ones where blocks were encoded, else the old."""
-    if packed.outliers is None:
-        return None
-    index, found = index.clone(), [packed.outliers]
-    for places, outliers in encoded:
-        if outliers is not None:
-            before = sum(len(each.counts) for each in found)
-            index[places] = before + torch.arange(len(places), device=index.device)
-            found.append(outliers)
-    return Outliers.join(found).select(index)
+    """The outliers of the units at `index`: new ones, `encoded`, at `places`, else the old."""
+    if packed.outliers is None or encoded is None:
+        return packed.outliers and packed.outliers.select(index)
+    at = torch.arange(len(places), device=index.device)
+    index = index.index_copy(0, places, packed.count + at)
+    return Outliers.join([packed.outliers, encoded]).select(index)
 
 
 def _encoded(
@@ -321,6 +339,9 @@ def select_values(
     """
     if packed is None or not packed.count:
         return pack_values(scheme, fresh.index_select(0, index))
+    fused = packed.scheme.values_at(packed.units, fresh, index)
+    if fused is not None:
+        return replace(packed, units=fused)
     units, outliers = _at(packed.units, index.clamp(max=packed.count - 1)), packed.outliers
     new_at = (index >= packed.count).nonzero()[:, 0]
     if len(new_at):
@@ -344,8 +365,13 @@ def fetch(packed: Packed | None, fresh: Tensor, index: Tensor) -> Tensor:
     """float32 [..., D]: the units at `index` [...], counted as for `select_keys`."""
     if packed is None or not packed.count:
         return fresh[index].float()
+    here = index.clamp(max=packed.count - 1)
+    own, tables = packed.units, packed.tables if isinstance(packed, PackedKeys) else ()
+    fused = packed.scheme.units_at((*own, *tables), packed.blocks_of(here), fresh, index)
+    if fused is not None:
+        return fused
     # Both for every unit: to ask which ones are packed would be to wait for the device.
-    old = packed.at(index.clamp(max=packed.count - 1))
+    old = packed.at(here)
     if not len(fresh):
         return old
     new = fresh[(index - packed.count).clamp(min=0)].float()
@@ -394,39 +420,6 @@ def take(packed: _P, lengths: Sequence[int], sequences: Sequence[int]) -> _P:
     blocks = ragged(bounds[of], bounds.diff()[of])
     own = Blocks(starts.diff()[blocks], blocks).to(packed.device)
     return replace(taken, tables=_at(packed.tables, own.kept), starts=own.starts)
-
-
-def to_named(keys: PackedKeys | None, values: PackedValues | None) -> dict[str, Tensor]:
-    """All tensors by name, for files."""
-    if keys is None or values is None:
-        return {}
-    named = {
-        "key_units": keys.units,
-        "key_tables": keys.tables,
-        "key_outliers": keys.outliers.tensors if keys.outliers else (),
-        "value_units": values.units,
-        "value_outliers": values.outliers.tensors if values.outliers else (),
-    }
-    flat = {f"{name}.{i}": x for name, tensors in named.items() for i, x in enumerate(tensors)}
-    return flat | {"key_starts": keys.starts}
-
-
-def from_named(
-    scheme: Scheme, head_size: int, named: dict[str, Tensor]
-) -> tuple[PackedKeys | None, PackedValues | None]:
-    """What `to_named` was told of; there may be other tensors among them."""
-    if "key_starts" not in named:
-        return None, None
-
-    def tensors(name: str) -> Tensors:
-        count = sum(other.startswith(f"{name}.") for other in named)
-        return tuple(named[f"{name}.{i}"] for i in range(count))
-
-    found = [tensors(f"{side}_outliers") for side in ("key", "value")]
-    of_keys, of_values = (Outliers(*each) if each else None for each in found)
-    tables = tensors("key_tables"), named["key_starts"]
-    keys = PackedKeys(scheme, head_size, tensors("key_units"), of_keys, *tables)
-    return keys, PackedValues(scheme, head_size, tensors("value_units"), of_values)
 
 
 def _owned(tensors: Tensors) -> Tensors:

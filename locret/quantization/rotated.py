@@ -34,7 +34,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from locret.kernels import RotatedKV, expand_rotated
+from locret.kernels import (
+    RotatedKV,
+    expand_rotated,
+    fetch_rotated,
+    pack_rotated_keys,
+    pack_rotated_values,
+)
 from locret.kernels.dispatch import takes_triton
 from locret.quantization.base import Scheme, Tensors
 from locret.quantization.codes import (
@@ -43,6 +49,7 @@ from locret.quantization.codes import (
     pack,
     packed_size,
     refuse_unstorable,
+    refuse_where,
     storable,
     unpack,
 )
@@ -114,6 +121,40 @@ class RotatedScheme(Scheme):
         if fused:
             expand_rotated(packed, POSITIVE_LEVELS[bits], out, starts, at)
         return fused
+
+    def keys_at(
+        self,
+        packed: Tensors | None,
+        block: Tensor | None,
+        fresh: Tensor,
+        index: Tensor,
+        kept: Tensor,
+        starts: Tensor,
+    ) -> tuple[Tensors, Tensors] | None:
+        if not self._packs_fused(fresh):
+            return None
+        levels = POSITIVE_LEVELS[self.key_bits]
+        new, bad = pack_rotated_keys(packed, block, fresh, index, kept, starts, levels)
+        refuse_where(bad)
+        return new[:2], new[2:]
+
+    def values_at(self, packed: Tensors | None, fresh: Tensor, index: Tensor) -> Tensors | None:
+        if not self._packs_fused(fresh):
+            return None
+        new, bad = pack_rotated_values(packed, fresh, index, POSITIVE_LEVELS[self.value_bits])
+        refuse_where(bad)
+        return new
+
+    def units_at(
+        self, packed: Tensors, block: Tensor | None, fresh: Tensor, index: Tensor
+    ) -> Tensor | None:
+        if not self._packs_fused(fresh):
+            return None
+        bits = self.value_bits if block is None else self.key_bits
+        return fetch_rotated(packed, block, fresh, index, POSITIVE_LEVELS[bits])
+
+    def _packs_fused(self, fresh: Tensor) -> bool:
+        return takes_triton(fresh) and self.decodes_packed(fresh.shape[-1])
 
     def decodes_packed(self, head_size: int) -> bool:
         return head_size % 8 == 0

@@ -101,7 +101,7 @@ class Limits:
         return engine.config.counts(engine.policy, engine.sizing, context)
 
     def _while_reading(self, tokens: int) -> int:
-        chunk = self._reading.chunk_size
+        chunk = self._reading.chunk
         if chunk is None or self._engine.policy.rereads:
             return tokens
         return min(tokens, self.slots(tokens) + chunk)
@@ -151,7 +151,7 @@ def _units_within(engine: Engine, memory: int) -> int | None:
         memory=max(memory, 1),
         context=LONGEST,
         dtype=model.dtype,
-        chunk_size=reading.chunk_size or model.config.max_position_embeddings,
+        chunk_size=reading.chunk or model.config.max_position_embeddings,
         new_tokens=0,
         head_width=(core.heads.config.width or 0) if isinstance(core, LocretPolicy) else 0,
         quotas=reading.quotas,

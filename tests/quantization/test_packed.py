@@ -6,17 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locret.quantization import SCHEMES, make_scheme
+from locret.quantization.named import from_named, to_named
 from locret.quantization.packed import (
     Expansion,
     fetch,
-    from_named,
     join,
     pack_keys,
     pack_values,
     select_keys,
     select_values,
     take,
-    to_named,
 )
 from tests.quantization import naive
 from tests.quantization.rectangles import Layer, quantize_keys, quantize_values

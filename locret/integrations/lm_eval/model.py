@@ -98,7 +98,7 @@ class LocretLM(HFLM):
         context_field: str = "context",
         question_marker: str | None = None,
         local_tokens: int = LOCAL_TOKENS,
-        chunk_size: int | str | None = "auto",
+        chunk_size: int | str | None = "recorded",
         stabilizers: int | str = "auto",
         positions: str = "auto",
         quantization: str | None = None,

@@ -97,7 +97,7 @@ def text_log_likelihood(engine: Engine, ids: Tensor) -> tuple[float, RetainedCac
     cache, counts = engine.new_cache(length)
     assert counts is not None, "without a budget the text is scored as it stands"
     cache.prompt_lengths = (length,)
-    total, size = 0.0, engine.config.reading.chunk_size or length
+    total, size = 0.0, engine.config.reading.chunk or length
     with engine, engine.reading_into(cache, counts):
         for start in range(0, length - 1, size):
             chunk = ids[:, start : min(start + size, length - 1)]
