@@ -1,5 +1,6 @@
 # make demo   train retaining heads for a small real model and compare them (minutes, CPU)
 # make test   run the tests
+# make docs   build the documentation's site into build/site; links are checked
 # make results-smoke [DATA=FOLDER]   run a slice of every table in docs/results again (minutes, CPU)
 # Each sets up .venv by itself the first time, with the versions of constraints.txt.
 # PYTHON=python3.12 make ... chooses another Python.
@@ -18,7 +19,7 @@ PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO := runs/smollm2
 HEADS := $(DEMO)/heads/heads.safetensors
 
-.PHONY: demo test test-lowest test-latest results-smoke lint format wheel lock clean
+.PHONY: demo docs test test-lowest test-latest results-smoke lint format wheel lock clean
 .DELETE_ON_ERROR:
 
 demo: $(HEADS)
@@ -31,6 +32,11 @@ $(HEADS): configs/smollm2.yaml .venv/demo.installed
 	@echo "== Training retaining heads for SmolLM2-135M-Instruct (configs/smollm2.yaml)"
 	@$(BIN)/python -m trainers.fit --config smollm2.yaml
 	@touch $@
+
+docs: .venv/docs.installed
+	@echo "== Building the documentation"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "made build/site/index.html"
 
 test: .venv/dev.installed
 	@echo "== Running the tests"

@@ -331,7 +331,7 @@ class RetainedCache(Cache):
             `host_units` (evicted), `host_bytes` and `recalled_units` (attended to beside `units` in
             the last step or chunk), all in the layer or head that has most but for the bytes, which
             are of all; what it takes of the device is part of `bytes`. With `heads`, also
-            `head_units` [layer][row][head].
+            `head_units`, lists `[layer][row][head]`.
         """
         counts = [
             ((0,),) if layer.is_empty else layer.store.sequences.counts for layer in self.layers

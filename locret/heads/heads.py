@@ -161,7 +161,7 @@ class HeadsConfig:
         defaults: engine settings to use when the user gives none: `budget`, `chunk_size`,
             `stabilizers`, `local_tokens`.
         metrics: figures of the training run, by name.
-        quotas: which heads keep how much, by compression: {"2": [layers][KV heads], ...}
+        quotas: which heads keep how much, by compression: {"2": `[layers][KV heads]`, ...}
             (`locret.heads.quotas`); None = all alike.
         license: of the heads, as the Hub names it.
         schema_version: of this record.
@@ -307,7 +307,8 @@ class RetainingHeads(nn.Module):
 
         Args:
             source: an artifact folder, a `.bin` in the released format, or a Hub repository id.
-            revision, token: of the Hub repository.
+            revision: of the Hub repository.
+            token: for a private one.
 
         Raises:
             ValueError: nothing usable there, or tensors missing, extra or misshapen; named.
