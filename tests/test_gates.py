@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from locret.heads.quotas import quotas_of
-from locret.training.gates import FLOOR, log_gates, thresholds_for
+from locret.training.gates import FLOOR, log_gates, log_mask, thresholds_for
 
 
 @pytest.mark.parametrize("compression", [1.0, 1.3, 4.0, 1000.0])
@@ -31,5 +31,6 @@ def test_gates_grow_hard_as_they_grow_cold():
     scores = torch.randn(2, 2, 60, generator=torch.Generator().manual_seed(0))
     threshold = thresholds_for(scores, 4.0)
     gates = log_gates(scores, threshold, 1e-6)
+    assert torch.equal(gates, log_mask(scores, threshold))
     assert torch.equal(gates, torch.where(scores > threshold, 0.0, FLOOR))
     assert log_gates(scores, threshold, 1.0).exp().median() > 0.1

@@ -46,6 +46,16 @@ def thresholds_for(scores: Tensor, compression: float, quotas: Quotas | None = N
     return _between(best_first, torch.tensor(counts, device=scores.device)[..., None])
 
 
+def log_mask(scores: Tensor, thresholds: Tensor) -> Tensor:
+    """Logarithms of gates that are as cold as can be: 0 where a unit stays, `FLOOR` elsewhere.
+
+    Args:
+        scores: without gradients.
+        thresholds: as of `thresholds_for`.
+    """
+    return torch.zeros_like(scores).masked_fill(scores <= thresholds, FLOOR)
+
+
 def _between(best_first: Tensor, kept: Tensor) -> Tensor:
     """The middle of the last score that is kept and the first that is not, along the last axis."""
     kept = kept if kept.dim() == best_first.dim() else kept.view(1)
