@@ -61,7 +61,7 @@ class Quiz:
         """Questions, each with an answer, as a row's "qa"."""
         asked = self._said([f"{each}\n\n{ASK}" for each in self._passages(text)], self.most[0])
         lines = [each.strip().partition("\n")[0].strip() for each in asked]
-        questions = [*dict.fromkeys(filter(None, lines))]
+        questions = [*dict.fromkeys(filter(_is_question, lines))]
         answers = self._said([f"{text}\n\n{each}" for each in questions], self.most[1])
         pairs = zip(questions, answers, strict=True)
         return [{"question": q, "answers": [a.strip()]} for q, a in pairs if a.strip()]
@@ -91,6 +91,11 @@ class Quiz:
             pad_token_id=ends[0] if ends else 0,
         )
         return self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def _is_question(line: str) -> bool:
+    """Whether it is one and came to its end: small models also repeat what they read."""
+    return line.endswith(("?", "？"))
 
 
 def write_quiz(

@@ -9,6 +9,7 @@ from datamodules import quiz
 from datamodules.branches import BranchEncoder, Branching
 from datamodules.sources import JsonlSource
 from datamodules.texts import GeneratedTexts
+from locret.model.loading import load_model
 from tests.tiny_models import tiny_model
 
 CHAT_TEMPLATE_OF = "<|user|>{}<|end|><|assistant|>"
@@ -22,6 +23,12 @@ def model(tokenizer, tmp_path_factory):
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def any_question(monkeypatch):
+    """What a random model says is none."""
+    monkeypatch.setattr(quiz, "_is_question", bool)
 
 
 def arguments(model, output, texts):
@@ -49,7 +56,7 @@ def greedy(model, tokenizer, prompt):
     return tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_a_quiz_is_read_as_branches(model, tokenizer, tmp_path, capsys):
+def test_a_quiz_is_read_as_branches(any_question, model, tokenizer, tmp_path, capsys):
     output = tmp_path / "quiz.jsonl"
     quiz.main(arguments(model, output, 3))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -66,7 +73,7 @@ def test_a_quiz_is_read_as_branches(model, tokenizer, tmp_path, capsys):
     assert len(encoder(found[0]).branches) == len(rows[0]["qa"])
 
 
-def test_a_quiz_goes_on_where_it_stopped(model, tmp_path):
+def test_a_quiz_goes_on_where_it_stopped(any_question, model, tmp_path):
     whole, two = tmp_path / "whole.jsonl", tmp_path / "two.jsonl"
     quiz.main(arguments(model, whole, 4))
     quiz.main(arguments(model, two, 2))
@@ -76,6 +83,14 @@ def test_a_quiz_goes_on_where_it_stopped(model, tmp_path):
     assert two.read_bytes() == whole.read_bytes()
     quiz.main(arguments(model, two, 4))
     assert two.read_bytes() == whole.read_bytes()
+
+
+def test_only_questions_with_answers_are_kept(model, monkeypatch):
+    said = iter([["Who? \nIndeed.", "A text.", "", "Who?", "Wh", "What?"], ["Me.", " "]])
+    loaded = load_model(str(model), device="cpu")
+    asked = quiz.Quiz(loaded, 6, 9, 9, 9, 0)
+    monkeypatch.setattr(asked, "_said", lambda prompts, most: next(said))
+    assert asked.about("This is a text.") == [{"question": "Who?", "answers": ["Me."]}]
 
 
 def test_other_files_are_left_alone(model, tmp_path):
