@@ -86,3 +86,14 @@ def test_an_output_layer_that_changes_is_refused():
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="adapter is on the output layer too"):
         EvictedLoss(Backbone(adapted), heads, adapted.disable_adapter)
+
+
+def test_scores_in_few_bits_keep_as_many_units():
+    """Equal ones would all be gone."""
+    model = tiny_model("llama")
+    _, heads = made(model=model)
+    loss, _, _ = student(model.bfloat16(), heads)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        masks = loss._masks(IDS, ROW, HALF)
+    counts = [int((mask == 0).sum()) for mask in masks]
+    assert counts == [round(mask.numel() / r) for mask, r in zip(masks, HALF, strict=True)]

@@ -149,7 +149,7 @@ class AdapterModule(LightningModule):
         object.__setattr__(self, "backbone", Backbone(self._adapted, longrope))
         if heads is not None:
             names = ("threshold", "mean_over", "recompute")
-            heads = heads.to(self.device, self.backbone.model.dtype)
+            heads = heads.to(self.device, torch.float32)
             options = {name: given[name] for name in names}
             self._evicted = EvictedLoss(self.backbone, heads, self._teaching, **options)
 

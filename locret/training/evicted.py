@@ -13,6 +13,7 @@ model are known after its last layer), and by the student with gradients.
 import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import Quotas, quotas_of
 from locret.model.attend import Backend
 from locret.model.backbone import Backbone
-from locret.model.hooks import LayerCall, LayerFunction
+from locret.model.hooks import LayerCall, LayerFunction, without_autocast
 from locret.model.past import Past
 from locret.training.branch_reading import Trunks, attend_after, ways_of
 from locret.training.distill import Distillation
@@ -39,7 +40,7 @@ class EvictedLoss:
 
     Args:
         backbone: the student, a model that carries an adapter.
-        heads: frozen, in the backbone's dtype and on its device.
+        heads: frozen, in float32 and on the backbone's device.
         teacher: until its block ends, the backbone is the teacher.
         threshold: "global", so that the best units of the whole model stay, or "quotas", so that
             every head keeps what its record says.
@@ -69,7 +70,10 @@ class EvictedLoss:
                 "the adapter is on the output layer too, which teacher and student share; leave it "
                 "out of target_modules"
             )
-        self.recipe = Distillation(backbone, heads, alpha=0.0).recipe
+        dtype = next(heads.parameters()).dtype
+        recipe = Distillation(backbone, heads, alpha=0.0).recipe
+        # In few bits many scores would be equal, and all of those at a threshold would be gone.
+        self.recipe = replace(recipe, features=lambda call: recipe.features(call).to(dtype))
         self.backbone = backbone
         self.teacher = teacher
         self.quotas: Quotas | None = None
@@ -124,7 +128,8 @@ class EvictedLoss:
             trunks.add(call)
             return plain(call)
 
-        self._read(input_ids, layer)
+        with without_autocast(input_ids.device):
+            self._read(input_ids, layer)
         pairs = zip(trunks.scores_of_segments(), compressions, strict=True)
         return [log_mask(each, thresholds_for(each, r, self.quotas)) for each, r in pairs]
 
