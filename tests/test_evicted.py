@@ -9,8 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from locret.model.backbone import Backbone
 from locret.training.evicted import EvictedLoss
+from tests.test_branches import branched
 from tests.test_gated import HALF, IDS, ROW, made, norm_of_any_dtype
-from tests.tiny_models import tiny_model
+from tests.tiny_models import prompt, tiny_model
 
 QUOTAS = {"quotas": {"2": [[2.0, 1.0], [0.5, 0.5]]}}
 
@@ -88,12 +89,14 @@ def test_an_output_layer_that_changes_is_refused():
         EvictedLoss(Backbone(adapted), heads, adapted.disable_adapter)
 
 
-def test_scores_in_few_bits_keep_as_many_units():
-    """Equal ones would all be gone."""
-    model = tiny_model("llama")
-    _, heads = made(model=model)
-    loss, _, _ = student(model.bfloat16(), heads)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        masks = loss._masks(IDS, ROW, HALF)
-    counts = [int((mask == 0).sum()) for mask in masks]
-    assert counts == [round(mask.numel() / r) for mask, r in zip(masks, HALF, strict=True)]
+def test_mixed_precision_chooses_the_same_units():
+    """Scores in 16 bits would be equal by the dozen."""
+    model = tiny_model("llama").bfloat16()
+    _, heads = made(model=tiny_model("llama"))
+    loss, _, _ = student(model, heads)
+    row, masks = branched(600, [(4, 9)]), []
+    for mixed in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            masks += loss._masks(prompt(row.end), [row], [5.0])
+    assert torch.equal(*masks)
+    assert (masks[0] == 0).sum() == round(masks[0].numel() / 5)

@@ -28,7 +28,7 @@ from locret.training.branch_reading import Trunks, attend_after, ways_of
 from locret.training.distill import Distillation
 from locret.training.divergence import Divergence, MeanOver, check_mean, divergence
 from locret.training.gated import check_gates, check_samples, check_tunable
-from locret.training.gates import Threshold, log_mask, thresholds_for
+from locret.training.gates import Threshold, log_mask
 from locret.training.recomputing import recomputing
 from locret.training.row_loss import PackedAttention, slots_of
 from locret.training.segments import Segment, check_segments
@@ -72,7 +72,7 @@ class EvictedLoss:
             )
         dtype = next(heads.parameters()).dtype
         recipe = Distillation(backbone, heads, alpha=0.0).recipe
-        # In few bits many scores would be equal, and all of those at a threshold would be gone.
+        # In 16 bits many scores would be equal, and the first layers' would stay.
         self.recipe = replace(recipe, features=lambda call: recipe.features(call).to(dtype))
         self.backbone = backbone
         self.teacher = teacher
@@ -131,7 +131,7 @@ class EvictedLoss:
         with without_autocast(input_ids.device):
             self._read(input_ids, layer)
         pairs = zip(trunks.scores_of_segments(), compressions, strict=True)
-        return [log_mask(each, thresholds_for(each, r, self.quotas)) for each, r in pairs]
+        return [log_mask(each, r, self.quotas) for each, r in pairs]
 
     def _read(self, input_ids: Tensor, layer: LayerFunction) -> Tensor:
         with self.backbone.attached(layer):
