@@ -263,7 +263,7 @@ def test_the_backbone_is_left_as_it_was():
 
 def test_nothing_is_left_after_an_error(monkeypatch):
     loss, _ = made()
-    monkeypatch.setattr(loss, "_divergence", lambda *_: pytest.fail("as planned"))
+    monkeypatch.setattr(gated, "divergence", lambda *_: pytest.fail("as planned"))
     with pytest.raises(pytest.fail.Exception):
         loss(IDS, ROW, HALF, 0.5)
     layer = loss.backbone.decoder.layers[0]

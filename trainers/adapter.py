@@ -1,25 +1,39 @@
-"""LightningModule of the adapter stage: LoRA (arXiv 2106.09685) on answers in long contexts."""
+"""LightningModule of the adapter stage: LoRA (arXiv 2106.09685) on answers in long contexts, which
+are whole or what eviction leaves of them (`locret.training.evicted`)."""
 
+import contextlib
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from locret.model.adapters import without_old_names
+from locret.heads.heads import RetainingHeads
+from locret.model.adapters import Adapter, without_old_names
 from locret.model.backbone import Backbone
 from locret.model.loading import Dtype, load_model, load_tokenizer
+from locret.training.divergence import MeanOver
+from locret.training.evicted import EvictedLoss
+from locret.training.gated import check_tunable
+from locret.training.gates import Threshold
 from locret.training.row_loss import PackedAttention
+from trainers.compressions import check_range, drawn, middle
 from trainers.figures import averaged, looked_at
 from trainers.optimizer import adamw, restart_schedule
 
+TEACHER = "teacher"
+"""PEFT's name of the adapter that the student's went on from."""
+
 
 class AdapterModule(LightningModule):
-    """Trains a LoRA adapter with cross entropy on the answers' tokens.
+    """Trains a LoRA adapter with cross entropy on the answers' tokens or, given heads, with KL from
+    what the model without it makes of the whole context to what it makes of the units that the
+    heads keep.
 
     Args:
         model: the backbone: a Hub id, a folder, or `embedded:smollm2`.
@@ -32,6 +46,16 @@ class AdapterModule(LightningModule):
         warmup_steps: steps of linear warm-up; the rate then falls to zero as a cosine.
         dtype: of the backbone; the adapter trains in float32.
         revision: of the backbone on the Hub.
+        heads: what `trainers.fit` or `trainers.tune` made, or a Hub id; they stay as they are. If
+            their record names an adapter, the training goes on from it, whatever `rank`, `alpha`,
+            `dropout` and `target_modules` say, and the teacher is the model with it.
+        compressions: the least and the most that a sample draws, log-uniformly.
+        threshold: "global" or "quotas": which units stay (`locret.training.evicted.EvictedLoss`).
+        mean_over: "tokens" or "branches": what counts alike in the mean of KL.
+        recompute: layers keep their input alone for the backward pass, given heads.
+
+    Raises:
+        ValueError: compressions in the wrong order or out of range.
     """
 
     def __init__(
@@ -47,11 +71,18 @@ class AdapterModule(LightningModule):
         warmup_steps: int = 100,
         dtype: Dtype = "auto",
         revision: str | None = None,
+        heads: str | None = None,
+        compressions: tuple[float, float] = (4.0, 32.0),
+        threshold: Threshold = "global",
+        mean_over: MeanOver = "tokens",
+        recompute: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        check_range(compressions)
         self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at
         self._adapted: Any = None
+        self._evicted: EvictedLoss | None = None
         self._switched: list[torch.nn.Module] = []
 
     @cached_property
@@ -62,27 +93,32 @@ class AdapterModule(LightningModule):
         """Load the backbone and put a fresh adapter on it, once.
 
         Raises:
-            ValueError: the strategy shards models, which this stage does not do.
+            ValueError: the strategy shards models, which this stage does not do; or heads that
+                cannot be used here, or dropout in layers that are computed again.
         """
         if self._adapted is not None:
             return
         if self.device_mesh is not None:
             raise ValueError("an adapter is trained on whole backbones: use --trainer.strategy ddp")
         given = self.hparams
+        heads = None if given["heads"] is None else RetainingHeads.from_pretrained(given["heads"])
+        if heads is not None:
+            check_tunable(heads, given["threshold"])
         loaded = load_model(
             given["model"], dtype=given["dtype"], device="cpu", revision=given["revision"]
         )
-        config = LoraConfig(
-            r=given["rank"],
-            lora_alpha=given["alpha"],
-            lora_dropout=given["dropout"],
-            target_modules=list(given["target_modules"]),
-            task_type="CAUSAL_LM",
-        )
+        before = None if heads is None else heads.config.adapter
         with without_old_names():
-            adapted = get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
+            adapted = self._fresh(loaded.model) if before is None else _from(before, loaded.model)
+        dropout = getattr(adapted.peft_config["default"], "lora_dropout", 0)
+        if heads is not None and given["recompute"] and dropout:
+            raise ValueError(
+                f"dropout is {dropout}, and layers are computed again for their gradients, when "
+                "something else would drop out; set dropout to 0, or recompute to false"
+            )
         # Past nn.Module's bookkeeping: checkpoints hold the adapter, never the backbone.
         object.__setattr__(self, "_adapted", adapted)
+        object.__setattr__(self, "_heads", heads)
         # What PEFT put there. The frozen backbone was loaded to read as in use, and goes on so.
         self._switched = [module for module in adapted.modules() if module.training]
         self.lora = torch.nn.ParameterDict(
@@ -90,15 +126,15 @@ class AdapterModule(LightningModule):
         )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss, correct = self._loss(batch)
-        figures = {"train/loss": loss, "train/token_accuracy": correct}
+        found = self._found(batch, batch_idx)
+        figures = {f"train/{name}": value for name, value in found.items()}
         self.figures = averaged(figures, self.trainer) if looked_at(self.trainer) else {}
         self.log_dict(self.figures, prog_bar=True, batch_size=len(batch["segments"]))
-        return loss
+        return found["loss"]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        loss, correct = self._loss(batch)
-        figures = {"val/loss": loss, "val/token_accuracy": correct}
+        found = self._found(batch, batch_idx)
+        figures = {f"val/{name}": value for name, value in found.items()}
         self.log_dict(figures, prog_bar=True, batch_size=len(batch["segments"]), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
@@ -108,16 +144,62 @@ class AdapterModule(LightningModule):
         restart_schedule(self)
         # The adapter's parameters are ours and moved with us; the backbone's are not.
         self._adapted.to(self.device)
-        object.__setattr__(self, "backbone", Backbone(self._adapted))
+        given, heads = self.hparams, self._heads
+        longrope = "long" if heads is None else heads.config.longrope
+        object.__setattr__(self, "backbone", Backbone(self._adapted, longrope))
+        if heads is not None:
+            names = ("threshold", "mean_over", "recompute")
+            heads = heads.to(self.device, torch.float32)
+            options = {name: given[name] for name in names}
+            self._evicted = EvictedLoss(self.backbone, heads, self._teaching, **options)
 
     @property
     def adapted(self) -> Any:
         """The PEFT model that is trained."""
         return self._adapted
 
+    def _fresh(self, model: Any) -> Any:
+        """The model with an adapter that does nothing yet."""
+        given = self.hparams
+        config = LoraConfig(
+            r=given["rank"],
+            lora_alpha=given["alpha"],
+            lora_dropout=given["dropout"],
+            target_modules=list(given["target_modules"]),
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+    @contextlib.contextmanager
+    def _teaching(self) -> Iterator[None]:
+        """Until the block ends, the model is the teacher."""
+        if TEACHER not in self._adapted.peft_config:
+            with self._adapted.disable_adapter():
+                yield
+            return
+        self._adapted.set_adapter(TEACHER)
+        try:
+            yield
+        finally:
+            self._adapted.set_adapter("default")
+
+    def _found(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """The loss, and the share of the tokens for which the answer's or the teacher's is found
+        the likeliest."""
+        self._follow_mode()
+        if self._evicted is None:
+            loss, correct = self._loss(batch)
+            return {"loss": loss, "token_accuracy": correct}
+        segments, bounds = batch["segments"], self.hparams["compressions"]
+        compressions = middle(bounds, len(segments))
+        if self.training:
+            compressions = drawn(bounds, self.trainer, batch_idx, len(segments))
+        parameters = [*self.lora.parameters()] if self.training else []
+        lost = self._evicted(batch["input_ids"], segments, compressions, parameters)
+        return {"loss": lost.loss, "agreement": lost.agreement}
+
     def _loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Mean cross entropy of the answers' tokens, and the share of them predicted exactly."""
-        self._follow_mode()
         ids, segments = batch["input_ids"], batch["segments"]
         answers = [span for segment in segments for span in segment.answers]
         at = torch.cat([torch.arange(start, end) for start, end in answers]).to(ids.device)
@@ -136,6 +218,19 @@ class AdapterModule(LightningModule):
         if self._adapted.training != self.training:
             for module in self._switched:
                 module.training = self.training
+
+
+def _from(name: str, model: Any) -> Any:
+    """The model with an adapter that goes on from another one, and with that one.
+
+    Raises:
+        ValueError: it is not there, or not one of this model.
+    """
+    found = Adapter.find(name)
+    found.check_fit(model.config)
+    adapted = PeftModel.from_pretrained(model, found.folder, is_trainable=True)
+    adapted.load_adapter(found.folder, TEACHER)
+    return adapted
 
 
 def _key(name: str) -> str:

@@ -28,12 +28,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import distributed
 
 from locret.commands.progress import Progress
+from locret.evaluation.provenance import source
 from locret.heads.files import save_record, write_card, written_aside
 from locret.heads.heads import RetainingHeads
+from locret.system.files import as_json
 from locret.system.interrupts import Repeats, Stopped, handlers, stop_behind
 from trainers.figures import draw
 from trainers.quotas import measured_quotas
 
+EVICTION = "eviction.json"
 TRAINING_CONFIG = "training.yaml"
 TRAINING_PLOT = "training.png"
 
@@ -131,9 +134,13 @@ class ExportTunedHeads(ExportHeads):
 
 
 class ExportAdapter(Export):
-    """Writes the adapter in PEFT's format, in bfloat16."""
+    """Writes the adapter in PEFT's format, in bfloat16, and beside it, with which heads it was
+    trained, if it was."""
 
-    plotted = ("train/loss", "train/token_accuracy")
+    @property
+    def plotted(self) -> tuple[str, ...]:  # type: ignore[override]
+        with_heads = self.config.model.heads is not None
+        return "train/loss", "train/agreement" if with_heads else "train/token_accuracy"
 
     def export(self, trainer: Trainer, pl_module: Any, folder: Path) -> None:
         adapted = pl_module.adapted
@@ -145,7 +152,12 @@ class ExportAdapter(Export):
             if "lora_" in name
         }
         with written_aside(folder) as aside:
-            adapted.save_pretrained(aside, state_dict=state)
+            adapted.save_pretrained(aside, state_dict=state, selected_adapters=["default"])
+            if pl_module.hparams["heads"] is not None:
+                names = ("compressions", "threshold")
+                record = {"heads": source(pl_module.hparams["heads"])}
+                record |= {name: pl_module.hparams[name] for name in names}
+                (aside / EVICTION).write_text(as_json(record), encoding="utf-8")
 
 
 class StopBetweenSteps(Callback):

@@ -130,6 +130,19 @@ def run(cli: TrainingCLI) -> Path | None:
     return None if trainer.fast_dev_run else output
 
 
+def check_branches(cli: TrainingCLI) -> None:
+    """Refuse data without branches, where a training learns from what these lose.
+
+    Raises:
+        ValueError: samples have no branches.
+    """
+    if cli.datamodule.branching is None:
+        raise ValueError(
+            "data.branches is null; this training learns from what branches lose: give "
+            "[answer, replay]"
+        )
+
+
 def tell_how_to_use(cli: TrainingCLI, heads: Path | None) -> None:
     """The command that generates with the heads just trained, if there are any."""
     if heads is not None and cli.trainer.is_global_zero:

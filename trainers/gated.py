@@ -5,7 +5,6 @@ Like `HeadsModule` it is thin, and the backbone is not registered.
 
 import math
 from functools import cached_property
-from random import Random
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ from locret.heads.targets import make_loss
 from locret.model.backbone import Backbone
 from locret.model.loading import Dtype, load_model, load_tokenizer
 from locret.quantization import scheme_of
-from locret.training.gated import Gated, GatedLoss, MeanOver, check_tunable
+from locret.training.divergence import MeanOver
+from locret.training.gated import Gated, GatedLoss, check_tunable
 from locret.training.gates import Threshold
+from trainers.compressions import check_range, drawn, middle
 from trainers.figures import averaged, looked_at
 from trainers.module import SaveDtype, as_exported
 from trainers.optimizer import adamw, restart_schedule
@@ -87,10 +88,7 @@ class GatedModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if not 1 <= compressions[0] <= compressions[1] < math.inf:
-            raise ValueError(
-                f"compressions is {list(compressions)}; expected the least and the most, at least 1"
-            )
+        check_range(compressions)
         if not (min(temperatures) > 0 and max(temperatures) < math.inf):
             raise ValueError(f"temperatures is {list(temperatures)}; expected numbers above 0")
         if quota_contexts < 0:
@@ -146,7 +144,7 @@ class GatedModule(LightningModule):
         segments = batch["segments"]
         longest = max(segment.last_prompt_end - segment.start for segment in segments)
         self.longest_prompt.clamp_(min=longest)  # type: ignore[operator]
-        compressions = self._drawn(batch_idx, len(segments))
+        compressions = drawn(self.hparams["compressions"], self.trainer, batch_idx, len(segments))
         result = self._loss()(batch["input_ids"], segments, compressions, self.temperature)
         figures = {f"train/{name}": value for name, value in _figures(result).items()}
         self.figures = averaged(figures, self.trainer) if looked_at(self.trainer) else {}
@@ -155,7 +153,7 @@ class GatedModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         segments = batch["segments"]
-        compressions = [math.sqrt(math.prod(self.hparams["compressions"]))] * len(segments)
+        compressions = middle(self.hparams["compressions"], len(segments))
         temperature = self.hparams["temperatures"][1]
         result = self._loss()(batch["input_ids"], segments, compressions, temperature)
         figures = {f"val/{name}": value for name, value in _figures(result).items()}
@@ -185,13 +183,6 @@ class GatedModule(LightningModule):
         # A training without an end does not grow colder.
         share = self.trainer.global_step / max(steps - 1, 1)
         return float(first * (last / first) ** min(share, 1.0))
-
-    def _drawn(self, batch_idx: int, count: int) -> list[float]:
-        """Compressions, which follow from the step alone: so a training that goes on from a
-        checkpoint draws what it would have drawn."""
-        where = f"{self.trainer.global_step} {batch_idx} {self.trainer.global_rank}"
-        rng, (least, most) = Random(f"locret compressions {where}"), self.hparams["compressions"]
-        return [least * (most / least) ** rng.random() for _ in range(count)]
 
     def _loss(self) -> GatedLoss:
         """Made at the first step, when the strategy has decided on which device we are."""

@@ -19,10 +19,7 @@ with ends_at_once():
 def main(args: list[str] | None = None) -> Path | None:
     """Run a training; returns the folder of the artifact, None after a check (`trainers.cli`)."""
     training = cli.build(GatedModule, ExportTunedHeads, args)
-    if training.datamodule.branching is None:
-        raise ValueError(
-            "data.branches is null; heads are tuned by what branches lose: give [answer, replay]"
-        )
+    cli.check_branches(training)
     output = cli.run(training)
     cli.tell_how_to_use(training, output)
     return output

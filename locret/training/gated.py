@@ -19,11 +19,10 @@ vocabulary, a block of tokens at a time.
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import kl_div
+from torch import Tensor
 
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import Quotas, quotas_of
@@ -33,15 +32,11 @@ from locret.model.hooks import LayerCall, LayerFunction
 from locret.quantization import Quantization, scheme_of
 from locret.training.branch_reading import BranchAttention, Trunks, Way, ways_of
 from locret.training.distill import Distillation
+from locret.training.divergence import Divergence, MeanOver, check_mean, divergence
 from locret.training.gates import Threshold, log_gates, thresholds_for
 from locret.training.recomputing import recomputing
-from locret.training.row_loss import Distilled, PackedAttention, RowLoss, WithGradients
+from locret.training.row_loss import Distilled, PackedAttention, RowLoss
 from locret.training.segments import Segment, check_segments
-
-MeanOver = Literal["tokens", "branches"]
-"""What counts alike in the mean of the divergence: every token, or every answer."""
-
-_LOGITS = 2**27  # of a block of tokens that meets the vocabulary: 512 MiB
 
 
 @dataclass
@@ -100,15 +95,10 @@ class GatedLoss:
         recompute: bool = True,
     ) -> None:
         check_tunable(heads, threshold)
-        if mean_over not in get_args(MeanOver):
-            raise ValueError(f"mean_over is {mean_over!r}; expected one of {get_args(MeanOver)}")
+        check_mean(mean_over)
         if not regression_weight >= 0:
             raise ValueError(f"regression_weight is {regression_weight}; expected 0 or more")
-        if backbone.softcapped:
-            raise ValueError(
-                f"{backbone.config.model_type} caps its logits, and a gate is a term of the logits "
-                "before the cap; train heads for it by regression alone (trainers.fit)"
-            )
+        check_gates(backbone)
         self.distillation = Distillation(
             backbone, heads, alpha=0.0, loss=loss, boundary_weight=boundary_weight
         )
@@ -142,22 +132,21 @@ class GatedLoss:
                 compressions than of segments, a compression below 1, a temperature of 0 or less.
         """
         check_segments(segments, input_ids.shape[1])
-        _check(segments, compressions, temperature)
+        check_samples(segments, compressions)
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; expected a number above 0")
         ways = ways_of(segments)
         trunks = Trunks(self.distillation.recipe, segments, self.scheme, self.heads.training)
         full, on_labels = self._teach(input_ids, segments, ways, trunks)
         with torch.set_grad_enabled(self.heads.training):
             gates, opened = self._gates(trunks, compressions, temperature)
             attention = BranchAttention(ways, trunks, gates, self.backbone.backend)
-            divergence, agreement, gradients = self._compare(input_ids, ways, attention, full)
-            regression = divergence.new_zeros(())
-            loss = divergence
-            if gradients:
-                loss = WithGradients.apply(loss, *gradients, *gradients.values())
+            lost = self._compare(input_ids, ways, attention, full)
+            loss, regression = lost.loss, lost.loss.new_zeros(())
             if on_labels is not None:
                 regression = on_labels.regression
                 loss = loss + self.regression_weight * on_labels.loss
-        return Gated(loss, divergence.detach(), agreement, opened, regression)
+        return Gated(loss, lost.loss.detach(), lost.agreement, opened, regression)
 
     def _teach(
         self, input_ids: Tensor, segments: Sequence[Segment], ways: Sequence[Way], trunks: Trunks
@@ -199,65 +188,18 @@ class GatedLoss:
 
     def _compare(
         self, input_ids: Tensor, ways: Sequence[Way], attention: BranchAttention, full: Tensor
-    ) -> tuple[Tensor, Tensor, dict[nn.Parameter, Tensor]]:
-        """Read the branches through the gates, next to what they were without them.
-
-        Returns:
-            The mean divergence, the agreement, and the gradients of the former.
-        """
+    ) -> Divergence:
+        """Read the branches through the gates, next to what they were without them."""
         backbone, learning = self.backbone, self.heads.training
         ids = torch.cat([input_ids[:, way.stretch.start : way.stretch.end] for way in ways], dim=1)
         at = [token + way.shift for way in ways for token in way.asking]
-        weights = self._weights(ways).to(
-            full.device, torch.promote_types(full.dtype, torch.float32)
-        )
+        counts = [len(way.asking) for way in ways]
         again = recomputing(backbone.decoder.layers) if self.recompute and learning else None
+        parameters = [p for p in self.heads.parameters() if learning and p.requires_grad]
         # Gradients are taken in here: layers that are computed again need what is attached.
         with again or contextlib.nullcontext(), backbone.attached(attention):
             hidden = backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, at]
-            divergence, agreement, of_hidden = self._divergence(full, hidden, weights)
-            parameters = [p for p in self.heads.parameters() if learning and p.requires_grad]
-            taken: Sequence[Tensor] = ()
-            if parameters:
-                taken = torch.autograd.grad(hidden, parameters, of_hidden)
-        total = weights.sum().clamp(min=1)  # last, so that no dtype is too coarse for gradients
-        gradients = {p: g / total for p, g in zip(parameters, taken, strict=True)}
-        return divergence / total, agreement / max(len(at), 1), gradients
-
-    def _weights(self, ways: Sequence[Way]) -> Tensor:
-        """What the tokens of all answers count, [A]: 1 on average."""
-        counts = [len(way.asking) for way in ways]
-        each = torch.ones(len(counts))
-        if self.mean_over == "branches":
-            mean = sum(counts) / max(sum(map(bool, counts)), 1)
-            each = torch.tensor([mean / max(count, 1) for count in counts])
-        return each.repeat_interleave(torch.tensor(counts))
-
-    def _divergence(
-        self, full: Tensor, gated: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """KL(full || gated) by the weights, summed up over tokens; how many of their likeliest next
-        tokens agree; and, while learning, the gradients of the former for `gated`.
-
-        Args:
-            full, gated: the decoder's output, [A, hidden size]. weights: [A].
-        """
-        rows = max(1, _LOGITS // self.backbone.config.vocab_size)
-        divergence, agreement = weights.new_zeros(()), weights.new_zeros(())
-        gradients = torch.empty_like(gated)
-        for start in range(0, len(full), rows):
-            block = slice(start, start + rows)
-            own = gated[block].detach().requires_grad_(self.heads.training)
-            with torch.no_grad():
-                expected = self.backbone.logits(full[block]).log_softmax(dim=-1)
-            found = self.backbone.logits(own).log_softmax(dim=-1)
-            lost = kl_div(found, expected, reduction="none", log_target=True).sum(dim=-1)
-            total = (lost * weights[block]).sum()
-            divergence += total.detach()
-            agreement += (found.argmax(dim=-1) == expected.argmax(dim=-1)).sum()
-            if self.heads.training:
-                (gradients[block],) = torch.autograd.grad(total, own)
-        return divergence, agreement, gradients
+            return divergence(backbone, full, hidden, counts, self.mean_over, parameters)
 
 
 def check_tunable(heads: RetainingHeads, threshold: Threshold) -> None:
@@ -286,7 +228,23 @@ def check_tunable(heads: RetainingHeads, threshold: Threshold) -> None:
         )
 
 
-def _check(segments: Sequence[Segment], compressions: Sequence[float], temperature: float) -> None:
+def check_gates(backbone: Backbone) -> None:
+    """
+    Raises:
+        ValueError: the backbone's attention takes no gates.
+    """
+    if backbone.softcapped:
+        raise ValueError(
+            f"{backbone.config.model_type} caps its logits, and a gate is a term of the logits "
+            "before the cap; train heads for it by regression alone (trainers.fit)"
+        )
+
+
+def check_samples(segments: Sequence[Segment], compressions: Sequence[float]) -> None:
+    """
+    Raises:
+        ValueError: samples without branches, or compressions that are not theirs.
+    """
     plain = sum(not segment.branches for segment in segments)
     if plain:
         raise ValueError(
@@ -298,5 +256,3 @@ def _check(segments: Sequence[Segment], compressions: Sequence[float], temperatu
             f"compressions are {list(compressions)} for {len(segments)} samples; expected a number "
             "of at least 1 for each"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; expected a number above 0")

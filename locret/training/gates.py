@@ -35,23 +35,40 @@ def thresholds_for(scores: Tensor, compression: float, quotas: Quotas | None = N
     Returns:
         [1, 1, 1] or, with quotas, [L, H, 1]; -inf where all units stay.
     """
+    best_first = _compared(scores, quotas).sort(dim=-1, descending=True).values
+    kept = _kept(scores, compression, quotas)
+    last = best_first.shape[-1] - 1
+    # The middle of the last score that is kept and the first that is not.
+    middle = (best_first.gather(-1, kept - 1) + best_first.gather(-1, kept.clamp(max=last))) / 2
+    return middle.masked_fill(kept > last, -torch.inf)
+
+
+def log_mask(scores: Tensor, compression: float, quotas: Quotas | None = None) -> Tensor:
+    """Logarithms of gates that are as cold as can be: 0 where a unit stays, `FLOOR` elsewhere, like
+    the scores. Of equal scores the first stay: the same tokens have the same in a first layer.
+
+    Args: as of `thresholds_for`.
+    """
+    compared = _compared(scores, quotas)
+    place = compared.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    gone = place >= _kept(scores, compression, quotas)
+    return torch.zeros_like(compared).masked_fill(gone, FLOOR).view_as(scores)
+
+
+def _compared(scores: Tensor, quotas: Quotas | None) -> Tensor:
+    """Scores with those of which the best stay along the last axis: a head's, or all, [1, 1, *]."""
+    return scores.reshape(1, 1, -1) if quotas is None else scores
+
+
+def _kept(scores: Tensor, compression: float, quotas: Quotas | None) -> Tensor:
+    """How many of them stay, [1, 1, 1] or [L, H, 1]."""
     if quotas is None:
-        best_first = scores.flatten().sort(descending=True).values
-        kept = max(1, round(best_first.numel() / compression))
-        return _between(best_first, torch.tensor(kept, device=scores.device)).view(1, 1, 1)
+        kept = max(1, round(scores.numel() / compression))
+        return torch.tensor([[[kept]]], device=scores.device)
     units = scores.shape[-1]
     budget = max(1, round(units / compression))
     counts = unit_counts(quotas.at(compression), budget, units)
-    best_first = scores.sort(dim=-1, descending=True).values
-    return _between(best_first, torch.tensor(counts, device=scores.device)[..., None])
-
-
-def _between(best_first: Tensor, kept: Tensor) -> Tensor:
-    """The middle of the last score that is kept and the first that is not, along the last axis."""
-    kept = kept if kept.dim() == best_first.dim() else kept.view(1)
-    last = best_first.shape[-1] - 1
-    middle = (best_first.gather(-1, kept - 1) + best_first.gather(-1, kept.clamp(max=last))) / 2
-    return middle.masked_fill(kept > last, -torch.inf)
+    return torch.tensor(counts, device=scores.device)[..., None]
 
 
 def log_gates(scores: Tensor, thresholds: Tensor, temperature: float) -> Tensor:

@@ -155,7 +155,15 @@ def test_texts_train_by_replay_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen25_coder", "qwen25_coder_kl", "qwen25_coder_paper", "smollm2_replay"]
+    "name",
+    [
+        "qwen25_coder",
+        "qwen25_coder_adapter",
+        "qwen25_coder_kl",
+        "qwen25_coder_paper",
+        "smollm2_evicted_adapter",
+        "smollm2_replay",
+    ],
 )
 def test_recipes_hold_out_chains_and_several_values(name):
     """So that RULER's `vt` and `multivalue` tell how heads do on what they were not trained on."""

@@ -3,9 +3,11 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 import locret
 from locret.model.loading import load_model
+from tests.tiny_models import tiny_heads
 from tests.trainers.runs import logged, run_forked, source, tiny_run
 from trainers import adapt, fit
 from trainers.adapter import AdapterModule
@@ -27,7 +29,9 @@ def logits(model):
         return model(input_ids=ids).logits
 
 
-def test_an_adapter_changes_the_model_and_merges_exactly(adapter, backbones):
+@pytest.mark.parametrize("trained", ["adapter", "evicted"])
+def test_an_adapter_changes_the_model_and_merges_exactly(trained, backbones, request):
+    adapter = request.getfixturevalue(trained)
     plain = load_model(str(backbones("llama")), dtype="float32", device="cpu").model
     before = logits(plain)
     unmerged = logits(PeftModel.from_pretrained(plain, adapter))
@@ -111,3 +115,88 @@ def test_unknown_modules_to_adapt_are_told_in_a_line(backbones, rows, tmp_path, 
     assert status("trainers.adapt", lambda: adapt.main(args)) == 2
     err = capfd.readouterr().err
     assert "trainers.adapt: Target modules" in err and "Traceback" not in err
+
+
+# --- with heads ---
+
+EVICTED = "smollm2_evicted_adapter.yaml"
+
+
+@pytest.fixture(scope="module")
+def heads(backbones, tmp_path_factory):
+    """A function from fields of the record to a folder with heads."""
+
+    def made(**record):
+        model = load_model(str(backbones("llama")), dtype="float32", device="cpu").model
+        record = {"label": "log_max_prob", "bias": True} | record
+        return tiny_heads(model, **record).save_pretrained(tmp_path_factory.mktemp("heads"))
+
+    return made
+
+
+def evicted_run(backbones, rows, heads, folder, *more, steps=2, config=EVICTED):
+    args = tiny_run(backbones("llama"), rows, folder, steps, config)
+    return [*args, f"--model.heads={heads}", *more]
+
+
+@pytest.fixture(scope="module")
+def evicted(backbones, rows, heads, tmp_path_factory):
+    """A folder with an adapter trained with heads."""
+    folder = tmp_path_factory.mktemp("evicted")
+    more = [
+        "--model.lr=0.02",
+        "--model.rank=8",
+        "--data.batch_size=4",
+        "--model.compressions=[8,8]",
+    ]
+    return adapt.main(evicted_run(backbones, rows, heads(), folder, *more, steps=12))
+
+
+def test_training_with_heads_lowers_the_divergence(evicted):
+    losses = logged(evicted.parent / "logs" / "version_0", "train/loss")
+    assert len(losses) == 12 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert "train/agreement" in (evicted.parent / "logs/version_0/metrics.csv").read_text()
+
+
+def test_an_adapter_says_with_which_heads_it_was_trained(evicted, adapter):
+    record = json.loads((evicted / "eviction.json").read_text())
+    assert record["compressions"] == [8, 8] and record["threshold"] == "global"
+    assert record["heads"].keys() == {"source", "sha256"}
+    assert not (adapter / "eviction.json").exists()
+
+
+def test_heads_on_an_adapter_are_gone_on_from(adapter, backbones, rows, heads, tmp_path):
+    """The teacher is the model with it; of a training that learns nothing it comes back."""
+    args = evicted_run(backbones, rows, heads(adapter=str(adapter)), tmp_path, "--model.lr=0")
+    output = adapt.main([*args, "--model.compressions=[1,1]"])
+    assert all(loss < 1e-6 for loss in logged(tmp_path / "logs" / "version_0", "train/loss"))
+    assert {path.name for path in output.iterdir() if path.is_dir()} == set()
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, output))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_config_for_qwen_trains_and_validates(backbones, rows, heads, tmp_path):
+    more = [source(rows, "val"), "--trainer.val_check_interval=1", "--trainer.limit_val_batches=1"]
+    config = "qwen25_coder_adapter.yaml"
+    adapt.main(evicted_run(backbones, rows, heads(), tmp_path, *more, steps=1, config=config))
+    assert logged(tmp_path / "logs" / "version_0", "val/loss")[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "record", "says"),
+    [
+        (["--data.branches=null"], {}, "data.branches is null"),
+        (["--model.dropout=0.1"], {}, "dropout is 0.1, and layers are computed again"),
+        (["--model.compressions=[8,4]"], {}, "compressions is [8.0, 4.0]; expected the least"),
+        ([], {"label": "max_logit"}, "these heads learned 'max_logit'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_told_in_a_line(
+    more, record, says, backbones, rows, heads, tmp_path, capfd
+):
+    args = evicted_run(backbones, rows, heads(**record), tmp_path, *more)
+    assert status("trainers.adapt", lambda: adapt.main(args)) == 2
+    err = capfd.readouterr().err
+    assert says in err and "Traceback" not in err
