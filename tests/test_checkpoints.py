@@ -27,11 +27,26 @@ def test_the_shipped_heads_fit_the_adapted_embedded_model():
     assert (engine.config.reading.budget, engine.config.reading.stabilizers) == (512, 128)
 
 
-@pytest.mark.parametrize("folder", ["smollm2-adapter", "smollm2-heads"])
-def test_a_shipped_folder_is_small_and_documented(folder):
+@pytest.mark.parametrize(
+    ("folder", "model"),
+    [
+        ("qwen25-coder-heads", "Qwen/Qwen2.5-Coder-1.5B-Instruct"),
+        ("smollm2-adapter", "embedded:smollm2"),
+        ("smollm2-heads", "embedded:smollm2"),
+    ],
+)
+def test_a_shipped_folder_is_small_and_documented(folder, model):
     files = {path.name: path.stat().st_size for path in (SHIPPED / folder).iterdir()}
     assert sum(files.values()) < LIMIT
     assert {"README.md", "training.yaml", "training.png"} <= files.keys()
     training = (SHIPPED / folder / "training.yaml").read_text(encoding="utf-8")
     assert training.startswith("# command: python -m trainers.")
-    assert yaml.safe_load(training)["model"]["model"] == "embedded:smollm2"
+    assert yaml.safe_load(training)["model"]["model"] == model
+
+
+def test_the_shipped_heads_for_qwen_have_quotas_and_fit_its_shape():
+    heads = locret.RetainingHeads.from_pretrained(SHIPPED / "qwen25-coder-heads")
+    assert (heads.config.num_layers, heads.config.num_kv_heads) == (28, 2)
+    assert heads.config.quotas.keys() == {"2", "4", "8", "16", "32"}
+    assert heads.config.backbone_sha256.startswith("cc324af0")
+    assert (SHIPPED / "qwen25-coder-heads" / "heads.safetensors").stat().st_size < 12 * 2**20

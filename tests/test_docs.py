@@ -57,7 +57,7 @@ def test_a_shown_command_is_understood(command, monkeypatch):
     elif program == "pip":
         extras = re.findall(r"\[(.+)\]", words[-1])
         assert set(extras) <= PROJECT["optional-dependencies"].keys()
-    elif program.startswith("trainers."):
+    elif program.startswith(("trainers.", "datamodules.")):
         read_training(program, args)
     elif program.startswith("benchmarks."):
         assert importlib.import_module(program)._parser().parse_args(args).out is not None
