@@ -87,6 +87,7 @@ class RotatedScheme(Scheme):
 
     name = "rotated"
     widths = tuple(PLANES)
+    residual: int = 0  # so near to full precision, no unit is worth five of its size
     bits: int = 3
     key_bits: int = 0
     value_bits: int = 0
