@@ -24,9 +24,13 @@ from locret.quantities import parse_bytes
 from locret.system import interrupts
 
 KEY_VARIABLE = "LOCRET_API_KEY"
-NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+_SERVER = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+NEEDED = {"serve": _SERVER, "ray": (*_SERVER, "ray")}
+"""Modules by the extra that brings them."""
 DAY = 24 * 60 * 60
 RAY_APPLICATION = "locret"
+REPLICAS = ("replicas", "cpus", "gpus")
+"""Arguments that say what Ray starts."""
 
 
 def add_to(commands: Any) -> None:
@@ -61,9 +65,6 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
         ("--memory", size, None, "SIZE", "the device's; prompts that do not fit are refused"),
         ("--upload-limit", size, "64MiB", "SIZE", "of the body of a request"),
         ("--drain", whole(0), 60, "SECONDS", "that answers may go on after SIGTERM"),
-        ("--replicas", whole(1), 1, "N", "with Ray: processes that answer"),
-        ("--cpus", whole(1), 1, "N", "with Ray: cores of a replica"),
-        ("--gpus", whole(0), None, "N", "with Ray: of a replica; default: 1 where there are any"),
     ):
         shown = text if default is None else f"{text} (default: {default})"
         command.add_argument(name, type=kind, default=default, metavar=metavar, help=shown)
@@ -73,6 +74,17 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
         help=f"that clients must send; default: the environment's {KEY_VARIABLE}, else none. Other "
         "users of this machine can read a command line, so prefer the environment",
     )
+    add_replicas(command)
+
+
+def add_replicas(command: argparse.ArgumentParser) -> None:
+    """`REPLICAS`."""
+    for name, kind, default, text in (
+        ("--replicas", whole(1), 1, "with Ray: processes that answer (default: 1)"),
+        ("--cpus", whole(1), 1, "with Ray: cores of a replica (default: 1)"),
+        ("--gpus", whole(0), None, "with Ray: of a replica; default: 1 where there are any"),
+    ):
+        command.add_argument(name, type=kind, default=default, metavar="N", help=text)
 
 
 def run(given: argparse.Namespace) -> None:
@@ -82,13 +94,7 @@ def run(given: argparse.Namespace) -> None:
         ValueError: settings that cannot work together, or packages are missing.
         OSError: the port is taken, or the folder of the contexts cannot be written.
     """
-    extra = "ray" if given.ray else "serve"
-    needed = (*NEEDED, "ray") if given.ray else NEEDED
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"packages are missing: {', '.join(missing)}; pip install 'locret[{extra}]'"
-        )
+    check_installed("ray" if given.ray else "serve")
     from locret.serve.logs import log_to_stderr
     from locret.serve.server import bound, serve
 
@@ -99,6 +105,18 @@ def run(given: argparse.Namespace) -> None:
     key = _key(given)
     with bound(given.host, given.port) as taken:  # before a model is loaded for minutes
         serve(_app(given, key), taken, given.drain)
+
+
+def check_installed(extra: str) -> None:
+    """
+    Raises:
+        ValueError: packages of this extra are missing.
+    """
+    missing = [name for name in NEEDED[extra] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"packages are missing: {', '.join(missing)}; pip install 'locret[{extra}]'"
+        )
 
 
 def _key(given: argparse.Namespace) -> str | None:
@@ -218,25 +236,20 @@ def ray_application(settings: Mapping[str, Any]) -> Any:
 
 
 def _ray_application(given: argparse.Namespace) -> Any:
-    import ray
-
     from locret.serve.ray_app import application
 
     if given.contexts is None:
         raise ValueError("replicas share their contexts; give --contexts FOLDER, one for all")
     given.contexts = given.contexts.resolve()  # replicas have working folders of their own
-    key, gpus = _key(given), given.gpus
+    key = _key(given)
     checked_engine(given)
-    if gpus is None:
-        on_cpu = given.device == "cpu" or not ray.cluster_resources().get("GPU")
-        gpus = 0 if on_cpu else 1
     return application(
         functools.partial(_replica, given, key),
         api_key=key,
         upload_limit=given.upload_limit,
         replicas=given.replicas,
         cpus=given.cpus,
-        gpus=gpus,
+        gpus=gpus_of(given),
         queue=given.queue,
         drain_seconds=given.drain,
     )
@@ -250,9 +263,25 @@ def _replica(given: argparse.Namespace, key: str | None) -> Any:
     return _app(given, key)
 
 
-def _serve_with_ray(given: argparse.Namespace) -> None:
-    """Serve in the cluster of this machine, or in one of its own if there is none."""
+def connect_to_ray() -> None:
+    """Use the cluster of this machine, or start one of its own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tell nobody unless the user wants it
+    import ray
+
+    ray.init(include_dashboard=False)
+
+
+def gpus_of(given: argparse.Namespace) -> int:
+    """GPUs of a replica, once Ray is connected to."""
+    import ray
+
+    if given.gpus is None:
+        return int(given.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
+    return int(given.gpus)
+
+
+def _serve_with_ray(given: argparse.Namespace) -> None:
+    """Serve with Ray until SIGTERM or Ctrl-C."""
     import ray
     from ray import serve
 
@@ -260,7 +289,7 @@ def _serve_with_ray(given: argparse.Namespace) -> None:
 
     with bound(given.host, given.port) as taken:
         address, port = address_of(taken), taken.getsockname()[1]
-    ray.init(include_dashboard=False)
+    connect_to_ray()
     try:
         application = _ray_application(given)
         serve.start(http_options={"host": given.host, "port": port})
