@@ -29,18 +29,7 @@ from locret.quantities import parse_bytes
 from locret.system.files import check_file
 
 NAME = "answer"
-BESIDE = {
-    "prompts",
-    "output",
-    "batch",
-    "memory",
-    "device",
-    "ray",
-    "replicas",
-    "cpus",
-    "gpus",
-    "run",
-}
+BESIDE = {"prompts", "output", "batch", "memory", "device", "ray", *REPLICAS, "run"}
 """Arguments that no answer depends on."""
 Record = dict[str, Any]
 
