@@ -67,7 +67,7 @@ class Replica:
             with contextlib.suppress(UnknownContext):  # the application says so itself
                 await self.keep(context)
         reads = scope["method"] == "POST" and scope["path"].endswith("/v1/contexts")
-        async for message in _messages(self.app, scope, body):
+        async for message in messages_of(self.app, scope, body):
             if reads and message["type"] == "http.response.body":
                 await self._keep_read(message["body"])
             yield message
@@ -89,7 +89,7 @@ class Replica:
                 await self.keep(id)
 
 
-async def _messages(app: Any, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:
+async def messages_of(app: Any, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:
     """What an application sends for a request. It is cancelled when nobody wants more."""
     left, sent = [body], asyncio.Queue[Message | None]()
 
