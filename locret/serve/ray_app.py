@@ -145,7 +145,8 @@ class Ingress:
         for _ in range(ATTEMPTS):
             try:
                 messages = asked.answer.remote(scope, body)
-                return Relayed(await anext(messages), messages)
+                # With the first piece of its body, which is all of an answer that is no stream.
+                return Relayed(await anext(messages), await anext(messages), messages)
             except RayActorError:  # nothing was sent yet
                 continue
             except (BackPressureError, DeploymentUnavailableError, StopAsyncIteration):
@@ -158,23 +159,26 @@ class Relayed(Response):
 
     Args:
         start: its first message.
+        piece: the first one with a piece of its body.
         messages: the others, as they come.
     """
 
-    def __init__(self, start: Message, messages: Any) -> None:
+    def __init__(self, start: Message, piece: Message, messages: Any) -> None:
         super().__init__()
         headers = [(name, value) for name, value in start["headers"] if name != b"x-request-id"]
-        self.start = {**start, "headers": headers}  # Ray adds the id
+        self.first = [{**start, "headers": headers}, piece]  # Ray adds the id
         self.messages = messages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send(self.start)
+        for message in self.first:
+            await send(message)
         try:
             async for message in self.messages:
                 await send(message)
-        except RayActorError:  # the status is sent already, so that the stream has to tell
-            told = event(body_of(_lost())) + DONE
-            await send({"type": "http.response.body", "body": told.encode()})
+        except RayActorError:
+            if message.get("more_body"):  # the status is sent already: the stream has to tell
+                told = event(body_of(_lost())) + DONE
+                await send({"type": "http.response.body", "body": told.encode()})
         finally:
             self.messages.cancel()
 

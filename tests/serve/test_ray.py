@@ -116,9 +116,14 @@ def test_an_answer_is_passed_on(ask):
 
 def test_a_replica_lost_before_it_said_anything_is_replaced_by_another(ask):
     assert ask(Replicas(dies=[0, None])).json()["choices"]
-    answer = ask(Replicas(dies=[0, 0, None]))
+    assert ask(Replicas(dies=[1, None])).json()["choices"]
+    answer = ask(Replicas(dies=[0, 1, None]))
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
     assert answer.json()["error"]["code"] == "replica_lost"
+
+
+def test_a_replica_lost_after_its_answer_does_not_matter(ask):
+    assert ask(Replicas(dies=[2])).json()["choices"]
 
 
 def test_a_stream_whose_replica_is_lost_says_so(ask):
