@@ -181,8 +181,11 @@ def _with_ray(given: argparse.Namespace, asked: Sequence[Record]) -> Iterator[Re
         num_cpus=given.cpus,
         num_gpus=gpus_of(given),
     )
-    for row in answered.iter_rows():
-        yield json.loads(row["answered"])
+    try:
+        for row in answered.iter_rows():
+            yield json.loads(row["answered"])
+    finally:
+        ray.shutdown()
 
 
 class Answerer:

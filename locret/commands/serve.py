@@ -285,18 +285,21 @@ def _serve_with_ray(given: argparse.Namespace) -> None:
     import ray
     from ray import serve
 
-    from locret.serve.server import address_of, bound
+    from locret.serve.server import bound
 
-    with bound(given.host, given.port) as taken:
-        address, port = address_of(taken), taken.getsockname()[1]
+    if given.port == 0:  # any other may be what Ray Serve listens at already
+        with bound(given.host, 0) as taken:
+            given.port = taken.getsockname()[1]
     connect_to_ray()
     try:
         application = _ray_application(given)
-        serve.start(http_options={"host": given.host, "port": port})
+        serve.start(http_options={"host": given.host, "port": given.port})
         serve.run(application, name=RAY_APPLICATION)
         ended = threading.Event()
         with interrupts.handled_by(lambda *_: ended.set()):
-            logging.getLogger("locret.serve").info("serving at %s", address)
+            logging.getLogger("locret.serve").info(
+                "serving at http://%s:%d", given.host, given.port
+            )
             ended.wait()
     finally:
         serve.delete(RAY_APPLICATION)  # answers go on for a while
