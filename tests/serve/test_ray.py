@@ -199,6 +199,13 @@ def test_settings_of_serve_run(model, tmp_path):
 # ---- a cluster -----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A cluster of the test's own is started, whatever runs on this machine."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where Ray keeps a token
+
+
 class Clients:
     """Ask one server, and come again where it says so."""
 
@@ -249,8 +256,7 @@ def is_replica(process):
 
 
 @real
-def test_a_replica_is_killed_in_the_middle(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))  # where Ray keeps a token
+def test_a_replica_is_killed_in_the_middle(model, tmp_path, cluster):
     folder = tmp_path / "contexts"
     served = Command(model, *SETTINGS, "--contexts", folder, "--ray", "--replicas", 2)
     logged = threading.Thread(target=served.process.stderr.read)  # a full pipe would stop it
@@ -282,8 +288,7 @@ def test_a_replica_is_killed_in_the_middle(model, tmp_path, monkeypatch):
 
 
 @real
-def test_prompts_of_a_file_are_answered_by_replicas(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_prompts_of_a_file_are_answered_by_replicas(model, tmp_path, cluster):
     prompts, answers = tmp_path / "prompts.jsonl", {}
     lines = [{"prompt": f"Otter {n}?", "context": f"It was {n % 3}. " * 20} for n in range(20)]
     prompts.write_text("\n".join(map(json.dumps, lines)))
