@@ -3,6 +3,7 @@
 generate   answer a prompt of any length within a budget
 fit        train retaining heads for a model
 adapt      teach a small model long contexts, by LoRA
+answer     every prompt of a JSONL file, on one machine or many
 serve      an OpenAI-compatible server whose contexts fit a budget
 needle     needle in a haystack under several policies, at one length or over a grid
 grid       policies, bits and budgets at equal bytes, on synthetic retrieval
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from locret.commands import (
+    answer,
     artifacts,
     calibrate,
     evaluate,
@@ -41,6 +43,7 @@ from locret.system import interrupts
 
 COMMANDS = (
     generate,
+    answer,
     train,
     serve,
     needle,
@@ -73,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _keeps_answers(given: argparse.Namespace) -> bool:
     """Whether answers are written as they come, and asked for once."""
     asks = given.command in ("needle", "grid") and given.json_out is not None
-    return asks or given.command == "evaluate"
+    return asks or given.command in ("evaluate", answer.NAME)
 
 
 def _running(command: Any, args: Sequence[str]) -> Callable[[Any], None]:

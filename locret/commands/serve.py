@@ -1,8 +1,12 @@
 """`python -m locret serve`: an OpenAI-compatible server whose contexts fit a budget."""
 
 import argparse
+import functools
 import importlib.util
+import logging
 import os
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +21,39 @@ from locret.commands.shared import (
 )
 from locret.policies import policy_in_words
 from locret.quantities import parse_bytes
+from locret.system import interrupts
 
 KEY_VARIABLE = "LOCRET_API_KEY"
-NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+_SERVER = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+NEEDED = {"serve": _SERVER, "ray": (*_SERVER, "ray")}
+"""Modules by the extra that brings them."""
 DAY = 24 * 60 * 60
+RAY_APPLICATION = "locret"
+REPLICAS = ("replicas", "cpus", "gpus")
+"""Arguments that say what Ray starts."""
 
 
 def add_to(commands: Any) -> None:
     command = commands.add_parser("serve", help="serve a model to OpenAI's clients")
+    _add_settings(command)
+    for name, kind, default, metavar, text in (
+        ("--host", str, "127.0.0.1", "ADDRESS", "to listen at; 0.0.0.0 = every interface"),
+        ("--port", _port, 8000, "N", "0 = any free one"),
+    ):
+        shown = f"{text} (default: {default})"
+        command.add_argument(name, type=kind, default=default, metavar=metavar, help=shown)
+    command.add_argument(
+        "--ray", action="store_true", help="as replicas of a Ray cluster that share --contexts"
+    )
+    command.set_defaults(run=run)
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    """Arguments of the application, wherever it is served."""
     add_model(command, first=True)
     add_engine(command)
     size = argument(parse_bytes)
     for name, kind, default, metavar, text in (
-        ("--host", str, "127.0.0.1", "ADDRESS", "to listen at; 0.0.0.0 = every interface"),
-        ("--port", _port, 8000, "N", "0 = any free one"),
         ("--name", str, None, "NAME", "what clients call the model; default: MODEL"),
         ("--contexts", Path, None, "FOLDER", "keep contexts there, so that a restart finds them"),
         ("--contexts-bytes", size, "16GiB", "SIZE", "of all contexts; who was asked last stays"),
@@ -51,7 +74,17 @@ def add_to(commands: Any) -> None:
         help=f"that clients must send; default: the environment's {KEY_VARIABLE}, else none. Other "
         "users of this machine can read a command line, so prefer the environment",
     )
-    command.set_defaults(run=run)
+    add_replicas(command)
+
+
+def add_replicas(command: argparse.ArgumentParser) -> None:
+    """`REPLICAS`."""
+    for name, kind, default, text in (
+        ("--replicas", whole(1), 1, "with Ray: processes that answer (default: 1)"),
+        ("--cpus", whole(1), 1, "with Ray: cores of a replica (default: 1)"),
+        ("--gpus", whole(0), None, "with Ray: of a replica; default: 1 where there are any"),
+    ):
+        command.add_argument(name, type=kind, default=default, metavar="N", help=text)
 
 
 def run(given: argparse.Namespace) -> None:
@@ -61,38 +94,79 @@ def run(given: argparse.Namespace) -> None:
         ValueError: settings that cannot work together, or packages are missing.
         OSError: the port is taken, or the folder of the contexts cannot be written.
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"packages are missing: {', '.join(missing)}; pip install 'locret[serve]'")
+    check_installed("ray" if given.ray else "serve")
     from locret.serve.logs import log_to_stderr
     from locret.serve.server import bound, serve
 
-    key = given.api_key if given.api_key is not None else os.environ.get(KEY_VARIABLE)
-    key = None if key is None else key.strip()  # as that of a client is
-    if key == "":
-        raise ValueError("the API key is empty; give one, or leave it out")
     log_to_stderr()
+    if given.ray:
+        _serve_with_ray(given)
+        return
+    key = _key(given)
     with bound(given.host, given.port) as taken:  # before a model is loaded for minutes
         serve(_app(given, key), taken, given.drain)
 
 
+def check_installed(extra: str) -> None:
+    """
+    Raises:
+        ValueError: packages of this extra are missing.
+    """
+    missing = [name for name in NEEDED[extra] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"packages are missing: {', '.join(missing)}; pip install 'locret[{extra}]'"
+        )
+
+
+def _key(given: argparse.Namespace) -> str | None:
+    """
+    Raises:
+        ValueError: a key without any characters.
+    """
+    key = given.api_key if given.api_key is not None else os.environ.get(KEY_VARIABLE)
+    key = None if key is None else key.strip()  # as that of a client is
+    if key == "":
+        raise ValueError("the API key is empty; give one, or leave it out")
+    return key
+
+
 def _app(given: argparse.Namespace, key: str | None) -> Any:
     """The application over a service that is not started yet."""
-    from locret.engine.config import EngineConfig
-    from locret.engine.engine import Engine
     from locret.serve.app import make_app
+
+    # The folder of contexts, too, is looked at before a model is loaded.
+    service = make_service(given, checked_engine(given), _contexts(given))
+    return make_app(
+        service,
+        service.tokenizer,
+        name=given.name or given.model,
+        api_key=key,
+        upload_limit=given.upload_limit,
+        drain_seconds=given.drain,
+    )
+
+
+def make_service(
+    given: argparse.Namespace, checked: tuple[str, dict[str, Any], Any], contexts: Any
+) -> Any:
+    """The service over the model that is named, not started yet.
+
+    Args:
+        given: the arguments.
+        checked: policy, settings and heads of the engine (`checked_engine`).
+        contexts: where contexts are stored; None = none can be.
+    """
+    from locret.engine.engine import Engine
     from locret.serve.service import Service
 
-    settings, heads = engine_settings(given), load_heads(given)
-    policy = given.policy or ("locret" if heads else "full")
-    EngineConfig.of(policy, heads.config if heads else None, **settings)
-    contexts = _contexts(given)  # its folder too is looked at before a model is loaded
+    policy, settings, heads = checked
     loaded = load(given)
     chat = bool(loaded.tokenizer.chat_template)
     engine = Engine(
         loaded.model, policy_in_words(policy, loaded.tokenizer, chat), heads=heads, **settings
     )
-    service = Service(
+    return Service(
         engine,
         loaded.tokenizer,
         contexts=contexts,
@@ -101,14 +175,20 @@ def _app(given: argparse.Namespace, key: str | None) -> Any:
         max_tokens=given.max_tokens,
         memory=_memory(loaded.model.device) if given.memory is None else given.memory,
     )
-    return make_app(
-        service,
-        loaded.tokenizer,
-        name=given.name or given.model,
-        api_key=key,
-        upload_limit=given.upload_limit,
-        drain_seconds=given.drain,
-    )
+
+
+def checked_engine(given: argparse.Namespace) -> tuple[str, dict[str, Any], Any]:
+    """Policy, settings and heads of the engine.
+
+    Raises:
+        ValueError: they cannot work together.
+    """
+    from locret.engine.config import EngineConfig
+
+    settings, heads = engine_settings(given), load_heads(given)
+    policy = given.policy or ("locret" if heads else "full")
+    EngineConfig.of(policy, heads.config if heads else None, **settings)
+    return policy, settings, heads
 
 
 def _contexts(given: argparse.Namespace) -> Any:
@@ -132,3 +212,97 @@ def _port(text: str) -> int:
     if port > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port; expected 0 to 65535")
     return port
+
+
+# ---- many replicas -------------------------------------------------------------------------------
+
+
+def ray_application(settings: Mapping[str, Any]) -> Any:
+    """What `serve run locret.serve.ray_app:app` runs.
+
+    Args:
+        settings: of this command by name, such as {"model": MODEL, "max-tokens": 64}.
+
+    Raises:
+        ValueError: no model is named, or settings cannot work together.
+    """
+    named = {name.replace("_", "-"): str(value) for name, value in settings.items()}
+    if "model" not in named:
+        raise ValueError("no model is named; give model=MODEL")
+    parser = argparse.ArgumentParser(prog="locret.serve.ray_app:app")
+    _add_settings(parser)
+    words = [named.pop("model"), *(f"--{name}={value}" for name, value in named.items())]
+    return _ray_application(parser.parse_args(words))
+
+
+def _ray_application(given: argparse.Namespace) -> Any:
+    from locret.serve.ray_app import application
+
+    if given.contexts is None:
+        raise ValueError("replicas share their contexts; give --contexts FOLDER, one for all")
+    given.contexts = given.contexts.resolve()  # replicas have working folders of their own
+    key = _key(given)
+    checked_engine(given)
+    return application(
+        functools.partial(_replica, given, key),
+        api_key=key,
+        upload_limit=given.upload_limit,
+        replicas=given.replicas,
+        cpus=given.cpus,
+        gpus=gpus_of(given),
+        queue=given.queue,
+        drain_seconds=given.drain,
+    )
+
+
+def _replica(given: argparse.Namespace, key: str | None) -> Any:
+    """The application of a replica, in its process."""
+    from locret.serve.logs import log_to_stderr
+
+    log_to_stderr()
+    return _app(given, key)
+
+
+def connect_to_ray() -> None:
+    """Use the cluster of this machine, or start one of its own."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tell nobody unless the user wants it
+    import ray
+
+    ray.init(include_dashboard=False)
+
+
+def gpus_of(given: argparse.Namespace) -> int:
+    """GPUs of a replica, once Ray is connected to."""
+    import ray
+
+    if given.gpus is None:
+        return int(given.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
+    return int(given.gpus)
+
+
+def _serve_with_ray(given: argparse.Namespace) -> None:
+    """Serve with Ray until SIGTERM or Ctrl-C."""
+    import ray
+    from ray import serve
+
+    from locret.serve.server import bound
+
+    if given.port == 0:  # any other may be what Ray Serve listens at already
+        with bound(given.host, 0) as taken:
+            given.port = taken.getsockname()[1]
+    connect_to_ray()
+    try:
+        application = _ray_application(given)
+        serve.start(http_options={"host": given.host, "port": given.port})
+        serve.run(application, name=RAY_APPLICATION)
+        ended = threading.Event()
+        with interrupts.handled_by(lambda *_: ended.set()):
+            logging.getLogger("locret.serve").info(
+                "serving at http://%s:%d", given.host, given.port
+            )
+            ended.wait()
+    finally:
+        serve.delete(RAY_APPLICATION)  # answers go on for a while
+        if not serve.status().applications:
+            serve.shutdown()
+        ray.shutdown()

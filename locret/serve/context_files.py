@@ -5,7 +5,6 @@ The time of the last use is that of `ID.json`."""
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -15,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from locret.cache.cache import RetainedCache
-from locret.serve.requests import ContextInfo
+from locret.serve.requests import ID, ContextInfo
 
-ID = re.compile(r"ctx_[A-Za-z0-9_-]{22}")
-"""How ids look. Nothing else ever becomes a path."""
 ABANDONED = 3600.0  # seconds after which a folder without a record is not being written any more
 
 

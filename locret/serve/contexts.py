@@ -10,8 +10,8 @@ from typing import Any
 
 from locret.cache.cache import RetainedCache
 from locret.quantities import format_bytes
-from locret.serve.context_files import ID, ContextFiles
-from locret.serve.requests import ContextInfo, TooLong, UnknownContext
+from locret.serve.context_files import ContextFiles
+from locret.serve.requests import ID, ContextInfo, TooLong, UnknownContext
 
 
 @dataclass

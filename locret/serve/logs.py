@@ -33,7 +33,7 @@ class RequestLog:
             await self.app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        state["id"] = uuid.uuid4().hex
+        state.setdefault("id", uuid.uuid4().hex)
         began, status = time.monotonic(), CLIENT_LEFT  # where nothing is sent, the client had left
 
         async def sending(message: Message) -> None:

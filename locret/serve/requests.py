@@ -1,7 +1,11 @@
 """What is asked of the service and what comes back: plain data."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+ID = re.compile(r"ctx_[A-Za-z0-9_-]{22}")
+"""How ids of contexts look. Nothing else ever becomes a path."""
 
 
 @dataclass(frozen=True)

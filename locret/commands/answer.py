@@ -1,0 +1,277 @@
+"""`python -m locret answer`: answer every prompt of a JSONL file, on this machine or on many.
+
+A line has a "prompt" or "messages", and perhaps a "context": a text that is read once for all lines
+of a batch that have it. Answers are appended as they come, so that the same command goes on where
+it stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from locret.commands.progress import Progress
+from locret.commands.serve import (
+    REPLICAS,
+    add_replicas,
+    check_installed,
+    checked_engine,
+    connect_to_ray,
+    gpus_of,
+    make_service,
+)
+from locret.commands.shared import add_engine, add_model, argument, read_text, whole
+from locret.quantities import parse_bytes
+from locret.system.files import check_file
+
+NAME = "answer"
+BESIDE = {"prompts", "output", "batch", "memory", "device", "ray", *REPLICAS, "run"}
+"""Arguments that no answer depends on."""
+Record = dict[str, Any]
+
+
+def add_to(commands: Any) -> None:
+    command = commands.add_parser(NAME, help="answer every prompt of a JSONL file")
+    command.add_argument("prompts", help='lines such as {"prompt": TEXT}; - for standard input')
+    add_model(command)
+    add_engine(command)
+    for name, kind, default, metavar, text in (
+        ("--output", Path, "answers.jsonl", "FILE", "is added to; what it answers is not asked"),
+        ("--batch", whole(1), 8, "N", "prompts answered together"),
+        ("--max-tokens", whole(1), 256, "N", "of an answer"),
+        ("--memory", argument(parse_bytes), None, "SIZE", "the device's"),
+    ):
+        shown = text if default is None else f"{text} (default: {default})"
+        command.add_argument(name, type=kind, default=default, metavar=metavar, help=shown)
+    command.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    command.add_argument("--ray", action="store_true", help="by replicas of a Ray cluster")
+    add_replicas(command)
+    command.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Answer what is not answered yet.
+
+    Raises:
+        ValueError: a line that is no prompt, settings that cannot work together, packages are
+            missing, or prompts that could not be answered.
+    """
+    check_installed("ray" if given.ray else "serve")
+    check_file(given.output, "--output")
+    records = _records(given.prompts)
+    checked_engine(given)
+    asked = {_key(given, line, record): (line, record) for line, record in records}
+    done = _answered(given.output)
+    left = [
+        {"line": line, "key": key, "record": record}
+        for key, (line, record) in asked.items()
+        if key not in done
+    ]
+    failed, earlier = 0, len(asked) - len(left)
+    answers = (_with_ray if given.ray else _alone)(given, left) if left else ()
+    with Progress("answering", "prompts") as progress:
+        progress(earlier, len(asked))
+        for count, answer in enumerate(answers, start=earlier + 1):
+            if "error" in answer:
+                failed += 1
+                print(f"line {answer['line']}: {answer['error']}", file=sys.stderr)
+            else:
+                _append(given.output, answer)
+            progress(count, len(asked))
+    if failed:
+        raise ValueError(
+            f"{failed} of {len(asked)} prompts have no answer; the same command asks them again"
+        )
+    print(f"{len(asked)} answers in {given.output}, {earlier} of them from earlier")
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def _records(source: str) -> list[tuple[int, Record]]:
+    """Line numbers and prompts.
+
+    Raises:
+        ValueError: a line is not a prompt; says which.
+    """
+    found = []
+    for number, line in enumerate(read_text(source).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} of {source} is not JSON: {error}") from error
+        if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
+            raise ValueError(
+                f"line {number} of {source} is not a prompt; expected an object with either "
+                "prompt or messages"
+            )
+        if not all(isinstance(record.get(name, ""), str) for name in ("prompt", "context")):
+            raise ValueError(f"line {number} of {source}: prompt and context must be texts")
+        found.append((number, record))
+    if not found:
+        raise ValueError(f"there are no prompts in {source}; give one JSON object a line")
+    return found
+
+
+def _key(given: argparse.Namespace, line: int, record: Record) -> str:
+    """Recognises a prompt and the settings that it is answered with."""
+    settings = {name: repr(value) for name, value in vars(given).items() if name not in BESIDE}
+    text = json.dumps([settings, line, record], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _answered(path: Path) -> set[str]:
+    """Keys of the answers in a file; a line that was not written to its end has none."""
+    found = set()
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            found.add(str(json.loads(line)["key"]))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return found
+
+
+def _append(path: Path, answer: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.write(b"\n")  # after a line that a killed command left unfinished
+        file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def _alone(given: argparse.Namespace, asked: Sequence[Record]) -> Iterator[Record]:
+    return _in_turn(Answerer(given), asked, given.batch)
+
+
+def _in_turn(answerer: "Answerer", asked: Sequence[Record], batch: int) -> Iterator[Record]:
+    try:
+        for start in range(0, len(asked), batch):
+            yield from answerer.answer(asked[start : start + batch])
+    finally:
+        answerer.service.close(drain=False)
+
+
+def _with_ray(given: argparse.Namespace, asked: Sequence[Record]) -> Iterator[Record]:
+    """In any order, as replicas answer."""
+    connect_to_ray()
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    DataContext.get_current().enable_progress_bars = False  # there is one for all commands
+    # As texts: tables have one type a column, and records may have any fields. A block is given
+    # back when all of it is answered, so that one is a batch.
+    rows = ray.data.from_items(
+        [{"asked": json.dumps(each)} for each in asked],
+        override_num_blocks=-(-len(asked) // given.batch),
+    )
+    answered = rows.map_batches(
+        Answerer,
+        fn_constructor_args=(given,),
+        batch_size=given.batch,
+        compute=ActorPoolStrategy(size=given.replicas),
+        num_cpus=given.cpus,
+        num_gpus=gpus_of(given),
+    )
+    try:
+        for row in answered.iter_rows():
+            yield json.loads(row["answered"])
+    finally:
+        ray.shutdown()
+
+
+class Answerer:
+    """Answers batches; under Ray, an actor.
+
+    Args:
+        given: the arguments of the command.
+    """
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        from locret.serve.contexts import Contexts
+        from locret.serve.messages import Prompts
+
+        settings = argparse.Namespace(**vars(given), queue=given.batch)
+        self.service = make_service(settings, checked_engine(given), Contexts())
+        self.service.start()
+        self.prompts = Prompts(self.service.tokenizer)
+        self.raw = given.raw or not self.service.tokenizer.chat_template
+        self._contexts: dict[str, str] = {}  # id by text
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        """As Ray calls it, with texts."""
+        answers = self.answer([json.loads(str(each)) for each in batch["asked"]])
+        return {"answered": [json.dumps(answer) for answer in answers]}
+
+    def answer(self, asked: Sequence[Record]) -> list[Record]:
+        """Answers to prompts, or for some an "error"."""
+        self._forget_but({each["record"].get("context", "") for each in asked})
+        asks = [_tried(self._ask, each["record"]) for each in asked]
+        answers = [_tried(self.service.ask, ask) for ask in asks]  # at once, to be asked together
+        results = [_tried(_result, answer) for answer in answers]
+        return [_line(*pair) for pair in zip(asked, results, strict=True)]
+
+    def _forget_but(self, texts: set[str]) -> None:
+        for text in self._contexts.keys() - texts:
+            self.service.contexts.delete(self._contexts.pop(text))
+
+    def _ask(self, record: Record) -> Any:
+        from locret.serve.fields import ChatFields, fields_of
+        from locret.serve.requests import Ask
+
+        context = self._read(record["context"]) if record.get("context") else None
+        if self.raw and "prompt" in record:
+            ids = self.prompts.completion(record["prompt"], follows=context is not None)
+            return Ask(prompt=ids, context=context)
+        messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+        fields = fields_of(ChatFields, {"messages": messages})
+        mapped = [message.as_mapping() for message in fields.messages]
+        if context is not None:
+            return Ask(prompt=self.prompts.question(mapped), context=context)
+        ids, shared = self.prompts.chat(mapped)
+        return Ask(prompt=ids, shared=shared)
+
+    def _read(self, text: str) -> str:
+        """The id of a context, which is read if it was not."""
+        if text not in self._contexts:
+            raw = self.prompts.completion
+            message = {"role": "user", "content": text}
+            ids = raw(text) if self.raw else self.prompts.context([message])
+            self._contexts[text] = self.service.read(ids).result().id
+        return self._contexts[text]
+
+
+def _tried(do: Callable[[Any], Any], value: Any) -> Any:
+    """The result of a step, or why there is none: what failed before is passed on."""
+    from locret.serve.errors import Refused
+
+    if isinstance(value, Exception):
+        return value
+    try:
+        return do(value)
+    except (Refused, ValueError, RuntimeError) as error:
+        return error
+
+
+def _line(asked: Record, result: Any) -> Record:
+    """What is written of a prompt and its result."""
+    if isinstance(result, Exception):
+        result = {"error": str(result)}
+    named = {"id": asked["record"]["id"]} if "id" in asked["record"] else {}
+    return {"line": asked["line"], **named, **result, "key": asked["key"]}
+
+
+def _result(answer: Any) -> Record:
+    from locret.serve.replies import usage_of
+
+    *pieces, end = answer.events()
+    text = "".join(piece.text for piece in pieces)
+    return {"answer": text, "finish_reason": end.reason, "usage": usage_of(end.usage)}
