@@ -51,6 +51,12 @@ def add_to(commands: Any) -> None:
         help=f"that clients must send; default: the environment's {KEY_VARIABLE}, else none. Other "
         "users of this machine can read a command line, so prefer the environment",
     )
+    command.add_argument(
+        "--ui",
+        action=argparse.BooleanOptionalAction,
+        default=importlib.util.find_spec("gradio") is not None,
+        help="a page at /ui to drop texts on and ask them; default: where Gradio is installed",
+    )
     command.set_defaults(run=run)
 
 
@@ -61,9 +67,13 @@ def run(given: argparse.Namespace) -> None:
         ValueError: settings that cannot work together, or packages are missing.
         OSError: the port is taken, or the folder of the contexts cannot be written.
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    needed = (*NEEDED, "gradio") if given.ui else NEEDED
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"packages are missing: {', '.join(missing)}; pip install 'locret[serve]'")
+        extra = "serve,ui" if given.ui else "serve"
+        raise ValueError(
+            f"packages are missing: {', '.join(missing)}; pip install 'locret[{extra}]'"
+        )
     from locret.serve.logs import log_to_stderr
     from locret.serve.server import bound, serve
 
@@ -108,6 +118,7 @@ def _app(given: argparse.Namespace, key: str | None) -> Any:
         api_key=key,
         upload_limit=given.upload_limit,
         drain_seconds=given.drain,
+        ui=given.ui,
     )
 
 

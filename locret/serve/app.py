@@ -5,6 +5,7 @@ POST /v1/contexts                             read a text, messages or a file on
 GET, DELETE /v1/contexts/ID, GET /v1/contexts
 GET /v1/models, /metrics
 GET /health, /ready, POST /load_model         without a key
+/ui                                           the page, if it is asked for (`locret.serve.page`)
 """
 
 import hmac
@@ -48,6 +49,9 @@ class Server:
         name: of the model, as clients ask for it.
         api_key: what clients must send; None = nothing.
         upload_limit: bytes of a body.
+
+    Attributes:
+        page: Gradio's application at /ui; None = there is none.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Server:
         self.name = name
         self.api_key = api_key
         self.upload_limit = upload_limit
+        self.page: Any = None
 
     def check_key(self, request: Request) -> None:
         """
@@ -68,11 +73,14 @@ class Server:
         if self.api_key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
-        if scheme.lower() != "bearer" or not same:
+        if scheme.lower() != "bearer" or not self.is_key(given):
             message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
             challenge = {"WWW-Authenticate": "Bearer"}
             raise Refused(401, message, "invalid_api_key", challenge)
+
+    def is_key(self, given: str) -> bool:
+        """Whether it is the key that clients must send."""
+        return hmac.compare_digest(given.strip().encode(), (self.api_key or "").encode())
 
     def check_model(self, asked: str | None) -> None:
         """
@@ -103,6 +111,7 @@ def make_app(
     api_key: str | None = None,
     upload_limit: int = UPLOAD_LIMIT,
     drain_seconds: float = 60.0,
+    ui: bool = False,
 ) -> FastAPI:
     """The application. It starts the service with itself, and closes it in the end.
 
@@ -113,6 +122,7 @@ def make_app(
         api_key: what clients must send; None = nothing.
         upload_limit: bytes of a body; more is refused.
         drain_seconds: how long answers may go on when the server stops.
+        ui: with the page at /ui, which needs Gradio.
     """
 
     @asynccontextmanager
@@ -129,6 +139,10 @@ def make_app(
     app.include_router(open_to_all)
     app.include_router(with_key)
     app.add_middleware(RequestLog)
+    if ui:
+        from locret.serve.page import mount  # Gradio, which takes seconds to import
+
+        mount(app)
     return app
 
 

@@ -20,7 +20,7 @@ class Command:
 
     def __init__(self, *args, cwd=ROOT):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "locret", "serve", *map(str, args), "--port", "0"],
+            [sys.executable, "-m", "locret", "serve", *map(str, args), "--port", "0", "--no-ui"],
             cwd=cwd,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
