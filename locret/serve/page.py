@@ -119,7 +119,10 @@ class Page:
         with _told():
             cache = self._cache(id)
         chosen = (None if which == ALL else which for which in (layer, head))
-        shares, shown = page_strip.held(cache, *chosen), page_strip.passage(cache.seen, place / 100)
+        shares, shown = (
+            page_strip.shares_of(cache, *chosen),
+            page_strip.passage(cache.seen, place / 100),
+        )
         assert cache.token_ids is not None
         tokens, its_shares = (x[shown.start : shown.stop] for x in (cache.token_ids[0], shares))
         words = page_strip.words(

@@ -16,14 +16,14 @@ PASSAGE = 400
 """Tokens of a passage."""
 CSS = """
 .strip { display: flex; height: 48px; border: 1px solid currentColor; }
-.strip i { flex: 1; background: rgb(249 115 22 / var(--held)); }
+.strip i { flex: 1; background: rgb(249 115 22 / var(--share)); }
 .strip i.shown { box-shadow: inset 0 -5px currentColor; }
 .words { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; }
-.words span { background: rgb(249 115 22 / var(--held)); }
+.words span { background: rgb(249 115 22 / var(--share)); }
 """
 
 
-def held(cache: RetainedCache, layer: int | None = None, head: int | None = None) -> Tensor:
+def shares_of(cache: RetainedCache, layer: int | None = None, head: int | None = None) -> Tensor:
     """What share of the KV heads holds each token that was read: [seen] float32 on the CPU, 0 to 1.
 
     Args:
@@ -54,7 +54,7 @@ def strip(shares: Tensor, shown: range) -> str:
     """The whole text as a strip of cells: the darker, the more of it is held.
 
     Args:
-        shares: of each token (`held`).
+        shares: of each token (`shares_of`).
         shown: the tokens of the passage below it (`passage`).
     """
     bounds = torch.linspace(0, len(shares), min(CELLS, len(shares)) + 1).long().tolist()
@@ -72,7 +72,7 @@ def words(tokenizer: Any, tokens: Sequence[int], shares: Sequence[float]) -> str
     Args:
         tokenizer: of the model.
         tokens: of the passage.
-        shares: of each of them (`held`).
+        shares: of each of them (`shares_of`).
     """
     spans = [
         f'<span {_colour(share)} title="{share:.0%} held">{escape(text)}</span>'
@@ -93,4 +93,4 @@ def _pieces(
 
 
 def _colour(share: float) -> str:
-    return f'style="--held:{share**0.5:.2f}"'  # the root, because an eighth shall be seen too
+    return f'style="--share:{share**0.5:.2f}"'  # the root, because an eighth shall be seen too

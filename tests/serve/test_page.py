@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import re
 import shutil
 
@@ -13,7 +14,7 @@ from locret import cli
 from locret.serve.app import make_app
 from locret.serve.contexts import Contexts
 from locret.serve.messages import Prompts
-from locret.serve.page_strip import held, passage, strip, words
+from locret.serve.page_strip import passage, shares_of, strip, words
 from tests.serve.command import ROOT
 from tests.serve.live import running
 
@@ -104,7 +105,6 @@ def test_a_context_that_is_not_there_is_told(page):
 def test_who_leaves_the_page_gives_the_reading_up(page, book):
     async def leave():
         reading = page.read([book])
-        page.server.service._linger = 0
         async with contextlib.aclosing(reading):
             await anext(reading)
 
@@ -118,10 +118,10 @@ def test_who_leaves_the_page_gives_the_reading_up(page, book):
 def test_shares_are_those_of_the_source_positions(twin, ids):
     cache = twin.prefill(torch.tensor([ids(60)]))
     rows = [layer.source_positions[0] for layer in cache.layers]
-    for token, share in enumerate(held(cache).tolist()):
+    for token, share in enumerate(shares_of(cache).tolist()):
         holding = [token in positions.tolist() for row in rows for positions in row]
         assert share == pytest.approx(sum(holding) / len(holding))
-    one = held(cache, layer=1, head=0)
+    one = shares_of(cache, layer=1, head=0)
     assert one.nonzero().flatten().tolist() == rows[1][0].tolist() and set(one.tolist()) == {0, 1}
 
 
@@ -132,7 +132,7 @@ def test_a_strip_has_a_cell_for_equally_many_tokens():
     cells = strip(shares, shown).split("<i ")[1:]
     assert len(cells) == 200 and "tokens 1 to 5: 100% held" in cells[0]
     assert [cell for cell in cells if "shown" in cell] == cells[120:]
-    assert "--held:0.00" in cells[-1]
+    assert "--share:0.00" in cells[-1]
 
 
 def test_words_are_whole_characters_and_no_markup(tokenizer):
@@ -171,6 +171,16 @@ def test_a_file_in_a_space_serves_the_page(monkeypatch):
     parsed = cli._parsed(given[0])
     assert (parsed.ui, parsed.host, parsed.port) == (True, "0.0.0.0", 7860)
     assert len(code.splitlines()) == 5
+
+
+def test_a_page_without_gradio_is_refused(monkeypatch):
+    given, real = cli._parsed(["serve", "a-model", "--ui"]), importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "gradio" else real(name)
+    )
+    with pytest.raises(ValueError, match=r"missing: gradio; pip install 'locret\[serve,ui\]'"):
+        given.run(given)
+    assert not cli._parsed(["serve", "a-model"]).ui
 
 
 @pytest.fixture
