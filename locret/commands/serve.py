@@ -25,7 +25,7 @@ from locret.system import interrupts
 
 KEY_VARIABLE = "LOCRET_API_KEY"
 _SERVER = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
-NEEDED = {"serve": _SERVER, "ray": (*_SERVER, "ray")}
+NEEDED = {"serve": _SERVER, "ray": (*_SERVER, "ray"), "ui": (*_SERVER, "gradio")}
 """Modules by the extra that brings them."""
 DAY = 24 * 60 * 60
 RAY_APPLICATION = "locret"
@@ -44,6 +44,13 @@ def add_to(commands: Any) -> None:
         command.add_argument(name, type=kind, default=default, metavar=metavar, help=shown)
     command.add_argument(
         "--ray", action="store_true", help="as replicas of a Ray cluster that share --contexts"
+    )
+    command.add_argument(
+        "--ui",
+        action=argparse.BooleanOptionalAction,
+        default=importlib.util.find_spec("gradio") is not None,
+        help="a page at /ui to drop texts on and ask them (not with --ray); default: where Gradio "
+        "is installed",
     )
     command.set_defaults(run=run)
 
@@ -95,6 +102,8 @@ def run(given: argparse.Namespace) -> None:
         OSError: the port is taken, or the folder of the contexts cannot be written.
     """
     check_installed("ray" if given.ray else "serve")
+    if given.ui and not given.ray:
+        check_installed("ui")
     from locret.serve.logs import log_to_stderr
     from locret.serve.server import bound, serve
 
@@ -104,7 +113,7 @@ def run(given: argparse.Namespace) -> None:
         return
     key = _key(given)
     with bound(given.host, given.port) as taken:  # before a model is loaded for minutes
-        serve(_app(given, key), taken, given.drain)
+        serve(_app(given, key, given.ui), taken, given.drain)
 
 
 def check_installed(extra: str) -> None:
@@ -131,7 +140,7 @@ def _key(given: argparse.Namespace) -> str | None:
     return key
 
 
-def _app(given: argparse.Namespace, key: str | None) -> Any:
+def _app(given: argparse.Namespace, key: str | None, ui: bool = False) -> Any:
     """The application over a service that is not started yet."""
     from locret.serve.app import make_app
 
@@ -144,6 +153,7 @@ def _app(given: argparse.Namespace, key: str | None) -> Any:
         api_key=key,
         upload_limit=given.upload_limit,
         drain_seconds=given.drain,
+        ui=ui,
     )
 
 

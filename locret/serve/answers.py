@@ -164,7 +164,13 @@ class Answer(Pending[Piece | End]):
 
 
 class Reading(Pending[ContextInfo]):
-    """A context that is being read."""
+    """A context that is being read.
+
+    Attributes:
+        done: tokens read so far.
+    """
+
+    done: int = 0
 
     def result(self, timeout: float | None = None) -> ContextInfo:
         """What was stored, once it was read.

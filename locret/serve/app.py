@@ -5,9 +5,9 @@ POST /v1/contexts                             read a text, messages or a file on
 GET, DELETE /v1/contexts/ID, GET /v1/contexts
 GET /v1/models, /metrics
 GET /health, /ready, POST /load_model         without a key
+/ui                                           the page, if it is asked for (`locret.serve.page`)
 """
 
-import hmac
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -29,6 +29,7 @@ from locret.serve.fields import (
     Sampling,
     fields_of,
 )
+from locret.serve.keys import check_key
 from locret.serve.logs import RequestLog
 from locret.serve.messages import Prompts
 from locret.serve.metrics import Metrics
@@ -48,6 +49,9 @@ class Server:
         name: of the model, as clients ask for it.
         api_key: what clients must send; None = nothing.
         upload_limit: bytes of a body.
+
+    Attributes:
+        page: Gradio's application at /ui; None = there is none.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Server:
         self.name = name
         self.api_key = api_key
         self.upload_limit = upload_limit
+        self.page: Any = None
 
     def check_model(self, asked: str | None) -> None:
         """
@@ -89,6 +94,7 @@ def make_app(
     api_key: str | None = None,
     upload_limit: int = UPLOAD_LIMIT,
     drain_seconds: float = 60.0,
+    ui: bool = False,
 ) -> FastAPI:
     """The application. It starts the service with itself, and closes it in the end.
 
@@ -99,6 +105,7 @@ def make_app(
         api_key: what clients must send; None = nothing.
         upload_limit: bytes of a body; more is refused.
         drain_seconds: how long answers may go on when the server stops.
+        ui: with the page at /ui, which needs Gradio.
     """
 
     @asynccontextmanager
@@ -115,6 +122,10 @@ def make_app(
     app.include_router(open_to_all)
     app.include_router(with_key)
     app.add_middleware(RequestLog)
+    if ui:
+        from locret.serve.page import mount  # Gradio, which takes seconds to import
+
+        mount(app)
     return app
 
 
@@ -124,21 +135,6 @@ def _server(request: Request) -> Server:
 
 
 Served = Annotated[Server, Depends(_server)]
-
-
-def check_key(request: Request, api_key: str | None) -> None:
-    """
-    Raises:
-        Refused: the request does not come with the key; None = it needs none.
-    """
-    if api_key is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    same = hmac.compare_digest(given.strip().encode(), api_key.encode())
-    if scheme.lower() != "bearer" or not same:
-        message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
-        challenge = {"WWW-Authenticate": "Bearer"}
-        raise Refused(401, message, "invalid_api_key", challenge)
 
 
 def _check_key(request: Request, server: Served) -> None:

@@ -60,7 +60,7 @@ async def read_upload(request: Request, most: int) -> str:
         content = await files[0].read()
     finally:
         await form.close()
-    return await to_thread.run_sync(_file_text, content)
+    return await to_thread.run_sync(file_text, content)
 
 
 async def chunks(request: Request, most: int) -> AsyncGenerator[bytes, None]:
@@ -121,7 +121,8 @@ def _check_values(found: Any) -> None:
         level = below
 
 
-def _file_text(content: bytes) -> str:
+def file_text(content: bytes) -> str:
+    """The text of a file, with line ends as in Python; errors as for `read_upload`."""
     text = _decoded(content, "the file").removeprefix("\ufeff")
     check_text(text)
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -13,8 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from locret.serve.errors import CLIENT_LEFT
 
 LONGEST_PATH = 200
-PROBES = ("/health", "/ready")
-"""Asked every few seconds by whoever watches the server; only their failures are logged."""
+PROBES = ("/health", "/ready", "/ui/")
+"""How paths begin that are asked for again and again: by whoever watches the server, and by the
+page in a browser. Only their failures are logged."""
 _log = logging.getLogger("locret.serve")
 
 
@@ -49,7 +50,7 @@ class RequestLog:
             status = 500
             raise
         finally:
-            probe = scope["path"] in PROBES and status == 200
+            probe = scope["path"].startswith(PROBES) and status == 200
             line = _line(scope, status, time.monotonic() - began)
             _log.log(logging.DEBUG if probe else logging.INFO, "request", extra={"fields": line})
 

@@ -28,6 +28,8 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn; requests that go on for too long are given up by the service, so that their
         clients are told so, before uvicorn would cut them off."""
+        if self._app.state.server.page is not None:  # whose browsers would stay connected
+            self._app.state.server.page.stop_event.set()
         giving_up = asyncio.create_task(self._give_up())
         try:
             await super().shutdown(sockets)
@@ -46,6 +48,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         for taken in sockets or []:
             _log.info("serving at %s", address_of(taken))
+            if self._app.state.server.page is not None:
+                _log.info("the page is at %s/ui", address_of(taken))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

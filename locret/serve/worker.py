@@ -77,6 +77,9 @@ class Worker:
     def _after_chunk(self, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(done, total)
+        for job in self._current:
+            if isinstance(job, ReadJob):
+                job.reading.done = done
         if self._current and all(job.closed for job in self._current):
             raise Abandoned
 

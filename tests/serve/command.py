@@ -21,7 +21,7 @@ class Command:
     def __init__(self, *args, cwd=ROOT):
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "locret", "serve", *map(str, args), "--port", "0"],
+            [sys.executable, "-m", "locret", "serve", *map(str, args), "--port", "0", "--no-ui"],
             cwd=cwd,
             env=os.environ | {"PYTHONPATH": path},
             stderr=subprocess.PIPE,
