@@ -178,7 +178,7 @@ def test_a_page_without_gradio_is_refused(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "gradio" else real(name)
     )
-    with pytest.raises(ValueError, match=r"missing: gradio; pip install 'locret\[serve,ui\]'"):
+    with pytest.raises(ValueError, match=r"missing: gradio; pip install 'locret\[ui\]'"):
         given.run(given)
     assert not cli._parsed(["serve", "a-model"]).ui
 

@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("ray.serve")
 
+from types import SimpleNamespace
+
 from fastapi import Request
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
@@ -98,7 +100,7 @@ def ask():
             if scope["type"] == "http":
                 await (await ingress(Request(scope, receive)))(scope, receive, send)
 
-        app.state = None
+        app.state = SimpleNamespace(server=SimpleNamespace(page=None))
         headers = {"Authorization": f"Bearer {key}"}
         with running(app) as url:
             return httpx.post(url + CHAT, json=fields, headers=headers)
