@@ -38,7 +38,7 @@ def both(monkeypatch):
 
 def assert_equal(stock, fused):
     assert torch.equal(stock[0], fused[0])
-    torch.testing.assert_close(fused[1], stock[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused[1], stock[1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("heads", [2, 8])

@@ -83,7 +83,8 @@ def store_rotated(
     if out.numel():
         with on_device(out):
             _store_rotated[(query_heads + heads, batch)](
-                *(new, (tail_keys, tail_values), slot, tables, norms and norms[:2], out),
+                *(tuple(new), (tail_keys, tail_values), slot),
+                *(tables and tuple(tables), norms and norms[:2], out),
                 *(norms.eps if norms else 0.0, query_heads, capacity),
                 *(tuple(x.stride() for x in new), (tail_keys.stride(), tail_values.stride())),
                 0 if tables is None or tables.cos.shape[0] == 1 else tables.cos.stride(0),
