@@ -8,6 +8,7 @@ from locret.cache.sequences import sequences_of
 from locret.engine.engine import Engine
 from locret.engine.steps import EAGER_STEPS
 from locret.model.attend import attend, attend_past, available
+from locret.model.backbone import PRENORM
 from locret.model.past import Past
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
@@ -34,6 +35,9 @@ def test_answers_are_those_of_the_cpu(family, positions):
     assert engine.config.compute.graphs == (family in GRAPHED)
     given = engine.generate(ids.cuda(), **GREEDY)
     assert torch.equal(given.cpu(), expected)
+    assert engine.last_steps.fused == 19 * (
+        model.config.model_type in PRENORM and engine.fast_steps
+    )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

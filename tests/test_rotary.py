@@ -50,8 +50,8 @@ def test_tables_of_the_fused_kernel_turn_alike(family):
         rotary = layer.rotary
         if rotary is not None:
             cos, sin = rotary.cos_sin((4,), 7, (50,), x)
-            tables = rotary._pattern.tables(cos, sin)
-            turned = rotate_at_slots(x, *tables, rotary._pattern.pairing)
+            tables = rotary.pattern.tables(cos, sin)
+            turned = rotate_at_slots(x, *tables, rotary.pattern.pairing)
             assert (turned - rotary.rotate(x, (4,), (50,))).abs().max() < 1e-6
 
 

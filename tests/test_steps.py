@@ -10,6 +10,7 @@ import locret
 from locret.engine.answering import Answering
 from locret.engine.steps import EAGER_STEPS, StepCounts, scratch_for
 from locret.kernels import decode_packed, decode_sequences
+from locret.model.backbone import PRENORM
 from locret.model.hooks import cache_of
 from locret.quantization import SCHEMES, make_scheme
 from locret.quantization.base import Scheme
@@ -104,15 +105,17 @@ def test_every_step_of_an_answer_is_fast(fast, family, positions):
     engine = locret.Engine(model, heads=tiny_heads(model), positions=positions, **SMALL)
     assert engine.last_steps is None
     engine.generate(prompt(60, batch=2), **GREEDY)
-    assert engine.last_steps == StepCounts(taken=11, fast=11, replayed=0)
+    fused = model.config.model_type in PRENORM
+    assert engine.last_steps == StepCounts(taken=11, fast=11, replayed=0, fused=11 * fused)
     cache = engine.prefill(prompt(60))
     # The first call after a context fixes the slots, unless they are fixed already.
     first = positions == "original"
     engine.generate(prompt(1, seed=1), cache=cache, **GREEDY)
-    assert engine.last_steps == StepCounts(taken=12, fast=11 + first)
+    steps = 11 + first
+    assert engine.last_steps == StepCounts(taken=12, fast=steps, fused=steps * fused)
     for tokens in (1, 4):  # and what the last answer left unread
         engine.generate(prompt(tokens, seed=1), cache=cache, **GREEDY)
-        assert engine.last_steps == StepCounts(taken=11, fast=11)
+        assert engine.last_steps == StepCounts(taken=11, fast=11, fused=11 * fused)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +140,7 @@ def test_every_step_is_fast_whatever_the_answer_is_asked_with(fast, settings, gi
         mask[1, :padded] = 0
         engine = locret.Engine(model, "random", **SMALL | settings)
         engine.generate(ids, mask, **GREEDY | given)
-        assert engine.last_steps == StepCounts(taken=11, fast=11)
+        assert engine.last_steps == StepCounts(taken=11, fast=11, fused=11)
 
 
 def test_steps_go_on_as_storage_runs_out_and_after_restoring(fast, monkeypatch):
@@ -148,7 +151,8 @@ def test_steps_go_on_as_storage_runs_out_and_after_restoring(fast, monkeypatch):
     for _ in range(2):
         for tokens in (12, 30):
             engine.generate(prompt(4), cache=cache, max_new_tokens=tokens, do_sample=False)
-            assert engine.last_steps == StepCounts(taken=tokens - 1, fast=tokens - 1)
+            steps = tokens - 1
+            assert engine.last_steps == StepCounts(taken=steps, fast=steps, fused=steps)
         cache.restore(context)
 
 
@@ -183,7 +187,7 @@ def test_compiled_models_take_fast_steps_too(fast):
     model.compile(backend="eager")
     engine = locret.Engine(model, "random", **SMALL)
     assert torch.equal(engine.generate(prompt(60), **GREEDY), expected)
-    assert engine.last_steps == StepCounts(taken=11, fast=11)
+    assert engine.last_steps == StepCounts(taken=11, fast=11, fused=11)
 
 
 def test_steps_under_autocast(fast):
@@ -206,8 +210,8 @@ def test_steps_on_a_gpu_are_replayed_from_a_graph(compiled, autocast):
         for graphs in (False, "auto"):
             engine = locret.Engine(model, "random", graphs=graphs, **SMALL)
             answers.append(engine.generate(prompt(60, batch=2).cuda(), **GREEDY))
-            replayed = 11 - EAGER_STEPS if graphs else 0
-            assert engine.last_steps == StepCounts(taken=11, fast=11, replayed=replayed)
+            replayed, fused = 11 - EAGER_STEPS if graphs else 0, 0 if autocast else 11
+            assert engine.last_steps == StepCounts(11, 11, replayed, fused)
     assert torch.equal(*answers)
 
 

@@ -20,13 +20,8 @@ from locret.engine.attention import RetainedAttention
 from locret.engine.config import EngineConfig
 from locret.engine.passes import AnswerPass, Pass
 from locret.engine.reading import counts_of, one_if_equal
-from locret.engine.steps import (
-    GraphedSteps,
-    StepCounts,
-    seen_through,
-    takes_steps,
-    without_mask,
-)
+from locret.engine.steps import GraphedSteps, StepCounts, takes_steps
+from locret.engine.through import seen_through, without_mask
 from locret.kernels.dispatch import AVAILABLE
 from locret.model.backbone import Backbone
 from locret.model.hooks import as_argument, without_autocast
@@ -92,7 +87,8 @@ class Answering:
                 layer.store.pack()
         # Beside those of new tokens, the call that reads what is left of a prompt, if that is one.
         taken = cache.seen - sequence.shape[1] + (sequence.shape[1] - seen == 1)
-        self.last_steps = StepCounts(taken, *((steps.fast, steps.replayed) if steps else ()))
+        counts = (steps.fast, steps.replayed, steps.fused) if steps else ()
+        self.last_steps = StepCounts(taken, *counts)
         plain = isinstance(output, Tensor)
         sequences = output if plain else output.sequences
         if beams == 1:  # else the cache's rows are the last beams, not the sequences returned

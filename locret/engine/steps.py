@@ -6,6 +6,9 @@ kernel launches serve every step; `GraphedSteps` records them once and replays t
 
 Python never reads the counters; it keeps its own, which move in step.
 
+Between its matrix products a step of a model whose layers `locret.model.prenorm` knows runs fused
+kernels.
+
 Packed units that a kernel cannot attend to as they are (`Scheme.decodes_packed`) are written out at
 every step, one layer after the other, to a scratch buffer that all layers share. What a cache
 reports does not count it; it lives no longer than the answer.
@@ -22,18 +25,24 @@ from locret.cache.cache import RetainedCache
 from locret.cache.context import StoredContext, places
 from locret.cache.layer import RetainedLayer
 from locret.engine.passes import Pass
+from locret.engine.through import without_mask
 from locret.kernels import (
+    HeadNorms,
+    NewUnit,
     PackedShares,
     Plain,
     Shares,
+    Tables,
     decode_packed,
     decode_sequences,
     decode_shares,
     packed_shares,
+    store_rotated,
     store_units,
 )
 from locret.model.backbone import Backbone
-from locret.model.hooks import LayerCall, as_argument, cache_in, without_autocast
+from locret.model.hooks import LayerCall, as_argument, as_output, cache_in, without_autocast
+from locret.model.prenorm import PrenormDecoder, why_not_fused
 from locret.model.rotary import Rotary
 from locret.quantization.packed import Expansion
 
@@ -47,11 +56,13 @@ class StepCounts(NamedTuple):
         taken: calls of the model with one token a row.
         fast: those of them with counters on the device.
         replayed: those of the fast ones that a CUDA graph ran.
+        fused: those of the fast ones with fused kernels between matrix products.
     """
 
     taken: int
     fast: int = 0
     replayed: int = 0
+    fused: int = 0
 
 
 class Filling(NamedTuple):
@@ -155,7 +166,9 @@ class StepPass(Pass):
     def __init__(self, backbone: Backbone, cache: RetainedCache, room: int) -> None:
         self.cache = cache
         self._rotary = backbone.rotary
+        self._rotates = [layer.rotary is not None for layer in backbone.layers]
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._signed: dict[int, tuple[Tensor, Tensor]] = {}
         self._now: dict[int, tuple[Tensor, Tensor]] = {}
         device = cache.layers[0].store.like.device
         for layer in cache.layers:
@@ -216,6 +229,18 @@ class StepPass(Pass):
             self._tables[count] = cos, sin
         return self._tables[count]
 
+    def _turning(self, layer_idx: int) -> Tables | None:
+        """What `store_rotated` rotates a layer's new unit with; None for a layer without RoPE."""
+        if not self._rotates[layer_idx]:
+            return None
+        count, starts = self._starts[layer_idx]
+        if count not in self._signed:
+            assert self._rotary.pattern is not None
+            self._signed[count] = self._rotary.pattern.tables(*self._tables_for(count))
+        cos, sin = self._signed[count]
+        which = self._places[count].index(starts)
+        return Tables(cos[which], sin[which])
+
     def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor:
         with without_autocast(call.key.device):
             return self._attend(call, layer)
@@ -231,6 +256,14 @@ class StepPass(Pass):
         tail.count += 1
         return output.transpose(1, 2)
 
+    def take(self, i: int, new: NewUnit, norms: HeadNorms | None, scaling: float) -> Tensor:
+        """Store a layer's new unit, not rotated yet, and attend, [B, H*G, 1, D]. Python's counters
+        stay: `advance`."""
+        keys, values = self.cache.layers[i].store.tail.tensors[:2]
+        slot, length = (counts[i : i + 1] for counts in (self._filled, self._lengths))
+        query = store_rotated(new, keys, values, slot, self._turning(i), norms)
+        return self._contexts[i].attend(query, keys, values, length, scaling)
+
     def end(self) -> None:
         """After the layers of a step ran: move the device's counters."""
         self._filled += 1
@@ -238,7 +271,8 @@ class StepPass(Pass):
         self._now = {}
 
     def advance(self) -> None:
-        """Python's counters, after a replay."""
+        """Python's counters, after a replay or a fused step."""
+        self.cache.answered = self.cache.budget is not None
         for layer in self.cache.layers:
             layer.store.tail.count += 1
             layer.seen += 1
@@ -254,7 +288,7 @@ class GraphedSteps:
         graphs: whether steps are recorded and replayed, once they have run a few times.
 
     Attributes:
-        fast, replayed: see `StepCounts`.
+        fast, replayed, fused: see `StepCounts`.
     """
 
     def __init__(self, backbone: Backbone, cache: RetainedCache, room: int, graphs: bool) -> None:
@@ -267,8 +301,10 @@ class GraphedSteps:
         self._ids: Tensor | None = None
         self._outputs: Any = None
         self._eager = 0
+        self._fused: PrenormDecoder | None = None
         self.fast = 0
         self.replayed = 0
+        self.fused = 0
 
     def __call__(self, run: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """The model's outputs for `inputs`, as of any model where this is no step of ours."""
@@ -279,6 +315,7 @@ class GraphedSteps:
         self.fast += 1
         if self._steps is None or self._steps.left == 0:
             self._prepare()
+        self.fused += self._fused is not None
         if self._graph is None and (not self._graphs or self._eager < EAGER_STEPS):
             self._eager += 1
             return self._step(run, ids)
@@ -304,9 +341,16 @@ class GraphedSteps:
         self._steps = self._graph = self._outputs = self._ids = None  # their memory is free first
         self._steps = StepPass(self._backbone, self._cache, self._room)
         self._eager = 0
+        fuses = why_not_fused(self._backbone, self._cache.layers[0].store.like.dtype) is None
+        self._fused = PrenormDecoder(self._backbone) if fuses else None
 
     def _step(self, run: Callable[..., Any], ids: Tensor) -> Any:
         assert self._steps is not None
+        if self._fused is not None:
+            outputs = as_output(self._fused.logits(ids, self._steps.take), self._cache)
+            self._steps.advance()
+            self._steps.end()
+            return outputs
         with self._cache.during(self._steps):
             # Positions are the cache's business; the stock rotary module only needs a shape.
             outputs = run(
@@ -336,32 +380,6 @@ def _recording_stream(device: torch.device) -> Any:
     """What all graphs of a device are recorded on: torch has one for all devices, and cuBLAS keeps
     memory for each."""
     return torch.cuda.Stream(device)
-
-
-def without_mask(run: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-    """A model's outputs for `inputs` whose `attention_mask` is stock `generate`'s to know: which
-    slots of a row are empty, the cache knows."""
-    return run(**inputs | {"attention_mask": None})
-
-
-def seen_through(model: Any, through: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> Any:
-    """`model`, whose calls go through `through(run, inputs)` first. The model itself is left as it
-    is: what is returned is another object of a subclass, with the same attributes."""
-    kind: Any = type(model)
-    seen: Any = object.__new__(_seen_class(kind))
-    object.__setattr__(seen, "__dict__", model.__dict__)
-    object.__setattr__(seen, "_through", through)  # a slot of its own, not the model's attribute
-    return seen
-
-
-@functools.cache
-def _seen_class(kind: type) -> type:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        run = functools.partial(kind.__call__, self)
-        return run(*args, **kwargs) if args else self._through(run, kwargs)
-
-    body = {"__call__": call, "__slots__": ("_through",), "__module__": kind.__module__}
-    return type(kind.__name__, (kind,), body)
 
 
 def takes_steps(layer: RetainedLayer, folds: bool) -> bool:

@@ -7,6 +7,7 @@ depends on a value there. This is the lowest layer: it imports torch and, if the
 Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 """
 
+from locret.kernels.add_norm import add_norm
 from locret.kernels.decode import (
     Plain,
     decode_sequences,
@@ -18,19 +19,25 @@ from locret.kernels.evict import (
     gather_sequences,
     select_sequences,
 )
+from locret.kernels.gated import gated
 from locret.kernels.pack_rotated import fetch_rotated, pack_rotated_keys, pack_rotated_values
 from locret.kernels.packed import PackedKV, PackedShares, expand_units
 from locret.kernels.packed_floats import expand_floats
 from locret.kernels.packed_rotated import RotatedKV, expand_rotated
 from locret.kernels.rotate import rotate_at_slots, rotate_units
 from locret.kernels.splits import Shares, merge_attention, share_out
+from locret.kernels.store_rotated import HeadNorms, NewUnit, Tables, store_rotated
 
 __all__ = [
+    "HeadNorms",
+    "NewUnit",
     "PackedKV",
     "PackedShares",
     "Plain",
     "RotatedKV",
     "Shares",
+    "Tables",
+    "add_norm",
     "decode_packed",
     "decode_sequences",
     "decode_shares",
@@ -38,6 +45,7 @@ __all__ = [
     "expand_rotated",
     "expand_units",
     "fetch_rotated",
+    "gated",
     "gather_sequences",
     "merge_attention",
     "pack_rotated_keys",
@@ -47,5 +55,6 @@ __all__ = [
     "rotate_units",
     "select_sequences",
     "share_out",
+    "store_rotated",
     "store_units",
 ]

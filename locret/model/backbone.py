@@ -59,6 +59,9 @@ SUPPORTED = (
 )
 """`config.model_type` of the architectures that the parity tests cover."""
 
+PRENORM = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+"""Those whose layers are what `locret.model.prenorm` says."""
+
 
 class Backbone:
     """A stock causal language model, seen as a stack of attention layers.

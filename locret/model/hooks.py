@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from locret.cache.cache import RetainedCache
 from locret.cache.sequences import Sequences
@@ -298,6 +299,13 @@ def cache_of(output: Any) -> Any:
     """
     # The old name is an attribute of new outputs too, which warns.
     return output.cache if hasattr(output, CACHE_NAMES[0]) else output.past_key_values
+
+
+def as_output(logits: Tensor, cache: Any) -> CausalLMOutputWithPast:
+    """What a stock model returns with these logits and its cache."""
+    fields = CausalLMOutputWithPast.__dataclass_fields__
+    name = next(name for name in CACHE_NAMES if name in fields)
+    return CausalLMOutputWithPast(logits=logits, **{name: cache})
 
 
 def as_argument(module: nn.Module, cache: Any, method: str = "forward") -> dict[str, Any]:

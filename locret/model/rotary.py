@@ -134,6 +134,7 @@ class Rotary:
 
     Attributes:
         longrope: the rule that is followed; None for other RoPE types.
+        pattern: how pairs of channels are turned; None if no fused kernel knows it.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class Rotary:
             self._long = PinnedRotary(module, self._switch, layer_type)
         self._tables: dict[tuple, Tables] = {}
         self._grown: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self._pattern = find_pattern(apply, self._short)
+        self.pattern = find_pattern(apply, self._short)
 
     def rotate(self, x: Tensor, starts: Sequence[int], prompt_lengths: Sequence[int]) -> Tensor:
         """Rotate `x` [B, heads, S, D] at the slots start .. start + S - 1.
@@ -179,8 +180,8 @@ class Rotary:
             return torch.cat([*turned])
         slots = sequences.slots
         cos, sin = self._table_to(sequences.longest, prompt_lengths[0], x)
-        if self._fuses(x) and self._pattern is not None:
-            return rotate_units(x, cos, sin, slots, self._pattern.pairing)
+        if self._fuses(x) and self.pattern is not None:
+            return rotate_units(x, cos, sin, slots, self.pattern.pairing)
         at_slots = Tables(cos[slots][None], sin[slots][None], None)
         return self._turn(x[None, None], at_slots)[0, 0]
 
@@ -193,15 +194,15 @@ class Rotary:
         if table is None or len(table[0]) < count:
             most = 1 << max(count - 1, _SLOTS - 1).bit_length()
             cos, sin = self._compute(0, most, long, like)
-            if self._fuses(like) and self._pattern is not None:
-                cos, sin = self._pattern.tables(cos, sin)
+            if self._fuses(like) and self.pattern is not None:
+                cos, sin = self.pattern.tables(cos, sin)
             table = cos[0], sin[0]
             # A new dict instead of a changed one: threads may share an engine.
             self._grown = self._grown | {key: table}
         return table
 
     def _fuses(self, like: Tensor) -> bool:
-        return self._pattern is not None and like.is_cuda
+        return self.pattern is not None and like.is_cuda
 
     def cos_sin(
         self, starts: Sequence[int], count: int, prompt_lengths: Sequence[int], like: Tensor
@@ -234,8 +235,8 @@ class Rotary:
     def _turn(self, x: Tensor, tables: "Tables") -> Tensor:
         # The fused kernel knows no backward pass: gradients would end here without a word.
         learning = x.requires_grad and torch.is_grad_enabled()
-        if tables.fused is not None and self._pattern is not None and not learning:
-            return rotate_at_slots(x, *tables.fused, self._pattern.pairing)
+        if tables.fused is not None and self.pattern is not None and not learning:
+            return rotate_at_slots(x, *tables.fused, self.pattern.pairing)
         cos, sin = tables.cos, tables.sin
         turned, rest = x[..., : self._short.size], x[..., self._short.size :]
         # The architecture's function takes a pair; we turn one tensor, so the other is empty.
@@ -253,7 +254,7 @@ class Rotary:
         if found is None:
             tables = [self._compute(*choice, like) for choice in choices]
             cos, sin = (torch.cat(each, dim) for each in zip(*tables, strict=True))
-            fused = self._pattern.tables(cos, sin) if self._pattern and self._fuses(like) else None
+            fused = self.pattern.tables(cos, sin) if self.pattern and self._fuses(like) else None
             found = Tables(cos, sin, fused)
             # A new dict instead of a changed one: threads may share an engine.
             self._tables = dict([*self._tables.items()][1 - _TABLES_KEPT :]) | {key: found}

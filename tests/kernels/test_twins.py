@@ -11,18 +11,24 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as apply_i
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as apply_half
 
 from locret.kernels import (
+    HeadNorms,
+    NewUnit,
     PackedKV,
     Plain,
+    Tables,
+    add_norm,
     decode_packed,
     decode_sequences,
     decode_shares,
     expand_rotated,
     expand_units,
+    gated,
     gather_sequences,
     packed_shares,
     rotate_at_slots,
     rotate_units,
     select_sequences,
+    store_rotated,
     store_units,
 )
 from locret.kernels.evict import select_sequences_reference
@@ -226,11 +232,25 @@ def misfit(query=UNITS, **plain):
     return decode_sequences(query, PLAIN._replace(**plain), 1.0)
 
 
+def stored(tables=None, norms=None, **new):
+    unit = NewUnit(*[UNITS[:, :, :1]] * 3)._replace(**new)
+    return store_rotated(unit, UNITS, UNITS, ONE, tables, norms)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: rotate_at_slots(UNITS, UNITS[0], UNITS[0]), "do not fit"),
         (lambda: rotate_at_slots(UNITS, UNITS[:, 0], UNITS[:, 0], "pairs"), "pairing is 'pairs'"),
+        (lambda: add_norm(UNITS, UNITS[:, :1], FLAT[0], 1e-5), "new is .* expected"),
+        (lambda: add_norm(UNITS, None, FLAT[0].half(), 1e-5), "weight is .* expected"),
+        (lambda: gated(FLAT, FLAT[:2], "silu"), "up is .* expected"),
+        (lambda: gated(FLAT, FLAT, "relu"), "activation is 'relu'; expected one of"),
+        (lambda: stored(key=UNITS), "key is .* expected"),
+        (lambda: stored(value=FLAT[:1, :1].expand(2, 4)[None, :, None]), "not contiguous"),
+        (lambda: stored(tables=Tables(UNITS[0, :1], UNITS[0, :1, :, :2])), "sin is .* expected"),
+        (lambda: stored(tables=Tables(UNITS[0, :1, :4], UNITS[0, :1, :4])), "cos is .* 5 or more"),
+        (lambda: stored(norms=HeadNorms(FLAT[0], FLAT[0, :2], 1e-5)), "key norm is .* expected"),
         (lambda: rotate_units(FLAT, FLAT[:, :3], FLAT[:, :3], FLAT[:, 0].int()), "do not fit"),
         (lambda: rotate_units(FLAT, FLAT, FLAT, FLAT[:, 0]), r"expected \[N, D\] and \[N\]"),
         (lambda: rotate_units(UNITS, FLAT, FLAT, INDEX), r"expected \[N, D\] and \[N\]"),

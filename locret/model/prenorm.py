@@ -1,0 +1,148 @@
+"""A decoder whose layers are alike, run for one token with fused kernels between the model's own
+matrix products.
+
+Such a layer is x += attention(RMSNorm(x)), then x += down(activation(gate(n)) * up(n)) of n =
+RMSNorm(x). Its linear modules are called, whatever they are (quantized, adapted); the modules
+around them are passed over, so that they must be those of transformers as they are.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from locret.kernels import HeadNorms, NewUnit, add_norm, gated
+from locret.kernels.gated import ACTIVATIONS
+from locret.model.backbone import PRENORM, Backbone
+from locret.model.hooks import without_compiling
+
+Attend = Callable[[int, NewUnit, HeadNorms | None, float], Tensor]
+"""Given a layer's index, a token's projections, norms of its heads and the softmax scale: store the
+unit and attend, [B, H*G, 1, D]."""
+
+_OURS = ("locret", "transformers.utils.output_capturing")
+"""Whose hooks do nothing in a step that nobody asks for more than logits."""
+
+
+class Norm(NamedTuple):
+    """RMSNorm: its weight [size] and what is added to the mean of the squares."""
+
+    weight: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: Any) -> "Norm":
+        return cls(module.weight, module.variance_epsilon)
+
+
+class PrenormLayer:
+    """A layer's modules by their roles.
+
+    Attributes:
+        norms: before attention and before the MLP.
+        head_norms: of queries and keys; None if there are none.
+        scaling: softmax scale.
+        output: [B, 1, H*G * D] -> [B, 1, hidden size], after attention.
+        down: the last product of the MLP.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._attention, self._mlp = attention, mlp = without_compiling(layer.self_attn), layer.mlp
+        self.norms = Norm.of(layer.input_layernorm), Norm.of(layer.post_attention_layernorm)
+        self.head_norms: HeadNorms | None = None
+        if hasattr(attention, "q_norm"):
+            (query, eps), (key, _) = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
+            self.head_norms = HeadNorms(query, key, eps)
+        self.scaling: float = attention.scaling
+        self.output: Any = attention.o_proj
+        self.down: Any = mlp.down_proj
+
+    def project(self, x: Tensor) -> NewUnit:
+        """Query, key and value of x [B, 1, hidden size]."""
+        attention = self._attention
+        if hasattr(attention, "qkv_proj"):
+            of_keys = attention.num_key_value_heads * attention.head_dim
+            both = attention.qkv_proj(x)
+            flat = both.split([both.shape[-1] - 2 * of_keys, of_keys, of_keys], -1)
+        else:
+            flat = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+        heads = (each.unflatten(-1, (-1, attention.head_dim)) for each in flat)
+        return NewUnit(*(each.transpose(1, 2) for each in heads))
+
+    def gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up [B, 1, intermediate size] of x [B, 1, hidden size]."""
+        if hasattr(self._mlp, "gate_up_proj"):
+            gate, up = self._mlp.gate_up_proj(x).chunk(2, -1)
+            return gate, up
+        return self._mlp.gate_proj(x), self._mlp.up_proj(x)
+
+
+class PrenormDecoder:
+    """A model's one-token forward.
+
+    Args:
+        backbone: one of which `why_not_fused` says nothing.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._decoder = decoder = backbone.decoder
+        self._head = backbone.model.get_output_embeddings()
+        self._activation = backbone.geometry.activation
+        self._layers = [PrenormLayer(without_compiling(layer)) for layer in decoder.layers]
+        self._norm = Norm.of(decoder.norm)
+
+    def logits(self, ids: Tensor, attend: Attend) -> Tensor:
+        """[B, 1, vocabulary] for ids [B, 1]."""
+        stream, new = self._decoder.embed_tokens(ids), None
+        for i, layer in enumerate(self._layers):
+            stream, x = add_norm(stream, new, *layer.norms[0])
+            attended = attend(i, layer.project(x), layer.head_norms, layer.scaling)
+            new = layer.output(attended.transpose(1, 2).flatten(2))
+            stream, x = add_norm(stream, new, *layer.norms[1])
+            new = layer.down(gated(*layer.gate_up(x), self._activation))
+        return self._head(add_norm(stream, new, *self._norm)[1])
+
+
+def why_not_fused(backbone: Backbone, dtype: torch.dtype) -> str | None:
+    """Why a `PrenormDecoder` cannot stand in for the model's steps; None if it can.
+
+    Args:
+        dtype: of the keys and values stored.
+    """
+    model, kind = backbone.model, backbone.config.model_type
+    if kind not in PRENORM or not backbone.plain:
+        return f"no step is fused for {kind!r}"
+    if model.training:
+        return "the model is in training mode"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast chooses the dtype of each product"
+    if backbone.geometry.activation not in ACTIVATIONS:
+        return f"no kernel knows the activation {backbone.geometry.activation!r}"
+    if backbone.rotary.pattern is None or backbone.rotary.pattern.pairing != "half":
+        return "no kernel knows its rotation"
+    passed = [*_passed_over(backbone)]
+    for module in passed:
+        if not _as_made(module, f"transformers.models.{kind}.modeling_{kind}"):
+            return f"its {type(module).__name__} was changed, or has hooks"
+    weights = [module.weight for module in passed if hasattr(module, "weight")]
+    dtypes = {weight.dtype for weight in (*weights, backbone.decoder.embed_tokens.weight)}
+    return None if dtypes == {dtype} else f"it computes in {dtypes} and stores {dtype}"
+
+
+def _passed_over(backbone: Backbone) -> Iterator[Any]:
+    """The modules that a `PrenormDecoder` does not call. Those of them with weights are norms."""
+    yield from (backbone.model, backbone.decoder, backbone.decoder.norm)
+    for layer in map(without_compiling, backbone.decoder.layers):
+        attention = without_compiling(layer.self_attn)
+        yield from (layer, layer.input_layernorm, attention)
+        yield from (layer.post_attention_layernorm, layer.mlp)
+        yield from (getattr(attention, x) for x in ("q_norm", "k_norm") if hasattr(attention, x))
+
+
+def _as_made(module: Any, file: str) -> bool:
+    """Whether a module's class is of this file, and its call runs nothing else."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    files = [str(getattr(hook, "func", hook).__module__) for hook in hooks]
+    foreign = [f for f in files if not f.startswith(_OURS)]
+    return type(module).__module__ == file and "forward" not in vars(module) and not foreign

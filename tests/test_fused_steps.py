@@ -1,0 +1,121 @@
+"""Fused steps compute what the model's own forward does; the plain twins stand in for kernels."""
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import locret
+from locret.engine.answering import Answering
+from locret.engine.steps import StepCounts
+from locret.model.backbone import PRENORM, Backbone
+from locret.model.prenorm import why_not_fused
+from tests.tiny_models import prompt, tiny_model
+
+SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+LOGITS = {"return_dict_in_generate": True, "output_logits": True}
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Tokens and logits of an answer by the model's own steps, then by fused ones."""
+    monkeypatch.setattr(Answering, "fast_steps", property(lambda self: True))
+
+    def answer(model, expected=(0, 7), **settings):
+        given = []
+        for fused in expected:
+            reason = why_not_fused if fused else lambda *_: "it is compared"
+            monkeypatch.setattr("locret.engine.steps.why_not_fused", reason)
+            engine = locret.Engine(model, "random", **SMALL | settings)
+            output = engine.generate(prompt(60, batch=2), **GREEDY, **LOGITS)
+            assert engine.last_steps == StepCounts(taken=7, fast=7, fused=fused)
+            given.append((output.sequences, torch.stack(output.logits)))
+        return given
+
+    return answer
+
+
+def assert_equal(stock, fused):
+    assert torch.equal(stock[0], fused[0])
+    torch.testing.assert_close(fused[1], stock[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize("family", [*PRENORM, "phi4-mini"])
+def test_logits_are_those_of_the_stock_step(both, family, heads):
+    model = tiny_model(family, num_key_value_heads=heads)
+    for norm in (m for m in model.modules() if hasattr(m, "variance_epsilon")):
+        nn.init.normal_(norm.weight, mean=1)
+    assert_equal(*both(model))
+
+
+@pytest.mark.parametrize("settings", [{"quantization": "rotated"}, {"positions": "original"}])
+def test_settings_of_the_cache(both, settings):
+    assert_equal(*both(tiny_model("qwen3", head_dim=64), **settings))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_sixteen_bits_round_alike(both, family):
+    stock, fused = both(tiny_model(family, hidden_act="gelu").to(torch.bfloat16))
+    # One token may win over another by a rounding, and what follows it differs: only the first.
+    assert (stock[1][:2] - fused[1][:2]).abs().max() < 0.03 * stock[1].abs().max()
+
+
+def test_adapted_products_are_called(both):
+    plain = both(tiny_model("llama"))[0]
+    targets = ["q_proj", "down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    stock, fused = both(peft.get_peft_model(tiny_model("llama"), config))
+    assert_equal(stock, fused)
+    assert not torch.allclose(plain[1], stock[1])
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def with_mlp(model):
+    model.model.layers[1].mlp = Doubled()
+
+
+def with_hook(model):
+    model.model.norm.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def with_forward(model):
+    attention = model.model.layers[0].self_attn
+    attention.forward = attention.forward
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_mlp, "its Doubled was changed"),
+        (with_hook, "its LlamaRMSNorm was changed, or has hooks"),
+        (with_forward, "its LlamaAttention was changed"),
+        (nn.Module.train, "training mode"),
+        (nn.Module.bfloat16, "stores torch.float32"),
+        (lambda model: setattr(model.config, "hidden_act", "relu"), "the activation 'relu'"),
+    ],
+)
+def test_changed_models_run_as_they_are(both, change, reason):
+    model = tiny_model("llama")
+    change(model)
+    assert reason in why_not_fused(Backbone(model), torch.float32)
+    if model.dtype == torch.float32:
+        both(model, expected=[0])
+
+
+def test_autocast_and_other_architectures_are_not_fused():
+    assert "no step is fused for 'glm'" in why_not_fused(Backbone(tiny_model("glm")), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reason = why_not_fused(Backbone(tiny_model("llama")), torch.bfloat16)
+    assert "autocast" in reason
+
+
+def test_models_that_gave_hidden_states_are_still_fused(both):
+    model = tiny_model("llama")
+    model(prompt(3), output_hidden_states=True)
+    assert_equal(*both(model))
