@@ -24,6 +24,9 @@ from locret.serve.page import ALL, Page  # noqa: E402
 KEY = "a key"
 TEXT = "One of the special numbers is <b>naïve</b> 漢字 ${1+1} {{value}}. " * 3
 QUESTION = "Which number is it?"
+PAUSE = 500
+"""Milliseconds between two acts in a browser: Gradio may lose what is sent in the moment it
+closes the stream of what was before."""
 
 
 @pytest.fixture
@@ -211,10 +214,12 @@ def test_in_a_browser(app, book, browser, answer_expected):
         page.wait_for_selector("#words span")
         assert page.inner_text("#words").count("<b>naïve</b> 漢字 ${1+1} {{value}}.") == 3
         everywhere = page.inner_html("#strip")
+        page.wait_for_timeout(PAUSE)
         page.click("#layer input")
         page.get_by_role("option", name="layer 1").click()
         changed = "before => document.querySelector('#strip').innerHTML != before"
         page.wait_for_function(changed, arg=everywhere)
+        page.wait_for_timeout(PAUSE)
         page.fill("#question textarea", QUESTION)
         page.keyboard.press("Enter")
         page.wait_for_function("document.querySelector('#usage').innerText.includes('of answer')")
