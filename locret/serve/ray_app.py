@@ -219,7 +219,8 @@ def application(
         queue: requests that may wait for each.
         drain_seconds: how long answers may go on when a replica is stopped.
     """
-    servers = serve.deployment(
+    deployment: Any = serve.deployment  # whose types know decorators alone
+    servers = deployment(
         Replica,
         num_replicas=replicas,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
@@ -227,7 +228,7 @@ def application(
         max_queued_requests=queue,
         graceful_shutdown_timeout_s=drain_seconds,
     ).bind(make)
-    return serve.deployment(
+    return deployment(
         Ingress,
         num_replicas=replicas,  # so that it is lost no sooner than the replicas
         ray_actor_options={"num_cpus": 0},
