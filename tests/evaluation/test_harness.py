@@ -152,13 +152,13 @@ def test_without_a_limit_the_scores_are_those_of_hf(batch_size, chat, folder, lo
 @pytest.mark.slow
 def test_smollm2_scores_as_hf_does(tmp_path):
     (tmp_path / "tasks").mkdir()
-    tasks = write_tasks(tmp_path / "tasks", 20)[:3]
+    tasks = write_tasks(tmp_path / "tasks", 8)[:3]
     loaded = load_model("embedded:smollm2", device="cpu", dtype="float32")
     stock = evaluated(HFLM(loaded.model, tokenizer=loaded.tokenizer), tmp_path, tasks)
     ours = evaluated(LocretLM(loaded), tmp_path, tasks)
     assert_same(ours, stock)
     assert stock[0]["local_choice"]["acc,none"] > 0.3
-    assert all(stock[0][task]["sample_len"] == 20 for task in tasks)
+    assert all(stock[0][task]["sample_len"] == 8 for task in tasks)
 
 
 def requests(kind, prompts, document=None, **kwargs):
