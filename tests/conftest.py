@@ -10,7 +10,12 @@ import torch
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
-LONGEST = ("kernels/test_interpreted.py", "serve/test_openai.py")
+LONGEST = (
+    "kernels/test_interpreted.py",
+    "evaluation/test_harness.py",
+    "serve/test_openai.py",
+    "test_compiled.py",
+)
 
 
 def pytest_configure(config):

@@ -20,12 +20,13 @@ class Forked:
         log: what the process writes goes into this file.
         environment: on top of this process's.
         session: make it the leader of a session, and so of a group, of its own.
+        cwd: the folder that it runs in.
     """
 
-    def __init__(self, arguments, log: Path, environment=(), session=False):
+    def __init__(self, arguments, log: Path, environment=(), session=False, cwd=None):
         self.log = log
         log.touch()
-        given = (list(map(str, arguments)), log, dict(environment), session)
+        given = (list(map(str, arguments)), log, dict(environment), session, cwd or os.getcwd())
         self.process = multiprocessing.get_context("fork").Process(target=_command, args=given)
         self.process.start()
         self.pid = self.process.pid
@@ -53,8 +54,9 @@ class Forked:
         return self.process.exitcode
 
 
-def _command(arguments, log, environment, session):
+def _command(arguments, log, environment, session, cwd):
     os.environ.update(environment)
+    os.chdir(cwd)
     if session:
         os.setsid()
     file = log.open("a", buffering=1)
