@@ -22,7 +22,7 @@ from benchmarks import longcontext
 from locret import cli
 from locret.model.loading import load_model
 from tests.evaluation.eval_data import DATA, write_data
-from tests.serve.command import Command
+from tests.serve.served import Served
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.trainers.runs import tiny_run
@@ -113,7 +113,7 @@ def test_a_shown_command_runs(command, workplace, tmp_path, monkeypatch, capsys,
         return
     assert module == "locret", f"no test knows how to run {command}"
     if args[0] == "serve":
-        served = Command(*map(stand_in, args[1:]), cwd=workplace)
+        served = Served(*map(stand_in, args[1:]), cwd=workplace)
         assert served.stop()[0] == 0
         return
     # folders of the workplace stand for what the README names

@@ -1,7 +1,6 @@
 """Whole evaluations of a tiny model: what they leave behind, and what changes nothing."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import torch
 import yaml
 
 from locret import cli
-from locret.evaluation import evaluate
+from locret.evaluation import evaluate, processes
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.processes import Ranks
 from locret.evaluation.questions import batches, prepare, share
@@ -24,6 +23,7 @@ from locret.evaluation.report import make_report
 from locret.heads.heads import RetainingHeads
 from locret.tasks.ruler import NeedleTask
 from tests.evaluation.eval_data import DATA, write_artifacts, write_data
+from tests.forked import Forked, fork_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUPS = (
@@ -464,12 +464,6 @@ def test_the_command_says_what_it_made(config, tmp_path, capsys):
     assert "ruler_qa_2" in capsys.readouterr().out
 
 
-def process(config, tmp_path, *args, **kwargs):
-    command = [sys.executable, "-m", "locret", "evaluate", "--config", written(config, tmp_path)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *args], cwd=ROOT, env=env, **kwargs)
-
-
 def test_an_evaluation_imports_only_what_it_needs():
     heavy = "lm_eval datasets nltk rouge_score wonderwords matplotlib pandas sklearn lightning"
     code = (
@@ -483,9 +477,11 @@ def test_an_evaluation_imports_only_what_it_needs():
     assert done.stdout.strip() == "", done.stdout + done.stderr
 
 
-def test_a_killed_run_goes_on_in_two_processes(config, once, tmp_path):
+def test_a_killed_run_goes_on_in_two_processes(config, once, tmp_path, monkeypatch):
     config = replace(config, tasks=("fairytaleqa",))
-    killed = process(config, tmp_path)
+    monkeypatch.setattr(processes, "_start", fork_ranks)
+    command = ["evaluate", "--config", written(config, tmp_path)]
+    killed = Forked(command, tmp_path / "killed.txt")
     while len(answers(config)) < 3:
         assert killed.poll() is None
         time.sleep(0.05)
@@ -493,10 +489,9 @@ def test_a_killed_run_goes_on_in_two_processes(config, once, tmp_path):
     killed.wait()
     before = answers(config)
     assert before and not (Path(config.output) / "result.json").exists()
-    done = process(config, tmp_path, "--processes", "2", stdout=subprocess.PIPE)
-    output, _ = done.communicate()
-    assert done.returncode == 0
-    assert str(Path(config.output) / "result.json") in output.decode()
+    log = tmp_path / "done.txt"
+    assert Forked([*command, "--processes", "2"], log).wait() == 0, log.read_text()
+    assert str(Path(config.output) / "result.json") in log.read_text()
     assert answers(config) == {k: v for k, v in answers(once[0]).items() if "fairytaleqa" in k}
     lines = [
         line
@@ -509,7 +504,9 @@ def test_a_killed_run_goes_on_in_two_processes(config, once, tmp_path):
 
 def test_a_process_that_fails_ends_the_run(config, tmp_path):
     broken = replace(config, tasks=("fairytaleqa",), engine={"chunk_size": -1})
-    done = process(broken, tmp_path, "--processes", "2", stderr=subprocess.PIPE)
-    _, error = done.communicate()
+    command = ["-m", "locret", "evaluate", "--config", written(broken, tmp_path)]
+    done = subprocess.run(
+        [sys.executable, *command, "--processes", "2"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
-    assert "chunk_size is -1" in error.decode()
+    assert "chunk_size is -1" in done.stderr

@@ -28,6 +28,7 @@ from locret.model.hooks import as_argument  # noqa: E402
 from locret.model.loading import load_model  # noqa: E402
 from locret.tasks import TASKS  # noqa: E402
 from tests.evaluation.eval_data import DATA, NOUNS, TRAITS, write_artifacts, write_data  # noqa: E402
+from tests.forked import Forked  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = {"do_sample": False, "max_gen_toks": 5}
@@ -152,13 +153,13 @@ def test_without_a_limit_the_scores_are_those_of_hf(batch_size, chat, folder, lo
 @pytest.mark.slow
 def test_smollm2_scores_as_hf_does(tmp_path):
     (tmp_path / "tasks").mkdir()
-    tasks = write_tasks(tmp_path / "tasks", 20)[:3]
+    tasks = write_tasks(tmp_path / "tasks", 8)[:3]
     loaded = load_model("embedded:smollm2", device="cpu", dtype="float32")
     stock = evaluated(HFLM(loaded.model, tokenizer=loaded.tokenizer), tmp_path, tasks)
     ours = evaluated(LocretLM(loaded), tmp_path, tasks)
     assert_same(ours, stock)
     assert stock[0]["local_choice"]["acc,none"] > 0.3
-    assert all(stock[0][task]["sample_len"] == 20 for task in tasks)
+    assert all(stock[0][task]["sample_len"] == 8 for task in tasks)
 
 
 def requests(kind, prompts, document=None, **kwargs):
@@ -384,31 +385,28 @@ def test_missing_data_says_how_to_give_it(folder, task_files):
         manager.load(["offline_ruler_qa_1"])
 
 
-def command(folder, *start, ranks=1):
-    output = folder / f"out-{len(start)}-{ranks}"
-    args = f"--model locret --tasks local_short,local_choice --device cpu --output_path {output}"
-    model = f"pretrained={folder / 'backbone'},heads={folder / 'heads'},budget=30,dtype=float32"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*start, *args.split(), "--model_args", model, "--log_samples"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    (result,) = output.rglob("results*.json")
-    return json.loads(result.read_text())
-
-
 @pytest.mark.slow
-def test_several_ranks_and_the_harnesss_own_command_give_the_same_scores(folder):
-    include = ["--include_path", str(folder / "tasks")]
-    ours = command(folder, sys.executable, "-m", "locret", "lm_eval", *include)
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
-    spread = command(
-        folder, sys.executable, *torchrun, "-m", "locret", "lm_eval", *include, ranks=2
-    )
+def test_several_ranks_and_the_harnesss_own_command_give_the_same_scores(folder, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--master-port", "29617", "-m", "locret"]
+
+    def arguments(output):
+        args = f"lm_eval --include_path {folder / 'tasks'} --model locret --device cpu"
+        args += f" --tasks local_short,local_choice --output_path {output} --log_samples"
+        model = f"pretrained={folder / 'backbone'},heads={folder / 'heads'},budget=30,dtype=float32"
+        return [*args.split(), "--model_args", model]
+
+    def scores(output):
+        (result,) = output.rglob("results*.json")
+        return json.loads(result.read_text())
+
+    log = tmp_path / "alone.txt"
+    assert Forked(arguments(tmp_path / "alone"), log).wait() == 0, log.read_text()
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [*torchrun, *arguments(tmp_path / "ranks")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, spread = scores(tmp_path / "alone"), scores(tmp_path / "ranks")
     assert spread["results"] == ours["results"]
     assert ours["config"]["locret"]["held"]["units_max"] == 30
 

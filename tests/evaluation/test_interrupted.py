@@ -2,17 +2,15 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 
+from locret.evaluation import processes
 from tests.evaluation.eval_data import DATA, write_artifacts, write_data
+from tests.forked import Forked, fork_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 SAYS = "stopped; the same command goes on where it stopped"
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -63,18 +61,9 @@ def grid(folder, out):
     return args, answers_in(out / "grid.answers")
 
 
-def start(args):
-    """In a group of its own, so that what is left of it can be found."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "locret", *args],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch):
+    monkeypatch.setattr(processes, "_start", fork_ranks)
 
 
 ASKED = {evaluation: 36, grid: 24}
@@ -91,31 +80,31 @@ def nothing_left(group):
     return False
 
 
-def stopped(args, keys, number):
+def stopped(args, keys, number, log):
     """The answers of a run that is stopped once there are some. No process is left of it."""
-    process = start(args)
+    process = Forked(args, log, session=True)
     while not keys():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, log.read_text()
         time.sleep(0.02)
     process.send_signal(number)
-    _, error = process.communicate()
-    assert process.returncode == STATUS[number], error
+    assert process.wait() == STATUS[number], log.read_text()
+    error = log.read_text()
     assert error.splitlines()[-1] == f"locret {args[0]}: {SAYS}" and "Traceback" not in error
     assert nothing_left(process.pid)
     return set(keys())
 
 
-@pytest.mark.parametrize(("kind", "processes"), [(evaluation, 1), (grid, 2)])
-def test_a_run_that_sigterm_stops_goes_on(kind, processes, folder, tmp_path):
+@pytest.mark.parametrize(("kind", "count"), [(evaluation, 1), (grid, 2)])
+def test_a_run_that_sigterm_stops_goes_on(kind, count, folder, tmp_path):
     args, keys = kind(folder, tmp_path / "out")
-    args += ["--processes", str(processes)]
-    before = stopped(args, keys, signal.SIGTERM)
-    done = start(args)
-    _, error = done.communicate()
-    assert done.returncode == 0, error
+    args += ["--processes", str(count)]
+    before = stopped(args, keys, signal.SIGTERM, tmp_path / "first.txt")
+    assert Forked(args, tmp_path / "again.txt").wait() == 0, (tmp_path / "again.txt").read_text()
     assert before < set(keys()) and len(set(keys())) == ASKED[kind]
 
 
 def test_ctrl_c_ends_the_processes_too(folder, tmp_path):
     args, keys = evaluation(folder, tmp_path / "out")
-    assert len(stopped([*args, "--processes", "2"], keys, signal.SIGINT)) < ASKED[evaluation]
+    args += ["--processes", "2"]
+    there = stopped(args, keys, signal.SIGINT, tmp_path / "log.txt")
+    assert len(there) < ASKED[evaluation]

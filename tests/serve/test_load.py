@@ -1,7 +1,6 @@
 """Many clients at once, a fifth of which leave: all others get the answer they get alone."""
 
 import random
-import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,8 +8,8 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-from tests.serve.command import Command
 from tests.serve.live import until
+from tests.serve.served import Served
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -30,11 +29,9 @@ def command(tmp_path_factory):
     model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=8192)
     model.save_pretrained(folder)
     engine = "--policy keydiff --budget 64 --chunk-size 32 --stabilizers 8 --local-tokens 8"
-    command = Command(folder, *engine.split(), "--device", "cpu", "--dtype", "float32")
-    threading.Thread(target=command.process.stderr.read, daemon=True).start()  # its log is long
+    command = Served(folder, *engine.split(), "--device", "cpu", "--dtype", "float32")
     yield command
-    command.process.terminate()
-    assert command.process.wait(30) == 0
+    assert command.stop()[0] == 0
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from locret.serve.messages import Prompts
 from locret.serve.service import Service
 from tests.serve.command import ROOT, Command
 from tests.serve.live import running, until
+from tests.serve.served import Served
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -276,7 +277,7 @@ def test_sigterm_finishes_what_runs_and_contexts_survive(folder, monkeypatch):
     _, logged = command.process.communicate(timeout=30)
     assert command.process.returncode == 0, logged
     assert "hidden" not in logged and "otter" not in logged and "Traceback" not in logged
-    again = Command(*args)
+    again = Served(*args)
     with httpx.Client(base_url=again.url, headers=headers, timeout=30) as client:
         assert client.post("/v1/chat/completions", json=given).json()["choices"] == first
         assert [each["id"] for each in client.get("/v1/contexts").json()["data"]] == [made["id"]]

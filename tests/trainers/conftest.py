@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -32,3 +33,11 @@ def rows(tmp_path_factory):
     )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _no_group_is_left():
+    """A forked process would take a group that a failed training left for its own, and wait."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
