@@ -20,7 +20,7 @@ class Served:
     def __init__(self, *args, cwd=None):
         self.folder = tempfile.TemporaryDirectory()
         self.log = Path(self.folder.name, "log.txt")
-        self.process = Forked(["serve", *args, "--port", "0"], self.log, cwd=cwd)
+        self.process = Forked(["serve", "--no-ui", *args, "--port", "0"], self.log, cwd=cwd)
         while self.process.poll() is None:
             for line in self.log.read_text(encoding="utf-8").splitlines():
                 if '"serving at ' in line and line.endswith("}"):  # others log what they like
