@@ -100,6 +100,8 @@ def test_raw_prompts_skip_the_chat_template(answer):
         ("[]", "expected an object with either prompt or messages"),
         ('{"prompt": "a", "messages": []}', "expected an object with either"),
         ('{"prompt": 3}', "must be texts"),
+        (r'{"prompt": "a\ud800"}', "half of a surrogate pair"),
+        (r'{"prompt": "a", "id": "\ud800"}', "line 2 of prompts.jsonl holds half"),
         ('{"prompt": "a", "context": ["b"]}', "must be texts"),
     ],
 )

@@ -109,6 +109,9 @@ def run(cli: TrainingCLI) -> Path | None:
         Stopped: a signal came; tells how to go on.
     """
     output, trainer = _made(cli.config.output), cli.trainer
+    if trainer.fast_dev_run:  # Lightning would save the last step over that of a real run
+        for callback in trainer.checkpoint_callbacks:
+            callback.save_last = False  # type: ignore[attr-defined]
     _check_checkpoint(cli.config.ckpt_path)
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)

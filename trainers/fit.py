@@ -8,7 +8,8 @@ import gc
 import sys
 from pathlib import Path
 
-from locret.system.interrupts import ends_at_once
+from locret.system.files import find_config
+from locret.system.interrupts import Stopped, ends_at_once, handled_by
 
 with ends_at_once():
     from lightning.pytorch.cli import LightningArgumentParser
@@ -34,13 +35,20 @@ class FitCLI(cli.TrainingCLI):
 def main(args: list[str] | None = None) -> Path | None:
     """Run a training; returns the folder of the artifact, None after a check (`trainers.cli`)."""
     training = cli.build(HeadsModule, ExportHeads, args, kind=FitCLI)
+    if training.config.then is not None:
+        find_config(training.config.then)  # a wrong name shall not show when the first has ended
     output = cli.run(training)
     more = None if output is None else _second_stage(training, output)
     if more is None:
         cli.tell_how_to_use(training, output)
         return output
-    del training  # and its model, before the next one is loaded
-    gc.collect()
+    signals: list[int] = []
+    # Python drops what is raised while objects are collected, so a signal is only noted meanwhile.
+    with handled_by(lambda number, frame: signals.append(number)):
+        del training  # and its model, before the next one is loaded
+        gc.collect()
+    if signals:
+        raise Stopped(signals[0], "stopped between the stages; go on with --ckpt_path last")
     return tune.main(more)
 
 

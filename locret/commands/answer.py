@@ -113,10 +113,21 @@ def _records(source: str) -> list[tuple[int, Record]]:
             )
         if not all(isinstance(record.get(name, ""), str) for name in ("prompt", "context")):
             raise ValueError(f"line {number} of {source}: prompt and context must be texts")
+        if not _is_text(record):
+            raise ValueError(f"line {number} of {source} holds half of a surrogate pair")
         found.append((number, record))
     if not found:
         raise ValueError(f"there are no prompts in {source}; give one JSON object a line")
     return found
+
+
+def _is_text(record: Record) -> bool:
+    """Whether UTF-8 can hold it: JSON may escape what is no character."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _key(given: argparse.Namespace, line: int, record: Record) -> str:
@@ -231,7 +242,7 @@ class Answerer:
         if self.raw and "prompt" in record:
             ids = self.prompts.completion(record["prompt"], follows=context is not None)
             return Ask(prompt=ids, context=context)
-        messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+        messages = record.get("messages", [{"role": "user", "content": record.get("prompt")}])
         fields = fields_of(ChatFields, {"messages": messages})
         mapped = [message.as_mapping() for message in fields.messages]
         if context is not None:

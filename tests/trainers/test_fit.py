@@ -85,6 +85,13 @@ def test_a_second_stage_follows_in_the_same_command(backbones, rows, tmp_path, c
     assert (weights(tmp_path / "heads"), weights(output)) == (before, after)
 
 
+def test_a_second_stage_that_is_not_there_is_told_before_the_first(backbones, rows, tmp_path):
+    args = tiny_run(backbones("qwen2"), rows, tmp_path, config="qwen25_coder.yaml")
+    with pytest.raises(ValueError, match="config nosuch.yaml is no file"):
+        main([*args, "--then=nosuch.yaml"])
+    assert not (tmp_path / "ckpt").exists()
+
+
 def test_the_resolved_config_lies_beside_the_heads_and_repeats_the_run(backbones, rows, tmp_path):
     first = main(tiny_run(backbones("llama"), rows, tmp_path))
     again = main([f"--config={first / 'training.yaml'}", f"--output={tmp_path / 'again'}"])

@@ -186,3 +186,4 @@ def test_a_check_writes_nothing_and_says_so(count, module, backbones, rows, tmp_
     assert f"checked   steps run: {2 if count == '2' else 1}; " in out and "only checks" in out
     assert "made " not in out and "next " not in out
     assert not list((tmp_path / "heads").iterdir())
+    assert not (tmp_path / "ckpt" / "last.ckpt").exists()  # which a real run would go on from
