@@ -118,7 +118,7 @@ class RotatedScheme(Scheme):
         self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
     ) -> bool:
         bits = self.value_bits if starts is None else self.key_bits
-        fused = takes_triton(out) and self.decodes_packed(out.shape[-1])
+        fused = self._fused(out)
         if fused:
             expand_rotated(packed, POSITIVE_LEVELS[bits], out, starts, at)
         return fused
@@ -132,7 +132,7 @@ class RotatedScheme(Scheme):
         kept: Tensor,
         starts: Tensor,
     ) -> tuple[Tensors, Tensors] | None:
-        if not self._packs_fused(fresh):
+        if not self._fused(fresh):
             return None
         levels = POSITIVE_LEVELS[self.key_bits]
         new, bad = pack_rotated_keys(packed, block, fresh, index, kept, starts, levels)
@@ -140,7 +140,7 @@ class RotatedScheme(Scheme):
         return new[:2], new[2:]
 
     def values_at(self, packed: Tensors | None, fresh: Tensor, index: Tensor) -> Tensors | None:
-        if not self._packs_fused(fresh):
+        if not self._fused(fresh):
             return None
         new, bad = pack_rotated_values(packed, fresh, index, POSITIVE_LEVELS[self.value_bits])
         refuse_where(bad)
@@ -149,13 +149,14 @@ class RotatedScheme(Scheme):
     def units_at(
         self, packed: Tensors, block: Tensor | None, fresh: Tensor, index: Tensor
     ) -> Tensor | None:
-        if not self._packs_fused(fresh):
+        if not self._fused(fresh):
             return None
         bits = self.value_bits if block is None else self.key_bits
         return fetch_rotated(packed, block, fresh, index, POSITIVE_LEVELS[bits])
 
-    def _packs_fused(self, fresh: Tensor) -> bool:
-        return takes_triton(fresh) and self.decodes_packed(fresh.shape[-1])
+    def _fused(self, x: Tensor) -> bool:
+        """Whether kernels read or write units [*, D] like `x`."""
+        return takes_triton(x) and self.decodes_packed(x.shape[-1])
 
     def decodes_packed(self, head_size: int) -> bool:
         return head_size % 8 == 0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from locret.heads.heads import RetainingHeads
-from locret.heads.quotas import Quotas, quotas_of
+from locret.heads.quotas import quotas_of
 from locret.model.attend import Backend
 from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall, LayerFunction, without_autocast
@@ -76,9 +76,7 @@ class EvictedLoss:
         self.recipe = replace(recipe, features=lambda call: recipe.features(call).to(dtype))
         self.backbone = backbone
         self.teacher = teacher
-        self.quotas: Quotas | None = None
-        if threshold == "quotas":
-            self.quotas = quotas_of(heads.config.quotas)
+        self.quotas = quotas_of(heads.config.quotas if threshold == "quotas" else None)
         self.mean_over = mean_over
         self.recompute = recompute
 

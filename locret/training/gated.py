@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from locret.heads.heads import RetainingHeads
-from locret.heads.quotas import Quotas, quotas_of
+from locret.heads.quotas import quotas_of
 from locret.heads.targets import BoundaryLoss, Loss
 from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall, LayerFunction
@@ -104,9 +104,7 @@ class GatedLoss:
         )
         self.backbone = backbone
         self.heads = heads
-        self.quotas: Quotas | None = None
-        if threshold == "quotas":
-            self.quotas = quotas_of(heads.config.quotas)
+        self.quotas = quotas_of(heads.config.quotas if threshold == "quotas" else None)
         self.mean_over = mean_over
         self.regression_weight = regression_weight
         self.scheme = scheme_of(quantization)
