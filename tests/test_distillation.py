@@ -163,16 +163,16 @@ def test_other_places_of_the_model_still_see_plain_causal_attention(family):
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_runs_on_the_backend_of_the_model(backend, monkeypatch):
-    from locret.training import row_loss
+    from locret.model import varlen
 
     used = []
 
     def spying(*args, **kwargs):
-        used.append(args[-1])
+        used.append(args[4])
         return real(*args, **kwargs)
 
-    real = row_loss.attend
-    monkeypatch.setattr(row_loss, "attend", spying)
+    real = varlen.attend
+    monkeypatch.setattr(varlen, "attend", spying)
     model = tiny_model("llama", attn_implementation=backend)
     distill(model, trainable(model))
     assert used == [backend] * 2

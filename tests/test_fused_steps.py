@@ -17,12 +17,6 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False}
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 
 
-@pytest.fixture(autouse=True)
-def fuses(monkeypatch):
-    """Steps run fused, which they do not yet where nobody says so."""
-    monkeypatch.setattr("locret.engine.steps.FUSES", True)
-
-
 @pytest.fixture
 def both(monkeypatch):
     """Tokens and logits of an answer by the model's own steps, then by fused ones."""

@@ -7,7 +7,8 @@ import locret
 from locret.cache.sequences import sequences_of
 from locret.engine.engine import Engine
 from locret.engine.steps import EAGER_STEPS
-from locret.model.attend import attend, attend_past, available
+from locret.model import varlen
+from locret.model.attend import PLAIN, attend, attend_past, available
 from locret.model.backbone import PRENORM
 from locret.model.past import Past
 from locret.policies import POLICIES
@@ -20,12 +21,6 @@ pytestmark = pytest.mark.gpu
 SMALL = {"budget": 40, "chunk_size": 17, "stabilizers": 3, "local_tokens": 5}
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
 GRAPHED = [name for name in FAMILIES if name not in MIXED | {"mixtral", "qwen3_moe"}]
-
-
-@pytest.fixture(autouse=True)
-def fuses(monkeypatch):
-    """Steps run fused, which they do not yet where nobody says so."""
-    monkeypatch.setattr("locret.engine.steps.FUSES", True)
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
@@ -281,3 +276,34 @@ def test_memory_comes_back():
     # From the fourth on nothing is new: a tensor of a graph may take one block of 512 bytes more.
     assert levels[-1] <= levels[3]
     assert locret.RetainedCache(2).nbytes == 0
+
+
+@pytest.mark.parametrize("size", [64, 136, 256])
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize("elements", [2**28, 5000])
+def test_texts_in_one_call_are_as_one_after_the_other(size, heads, elements, monkeypatch):
+    monkeypatch.setattr(varlen, "_ELEMENTS", elements)
+    torch.manual_seed(size)
+    trunk = [torch.randn(1, heads, 33, size, device="cuda", requires_grad=True) for _ in range(2)]
+    tokens = [1, 50, 7, 12]
+    own = [torch.randn(1, heads, 70, size, device="cuda", requires_grad=True) for _ in range(2)]
+    query = torch.randn(1, 8, 70, size, device="cuda", requires_grad=True)
+    leaves = [query, *trunk, *own]
+
+    def attended(dtype):
+        q, *rest = (x.to(dtype) for x in leaves)
+        pieces = [x.split(tokens, dim=2) for x in rest[2:]]
+        texts = [
+            varlen.Text(
+                n, *((() if i == 1 else (t,)) + (p[i],) for t, p in zip(rest, pieces, strict=False))
+            )
+            for i, n in enumerate(tokens)
+        ]
+        assert varlen.takes_varlen(q, "sdpa", PLAIN) == (dtype != torch.float32)
+        output = varlen.attend_texts(q, texts, 0.3, "sdpa")
+        weights = torch.linspace(-1, 1, output.numel(), device="cuda").view(output.shape)
+        return output, torch.autograd.grad((output * weights).sum(), leaves)
+
+    (ours, gradients), (theirs, expected) = attended(torch.bfloat16), attended(torch.float32)
+    for a, b in zip([ours, *gradients], [theirs, *expected], strict=True):
+        assert (a.float() - b).norm() <= 1e-2 * b.norm()

@@ -22,12 +22,6 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False}
 QUOTAS = [[5.0, 0.4], [0.2, 2.4]]
 
 
-@pytest.fixture(autouse=True)
-def fuses(monkeypatch):
-    """Steps run fused, which they do not yet where nobody says so."""
-    monkeypatch.setattr("locret.engine.steps.FUSES", True)
-
-
 @dataclass(frozen=True)
 class HalfScheme(Scheme):
     """A scheme of a user's own: keys in halves less their block's first one, values in halves."""

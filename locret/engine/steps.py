@@ -48,9 +48,6 @@ from locret.quantization.packed import Expansion
 
 EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces
 
-FUSES = False
-"""Whether steps run fused where `why_not_fused` names no reason: not before a GPU was seen to."""
-
 
 class StepCounts(NamedTuple):
     """How the one-token steps of an answer ran.
@@ -345,7 +342,7 @@ class GraphedSteps:
         self._steps = StepPass(self._backbone, self._cache, self._room)
         self._eager = 0
         dtype = self._cache.layers[0].store.like.dtype
-        fuses = FUSES and why_not_fused(self._backbone, dtype) is None
+        fuses = why_not_fused(self._backbone, dtype) is None
         self._fused = PrenormDecoder(self._backbone) if fuses else None
 
     def _step(self, run: Callable[..., Any], ids: Tensor) -> Any:

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from locret.model.attend import PLAIN, Backend, Weighting, attend
+from locret.model.attend import Backend
 from locret.model.hooks import LayerCall, without_autocast
 from locret.model.past import Past, with_bias_in_channels
+from locret.model.varlen import Text, attend_texts
 from locret.quantization import NO_SCHEME, Scheme
 from locret.quantization.packed import pack_keys, pack_values
 from locret.training.row_loss import Recipe, slots_of
@@ -70,7 +71,7 @@ class Trunks:
         learning: scores get gradients.
 
     Attributes:
-        units: for each layer and segment, keys (rotated) and values [B, H, P, D].
+        units: for each layer, keys (rotated) and values [B, H, P of all trunks, D].
         scores: for each layer with heads, [H, P of all trunks] float32, higher = keep.
     """
 
@@ -78,7 +79,7 @@ class Trunks:
     segments: Sequence[Segment]
     scheme: Scheme = NO_SCHEME
     learning: bool = True
-    units: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    units: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     scores: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -99,8 +100,7 @@ class Trunks:
                 # At least float32, whatever autocast makes of a head's products.
                 scores = head(features)[0]
                 self.scores[i] = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        each = (x.split(self.lengths, dim=2) for x in (key, value))
-        self.units[call.layer_idx] = [*zip(*each, strict=True)]
+        self.units[call.layer_idx] = key, value
 
     def scores_of_segments(self) -> list[Tensor]:
         """[L, H, P] of each trunk."""
@@ -149,56 +149,37 @@ class BranchAttention:
     ) -> None:
         self.ways = ways
         self.trunks = trunks
-        self.gates = gates
+        self.gates = None if gates is None else torch.cat(list(gates), dim=-1)
         self.backend = backend
         self.slots = [way.stretch.slots(way.stretch.start, way.stretch.end) for way in ways]
 
     def __call__(self, call: LayerCall) -> Tensor:
         query, key = (call.rotate_ranges(x, self.slots) for x in (call.query, call.key))
-        outputs = []
-        for way in self.ways:
-            own = slice(*way.own)
-            new = key[:, :, own], call.value[:, :, own]
-            past = self._past(call, way.segment)
-            weighting = call.weighting
-            outputs.append(
-                attend_after(query[:, :, own], past, new, call.scaling, self.backend, weighting)
-            )
-        return torch.cat(outputs, dim=1)
-
-    def _past(self, call: LayerCall, segment: int) -> Past:
-        keys, values = self.trunks.units[call.layer_idx][segment]
-        if self.gates is None or call.retained_idx is None:
-            return Past(keys, values)
-        return Past(keys, values, bias=self.gates[segment][call.retained_idx][None])
+        past = Past(*self.trunks.units[call.layer_idx])
+        if self.gates is not None and call.retained_idx is not None:
+            past = past._replace(bias=self.gates[call.retained_idx][None])
+        query, units, new = unbiased(query, past, (key, call.value), call.scaling)
+        lengths = [way.stretch.end - way.stretch.start for way in self.ways]
+        trunks = list(zip(*(x.split(self.trunks.lengths, dim=2) for x in units), strict=True))
+        own = zip(*(x.split(lengths, dim=2) for x in new), strict=True)
+        texts = [
+            Text(length, *zip(trunks[way.segment], each, strict=True))
+            for way, length, each in zip(self.ways, lengths, own, strict=True)
+        ]
+        output = attend_texts(query, texts, call.scaling, self.backend, call.weighting)
+        return output[..., : call.query.shape[3]]
 
 
-def attend_after(
-    query: Tensor,
-    past: Past,
-    new: tuple[Tensor, Tensor],
-    scaling: float,
-    backend: Backend,
-    weighting: Weighting = PLAIN,
-) -> Tensor:
-    """`locret.model.attend.attend_past` of one rectangle, in one call of an attention through which
-    gradients flow, to the past's bias too.
+def unbiased(
+    query: Tensor, past: Past, new: tuple[Tensor, Tensor], scaling: float
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Queries, past and new keys and values, with channels that carry the past's bias if it has
+    one: any attention takes them, and gradients flow to the bias.
 
-    Args:
-        query: [B, H*G, T, D], rotated.
-        past: keys (rotated), values and bias.
-        new: keys (rotated) and values [B, H, T, D], causal.
-        scaling, backend, weighting: as of `attend`; no softcap where the past has a bias.
-
-    Returns:
-        [B, T, H*G, D].
+    Args: as of `locret.model.past.with_bias_in_channels`, for one rectangle that is past.
     """
-    size = query.shape[3]
-    pasts: list[Past] = [past]
-    seen: tuple[Tensor, Tensor] | None = new
-    if past.bias is not None:
-        query, pasts, seen = with_bias_in_channels(query, pasts, new, scaling)
-    assert seen is not None
-    keys = torch.cat([pasts[0].keys, seen[0]], dim=2)
-    values = torch.cat([pasts[0].values, seen[1]], dim=2)
-    return attend(query, keys, values, scaling, backend, weighting=weighting)[..., :size]
+    if past.bias is None:
+        return query, (past.keys, past.values), new
+    query, (past,), fresh = with_bias_in_channels(query, [past], new, scaling)
+    assert fresh is not None
+    return query, (past.keys, past.values), fresh

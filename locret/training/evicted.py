@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import quotas_of
@@ -24,7 +25,8 @@ from locret.model.attend import Backend
 from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall, LayerFunction, without_autocast
 from locret.model.past import Past
-from locret.training.branch_reading import Trunks, attend_after, ways_of
+from locret.model.varlen import Text, attend_texts
+from locret.training.branch_reading import Trunks, unbiased, ways_of
 from locret.training.distill import Distillation
 from locret.training.divergence import Divergence, MeanOver, check_mean, divergence
 from locret.training.gated import check_gates, check_samples, check_tunable
@@ -155,26 +157,25 @@ class EvictedAttention:
     def __init__(
         self, segments: Sequence[Segment], masks: Sequence[Tensor], backend: Backend
     ) -> None:
-        self.stretches = [
-            (stretch, mask)
-            for segment, mask in zip(segments, masks, strict=True)
-            for stretch in segment.stretches
-        ]
+        self.stretches = [stretch for segment in segments for stretch in segment.stretches]
+        # Of the whole row, as that is one tensor: nobody sees a branch through a mask.
+        rest = [segment.end - segment.last_prompt_end for segment in segments]
+        self.mask = torch.cat(
+            [pad(mask, (0, n)) for mask, n in zip(masks, rest, strict=True)], dim=-1
+        )
         self.slots = slots_of(segments)
         self.backend = backend
 
     def __call__(self, call: LayerCall) -> Tensor:
         query, key = (call.rotate_ranges(x, self.slots) for x in (call.query, call.key))
-        outputs = []
-        for stretch, mask in self.stretches:
+        past = Past(key, call.value)
+        if call.retained_idx is not None:
+            past = past._replace(bias=self.mask[call.retained_idx][None])
+        query, masked, new = unbiased(query, past, (key, call.value), call.scaling)
+        texts = []
+        for stretch in self.stretches:
             own, trunk = slice(stretch.start, stretch.end), slice(*stretch.trunk)
-            past = Past(key[:, :, trunk], call.value[:, :, trunk])
-            if call.retained_idx is not None and trunk.start < trunk.stop:
-                past = past._replace(bias=mask[call.retained_idx][None])
-            new = key[:, :, own], call.value[:, :, own]
-            outputs.append(
-                attend_after(
-                    query[:, :, own], past, new, call.scaling, self.backend, call.weighting
-                )
-            )
-        return torch.cat(outputs, dim=1)
+            pieces = ((m[:, :, trunk], n[:, :, own]) for m, n in zip(masked, new, strict=True))
+            texts.append(Text(stretch.end - stretch.start, *pieces))
+        output = attend_texts(query, texts, call.scaling, self.backend, call.weighting)
+        return output[..., : call.query.shape[3]]

@@ -21,6 +21,7 @@ from locret.heads.heads import LayerTensors, RetainingHead, RetainingHeads
 from locret.heads.targets import AnswerView, Label, Loss, smoothness
 from locret.model.attend import Backend, attend
 from locret.model.hooks import LayerCall
+from locret.model.varlen import Text, attend_texts
 from locret.training.segments import Segment
 
 PromptKeys = Literal["rotated", "unrotated"]
@@ -113,11 +114,12 @@ class RowLoss:
     def layer(self, call: LayerCall) -> Tensor:
         """The layer function: a layer's loss on the way, and its plain causal attention."""
         query, key = (call.rotate_ranges(x, self.ranges) for x in (call.query, call.key))
-        read = [self._read(call, query, key, segment) for segment in self.segments]
+        if call.retained_idx is not None and self.recipe.prompt_keys == "unrotated":
+            return self._layer_as_released(call, query, key)
         if call.retained_idx is not None:
-            targets = [labels for _, labels in read]
+            targets = [self._labels(call, query, key, segment) for segment in self.segments]
             self.learn(call.retained_idx, self.recipe.features(call), targets)
-        return torch.cat([output for outputs, _ in read for output in outputs], dim=1)
+        return _attend_row(call, query, key, self.segments, self.recipe.backend)
 
     def learn(
         self, retained_idx: int, features: Tensor, targets: Sequence[Sequence[Tensor]]
@@ -209,36 +211,36 @@ class RowLoss:
         backend = self.recipe.backend
         return attend(query, key, value, call.scaling, backend, weighting=call.weighting)
 
-    def _read(
+    def _labels(
         self, call: LayerCall, query: Tensor, key: Tensor, segment: Segment
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Attention outputs [B, T, H*G, D] of the tokens of one segment of a row, in order, and its
-        answers' labels; query and key are rotated already."""
-        if self.recipe.prompt_keys == "unrotated" and call.retained_idx is not None:
-            return self._read_as_released(call, query, key, segment)
-        outputs, labels = [], []
+    ) -> list[Tensor]:
+        """Labels of one segment's answers; query and key are rotated already."""
+        labels = []
         for stretch in segment.stretches:
+            if not stretch.answers:
+                continue
             keys, values = (stretch.seen(x, stretch.end) for x in (key, call.value))
-            own = query[:, :, stretch.start : stretch.end]
-            outputs.append(self.attend(call, own, keys, values))
-            for start, end in stretch.answers if call.retained_idx is not None else ():
+            for start, end in stretch.answers:
                 seen = slice(keys.shape[2] - (stretch.end - end))
                 asked = query[:, :, start:end], norms_of(call.hidden[:, start:end])
                 labels.append(self.label(call, *asked, keys[:, :, seen], values[:, :, seen]))
-        return outputs, labels
+        return labels
 
-    def _read_as_released(
-        self, call: LayerCall, query: Tensor, key: Tensor, segment: Segment
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _layer_as_released(self, call: LayerCall, query: Tensor, key: Tensor) -> Tensor:
         """The released Phi-3 label pass: the answer meets the prompt's keys before RoPE."""
-        start, asked, end = segment.start, segment.answers[0][0], segment.end
-        value = call.value[:, :, start:end]
-        mixed = torch.cat([call.key[:, :, start:asked], key[:, :, asked:end]], dim=2)
-        answer = query[:, :, asked:end]
-        labels = self.label(call, answer, norms_of(call.hidden[:, asked:end]), mixed, value)
-        read = self.attend(call, *(x[:, :, start:asked] for x in (query, key, call.value)))
-        said = self.attend(call, answer, mixed, value)
-        return [read, said], [labels]
+        outputs, targets = [], []
+        for segment in self.segments:
+            start, asked, end = segment.start, segment.answers[0][0], segment.end
+            value = call.value[:, :, start:end]
+            mixed = torch.cat([call.key[:, :, start:asked], key[:, :, asked:end]], dim=2)
+            answer = query[:, :, asked:end]
+            norms = norms_of(call.hidden[:, asked:end])
+            targets.append([self.label(call, answer, norms, mixed, value)])
+            read = (x[:, :, start:asked] for x in (query, key, call.value))
+            outputs += [self.attend(call, *read), self.attend(call, answer, mixed, value)]
+        assert call.retained_idx is not None
+        self.learn(call.retained_idx, self.recipe.features(call), targets)
+        return torch.cat(outputs, dim=1)
 
 
 class PackedAttention:
@@ -257,13 +259,22 @@ class PackedAttention:
     def __call__(self, call: LayerCall) -> Tensor:
         ranges = slots_of(self.segments)
         query, key = (call.rotate_ranges(x, ranges) for x in (call.query, call.key))
-        outputs = []
-        for stretch in (each for segment in self.segments for each in segment.stretches):
-            own = query[:, :, stretch.start : stretch.end]
-            keys, values = (stretch.seen(x, stretch.end) for x in (key, call.value))
-            output = attend(own, keys, values, call.scaling, self.backend, weighting=call.weighting)
-            outputs.append(output)
-        return torch.cat(outputs, dim=1)
+        return _attend_row(call, query, key, self.segments, self.backend)
+
+
+def _attend_row(
+    call: LayerCall, query: Tensor, key: Tensor, segments: Sequence[Segment], backend: Backend
+) -> Tensor:
+    """Attention output [B, T, H*G, D] of a whole row; query and key are rotated already."""
+    texts = [
+        Text(
+            stretch.end - stretch.start,
+            *(stretch.pieces(x, stretch.end) for x in (key, call.value)),
+        )
+        for segment in segments
+        for stretch in segment.stretches
+    ]
+    return attend_texts(query, texts, call.scaling, backend, call.weighting)
 
 
 def norms_of(hidden: Tensor) -> Tensor:

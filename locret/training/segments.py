@@ -40,11 +40,16 @@ class Stretch(NamedTuple):
         first = self.trunk[1] - self.trunk[0] - self.start
         return first + start, first + end, self.reach
 
-    def seen(self, x: Tensor, end: int) -> Tensor:
-        """Of a row's `x` [B, H, row, D], what the token before `end` sees."""
+    def pieces(self, x: Tensor, end: int) -> tuple[Tensor, ...]:
+        """Of a row's `x` [B, H, row, D], what the token before `end` sees, one after the other."""
         own = x[:, :, self.start : end]
         first, last = self.trunk
-        return own if first == last else torch.cat([x[:, :, first:last], own], dim=2)
+        return (own,) if first == last else (x[:, :, first:last], own)
+
+    def seen(self, x: Tensor, end: int) -> Tensor:
+        """The same in one."""
+        pieces = self.pieces(x, end)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 class Segment(NamedTuple):

@@ -1,0 +1,133 @@
+"""Causal attention of texts that stand in one row, each of which sees keys of its own.
+
+On NVIDIA GPUs in half precision all texts take one call of PyTorch's `varlen_attn`; elsewhere, and
+in layers that weigh otherwise, one call of `attend` each: the twin that tests compare with.
+Gradients flow either way.
+
+B rows, H KV heads, G query heads a KV head, T tokens of a row, S what a text sees, D head size.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from locret.model.attend import PLAIN, Backend, Weighting, attend
+
+_ELEMENTS = 2**28  # of the keys of one call: texts that share a context see a copy of it each
+_CHANNELS = 256  # of a head, at most, in eights: FlashAttention's bound
+
+
+class Text(NamedTuple):
+    """What the tokens of one text see.
+
+    Attributes:
+        tokens: of the text, T of the row together.
+        keys, values: [B, H, s, D] each, one after the other, keys rotated; the last `tokens` of
+            them are the text's own.
+    """
+
+    tokens: int
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return sum(key.shape[2] for key in self.keys)
+
+
+def attend_texts(
+    query: Tensor,
+    texts: Sequence[Text],
+    scaling: float,
+    backend: Backend,
+    weighting: Weighting = PLAIN,
+) -> Tensor:
+    """Each text's tokens see what their text sees, up to themselves (lower-right causal).
+
+    Args:
+        query: [B, H*G, T, D], rotated, of one text after the other.
+        texts: in order.
+        scaling, backend, weighting: as of `locret.model.attend.attend`.
+
+    Returns:
+        [B, T, H*G, D].
+    """
+    if takes_varlen(query, backend, weighting):
+        groups = list(_groups(texts))
+        queries = query[0].transpose(0, 1).split([sum(t.tokens for t in each) for each in groups])
+        pairs = zip(queries, groups, strict=True)
+        return torch.cat([_attend_at_once(q, each, scaling) for q, each in pairs])[None]
+    queries = query.split([text.tokens for text in texts], dim=2)
+    outputs = [
+        attend(own, _joined(text.keys), _joined(text.values), scaling, backend, weighting=weighting)
+        for own, text in zip(queries, texts, strict=True)
+    ]
+    return torch.cat(outputs, dim=1)
+
+
+def takes_varlen(query: Tensor, backend: Backend, weighting: Weighting) -> bool:
+    """Whether texts take one call for all of them."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    cuda = query.is_cuda and torch.version.cuda is not None
+    fits = query.shape[3] % 8 == 0 and query.shape[3] <= _CHANNELS
+    return (
+        len(query) == 1
+        and cuda
+        and half
+        and fits
+        and backend in ("sdpa", "cudnn")
+        and weighting.plain
+    )
+
+
+def _attend_at_once(query: Tensor, texts: Sequence[Text], scaling: float) -> Tensor:
+    """[T, H*G, D] of queries [T, H*G, D]."""
+    keys, values = (
+        _joined([x for text in texts for x in getattr(text, name)])[0].transpose(0, 1)
+        for name in ("keys", "values")
+    )
+    tokens, lengths = (tuple(t.tokens for t in texts), tuple(t.length for t in texts))
+    output = varlen_attn(
+        query,
+        keys,
+        values,
+        _bounds(tokens, query.device),
+        _bounds(lengths, query.device),
+        max(tokens),
+        max(lengths),
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=True,
+    )
+    assert isinstance(output, Tensor)
+    return output
+
+
+def _groups(texts: Sequence[Text]) -> Iterator[list[Text]]:
+    """Texts that take one call, of which the keys have at most `_ELEMENTS`."""
+    group: list[Text] = []
+    elements = 0
+    for text in texts:
+        own = text.length * text.keys[0].shape[1] * text.keys[0].shape[3]
+        if group and elements + own > _ELEMENTS:
+            yield group
+            group, elements = [], 0
+        group.append(text)
+        elements += own
+    yield group
+
+
+def _joined(each: Sequence[Tensor]) -> Tensor:
+    return each[0] if len(each) == 1 else torch.cat(list(each), dim=2)
+
+
+@functools.lru_cache(maxsize=16)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each of sequences of these lengths begins, and the last one ends, int32."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
