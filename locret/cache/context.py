@@ -5,13 +5,13 @@ N units of Q = B * H sequences, D head size.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from locret.cache.sequences import Sequences, alike, sequences_of
-from locret.quantization.packed import Expansion, PackedKeys, PackedValues, join, take
+from locret.quantization.packed import Expansion, PackedKeys, PackedValues, join, select_keys, take
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,16 @@ class StoredContext:
         Expansion(packed, places(self.sequences, self.packed, at_end=False)).write(whole)
         whole.index_copy_(0, places(self.sequences, self.plain, at_end=True), plain)
         return whole
+
+    def tightened(self) -> "StoredContext":
+        """The same units, thin blocks of keys packed anew but for few."""
+        keys, lengths = self.packed_keys, self.packed.flat
+        if keys is None:
+            return self
+        every = torch.arange(keys.count, device=keys.device)
+        unused = self.keys.new_zeros(1, keys.head_size)  # kernels want an address
+        keys = select_keys(keys.scheme, keys, lengths, unused, every, lengths, tight=True)
+        return replace(self, packed_keys=keys)
 
     def take(self, rows: Sequence[int]) -> "StoredContext":
         """Some rows, which may repeat."""

@@ -6,6 +6,7 @@ read. Outliers depend on the data and are not.
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,15 +66,29 @@ class Sizing:
             scored,
         )
 
-    def layer_bytes(self, layer: int, units: int) -> int:
-        """Most bytes of a layer that holds `units` units in every KV head after a chunk."""
-        stored = most_bytes(self.scheme.for_layer(layer), units, self.head_size, self.element_size)
-        beside = self._beside + WEIGHT_BYTES * self.weighs
-        return self.num_kv_heads * (stored + beside * units)
-
     def cache_bytes(self, budgets: Sequence[int]) -> int:
-        """Most bytes of layers that hold so many units."""
-        return sum(self.layer_bytes(layer, units) for layer, units in enumerate(budgets))
+        """Most bytes after a chunk of layers that hold so many units in every KV head."""
+        heads = self.num_kv_heads
+        return sum(self._layer(i, (units,) * heads, False) for i, units in enumerate(budgets))
+
+    def read_bytes(self, counts: Sequence[Sequence[int]], known: bool = True) -> int:
+        """Most bytes, once a prompt is read, of heads that hold so many units, [layers][KV heads],
+        where the budget is one in bytes (`RetainedLayer.close`).
+
+        Args:
+            known: False = heads may share out what they hold in another way: thin blocks may take
+                as much as while chunks are read.
+        """
+        tight = known and not self.scored
+        return sum(self._layer(i, heads, tight) for i, heads in enumerate(counts))
+
+    def _layer(self, layer: int, counts: Sequence[int], tight: bool) -> int:
+        how = self.head_size, self.element_size, tight
+        stored = sum(
+            most_bytes(self.scheme.for_layer(layer), units, *how) * heads
+            for units, heads in Counter(counts).items()
+        )
+        return stored + (self._beside + WEIGHT_BYTES * self.weighs) * sum(counts)
 
     def window_bytes(self, tokens: int) -> int:
         """Bytes of the layers with a window after so many tokens, as they are stored: in full."""

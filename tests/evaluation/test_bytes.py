@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import locret
 from locret.cache.sizing import Sizing
@@ -22,6 +25,7 @@ from tests.tiny_models import prompt, tiny_model
 
 HEAD_DIM = 32
 KIVI = {"name": "kivi", "bits": 4, "group": 8, "residual": 0}
+ROTATED = {"name": "rotated", "group": 16}
 LENGTH, RATIOS, TASKS = 400, (4, 8), ("passkey", "niah_single")
 
 
@@ -71,6 +75,35 @@ def test_never_more_bytes_than_in_sixteen_bits(ratio, bits, policy, model):
     engine = locret.Engine(model, policy, quantization=KIVI | {"bits": bits}, **settings)
     report = engine.prefill(prompt(LENGTH)).report()
     assert 0 < report["total_bytes"] <= allowed(ratio)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(60, 400), min_size=1, max_size=2),
+    chunk_size=st.sampled_from([33, 64, 150, None]),
+    quotas=st.none()
+    | st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=2), min_size=2, max_size=2),
+    quantization=st.sampled_from([None, KIVI, KIVI | {"residual": 5}, ROTATED]),
+    positions=st.sampled_from(["compact", "original"]),
+    ratio=st.integers(2, 12),
+)
+def test_what_was_read_takes_at_most_its_share(
+    lengths, chunk_size, quotas, quantization, positions, ratio, model
+):
+    engine = locret.Engine(
+        model,
+        "knorm",
+        budget=f"{ratio}x bytes",
+        quotas=quotas,
+        chunk_size=chunk_size,
+        stabilizers=0,
+        positions=positions,
+        quantization=quantization,
+    )
+    ids = prompt(max(lengths), batch=len(lengths))
+    mask = torch.tensor([[n >= max(lengths) - i for i in range(max(lengths))] for n in lengths])
+    cache = engine.prefill(ids, attention_mask=mask.long())
+    assert cache.nbytes <= sum(allowed(ratio, tokens=n) for n in lengths)
 
 
 def test_layers_with_a_window_come_on_top():
