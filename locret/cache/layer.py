@@ -190,14 +190,16 @@ class RetainedLayer(CacheLayerMixin):
             store.replace_values(*map(kept.flattened, merged))
 
     def close(self, tight: bool) -> None:
-        """Nothing is evicted any more: hold no scores from here on.
+        """Nothing is evicted any more: hold no scores from here on, and source positions in less.
 
         Args:
             tight: hold keys in nearly full blocks, however evictions have thinned them out.
         """
         self.store.drop_scores()
-        if tight and self.store.context is not None:
-            self.store.context = self.store.context.tightened()
+        context = self.store.context
+        if context is not None and self.window is None:
+            context = context.tightened() if tight else context
+            self.store.context = context.closed()
 
     def place(self, device: torch.device) -> None:
         """Be on the layer's device, wherever the tensors came from."""

@@ -36,7 +36,7 @@ def layer_budgets(
 
         def needed(average: int) -> int:
             counts = head_counts(of_layers(average), quotas, sizing.num_kv_heads, context)
-            return sizing.read_bytes(counts, known=not policy.shares)
+            return sizing.read_bytes(counts, context, known=not policy.shares)
 
         units = _units_within(budget, sizing, context, needed)
     else:

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import locret
-from locret.cache.sizing import Sizing
 from locret.engine.engine import Engine
 from locret.evaluation import evaluate
 from locret.evaluation.config import EvalConfig
@@ -19,7 +18,6 @@ from locret.evaluation.processes import Ranks
 from locret.evaluation.records import Records
 from locret.evaluation.setups import Setup
 from locret.quantities import ByteShare
-from locret.quantization import NO_SCHEME
 from tests.evaluation.eval_data import DATA, write_data
 from tests.tiny_models import prompt, tiny_model
 
@@ -34,10 +32,9 @@ def allowed(ratio, head_dim=HEAD_DIM, tokens=LENGTH):
     return tokens * 2 * 2 * 2 * head_dim * 2 // ratio
 
 
-def plain_units(ratio, head_dim=HEAD_DIM, tokens=LENGTH, layers=2):
-    """Units in 16 bits that fit into it, with their scores and source positions."""
-    a_unit = Sizing(NO_SCHEME, layers, 2, head_dim).cache_bytes([1] * layers)
-    return allowed(ratio, head_dim, tokens) * layers // 2 // a_unit
+def plain_units(ratio, head_dim=HEAD_DIM, tokens=LENGTH):
+    """Units in 16 bits that fit into it, beside a bit a token for their source positions."""
+    return (allowed(ratio, head_dim, tokens) // 4 - -(-tokens // 8)) // (4 * head_dim)
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +107,10 @@ def test_layers_with_a_window_come_on_top():
     """They hold what they hold under every policy."""
     model = tiny_model("exaone4", head_dim=HEAD_DIM).bfloat16()
     units = []
-    for budget in ("4x bytes", plain_units(4, layers=1)):
+    for budget in ("4x bytes", plain_units(4)):
         engine = locret.Engine(model, "knorm", budget=budget, chunk_size=64, stabilizers=0)
         units.append(engine.prefill(prompt(LENGTH)).report()["units"])
-    assert units[0] == units[1] and max(units[0]) == plain_units(4, layers=1)
+    assert units[0] == units[1] and max(units[0]) == plain_units(4)
 
 
 def test_the_share_is_of_the_prompt(model):
