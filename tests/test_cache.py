@@ -63,8 +63,9 @@ def test_reported_bytes_are_those_of_the_tensors(dtype, decoded):
         engine.generate(prompt(1, batch=2), cache=cache, max_new_tokens=decoded, do_sample=False)
     report = cache.report()
     tensors = cache_tensors(cache)
-    # Keys, values and positions of two layers, of context and tail; scores are dropped.
-    assert len(tensors) == (12 if decoded else 6)
+    # Keys and values of two layers, positions of two rows in each, and all three of the tail;
+    # scores are dropped.
+    assert len(tensors) == (14 if decoded else 8)
     storages = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     assert report["total_bytes"] == sum(t.nbytes for t in tensors) == storages
     assert report["total_bytes"] == sum(report["bytes"]) == cache.nbytes

@@ -73,7 +73,7 @@ def test_the_cache_is_as_large_as_said():
     )
     cache = engine.prefill(prompt(70))
     sizing = Sizing.of(PLANNED[0], Backbone(model).geometry, 4)
-    assert sizing.cache_bytes([24, 24]) == cache.nbytes
+    assert sizing.cache_bytes([24, 24], 70) == cache.nbytes
 
 
 def test_everything_is_within_the_memory():

@@ -3,6 +3,7 @@ them."""
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from locret.policies import POLICIES
 from locret.policies.base import Eviction
 from locret.policies.knorm import KNormPolicy
 from locret.quantization import NO_SCHEME, make_scheme
+from locret.quantization.costs import costs_of
 from tests.tiny_models import tiny_heads, tiny_model
 
 TABLE = [[1.0, 3.0], [0.5, 1.5]]
@@ -335,11 +337,26 @@ def test_memory_holds_what_quotas_give(budget, quotas, scheme):
     sizing, context = Sizing(scheme, 2, 2, 64), 2000
     made = config(budget=budget, quotas=quotas, quantization=scheme)
     counts = made.counts(KNormPolicy(), sizing, context)
-    one_head = Sizing(scheme, 2, 1, 64)
-    taken = sum(one_head.layer_bytes(i, units) for i, row in enumerate(counts) for units in row)
+    taken = sizing.read_bytes(counts, context)
     full = context * 2 * 2 * 2 * 64 * 2
     allowed = {"30kB": 30_000, "8x bytes": full // 8, "3x bytes": full // 3}[budget]
     assert 0.85 * allowed < taken <= allowed
+
+
+@pytest.mark.parametrize("ratio", [8, 16, 32])
+def test_memory_is_used_where_no_block_is_thin(ratio):
+    heads = Path(__file__).parent.parent / "checkpoints" / "qwen25-coder-heads" / "config.json"
+    scheme, context = make_scheme("rotated"), 4096
+    made = config(
+        budget=f"{ratio}x bytes",
+        quotas=json.loads(heads.read_text())["quotas"],
+        quantization=scheme,
+    )
+    counts = made.counts(KNormPolicy(), Sizing(scheme, 28, 2, 128), context)
+    packed = costs_of(scheme, 128).packed
+    taken = sum(units * packed + context // 8 for row in counts for units in row)
+    allowed = context * 28 * 2 * 2 * 128 * 2 // ratio
+    assert 0.985 * allowed < taken <= allowed
 
 
 def test_memory_for_no_unit_is_refused():

@@ -5,13 +5,16 @@ N units of Q = B * H sequences, D head size.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from locret.cache.positions import packed_positions, unpacked_positions
 from locret.cache.sequences import Sequences, alike, sequences_of
-from locret.quantization.packed import Expansion, PackedKeys, PackedValues, join, take
+from locret.quantization.packed import Expansion, PackedKeys, PackedValues, join, select_keys, take
+
+POSITIONS = "source_positions"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class StoredContext:
             [N] float32 (higher = keep), "weights" [N] float32, how many tokens the value of a unit
             is the mean of.
         packed_keys, packed_values: None = nothing is packed.
+        positions: source positions of each row (`locret.cache.positions`), which `exact` has no
+            more then; None = it has.
         appended: of each row, how many of every head's last units came after its last eviction.
     """
 
@@ -38,6 +43,7 @@ class StoredContext:
     exact: dict[str, Tensor]
     packed_keys: PackedKeys | None = None
     packed_values: PackedValues | None = None
+    positions: tuple[Tensor, ...] | None = None
     appended: tuple[int, ...] = field(kw_only=True)
 
     @property
@@ -58,7 +64,22 @@ class StoredContext:
         """[N, *] of one of `NAMES`, in the order of slots."""
         if name in ("keys", "values"):
             return self.all_keys() if name == "keys" else self.all_values()
-        return self.exact[name]
+        return self.in_full[name]
+
+    @property
+    def in_full(self) -> dict[str, Tensor]:
+        """`exact` with the source positions."""
+        if self.positions is None:
+            return self.exact
+        return {POSITIONS: unpacked_positions(self.positions)} | self.exact
+
+    def closed(self) -> "StoredContext":
+        """The same units, their source positions in less: nothing is evicted any more."""
+        if self.positions is not None:
+            return self
+        exact = {name: x for name, x in self.exact.items() if name != POSITIONS}
+        packed = packed_positions(self.exact[POSITIONS], self.sequences)
+        return replace(self, exact=exact, positions=packed)
 
     def _whole(self, plain: Tensor, packed: PackedKeys | PackedValues | None) -> Tensor:
         if packed is None:
@@ -67,6 +88,16 @@ class StoredContext:
         Expansion(packed, places(self.sequences, self.packed, at_end=False)).write(whole)
         whole.index_copy_(0, places(self.sequences, self.plain, at_end=True), plain)
         return whole
+
+    def tightened(self) -> "StoredContext":
+        """The same units, thin blocks of keys packed anew but for few."""
+        keys, lengths = self.packed_keys, self.packed.flat
+        if keys is None:
+            return self
+        every = torch.arange(keys.count, device=keys.device)
+        unused = self.keys.new_zeros(1, keys.head_size)  # kernels want an address
+        keys = select_keys(keys.scheme, keys, lengths, unused, every, lengths, tight=True)
+        return replace(self, packed_keys=keys)
 
     def take(self, rows: Sequence[int]) -> "StoredContext":
         """Some rows, which may repeat."""
@@ -86,6 +117,7 @@ class StoredContext:
             {name: x.index_select(0, index) for name, x in self.exact.items()},
             keys,
             values,
+            self.positions and tuple(self.positions[row] for row in rows),
             appended=tuple(self.appended[row] for row in rows),
         )
 
@@ -110,7 +142,10 @@ def places(whole: Sequences, some: Sequences, at_end: bool) -> Tensor:
 
 
 def stack(rows: Sequence[StoredContext | None]) -> StoredContext | None:
-    """Contexts of one row each as one; None = a row without units, or no row has any."""
+    """Contexts of one row each as one, closed if one is; None = a row without units, or no row has
+    any."""
+    if any(row is not None and row.positions is not None for row in rows):
+        rows = [row and row.closed() for row in rows]
     some = [row for row in rows if row is not None]
     if not some:
         return None
@@ -123,6 +158,8 @@ def stack(rows: Sequence[StoredContext | None]) -> StoredContext | None:
 
     keys = [row.packed_keys for row in some if row.packed_keys is not None]
     values = [row.packed_values for row in some if row.packed_values is not None]
+    none = some[0].sequences.offsets[:0]  # int32
+    positions = [(none,) if row is None else row.positions or () for row in rows]
     return StoredContext(
         joined(lambda row: row.sequences),
         joined(lambda row: row.packed),
@@ -132,6 +169,7 @@ def stack(rows: Sequence[StoredContext | None]) -> StoredContext | None:
         {name: torch.cat([row.exact[name] for row in some]) for name in some[0].exact},
         join(keys) if keys else None,
         join(values) if values else None,
+        None if some[0].positions is None else sum(positions, ()),
         appended=tuple(0 if row is None else row.appended[0] for row in rows),
     )
 

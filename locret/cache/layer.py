@@ -189,6 +189,18 @@ class RetainedLayer(CacheLayerMixin):
         if merged is not None:
             store.replace_values(*map(kept.flattened, merged))
 
+    def close(self, tight: bool) -> None:
+        """Nothing is evicted any more: hold no scores from here on, and source positions in less.
+
+        Args:
+            tight: hold keys in nearly full blocks, however evictions have thinned them out.
+        """
+        self.store.drop_scores()
+        context = self.store.context
+        if context is not None and self.window is None:
+            context = context.tightened() if tight else context
+            self.store.context = context.closed()
+
     def place(self, device: torch.device) -> None:
         """Be on the layer's device, wherever the tensors came from."""
         if not self.store.is_empty and self.store.like.device != device:

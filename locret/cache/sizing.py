@@ -2,19 +2,23 @@
 
 Counted are keys and values (codes, tables and residual, `locret.quantization.costs`), source
 positions and weights; scores where answers evict too, since else they are dropped when a prompt is
-read. Outliers depend on the data and are not.
+read, and source positions take less from then on (`locret.cache.positions`). Outliers depend on
+the data and are not.
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from locret.cache.positions import positions_bytes
 from locret.heads.heads import Geometry
 from locret.quantization import Scheme
 from locret.quantization.costs import most_bytes
 
 BESIDE_BYTES = 4
-"""Of a unit in a KV head beside key and value: its source position (int32)."""
+"""Of a unit in a KV head beside key and value: its source position (int32), until its prompt is
+read (`locret.cache.positions`)."""
 SCORE_BYTES = 4
 """Of a unit in a KV head while something may be evicted: its score (float32)."""
 WEIGHT_BYTES = 4
@@ -32,6 +36,7 @@ class Sizing:
         weighs: units hold a weight (`locret.cache.merging`).
         scored: units keep their scores, because answers evict too.
         windows: sliding windows of the layers that hold one, beside those counted above.
+        query_tokens: of a question that is read in front of a context.
     """
 
     scheme: Scheme
@@ -42,6 +47,7 @@ class Sizing:
     weighs: bool = False
     windows: tuple[int, ...] = ()
     scored: bool = False
+    query_tokens: int = 0
 
     @classmethod
     def of(
@@ -52,6 +58,7 @@ class Sizing:
         weighs: bool = False,
         windows: Sequence[int | None] = (),
         scored: bool = False,
+        query_tokens: int = 0,
     ) -> "Sizing":
         """What a cache of a backbone of this shape takes, which has these windows (None = none)."""
         return cls(
@@ -63,17 +70,36 @@ class Sizing:
             weighs,
             tuple(window for window in windows if window),
             scored,
+            query_tokens,
         )
 
-    def layer_bytes(self, layer: int, units: int) -> int:
-        """Most bytes of a layer that holds `units` units in every KV head after a chunk."""
-        stored = most_bytes(self.scheme.for_layer(layer), units, self.head_size, self.element_size)
-        beside = self._beside + WEIGHT_BYTES * self.weighs
-        return self.num_kv_heads * (stored + beside * units)
+    def cache_bytes(self, budgets: Sequence[int], tokens: int | None = None) -> int:
+        """Most bytes of layers that hold so many units in every KV head: of `tokens` tokens when
+        they are read, else after a chunk."""
+        counts = [(units,) * self.num_kv_heads for units in budgets]
+        return sum(self._layer(i, heads, tokens, False) for i, heads in enumerate(counts))
 
-    def cache_bytes(self, budgets: Sequence[int]) -> int:
-        """Most bytes of layers that hold so many units."""
-        return sum(self.layer_bytes(layer, units) for layer, units in enumerate(budgets))
+    def read_bytes(self, counts: Sequence[Sequence[int]], tokens: int, known: bool = True) -> int:
+        """Most bytes of heads that hold so many units, [layers][KV heads], of `tokens` tokens when
+        they are read, where the budget is one in bytes (`RetainedLayer.close`).
+
+        Args:
+            known: False = heads may share out what they hold in another way: thin blocks may take
+                as much as while chunks are read.
+        """
+        tight = known and not self.scored
+        return sum(self._layer(i, heads, tokens, tight) for i, heads in enumerate(counts))
+
+    def _layer(self, layer: int, counts: Sequence[int], tokens: int | None, tight: bool) -> int:
+        scheme, units = self.scheme.for_layer(layer), sum(counts)
+        how = self.head_size, self.element_size, tight
+        stored = sum(most_bytes(scheme, n, *how) * heads for n, heads in Counter(counts).items())
+        beside = (self._beside + WEIGHT_BYTES * self.weighs) * units
+        # Where nothing is packed or evicted, units are as they came.
+        if tokens is not None and not self.scored and (scheme.packs or min(counts) < tokens):
+            beside += positions_bytes(units, len(counts), tokens + self.query_tokens)
+            beside -= BESIDE_BYTES * units
+        return stored + beside
 
     def window_bytes(self, tokens: int) -> int:
         """Bytes of the layers with a window after so many tokens, as they are stored: in full."""

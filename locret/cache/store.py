@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from locret.cache.context import StoredContext, in_storage, nothing, places, stack
+from locret.cache.context import POSITIONS, StoredContext, in_storage, nothing, places, stack
 from locret.cache.sequences import Sequences, alike, sequences_of
 from locret.cache.tail import NewTokens, Tail, TailView
 from locret.kernels import gather_sequences
@@ -24,7 +24,7 @@ from locret.quantization import NO_SCHEME, Scheme
 from locret.quantization.named import from_named, to_named
 from locret.quantization.packed import fetch, pack_keys, select_keys, select_values
 
-NAMES = ("keys", "values", "source_positions", "scores", "weights")
+NAMES = ("keys", "values", POSITIONS, "scores", "weights")
 """What a unit has: its score until nothing is evicted any more, a weight where evicted values are
 merged (`locret.cache.merging`)."""
 
@@ -92,8 +92,10 @@ class Store:
     def tensors(self) -> tuple[Tensor, ...]:
         """All storage, spare room of the tail included."""
         context = self.context
-        own = () if context is None else (*context.kv_tensors, *context.exact.values())
-        return (*own, *self.tail.tensors)
+        if context is None:
+            return self.tail.tensors
+        beside = (*context.exact.values(), *(context.positions or ()))
+        return (*context.kv_tensors, *beside, *self.tail.tensors)
 
     @property
     def nbytes(self) -> int:
@@ -217,22 +219,19 @@ class Store:
     def _gather(self, index: Tensor, kept: Sequences, fresh: tuple[Tensor, ...]) -> None:
         """Hold units as they are."""
         context = self._before(fresh)
-        old, offsets = [*context.exact.values()], context.sequences.offsets
+        old, offsets = [*context.in_full.values()], context.sequences.offsets
         old = [context.keys, context.values, *old]
         keys, values, *exact = gather_sequences(old, fresh, index, offsets, kept.offsets)
         none = sequences_of(tuple((0,) * len(row) for row in kept.counts), kept.device)
-        self.context = StoredContext(
-            *(kept, none, kept, keys, values, self._named(exact)),
-            appended=self._appended(context),
-        )
-        self.tail = Tail()
+        made = kept, none, kept, keys, values, self._named(exact)
+        self._hold(StoredContext(*made, appended=self._appended(context)), context)
 
     def _repack(
         self, index: Tensor, kept: Sequences, packed: Sequences, fresh: tuple[Tensor, ...]
     ) -> None:
         """Hold units of which the first `packed` of each sequence are packed."""
         context, (new_keys, new_values, *new_exact) = self._before(fresh), fresh
-        old_exact, offsets = [*context.exact.values()], context.sequences.offsets
+        old_exact, offsets = [*context.in_full.values()], context.sequences.offsets
         exact = gather_sequences(old_exact, new_exact, index, offsets, kept.offsets)
         rest = tuple(
             tuple(n - p for n, p in zip(*row, strict=True))
@@ -254,10 +253,12 @@ class Store:
             )
             values = select_values(self.scheme, old[1], both[1], to_pack)
         left = [fetch(o, x, to_leave).to(x.dtype) for o, x in zip(old, both, strict=True)]
-        self.context = StoredContext(
-            *(kept, packed, plain, left[0], left[1], self._named(exact), keys, values),
-            appended=self._appended(context),
-        )
+        made = kept, packed, plain, left[0], left[1], self._named(exact), keys, values
+        self._hold(StoredContext(*made, appended=self._appended(context)), context)
+
+    def _hold(self, made: StoredContext, before: StoredContext) -> None:
+        """Hold a context in place of another, closed if that was, and of the tail."""
+        self.context = made if before.positions is None else made.closed()
         self.tail = Tail()
 
     def _named(self, exact: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -315,7 +316,8 @@ class Store:
             return self.tail
         assert self.context is not None
         rows, heads = self.context.sequences.shape
-        like = (self.context.keys, self.context.values, *self.context.exact.values())
+        exact = {POSITIONS: self.context.sequences.offsets} | self.context.exact
+        like = (self.context.keys, self.context.values, *exact.values())
         tail = Tail()
         tail.append([x.new_empty(rows, heads, 0, *x.shape[1:]) for x in like])
         return tail
@@ -404,14 +406,14 @@ class Store:
         if context is None:
             return {}
         counts = {name: getattr(context, name).counts for name in ("sequences", "packed", "plain")}
-        return counts | {"appended": context.appended}
+        return counts | {"appended": context.appended, "closed": context.positions is not None}
 
     def named_tensors(self) -> dict[str, Tensor]:
         """What is held, by name, without spare room."""
         named = {f"tail.{name}": x for name, x in zip(self.names, self.tail, strict=False)}
         context = self.context
         if context is not None:
-            named |= {"keys": context.keys, "values": context.values} | context.exact
+            named |= {"keys": context.keys, "values": context.values} | context.in_full
             named |= to_named(context.packed_keys, context.packed_values)
         return named
 
@@ -431,4 +433,5 @@ class Store:
         exact = {name: named[name] for name in self.names[2:]}
         both = from_named(self.scheme, keys.shape[-1], named)
         own = (whole, packed, plain, keys, values, exact)
-        self.context = StoredContext(*own, *both, appended=counts["appended"])
+        context = StoredContext(*own, *both, appended=counts["appended"])
+        self.context = context.closed() if counts.get("closed") else context

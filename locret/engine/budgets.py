@@ -5,7 +5,6 @@ layers, quotas (`locret.heads.quotas`) over heads. Bytes hold as many units as f
 """
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from locret.cache.sizing import Sizing
@@ -37,7 +36,7 @@ def layer_budgets(
 
         def needed(average: int) -> int:
             counts = head_counts(of_layers(average), quotas, sizing.num_kv_heads, context)
-            return bytes_of(counts, sizing)
+            return sizing.read_bytes(counts, context, known=not policy.shares)
 
         units = _units_within(budget, sizing, context, needed)
     else:
@@ -63,16 +62,6 @@ def head_counts(
     return tuple(
         tuple(max(units, budget) if units == context else units for units in layer)
         for layer, budget in zip(counts, budgets, strict=True)
-    )
-
-
-def bytes_of(counts: Sequence[Sequence[int]], sizing: Sizing) -> int:
-    """Most bytes of heads that hold so many units, [layers][KV heads]: a head's blocks and their
-    tables depend on how many it holds."""
-    return sum(
-        sizing.layer_bytes(layer, units) // sizing.num_kv_heads * heads
-        for layer, of_heads in enumerate(counts)
-        for units, heads in Counter(of_heads).items()
     )
 
 

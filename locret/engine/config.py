@@ -196,7 +196,8 @@ class EngineConfig:
         weighs = storage.merging is not None
         shape, windows = backbone.geometry, backbone.windows
         scored = self.reading.decode_interval is not None
-        return Sizing.of(storage.quantization, shape, element_size, weighs, windows, scored)
+        more = scored, self.recorded.query_tokens
+        return Sizing.of(storage.quantization, shape, element_size, weighs, windows, *more)
 
     def budgets(self, policy: Policy, sizing: Sizing, context: int) -> tuple[int, ...] | None:
         """Units that every layer keeps of a context of that many tokens, as the policy shares them

@@ -203,7 +203,7 @@ def _scheme(
         name=scheme.name,
         bits=scheme.bits if scheme.packs else 8 * dtype.itemsize,
         bytes_per_token=heads * costs_of(scheme, geometry.head_size, dtype.itemsize).packed,
-        context_bytes=sizing.cache_bytes([context] * geometry.num_layers),
+        context_bytes=sizing.cache_bytes([context] * geometry.num_layers, context),
         budget=budget,
         compression=context / budget if budget else None,
         units=heads * budget,

@@ -27,6 +27,7 @@ from locret.engine.rereading import scores_by_rereading
 from locret.model.backbone import Backbone
 from locret.model.hooks import as_argument, without_autocast
 from locret.policies.base import Eviction
+from locret.quantities import ByteShare, Memory
 
 Progress = Callable[[int, int], None]
 """Called after every chunk with the tokens read so far and the tokens to read in all."""
@@ -386,8 +387,9 @@ class Reader:
         cache.token_ids = reading.ids[:, : reading.ids.shape[1] - reading.drop].cpu()
         cache.unread_ids = cache.token_ids[:, :0]
         if self.config.reading.decode_interval is None:
+            in_bytes = isinstance(self.config.reading.budget, Memory | ByteShare)
             for layer in cache.layers:
-                layer.store.drop_scores()
+                layer.close(tight=in_bytes)
         return cache
 
     def _empty(self, counts: Counts | None) -> RetainedCache:

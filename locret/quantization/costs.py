@@ -1,7 +1,8 @@
 """Bytes: what a scheme takes a unit, how many blocks a sequence may have, how many units fit.
 
 The published figure of a scheme is the cost of full blocks: 4-bit KIVI at group 64 takes 0.28125 of
-16-bit bytes. Residual units and thin blocks cost more; together they get `OVERHEAD` of that figure.
+16-bit bytes. Residual units and thin blocks cost more; together they get `OVERHEAD` of that figure
+while chunks are read, and thin blocks less where what was read is to be `tight`.
 Outliers depend on the data and are not counted here; `nbytes` of what is packed counts them.
 """
 
@@ -19,7 +20,7 @@ OVERHEAD = 1 / 16
 
 FEWEST_BLOCKS = 1.25
 """Blocks that a sequence may have at least, next to full ones: a margin below that would have units
-packed anew at nearly every eviction."""
+packed anew at nearly every eviction. A tight one may have no more."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +58,29 @@ def costs_of(scheme: Scheme, head_size: int, element_size: int = 2) -> Costs:
     return Costs(sum(tensor[0].nbytes for tensor in units), entry, full, scheme.group)
 
 
-def block_limit(costs: Costs, packed: int, residual: int) -> int:
+def block_limit(costs: Costs, packed: int, residual: int, tight: bool = False) -> int:
     """Most blocks of a sequence of `packed` units in blocks and `residual` in full precision."""
     fewest = -(-packed // costs.group)
+    if tight:
+        return int(FEWEST_BLOCKS * fewest)
     allowed = (1 + OVERHEAD) * costs.packed * (packed + residual)
     most = (allowed - residual * costs.full - packed * costs.unit) // costs.entry
     return max(int(most) - 1, int(FEWEST_BLOCKS * fewest), fewest)  # one start more than blocks
 
 
-def most_bytes(scheme: Scheme, units: int, head_size: int, element_size: int = 2) -> int:
-    """Most bytes of a sequence of `units` units after an eviction, outliers not counted."""
+def most_bytes(
+    scheme: Scheme, units: int, head_size: int, element_size: int = 2, tight: bool = False
+) -> int:
+    """Most bytes of a sequence of `units` units after an eviction, or once its context is `tight`
+    (`locret.quantization.packed.tightened`); outliers not counted."""
     costs = costs_of(scheme, head_size, element_size)
     residual = min(scheme.residual, units)
     packed = units - residual
     if not scheme.packs or not packed:
         return units * costs.full
-    entries = block_limit(costs, packed, residual) + 1
-    return packed * costs.unit + entries * costs.entry + residual * costs.full
+    of_blocks = block_limit(costs, packed, residual, tight) * costs.entry
+    one_more = torch.int32.itemsize if tight else costs.entry
+    return packed * costs.unit + of_blocks + one_more + residual * costs.full
 
 
 def most_bytes_of(

@@ -205,6 +205,7 @@ def select_keys(
     fresh: Tensor,
     index: Tensor,
     new_lengths: Sequence[int],
+    tight: bool = False,
 ) -> PackedKeys:
     """Pack the keys at `index`, and no others.
 
@@ -218,6 +219,7 @@ def select_keys(
         index: long [K]: u < N is unit u of `packed`, N + i is unit i of `fresh`. Sequence by
             sequence, in slot order: the packed ones of a sequence before its fresh ones.
         new_lengths: how many of the K each sequence has.
+        tight: have few thin blocks (`costs.block_limit`).
 
     Raises:
         ValueError: a value that is to be encoded cannot be stored.
@@ -226,7 +228,7 @@ def select_keys(
         return pack_keys(scheme, fresh.index_select(0, index), new_lengths)
     here = index.clamp(max=packed.count - 1)
     block = packed.blocks_of(here)
-    how = lengths, index < packed.count, new_lengths, fresh.element_size()
+    how = lengths, index < packed.count, new_lengths, fresh.element_size(), tight
     blocks = _arranged(packed, block, *how)
     former, starts = (
         x.int().to(index.device, non_blocking=True) for x in (blocks.kept, blocks.starts)
@@ -248,6 +250,7 @@ def _arranged(
     old: Tensor,
     new_lengths: Sequence[int],
     element_size: int,
+    tight: bool,
 ) -> Blocks:
     """The blocks of what `select_keys` keeps, on the host.
 
@@ -262,7 +265,7 @@ def _arranged(
     sequence = torch.searchsorted(before.cumsum(0), starts, right=True)
     costs = costs_of(packed.scheme, packed.head_size, element_size)
     residual = packed.scheme.residual
-    limits = torch.tensor([block_limit(costs, length, residual) for length in new_lengths])
+    limits = torch.tensor([block_limit(costs, n, residual, tight) for n in new_lengths])
     fresh = total.index_add(0, sequence, survivors, alpha=-1)
     return arrange(survivors, sequence, fresh, limits, packed.scheme.group)
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import locret
-from locret.cache.sizing import Sizing
 from locret.engine.engine import Engine
 from locret.evaluation import evaluate
 from locret.evaluation.config import EvalConfig
@@ -16,12 +18,12 @@ from locret.evaluation.processes import Ranks
 from locret.evaluation.records import Records
 from locret.evaluation.setups import Setup
 from locret.quantities import ByteShare
-from locret.quantization import NO_SCHEME
 from tests.evaluation.eval_data import DATA, write_data
 from tests.tiny_models import prompt, tiny_model
 
 HEAD_DIM = 32
 KIVI = {"name": "kivi", "bits": 4, "group": 8, "residual": 0}
+ROTATED = {"name": "rotated", "group": 16}
 LENGTH, RATIOS, TASKS = 400, (4, 8), ("passkey", "niah_single")
 
 
@@ -30,10 +32,9 @@ def allowed(ratio, head_dim=HEAD_DIM, tokens=LENGTH):
     return tokens * 2 * 2 * 2 * head_dim * 2 // ratio
 
 
-def plain_units(ratio, head_dim=HEAD_DIM, tokens=LENGTH, layers=2):
-    """Units in 16 bits that fit into it, with their scores and source positions."""
-    a_unit = Sizing(NO_SCHEME, layers, 2, head_dim).cache_bytes([1] * layers)
-    return allowed(ratio, head_dim, tokens) * layers // 2 // a_unit
+def plain_units(ratio, head_dim=HEAD_DIM, tokens=LENGTH):
+    """Units in 16 bits that fit into it, beside a bit a token for their source positions."""
+    return (allowed(ratio, head_dim, tokens) // 4 - -(-tokens // 8)) // (4 * head_dim)
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +74,43 @@ def test_never_more_bytes_than_in_sixteen_bits(ratio, bits, policy, model):
     assert 0 < report["total_bytes"] <= allowed(ratio)
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(60, 400), min_size=1, max_size=2),
+    chunk_size=st.sampled_from([33, 64, 150, None]),
+    quotas=st.none()
+    | st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=2), min_size=2, max_size=2),
+    quantization=st.sampled_from([None, KIVI, KIVI | {"residual": 5}, ROTATED]),
+    positions=st.sampled_from(["compact", "original"]),
+    ratio=st.integers(2, 12),
+)
+def test_what_was_read_takes_at_most_its_share(
+    lengths, chunk_size, quotas, quantization, positions, ratio, model
+):
+    engine = locret.Engine(
+        model,
+        "knorm",
+        budget=f"{ratio}x bytes",
+        quotas=quotas,
+        chunk_size=chunk_size,
+        stabilizers=0,
+        positions=positions,
+        quantization=quantization,
+    )
+    ids = prompt(max(lengths), batch=len(lengths))
+    mask = torch.tensor([[n >= max(lengths) - i for i in range(max(lengths))] for n in lengths])
+    cache = engine.prefill(ids, attention_mask=mask.long())
+    assert cache.nbytes <= sum(allowed(ratio, tokens=n) for n in lengths)
+
+
 def test_layers_with_a_window_come_on_top():
     """They hold what they hold under every policy."""
     model = tiny_model("exaone4", head_dim=HEAD_DIM).bfloat16()
     units = []
-    for budget in ("4x bytes", plain_units(4, layers=1)):
+    for budget in ("4x bytes", plain_units(4)):
         engine = locret.Engine(model, "knorm", budget=budget, chunk_size=64, stabilizers=0)
         units.append(engine.prefill(prompt(LENGTH)).report()["units"])
-    assert units[0] == units[1] and max(units[0]) == plain_units(4, layers=1)
+    assert units[0] == units[1] and max(units[0]) == plain_units(4)
 
 
 def test_the_share_is_of_the_prompt(model):
