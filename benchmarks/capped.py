@@ -6,6 +6,7 @@ The most that tensors took, and that the allocator held for them, is written to 
 """
 
 import json
+import logging
 import runpy
 import sys
 import threading
@@ -24,6 +25,9 @@ def main() -> None:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(float(gib) * 2**30 / whole, 1.0))
         threading.Thread(target=_watch, args=(Path(file),), daemon=True).start()
+    logging.basicConfig()
+    # transformers says here, and nowhere else, how much its cache holds.
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.INFO)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -18,7 +18,8 @@ them alone, one after the other, then all at once, `--rounds` times. Figures:
   alike     of the answers that were asked alone too, those that say the same
   found     answers of all that say the pass key hidden in their context
   peak      GiB that tensors took at most, weights included
-  held      GiB that all contexts take; continuous: tokens that its cache has room for
+  held      GiB that all contexts take together
+  room      contexts that the cache of `transformers serve` can hold at once
 The JSON is written after each step, so that a run that is killed leaves what it had.
 """
 
@@ -160,7 +161,7 @@ def _run(
         except Failed as error:
             row |= {"status": "failed", "error": str(error)}
         finally:
-            row |= server.peaks | _figures(row) | _blocks(server.log)
+            row |= server.peaks | _figures(row) | room(server.log, given.tokens)
             row["log"] = server.log[-4000:]
             write()
 
@@ -289,10 +290,11 @@ def _of_all(last: Row, alone: Sequence[Row]) -> Row:
     }
 
 
-def _blocks(log: str) -> Row:
-    """Tokens that transformers' cache has room for, as its log says."""
+def room(log: str, tokens: int) -> Row:
+    """Tokens that transformers' cache holds, as its log says, and contexts of so many tokens."""
     found = re.search(r"num_blocks = (\d+).*block_size = (\d+)", log)
-    return {"room_tokens": int(found[1]) * int(found[2])} if found else {}
+    whole = int(found[1]) * int(found[2]) if found else 0
+    return {"room_tokens": whole, "room": whole // tokens} if found else {}
 
 
 COLUMNS = (
@@ -306,7 +308,7 @@ COLUMNS = (
     ("found", ">6", "found"),
     ("peak", ">7.2f", "peak_gib"),
     ("held", ">7.2f", "held_gib"),
-    ("room", ">8", "room_tokens"),
+    ("room", ">5", "room"),
 )
 """Heading, format and the figure's name."""
 

@@ -1,10 +1,12 @@
 """The benchmark of serving runs end to end on a tiny random model, and ends its servers."""
 
 import json
+import time
 
 import pytest
 
 from benchmarks import serving
+from benchmarks.servers import Failed, running
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -40,3 +42,18 @@ def test_all_contexts_are_answered_together_as_alone(folder, tmp_path, capsys):
     assert all(each["completion_tokens"] <= 8 for each in row["rounds"][0]["answers"])
     assert row["speed_up"] == row["all_per_second"] / row["one_per_second"]
     assert "locret: asked all, 1 of 1 times" in capsys.readouterr().out
+
+
+def test_a_server_that_does_not_start_says_why_and_is_gone(tmp_path):
+    with (
+        pytest.raises(Failed, match="did not start; exit status 2.*unrecognized arguments: --port"),
+        running("http.server", [], tmp_path, 1.0, time.monotonic() + 60) as server,
+    ):
+        server.wait("/")
+    assert server.process.returncode == 2
+
+
+def test_what_the_cache_of_transformers_holds_is_read_from_its_log():
+    log = "INFO: self.max_batch_tokens = 8192, self.num_blocks = 100, self.block_size = 256\nMore"
+    assert serving.room(log, 1000) == {"room_tokens": 25600, "room": 25}
+    assert serving.room("no such line", 1000) == {}
