@@ -18,7 +18,7 @@ them alone, one after the other, then all at once, `--rounds` times. Figures:
   alike     of the answers that were asked alone too, those that say the same
   found     answers of all that say the pass key hidden in their context
   peak      GiB that tensors took at most, weights included
-  held      GiB that all contexts take together
+  stored    GiB that all contexts take together
   room      contexts that the cache of `transformers serve` can hold at once
 The JSON is written after each step, so that a run that is killed leaves what it had.
 """
@@ -265,7 +265,7 @@ def _figures(row: Row) -> Row:
     if row.get("reading"):
         read = row["reading"]
         figures["read_seconds"] = statistics.median(each["seconds"] for each in read)
-        figures["held_gib"] = sum(each.get("bytes", 0) for each in read) / 2**30 or None
+        figures["stored_gib"] = sum(each.get("bytes", 0) for each in read) / 2**30 or None
     alone = [each for each in row.get("alone", ()) if "error" not in each]
     if alone:
         figures["one_per_second"] = statistics.median(
@@ -307,7 +307,7 @@ COLUMNS = (
     ("alike", ">6", "alike"),
     ("found", ">6", "found"),
     ("peak", ">7.2f", "peak_gib"),
-    ("held", ">7.2f", "held_gib"),
+    ("stored", ">7.2f", "stored_gib"),
     ("room", ">5", "room"),
 )
 """Heading, format and the figure's name."""

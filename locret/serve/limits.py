@@ -91,7 +91,7 @@ class Limits:
         """Most units of the fullest KV head for a request with an answer of `new` tokens."""
         return round(self._needed(prompt, context, new, self.slots))
 
-    def held(self, prompt: int, context: int | None, new: int) -> int:
+    def mean_needed(self, prompt: int, context: int | None, new: int) -> int:
         """As `needed`, of a KV head on average: what the request takes of the memory."""
         return round(self._needed(prompt, context, new, self.units))
 

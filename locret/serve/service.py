@@ -159,7 +159,7 @@ class Service:
         asked = (prompt - shared, shared) if shared else (prompt, context)
         most = self.limits.answer_tokens(*asked, ask.max_tokens, self._max_tokens)
         answer = Answer()
-        units = self.limits.held(*asked, most)
+        units = self.limits.mean_needed(*asked, most)
         job = AskJob(ask, most, answer, TextOf(self._decoder, ask.stop), shared, units)
         answer.on_end = lambda: self._ended(job)
         self._enqueue(job)

@@ -73,5 +73,5 @@ def test_memory_comes_from_the_plan():
 
 def test_requests_that_keep_unequal_heads_take_what_these_hold_on_average():
     of = limits(budget=[10, 30])
-    assert (of.needed(3, 50, 4), of.held(3, 50, 4)) == (37, 27)
-    assert (of.needed(60, None, 4), of.held(60, None, 4)) == (39, 29)
+    assert (of.needed(3, 50, 4), of.mean_needed(3, 50, 4)) == (37, 27)
+    assert (of.needed(60, None, 4), of.mean_needed(60, None, 4)) == (39, 29)
