@@ -5,7 +5,7 @@
 
 Each server runs in a process of its own, within the same part of the GPU's memory:
   locret      contexts are uploaded, then asked by id
-  continuous  `transformers serve --continuous_batching`, context and question as one message
+  continuous  `transformers serve --continuous-batching`, context and question as one message
   sequential  `transformers serve`, which answers one request after the other
 All are asked the same, greedily: every context once for one token (locret: it is uploaded), some of
 them alone, one after the other, then all at once, `--rounds` times. Figures:
@@ -102,17 +102,18 @@ class System:
 def _locret(given: argparse.Namespace) -> list[str]:
     heads = ["--heads", given.heads] if given.heads else []
     fixed = ["--batch", str(given.contexts), "--no-ui"]
-    memory = ["--memory", f"{given.memory_gib}GiB"] if torch.cuda.is_available() else []
+    memory = ["--memory", f"{given.memory_gib:g}GiB"] if torch.cuda.is_available() else []
     return ["serve", given.model, *heads, *fixed, *memory, *shlex.split(given.serve)]
 
 
 def _sequential(given: argparse.Namespace) -> list[str]:
-    return ["serve", given.model, "--log-level", "info", *shlex.split(given.peer)]
+    return ["serve", given.model, *shlex.split(given.peer)]
 
 
 def _continuous(given: argparse.Namespace) -> list[str]:
     limit = ["--cb-max-memory-percent", f"{_share(given):.4f}"] if torch.cuda.is_available() else []
-    return [*_sequential(given), "--continuous-batching", *limit]
+    # The arguments given come last, so that they may say otherwise.
+    return ["serve", given.model, "--continuous-batching", *limit, *shlex.split(given.peer)]
 
 
 def _share(given: argparse.Namespace) -> float:
@@ -234,9 +235,12 @@ class Asking:
     def ask_all(self) -> Row:
         """All contexts at once."""
         places = range(len(self.samples))
-        with ThreadPoolExecutor(len(places)) as pool:
-            began = time.monotonic()
+        pool = ThreadPoolExecutor(len(places))
+        began = time.monotonic()
+        try:
             answers = list(pool.map(lambda place: self.ask(place, self.given.new_tokens), places))
+        finally:
+            pool.shutdown(wait=False)  # a signal ends the server first, then those who wait for it
         return {"seconds": time.monotonic() - began, "answers": answers}
 
     def _body(self, place: int, new_tokens: int) -> Row:
