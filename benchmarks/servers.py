@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-STOPPING = 20.0  # seconds for a server that was asked to end
+STOPPING = 10.0  # seconds for a server that was asked to end
 LAST_LINES = 5
 
 

@@ -53,7 +53,7 @@ Row = dict[str, Any]
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the systems, print a line for each and write the JSON after each step."""
+    """Run the systems, write the JSON after each step, and print a table in the end."""
     given = _parser().parse_args(args)
     deadline = time.monotonic() + given.max_time
     samples = _samples(given)
@@ -63,7 +63,6 @@ def main(args: Sequence[str] | None = None) -> None:
             row: Row = {"system": name, "status": "ok"}
             results.append(row)
             _run(row, SYSTEMS[name], given, samples, deadline, lambda: _write(given, results))
-            print(_heading(), _line(row), sep="\n", flush=True)
     print(_heading(), *map(_line, results), sep="\n")
     record.write(given.out, vars(given), {"results": results})
 

@@ -28,7 +28,7 @@ def run(folder, out, *more):
     serving.main(
         [
             *("--model", str(folder), "--serve", ENGINE, "--contexts", "3", "--tokens", "1024"),
-            *("--new-tokens", "8", "--alone", "2", "--max-time", "60", "--out", str(out), *more),
+            *("--new-tokens", "8", "--alone", "2", "--max-time", "120", "--out", str(out), *more),
         ]
     )
     return json.loads(out.read_text())["figures"]["results"]
