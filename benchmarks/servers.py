@@ -1,6 +1,7 @@
 """A server in a process of its own: started, waited for, asked over HTTP, and always stopped."""
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -68,7 +69,7 @@ class Server:
         except urllib.error.HTTPError as error:
             reason = " ".join(error.read().decode(errors="replace").split())
             raise Failed(f"status {error.code}: {reason[:500]}") from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise Failed(f"{type(error).__name__}: {error}") from error
 
     def wait(self, path: str) -> None:

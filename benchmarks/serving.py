@@ -29,7 +29,7 @@ import shlex
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +186,7 @@ class Asking:
         self.server, self.system, self.given, self.samples = server, system, given, samples
         self.ids: list[str] = []
 
-    def steps(self, row: Row) -> Any:
+    def steps(self, row: Row) -> Iterator[str]:
         """Fill the row; yields what was done, in words.
 
         Raises:
@@ -290,6 +290,7 @@ def _of_all(last: Row, alone: Sequence[Row]) -> Row:
         "found": sum(each["found"] for each in done),
         "alike": sum("text" in a and a["text"] == b.get("text") for a, b in pairs),
         "asked_alone": len(pairs),
+        "errors": sorted({each["error"] for each in last["answers"] if "error" in each}),
     }
 
 
