@@ -18,7 +18,7 @@ class AskJob:
         answer: where its events go.
         text: decodes the answer.
         shared: leading tokens of the prompt that are read as a context; 0 = none.
-        most_units: that a KV head may hold for it.
+        most_units: that a KV head may hold for it, on average.
         context_tokens: of the context or the shared tokens, once it is known.
         cached_tokens: those of them that had been read before.
         base: units and bytes of the context or, without one, of the prompt, once they are known.

@@ -88,25 +88,34 @@ class Limits:
         return 1 if self._reading.query_aware else self._reading.local_tokens
 
     def needed(self, prompt: int, context: int | None, new: int) -> int:
-        """Most units of a KV head for a request with an answer of `new` tokens."""
+        """Most units of the fullest KV head for a request with an answer of `new` tokens."""
+        return round(self._needed(prompt, context, new, self.slots))
+
+    def mean_needed(self, prompt: int, context: int | None, new: int) -> int:
+        """As `needed`, of a KV head on average: what the request takes of the memory."""
+        return round(self._needed(prompt, context, new, self.units))
+
+    def _needed(
+        self, prompt: int, context: int | None, new: int, units: Callable[[int], float]
+    ) -> float:
         if self._reading.decode_interval is not None:
             new = min(new, self._reading.decode_interval)
         if context is not None:
-            return self.slots(context) + prompt + new
+            return units(context) + prompt + new
         read = max(0, prompt - self.unread)
-        return max(self._while_reading(read), self.slots(read) + prompt - read + new)
+        return max(self._while_reading(read, units(read)), units(read) + prompt - read + new)
 
     def _count(self, context: int) -> Counts | None:
         engine = self._engine
         return engine.config.counts(engine.policy, engine.sizing, context)
 
-    def _while_reading(self, tokens: int) -> int:
+    def _while_reading(self, tokens: int, units: float) -> float:
         chunk = self._reading.chunk
         if chunk is None or self._engine.policy.rereads:
             return tokens
-        return min(tokens, self.slots(tokens) + chunk)
+        return min(tokens, units + chunk)
 
-    def _within(self, units: int, tokens: int) -> bool:
+    def _within(self, units: float, tokens: int) -> bool:
         """Whether so many units of a head, of so many tokens, fit."""
         positions = tokens if self._reading.positions == "original" else units
         if self.window is not None and positions > self.window:
@@ -118,7 +127,8 @@ class Limits:
 
     def readable(self, context: int) -> bool:
         """Whether there is room for a question and an answer of one token, too."""
-        return self._within(max(self._while_reading(context), self.slots(context) + 2), context + 2)
+        slots = self.slots(context)
+        return self._within(max(self._while_reading(context, slots), slots + 2), context + 2)
 
     def _what(self) -> str:
         limits = []

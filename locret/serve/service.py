@@ -48,7 +48,7 @@ class Service:
         max_tokens: most tokens of an answer whose request does not say.
         memory: bytes that the process may use on the device; None = not known.
         prefix_bytes: that beginnings which requests share may take in memory; 0 = none is kept.
-        linger: seconds to wait for more requests when one comes that could be answered with others.
+        linger: seconds to wait for another request when one comes that could be answered with it.
 
     Attributes:
         on_first_token: called with the seconds from a request to the first token of its answer, in
@@ -159,7 +159,7 @@ class Service:
         asked = (prompt - shared, shared) if shared else (prompt, context)
         most = self.limits.answer_tokens(*asked, ask.max_tokens, self._max_tokens)
         answer = Answer()
-        units = self.limits.needed(*asked, most)
+        units = self.limits.mean_needed(*asked, most)
         job = AskJob(ask, most, answer, TextOf(self._decoder, ask.stop), shared, units)
         answer.on_end = lambda: self._ended(job)
         self._enqueue(job)
@@ -281,14 +281,20 @@ class Service:
             self._changed.wait_for(lambda: self._waiting or self._stopped)
             if not self._waiting:
                 return []
-            if self._batch > 1 and len(self._waiting) < self._batch and self._linger > 0:
-                self._changed.wait_for(lambda: len(self._waiting) >= self._batch, self._linger)
+            self._gather()
             if self._waiting:
                 most_units = self.limits.most_units
                 self._running = next_batch(self._waiting, self._batch, most_units)
             for job in self._running:
                 self._waiting.remove(job)
         return self._running or self._next()
+
+    def _gather(self) -> None:
+        """Wait for those who come right behind each other; the lock is taken."""
+        known = 0
+        while known < len(self._waiting) < self._batch:
+            known = len(self._waiting)
+            self._changed.wait(self._linger)
 
     def _after_token(self, job: AskJob) -> None:
         if job.taken == 1:

@@ -69,3 +69,9 @@ def test_memory_comes_from_the_plan():
     with pytest.raises(TooLong, match="memory for 0 units"):
         limits(memory=1000).check_context(5)
     assert limits(memory=2**30, quantization="kivi").most_units > large.most_units
+
+
+def test_requests_that_keep_unequal_heads_take_what_these_hold_on_average():
+    of = limits(budget=[10, 30])
+    assert (of.needed(3, 50, 4), of.mean_needed(3, 50, 4)) == (37, 27)
+    assert (of.needed(60, None, 4), of.mean_needed(60, None, 4)) == (39, 29)

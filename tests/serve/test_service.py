@@ -4,6 +4,7 @@ import asyncio
 import gc
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -316,6 +317,16 @@ def test_memory_bounds_too(make, ids, batches):
     service.start()
     service.close(seconds=WAIT)
     assert batches == [1, 2]  # the first leaves no room for others
+
+
+def test_requests_that_come_right_behind_each_other_are_answered_together(make, ids, batches):
+    service = make(batch=3, linger=0.5)
+    service.start()
+    for _ in range(3):
+        answer = service.ask(Ask(ids(9), max_tokens=1))
+        time.sleep(0.3)
+    text_of(answer)
+    assert batches == [3]
 
 
 @pytest.mark.parametrize(
