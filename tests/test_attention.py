@@ -69,7 +69,7 @@ def test_half_precision(backend, new, slots):
 def test_products_of_blocks(new, slots):
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.06)):
         query, key, value = random_inputs(2, 3, 2, new, slots, dtype)
-        key[..., :4] += 100  # as large biases do; rounded, such logits would differ by whole numbers
+        key[..., :4] += 100  # a bias: logits that were rounded with it would lose the rest
         output = attend_by_products(query, key, value, 0.3).transpose(1, 2)
         plain = naive(query, key, value, 0.3)
         torch.testing.assert_close(output.float(), plain, atol=tolerance, rtol=0)
