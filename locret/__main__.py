@@ -1,8 +1,13 @@
 """`python -m locret ...`, and the command `locret`."""
 
+import os
 import sys
 
 from locret.system.interrupts import ends_at_once
+
+# Before torch is imported: threads that wait for each other sleep. On cores that are busy with
+# something else they would spin away, time and again, what the thread they wait for needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def main() -> int:

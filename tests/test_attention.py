@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locret.model.attend import PLAIN, Weighting, attend
+from locret.model.past import attend_by_products
 
 
 def naive(query, key, value, scaling, weighting=PLAIN, empty=None):
@@ -62,6 +63,16 @@ def test_half_precision(backend, new, slots):
     output = attend(*inputs, 0.35, backend)
     assert output.dtype == torch.bfloat16
     assert (output.float() - naive(*inputs, 0.35)).abs().max() < 3e-2
+
+
+@pytest.mark.parametrize(("new", "slots"), [(1, 1), (64, 64), (63, 90), (65, 65), (130, 131)])
+def test_products_of_blocks(new, slots):
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.06)):
+        query, key, value = random_inputs(2, 3, 2, new, slots, dtype)
+        key[..., :4] += 100  # a bias: logits that were rounded with it would lose the rest
+        output = attend_by_products(query, key, value, 0.3).transpose(1, 2)
+        plain = naive(query, key, value, 0.3)
+        torch.testing.assert_close(output.float(), plain, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])

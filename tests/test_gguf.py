@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import unittest.mock
 
 import pytest
 import torch
@@ -58,6 +59,18 @@ def load(name, **given):
 def logits(model, ids):
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
+
+
+def test_a_file_is_parsed_once_and_the_package_stays_as_it_was(file, monkeypatch):
+    import gguf
+
+    reader = unittest.mock.Mock(wraps=gguf.GGUFReader)
+    monkeypatch.setattr(gguf, "GGUFReader", reader)
+    load(file)
+    assert reader.call_count == 1
+    with pytest.raises(ValueError, match="unknown"):
+        load(file, attn_implementation="unknown")
+    assert gguf.GGUFReader is reader
 
 
 # --- what a name means ---

@@ -30,7 +30,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from locret.heads.quotas import is_on_grid
 from locret.kernels import merge_attention
 from locret.model import sparse_prefill
-from locret.model.past import Past, are_few, attend_few, with_bias_in_channels
+from locret.model.past import (
+    Past,
+    are_few,
+    attend_by_products,
+    attend_few,
+    multiplies_fast,
+    with_bias_in_channels,
+)
 
 Backend = Literal["eager", "sdpa", "cudnn", "flash_attn", "minference"]
 
@@ -149,6 +156,8 @@ def attend(
         and sparse_prefill.takes(query, key)
     ):
         return sparse_prefill.attend_sparsely(query, key, value, scaling)
+    elif empty is None and weighting.plain and multiplies_fast(query):
+        output = attend_by_products(query, key, value, scaling)
     else:
         output = _attend_sdpa(query, key, value, scaling, empty, weighting.window)
     return output.transpose(1, 2).contiguous()
@@ -223,7 +232,7 @@ def _leaves_sums(query: Tensor, backend: Backend) -> bool:
     merged with that over others."""
     if backend == "cudnn":
         return query.shape[2] >= SPLIT_FROM
-    return backend == "sdpa" and query.device.type in ("cpu", "cuda")
+    return backend == "sdpa" and query.device.type in ("cpu", "cuda") and not multiplies_fast(query)
 
 
 def _attend_joined(

@@ -138,9 +138,26 @@ def load_model(file: Path, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, dict
 
 
 @contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def parsed_once() -> Iterator[None]:
+    """While it is entered, transformers parses a file once instead of for its config, its tokenizer
+    and its weights, and makes the map of tensors' names once instead of for every module."""
+    import gguf  # an optional package
+
+    stock = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in stock.items():
+        setattr(gguf, name, functools.cache(function))
     try:
         yield
+    finally:
+        for name, function in stock.items():
+            setattr(gguf, name, function)
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        with parsed_once():
+            yield
     except _UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} could not be read as a GGUF checkpoint: {reason}") from error

@@ -95,12 +95,13 @@ def load_model(
     file = _gguf_file(name)
     if file is not None and quantization is not None:
         raise ValueError(f"{name} is dequantized while it is loaded; leave quantization out")
-    if beside is not None:
-        beside.check_fit(load_config(name, revision=revision))
-    tokenizer = load_tokenizer(name, revision=revision)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     found: str | None
-    with _bars_on_terminals_only():
+    once = contextlib.nullcontext() if file is None else gguf.parsed_once()
+    with _bars_on_terminals_only(), once:
+        if beside is not None:
+            beside.check_fit(load_config(name, revision=revision))
+        tokenizer = load_tokenizer(name, revision=revision)
         if file is not None:
             model, found = _load_gguf(name, file, wanted, device, beside, kwargs)
         elif quantization is not None:

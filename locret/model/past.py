@@ -1,5 +1,5 @@
-"""What every new token sees, and attention of a few queries to it by products of matrices: on a CPU
-faster than fused attention to one set of units after the other and a merge.
+"""What every new token sees, and attention to it by products of matrices, where that is faster than
+fused attention: of a few queries on a CPU, and of many in bfloat16 on some CPUs.
 
 B batch, H KV heads, G query heads a KV head, T new tokens, S units, R queries of a KV head (G * T),
 D head size.
@@ -16,6 +16,8 @@ from locret.cache.sequences import Sequences
 
 _FEW = 32
 """Most queries of a KV head (R) that are few."""
+_BLOCK = 64
+"""New tokens whose logits `attend_by_products` has in memory at a time: they shall fit a cache."""
 
 
 class Past(NamedTuple):
@@ -128,6 +130,41 @@ def attend_few(
     shares = logits.softmax(dim=-1).split([past.length for past in every], dim=-1)
     output = functools.reduce(torch.add, map(_weighed, shares, every))
     return output.reshape(rows, -1, tokens, output.shape[3]).transpose(1, 2).contiguous()
+
+
+def multiplies_fast(query: Tensor) -> bool:
+    """Whether `attend_by_products` is faster than PyTorch's fused attention, of a CPU: that one
+    multiplies bfloat16 at the speed of float32, unless the CPU has tiles (AMX)."""
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[2] < _FEW:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention of the last T of S slots, a block of queries at a time.
+
+    Args:
+        query: [B, H*G, T, D], rotated. key, value: [B, H, S, D], S >= T, rotated.
+        scaling: softmax scale.
+
+    Returns:
+        [B, H*G, T, D].
+    """
+    (rows, heads, slots, size), tokens = key.shape, query.shape[2]
+    # Products of bfloat16 are rounded to it, and the softmax is the same without the mean key:
+    # logits are smaller then, and exact enough for models whose keys have large biases.
+    exact = key.float()
+    key = ((exact - exact.mean(dim=2, keepdim=True)) * scaling).to(key.dtype)
+    outputs = []
+    for start in range(0, tokens, _BLOCK):
+        new = min(_BLOCK, tokens - start)
+        last = slots - tokens + start + new  # later slots are the future of all of them
+        queries = query[:, :, start : start + new].reshape(rows, heads, -1, size)  # G * new
+        logits = queries @ key[:, :, :last].transpose(-1, -2)
+        future = torch.ones(new, new, dtype=torch.bool).triu(1)
+        logits.unflatten(2, (-1, new))[..., -new:].masked_fill_(future, -torch.inf)
+        outputs.append((logits.softmax(dim=-1) @ value[:, :, :last]).view(rows, -1, new, size))
+    return torch.cat(outputs, dim=2)
 
 
 def _logits(query: Tensor, past: Past) -> Tensor:
