@@ -50,7 +50,6 @@ class Worker:
         self._limits, self._on_token = limits, on_token
         self._device: Any = engine.model.device
         self._ends = frozenset(end_tokens(engine.model, tokenizer))
-        self._pad = _pad_token(tokenizer, self._ends)
         self._current: Sequence[Job] = ()
         self._progress, engine.progress = engine.progress, self._after_chunk
 
@@ -229,7 +228,7 @@ class Worker:
                 max_new_tokens=max(job.most_tokens for job in jobs),
                 stopping_criteria=[_Watch(jobs, self._ends, self._on_token)],
                 eos_token_id=sorted(self._ends) or None,
-                pad_token_id=self._pad,
+                pad_token_id=0,  # of rows that are done; any token that is in the embedding
                 **_sampling(jobs[0]),
                 **given,
             )
@@ -268,12 +267,6 @@ class _Watch(StoppingCriteria):
         if job.taken > before:
             self._on_token(job)
         return done
-
-
-def _pad_token(tokenizer: Any, ends: frozenset[int]) -> int:
-    """What rows that are done are filled with; it is looked at by nobody."""
-    pad: int | None = tokenizer.pad_token_id
-    return min(ends, default=0) if pad is None else pad
 
 
 def _sampling(job: AskJob) -> dict[str, Any]:

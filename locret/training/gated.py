@@ -24,7 +24,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from locret.heads.heads import RetainingHeads
+from locret.heads.heads import RetainingHeads, is_logarithm
 from locret.heads.quotas import quotas_of
 from locret.heads.targets import BoundaryLoss, Loss
 from locret.model.backbone import Backbone
@@ -207,19 +207,26 @@ def check_tunable(heads: RetainingHeads, threshold: Threshold) -> None:
         ValueError: says why not, and what to do.
     """
     config = heads.config
-    if not config.learns_logarithm:
+    check_tunable_as(config.label, config.query_tokens, config.quotas is not None, threshold)
+
+
+def check_tunable_as(
+    label: str, query_tokens: int, with_quotas: bool, threshold: Threshold
+) -> None:
+    """As `check_tunable`, of what heads that are not trained yet will record."""
+    if not is_logarithm(label):
         raise ValueError(
-            f"these heads learned {config.label!r}, and scores of different heads are compared "
+            f"these heads learned {label!r}, and scores of different heads are compared "
             "here: train them with a label that is a logarithm, such as log_max_prob"
         )
-    if config.query_tokens:
+    if query_tokens:
         raise ValueError(
-            f"these heads read {config.query_tokens} tokens of a question in front of the context, "
+            f"these heads read {query_tokens} tokens of a question in front of the context, "
             "which a context with several branches has not; expected heads with query_tokens 0"
         )
     if threshold not in get_args(Threshold):
         raise ValueError(f"threshold is {threshold!r}; expected one of {get_args(Threshold)}")
-    if threshold == "quotas" and config.quotas is None:
+    if threshold == "quotas" and not with_quotas:
         raise ValueError(
             "threshold is 'quotas' and the heads have none in their record: measure them with "
             "python -m locret calibrate, or choose 'global'"
