@@ -230,4 +230,5 @@ def info_of(cache: RetainedCache, id: str = "") -> ContextInfo:
     """What a cache of one row holds."""
     report = cache.report()
     units = round(sum(report["units"]) / len(report["units"]))
-    return ContextInfo(id, cache.seen, units, cache.nbytes)
+    slots = cache.seen if cache.positions == "original" else max(report["most_units"])
+    return ContextInfo(id, cache.seen, units, cache.nbytes, slots)

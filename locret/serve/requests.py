@@ -77,12 +77,14 @@ class ContextInfo:
         tokens: that were read.
         units: that a KV head holds of them, on average.
         bytes: of its storage.
+        slots: that it takes of the model's window; 0 = not known.
     """
 
     id: str
     tokens: int
     units: int
     bytes: int
+    slots: int = 0
 
 
 class QueueFull(Exception):

@@ -152,14 +152,15 @@ class Service:
         self._check_tokens(ask.prompt)
         if ask.temperature < COLDEST:
             ask = replace(ask, temperature=0.0)
-        prompt, context = len(ask.prompt), None
+        prompt, context, shared, slots = len(ask.prompt), None, 0, 0
         if ask.context is not None:
-            context = self._stored().use(ask.context).tokens
-        shared = 0 if context is not None else self._shared(ask)
-        asked = (prompt - shared, shared) if shared else (prompt, context)
-        most = self.limits.answer_tokens(*asked, ask.max_tokens, self._max_tokens)
+            info = self._stored().use(ask.context)
+            context, slots = info.tokens, max(info.slots, info.units)
+        elif shared := self._shared(ask):
+            prompt, context = prompt - shared, shared
+        most = self.limits.answer_tokens(prompt, context, ask.max_tokens, self._max_tokens, slots)
         answer = Answer()
-        units = self.limits.needed(*asked, most)
+        units = self.limits.needed(prompt, context, most, slots)
         job = AskJob(ask, most, answer, TextOf(self._decoder, ask.stop), shared, units)
         answer.on_end = lambda: self._ended(job)
         self._enqueue(job)

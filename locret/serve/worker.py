@@ -187,6 +187,12 @@ class Worker:
             if self._contexts is None:
                 raise UnknownContext("this service stores no contexts")
             cache = self._contexts.get(job.ask.context, self._engine.model)
+            evicts = self._engine.config.reading.decode_interval is not None
+            if evicts and cache.budget is not None and not cache.scored:
+                raise UnknownContext(
+                    f"context {job.ask.context} was read without decode_interval, which this "
+                    "server answers with; upload it again"
+                )
             job.cached_tokens = cache.seen
         else:
             cache = self._prefix_of(job)
