@@ -14,7 +14,8 @@ from locret.system.interrupts import Stopped, ends_at_once, handled_by
 with ends_at_once():
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
-    from locret.training.gated import check_tunable_as
+    from locret.model.loading import load_config
+    from locret.training.gated import check_gates, check_tunable_as
     from trainers import cli, tune
     from trainers.callbacks import ExportHeads
     from trainers.module import HeadsModule
@@ -92,6 +93,7 @@ def _check_second_stage(config: Any) -> None:
     """
     given = config.model
     try:
+        check_gates(load_config(given.model, revision=given.revision))
         second = tune.build(_second_arguments(config, Path(config.output or "heads")))
         check_tunable_as(
             given.label,

@@ -19,7 +19,7 @@ vocabulary, a block of tokens at a time.
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class GatedLoss:
         check_mean(mean_over)
         if not regression_weight >= 0:
             raise ValueError(f"regression_weight is {regression_weight}; expected 0 or more")
-        check_gates(backbone)
+        check_gates(backbone.config)
         self.distillation = Distillation(
             backbone, heads, alpha=0.0, loss=loss, boundary_weight=boundary_weight
         )
@@ -233,14 +233,17 @@ def check_tunable_as(
         )
 
 
-def check_gates(backbone: Backbone) -> None:
+def check_gates(config: Any) -> None:
     """
+    Args:
+        config: of the backbone.
+
     Raises:
         ValueError: the backbone's attention takes no gates.
     """
-    if backbone.softcapped:
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         raise ValueError(
-            f"{backbone.config.model_type} caps its logits, and a gate is a term of the logits "
+            f"{config.model_type} caps its logits, and a gate is a term of the logits "
             "before the cap; train heads for it by regression alone (trainers.fit)"
         )
 

@@ -93,6 +93,7 @@ def test_a_second_stage_follows_in_the_same_command(backbones, rows, tmp_path, c
         ({"data": {"branches": None}}, [], "data.branches is null"),
         ({"model": {"compressions": [32, 4]}}, [], "the smaller one first: [4.0, 32.0]"),
         ({}, ["--model.label=max_logit"], "learned 'max_logit'"),
+        ({}, ["--model.model=GEMMA"], "gemma2 caps its logits"),
         ({}, ["--model.query_tokens=4"], "these heads read 4 tokens of a question"),
         (
             {"model": {"threshold": "quotas"}},
@@ -105,6 +106,7 @@ def test_a_second_stage_that_cannot_be_is_told_before_the_first(
     then, more, says, backbones, rows, tmp_path
 ):
     args = tiny_run(backbones("qwen2"), rows, tmp_path, config="qwen25_coder.yaml")
+    args += [one.replace("GEMMA", str(backbones("gemma2"))) for one in more]
     name = "nosuch.yaml"
     if then is not None:
         second = yaml.safe_load((CONFIGS / "qwen25_coder_kl.yaml").read_text())
@@ -113,7 +115,7 @@ def test_a_second_stage_that_cannot_be_is_told_before_the_first(
         name = tmp_path / "second.yaml"
         name.write_text(yaml.safe_dump(second))
     with pytest.raises(ValueError, match=re.escape(says)):
-        main([*args, *more, f"--then={name}"])
+        main([*args, f"--then={name}"])
     assert not (tmp_path / "ckpt").exists() and not (tmp_path / "heads").exists()
 
 
