@@ -109,7 +109,7 @@ def run(given: argparse.Namespace) -> None:
     if given.ui and not given.ray:
         check_installed("ui")
     from locret.serve.logs import log_to_stderr
-    from locret.serve.server import bound, serve
+    from locret.serve.server import bound, make_server
 
     log_to_stderr()
     if given.ray:
@@ -117,7 +117,7 @@ def run(given: argparse.Namespace) -> None:
         return
     key = _key(given)
     with bound(given.host, given.port) as taken:  # before a model is loaded for minutes
-        serve(_app(given, key, given.ui), taken, given.drain)
+        make_server(_app(given, key, given.ui), given.drain).run(sockets=[taken])
 
 
 def check_installed(extra: str) -> None:
@@ -169,7 +169,7 @@ def make_service(
     Args:
         given: the arguments.
         checked: policy, settings and heads of the engine (`checked_engine`).
-        contexts: where contexts are stored; None = none can be.
+        contexts: where contexts are stored.
     """
     from locret.engine.engine import Engine
     from locret.serve.service import Service

@@ -52,6 +52,12 @@ class Usage:
     units: int
     bytes: int
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """The counts of tokens by name."""
+        names = ("prompt_tokens", "cached_tokens", "completion_tokens")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -109,6 +115,10 @@ class UnknownContext(ValueError):
 
 class RepeatsContext(ValueError):
     """The prompt begins with all of the context that it is about."""
+
+
+class Failed(RuntimeError):
+    """The request failed, which is logged; says why in one sentence."""
 
 
 class Cancelled(Exception):

@@ -331,7 +331,7 @@ def test_memory_bounds_too(make, ids, batches):
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0}, "top_p is 0"),
         ({"stop": ("",)}, "a stop string is empty"),
-        ({"context": "../../etc"}, "stores no contexts"),
+        ({"context": "../../etc"}, "there is no context of this id"),
     ],
 )
 def test_what_cannot_be_asked(make, change, message):
