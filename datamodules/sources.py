@@ -31,6 +31,7 @@ from datamodules.tables import (
     Table,
     TableConversations,
 )
+from locret.quantities import check_bounds, check_whole
 from locret.tasks.synthetic import TASKS, make_sample, prompt_text
 
 
@@ -284,14 +285,11 @@ def lengths(tokens: int | tuple[int, int], size: int = 1) -> tuple[int, int]:
     """The (least, most) tokens of a source of `size` samples.
 
     Raises:
-        ValueError: they are not 0 < least <= most, or the size is below 1.
+        ValueError: they are not 1 <= least <= most, or the size is below 1.
     """
     least, most = (tokens, tokens) if isinstance(tokens, int) else tokens
-    if not 0 < least <= most or size < 1:
-        raise ValueError(
-            f"tokens is {tokens} and size is {size}; expected a length or (least, most), "
-            "with 0 < least <= most, and a size of at least 1"
-        )
+    check_bounds("tokens", (least, most), 1)
+    check_whole("size", size, 1)
     return least, most
 
 

@@ -77,13 +77,33 @@ def is_whole(value: object, least: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
-def check_whole(what: str, value: object, least: int) -> None:
+def check_whole(what: str, value: object, least: int, instead: str = "") -> None:
     """
+    Args:
+        instead: what else is taken, and why, as the error shall say it.
+
     Raises:
         ValueError: `value`, which is called `what`, is no whole number, or below `least`.
     """
     if not is_whole(value, least):
-        raise ValueError(f"{what} is {value!r}; expected a whole number of at least {least}")
+        expected = f"expected a whole number of at least {least}{instead}"
+        if isinstance(value, str) and value.strip().isdecimal():
+            expected += f"; give a number, {value.strip()}, not a text"
+        raise ValueError(f"{what} is {value!r}; {expected}")
+
+
+def check_bounds(what: str, bounds: Sequence[Any], least: float) -> None:
+    """
+    Raises:
+        ValueError: `bounds`, which are called `what`, are not two finite numbers of at least
+            `least`, the smaller one first.
+    """
+    numbers = [x for x in bounds if isinstance(x, int | float) and least <= x < math.inf]
+    if len(bounds) != 2 or len(numbers) != 2 or bounds[0] > bounds[1]:
+        expected = f"expected two numbers of at least {least}, the smaller one first"
+        if len(bounds) == len(numbers) == 2:
+            expected += f": {sorted(bounds)}"
+        raise ValueError(f"{what} is {list(bounds)}; {expected}")
 
 
 def check_between(what: str, value: object, least: float, most: float = math.inf) -> None:

@@ -167,6 +167,7 @@ def test_bits_that_no_scheme_has_are_told(folder, nothing_is_loaded, capsys):
     assert capsys.readouterr().err == "locret generate: bits is 7; kivi takes 2, 4, 8\n"
 
 
+CHUNKS = "expected a whole number of at least 1, None, 'auto' or 'recorded'"
 PLAN = [
     ("--memory", "abc", "'abc' is not an amount of memory such as 24GiB"),
     ("--memory", "1.5", "'1.5' is not a whole number; expected an amount of memory"),
@@ -174,7 +175,7 @@ PLAN = [
     ("--context", "xyz", "'xyz' is not a number of tokens such as 4096, 128K (131072) or 1M"),
     ("--context", "1.5", "'1.5' is not a whole number; expected a number of tokens"),
     ("--context", "9" * 30, "is more than there is anywhere; expected a number of tokens"),
-    ("--chunk-size", "abc", "'abc' is not a whole number of at least 1"),
+    ("--chunk-size", "abc", "'abc' is not a whole number of at least 1, none, auto or recorded"),
     ("--new-tokens", "-1", "'-1' is not a whole number of at least 0"),
     ("--head-width", "wide", "'wide' is not a whole number of at least 0"),
 ]
@@ -192,12 +193,13 @@ def test_a_plan_of_what_cannot_be_is_one_sentence(name, text, says, folder, caps
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"chunk_size": "abc"}, "chunk_size is 'abc'; expected at least 1, None or 'auto'"),
-        ({"stabilizers": "x"}, "stabilizers is 'x'; expected zero or more"),
+        ({"chunk_size": "64"}, f"chunk_size is '64'; {CHUNKS}; give a number, 64, not a text"),
+        ({"chunk_size": "abc"}, f"chunk_size is 'abc'; {CHUNKS}"),
+        ({"stabilizers": "x"}, "stabilizers is 'x'; expected a whole number of at least 0"),
         ({"stabilizers": 99}, "stabilizers is 99 but the budget is 32"),
-        ({"local_tokens": 0}, "local_tokens is 0; expected at least 1"),
+        ({"local_tokens": 0}, "local_tokens is 0; expected a whole number of at least 1"),
         ({"positions": "here"}, "positions is 'here'; expected 'compact' or 'original'"),
-        ({"decode_interval": 0}, "decode_interval is 0; expected at least 1"),
+        ({"decode_interval": 0}, "decode_interval is 0; expected a whole number of at least 1"),
     ],
 )
 @pytest.mark.parametrize("own", [True, False])

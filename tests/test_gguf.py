@@ -97,6 +97,12 @@ def test_a_file_or_its_folder_loads(by, file, model, tokenizer, tmp_path, monkey
     assert file_revision(str(name)) == loaded.revision
 
 
+def test_no_bars_in_a_log(file, capfd):
+    """tqdm writes one line of thousands of characters there."""
+    load(file)
+    assert "GGUF tensors" not in capfd.readouterr().err
+
+
 def test_an_ordinary_checkpoint_beside_it_is_what_the_folder_means(file, tokenizer, tmp_path):
     other = tiny_model("llama", vocab_size=len(tokenizer))
     other.save_pretrained(tmp_path)

@@ -157,6 +157,9 @@ def test_the_command_needs_only_a_config(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "8.03B parameters" in out
     assert "131,072" in out
+    for words in ("none", "auto", "recorded"):
+        assert main([*args, "--chunk-size", words]) == 0
+        assert (capsys.readouterr().out == out) == (words != "none")
     assert main([*args, "--json", "--chunk-size", "1024", "--dtype", "float16"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["context"], plan["chunk_size"], plan["dtype"]) == (CONTEXT, 1024, "float16")

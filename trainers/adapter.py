@@ -17,12 +17,13 @@ from locret.heads.heads import RetainingHeads
 from locret.model.adapters import Adapter, without_old_names
 from locret.model.backbone import Backbone
 from locret.model.loading import Dtype, load_model, load_tokenizer
+from locret.quantities import check_bounds
 from locret.training.divergence import MeanOver
 from locret.training.evicted import EvictedLoss
 from locret.training.gated import check_tunable
 from locret.training.gates import Threshold
 from locret.training.row_loss import PackedAttention
-from trainers.compressions import check_range, drawn, middle
+from trainers.compressions import drawn, middle
 from trainers.figures import averaged, looked_at
 from trainers.optimizer import adamw, restart_schedule
 
@@ -79,7 +80,7 @@ class AdapterModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        check_range(compressions)
+        check_bounds("compressions", compressions, 1)
         self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at
         self._adapted: Any = None
         self._evicted: EvictedLoss | None = None

@@ -10,17 +10,6 @@ Range = tuple[float, float]
 """The least and the most."""
 
 
-def check_range(compressions: Range) -> None:
-    """
-    Raises:
-        ValueError: bounds in the wrong order or out of range.
-    """
-    if not 1 <= compressions[0] <= compressions[1] < math.inf:
-        raise ValueError(
-            f"compressions is {list(compressions)}; expected the least and the most, at least 1"
-        )
-
-
 def drawn(compressions: Range, trainer: Trainer, batch_idx: int, count: int) -> list[float]:
     """Compressions, log-uniformly, which follow from the step alone: so a training that goes on
     from a checkpoint draws what it would have drawn."""

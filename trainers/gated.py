@@ -16,11 +16,12 @@ from locret.heads.heads import RetainingHeads
 from locret.heads.targets import make_loss
 from locret.model.backbone import Backbone
 from locret.model.loading import Dtype, load_model, load_tokenizer
+from locret.quantities import check_bounds
 from locret.quantization import scheme_of
 from locret.training.divergence import MeanOver
 from locret.training.gated import Gated, GatedLoss, check_tunable
 from locret.training.gates import Threshold
-from trainers.compressions import check_range, drawn, middle
+from trainers.compressions import drawn, middle
 from trainers.figures import averaged, looked_at
 from trainers.module import SaveDtype, as_exported
 from trainers.optimizer import adamw, restart_schedule
@@ -88,7 +89,7 @@ class GatedModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        check_range(compressions)
+        check_bounds("compressions", compressions, 1)
         if not (min(temperatures) > 0 and max(temperatures) < math.inf):
             raise ValueError(f"temperatures is {list(temperatures)}; expected numbers above 0")
         if quota_contexts < 0:

@@ -16,10 +16,20 @@ with ends_at_once():
     from trainers.gated import GatedModule
 
 
-def main(args: list[str] | None = None) -> Path | None:
-    """Run a training; returns the folder of the artifact, None after a check (`trainers.cli`)."""
+def build(args: list[str] | None = None) -> cli.TrainingCLI:
+    """The training that a command line means, nothing loaded yet.
+
+    Raises:
+        ValueError: samples have no branches.
+    """
     training = cli.build(GatedModule, ExportTunedHeads, args)
     cli.check_branches(training)
+    return training
+
+
+def main(args: list[str] | None = None) -> Path | None:
+    """Run a training; returns the folder of the artifact, None after a check (`trainers.cli`)."""
+    training = build(args)
     output = cli.run(training)
     cli.tell_how_to_use(training, output)
     return output

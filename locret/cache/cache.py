@@ -175,6 +175,11 @@ class RetainedCache(Cache):
             self.current = before
 
     @property
+    def scored(self) -> bool:
+        """Whether all units have scores, so that they can be evicted."""
+        return all(layer.store.scored for layer in self.layers if not layer.is_empty)
+
+    @property
     def seen(self) -> int:
         """Tokens seen."""
         return self.get_seq_length()

@@ -245,10 +245,8 @@ class Answerer:
         messages = record.get("messages", [{"role": "user", "content": record.get("prompt")}])
         fields = fields_of(ChatFields, {"messages": messages})
         mapped = [message.as_mapping() for message in fields.messages]
-        if context is not None:
-            return Ask(prompt=self.prompts.question(mapped), context=context)
-        ids, shared = self.prompts.chat(mapped)
-        return Ask(prompt=ids, shared=shared)
+        ids, shared = self.prompts.asked(mapped, context is not None)
+        return Ask(prompt=ids, context=context, shared=shared)
 
     def _read(self, text: str) -> str:
         """The id of a context, which is read if it was not."""

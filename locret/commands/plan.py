@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from locret.commands.shared import DTYPES, MODEL, argument, whole
+from locret.commands.shared import DTYPES, MODEL, argument, chunk_size, whole
 from locret.heads.quotas import quotas_of
 from locret.model.loading import load_config
 from locret.quantities import parse_bytes, parse_tokens
@@ -22,7 +22,12 @@ def add_to(commands: Any) -> None:
         "--context", required=True, type=argument(parse_tokens), help="tokens, such as 128K"
     )
     command.add_argument(
-        "--chunk-size", type=whole(1), help="tokens read at a time; default: the fastest"
+        "--chunk-size",
+        type=chunk_size,
+        default="auto",
+        metavar="N",
+        help="tokens read at a time; none: all at once; auto, the default, and recorded, as there "
+        "are no heads here: the fastest",
     )
     command.add_argument("--new-tokens", type=whole(0), help="answer tokens to leave room for")
     command.add_argument("--head-width", type=whole(0), help="of the retaining heads; 0 = none")
@@ -39,8 +44,9 @@ def _plan(given: argparse.Namespace) -> None:
 
     from locret.engine import plan
 
-    asked = {"memory": given.memory, "context": given.context, "quotas": given.quotas}
-    for name in ("chunk_size", "new_tokens", "head_width"):
+    names = ("memory", "context", "quotas", "chunk_size")
+    asked = {name: getattr(given, name) for name in names}
+    for name in ("new_tokens", "head_width"):
         if getattr(given, name) is not None:
             asked[name] = getattr(given, name)
     config = load_config(given.model, revision=given.revision)

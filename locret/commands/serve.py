@@ -5,6 +5,8 @@ import functools
 import importlib.util
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +31,8 @@ NEEDED = {"serve": _SERVER, "ray": (*_SERVER, "ray"), "ui": (*_SERVER, "gradio")
 """Modules by the extra that brings them."""
 DAY = 24 * 60 * 60
 RAY_APPLICATION = "locret"
+RAY_ANSWERS = 20.0
+"""Seconds within which a Ray cluster must say how it is."""
 REPLICAS = ("replicas", "cpus", "gpus")
 """Arguments that say what Ray starts."""
 
@@ -105,7 +109,7 @@ def run(given: argparse.Namespace) -> None:
     if given.ui and not given.ray:
         check_installed("ui")
     from locret.serve.logs import log_to_stderr
-    from locret.serve.server import bound, serve
+    from locret.serve.server import bound, make_server
 
     log_to_stderr()
     if given.ray:
@@ -113,7 +117,7 @@ def run(given: argparse.Namespace) -> None:
         return
     key = _key(given)
     with bound(given.host, given.port) as taken:  # before a model is loaded for minutes
-        serve(_app(given, key, given.ui), taken, given.drain)
+        make_server(_app(given, key, given.ui), given.drain).run(sockets=[taken])
 
 
 def check_installed(extra: str) -> None:
@@ -165,7 +169,7 @@ def make_service(
     Args:
         given: the arguments.
         checked: policy, settings and heads of the engine (`checked_engine`).
-        contexts: where contexts are stored; None = none can be.
+        contexts: where contexts are stored.
     """
     from locret.engine.engine import Engine
     from locret.serve.service import Service
@@ -274,11 +278,36 @@ def _replica(given: argparse.Namespace, key: str | None) -> Any:
 
 
 def connect_to_ray() -> None:
-    """Use the cluster of this machine, or start one of its own."""
+    """Use the cluster of this machine, or start one of its own.
+
+    Raises:
+        ValueError: the cluster that is recorded does not answer.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tell nobody unless the user wants it
     import ray
+    from ray._private.services import canonicalize_bootstrap_address
 
+    if "://" not in os.environ.get("RAY_ADDRESS", ""):  # Ray gives up on others by itself
+        address = canonicalize_bootstrap_address(None)  # type: ignore[arg-type]
+        if address is not None:
+            _check_answers(address)
     ray.init(include_dashboard=False)
+
+
+def _check_answers(address: str) -> None:
+    """Ask a cluster from a process of its own: Ray would try for ever, deaf to signals.
+
+    Raises:
+        ValueError: it does not answer in time.
+    """
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=RAY_ANSWERS)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        raise ValueError(
+            f"the Ray cluster at {address} does not answer; start it, or unset RAY_ADDRESS and run "
+            "`ray stop`, which forgets it"
+        ) from None
 
 
 def gpus_of(given: argparse.Namespace) -> int:

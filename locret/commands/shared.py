@@ -61,7 +61,7 @@ def add_engine(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--chunk-size",
-        type=whole(1, none=None, auto="auto", recorded="recorded"),
+        type=chunk_size,
         default="recorded",
         metavar="N",
         help="tokens read at a time; auto: what is fastest; recorded, the default: what the "
@@ -173,6 +173,10 @@ def whole(least: int, **words: Any) -> Callable[[str], Any]:
         return value
 
     return argument(parse)
+
+
+chunk_size = whole(1, none=None, auto="auto", recorded="recorded")
+"""The type of `--chunk-size`, wherever there is one."""
 
 
 class Listed(argparse.Action):

@@ -121,7 +121,7 @@ class Answering:
                 "units without a score; go on with the engine it came from, or read its context "
                 "again"
             )
-        if not all(layer.store.scored for layer in cache.layers if not layer.is_empty):
+        if not cache.scored:
             raise ValueError(
                 "decode_interval: this cache was read by an engine without it and holds no scores; "
                 "read its context again with this engine"

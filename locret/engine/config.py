@@ -35,6 +35,7 @@ from locret.quantities import (
     ByteShare,
     Memory,
     budget_of,
+    check_whole,
     is_whole,
     parse_bytes,
 )
@@ -368,20 +369,18 @@ def _check_values(reading: Reading) -> None:
     _check_choice("positions", reading.positions, get_args(Positions))
     _check_choice("longrope", reading.longrope, get_args(LongRopeRule))
     _check_choice("query_aware", reading.query_aware, (True, False))
-    if reading.chunk_size not in (None, "auto") and not is_whole(reading.chunk_size, 1):
-        raise ValueError(
-            f"chunk_size is {reading.chunk_size!r}; expected at least 1, None or 'auto'"
-        )
-    if not is_whole(reading.local_tokens, 1):
-        raise ValueError(
-            f"local_tokens is {reading.local_tokens!r}; expected at least 1: the answer starts "
-            "from the last token of the prompt, which is read after the final eviction"
-        )
-    if reading.decode_interval is not None and not is_whole(reading.decode_interval, 1):
-        raise ValueError(
-            f"decode_interval is {reading.decode_interval!r}; expected at least 1, or None for no "
-            "eviction while answering"
-        )
+    if reading.chunk_size not in (None, "auto"):
+        check_whole("chunk_size", reading.chunk_size, 1, ", None, 'auto' or 'recorded'")
+    check_whole(
+        "local_tokens",
+        reading.local_tokens,
+        1,
+        ": the answer starts from the last token of the prompt, which is read after the final "
+        "eviction",
+    )
+    if reading.decode_interval is not None:
+        instead = ", or None for no eviction while answering"
+        check_whole("decode_interval", reading.decode_interval, 1, instead)
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -394,8 +393,7 @@ def _check_stabilizers(reading: Reading, query_tokens: int) -> None:
     stabilizers, smallest = reading.stabilizers, _smallest(reading.budget)
     if stabilizers == "auto":
         return
-    if not is_whole(stabilizers, 0):
-        raise ValueError(f"stabilizers is {stabilizers!r}; expected zero or more")
+    check_whole("stabilizers", stabilizers, 0, " or 'auto'")
     if smallest is not None and stabilizers + query_tokens > smallest:
         query = f" and the heads keep {query_tokens} query tokens" * bool(query_tokens)
         raise ValueError(

@@ -261,7 +261,7 @@ class HeadsConfig:
     @property
     def learns_logarithm(self) -> bool:
         """Whether scores are logarithms of attention: on one scale for all heads."""
-        return self.label.startswith("log_")
+        return is_logarithm(self.label)
 
     def differences(self, geometry: Geometry) -> list[str]:
         """What keeps these heads from fitting a backbone; empty if they fit."""
@@ -382,6 +382,11 @@ class RetainingHeads(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.from_pretrained(self.save_pretrained(folder))
             return artifact.push(repo_id, folder, private=private, token=token, revision=revision)
+
+
+def is_logarithm(label: str) -> bool:
+    """Whether heads that learn this label predict logarithms of attention."""
+    return label.startswith("log_")
 
 
 def _head(config: HeadsConfig) -> RetainingHead:

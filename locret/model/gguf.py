@@ -17,7 +17,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.utils import logging
 
 SUFFIX = ".gguf"
 PACKAGES = ("accelerate", "gguf")
@@ -126,7 +133,7 @@ def load_model(file: Path, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, dict
     settings = getattr(transformers, "GgufConfig", None)
     if settings is not None:
         kwargs["quantization_config"] = settings(dequantize=True)
-    with _reading(file):
+    with _reading(file), _switchable_bar():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
@@ -161,3 +168,15 @@ def _reading(file: Path) -> Iterator[None]:
     except _UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} could not be read as a GGUF checkpoint: {reason}") from error
+
+
+@contextlib.contextmanager
+def _switchable_bar() -> Iterator[None]:
+    """The bar of the tensors obeys `transformers.utils.logging.disable_progress_bar`, as others do:
+    that module has tqdm from elsewhere."""
+    theirs = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = theirs

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -16,21 +15,17 @@ class Pending(Generic[T]):
     """Messages from the generation thread to threads or event loops that wait for them.
 
     Attributes:
-        on_end: called once when there will be no more messages, before those who wait are told.
+        closed: there will be no more messages.
+        on_end: called once when there will be no more, before those who wait are told.
     """
 
     def __init__(self) -> None:
+        self.closed = False
         self.on_end: Callable[[], None] = _nothing
         self._condition = threading.Condition()
         self._messages: list[T] = []
         self._error: Exception | None = None
-        self._closed = False
         self._wakers: list[Callable[[], None]] = []
-
-    @property
-    def closed(self) -> bool:
-        """Whether there will be no more messages."""
-        return self._closed
 
     @property
     def outcome(self) -> tuple[T | None, Exception | None]:
@@ -45,72 +40,29 @@ class Pending(Generic[T]):
 
     def put(self, message: T, last: bool = False) -> bool:
         """Pass a message on; False, and nothing happens, once all is closed."""
-        with self._condition:
-            if self._closed:
-                return False
-            self._messages.append(message)
-            if last:
-                self._end()
-            self._wake()
-            return True
+        return self._add([message], None, last)
 
     def close(self, error: Exception) -> bool:
         """End with an error; False, and nothing happens, if there was an end before."""
-        with self._condition:
-            if self._closed:
-                return False
-            self._error = error
-            self._end()
-            self._wake()
-            return True
+        return self._add([], error, True)
 
-    def _end(self) -> None:
-        self._closed = True
-        on_end, self.on_end = self.on_end, _nothing  # whoever keeps the answer keeps no request
-        on_end()
+    def events(self, timeout: float | None = None) -> Iterator[T]:
+        """All messages, the first ones too, as they arrive.
 
-    def _wake(self) -> None:
-        self._condition.notify_all()
-        for waker in self._wakers:
-            waker()
-
-    def _from(self, place: int) -> list[T] | None:
-        """Messages from number `place` on; None = there will be no more.
+        Args:
+            timeout: seconds to wait for each; None = as long as it takes.
 
         Raises:
-            Exception: what ended them.
+            Exception: what ended them (`close`).
+            TimeoutError: nothing came in time.
         """
-        found = self._messages[place:]
-        if found or not self._closed:
-            return found
-        if self._error is not None:
-            raise self._error
-        return None
-
-    def _wait(self, place: int, timeout: float | None) -> list[T] | None:
-        """As `_from`, at least one, waiting so many seconds for it.
-
-        Raises:
-            TimeoutError: none arrived in time.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._condition:
-            while (found := self._from(place)) == []:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TimeoutError(f"nothing arrived within {timeout:g} seconds")
-                self._condition.wait(left)
-            return found
-
-    def _all(self, timeout: float | None) -> Iterator[T]:
-        """All messages, the first ones too, as they arrive."""
         place = 0
         while (found := self._wait(place, timeout)) is not None:
             yield from found
             place += len(found)
 
-    async def _aall(self) -> AsyncIterator[T]:
-        """As `_all`, for an event loop."""
+    async def aevents(self) -> AsyncIterator[T]:
+        """As `events`, for an event loop."""
         loop, arrived, place = asyncio.get_running_loop(), asyncio.Event(), 0
 
         def waker() -> None:
@@ -135,36 +87,51 @@ class Pending(Generic[T]):
             with self._condition:
                 self._wakers.remove(waker)
 
+    def _add(self, messages: list[T], error: Exception | None, last: bool) -> bool:
+        with self._condition:
+            if self.closed:
+                return False
+            self._messages += messages
+            if last:
+                self.closed, self._error = True, error
+                on_end, self.on_end = self.on_end, _nothing  # who keeps the answer keeps no request
+                on_end()
+            self._condition.notify_all()
+            for waker in self._wakers:
+                waker()
+            return True
+
+    def _from(self, place: int) -> list[T] | None:
+        """Messages from number `place` on; None = there will be no more."""
+        found = self._messages[place:]
+        if found or not self.closed:
+            return found
+        if self._error is not None:
+            raise self._error
+        return None
+
+    def _wait(self, place: int, timeout: float | None) -> list[T] | None:
+        """As `_from`, at least one."""
+        with self._condition:
+            if not self._condition.wait_for(lambda: self._from(place) != [], timeout):
+                raise TimeoutError(f"nothing arrived within {timeout:g} seconds")
+            return self._from(place)
+
 
 def _nothing() -> None:
     pass
 
 
 class Answer(Pending[Piece | End]):
-    """An answer that is on its way."""
+    """An answer that is on its way: pieces as they come, and the end.
 
-    def events(self, timeout: float | None = None) -> Iterator[Piece | End]:
-        """Pieces as they come, and the end.
-
-        Args:
-            timeout: seconds to wait for each; None = as long as it takes.
-
-        Raises:
-            Cancelled: the request was cancelled.
-            UnknownContext: the context was deleted while the request waited.
-            RepeatsContext: the prompt begins with all of the context.
-            RuntimeError: it failed; says why in one sentence.
-            TimeoutError: nothing came in time.
-        """
-        return self._all(timeout)
-
-    def aevents(self) -> AsyncIterator[Piece | End]:
-        """As `events`, for an event loop."""
-        return self._aall()
+    It may end with `Cancelled`; `UnknownContext`, the context was deleted while the request waited;
+    `RepeatsContext`, the prompt begins with all of it; `Failed`, which says why in one sentence.
+    """
 
 
 class Reading(Pending[ContextInfo]):
-    """A context that is being read.
+    """A context that is being read. It may end with `Cancelled`, `TooLong` or `Failed`.
 
     Attributes:
         done: tokens read so far.
@@ -173,15 +140,9 @@ class Reading(Pending[ContextInfo]):
     done: int = 0
 
     def result(self, timeout: float | None = None) -> ContextInfo:
-        """What was stored, once it was read.
-
-        Raises:
-            Cancelled: the reading was cancelled.
-            RuntimeError: it failed; says why in one sentence.
-            TimeoutError: it was not read within so many seconds.
-        """
-        return next(self._all(timeout))
+        """What was stored, once it was read; errors as for `events`."""
+        return next(self.events(timeout))
 
     async def aresult(self) -> ContextInfo:
         """As `result`, for an event loop."""
-        return await anext(self._aall())
+        return await anext(self.aevents())

@@ -10,6 +10,7 @@ GET /health, /ready, POST /load_model         without a key
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -18,7 +19,7 @@ from fastapi.responses import JSONResponse, Response
 
 from locret.serve import errors
 from locret.serve.body import read_json, read_upload
-from locret.serve.delivery import streamed, while_there, whole
+from locret.serve.delivery import EventStream, while_there, whole
 from locret.serve.errors import Refused
 from locret.serve.fields import (
     DEFAULT_COMPLETION_TOKENS,
@@ -40,30 +41,18 @@ UPLOAD_LIMIT = 64 * 2**20
 """Bytes of a body."""
 
 
+@dataclass
 class Server:
-    """What the endpoints share.
+    """What the endpoints share, by the arguments of `make_app`."""
 
-    Args:
-        service: answers and reads; `locret.serve.service.Service`.
-        tokenizer: of the model.
-        name: of the model, as clients ask for it.
-        api_key: what clients must send; None = nothing.
-        upload_limit: bytes of a body.
-
-    Attributes:
-        page: Gradio's application at /ui; None = there is none.
-    """
-
-    def __init__(
-        self, service: Any, tokenizer: Any, name: str, api_key: str | None, upload_limit: int
-    ) -> None:
-        self.service = service
-        self.prompts = Prompts(tokenizer)
-        self.metrics = Metrics(service)
-        self.name = name
-        self.api_key = api_key
-        self.upload_limit = upload_limit
-        self.page: Any = None
+    service: Any
+    prompts: Prompts
+    metrics: Metrics
+    name: str
+    api_key: str | None
+    upload_limit: int
+    page: Any = None
+    """Gradio's application at /ui; None = there is none."""
 
     def check_model(self, asked: str | None) -> None:
         """
@@ -73,17 +62,6 @@ class Server:
         if asked and asked != self.name:
             message = f"model {asked[:80]!r} is not served here; ask for {self.name!r}"
             raise Refused(404, message, "model_not_found")
-
-    @property
-    def contexts(self) -> Any:
-        """The stored contexts.
-
-        Raises:
-            Refused: none are stored here.
-        """
-        if self.service.contexts is None:
-            raise Refused(404, "this server stores no contexts; send the whole prompt instead")
-        return self.service.contexts
 
 
 def make_app(
@@ -117,7 +95,8 @@ def make_app(
             await to_thread.run_sync(lambda: service.close(drain=True, seconds=drain_seconds))
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.server = Server(service, tokenizer, name, api_key, upload_limit)
+    prompts, metrics = Prompts(tokenizer), Metrics(service)
+    app.state.server = Server(service, prompts, metrics, name, api_key, upload_limit)
     errors.install(app)
     app.include_router(open_to_all)
     app.include_router(with_key)
@@ -214,10 +193,7 @@ async def completion(request: Request, server: Served) -> Response:
 
 
 def _chat_ask(prompts: Prompts, fields: ChatFields) -> Ask:
-    messages = _mappings(fields.messages)
-    if fields.context is not None:
-        return Ask(prompt=prompts.question(messages), **fields.settings())
-    ids, shared = prompts.chat(messages)
+    ids, shared = prompts.asked(_mappings(fields.messages), fields.context is not None)
     return Ask(prompt=ids, shared=shared, **fields.settings())
 
 
@@ -232,7 +208,7 @@ async def _answered(
     answer = await _accepted(server.service.ask, ask)
     reply = Reply(kind, request.state.id, server.name)
     if fields.stream:
-        return streamed(request, answer, reply, fields.tells_usage)
+        return EventStream(request, answer, reply, fields.tells_usage)
     return await whole(request, answer, reply)
 
 
@@ -261,8 +237,6 @@ async def read_context(request: Request, server: Served) -> dict[str, Any]:
     reading = await _accepted(server.service.read, ids)
     try:
         return _context(await while_there(request, reading.aresult()))
-    except RuntimeError as error:  # logged by the service, which says why in one sentence
-        raise Refused(500, str(error), "failed") from error
     finally:
         reading.cancel()
 
@@ -270,20 +244,20 @@ async def read_context(request: Request, server: Served) -> dict[str, Any]:
 @with_key.get("/v1/contexts")
 async def list_contexts(server: Served) -> dict[str, Any]:
     """What is stored."""
-    found = await to_thread.run_sync(server.contexts.list)
+    found = await to_thread.run_sync(server.service.contexts.list)
     return {"object": "list", "data": [_context(info) for info in found]}
 
 
 @with_key.get("/v1/contexts/{id}")
 async def show_context(id: str, server: Served) -> dict[str, Any]:
     """What one stored context takes."""
-    return _context(await to_thread.run_sync(server.contexts.info, id))
+    return _context(await to_thread.run_sync(server.service.contexts.info, id))
 
 
 @with_key.delete("/v1/contexts/{id}")
 async def delete_context(id: str, server: Served) -> dict[str, Any]:
     """Forget a context."""
-    await to_thread.run_sync(server.contexts.delete, id)
+    await to_thread.run_sync(server.service.contexts.delete, id)
     return {"id": id, "object": "context", "deleted": True}
 
 

@@ -45,12 +45,9 @@ async def read_upload(request: Request, most: int) -> str:
     )
     try:
         form = await parser.parse()
-    except MultiPartException as error:
-        raise Refused(400, f"the multipart body cannot be read: {error.message}") from error
-    except UnicodeError as error:  # of the codec that `charset=` names
-        raise Refused(
-            400, "the multipart body cannot be read: its names are not in its charset"
-        ) from error
+    except (MultiPartException, UnicodeError) as error:  # the codec is the one `charset=` names
+        reason = getattr(error, "message", "its names are not in its charset")
+        raise Refused(400, f"the multipart body cannot be read: {reason}") from error
     try:
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         if not files:
@@ -67,12 +64,12 @@ async def chunks(request: Request, most: int) -> AsyncGenerator[bytes, None]:
     """The body of a request as it comes; refused at once where its length is told and too much."""
     told = request.headers.get("content-length", "")
     if told.isdecimal() and (len(told) > 18 or int(told) > most):
-        raise _too_large(most)
+        raise too_large("the body is", most)
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > most:
-            raise _too_large(most)
+            raise too_large("the body is", most)
         yield chunk
 
 
@@ -143,6 +140,7 @@ def _too_deep() -> Refused:
     return Refused(400, f"the JSON is nested more than {MOST_DEPTH} levels deep")
 
 
-def _too_large(most: int) -> Refused:
-    message = f"the body is larger than {format_bytes(most)}, the most that this server takes"
+def too_large(what: str, most: int) -> Refused:
+    """The refusal of what has more than `most` bytes."""
+    message = f"{what} larger than {format_bytes(most)}, the most that this server takes"
     return Refused(413, message, "body_too_large", {"Connection": "close"})

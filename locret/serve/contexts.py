@@ -3,7 +3,7 @@
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,24 +200,16 @@ class Contexts:
 
     def _make_room(self) -> None:
         self._refresh()
-        over = sum(one.info.bytes for one in self._stored.values()) - (self.most_bytes or 0)
-        for one in self._by_use() if self.most_bytes is not None else ():
-            if over <= 0:
-                break
+        for one in _beyond(self._by_use(), self.most_bytes):
             self._remove(one.info.id)
-            over -= one.info.bytes
         self._leave_memory()
 
     def _leave_memory(self) -> None:
         """Let what does not fit into memory be on disk only; what was used last stays."""
-        if self._files is None or self.memory_bytes is None:
-            return
         loaded = [one for one in self._by_use() if one.cache is not None]
-        over = sum(one.info.bytes for one in loaded) - self.memory_bytes
-        for one in loaded[:-1]:
-            if over <= 0:
-                break
-            one.cache, over = None, over - one.info.bytes
+        for one in _beyond(loaded, self.memory_bytes) if self._files is not None else ():
+            if one is not loaded[-1]:
+                one.cache = None
 
     def list(self) -> Sequence[ContextInfo]:
         """All contexts, the one used last first."""
@@ -226,8 +218,19 @@ class Contexts:
             return [one.info for one in reversed(self._by_use())]
 
 
+def _beyond(stored: Sequence[_Stored], most_bytes: int | None) -> Iterator[_Stored]:
+    """The first ones, as many as take more than `most_bytes` with the others; None = no limit."""
+    over = 0 if most_bytes is None else sum(one.info.bytes for one in stored) - most_bytes
+    for one in stored:
+        if over <= 0:
+            return
+        yield one
+        over -= one.info.bytes
+
+
 def info_of(cache: RetainedCache, id: str = "") -> ContextInfo:
     """What a cache of one row holds."""
     report = cache.report()
     units = round(sum(report["units"]) / len(report["units"]))
-    return ContextInfo(id, cache.seen, units, cache.nbytes)
+    slots = cache.seen if cache.positions == "original" else max(report["most_units"])
+    return ContextInfo(id, cache.seen, units, cache.nbytes, slots)

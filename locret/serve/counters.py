@@ -1,33 +1,31 @@
 """Numbers about the service, for its operators."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _now(text: str) -> Any:
+    return field(default=0, metadata={"text": text, "sum": False})
+
+
+def _sum(text: str) -> Any:
+    return field(default=0, metadata={"text": text, "sum": True})
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What a service did since it began, and what it does now.
+    """What a service does now, and what it did since it began, as `/metrics` tells it."""
 
-    Attributes:
-        queued: requests that wait.
-        running: requests that are worked on.
-        answered, read: answers and contexts that came to their end.
-        cancelled, failed, refused: requests that did not; refused ones found the queue full.
-        prompt_tokens, cached_tokens, completion_tokens: of answers that came to their end.
-        contexts: stored ones.
-        units: that a KV head held at the end of the last answer, on average.
-        bytes: of stored contexts in memory, and of kept beginnings of prompts.
-    """
-
-    queued: int = 0
-    running: int = 0
-    answered: int = 0
-    read: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    refused: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    contexts: int = 0
-    units: int = 0
-    bytes: int = 0
+    queued: int = _now("requests that wait")
+    running: int = _now("requests that are read or answered now")
+    contexts: int = _now("stored contexts")
+    units: int = _now("units that a KV head held at the end of the last answer")
+    bytes: int = _now("bytes in memory of stored contexts and shared beginnings of prompts")
+    answered: int = _sum("requests answered to the end")
+    read: int = _sum("contexts read to the end")
+    cancelled: int = _sum("requests given up because the client left")
+    failed: int = _sum("requests that failed")
+    refused: int = _sum("requests that found the queue full")
+    prompt_tokens: int = _sum("tokens of prompts and their contexts")
+    cached_tokens: int = _sum("those of them that had been read before")
+    completion_tokens: int = _sum("tokens of answers")

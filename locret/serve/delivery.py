@@ -17,16 +17,12 @@ Result = TypeVar("Result")
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of an answer, which is cancelled however the response ends.
+    """Server-sent events of an answer of the service, which is cancelled however this ends."""
 
-    Args:
-        events: the texts to send.
-        answer: of the service.
-    """
-
-    def __init__(self, events: AsyncIterator[str], answer: Any) -> None:
+    def __init__(self, request: Request, answer: Any, reply: Reply, tells_usage: bool) -> None:
         # Proxies that collect what they pass on would turn a stream into one piece.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        events = _events(request, answer, reply, tells_usage)
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self.answer = answer
 
@@ -44,11 +40,6 @@ async def whole(request: Request, answer: Any, reply: Reply) -> Response:
     finally:
         answer.cancel()
     return JSONResponse(reply.whole(text, end))
-
-
-def streamed(request: Request, answer: Any, reply: Reply, tells_usage: bool) -> Response:
-    """The answer as a stream of events."""
-    return EventStream(_events(request, answer, reply, tells_usage), answer)
 
 
 async def while_there(request: Request, work: Awaitable[Result]) -> Result:
@@ -77,12 +68,9 @@ async def _left(request: Request) -> None:
 
 
 async def _collected(request: Request, answer: Any) -> tuple[str, End]:
-    texts: list[str] = []
-    async for each in _told(request, answer):
-        if isinstance(each, End):
-            return "".join(texts), each
-        texts.append(each.text)
-    raise RuntimeError("the answer ended without an end")
+    *pieces, end = [each async for each in _told(request, answer)]
+    assert isinstance(end, End)
+    return "".join(piece.text for piece in pieces if isinstance(piece, Piece)), end
 
 
 async def _events(
@@ -105,15 +93,8 @@ async def _events(
 
 
 async def _told(request: Request, answer: Any) -> AsyncIterator[Piece | End]:
-    """The events of an answer; the log learns of the last one.
-
-    Raises:
-        Refused: the answer failed.
-    """
-    try:
-        async for each in answer.aevents():
-            if isinstance(each, End):
-                request.state.usage = each.usage
-            yield each
-    except RuntimeError as error:  # logged by the service, which says why in one sentence
-        raise Refused(500, str(error), "failed") from error
+    """The events of an answer; the log learns of the last one."""
+    async for each in answer.aevents():
+        if isinstance(each, End):
+            request.state.usage = each.usage
+        yield each

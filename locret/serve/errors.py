@@ -9,7 +9,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from locret.serve.requests import Cancelled, QueueFull, RepeatsContext, TooLong, UnknownContext
+from locret.serve.requests import (
+    Cancelled,
+    Failed,
+    QueueFull,
+    RepeatsContext,
+    TooLong,
+    UnknownContext,
+)
 
 CLIENT_LEFT = 499
 """What the log calls the status of a request whose client left."""
@@ -51,6 +58,8 @@ def refusal_of(error: Exception) -> Refused:
         return Refused(400, str(error), "context_length_exceeded")
     if isinstance(error, RepeatsContext):
         return Refused(400, str(error))
+    if isinstance(error, Failed):
+        return Refused(500, str(error), "failed")
     if isinstance(error, UnknownContext):
         return Refused(404, str(error), "context_not_found")
     if isinstance(error, Cancelled):
@@ -58,7 +67,7 @@ def refusal_of(error: Exception) -> Refused:
     if isinstance(error, ClientDisconnect):
         return Refused(CLIENT_LEFT, "the client left", "client_left")
     if isinstance(error, HTTPException):
-        return Refused(error.status_code, _lower(error.detail), headers=dict(error.headers or {}))
+        return Refused(error.status_code, lower(error.detail), headers=dict(error.headers or {}))
     _log.error("a request failed", exc_info=error)
     return Refused(500, INTERNAL, "internal_error")
 
@@ -82,10 +91,10 @@ def install(app: FastAPI) -> None:
         refused = refusal_of(error)
         return JSONResponse(body_of(refused), refused.status, headers=refused.headers)
 
-    for kind in (Refused, QueueFull, ValueError, RuntimeError, Cancelled, OSError, HTTPException):
+    # Each by name: behind the handler of Exception an error goes on, to uvicorn.
+    ours = (Refused, QueueFull, ValueError, RuntimeError, Cancelled, OSError, HTTPException)
+    for kind in (*ours, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer)
-    app.add_exception_handler(ClientDisconnect, answer)
-    app.add_exception_handler(Exception, answer)
 
 
 def _type_of(status: int) -> str:
@@ -96,5 +105,6 @@ def _type_of(status: int) -> str:
     return "invalid_request_error" if status < 500 else "server_error"
 
 
-def _lower(text: str) -> str:
+def lower(text: str) -> str:
+    """A sentence as it goes on behind a colon."""
     return text[:1].lower() + text[1:]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from locret.serve.errors import Refused
+from locret.serve.errors import Refused, lower
 
 MOST_STOPS = 4
 LONGEST_STOP = 512  # characters
@@ -163,7 +163,7 @@ def fields_of(kind: type[Fields], found: dict[str, Any]) -> Fields:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(str(step) for step in first["loc"]) or "the body"
-        raise Refused(400, f"{place[:80]}: {_lower(first['msg'])}") from error
+        raise Refused(400, f"{place[:80]}: {lower(first['msg'])}") from error
 
 
 def _with_generation_config(found: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +190,3 @@ def _text_of(part: Any) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     raise Refused(400, "content of a message has a part that is not text; only text is read")
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]

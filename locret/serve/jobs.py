@@ -15,7 +15,7 @@ class AskJob:
     Attributes:
         ask: what is asked.
         most_tokens: of the answer.
-        answer: where its events go.
+        pending: where its events go.
         text: decodes the answer.
         shared: leading tokens of the prompt that are read as a context; 0 = none.
         most_units: that a KV head may hold for it, on average.
@@ -29,7 +29,7 @@ class AskJob:
 
     ask: Ask
     most_tokens: int
-    answer: Answer
+    pending: Answer
     text: TextOf
     shared: int = 0
     most_units: int = 0
@@ -42,14 +42,9 @@ class AskJob:
     _again: int = 0
 
     @property
-    def pending(self) -> Answer:
-        """Where those wait who asked."""
-        return self.answer
-
-    @property
     def closed(self) -> bool:
         """Whether nobody waits for anything of it any more."""
-        return self.answer.closed
+        return self.pending.closed
 
     @property
     def question(self) -> list[int]:
@@ -100,12 +95,12 @@ class AskJob:
 
     def _pass_on(self, text: str) -> None:
         if text:
-            self.answer.put(Piece(text))
+            self.pending.put(Piece(text))
 
     def _end(self, complete: bool) -> bool:
         self._pass_on(self.text.end())
         complete = complete or self.text.stopped
-        self.answer.put(End("stop" if complete else "length", self.usage()), last=True)
+        self.pending.put(End("stop" if complete else "length", self.usage()), last=True)
         return True
 
 
@@ -115,20 +110,16 @@ class ReadJob:
 
     Attributes:
         ids: its tokens.
-        reading: where the result goes.
+        pending: where the result goes.
     """
 
     ids: list[int]
-    reading: Reading
-
-    @property
-    def pending(self) -> Reading:
-        """Where those wait who asked."""
-        return self.reading
+    pending: Reading
 
     @property
     def closed(self) -> bool:
-        return self.reading.closed
+        """Whether nobody waits for it any more."""
+        return self.pending.closed
 
 
 Job = AskJob | ReadJob

@@ -34,29 +34,33 @@ class Limits:
         self.most_units = None if memory is None else _units_within(engine, memory - beside)
         self._counts = lru_cache(maxsize=256)(self._count)
 
-    def answer_tokens(self, prompt: int, context: int | None, wanted: int | None, most: int) -> int:
+    def answer_tokens(
+        self, prompt: int, context: int | None, wanted: int | None, most: int, fullest: int = 0
+    ) -> int:
         """How long an answer may become.
 
         Args:
             prompt: tokens of the prompt, or of what follows the context.
             context: tokens of the context; None = there is none.
             wanted: by the request; None = what fits, `most` at most.
+            fullest: slots that the context takes, as `held` of `needed`.
 
         Raises:
             TooLong: prompt and answer do not fit; says what would.
         """
         tokens = wanted or 1
-        if not self._fits(prompt, context, tokens):
-            fitting = _largest(lambda n: self._fits(n, context, tokens))
+        if not self._fits(prompt, context, tokens, fullest):
+            fitting = _largest(lambda n: self._fits(n, context, tokens, fullest))
+            shorter = _largest(lambda n: self._fits(prompt, context, n, fullest))
             after = "" if context is None else f" after a context of {context:,} tokens"
             raise TooLong(
                 f"the prompt has {prompt:,} tokens{after} and the answer may have {tokens:,}, "
                 f"which is more than {self._what()} takes; "
-                + self._advice(fitting, prompt, context, tokens)
+                + _advice(fitting, shorter if shorter < tokens else 0)
             )
         if wanted is not None:
             return wanted
-        return min(most, _largest(lambda n: self._fits(prompt, context, n), most))
+        return min(most, _largest(lambda n: self._fits(prompt, context, n, fullest), most))
 
     def check_context(self, tokens: int) -> None:
         """
@@ -87,21 +91,29 @@ class Limits:
         """Last tokens of a prompt that are never evicted."""
         return 1 if self._reading.query_aware else self._reading.local_tokens
 
-    def needed(self, prompt: int, context: int | None, new: int) -> int:
-        """Most units of the fullest KV head for a request with an answer of `new` tokens."""
-        return round(self._needed(prompt, context, new, self.slots))
+    def needed(self, prompt: int, context: int | None, new: int, held: int = 0) -> int:
+        """Most units of the fullest KV head for a request with an answer of `new` tokens.
 
-    def mean_needed(self, prompt: int, context: int | None, new: int) -> int:
-        """As `needed`, of a KV head on average: what the request takes of the memory."""
-        return round(self._needed(prompt, context, new, self.units))
+        Args:
+            prompt: tokens of the prompt, or of what follows the context.
+            context: tokens of the context; None = there is none.
+            new: tokens of the answer.
+            held: slots that the context takes, where an engine of other settings may have read it.
+        """
+        return round(self._needed(prompt, context, new, self.slots, held))
+
+    def mean_needed(self, prompt: int, context: int | None, new: int, held: int = 0) -> int:
+        """As `needed`, of a KV head on average: what the request takes of the memory; `held` is the
+        context's units."""
+        return round(self._needed(prompt, context, new, self.units, held))
 
     def _needed(
-        self, prompt: int, context: int | None, new: int, units: Callable[[int], float]
+        self, prompt: int, context: int | None, new: int, units: Callable[[int], float], held: int
     ) -> float:
         if self._reading.decode_interval is not None:
             new = min(new, self._reading.decode_interval)
         if context is not None:
-            return units(context) + prompt + new
+            return max(held, units(context)) + prompt + new
         read = max(0, prompt - self.unread)
         return max(self._while_reading(read, units(read)), units(read) + prompt - read + new)
 
@@ -122,8 +134,9 @@ class Limits:
             return False
         return self.most_units is None or units <= self.most_units
 
-    def _fits(self, prompt: int, context: int | None, new: int) -> bool:
-        return self._within(self.needed(prompt, context, new), prompt + (context or 0) + new)
+    def _fits(self, prompt: int, context: int | None, new: int, fullest: int) -> bool:
+        needed = self.needed(prompt, context, new, fullest)
+        return self._within(needed, prompt + (context or 0) + new)
 
     def readable(self, context: int) -> bool:
         """Whether there is room for a question and an answer of one token, too."""
@@ -138,11 +151,12 @@ class Limits:
             limits.append(f"the memory for {self.most_units:,} units a KV head")
         return " and ".join(limits)
 
-    def _advice(self, fitting: int, prompt: int, context: int | None, new: int) -> str:
-        shorter = _largest(lambda n: self._fits(prompt, context, n))
-        ways = [f"a prompt of {fitting:,} tokens would fit"] if fitting else []
-        ways += [f"an answer of {shorter:,} tokens would fit"] if 0 < shorter < new else []
-        return ", or ".join(ways) or "send a shorter one, and ask for a shorter answer"
+
+def _advice(prompt: int, answer: int) -> str:
+    """Lengths that would fit, as far as they are above 0."""
+    lengths = {"a prompt": prompt, "an answer": answer}
+    ways = [f"{what} of {fits:,} tokens would fit" for what, fits in lengths.items() if fits]
+    return ", or ".join(ways) or "send a shorter one, and ask for a shorter answer"
 
 
 def _largest(fits: Callable[[int], bool], most: int = LONGEST) -> int:

@@ -41,7 +41,7 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], _header(state["id"])]
+                message["headers"] = [*message["headers"], (b"x-request-id", state["id"].encode())]
             await send(message)
 
         try:
@@ -55,10 +55,6 @@ class RequestLog:
             _log.log(logging.DEBUG if probe else logging.INFO, "request", extra={"fields": line})
 
 
-def _header(id: str) -> tuple[bytes, bytes]:
-    return b"x-request-id", id.encode()
-
-
 def _line(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
     state = scope["state"]
     line = {
@@ -70,11 +66,7 @@ def _line(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
     }
     usage = state.get("usage")
     if usage is not None:
-        line |= {
-            "prompt_tokens": usage.prompt_tokens,
-            "cached_tokens": usage.cached_tokens,
-            "completion_tokens": usage.completion_tokens,
-        }
+        line |= usage.tokens
     return line
 
 

@@ -58,14 +58,7 @@ class Prompts:
         Raises:
             Refused: ids that the tokenizer does not have, or no tokens.
         """
-        if isinstance(prompt, str):
-            ids = (
-                self._ids(prompt)
-                if follows
-                else list(self.tokenizer(prompt, verbose=False)["input_ids"])
-            )
-        else:
-            ids = prompt
+        ids = self._ids(prompt, special=not follows) if isinstance(prompt, str) else prompt
         if not ids:
             raise Refused(400, "the prompt has no tokens; send some text")
         if not all(0 <= token < self.vocabulary for token in ids):
@@ -87,7 +80,7 @@ class Prompts:
                 400, f"the last message of a context is the {last['role']}'s; expected the user's"
             )
         if not self.tokenizer.chat_template:
-            return list(self.tokenizer(text, verbose=False)["input_ids"])
+            return self._ids(text, special=True)
         standing = {"role": "user", "content": PLACE}
         before, _, _ = self._filled([*earlier, standing], answer=True).rpartition(PLACE)
         return self._ids(before + text)
@@ -108,6 +101,10 @@ class Prompts:
         standing = first | {"content": PLACE + BETWEEN + first["content"].strip()}
         _, _, behind = self._filled([standing, *later], answer=True).partition(PLACE)
         return self._ids(behind)
+
+    def asked(self, messages: Messages, follows: bool) -> tuple[list[int], int]:
+        """As `question`, where it follows a context, else as `chat`: ids, how many are shared."""
+        return (self.question(messages), 0) if follows else self.chat(messages)
 
     def _shared_text(self, messages: Messages, text: str) -> str:
         """How the prompt begins that other last messages would have too."""
@@ -135,5 +132,5 @@ class Prompts:
             ) from error
         return str(text)
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

@@ -1,6 +1,7 @@
 """What `/metrics` tells, in the form that Prometheus reads."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -8,27 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_GAUGES = (
-    ("queued", "locret_queue_requests", "requests that wait"),
-    ("running", "locret_running_requests", "requests that are read or answered now"),
-    ("contexts", "locret_contexts", "stored contexts"),
-    ("units", "locret_units", "units that a KV head held at the end of the last answer"),
-    (
-        "bytes",
-        "locret_bytes",
-        "bytes in memory of stored contexts and shared beginnings of prompts",
-    ),
-)
-_COUNTERS = (
-    ("answered", "locret_answered", "requests answered to the end"),
-    ("read", "locret_read", "contexts read to the end"),
-    ("cancelled", "locret_cancelled", "requests given up because the client left"),
-    ("failed", "locret_failed", "requests that failed"),
-    ("refused", "locret_refused", "requests that found the queue full"),
-    ("prompt_tokens", "locret_prompt_tokens", "tokens of prompts and their contexts"),
-    ("cached_tokens", "locret_cached_tokens", "those of them that had been read before"),
-    ("completion_tokens", "locret_completion_tokens", "tokens of answers"),
-)
+_NAMES = {"queued": "queue_requests", "running": "running_requests"}
+"""Names of metrics that are not those of their counters."""
 
 
 class Metrics:
@@ -60,7 +42,7 @@ class _Counts(Collector):
 
     def collect(self) -> Iterator[Metric]:
         counts = self.service.counts
-        for name, metric, text in _GAUGES:
-            yield GaugeMetricFamily(metric, text, value=getattr(counts, name))
-        for name, metric, text in _COUNTERS:
-            yield CounterMetricFamily(metric, text, value=getattr(counts, name))
+        for each in fields(counts):
+            kind = CounterMetricFamily if each.metadata["sum"] else GaugeMetricFamily
+            name, text = _NAMES.get(each.name, each.name), each.metadata["text"]
+            yield kind(f"locret_{name}", text, value=getattr(counts, each.name))

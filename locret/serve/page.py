@@ -19,7 +19,7 @@ from fastapi.responses import RedirectResponse
 from locret.cache.cache import RetainedCache
 from locret.quantities import format_bytes
 from locret.serve import page_strip
-from locret.serve.body import check_text, file_text
+from locret.serve.body import check_text, file_text, too_large
 from locret.serve.errors import Refused, refusal_of
 from locret.serve.keys import is_key
 from locret.serve.messages import BETWEEN
@@ -101,7 +101,7 @@ class Page:
         """
         with _told():
             cache = self._cache(id)
-            info = self.server.contexts.info(id)
+            info = self.server.service.contexts.info(id)
         heads = len(cache.layers[0].source_positions[0])
         return (
             _bytes(info, cache.report()["full_cache_bytes"]),
@@ -120,26 +120,22 @@ class Page:
         with _told():
             cache = self._cache(id)
         chosen = (None if which == ALL else which for which in (layer, head))
-        shares, shown = (
-            page_strip.shares_of(cache, *chosen),
-            page_strip.passage(cache.seen, place / 100),
-        )
+        shares = page_strip.shares_of(cache, *chosen)
+        shown = page_strip.passage(cache.seen, place / 100)
         assert cache.token_ids is not None
-        tokens, its_shares = (x[shown.start : shown.stop] for x in (cache.token_ids[0], shares))
-        words = page_strip.words(
-            self.server.prompts.tokenizer, tokens.tolist(), its_shares.tolist()
-        )
+        both = (x[shown.start : shown.stop].tolist() for x in (cache.token_ids[0], shares))
+        words = page_strip.words(self.server.prompts.tokenizer, *both)
         return page_strip.strip(shares, shown), words
 
     def _cache(self, id: str | None) -> RetainedCache:
-        cache: RetainedCache = self.server.contexts.get(id, self.server.service.engine.model)
+        service = self.server.service
+        cache: RetainedCache = service.contexts.get(id, service.engine.model)
         return cache
 
     def _ids_of(self, paths: Sequence[str]) -> list[int]:
         files = [Path(path) for path in paths]
         if sum(file.stat().st_size for file in files) > self.server.upload_limit:
-            most = format_bytes(self.server.upload_limit)
-            raise Refused(413, f"the files are larger than {most}, the most this server takes")
+            raise too_large("the files are", self.server.upload_limit)
         texts = [file_text(file.read_bytes()) for file in files]
         if len(texts) > 1:
             texts = [f"{file.name}:\n{text}" for file, text in zip(files, texts, strict=True)]
@@ -246,8 +242,6 @@ def _told() -> Iterator[None]:
     """Tell the reader of the page what went wrong, in one sentence."""
     try:
         yield
-    except RuntimeError as error:  # logged by the service, which says why in one sentence
-        raise gr.Error(escape(str(error)), print_exception=False) from error
     except Exception as error:
         raise gr.Error(escape(refusal_of(error).message), print_exception=False) from error
 

@@ -62,14 +62,11 @@ class Replica:
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:
         """The messages of ASGI that answer a request, as they come."""
-        context = serve.get_multiplexed_model_id()
-        if context:
-            with contextlib.suppress(UnknownContext):  # the application says so itself
-                await self.keep(context)
+        await self._keep(serve.get_multiplexed_model_id())
         reads = scope["method"] == "POST" and scope["path"].endswith("/v1/contexts")
         async for message in messages_of(self.app, scope, body):
             if reads and message["type"] == "http.response.body":
-                await self._keep_read(message["body"])
+                await self._keep(json.loads(message["body"]).get("id"))  # none in an error
             yield message
 
     @serve.multiplexed(max_num_models_per_replica=MOST_KEPT)
@@ -82,10 +79,9 @@ class Replica:
         info: ContextInfo = await to_thread.run_sync(self.service.contexts.info, id)
         return info
 
-    async def _keep_read(self, body: bytes) -> None:
-        id = json.loads(body).get("id")
-        if id is not None:  # else it is an error
-            with contextlib.suppress(UnknownContext):
+    async def _keep(self, id: str | None) -> None:
+        if id:
+            with contextlib.suppress(UnknownContext):  # the application says so itself
                 await self.keep(id)
 
 
@@ -211,11 +207,9 @@ def application(
 
     Args:
         make: makes the application of a replica, there; picklable.
-        api_key: what clients must send; None = nothing.
-        upload_limit: bytes of a body; more is refused.
+        api_key, upload_limit: see `Ingress`.
         replicas: how many.
-        cpus: of each.
-        gpus: of each.
+        cpus, gpus: of each.
         queue: requests that may wait for each.
         drain_seconds: how long answers may go on when a replica is stopped.
     """

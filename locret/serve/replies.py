@@ -25,19 +25,15 @@ class Reply:
 
     def __init__(self, kind: Kind, id: str, model: str) -> None:
         prefix, self._whole, self._chunk = _NAMES[kind]
-        self.kind = kind
+        self._chats = kind == "chat"
         self._head = {"id": prefix + id, "created": int(time.time()), "model": model}
 
     def whole(self, text: str, end: End) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        said = {"message": _assistant(text)} if self.kind == "chat" else {"text": text}
-        choice = self._choice(said, end.reason)
-        return {
-            "object": self._whole,
-            **self._head,
-            "choices": [choice],
-            "usage": usage_of(end.usage),
-        }
+        said = {"message": _assistant(text)} if self._chats else {"text": text}
+        choices = [self._choice(said, end.reason)]
+        usage = usage_of(end.usage)
+        return {"object": self._whole, **self._head, "choices": choices, "usage": usage}
 
     def opening(self) -> str | None:
         """The first event of a stream, if there is one before any text."""
@@ -56,10 +52,6 @@ class Reply:
     def usage(self, usage: Usage) -> str:
         """The event with the usage, which has no choices."""
         return self._event([], usage=usage_of(usage))
-
-    @property
-    def _chats(self) -> bool:
-        return self.kind == "chat"
 
     def _choice(self, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
         return {"index": 0, **said, "logprobs": None, "finish_reason": reason}

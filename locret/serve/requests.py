@@ -52,6 +52,12 @@ class Usage:
     units: int
     bytes: int
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """The counts of tokens by name."""
+        names = ("prompt_tokens", "cached_tokens", "completion_tokens")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -77,12 +83,14 @@ class ContextInfo:
         tokens: that were read.
         units: that a KV head holds of them, on average.
         bytes: of its storage.
+        slots: that it takes of the model's window; 0 = not known.
     """
 
     id: str
     tokens: int
     units: int
     bytes: int
+    slots: int = 0
 
 
 class QueueFull(Exception):
@@ -107,6 +115,10 @@ class UnknownContext(ValueError):
 
 class RepeatsContext(ValueError):
     """The prompt begins with all of the context that it is about."""
+
+
+class Failed(RuntimeError):
+    """The request failed, which is logged; says why in one sentence."""
 
 
 class Cancelled(Exception):

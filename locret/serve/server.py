@@ -59,19 +59,14 @@ class _Server(uvicorn.Server):
             yield
 
 
-def serve(app: FastAPI, taken: socket.socket, drain_seconds: float = 60.0) -> None:
-    """Answer requests until SIGTERM or Ctrl-C; then take no more, and finish what runs.
+def make_server(app: FastAPI, drain_seconds: float = 60.0) -> uvicorn.Server:
+    """uvicorn's server for the application. `run(sockets=[bound(...)])` answers until SIGTERM or
+    Ctrl-C, or in a thread until `should_exit`; it takes no more then, and finishes what runs.
 
     Args:
         app: the application.
-        taken: a socket for connections (`bound`).
         drain_seconds: how long answers may go on after the signal.
     """
-    make_server(app, drain_seconds).run(sockets=[taken])
-
-
-def make_server(app: FastAPI, drain_seconds: float = 60.0) -> uvicorn.Server:
-    """uvicorn's server for the application; in a thread, `should_exit` stops it."""
     config = uvicorn.Config(
         app,
         log_config=None,  # `locret.serve.logs` says where to

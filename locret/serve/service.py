@@ -22,7 +22,7 @@ from locret.serve.counters import Counters
 from locret.serve.jobs import AskJob, Job, ReadJob
 from locret.serve.limits import Limits
 from locret.serve.prefixes import Prefixes
-from locret.serve.requests import Ask, Cancelled, End, QueueFull
+from locret.serve.requests import Ask, Cancelled, End, Failed, QueueFull
 from locret.serve.texts import TextOf
 from locret.serve.worker import Worker
 
@@ -41,7 +41,7 @@ class Service:
     Args:
         engine: nothing else may use it, or its model, while the service runs.
         tokenizer: of the model.
-        contexts: where contexts are stored; None = none can be.
+        contexts: where contexts are stored; None = in memory, without a limit.
         queue: requests that may wait.
         batch: requests that are answered together. In 16 bits a row of a batch is rounded otherwise
             than alone, so that its words may differ; 1 = every answer is as the engine's alone.
@@ -71,15 +71,15 @@ class Service:
         for name, value in (("queue", queue), ("batch", batch), ("max_tokens", max_tokens)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
-        self.engine, self.tokenizer, self.contexts = engine, tokenizer, contexts
+        self.engine, self.tokenizer = engine, tokenizer
+        self.contexts = Contexts() if contexts is None else contexts
         # Of the generation thread's own: tokenizers are not made for several threads.
         self._decoder = copy.deepcopy(tokenizer)
         self.on_first_token: Callable[[float], None] = lambda seconds: None
         self._queue, self._linger, self._max_tokens = queue, linger, max_tokens
         # Questions that others must not be asked with are asked alone.
         self._batch = batch if engine.asks_together else 1
-        beside = prefix_bytes + (0 if contexts is None else contexts.device_bytes)
-        self.limits = Limits(engine, memory, beside)
+        self.limits = Limits(engine, memory, prefix_bytes + self.contexts.device_bytes)
         self._prefixes = Prefixes(prefix_bytes)
         embeddings: Any = engine.backbone.model.get_input_embeddings()
         self._vocabulary: int = embeddings.num_embeddings
@@ -100,10 +100,8 @@ class Service:
     @property
     def counts(self) -> Counters:
         """Numbers for operators, as they are now."""
-        contexts = self.contexts
         # Before the lock is taken: contexts may have to be looked up on disk.
-        in_memory = 0 if contexts is None else contexts.bytes_in_memory
-        stored = 0 if contexts is None else contexts.count
+        in_memory, stored = self.contexts.bytes_in_memory, self.contexts.count
         with self._changed:
             return replace(
                 self._counts,
@@ -152,14 +150,16 @@ class Service:
         self._check_tokens(ask.prompt)
         if ask.temperature < COLDEST:
             ask = replace(ask, temperature=0.0)
-        prompt, context = len(ask.prompt), None
+        prompt, context, shared, slots, units = len(ask.prompt), None, 0, 0, 0
         if ask.context is not None:
-            context = self._stored().use(ask.context).tokens
-        shared = 0 if context is not None else self._shared(ask)
-        asked = (prompt - shared, shared) if shared else (prompt, context)
-        most = self.limits.answer_tokens(*asked, ask.max_tokens, self._max_tokens)
+            info = self.contexts.use(ask.context)
+            context, units = info.tokens, info.units
+            slots = max(info.slots, units)
+        elif shared := self._shared(ask):
+            prompt, context = prompt - shared, shared
+        most = self.limits.answer_tokens(prompt, context, ask.max_tokens, self._max_tokens, slots)
         answer = Answer()
-        units = self.limits.mean_needed(*asked, most)
+        units = self.limits.mean_needed(prompt, context, most, units)
         job = AskJob(ask, most, answer, TextOf(self._decoder, ask.stop), shared, units)
         answer.on_end = lambda: self._ended(job)
         self._enqueue(job)
@@ -170,9 +170,8 @@ class Service:
 
         Raises:
             QueueFull, TooLong: as for `ask`.
-            ValueError: no tokens, or this service cannot store contexts; says why.
+            ValueError: no tokens, or an engine that reads for one question; says why.
         """
-        self._stored()
         self._check_tokens(ids)
         if self._needs_query:
             raise ValueError(
@@ -197,11 +196,6 @@ class Service:
             raise ValueError(
                 f"token ids are {min(ids)} to {max(ids)}; expected 0 to {self._vocabulary - 1}"
             )
-
-    def _stored(self) -> Contexts:
-        if self.contexts is None:
-            raise ValueError("this service stores no contexts; send the whole prompt instead")
-        return self.contexts
 
     @property
     def _needs_query(self) -> bool:
@@ -273,7 +267,7 @@ class Service:
             self._closing = True
             left = [*self._waiting, *self._running]
         for job in left:
-            job.pending.close(RuntimeError("the request failed: the service has ended"))
+            job.pending.close(Failed("the request failed: the service has ended"))
 
     def _next(self) -> list[Job]:
         """The jobs to do next, once there are any; none when the service has ended."""
@@ -309,14 +303,8 @@ class Service:
     def _count_end(self, job: Job) -> None:
         last, error = job.pending.outcome
         if isinstance(last, End):
-            usage = last.usage
-            self._count(
-                answered=1,
-                prompt_tokens=usage.prompt_tokens,
-                cached_tokens=usage.cached_tokens,
-                completion_tokens=usage.completion_tokens,
-            )
-            self._counts = replace(self._counts, units=usage.units)
+            self._count(answered=1, **last.usage.tokens)
+            self._counts = replace(self._counts, units=last.usage.units)
         elif error is None:
             self._count(read=1)
         elif isinstance(error, Cancelled):

@@ -16,7 +16,7 @@ from locret.serve.contexts import Contexts, info_of
 from locret.serve.jobs import AskJob, Job, ReadJob
 from locret.serve.limits import Limits
 from locret.serve.prefixes import Prefixes
-from locret.serve.requests import RepeatsContext, TooLong, UnknownContext
+from locret.serve.requests import Failed, RepeatsContext, TooLong, UnknownContext
 
 LOG = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Worker:
     Args:
         engine: nothing else may use it, or its model, meanwhile.
         tokenizer: of the model.
-        contexts: stored ones; None = there are none.
+        contexts: stored ones.
         prefixes: where beginnings that requests share are kept.
         limits: of the engine.
         on_token: called with a job after each token of its answer.
@@ -41,7 +41,7 @@ class Worker:
         self,
         engine: Engine,
         tokenizer: Any,
-        contexts: Contexts | None,
+        contexts: Contexts,
         prefixes: Prefixes,
         limits: Limits,
         on_token: Callable[[AskJob], None] = lambda job: None,
@@ -50,7 +50,6 @@ class Worker:
         self._limits, self._on_token = limits, on_token
         self._device: Any = engine.model.device
         self._ends = frozenset(end_tokens(engine.model, tokenizer))
-        self._pad = _pad_token(tokenizer, self._ends)
         self._current: Sequence[Job] = ()
         self._progress, engine.progress = engine.progress, self._after_chunk
 
@@ -79,7 +78,7 @@ class Worker:
             self._progress(done, total)
         for job in self._current:
             if isinstance(job, ReadJob):
-                job.reading.done = done
+                job.pending.done = done
         if self._current and all(job.closed for job in self._current):
             raise Abandoned
 
@@ -90,13 +89,12 @@ class Worker:
             self._store(job)
 
     def _store(self, job: ReadJob) -> None:
-        assert self._contexts is not None
         try:
             info = self._contexts.put(self._read_context(job.ids))
         except TooLong as error:
-            job.reading.close(error.with_traceback(None))  # which would keep the context alive
+            job.pending.close(error.with_traceback(None))  # which would keep the context alive
             return
-        if not job.reading.put(info, last=True):
+        if not job.pending.put(info, last=True):
             with contextlib.suppress(UnknownContext):
                 self._contexts.delete(info.id)
 
@@ -136,8 +134,7 @@ class Worker:
 
     def _free(self) -> None:
         self._prefixes.clear()
-        if self._contexts is not None:
-            self._contexts.forget_loaded()
+        self._contexts.forget_loaded()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -158,7 +155,7 @@ class Worker:
                 cache = self._context_of(job)
                 _check_not_repeated(job, cache)
             except (UnknownContext, RepeatsContext) as error:  # what the client can mend
-                job.answer.close(error.with_traceback(None))
+                job.pending.close(error.with_traceback(None))
             except ValueError as error:
                 _fail([job], error)
             else:
@@ -185,9 +182,13 @@ class Worker:
     def _context_of(self, job: AskJob) -> RetainedCache:
         """The context that a job asks, stored before or read now."""
         if job.ask.context is not None:
-            if self._contexts is None:
-                raise UnknownContext("this service stores no contexts")
             cache = self._contexts.get(job.ask.context, self._engine.model)
+            evicts = self._engine.config.reading.decode_interval is not None
+            if evicts and cache.budget is not None and not cache.scored:
+                raise UnknownContext(
+                    f"context {job.ask.context} was read without decode_interval, which this "
+                    "server answers with; upload it again"
+                )
             job.cached_tokens = cache.seen
         else:
             cache = self._prefix_of(job)
@@ -229,7 +230,7 @@ class Worker:
                 max_new_tokens=max(job.most_tokens for job in jobs),
                 stopping_criteria=[_Watch(jobs, self._ends, self._on_token)],
                 eos_token_id=sorted(self._ends) or None,
-                pad_token_id=self._pad,
+                pad_token_id=0,  # of rows that are done; any token that is in the embedding
                 **_sampling(jobs[0]),
                 **given,
             )
@@ -270,12 +271,6 @@ class _Watch(StoppingCriteria):
         return done
 
 
-def _pad_token(tokenizer: Any, ends: frozenset[int]) -> int:
-    """What rows that are done are filled with; it is looked at by nobody."""
-    pad: int | None = tokenizer.pad_token_id
-    return min(ends, default=0) if pad is None else pad
-
-
 def _sampling(job: AskJob) -> dict[str, Any]:
     if job.ask.temperature == 0:
         return {"do_sample": False}
@@ -311,6 +306,6 @@ def _fail(jobs: Sequence[Job], error: Exception) -> None:
     sentence = " ".join(str(error).split("\n")[0].split())
     if isinstance(error, torch.OutOfMemoryError):
         sentence = "the device's memory is too small for it beside what is stored"
-    failed = RuntimeError(f"the request failed: {sentence or type(error).__name__}")
+    failed = Failed(f"the request failed: {sentence or type(error).__name__}")
     for job in jobs:
         job.pending.close(failed)

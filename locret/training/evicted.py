@@ -66,7 +66,7 @@ class EvictedLoss:
     ) -> None:
         check_tunable(heads, threshold)
         check_mean(mean_over)
-        check_gates(backbone)
+        check_gates(backbone.config)
         if any(p.requires_grad for p in backbone.model.get_output_embeddings().parameters()):
             raise ValueError(
                 "the adapter is on the output layer too, which teacher and student share; leave it "

@@ -9,7 +9,6 @@ In memory are the features of all layers and trunks of a row, 115 KB a token for
 in 16 bits (28 layers of 2,048). The forward that takes the labels gives up a layer after the other.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -22,7 +21,7 @@ from locret.heads.heads import FEATURES, RetainingHeads
 from locret.model.backbone import Backbone
 from locret.policies import LocretPolicy
 from locret.policies.base import LayerChunk
-from locret.quantities import check_between
+from locret.quantities import check_between, check_bounds
 from locret.quantization import Quantization, scheme_of
 from locret.training.row_loss import Features
 from locret.training.segments import Segment
@@ -49,12 +48,7 @@ class EvictedReading:
 
     def __post_init__(self) -> None:
         for name in ("compressions", "chunk_sizes"):
-            least, most = getattr(self, name)
-            if not 1 <= least <= most < math.inf:
-                raise ValueError(
-                    f"evicted {name} are {least} and {most}; expected the least and the most, at "
-                    "least 1"
-                )
+            check_bounds(f"evicted {name}", getattr(self, name), 1)
         check_between("evicted share", self.share, 0, 1)
         scheme_of(self.quantization)
 

@@ -19,12 +19,12 @@ vocabulary, a block of tokens at a time.
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from locret.heads.heads import RetainingHeads
+from locret.heads.heads import RetainingHeads, is_logarithm
 from locret.heads.quotas import quotas_of
 from locret.heads.targets import BoundaryLoss, Loss
 from locret.model.backbone import Backbone
@@ -98,7 +98,7 @@ class GatedLoss:
         check_mean(mean_over)
         if not regression_weight >= 0:
             raise ValueError(f"regression_weight is {regression_weight}; expected 0 or more")
-        check_gates(backbone)
+        check_gates(backbone.config)
         self.distillation = Distillation(
             backbone, heads, alpha=0.0, loss=loss, boundary_weight=boundary_weight
         )
@@ -207,33 +207,43 @@ def check_tunable(heads: RetainingHeads, threshold: Threshold) -> None:
         ValueError: says why not, and what to do.
     """
     config = heads.config
-    if not config.learns_logarithm:
+    check_tunable_as(config.label, config.query_tokens, config.quotas is not None, threshold)
+
+
+def check_tunable_as(
+    label: str, query_tokens: int, with_quotas: bool, threshold: Threshold
+) -> None:
+    """As `check_tunable`, of what heads that are not trained yet will record."""
+    if not is_logarithm(label):
         raise ValueError(
-            f"these heads learned {config.label!r}, and scores of different heads are compared "
+            f"these heads learned {label!r}, and scores of different heads are compared "
             "here: train them with a label that is a logarithm, such as log_max_prob"
         )
-    if config.query_tokens:
+    if query_tokens:
         raise ValueError(
-            f"these heads read {config.query_tokens} tokens of a question in front of the context, "
+            f"these heads read {query_tokens} tokens of a question in front of the context, "
             "which a context with several branches has not; expected heads with query_tokens 0"
         )
     if threshold not in get_args(Threshold):
         raise ValueError(f"threshold is {threshold!r}; expected one of {get_args(Threshold)}")
-    if threshold == "quotas" and config.quotas is None:
+    if threshold == "quotas" and not with_quotas:
         raise ValueError(
             "threshold is 'quotas' and the heads have none in their record: measure them with "
             "python -m locret calibrate, or choose 'global'"
         )
 
 
-def check_gates(backbone: Backbone) -> None:
+def check_gates(config: Any) -> None:
     """
+    Args:
+        config: of the backbone.
+
     Raises:
         ValueError: the backbone's attention takes no gates.
     """
-    if backbone.softcapped:
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         raise ValueError(
-            f"{backbone.config.model_type} caps its logits, and a gate is a term of the logits "
+            f"{config.model_type} caps its logits, and a gate is a term of the logits "
             "before the cap; train heads for it by regression alone (trainers.fit)"
         )
 

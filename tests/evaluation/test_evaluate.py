@@ -425,7 +425,7 @@ BAD = [
     (["--setups", "[{policy: snapkv, budget: 8x, policy_args: {windows: 3}}]"], "windows"),
     (["--setups", "[{policy: snapkv, budget: 8x, quantization: kivi4}]"], "kivi4"),
     (["--setups", "[{policy: snapkv, budget: 1.5}]"], "budget of snapkv is 1.5; expected a"),
-    (["--engine.chunk_size", "abc"], "setup full: chunk_size is 'abc'; expected at least 1"),
+    (["--engine.chunk_size", "abc"], "setup full: chunk_size is 'abc'; expected a whole number of"),
     (["--dtype", "float8"], "dtype is float8; expected"),
     (["--device", "meta"], "device 'meta' holds no values"),
     (["--device", "hpu"], "device 'hpu' cannot be used by this torch"),

@@ -10,7 +10,7 @@ import pytest
 from locret.serve.app import make_app
 from locret.serve.logs import JsonLines
 from locret.serve.messages import Prompts
-from locret.serve.requests import QueueFull, RepeatsContext, TooLong, UnknownContext
+from locret.serve.requests import Failed, QueueFull, RepeatsContext, TooLong, UnknownContext
 from tests.serve.fake import ID, FakeService
 from tests.serve.live import running, until
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -348,14 +348,14 @@ def test_what_a_client_can_mend_is_not_a_failure(client, service):
 
 
 def test_a_failure_within_a_stream_is_an_event_of_it(client, service):
-    service.fails = RuntimeError("out of memory")
+    service.fails = Failed("out of memory")
     found = client.post(CHAT, json=HELLO | {"stream": True}).text
     assert '"server_error"' in found and "[DONE]" in found
     error_of(client.post(CHAT, json=HELLO), 500)
 
 
 def test_why_a_context_was_not_read_is_told(client, service):
-    service.fails = RuntimeError("the request failed: no room")
+    service.fails = Failed("the request failed: no room")
     assert "no room" in error_of(client.post(CONTEXTS, json={"text": "Some text."}), 500)
 
 

@@ -2,14 +2,18 @@
 
 import os
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 
+import locret
 from locret.serve.contexts import Contexts
 from locret.serve.requests import Ask, TooLong, UnknownContext
-from tests.serve.conftest import WAIT, text_of
+from locret.serve.service import Service
+from tests.serve.conftest import SMALL, WAIT, text_of
+from tests.tiny_models import tiny_heads, tiny_model
 
 
 class Clock:
@@ -118,6 +122,51 @@ def test_a_restart_finds_them(tmp_path, make, ids, expected, read, clock):
     assert text == expected(ids(5), read(60)) and end.usage.cached_tokens == 60
     assert again.bytes_in_memory == info.bytes
     assert known(Contexts(tmp_path)) == [info.id, other.id]  # in the order of their use
+
+
+@pytest.mark.parametrize(
+    "settings", [{"budget": 10}, {"quantization": "kivi"}, {"positions": "original"}], ids=str
+)
+def test_a_context_stays_as_another_server_read_it(
+    settings, tmp_path, read, ids, expected, tokenizer
+):
+    """Its budget, storage and positions are its own."""
+    info = Contexts(tmp_path).put(read(60))
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    engine = locret.Engine(model, heads=tiny_heads(model), **SMALL | settings)
+    with closing(Service(engine, tokenizer, contexts=Contexts(tmp_path))) as service:
+        service.start()
+        text, end = text_of(service.ask(Ask(ids(5), info.id, max_tokens=8)))
+        assert text == expected(ids(5), read(60)) and end.usage.units == 20 + 5 + 8 - 1
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_a_larger_context_of_another_server_leaves_less_of_the_window(
+    positions, tmp_path, make, ids, tokenizer
+):
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    whole = locret.Engine(model, "full", chunk_size=None, positions=positions)
+    info = Contexts(tmp_path).put(whole.prefill(torch.tensor([ids(1000)])))
+    service = make(contexts=Contexts(tmp_path))
+    service.start()
+    _, end = text_of(service.ask(Ask(ids(20), info.id)))
+    assert end.usage.completion_tokens == 1024 - 1000 - 20
+    with pytest.raises(TooLong, match="a prompt of 23 tokens would fit"):
+        service.ask(Ask(ids(30), info.id, max_tokens=1))
+
+
+def test_a_context_that_cannot_be_evicted_from_is_told(tmp_path, read, ids, tokenizer):
+    """And no other question of its batch is harmed."""
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    engine = locret.Engine(model, heads=tiny_heads(model), **SMALL, decode_interval=4)
+    contexts = Contexts(tmp_path)
+    infos = [contexts.put(cache) for cache in (read(60), engine.prefill(torch.tensor([ids(60)])))]
+    with closing(Service(engine, tokenizer, contexts=contexts)) as service:
+        answers = [service.ask(Ask(ids(5), info.id, max_tokens=8)) for info in infos]
+        service.start()
+        with pytest.raises(UnknownContext, match="without decode_interval.*; upload it again"):
+            list(answers[0].events(WAIT))
+        assert text_of(answers[1])[1].usage.completion_tokens == 8
 
 
 def test_others_see_what_one_process_does(tmp_path, read, twin):

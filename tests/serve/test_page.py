@@ -66,7 +66,7 @@ def answer_expected(expected, twin, tokenizer):
 
 def test_read_asked_and_looked_at(page, book, answer_expected):
     progress, id = said_by(page.read([book]))[-1]
-    tokens = page.server.contexts.info(id).tokens
+    tokens = page.server.service.contexts.info(id).tokens
     assert f"{tokens:,} of {tokens:,} tokens read" in progress
     *_, (answer, usage) = said_by(page.ask(QUESTION, id))
     assert answer == answer_expected

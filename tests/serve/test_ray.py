@@ -20,6 +20,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
 from locret.cli import main
+from locret.commands import serve as serve_command
 from locret.serve.app import make_app
 from locret.serve.ray_app import Ingress, app, context_of, messages_of
 from tests.serve.command import Command
@@ -44,6 +45,15 @@ def model(tmp_path_factory):
 
 
 # ---- without a cluster ---------------------------------------------------------------------------
+
+
+def test_a_recorded_cluster_that_does_not_answer_is_told(monkeypatch):
+    """Ray itself tries for ever."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(serve_command, "RAY_ANSWERS", 0.1)
+    with pytest.raises(ValueError, match=":1 does not answer; start it, or unset RAY_ADDRESS"):
+        serve_command.connect_to_ray()
+
 
 CHAT, ID = "/v1/chat/completions", "ctx_" + "0" * 22
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "context": ID}

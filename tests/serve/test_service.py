@@ -1,10 +1,12 @@
 """Requests of many threads give what the engine alone gives, and nothing stays behind."""
 
 import asyncio
+import copy
 import gc
 import random
 import threading
 import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -340,7 +342,7 @@ def test_requests_that_come_right_behind_each_other_are_answered_together(make, 
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0}, "top_p is 0"),
         ({"stop": ("",)}, "a stop string is empty"),
-        ({"context": "../../etc"}, "stores no contexts"),
+        ({"context": "../../etc"}, "there is no context of this id"),
     ],
 )
 def test_what_cannot_be_asked(make, change, message):
@@ -375,6 +377,37 @@ def test_in_an_event_loop(make, ids, expected):
 def live_caches():
     gc.collect()
     return sum(isinstance(thing, RetainedCache) for thing in gc.get_objects())
+
+
+def test_clients_that_leave_a_batch_leave_nothing_in_it(make, ids, expected, twin, batches):
+    """One while it waits, one when the batch has begun; the third gets its answer."""
+    contexts = Contexts()
+    service = make(contexts=contexts)
+    infos = [contexts.put(twin.prefill(torch.tensor([ids(n)]))) for n in (60, 31, 50, 40)]
+    caches = live_caches()
+    waits, begun, stays, last = (
+        service.ask(Ask(ids(5 + n, n), info.id, max_tokens=40)) for n, info in enumerate(infos)
+    )
+    service.on_first_token = lambda seconds: begun.cancel()
+    waits.cancel()
+    service.start()
+    for n, answer in ((2, stays), (3, last)):
+        right = expected(ids(5 + n, n), contexts.get(infos[n].id).fork(), new=40)
+        assert text_of(answer)[0] == right
+    assert batches == [3]
+    service.close(seconds=WAIT)
+    assert service.counts.cancelled == 2 and service.counts.answered == 2
+    assert live_caches() == caches
+
+
+def test_padding_is_in_the_embedding(engine, tokenizer, ids, expected):
+    """Some tokenizers have a token for it that their model has not."""
+    larger = copy.deepcopy(tokenizer)
+    larger.add_special_tokens({"pad_token": "<|beyond|>"})
+    with closing(Service(engine, larger)) as service:
+        asked = [service.ask(Ask(ids(9), max_tokens=n)) for n in (1, 8)]
+        service.start()
+        assert [text_of(one)[0] for one in asked] == [expected(ids(9), new=n) for n in (1, 8)]
 
 
 def test_many_threads_leave_nothing_behind(make, ids, expected):

@@ -133,7 +133,7 @@ def test_mixed_precision_as_shipped(backbones, heads, rows, tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--model.evicted_compressions=[8,4]"], "evicted compressions are 8.0 and 4.0; expected"),
+        (["--model.evicted_compressions=[8,4]"], "evicted compressions is [8.0, 4.0]; expected"),
         (["--model.query_tokens=4"], "query_tokens is 4 with features 'evicted'"),
         (["--model.evicted_quantization=nosuch"], "no quantization 'nosuch'"),
         (["--model.width=8"], "with the settings given: width: heads 16, model.width 8"),

@@ -1,4 +1,5 @@
 import pickletools
+import re
 import signal
 import zipfile
 
@@ -85,11 +86,37 @@ def test_a_second_stage_follows_in_the_same_command(backbones, rows, tmp_path, c
     assert (weights(tmp_path / "heads"), weights(output)) == (before, after)
 
 
-def test_a_second_stage_that_is_not_there_is_told_before_the_first(backbones, rows, tmp_path):
+@pytest.mark.parametrize(
+    ("then", "more", "says"),
+    [
+        (None, [], "config nosuch.yaml is no file"),
+        ({"data": {"branches": None}}, [], "data.branches is null"),
+        ({"model": {"compressions": [32, 4]}}, [], "the smaller one first: [4.0, 32.0]"),
+        ({}, ["--model.label=max_logit"], "learned 'max_logit'"),
+        ({}, ["--model.model=GEMMA"], "gemma2 caps its logits"),
+        ({}, ["--model.query_tokens=4"], "these heads read 4 tokens of a question"),
+        (
+            {"model": {"threshold": "quotas"}},
+            ["--model.quota_contexts=0"],
+            "the heads have none in their record",
+        ),
+    ],
+)
+def test_a_second_stage_that_cannot_be_is_told_before_the_first(
+    then, more, says, backbones, rows, tmp_path
+):
     args = tiny_run(backbones("qwen2"), rows, tmp_path, config="qwen25_coder.yaml")
-    with pytest.raises(ValueError, match="config nosuch.yaml is no file"):
-        main([*args, "--then=nosuch.yaml"])
-    assert not (tmp_path / "ckpt").exists()
+    args += [one.replace("GEMMA", str(backbones("gemma2"))) for one in more]
+    name = "nosuch.yaml"
+    if then is not None:
+        second = yaml.safe_load((CONFIGS / "qwen25_coder_kl.yaml").read_text())
+        for group, settings in then.items():
+            second[group] |= settings
+        name = tmp_path / "second.yaml"
+        name.write_text(yaml.safe_dump(second))
+    with pytest.raises(ValueError, match=re.escape(says)):
+        main([*args, f"--then={name}"])
+    assert not (tmp_path / "ckpt").exists() and not (tmp_path / "heads").exists()
 
 
 def test_the_resolved_config_lies_beside_the_heads_and_repeats_the_run(backbones, rows, tmp_path):

@@ -162,7 +162,7 @@ def test_mixed_precision_as_shipped(backbones, heads, rows, tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--model.compressions=[8,4]"], "compressions is [8.0, 4.0]; expected the least"),
+        (["--model.compressions=[8,4]"], "at least 1, the smaller one first: [4.0, 8.0]"),
         (["--model.temperatures=[1,0]"], "temperatures is [1.0, 0.0]; expected numbers above 0"),
         (["--model.quota_contexts=-1"], "quota_contexts is -1"),
         (["--model.threshold=quotas"], "the heads have none in their record"),
