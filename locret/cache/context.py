@@ -158,7 +158,7 @@ def stack(rows: Sequence[StoredContext | None]) -> StoredContext | None:
 
     keys = [row.packed_keys for row in some if row.packed_keys is not None]
     values = [row.packed_values for row in some if row.packed_values is not None]
-    none = some[0].sequences.offsets[:0]  # int32
+    none = some[0].sequences.offsets.new_empty(0)  # int32
     positions = [(none,) if row is None else row.positions or () for row in rows]
     return StoredContext(
         joined(lambda row: row.sequences),
