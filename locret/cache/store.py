@@ -94,7 +94,7 @@ class Store:
         context = self.context
         if context is None:
             return self.tail.tensors
-        beside = (*context.exact.values(), *(context.positions or ()))
+        beside = (*(context.positions or ()), *context.exact.values())
         return (*context.kv_tensors, *beside, *self.tail.tensors)
 
     @property
