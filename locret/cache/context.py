@@ -73,12 +73,13 @@ class StoredContext:
             return self.exact
         return {POSITIONS: unpacked_positions(self.positions)} | self.exact
 
-    def closed(self) -> "StoredContext":
-        """The same units, their source positions in less: nothing is evicted any more."""
+    def closed(self, packed: tuple[Tensor, ...] | None = None) -> "StoredContext":
+        """The same units, their source positions in less, which may be known as `packed`: nothing
+        is evicted any more."""
         if self.positions is not None:
             return self
         exact = {name: x for name, x in self.exact.items() if name != POSITIONS}
-        packed = packed_positions(self.exact[POSITIONS], self.sequences)
+        packed = packed or packed_positions(self.exact[POSITIONS], self.sequences)
         return replace(self, exact=exact, positions=packed)
 
     def _whole(self, plain: Tensor, packed: PackedKeys | PackedValues | None) -> Tensor:
@@ -158,7 +159,7 @@ def stack(rows: Sequence[StoredContext | None]) -> StoredContext | None:
 
     keys = [row.packed_keys for row in some if row.packed_keys is not None]
     values = [row.packed_values for row in some if row.packed_values is not None]
-    none = some[0].sequences.offsets[:0]  # int32
+    none = some[0].sequences.offsets.new_empty(0)  # int32
     positions = [(none,) if row is None else row.positions or () for row in rows]
     return StoredContext(
         joined(lambda row: row.sequences),

@@ -32,9 +32,9 @@ def _packed(positions: Tensor, row: Sequences) -> Tensor:
     tokens = (last // BYTE + 1) * BYTE
     if not 0 < heads * tokens < BYTE * positions.nbytes:
         return positions.clone()
-    held = torch.zeros(heads, tokens, dtype=torch.uint8, device=positions.device)
-    held[row.owner, positions.long()] = 1
-    return pack(held, 1)
+    bits = torch.zeros(heads, tokens, dtype=torch.uint8, device=positions.device)
+    bits[row.owner, positions.long()] = 1
+    return pack(bits, 1)
 
 
 def unpacked_positions(rows: Sequence[Tensor]) -> Tensor:

@@ -94,7 +94,7 @@ class Store:
         context = self.context
         if context is None:
             return self.tail.tensors
-        beside = (*context.exact.values(), *(context.positions or ()))
+        beside = (*(context.positions or ()), *context.exact.values())
         return (*context.kv_tensors, *beside, *self.tail.tensors)
 
     @property
@@ -373,9 +373,13 @@ class Store:
 
     def move(self, device: torch.device) -> None:
         """Be on `device`."""
-        if not self.is_empty:
-            moved = {name: tensor.to(device) for name, tensor in self.named_tensors().items()}
-            self.take_tensors(moved, self.lengths())
+        if self.is_empty:
+            return
+        positions = None if self.context is None else self.context.positions
+        moved = {name: tensor.to(device) for name, tensor in self.named_tensors().items()}
+        self.take_tensors(moved, {n: x for n, x in self.lengths().items() if n != "closed"})
+        if self.context is not None and positions is not None:
+            self.context = self.context.closed(tuple(x.to(device) for x in positions))
 
     @staticmethod
     def of_rows(rows: "Sequence[Store]") -> "Store":
