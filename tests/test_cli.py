@@ -239,9 +239,13 @@ def test_lists_are_written_with_spaces_or_commas(given):
     assert parser.parse_args([]).names == ["c"]
 
 
-def test_threads_of_commands_sleep_while_they_wait(monkeypatch):
-    monkeypatch.setattr("locret.cli.main", lambda: os.environ["OMP_WAIT_POLICY"])
+def test_threads_of_commands_soon_sleep_while_they_wait(monkeypatch):
+    monkeypatch.setattr("locret.cli.main", lambda: os.environ.get("GOMP_SPINCOUNT"))
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert run_main() == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert run_main() == "10000"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert run_main() == "active"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    assert run_main() == "passive"
+    assert run_main() is None
