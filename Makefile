@@ -25,12 +25,12 @@ HEADS := $(DEMO)/heads/heads.safetensors
 demo: $(HEADS)
 	@echo "== Asking 10 needles in 3,000-token prompts, an eighth of the context kept: full, streaming_llm, locret"
 	@$(BIN)/python -m locret needle --model embedded:smollm2 --heads $(DEMO)/heads \
-		--json-out $(DEMO)/needle.json
+		--batch-size 5 --json-out $(DEMO)/needle.json
 	@echo "(make clean forgets the trained heads, so that make demo trains them again)"
 
 $(HEADS): configs/smollm2.yaml .venv/demo.installed
 	@echo "== Training retaining heads for SmolLM2-135M-Instruct (configs/smollm2.yaml)"
-	@$(BIN)/python -m trainers.fit --config smollm2.yaml
+	@$(BIN)/python -m locret fit --config smollm2.yaml
 	@touch $@
 
 docs: .venv/docs.installed

@@ -5,13 +5,14 @@ import sys
 
 from locret.system.interrupts import ends_at_once
 
-# Before torch is imported: threads that wait for each other sleep. On cores that are busy with
-# something else they would spin away, time and again, what the thread they wait for needs.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 
 def main() -> int:
     """Run a command; returns the exit status."""
+    # Before torch is imported: threads that wait for each other soon sleep. Where they spin as long
+    # as libgomp lets them, on cores that are busy with something else, they take the time that the
+    # thread they wait for needs; where they sleep at once, an idle machine is much slower.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with ends_at_once():
         from locret import cli
     return cli.main()

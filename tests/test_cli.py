@@ -1,10 +1,12 @@
 import argparse
 import json
+import os
 
 import pytest
 import torch
 
 import locret
+from locret.__main__ import main as run_main
 from locret.cli import main
 from locret.commands.shared import Listed
 from tests.tiny_models import tiny_heads, tiny_model
@@ -235,3 +237,15 @@ def test_lists_are_written_with_spaces_or_commas(given):
     parser.add_argument("--names", action=Listed, default=["c"])
     assert parser.parse_args(["--names", *given.split()]).names == ["a", "b"]
     assert parser.parse_args([]).names == ["c"]
+
+
+def test_threads_of_commands_soon_sleep_while_they_wait(monkeypatch):
+    monkeypatch.setattr("locret.cli.main", lambda: os.environ.get("GOMP_SPINCOUNT"))
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert run_main() == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert run_main() == "10000"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert run_main() is None
