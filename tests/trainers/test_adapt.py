@@ -188,7 +188,7 @@ def test_the_config_for_qwen_trains_and_validates(backbones, rows, heads, tmp_pa
     [
         (["--data.branches=null"], {}, "data.branches is null"),
         (["--model.dropout=0.1"], {}, "dropout is 0.1, and layers are computed again"),
-        (["--model.compressions=[8,4]"], {}, "compressions is [8.0, 4.0]; expected the least"),
+        (["--model.compressions=[8,4]"], {}, "the smaller one first: [4.0, 8.0]"),
         ([], {"label": "max_logit"}, "these heads learned 'max_logit'"),
     ],
     ids=str,
