@@ -1,13 +1,14 @@
 """Causal attention of texts that stand in one row, each of which sees keys of its own.
 
-On NVIDIA GPUs in half precision all texts take one call of PyTorch's `varlen_attn`; elsewhere, and
-in layers that weigh otherwise, one call of `attend` each: the twin that tests compare with.
+On NVIDIA GPUs in half precision all texts can take one call of PyTorch's `varlen_attn`; elsewhere,
+and in layers that weigh otherwise, one call of `attend` each: the twin that tests compare with.
 Gradients flow either way.
 
 B rows, H KV heads, G query heads a KV head, T tokens of a row, S what a text sees, D head size.
 """
 
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -17,6 +18,13 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from locret.model.attend import PLAIN, Backend, Weighting, attend
+
+AT_ONCE = False
+"""Whether texts take one call where they can: not before a GPU was seen to."""
+
+_OPTIONS = inspect.signature(varlen_attn).parameters
+_GROUPED: dict[str, bool] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
+"""PyTorch 2.11 takes fewer KV heads than query heads without being told."""
 
 _ELEMENTS = 2**28  # of the keys of one call: texts that share a context see a copy of it each
 _CHANNELS = 256  # of a head, at most, in eights: FlashAttention's bound
@@ -103,7 +111,7 @@ def _attend_at_once(query: Tensor, texts: Sequence[Text], scaling: float) -> Ten
         max(lengths),
         scale=scaling,
         window_size=(-1, 0),
-        enable_gqa=True,
+        **_GROUPED,
     )
     assert isinstance(output, Tensor)
     return output
