@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ AT_ONCE = False
 """Whether texts take one call where they can: not before a GPU was seen to."""
 
 _OPTIONS = inspect.signature(varlen_attn).parameters
-_GROUPED: dict[str, bool] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
 """PyTorch 2.11 takes fewer KV heads than query heads without being told."""
 
 _ELEMENTS = 2**28  # of the keys of one call: texts that share a context see a copy of it each
@@ -84,14 +84,9 @@ def takes_varlen(query: Tensor, backend: Backend, weighting: Weighting) -> bool:
     half = query.dtype in (torch.bfloat16, torch.float16)
     cuda = query.is_cuda and torch.version.cuda is not None
     fits = query.shape[3] % 8 == 0 and query.shape[3] <= _CHANNELS
-    return (
-        len(query) == 1
-        and cuda
-        and half
-        and fits
-        and backend in ("sdpa", "cudnn")
-        and weighting.plain
-    )
+    if not (AT_ONCE and len(query) == 1 and cuda and half and fits):
+        return False
+    return backend in ("sdpa", "cudnn") and weighting.plain
 
 
 def _attend_at_once(query: Tensor, texts: Sequence[Text], scaling: float) -> Tensor:
