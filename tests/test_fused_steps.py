@@ -8,6 +8,7 @@ from torch import nn
 import locret
 from locret.engine.answering import Answering
 from locret.engine.steps import StepCounts
+from locret.model import prenorm
 from locret.model.backbone import PRENORM, Backbone
 from locret.model.prenorm import why_not_fused
 from tests.tiny_models import prompt, tiny_model
@@ -50,6 +51,17 @@ def test_logits_are_those_of_the_stock_step(both, family, heads):
     assert_equal(*both(model))
 
 
+@pytest.mark.parametrize("family", [*PRENORM, "phi4-mini"])
+def test_products_of_ours_are_those_of_the_modules(both, family, monkeypatch):
+    ran = []
+    for name in ("products", "gated_products"):
+        real = getattr(prenorm, name)
+        monkeypatch.setattr(prenorm, name, lambda *args, f=real: ran.append(f) or f(*args))
+    monkeypatch.setattr(prenorm, "PRODUCTS", True)
+    assert_equal(*both(tiny_model(family)))
+    assert len(ran) == 7 * 2 * 4  # steps, layers, launches
+
+
 @pytest.mark.parametrize("settings", [{"quantization": "rotated"}, {"positions": "original"}])
 def test_settings_of_the_cache(both, settings):
     assert_equal(*both(tiny_model("qwen3", head_dim=64), **settings))
@@ -62,7 +74,9 @@ def test_sixteen_bits_round_alike(both, family):
     assert (stock[1][:2] - fused[1][:2]).abs().max() < 0.03 * stock[1].abs().max()
 
 
-def test_adapted_products_are_called(both):
+@pytest.mark.parametrize("ours", [False, True])
+def test_adapted_products_are_called(both, ours, monkeypatch):
+    monkeypatch.setattr(prenorm, "PRODUCTS", ours)
     plain = both(tiny_model("llama"))[0]
     targets = ["q_proj", "down_proj"]
     config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)

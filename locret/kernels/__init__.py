@@ -24,6 +24,7 @@ from locret.kernels.pack_rotated import fetch_rotated, pack_rotated_keys, pack_r
 from locret.kernels.packed import PackedKV, PackedShares, expand_units
 from locret.kernels.packed_floats import expand_floats
 from locret.kernels.packed_rotated import RotatedKV, expand_rotated
+from locret.kernels.product import gated_products, products
 from locret.kernels.rotate import rotate_at_slots, rotate_units
 from locret.kernels.splits import Shares, merge_attention, share_out
 from locret.kernels.store_rotated import HeadNorms, NewUnit, Tables, store_rotated
@@ -46,11 +47,13 @@ __all__ = [
     "expand_units",
     "fetch_rotated",
     "gated",
+    "gated_products",
     "gather_sequences",
     "merge_attention",
     "pack_rotated_keys",
     "pack_rotated_values",
     "packed_shares",
+    "products",
     "rotate_at_slots",
     "rotate_units",
     "select_sequences",

@@ -3,23 +3,29 @@ matrix products.
 
 Such a layer is x += attention(RMSNorm(x)), then x += down(activation(gate(n)) * up(n)) of n =
 RMSNorm(x). Its linear modules are called, whatever they are (quantized, adapted); the modules
-around them are passed over, so that they must be those of transformers as they are.
+around them are passed over, so that they must be those of transformers as they are. Plain linear
+modules can be computed by kernels of ours, several in one launch (`PRODUCTS`).
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from locret.kernels import HeadNorms, NewUnit, add_norm, gated
+from locret.kernels import HeadNorms, NewUnit, add_norm, gated, gated_products, products
 from locret.kernels.gated import ACTIVATIONS
+from locret.kernels.product import MOST_ROWS
 from locret.model.backbone import PRENORM, Backbone
 from locret.model.hooks import without_compiling
 
 Attend = Callable[[int, NewUnit, HeadNorms | None, float], Tensor]
 """Given a layer's index, a token's projections, norms of its heads and the softmax scale: store the
 unit and attend, [B, H*G, 1, D]."""
+
+PRODUCTS = False
+"""Whether plain linear modules are computed by `locret.kernels.product` instead of being called:
+not before a GPU was seen to be faster with it."""
 
 _OURS = ("locret", "transformers.utils.output_capturing")
 """Whose hooks do nothing in a step that nobody asks for more than logits."""
@@ -43,39 +49,71 @@ class PrenormLayer:
         norms: before attention and before the MLP.
         head_norms: of queries and keys; None if there are none.
         scaling: softmax scale.
-        output: [B, 1, H*G * D] -> [B, 1, hidden size], after attention.
-        down: the last product of the MLP.
     """
 
-    def __init__(self, layer: Any) -> None:
-        self._attention, self._mlp = attention, mlp = without_compiling(layer.self_attn), layer.mlp
+    def __init__(self, layer: Any, activation: str) -> None:
+        self._attention = attention = without_compiling(layer.self_attn)
+        self._mlp: Any = layer.mlp
+        self._activation = activation
         self.norms = Norm.of(layer.input_layernorm), Norm.of(layer.post_attention_layernorm)
         self.head_norms: HeadNorms | None = None
         if hasattr(attention, "q_norm"):
             (query, eps), (key, _) = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
             self.head_norms = HeadNorms(query, key, eps)
         self.scaling: float = attention.scaling
-        self.output: Any = attention.o_proj
-        self.down: Any = mlp.down_proj
 
     def project(self, x: Tensor) -> NewUnit:
         """Query, key and value of x [B, 1, hidden size]."""
         attention = self._attention
         if hasattr(attention, "qkv_proj"):
             of_keys = attention.num_key_value_heads * attention.head_dim
-            both = attention.qkv_proj(x)
+            (both,) = called(x, attention.qkv_proj)
             flat = both.split([both.shape[-1] - 2 * of_keys, of_keys, of_keys], -1)
         else:
-            flat = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+            flat = called(x, attention.q_proj, attention.k_proj, attention.v_proj)
         heads = (each.unflatten(-1, (-1, attention.head_dim)) for each in flat)
         return NewUnit(*(each.transpose(1, 2) for each in heads))
 
-    def gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and up [B, 1, intermediate size] of x [B, 1, hidden size]."""
+    def output(self, attended: Tensor) -> Tensor:
+        """[B, 1, hidden size] of attended heads [B, H*G, 1, D]."""
+        return called(attended.transpose(1, 2).flatten(2), self._attention.o_proj)[0]
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """[B, 1, hidden size] of x [B, 1, hidden size]."""
+        return called(self._gated(x), self._mlp.down_proj)[0]
+
+    def _gated(self, x: Tensor) -> Tensor:
+        """activation(gate) * up, [B, 1, intermediate size]."""
         if hasattr(self._mlp, "gate_up_proj"):
-            gate, up = self._mlp.gate_up_proj(x).chunk(2, -1)
-            return gate, up
-        return self._mlp.gate_proj(x), self._mlp.up_proj(x)
+            module = self._mlp.gate_up_proj
+            if _takes_products(x, module) and module.bias is None:
+                halves = module.weight.chunk(2)
+                return gated_products(x, halves[0], halves[1], self._activation)
+            both = module(x).chunk(2, -1)
+            return gated(both[0], both[1], self._activation)
+        gate, up = self._mlp.gate_proj, self._mlp.up_proj
+        if _takes_products(x, gate, up) and gate.bias is None:
+            return gated_products(x, gate.weight, up.weight, self._activation)
+        return gated(gate(x), up(x), self._activation)
+
+
+def called(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
+    """What linear modules make of x [B, 1, K], in one launch where they are plain ones."""
+    if not _takes_products(x, *modules):
+        return tuple(module(x) for module in modules)
+    biases = [module.bias for module in modules]
+    return products(x.contiguous(), [module.weight for module in modules], biases)
+
+
+def _takes_products(x: Tensor, *modules: Any) -> bool:
+    """Whether nothing but the weights of all these modules counts, and x has few rows."""
+    alike = len({module.bias is None for module in modules}) == 1
+    return PRODUCTS and alike and len(x) <= MOST_ROWS and all(_plain(each, x) for each in modules)
+
+
+def _plain(module: Any, x: Tensor) -> bool:
+    hooks = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooks and module.weight.dtype == x.dtype
 
 
 class PrenormDecoder:
@@ -88,8 +126,8 @@ class PrenormDecoder:
     def __init__(self, backbone: Backbone) -> None:
         self._decoder = decoder = backbone.decoder
         self._head = backbone.model.get_output_embeddings()
-        self._activation = backbone.geometry.activation
-        self._layers = [PrenormLayer(without_compiling(layer)) for layer in decoder.layers]
+        activation = backbone.geometry.activation
+        self._layers = [PrenormLayer(without_compiling(x), activation) for x in decoder.layers]
         self._norm = Norm.of(decoder.norm)
 
     def logits(self, ids: Tensor, attend: Attend) -> Tensor:
@@ -98,9 +136,8 @@ class PrenormDecoder:
         for i, layer in enumerate(self._layers):
             stream, x = add_norm(stream, new, *layer.norms[0])
             attended = attend(i, layer.project(x), layer.head_norms, layer.scaling)
-            new = layer.output(attended.transpose(1, 2).flatten(2))
-            stream, x = add_norm(stream, new, *layer.norms[1])
-            new = layer.down(gated(*layer.gate_up(x), self._activation))
+            stream, x = add_norm(stream, layer.output(attended), *layer.norms[1])
+            new = layer.mlp(x)
         return self._head(add_norm(stream, new, *self._norm)[1])
 
 
