@@ -168,10 +168,10 @@ def peak_bytes(model, segments, chunk_size, **record):
 @pytest.fixture
 def attention_of_no_memory(monkeypatch):
     """SDPA's CPU kernels take memory that grows with the row; this takes what GPUs' kernels do."""
-    monkeypatch.setattr(
-        "locret.training.row_loss.attend",
-        lambda query, *_, **__: query.transpose(1, 2).contiguous(),
-    )
+    for module in ("model.varlen", "training.row_loss"):
+        monkeypatch.setattr(
+            f"locret.{module}.attend", lambda query, *_, **__: query.transpose(1, 2).contiguous()
+        )
 
 
 def test_chunks_take_less_memory_and_hardly_more_with_the_length(attention_of_no_memory):
