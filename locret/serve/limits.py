@@ -103,7 +103,7 @@ class Limits:
         return round(self._needed(prompt, context, new, self.slots, taken))
 
     def mean_needed(self, prompt: int, context: int | None, new: int, taken: int = 0) -> int:
-        """As `needed`, of a KV head on average: what the request takes of the memory; `taken` is the
+        """As `needed`, of a KV head on average: what the request takes of the memory. `taken`: the
         context's units."""
         return round(self._needed(prompt, context, new, self.units, taken))
 
