@@ -174,6 +174,16 @@ class Task(ABC):
         """The scores of an answer, by `metrics`."""
 
 
+class SizedTask(Task):
+    """A task whose prompts are made to a length, 4,096 tokens unless the settings give another."""
+
+    length: int = 4096
+
+    def __init__(self, settings: TaskSettings) -> None:
+        super().__init__(settings)
+        self.length = settings.length or self.length
+
+
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row with where it stands (`FILE:LINE`); empty lines are skipped.
 

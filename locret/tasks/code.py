@@ -8,10 +8,11 @@ Models of code have read these files in their training: what is found by a polic
 nothing of the context, such as streaming_llm, is known by heart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from random import Random
 
-from locret.tasks.base import Prompts, Sample, Task, TaskSettings
+from locret.tasks.base import Prompts, Sample
 from locret.tasks.code_files import (
     Definition,
     Kind,
@@ -22,7 +23,7 @@ from locret.tasks.code_files import (
     library_origin,
 )
 from locret.tasks.metrics import code_match
-from locret.tasks.ruler_base import DEFAULT_LENGTH, DEFAULT_SAMPLES, stored_samples
+from locret.tasks.ruler_base import MadeTask
 
 INTRO = "Below are files of a code base. A question about them will follow.\n"
 FILE = "\n# ==== file: {path} ====\n{text}\n"
@@ -37,70 +38,63 @@ ANSWERS: dict[Kind, str] = {
     "line": " The line after it is `",
 }
 KINDS: tuple[Kind, ...] = tuple(QUESTIONS)
+Tokens = Callable[[SourceFile], int]
 LARGEST = 3  # no file takes more than a third of the length
 
 
-class CodeTask(Task):
+class CodeTask(MadeTask):
     """Name a default value or a line of code. `exact_match`: the answer gives just this."""
 
     name = "code"
     metrics = ("exact_match",)
     max_new_tokens = 64
 
-    def __init__(self, settings: TaskSettings) -> None:
-        super().__init__(settings)
-        self.length: int = settings.length or DEFAULT_LENGTH
-
     def origins(self) -> dict[str, str]:
         return library_origin()
 
-    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
-        assert prompts is not None
-        count = DEFAULT_SAMPLES if limit is None else limit
-        measured = _Measured(prompts)
-        return stored_samples(
-            self,
-            count,
-            prompts.fingerprint,
-            lambda: [self._sample(number, measured) for number in range(count)],
-        )
+    def made(self, count: int, prompts: Prompts) -> list[Sample]:
+        @cache
+        def tokens(file: SourceFile) -> int:
+            text = FILE.format(path=file.path, text=file.text)
+            ids = prompts.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return len(ids)
+
+        return [self._sample(number, prompts, tokens) for number in range(count)]
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         return {"exact_match": code_match(answer, sample.answers)}
 
-    def _sample(self, number: int, measured: "_Measured") -> Sample:
+    def _sample(self, number: int, prompts: Prompts, tokens: Tokens) -> Sample:
         """Sample number `number`: it depends on no other one."""
         rng = Random(f"code {self.settings.seed} {number}")
         files = rng.sample(library_files(), len(library_files()))
         kind = KINDS[number % len(KINDS)]
         for file in files:
             asked = [found for found in definitions(file) if found.kind == kind]
-            if asked and measured.tokens(file) <= self.length // LARGEST:
+            if asked and tokens(file) <= self.length // LARGEST:
                 definition = rng.choice(asked)
-                chosen = self._fitting(file, definition, files, measured)
+                chosen = self._fitting(file, definition, files, prompts, tokens)
                 rng.shuffle(chosen)
                 return _asked(str(number), chosen, file, definition)
-        raise ValueError(
-            f"{self.name} does not fit {self.length} tokens with {self.max_new_tokens} for the "
-            "answer; ask for a larger length"
-        )
+        raise self.does_not_fit()
 
     def _fitting(
         self,
         file: SourceFile,
         definition: Definition,
         files: Sequence[SourceFile],
-        measured: "_Measured",
+        prompts: Prompts,
+        tokens: Tokens,
     ) -> list[SourceFile]:
         """The file and as many others as fit beside it."""
 
         def room(chosen: list[SourceFile]) -> int:
-            used = measured.prompts.measure(_asked("", chosen, file, definition))
+            used = prompts.measure(_asked("", chosen, file, definition))
             return self.length - self.max_new_tokens - used
 
         chosen, left = [file], room([file])
         for other in files:
-            size = measured.tokens(other)
+            size = tokens(other)
             fits = size <= min(left, self.length // LARGEST)
             if other is not file and fits and not defines(other.text, definition.function):
                 chosen.append(other)
@@ -108,21 +102,6 @@ class CodeTask(Task):
         while len(chosen) > 1 and room(chosen) < 0:  # tokens that reach over the end of a file
             chosen.pop()
         return chosen
-
-
-class _Measured:
-    """The files of the library by their tokens, each counted once."""
-
-    def __init__(self, prompts: Prompts) -> None:
-        self.prompts = prompts
-        self._tokens: dict[str, int] = {}
-
-    def tokens(self, file: SourceFile) -> int:
-        if file.path not in self._tokens:
-            text = FILE.format(path=file.path, text=file.text)
-            ids = self.prompts.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            self._tokens[file.path] = len(ids)
-        return self._tokens[file.path]
 
 
 def _asked(

@@ -5,7 +5,6 @@ reference (`pydoc_data.topics`); and files of words to draw from.
 import importlib.util
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,11 +23,8 @@ SENTENCE_CHARS = (24, 220)  # shorter is mostly debris, longer makes the prompt 
 MIN_SENTENCES = 8
 
 
-@dataclass(frozen=True)
-class Haystack:
-    """Sentences of prose, each one different from the others, in reading order."""
-
-    sentences: tuple[str, ...]
+Haystack = tuple[str, ...]
+"""Sentences of prose, each one different from the others, in reading order."""
 
 
 @lru_cache(maxsize=8)
@@ -42,9 +38,9 @@ def load_haystack(path: str | Path | None = None) -> Haystack:
         ValueError: if the file is missing or holds too few sentences.
     """
     if path is None:
-        return Haystack(_sentences(_topics_paragraphs()))
+        return _sentences(_topics_paragraphs())
     if path == "noise":
-        return Haystack(NOISE)
+        return NOISE
     if not Path(path).is_file():
         raise ValueError(
             f"haystack {str(path)!r} is not a file; give the path of a text file, 'noise', or none "
@@ -58,7 +54,7 @@ def load_haystack(path: str | Path | None = None) -> Haystack:
             f"{SENTENCE_CHARS[0]} to {SENTENCE_CHARS[1]} characters, expected "
             f"at least {MIN_SENTENCES}; give a longer text"
         )
-    return Haystack(found)
+    return found
 
 
 def _topics_paragraphs() -> list[str]:
@@ -84,7 +80,7 @@ def _strip_markup(block: str) -> str:
     return text.translate(str.maketrans("“”‘’", "\"\"''", "`"))
 
 
-def _sentences(paragraphs: Sequence[str]) -> tuple[str, ...]:
+def _sentences(paragraphs: Sequence[str]) -> Haystack:
     """Split into sentences; of equal ones the first stays, so that each has one place."""
     # A full stop after "e.g", "i.e", "etc", "vs" or an initial ends no sentence.
     not_end = r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bvs\.)(?<!\b[A-Z]\.)"
@@ -120,7 +116,7 @@ def essay_words(settings: TaskSettings) -> list[str]:
     """
     files = essay_files(settings)
     if not files:
-        return " ".join(load_haystack(None).sentences).split()
+        return " ".join(load_haystack(None)).split()
     name = files[0].name
     if name.endswith((".jsonl", ".jsonl.gz")):
         words = " ".join(row["context"] for row in read_contexts(files[0])).split()

@@ -157,26 +157,6 @@ TASKS: dict[str, Kind] = {
 """The tasks by L-Eval's names, closed-ended ones first."""
 
 
-def check_task(task: str) -> Kind:
-    """The kind of a task.
-
-    Raises:
-        ValueError: an unknown name; lists those there are.
-    """
-    if task not in TASKS:
-        raise ValueError(f"L-Eval has no task {task!r}; expected one of {', '.join(TASKS)}")
-    return TASKS[task]
-
-
-def score(task: str, answer: str, references: Sequence[str]) -> dict[str, float]:
-    """Scores of an answer, 0 to 1, the headline first.
-
-    Raises:
-        ValueError: an unknown task, no references, or a metric's package is missing.
-    """
-    return check_task(task).score(answer.strip(), references)
-
-
 def load_questions(task: str, data: str | Path) -> list[Sample]:
     """The questions of a task, but for those that judges are to score.
 
@@ -185,9 +165,8 @@ def load_questions(task: str, data: str | Path) -> list[Sample]:
         data: see the file's head; `find_data` tells which file is taken.
 
     Raises:
-        ValueError: an unknown task, no such data, or rows that are not as described.
+        ValueError: no such data, or rows that are not as described.
     """
-    check_task(task)
     questions: list[Sample] = []
     for number, (place, row) in enumerate(read_rows(find_data(task, data))):
         asked = list(_asked(row, place))
@@ -211,7 +190,6 @@ def find_data(task: str, data: str | Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    check_task(task)
     place = Path(data)
     if place.is_file():
         return place
@@ -321,7 +299,7 @@ class LEvalTask(Task):
         return in_turns(load_questions(self.of, self.files()[0]))[:limit]
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
-        return score(self.of, answer, sample.answers)
+        return TASKS[self.of].score(answer.strip(), sample.answers)
 
 
 def _task(of: str, kind: Kind) -> type[LEvalTask]:

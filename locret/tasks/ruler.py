@@ -232,7 +232,6 @@ class CommonWords(RulerTask):
         self.most = len(self._words)
 
     def draft(self, rng: Random, index: int, size: int) -> Sample:
-        assert self.length is not None
         short = self.length < SHORT
         shown, of_it = self._listed(rng, 20 if short else 40, *((3, 1) if short else (10, 3)))
         asked, answers = self._listed(rng, size, *((6, 1) if short else (30, 3)))
@@ -264,7 +263,6 @@ class FrequentWords(RulerTask):
     max_new_tokens = 50
 
     def draft(self, rng: Random, index: int, size: int) -> Sample:
-        assert self.length is not None
         count = max(self.length // 50 - 1, ASKED)
         vocabulary = [
             NOISE_WORD,
