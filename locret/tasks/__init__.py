@@ -30,11 +30,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def task_names(names: Sequence[str]) -> list[str]:
-    """Names with groups spelt out, each once, in order.
-
-    Raises:
-        ValueError: a name that is no task and no group.
-    """
+    """Names with groups spelt out, each once, in order; ValueError for one that is no task and no
+    group."""
     unknown = [name for name in names if name not in TASKS and name not in GROUPS]
     if unknown:
         raise ValueError(

@@ -28,9 +28,6 @@ class DocumentQATask(Task):
     def files(self) -> list[Path]:
         return [self.settings.file(self.name, self.file)]
 
-    def check_packages(self) -> None:
-        metrics.check_rouge()
-
     def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
         """Questions go round the documents."""
         samples = (

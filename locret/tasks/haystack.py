@@ -32,13 +32,13 @@ def load_haystack(path: str | Path | None = None) -> Haystack:
     """Read a haystack: "noise", a UTF-8 text file, or CPython's language reference when None.
 
     The language reference differs between Python versions, so samples over it are reproducible
-    within one version.
-
-    Raises:
-        ValueError: if the file is missing or holds too few sentences.
+    within one version. ValueError if the file is missing or holds too few sentences.
     """
     if path is None:
-        return _sentences(_topics_paragraphs())
+        from pydoc_data.topics import topics  # 460 KB: loaded only by those who use it
+
+        blocks = (b for name in sorted(topics) for b in re.split(r"\n\s*\n", topics[name]))
+        return _sentences([_strip_markup(b) for b in blocks if _is_prose(b)])
     if path == "noise":
         return NOISE
     if not Path(path).is_file():
@@ -57,15 +57,8 @@ def load_haystack(path: str | Path | None = None) -> Haystack:
     return found
 
 
-def _topics_paragraphs() -> list[str]:
-    """Prose of the language reference, without headings, grammar, code and footnotes."""
-    from pydoc_data.topics import topics  # 460 KB: loaded only by those who use it
-
-    blocks = (b for name in sorted(topics) for b in re.split(r"\n\s*\n", topics[name]))
-    return [_strip_markup(b) for b in blocks if _is_prose(b)]
-
-
 def _is_prose(block: str) -> bool:
+    """Whether a block of the reference is no heading, grammar, code or footnote."""
     text = block.strip()
     if re.search(r"::|>>>|^\s*\.\.|[*=\-~^]{4,}|^\[\d+\]| \| |\n {8,}\S", text):
         return False
@@ -99,21 +92,13 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bMrs\.)(?<!
 
 
 def essay_files(settings: TaskSettings) -> list[Path]:
-    """The file of running text, if one was given under the name `haystack`.
-
-    Raises:
-        ValueError: it was given and is not there.
-    """
+    """The file of running text, if one was given under the name `haystack`."""
     return [settings.file("haystack", "")] if settings.data.get("haystack") else []
 
 
 def essay_words(settings: TaskSettings) -> list[str]:
     """Words of the haystack, in order: a text file's, those of a JSONL file's contexts, or the
-    language reference that ships with CPython.
-
-    Raises:
-        ValueError: the file holds none, or a row that is no context.
-    """
+    language reference that ships with CPython."""
     files = essay_files(settings)
     if not files:
         return " ".join(load_haystack(None)).split()
@@ -134,11 +119,7 @@ def sentences_of(words: list[str], count: int) -> list[str]:
 
 
 def word_files(settings: TaskSettings) -> dict[str, Path]:
-    """Files with one word a line, by kind: one given under the name `words`, else wonderwords'.
-
-    Raises:
-        ValueError: the file is missing, or the package is not installed.
-    """
+    """Files with one word a line, by kind: one given under the name `words`, else wonderwords'."""
     if settings.data.get("words"):
         given = settings.file("words", "")
         return dict.fromkeys(LISTS, given)

@@ -158,15 +158,8 @@ TASKS: dict[str, Kind] = {
 
 
 def load_questions(task: str, data: str | Path) -> list[Sample]:
-    """The questions of a task, but for those that judges are to score.
-
-    Args:
-        task: of `TASKS`.
-        data: see the file's head; `find_data` tells which file is taken.
-
-    Raises:
-        ValueError: no such data, or rows that are not as described.
-    """
+    """The questions of a task of `TASKS`, but for those that judges are to score. Data: see the
+    file's head; `find_data` tells which file is taken."""
     questions: list[Sample] = []
     for number, (place, row) in enumerate(read_rows(find_data(task, data))):
         asked = list(_asked(row, place))
@@ -185,11 +178,8 @@ def load_questions(task: str, data: str | Path) -> list[Sample]:
 
 
 def find_data(task: str, data: str | Path) -> Path:
-    """The file with a task's rows: `data` itself, or `TASK.jsonl` or the like below it.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The file with a task's rows: `data` itself, or `TASK.jsonl` or the like below it; ValueError
+    if there is none."""
     place = Path(data)
     if place.is_file():
         return place
@@ -289,10 +279,6 @@ class LEvalTask(Task):
         if place is None:
             raise ValueError(f"{self.name} needs data: give its folder with --data-dir")
         return [find_data(self.of, place)]
-
-    def check_packages(self) -> None:
-        if self.metrics == metrics.ROUGE:
-            metrics.check_rouge()
 
     def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
         """Questions go round the documents."""
