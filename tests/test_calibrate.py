@@ -17,6 +17,7 @@ from locret.heads.quotas import quotas_of
 from locret.heads.targets import LABELS
 from locret.policies import POLICIES, Policy
 from locret.policies.compose import AdaptiveHeads, SharedLayers
+from locret.policies.kvzip import Wording
 from locret.policies.locret import LocretPolicy
 from locret.system.interrupts import Stopped
 from tests.tiny_models import prompt, tiny_heads, tiny_model
@@ -326,8 +327,6 @@ def test_contexts_begin_as_prompts_do(workplace):
         [{"role": "user", "content": "One quiet otter."}], tokenize=False
     )
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    opening = calibrate._opening(tokenizer)
+    opening = list(Wording.of(tokenizer).opening)
     assert opening and ids[: len(opening)] == opening
     assert all(ids[: len(opening)] == opening for ids in contexts([workplace / "book.txt"]))
-    tokenizer.chat_template = None
-    assert calibrate._opening(tokenizer) == tokenizer("")["input_ids"]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import locret
 from locret.cli import main
-from locret.commands import generate
+from locret.commands import shared
 from locret.commands.shared import read_text, replace_unprintable
 from locret.evaluation.setups import Setup, check_setup
 from locret.model.loading import find_device, load_model
@@ -41,7 +41,7 @@ def pipe(monkeypatch, content):
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    monkeypatch.setattr(generate, "load", lambda given: pytest.fail("loaded"))
+    monkeypatch.setattr(shared, "load", lambda given: pytest.fail("loaded"))
 
 
 # --- text ---

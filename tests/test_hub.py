@@ -21,6 +21,7 @@ from huggingface_hub.utils import _http
 from locret import Engine, RetainingHeads
 from locret.cli import main
 from locret.heads import files as artifact
+from locret.heads import hub
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer
 from tests.tiny_models import tiny_heads, tiny_model
 
@@ -203,14 +204,14 @@ def test_stock_generate_takes_what_was_pushed(server, token, heads, tmp_path, mo
 def test_heads_of_an_earlier_version_are_pushed_with_code_for_generate(server, token, folder):
     shutil.rmtree(folder / "custom_generate")
     before = contents(folder)
-    artifact.push("me/heads", folder)
+    hub.upload("me/heads", artifact.publishable(folder, "me/heads")[0])
     assert sorted(server.repositories["me/heads"].files()) == PUBLISHED
     assert contents(folder) == before
 
 
 def test_push_keeps_a_card_that_somebody_wrote(server, token, folder):
     (folder / "README.md").write_text("# Mine\n")
-    artifact.push("me/heads", folder)
+    hub.upload("me/heads", artifact.publishable(folder, "me/heads")[0])
     assert server.repositories["me/heads"].files()["README.md"] == b"# Mine\n"
 
 

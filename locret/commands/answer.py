@@ -8,7 +8,6 @@ it stopped.
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,14 +18,22 @@ from locret.commands.serve import (
     REPLICAS,
     add_replicas,
     check_installed,
-    checked_engine,
     connect_to_ray,
     gpus_of,
     make_service,
 )
-from locret.commands.shared import add_engine, add_model, argument, read_text, whole
+from locret.commands.shared import (
+    Flag,
+    add_engine,
+    add_flags,
+    add_model,
+    argument,
+    checked_engine,
+    read_text,
+    whole,
+)
 from locret.quantities import parse_bytes
-from locret.system.files import check_file
+from locret.system.files import append_json, check_file
 
 NAME = "answer"
 BESIDE = {"prompts", "output", "batch", "memory", "device", "ray", *REPLICAS, "run"}
@@ -39,14 +46,13 @@ def add_to(commands: Any) -> None:
     command.add_argument("prompts", help='lines such as {"prompt": TEXT}; - for standard input')
     add_model(command)
     add_engine(command)
-    for name, kind, default, metavar, text in (
+    flags: list[Flag] = [
         ("--output", Path, "answers.jsonl", "FILE", "is added to; what it answers is not asked"),
         ("--batch", whole(1), 8, "N", "prompts answered together"),
         ("--max-tokens", whole(1), 256, "N", "of an answer"),
         ("--memory", argument(parse_bytes), None, "SIZE", "the device's"),
-    ):
-        shown = text if default is None else f"{text} (default: {default})"
-        command.add_argument(name, type=kind, default=default, metavar=metavar, help=shown)
+    ]
+    add_flags(command, flags)
     command.add_argument("--raw", action="store_true", help="do not apply the chat template")
     command.add_argument("--ray", action="store_true", help="by replicas of a Ray cluster")
     add_replicas(command)
@@ -54,12 +60,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Answer what is not answered yet.
-
-    Raises:
-        ValueError: a line that is no prompt, settings that cannot work together, packages are
-            missing, or prompts that could not be answered.
-    """
+    """Answer what is not answered yet."""
     check_installed("ray" if given.ray else "serve")
     check_file(given.output, "--output")
     records = _records(given.prompts)
@@ -80,7 +81,7 @@ def run(given: argparse.Namespace) -> None:
                 failed += 1
                 print(f"line {answer['line']}: {answer['error']}", file=sys.stderr)
             else:
-                _append(given.output, answer)
+                append_json(given.output, [answer])
             progress(count, len(asked))
     if failed:
         raise ValueError(
@@ -93,11 +94,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _records(source: str) -> list[tuple[int, Record]]:
-    """Line numbers and prompts.
-
-    Raises:
-        ValueError: a line is not a prompt; says which.
-    """
+    """Line numbers and prompts."""
     found = []
     for number, line in enumerate(read_text(source).split("\n"), start=1):
         if not line.strip():
@@ -113,21 +110,14 @@ def _records(source: str) -> list[tuple[int, Record]]:
             )
         if not all(isinstance(record.get(name, ""), str) for name in ("prompt", "context")):
             raise ValueError(f"line {number} of {source}: prompt and context must be texts")
-        if not _is_text(record):
-            raise ValueError(f"line {number} of {source} holds half of a surrogate pair")
+        try:  # JSON may escape what is no character
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"line {number} of {source} holds half of a surrogate pair") from None
         found.append((number, record))
     if not found:
         raise ValueError(f"there are no prompts in {source}; give one JSON object a line")
     return found
-
-
-def _is_text(record: Record) -> bool:
-    """Whether UTF-8 can hold it: JSON may escape what is no character."""
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _key(given: argparse.Namespace, line: int, record: Record) -> str:
@@ -148,25 +138,14 @@ def _answered(path: Path) -> set[str]:
     return found
 
 
-def _append(path: Path, answer: Record) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-            file.write(b"\n")  # after a line that a killed command left unfinished
-        file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
-
-
 # ---- answers -------------------------------------------------------------------------------------
 
 
 def _alone(given: argparse.Namespace, asked: Sequence[Record]) -> Iterator[Record]:
-    return _in_turn(Answerer(given), asked, given.batch)
-
-
-def _in_turn(answerer: "Answerer", asked: Sequence[Record], batch: int) -> Iterator[Record]:
+    answerer = Answerer(given)
     try:
-        for start in range(0, len(asked), batch):
-            yield from answerer.answer(asked[start : start + batch])
+        for start in range(0, len(asked), given.batch):
+            yield from answerer.answer(asked[start : start + given.batch])
     finally:
         answerer.service.close(drain=False)
 
@@ -224,15 +203,12 @@ class Answerer:
 
     def answer(self, asked: Sequence[Record]) -> list[Record]:
         """Answers to prompts, or for some an "error"."""
-        self._forget_but({each["record"].get("context", "") for each in asked})
+        for text in self._contexts.keys() - {each["record"].get("context") for each in asked}:
+            self.service.contexts.delete(self._contexts.pop(text))
         asks = [_tried(self._ask, each["record"]) for each in asked]
         answers = [_tried(self.service.ask, ask) for ask in asks]  # at once, to be asked together
         results = [_tried(_result, answer) for answer in answers]
         return [_line(*pair) for pair in zip(asked, results, strict=True)]
-
-    def _forget_but(self, texts: set[str]) -> None:
-        for text in self._contexts.keys() - texts:
-            self.service.contexts.delete(self._contexts.pop(text))
 
     def _ask(self, record: Record) -> Any:
         from locret.serve.fields import ChatFields, fields_of

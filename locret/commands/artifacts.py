@@ -19,28 +19,16 @@ ODD_RATIO = 10  # norms further than this from the layers' median are remarked o
 
 
 def add_to(commands: Any) -> None:
-    _add_convert(commands)
-    _add_inspect(commands)
-    _add_push(commands)
-
-
-def _add_convert(commands: Any) -> None:
     command = commands.add_parser("convert", help="artifact folder <-> released .bin")
     command.add_argument("source", help="a folder, a .bin file, or a Hub id")
     command.add_argument("target", type=Path, help="a .bin file to write, or else a folder")
     command.set_defaults(run=_convert)
-
-
-def _add_inspect(commands: Any) -> None:
     command = commands.add_parser("inspect", help="print an artifact's record and figures")
     command.add_argument("source", help="a folder, a .bin file, or a Hub id")
     command.add_argument("--revision", help="of the Hub repository")
     command.add_argument("--token", help="for a private Hub repository")
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
     command.set_defaults(run=_inspect)
-
-
-def _add_push(commands: Any) -> None:
     command = commands.add_parser("push", help="upload an artifact folder to the Hub")
     command.add_argument("folder", type=Path, help="an artifact folder")
     command.add_argument("repo_id", help="OWNER/NAME; made if it does not exist")
@@ -121,13 +109,8 @@ def _push(given: argparse.Namespace) -> None:
             raise ValueError(f"nothing was uploaded, {missing}")
         print(missing)
     if not given.dry_run:
-        address = artifact.push(
-            given.repo_id,
-            given.folder,
-            private=given.private,
-            token=given.token,
-            revision=given.revision,
-        )
+        options = {name: getattr(given, name) for name in ("private", "token", "revision")}
+        address = hub.upload(given.repo_id, files, **options)
         print(f"pushed {len(files)} files to {address}")
 
 

@@ -31,6 +31,7 @@ from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import COMPRESSIONS, in_words
 from locret.model.loading import load_config, load_tokenizer
 from locret.policies import POLICIES, LocretPolicy, policy_in_words
+from locret.policies.kvzip import Wording
 from locret.quantities import parse_tokens
 from locret.system.files import as_json, check_file, write_whole
 
@@ -41,8 +42,6 @@ TOKENS = 4096
 FEWEST_TOKENS = 128
 """Shorter contexts say too little: at 32x, every head would keep 4 units of them."""
 FIRST_SEED = 1_000_000  # of synthetic samples: far from those that trainings count up from
-
-_MARK = "here the text begins"
 
 
 def add_to(commands: Any) -> None:
@@ -96,12 +95,7 @@ def _compression(text: str) -> float:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Measure quotas, and write them.
-
-    Raises:
-        ValueError: no place for them, data that cannot be used, or a policy or heads that do not
-            go with the model.
-    """
+    """Measure quotas, and write them."""
     import torch
 
     from locret.engine.calibration import Calibration
@@ -110,7 +104,13 @@ def run(given: argparse.Namespace) -> None:
     heads = load_heads(given)
     policy = _checked(given, heads)
     # Texts are looked at before weights are loaded, which takes longer.
-    tokens = _limit(given.tokens, load_config(given.model).max_position_embeddings)
+    window = load_config(given.model).max_position_embeddings
+    if given.tokens is not None and given.tokens > window:
+        raise ValueError(
+            f"tokens is {given.tokens:,} and the model's window {window:,}: contexts are read at "
+            "once, so that they must fit; lower --tokens"
+        )
+    tokens = given.tokens or min(TOKENS, window)
     contexts = list(_contexts(given.data, load_tokenizer(given.model), tokens, given.contexts))
     loaded = load(given)
     # An engine of quotas that are measured anew needs no old ones.
@@ -175,15 +175,6 @@ def _checked(given: argparse.Namespace, heads: RetainingHeads | None) -> str:
     return policy
 
 
-def _limit(tokens: int | None, window: int) -> int:
-    if tokens is not None and tokens > window:
-        raise ValueError(
-            f"tokens is {tokens:,} and the model's window {window:,}: contexts are read at once, "
-            "so that they must fit; lower --tokens"
-        )
-    return tokens or min(TOKENS, window)
-
-
 def _written(
     given: argparse.Namespace, heads: RetainingHeads | None, quotas: dict[str, list[list[float]]]
 ) -> Path:
@@ -201,12 +192,8 @@ def _written(
 
 def _contexts(data: Sequence[str], tokenizer: Any, tokens: int, count: int) -> Iterator[list[int]]:
     """Token ids of `count` contexts of `tokens` tokens at most, fewer if the data has no more, each
-    as a prompt begins: of all documents the first piece, then the second of those that go on.
-
-    Raises:
-        ValueError: there is no context long enough.
-    """
-    opening = _opening(tokenizer)
+    as a prompt begins: of all documents the first piece, then the second of those that go on."""
+    opening = Wording.of(tokenizer).opening
     room = tokens - len(opening)
     if room < FEWEST_TOKENS:
         raise ValueError(f"tokens is {tokens}; expected at least {FEWEST_TOKENS + len(opening)}")
@@ -229,14 +216,6 @@ def _contexts(data: Sequence[str], tokenizer: Any, tokens: int, count: int) -> I
     yield from pieces[:count]
 
 
-def _opening(tokenizer: Any) -> list[int]:
-    """The tokens in front of a user's text."""
-    if not tokenizer.chat_template:
-        return list(tokenizer("")["input_ids"])
-    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-    return list(tokenizer(text.partition(_MARK)[0], add_special_tokens=False)["input_ids"])
-
-
 def _texts(data: Sequence[str], tokenizer: Any, tokens: int, count: int) -> Iterator[str]:
     from locret.tasks.base import read_rows
     from locret.tasks.synthetic import TASKS, make_sample
@@ -248,13 +227,12 @@ def _texts(data: Sequence[str], tokenizer: Any, tokens: int, count: int) -> Iter
                 task = names[i % len(names)]
                 yield make_sample(task, tokens, tokenizer, FIRST_SEED + i).context
         elif ".jsonl" in Path(name).suffixes:
-            yield from (_text_of(row, place) for place, row in read_rows(name))
+            for place, row in read_rows(name):
+                text = row.get("context", row.get("text"))
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f'{place} has no text in "context" or "text"; its fields: {sorted(row)}'
+                    )
+                yield text
         else:
             yield read_text(name)
-
-
-def _text_of(row: dict[str, Any], place: str) -> str:
-    text = row.get("context", row.get("text"))
-    if not isinstance(text, str):
-        raise ValueError(f'{place} has no text in "context" or "text"; its fields: {sorted(row)}')
-    return text

@@ -5,6 +5,7 @@
 Any value of the configuration can be overridden, as in trainings; lists are written as in YAML.
 """
 
+import contextlib
 import json
 import shlex
 import sys
@@ -12,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from locret.commands.progress import asking
+from locret.commands.progress import Progress
 
 if TYPE_CHECKING:
     from locret.evaluation.config import EvalConfig
+    from locret.evaluation.processes import Ranks
     from locret.evaluation.questions import Prepared
 
 NAME = "evaluate"
@@ -26,12 +28,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(args: Sequence[str]) -> None:
-    """Run an evaluation, or the part of it that falls to this process.
-
-    Raises:
-        ValueError: no configuration is named, or it cannot be (`locret.evaluation.config`).
-    """
-    from locret.evaluation import evaluate
+    """Run an evaluation, or the part of it that falls to this process."""
     from locret.evaluation.processes import Ranks
     from locret.evaluation.questions import prepare
 
@@ -47,15 +44,22 @@ def run(args: Sequence[str]) -> None:
     if given.dry_run:
         print(_plan(prepare(config)))
         return
-    command = "python -m locret " + shlex.join(sys.argv[1:])
-    with asking(ranks.rank) as progress:
-        path = evaluate.run(config, command, ranks, progress, given.processes, given.minutes)
+    path = ask(config, ranks, given.processes, given.minutes)
     if path is None and ranks.world == 1:
         raise ValueError("there are answers to give yet: run the same command again")
     if path is None:
         print(f"rank {ranks.rank} of {ranks.world}: done; other processes have questions left")
     elif ranks.world == 1 or given.processes == 1:
         _say(path)
+
+
+def ask(config: "EvalConfig", ranks: "Ranks", processes: int, minutes: float | None) -> Path | None:
+    """`locret.evaluation.evaluate.run`; the first process shows how far it is."""
+    from locret.evaluation import evaluate
+
+    command = "python -m locret " + shlex.join(sys.argv[1:])
+    with Progress("asking") if ranks.rank == 0 else contextlib.nullcontext() as progress:
+        return evaluate.run(config, command, ranks, progress, processes, minutes)
 
 
 def _configured(args: Sequence[str]) -> tuple["EvalConfig", Any]:

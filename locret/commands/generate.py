@@ -10,14 +10,12 @@ from locret.commands.shared import (
     BYTES_PER_MIB,
     add_engine,
     add_model,
-    engine_settings,
-    load,
-    load_heads,
+    checked_engine,
+    make_engine,
     read_text,
     whole,
 )
 from locret.model.hooks import cache_of
-from locret.policies import policy_in_words
 
 
 def add_to(commands: Any) -> None:
@@ -35,34 +33,18 @@ def add_to(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Answer a prompt, and say what the cache took.
-
-    Raises:
-        ValueError: settings that cannot work together, or no text in the file.
-    """
+    """Answer a prompt, and say what the cache took."""
     from transformers import TextStreamer
-
-    from locret.engine.config import EngineConfig
-    from locret.engine.engine import Engine
 
     # What is cheap to get wrong is checked before a model is loaded.
     text = read_text(given.prompt_file)
     if not text.strip():
         raise ValueError(f"there is no text in {given.prompt_file}; give a prompt")
-    settings = engine_settings(given) | {"query_aware": given.query_aware}
-    heads = load_heads(given)
-    policy = given.policy or ("locret" if heads else "full")
-    EngineConfig.of(policy, heads.config if heads else None, **settings)
-    loaded = load(given)
-    engine = Engine(
-        loaded.model,
-        policy_in_words(policy, loaded.tokenizer, not given.raw),
-        heads=heads,
-        **settings,
-    )
-    shown = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    checked = checked_engine(given, query_aware=given.query_aware)
+    engine, tokenizer = make_engine(given, checked, not given.raw)
+    shown = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     counted = Answering(given.max_new_tokens)
-    ids = _prompt_ids(loaded.tokenizer, text, raw=given.raw).to(loaded.model.device)
+    ids = _prompt_ids(tokenizer, text, raw=given.raw).to(engine.model.device)
     started = time.perf_counter()
     with Progress("reading", "tokens") as engine.progress:
         output = engine.generate(
@@ -75,7 +57,7 @@ def run(given: argparse.Namespace) -> None:
         )
     answer = output.sequences[0, ids.shape[1] :]
     result = {
-        "answer": loaded.tokenizer.decode(answer, skip_special_tokens=True),
+        "answer": tokenizer.decode(answer, skip_special_tokens=True),
         "policy": engine.policy.name,
         "chunk_size": engine.config.reading.chunk,
         "prompt_tokens": ids.shape[1],
@@ -87,22 +69,17 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _summary(result: dict[str, Any]) -> str:
-    report = result["cache"]
+    report, heads = result["cache"], ""
+    fewest, most = report["least_units"], report["most_units"]
+    if fewest != most:  # some hold more than others in their layer
+        mean = sum(report["units"]) / len(report["units"])
+        heads = f"heads hold {mean:,.0f} units on average, {min(fewest):,} to {max(most):,}; "
     return (
         f"\n[{result['policy']}: {result['prompt_tokens']} prompt tokens, {result['new_tokens']} "
-        f"new ones, {result['seconds']:.1f} s; {_units_of(report)}cache "
+        f"new ones, {result['seconds']:.1f} s; {heads}cache "
         f"{report['total_bytes'] / BYTES_PER_MIB:.1f} MiB with room for a longer answer, a full "
         f"one {report['full_cache_bytes'] / BYTES_PER_MIB:.1f} MiB]"
     )
-
-
-def _units_of(report: dict[str, Any]) -> str:
-    """What heads hold, where some hold more than others in their layer."""
-    fewest, most = report["least_units"], report["most_units"]
-    if fewest == most:
-        return ""
-    mean = sum(report["units"]) / len(report["units"])
-    return f"heads hold {mean:,.0f} units on average, {min(fewest):,} to {max(most):,}; "
 
 
 def _prompt_ids(tokenizer: Any, text: str, raw: bool) -> Any:

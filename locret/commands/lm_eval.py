@@ -25,11 +25,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(args: Sequence[str]) -> None:
-    """Run the harness's command line.
-
-    Raises:
-        ValueError: the harness is not installed, or what our model and tasks refuse.
-    """
+    """Run the harness's command line."""
     if list(args) == ["--plugin"]:
         print(PLUGIN)
         return
@@ -48,11 +44,8 @@ def run(args: Sequence[str]) -> None:
 
 
 def with_our_tasks(args: Sequence[str], folder: str) -> list[str]:
-    """The arguments, with our task files on the include path if they name no other one.
-
-    Args:
-        folder: where the files are written.
-    """
+    """The arguments, with the folder on the include path, to which our task files are written, if
+    they name no other one."""
     named = any(arg.partition("=")[0] == INCLUDE for arg in args)
     if named or not args or {"-h", "--help"} & set(args):
         return [*args]

@@ -4,7 +4,6 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 SECONDS = 5.0
@@ -26,7 +25,7 @@ class Progress:
     def __init__(self, label: str, things: str = "answers") -> None:
         self.label = label
         self.things = things
-        self._bar = Bar(label)
+        self._bar: Any = None
         self._began: tuple[float, int] | None = None
         self._at: tuple[int, int] | None = None
         self._entered = self._told = 0.0
@@ -38,8 +37,7 @@ class Progress:
         with self._lock:
             self._at = done, total
             if sys.stderr.isatty():
-                self._bar(done, total)
-                self._ended = done >= total
+                self._show_bar(done, total)
             else:
                 self._tell(done, total)
 
@@ -59,6 +57,17 @@ class Progress:
     def __exit__(self, *exception: Any) -> None:
         self._leave()
         self._lock, self._leave = contextlib.nullcontext(), None
+
+    def _show_bar(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=self.label, disable=None, leave=False)
+        self._bar.update(done - self._bar.n)
+        self._ended = done >= total
+        if done == total:
+            self._bar.close()
+            self._bar = None
 
     def _tell(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -82,7 +91,8 @@ class Progress:
                     self._tell_that_it_goes_on()
 
     def _tell_that_it_goes_on(self) -> None:
-        if self._bar.refresh():
+        if self._bar is not None:
+            self._bar.refresh()  # shows the time that has passed
             return
         now = time.monotonic()
         if now - self._told < SECONDS:
@@ -94,22 +104,9 @@ class Progress:
         _print(f"{line}{_duration(now - self._entered)} so far")
 
 
-@contextlib.contextmanager
-def asking(rank: int) -> Iterator[Progress | None]:
-    """How far an evaluation is; None in all processes but the first."""
-    if rank:
-        yield None
-        return
-    with Progress("asking") as progress:
-        yield progress
-
-
 class Answering:
-    """A streamer for stock `generate` that tells how much of an answer there is.
-
-    Args:
-        most: tokens that the answer may have.
-    """
+    """A streamer for stock `generate` that tells how much of an answer of at most `most` tokens
+    there is."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -122,31 +119,6 @@ class Answering:
 
     def end(self) -> None:
         self._progress(self._done, self._done)
-
-
-class Bar:
-    """A progress bar on a terminal."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.bar: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if self.bar is None:
-            self.bar = tqdm(total=total, desc=self.label, disable=None, leave=False)
-        self.bar.update(done - self.bar.n)
-        if done == total:
-            self.bar.close()
-            self.bar = None
-
-    def refresh(self) -> bool:
-        """Show the time that has passed; returns whether there is a bar."""
-        if self.bar is None:
-            return False
-        self.bar.refresh()
-        return True
 
 
 def _print(line: str) -> None:

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from locret.commands.shared import (
+    Checked,
+    Flag,
     add_engine,
+    add_flags,
     add_model,
     argument,
-    engine_settings,
-    load,
-    load_heads,
+    checked_engine,
+    make_engine,
     whole,
 )
-from locret.policies import policy_in_words
 from locret.quantities import parse_bytes
 from locret.system import interrupts
 
@@ -40,12 +41,8 @@ REPLICAS = ("replicas", "cpus", "gpus")
 def add_to(commands: Any) -> None:
     command = commands.add_parser("serve", help="serve a model to OpenAI's clients")
     _add_settings(command)
-    for name, kind, default, metavar, text in (
-        ("--host", str, "127.0.0.1", "ADDRESS", "to listen at; 0.0.0.0 = every interface"),
-        ("--port", _port, 8000, "N", "0 = any free one"),
-    ):
-        shown = f"{text} (default: {default})"
-        command.add_argument(name, type=kind, default=default, metavar=metavar, help=shown)
+    host: Flag = ("--host", str, "127.0.0.1", "ADDRESS", "to listen at; 0.0.0.0 = every interface")
+    add_flags(command, [host, ("--port", _port, 8000, "N", "0 = any free one")])
     command.add_argument(
         "--ray", action="store_true", help="as replicas of a Ray cluster that share --contexts"
     )
@@ -64,7 +61,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     add_model(command, first=True)
     add_engine(command)
     size = argument(parse_bytes)
-    for name, kind, default, metavar, text in (
+    flags: list[Flag] = [
         ("--name", str, None, "NAME", "what clients call the model; default: MODEL"),
         ("--contexts", Path, None, "FOLDER", "keep contexts there, so that a restart finds them"),
         ("--contexts-bytes", size, "16GiB", "SIZE", "of all contexts; who was asked last stays"),
@@ -76,9 +73,8 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
         ("--memory", size, None, "SIZE", "the device's; prompts that do not fit are refused"),
         ("--upload-limit", size, "64MiB", "SIZE", "of the body of a request"),
         ("--drain", whole(0), 60, "SECONDS", "that answers may go on after SIGTERM"),
-    ):
-        shown = text if default is None else f"{text} (default: {default})"
-        command.add_argument(name, type=kind, default=default, metavar=metavar, help=shown)
+    ]
+    add_flags(command, flags)
     command.add_argument(
         "--api-key",
         metavar="KEY",
@@ -90,21 +86,16 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
 
 def add_replicas(command: argparse.ArgumentParser) -> None:
     """`REPLICAS`."""
-    for name, kind, default, text in (
-        ("--replicas", whole(1), 1, "with Ray: processes that answer (default: 1)"),
-        ("--cpus", whole(1), 1, "with Ray: cores of a replica (default: 1)"),
-        ("--gpus", whole(0), None, "with Ray: of a replica; default: 1 where there are any"),
-    ):
-        command.add_argument(name, type=kind, default=default, metavar="N", help=text)
+    flags: list[Flag] = [
+        ("--replicas", whole(1), 1, "N", "with Ray: processes that answer"),
+        ("--cpus", whole(1), 1, "N", "with Ray: cores of a replica"),
+        ("--gpus", whole(0), None, "N", "with Ray: of a replica; default: 1 where there are any"),
+    ]
+    add_flags(command, flags)
 
 
 def run(given: argparse.Namespace) -> None:
-    """Load the model and serve it until SIGTERM or Ctrl-C.
-
-    Raises:
-        ValueError: settings that cannot work together, or packages are missing.
-        OSError: the port is taken, or the folder of the contexts cannot be written.
-    """
+    """Load the model and serve it until SIGTERM or Ctrl-C."""
     check_installed("ray" if given.ray else "serve")
     if given.ui and not given.ray:
         check_installed("ui")
@@ -121,10 +112,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def check_installed(extra: str) -> None:
-    """
-    Raises:
-        ValueError: packages of this extra are missing.
-    """
+    """Refuse to go on where packages of this extra are missing."""
     missing = [name for name in NEEDED[extra] if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -133,10 +121,7 @@ def check_installed(extra: str) -> None:
 
 
 def _key(given: argparse.Namespace) -> str | None:
-    """
-    Raises:
-        ValueError: a key without any characters.
-    """
+    """What clients must send; white space around it does not count, as in theirs."""
     key = given.api_key if given.api_key is not None else os.environ.get(KEY_VARIABLE)
     key = None if key is None else key.strip()  # as that of a client is
     if key == "":
@@ -161,48 +146,25 @@ def _app(given: argparse.Namespace, key: str | None, ui: bool = False) -> Any:
     )
 
 
-def make_service(
-    given: argparse.Namespace, checked: tuple[str, dict[str, Any], Any], contexts: Any
-) -> Any:
-    """The service over the model that is named, not started yet.
-
-    Args:
-        given: the arguments.
-        checked: policy, settings and heads of the engine (`checked_engine`).
-        contexts: where contexts are stored.
-    """
-    from locret.engine.engine import Engine
+def make_service(given: argparse.Namespace, checked: Checked, contexts: Any) -> Any:
+    """The service over the model that is named, not started yet; `contexts` stores what is read."""
     from locret.serve.service import Service
 
-    policy, settings, heads = checked
-    loaded = load(given)
-    chat = bool(loaded.tokenizer.chat_template)
-    engine = Engine(
-        loaded.model, policy_in_words(policy, loaded.tokenizer, chat), heads=heads, **settings
-    )
+    engine, tokenizer = make_engine(given, checked)
+    memory, device = given.memory, engine.model.device
+    if memory is None and device.type == "cuda":  # other programs share the memory of a CPU
+        import torch
+
+        memory = torch.cuda.mem_get_info(device)[1]
     return Service(
         engine,
-        loaded.tokenizer,
+        tokenizer,
         contexts=contexts,
         queue=given.queue,
         batch=given.batch,
         max_tokens=given.max_tokens,
-        memory=_memory(loaded.model.device) if given.memory is None else given.memory,
+        memory=memory,
     )
-
-
-def checked_engine(given: argparse.Namespace) -> tuple[str, dict[str, Any], Any]:
-    """Policy, settings and heads of the engine.
-
-    Raises:
-        ValueError: they cannot work together.
-    """
-    from locret.engine.config import EngineConfig
-
-    settings, heads = engine_settings(given), load_heads(given)
-    policy = given.policy or ("locret" if heads else "full")
-    EngineConfig.of(policy, heads.config if heads else None, **settings)
-    return policy, settings, heads
 
 
 def _contexts(given: argparse.Namespace) -> Any:
@@ -212,13 +174,6 @@ def _contexts(given: argparse.Namespace) -> Any:
     if given.contexts is None:  # without a folder all of them are on the device
         most = min(most, given.contexts_memory)
     return Contexts(given.contexts, most, given.ttl, given.contexts_memory)
-
-
-def _memory(device: Any) -> int | None:
-    """Bytes of the device, if it is a GPU: other programs share the memory of a CPU."""
-    import torch
-
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
 
 
 def _port(text: str) -> int:
@@ -232,14 +187,8 @@ def _port(text: str) -> int:
 
 
 def ray_application(settings: Mapping[str, Any]) -> Any:
-    """What `serve run locret.serve.ray_app:app` runs.
-
-    Args:
-        settings: of this command by name, such as {"model": MODEL, "max-tokens": 64}.
-
-    Raises:
-        ValueError: no model is named, or settings cannot work together.
-    """
+    """What `serve run locret.serve.ray_app:app` runs; settings are those of this command by name,
+    such as {"model": MODEL, "max-tokens": 64}."""
     named = {name.replace("_", "-"): str(value) for name, value in settings.items()}
     if "model" not in named:
         raise ValueError("no model is named; give model=MODEL")
@@ -278,11 +227,7 @@ def _replica(given: argparse.Namespace, key: str | None) -> Any:
 
 
 def connect_to_ray() -> None:
-    """Use the cluster of this machine, or start one of its own.
-
-    Raises:
-        ValueError: the cluster that is recorded does not answer.
-    """
+    """Use the cluster of this machine, or start one of its own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tell nobody unless the user wants it
     import ray
     from ray._private.services import canonicalize_bootstrap_address
@@ -295,11 +240,7 @@ def connect_to_ray() -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Ask a cluster from a process of its own: Ray would try for ever, deaf to signals.
-
-    Raises:
-        ValueError: it does not answer in time.
-    """
+    """Ask a cluster from a process of its own: Ray would try for ever, deaf to signals."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=RAY_ANSWERS)

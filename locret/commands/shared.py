@@ -5,7 +5,7 @@ next.
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +14,7 @@ from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import Quotas, quotas_of
 from locret.model.attend import Backend
 from locret.model.loading import LoadedModel, load_model
-from locret.policies import POLICIES
+from locret.policies import POLICIES, policy_in_words
 from locret.quantities import BUDGET_TEXTS, parse_budget
 from locret.quantization import SCHEMES, Scheme, scheme_of
 
@@ -25,12 +25,8 @@ STANDARD_INPUT = "-"
 
 
 def add_model(command: argparse.ArgumentParser, first: bool = False) -> None:
-    """Arguments that name a model, and the heads and adapter for it.
-
-    Args:
-        command: to add them to.
-        first: the model is the first argument, without --model in front of it.
-    """
+    """Arguments that name a model, and the heads and adapter for it. If `first`, the model is the
+    first argument, without --model in front of it."""
     if first:
         command.add_argument("model", metavar="MODEL", help=MODEL)
     else:
@@ -39,6 +35,17 @@ def add_model(command: argparse.ArgumentParser, first: bool = False) -> None:
     command.add_argument("--adapter", help="PEFT adapter of the model: folder or Hub id")
     command.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     command.add_argument("--device", default=None)
+
+
+Flag = tuple[str, Callable[[str], Any], Any, str, str]
+"""Name, type, default, metavar and help of an argument."""
+
+
+def add_flags(command: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
+    """Arguments whose help tells their default, if they have one."""
+    for name, kind, default, metavar, text in flags:
+        shown = text if default is None else f"{text} (default: {default})"
+        command.add_argument(name, type=kind, default=default, metavar=metavar, help=shown)
 
 
 def add_engine(command: argparse.ArgumentParser) -> None:
@@ -109,6 +116,31 @@ def load_heads(given: argparse.Namespace) -> RetainingHeads | None:
     return RetainingHeads.from_pretrained(given.heads) if given.heads else None
 
 
+Checked = tuple[str, dict[str, Any], RetainingHeads | None]
+"""Policy, settings and heads of an engine."""
+
+
+def checked_engine(given: argparse.Namespace, **more: Any) -> Checked:
+    """What an engine is made of, checked before a model is loaded for it. `more` are settings that
+    are no arguments of every command."""
+    from locret.engine.config import EngineConfig
+
+    settings, heads = engine_settings(given) | more, load_heads(given)
+    policy = given.policy or ("locret" if heads else "full")
+    EngineConfig.of(policy, heads.config if heads else None, **settings)
+    return policy, settings, heads
+
+
+def make_engine(given: argparse.Namespace, checked: Checked, chat: bool = True) -> tuple[Any, Any]:
+    """The engine of the model named, and its tokenizer."""
+    from locret.engine.engine import Engine
+
+    policy, settings, heads = checked
+    loaded = load(given)
+    in_words = policy_in_words(policy, loaded.tokenizer, chat)
+    return Engine(loaded.model, in_words, heads=heads, **settings), loaded.tokenizer
+
+
 def load(given: argparse.Namespace) -> LoadedModel:
     """The model named, with its adapter."""
     with Progress(f"loading {given.model}"):
@@ -118,12 +150,7 @@ def load(given: argparse.Namespace) -> LoadedModel:
 
 
 def read_text(source: str) -> str:
-    """The text of a file; of standard input for `-`.
-
-    Raises:
-        ValueError: it is not UTF-8, or there is no standard input.
-        OSError: there is no such file, or it cannot be read.
-    """
+    """The text of a file; of standard input for `-`."""
     if source != STANDARD_INPUT:
         name, content = source, Path(source).read_bytes()
     elif sys.stdin is None:  # a process that was started without one
@@ -217,11 +244,6 @@ def size_of(size: int) -> str:
 
 
 # ---- what next ---------------------------------------------------------------------------------
-
-
-def report_of(path: Path) -> list[str]:
-    """The command that makes tables and figures of a file of answers."""
-    return ["report", str(path), "--out", str(path.with_name(f"{path.stem}-report"))]
 
 
 def say_next(commands: Sequence[Sequence[str]]) -> None:

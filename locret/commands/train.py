@@ -25,12 +25,8 @@ def add_to(commands: Any) -> None:
 
 
 def run(name: str, args: Sequence[str]) -> int:
-    """Run a training; returns the exit status.
-
-    Args:
-        name: of `NAMES`.
-        args: of `trainers.cli`, such as `--config smollm2.yaml`.
-    """
+    """Run the training `name`, of `NAMES`, with arguments of `trainers.cli`, such as `--config
+    smollm2.yaml`; returns the exit status."""
     with ends_at_once():
         command_line = importlib.import_module("trainers.cli")
         training = importlib.import_module(f"trainers.{name}")

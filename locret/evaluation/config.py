@@ -5,7 +5,7 @@ Kinds of values are checked by jsonargparse, as those of trainings are; what the
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -82,11 +82,7 @@ class EvalConfig:
     smoke: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Spell lists out, and check numbers.
-
-        Raises:
-            ValueError: a list is empty, or a number is too small.
-        """
+        """Spell lists out, and check values."""
         lengths = _listed(self.lengths, (int, str))
         object.__setattr__(self, "tasks", _names(self.tasks))
         object.__setattr__(self, "only", _names(self.only))
@@ -110,25 +106,15 @@ class EvalConfig:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "EvalConfig":
-        """The configuration of names and values.
-
-        Raises:
-            ValueError: a name that is unknown or missing, or a value of the wrong kind.
-        """
+        """The configuration of names and values (errors: `parsed`)."""
         return parsed(parser(), [], given)[0]
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        return asdict(self)
 
     def all_setups(self) -> list[Setup]:
-        """The setups, the full cache first (errors: `locret.evaluation.setups.expand`).
-
-        Raises:
-            ValueError: `only` names one that is not among them.
-        """
+        """The setups, the full cache first (errors: `locret.evaluation.setups.expand`); ValueError
+        if `only` names one that is not among them."""
         setups = expand(_listed(self.setups, Mapping), self.full)
         names = list(dict.fromkeys(setup.name or setup.policy for setup in setups))
         unknown = [name for name in self.only if name not in names]
@@ -140,30 +126,24 @@ class EvalConfig:
         return [setup for setup in setups if (setup.name or setup.policy) in wanted]
 
     def make_tasks(self) -> list[Task]:
-        """The tasks, one for each length where they are made to a length.
-
-        Raises:
-            ValueError: an unknown task, or a data file or package that is not there.
-        """
+        """The tasks, one for each length where they are made to a length; ValueError for an unknown
+        one, or a data file or package that is not there."""
         kinds = [TASKS[name] for name in task_names(_listed(self.tasks, str))]
-        lengths = _listed(self.lengths, int)
-        made = [kind(self._settings(length)) for kind in kinds for length in lengths]
-        by_label = {task.label: task for task in made}
-        for task in by_label.values():
-            task.files()
-            task.check_packages()
-        return list(by_label.values())
-
-    def _settings(self, length: int) -> TaskSettings:
-        return TaskSettings(
+        settings = TaskSettings(
             data_dir=Path(self.data_dir).expanduser() if self.data_dir else None,
             data=dict(self.data),
-            length=length,
             depths=self.depths,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
             cache_dir=Path(self.cache_dir).expanduser(),
         )
+        of_lengths = [replace(settings, length=length) for length in _listed(self.lengths, int)]
+        made = [kind(of_length) for kind in kinds for of_length in of_lengths]
+        by_label = {task.label: task for task in made}
+        for task in by_label.values():
+            task.files()
+            task.check_packages()
+        return list(by_label.values())
 
 
 def _names(given: tuple[str, ...] | str) -> tuple[str, ...]:
@@ -177,11 +157,8 @@ def _listed(value: Any, kind: Any) -> tuple[Any, ...]:
 
 
 def parser(**about: Any) -> "ArgumentParser":
-    """What knows the names, kinds and meanings of a configuration's values.
-
-    Args:
-        about: of the command that it is for.
-    """
+    """What knows the names, kinds and meanings of a configuration's values, for a command that
+    `about` tells of."""
     from jsonargparse import ArgumentParser
 
     made = ArgumentParser(exit_on_error=False, **about)
@@ -204,24 +181,19 @@ def parsed(
     if "rows" in values:
         raise ValueError("the configuration has rows; they are called setups now")
     there = {name: value for name, value in values.items() if value is not None}
-    _check_names(there)
-    try:
-        given = parser.parse_args(list(args), namespace=parser.parse_object(there))
-    except ArgumentError as error:
-        raise ValueError(_in_short(str(error))) from None
     names = [entry.name for entry in fields(EvalConfig)]
-    return EvalConfig(**{name: given[name] for name in names}), given
-
-
-def _check_names(values: Mapping[str, Any]) -> None:
-    known = {entry.name for entry in fields(EvalConfig)}
-    unknown, missing = set(values) - known, NEEDED - set(values)
+    unknown, missing = there.keys() - set(names), NEEDED - there.keys()
     if unknown or missing:
         wrong = [f"unknown {', '.join(sorted(unknown))}"] * bool(unknown)
         wrong += [f"missing {', '.join(sorted(missing))}"] * bool(missing)
         raise ValueError(
-            f"the configuration has {' and '.join(wrong)}; expected {', '.join(sorted(known))}"
+            f"the configuration has {' and '.join(wrong)}; expected {', '.join(sorted(names))}"
         )
+    try:
+        given = parser.parse_args(list(args), namespace=parser.parse_object(there))
+    except ArgumentError as error:
+        raise ValueError(_in_short(str(error))) from None
+    return EvalConfig(**{name: given[name] for name in names}), given
 
 
 def _in_short(told: str) -> str:
@@ -240,20 +212,13 @@ def _in_short(told: str) -> str:
 
 
 def find_config(name: str) -> Path:
-    """The file of this name: the user's own, or one in configs/eval/ or configs/.
-
-    Raises:
-        ValueError: no such file; lists the configurations there are.
-    """
+    """The file of this name: the user's own, or one in configs/eval/ or configs/; else a ValueError
+    lists the configurations there are."""
     return files.find_config(name, ("eval", "."))
 
 
 def read_values(name: str) -> dict[str, Any]:
-    """The names and values in a file.
-
-    Raises:
-        ValueError: no such file, or it holds none.
-    """
+    """The names and values in a file; ValueError if there is none, or it holds none."""
     path = find_config(name)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

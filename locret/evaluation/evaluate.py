@@ -12,12 +12,10 @@ or `--processes` share the questions; whichever ends last writes the results:
     OUTPUT/result.md             the table
 """
 
-import contextlib
 import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +78,12 @@ def run(
     if processes > 1 and ranks.world == 1:
         arguments = ["evaluate", "--config", str(path)]
         arguments += [] if minutes is None else ["--minutes", str(minutes)]
-        tell = partial(_tell, prepared, progress)
+
+        def tell() -> None:
+            if progress is not None:
+                keys = {question.key for question in prepared.asked}
+                progress(len(keys & Records(prepared.output).read().keys()), len(keys))
+
         run_together(arguments, processes, prepared.output / "logs", tell)
     else:
         ask(prepared, ranks, progress, minutes)
@@ -99,7 +102,8 @@ def ask(
     all_batches = batches(prepared.asked, prepared.config.batch_size)
     dealt = share(all_batches, ranks.rank, ranks.world)
     left = [[question for question in batch if question.key not in done] for batch in dealt]
-    left = sorted(filter(None, left), key=_engine_of)
+    # Batches of one engine stand together.
+    left = sorted(filter(None, left), key=lambda of: (of[0].setup.label, str(of[0].budget)))
     total = sum(map(len, dealt))
     count = total - sum(map(len, left))
     if progress is not None:
@@ -118,18 +122,6 @@ def ask(
             if progress is not None:
                 progress(count, total)
         session.beat()
-
-
-def _tell(prepared: Prepared, progress: Progress | None) -> None:
-    if progress is not None:
-        found = Records(prepared.output).read()
-        keys = {question.key for question in prepared.asked}
-        progress(len(keys & found.keys()), len(keys))
-
-
-def _engine_of(batch: list[Question]) -> tuple[str, str]:
-    """Batches of one engine stand together."""
-    return batch[0].setup.label, str(batch[0].budget)
 
 
 def _load(prepared: Prepared, ranks: Ranks) -> Asker:
@@ -151,7 +143,9 @@ def _load(prepared: Prepared, ranks: Ranks) -> Asker:
 
 def finish(prepared: Prepared, command: str = "") -> Path | None:
     """Write the results, if every question has its answer; else None."""
-    with _alone(prepared.output):
+    prepared.output.mkdir(parents=True, exist_ok=True)
+    with (prepared.output / ".lock").open("w") as lock:  # which goes with the process
+        fcntl.flock(lock, fcntl.LOCK_EX)
         found = Records(prepared.output).read()
         answered = [(q, found[q.key]) for q in prepared.asked if q.key in found]
         if len(answered) < len(prepared.asked):
@@ -169,15 +163,6 @@ def finish(prepared: Prepared, command: str = "") -> Path | None:
         return path
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 # ---- where the figures come from -----------------------------------------------------------------
 
 SHOWN = 700  # characters of a prompt's beginning and end
@@ -190,13 +175,14 @@ def manifest(
 ) -> dict[str, Any]:
     """The manifest of a run that is complete."""
     sessions = read_sessions(prepared.output)
+    facts = [{k: v for k, v in s.items() if k not in OF_ONE_PROCESS} for s in sessions]
     tasks = {question.task.label: question.task for question, _ in answered}
     records = [record for _, record in answered]
     return {
         "command": command,
         "config": prepared.config.to_dict(),
         "sources": prepared.sources,
-        "computed": _different(sessions),
+        "computed": [fact for i, fact in enumerate(facts) if fact not in facts[:i]],
         "engines": {setup: made for s in sessions for setup, made in s["engines"].items()},
         "processes": max((session["world"] for session in sessions), default=0),
         "protocols": {
@@ -221,19 +207,15 @@ def manifest(
     }
 
 
-def _different(sessions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the sessions ran on, each different set of facts once."""
-    facts = [{k: v for k, v in s.items() if k not in OF_ONE_PROCESS} for s in sessions]
-    return [fact for i, fact in enumerate(facts) if fact not in facts[:i]]
-
-
 def _first_prompts(answered: Sequence[tuple[Question, Record]]) -> dict[str, Any]:
     first: dict[str, Any] = {}
     for question, _ in answered:
         prompt = question.prompt
         if question.task.label not in first:
+            text, left_out = prompt.text, len(prompt.text) - 2 * SHOWN
+            short = f"{text[:SHOWN]} [... {left_out} characters ...] {text[-SHOWN:]}"
             first[question.task.label] = {
-                "text": shortened(prompt.text),
+                "text": text if left_out <= 0 else short,
                 "tokens": len(prompt.ids),
                 "context_tokens": prompt.context_end,
                 "question_tokens": prompt.question_end - prompt.context_end,
@@ -242,27 +224,28 @@ def _first_prompts(answered: Sequence[tuple[Question, Record]]) -> dict[str, Any
     return first
 
 
-def shortened(text: str) -> str:
-    """A long text without its middle, which is counted."""
-    left_out = len(text) - 2 * SHOWN
-    if left_out <= 0:
-        return text
-    return f"{text[:SHOWN]} [... {left_out} characters ...] {text[-SHOWN:]}"
-
-
 class Session:
-    """One process's part in a run. Its file says how far it came, should it be killed.
-
-    Args:
-        folder: of the run.
-        rank, world: which process of how many.
-        asker: its model.
-    """
+    """One process's part in a run. Its file in the run's folder says how far it came, should it be
+    killed."""
 
     def __init__(self, folder: Path, rank: int, world: int, asker: Asker) -> None:
         started = time.time()
         self._path = folder / FOLDER / f"{started:.3f}-{rank}.json"
-        self._facts = {"rank": rank, "world": world, "started": started, **_facts(asker)}
+        model = asker.model
+        self._facts = {
+            "rank": rank,
+            "world": world,
+            "started": started,
+            "model_revision": asker.loaded.revision,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attention": model.config._attn_implementation,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "generation_config": model.generation_config.to_diff_dict(),
+            "end_tokens": asker.end_tokens,
+            "hardware": provenance.hardware(model.device),
+            "versions": provenance.versions(),
+            "commit": provenance.commit(),
+        }
         self._asker = asker
         self.beat()
 
@@ -270,21 +253,6 @@ class Session:
         """Still at work."""
         now = {"ended": time.time(), "engines": self._asker.engines.used}
         write_whole(self._path, json.dumps(self._facts | now, indent=1, default=str))
-
-
-def _facts(asker: Asker) -> dict[str, Any]:
-    model, loaded = asker.model, asker.loaded
-    return {
-        "model_revision": loaded.revision,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "generation_config": model.generation_config.to_diff_dict(),
-        "end_tokens": asker.end_tokens,
-        "hardware": provenance.hardware(model.device),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-    }
 
 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ Matplotlib is loaded only by those who draw.
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,7 @@ from locret.system.files import check_file
 
 
 def plotting() -> Any:
-    """`matplotlib.pyplot` without a screen.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
+    """`matplotlib.pyplot` without a screen; ValueError where it is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("figures need the package matplotlib: pip install 'locret[eval]'")
     import matplotlib
@@ -30,11 +27,8 @@ def plotting() -> Any:
 
 
 def check(path: Path) -> None:
-    """Refuse a figure that could not be drawn in the end.
-
-    Raises:
-        ValueError: matplotlib is not installed, it is no such file, or it is a folder.
-    """
+    """Refuse a figure that could not be drawn in the end (ValueError): matplotlib is not installed,
+    it is no such file, or it is a folder."""
     plotting()
     kinds = ("jpg", "pdf", "png", "svg")
     if path.suffix[1:].lower() not in kinds:
@@ -55,7 +49,7 @@ def figures(result: Result) -> Iterator[tuple[str, str, Any]]:
     bounded = [setup for setup in answered(result) if setup["setup"] != FULL]
     if any(setup["quantization"] is None for setup in bounded):
         caption = "Quality against budget: mean score over tasks, 95 % intervals"
-        yield "budget", caption, _against_budget(result)
+        yield "budget", caption, against(result, bytes=False)
     if any(setup["quantization"] is not None for setup in answered(result)):
         caption = "Quality against bytes: mean score over tasks, 95 % intervals"
         yield "bytes", caption, against_bytes(result)
@@ -93,22 +87,32 @@ def _lines(setups: Sequence[Mapping[str, Any]], by_bytes: bool) -> list[Line]:
     ]
 
 
-def _against_budget(result: Result) -> Any:
-    setups = [r for r in answered(result) if r["setup"] != FULL and r["quantization"] is None]
+def against(result: Result, bytes: bool) -> Any:
+    """Scores against the bytes of the cache, or against the units that heads keep."""
+    setups = [
+        setup
+        for setup in answered(result)
+        if setup["setup"] != FULL and (bytes or setup["quantization"] is None)
+    ]
+    key, unit = ("bytes", MIB) if bytes else ("units", 1)
     figure, axis = plotting().subplots(figsize=(8.5, 4.2), layout="constrained")
-    _draw(axis, _lines(setups, by_bytes=False), lambda setup: setup["units"]["mean"])
-    _draw_full(axis, full_of(result))
-    axis.set_xlabel("units held in a KV head after the context was compressed (mean)")
-    return _finished(figure, axis)
+    _draw(axis, _lines(setups, bytes), lambda setup: setup[key]["mean"] / unit)
+    full = full_of(result)
+    if full is not None:
+        low, high = (100 * bound for bound in full["interval"])
+        axis.axhline(100 * full["score"], color="black", linestyle="--", label="full cache")
+        axis.axhspan(low, high, color="black", alpha=0.08)
+    units = "units held in a KV head after the context was compressed (mean)"
+    axis.set_xlabel("MiB of the cache (mean)" if bytes else units)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    axis.set_ylabel("score, per cent")
+    axis.grid(alpha=0.3)
+    figure.legend(fontsize=8, loc="outside right upper")
+    return figure
 
 
-def against_bytes(result: Result) -> Any:
-    setups = [setup for setup in answered(result) if setup["setup"] != FULL]
-    figure, axis = plotting().subplots(figsize=(8.5, 4.2), layout="constrained")
-    _draw(axis, _lines(setups, by_bytes=True), lambda setup: setup["bytes"]["mean"] / MIB)
-    _draw_full(axis, full_of(result))
-    axis.set_xlabel("MiB of the cache (mean)")
-    return _finished(figure, axis)
+against_bytes = partial(against, bytes=True)
 
 
 def _draw(axis: Any, lines: Sequence[Line], across: Callable[[Mapping[str, Any]], float]) -> None:
@@ -134,23 +138,6 @@ def _draw(axis: Any, lines: Sequence[Line], across: Callable[[Mapping[str, Any]]
             capsize=2,
             label=f"{who}, {stored}" if stored else who,
         )
-
-
-def _draw_full(axis: Any, full: Mapping[str, Any] | None) -> None:
-    if full is None:
-        return
-    low, high = (100 * bound for bound in full["interval"])
-    axis.axhline(100 * full["score"], color="black", linestyle="--", label="full cache")
-    axis.axhspan(low, high, color="black", alpha=0.08)
-
-
-def _finished(figure: Any, axis: Any) -> Any:
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
-    axis.set_ylabel("score, per cent")
-    axis.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside right upper")
-    return figure
 
 
 # ---- needles by length and depth -----------------------------------------------------------------
@@ -199,7 +186,8 @@ def _panel(
     budget = "" if setup["budget"] is None else f", {budget_text(setup)}"
     stored = f", {in_words(setup['quantization'])}" if setup["quantization"] else ""
     axis.set_title(f"{setup['name']}{budget}{stored}", fontsize=9)
-    axis.set_xticks(range(len(lengths)), [_thousands(n) for n in lengths], fontsize=8)
+    ticks = [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in lengths]
+    axis.set_xticks(range(len(lengths)), ticks, fontsize=8)
     labels = [f"{(row + 0.5) / depths:.0%}" for row in range(depths)]
     axis.set_yticks(range(depths), labels, fontsize=8)
     axis.set_xlabel("tokens", fontsize=8)
@@ -214,7 +202,3 @@ def shares(cells: Sequence[Mapping[str, Any]], depths: int) -> dict[tuple[int, i
             if score is not None:
                 found.setdefault((cell["length"], int(depth * depths)), []).append(score)
     return {place: sum(scores) / len(scores) for place, scores in found.items()}
-
-
-def _thousands(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"

@@ -48,14 +48,9 @@ class Ranks:
 def run_together(
     arguments: Sequence[str], count: int, folder: Path, tell: Callable[[], None]
 ) -> None:
-    """Run `python -m locret ARGUMENTS` in so many processes, which know their ranks.
-
-    SIGTERM, which schedulers send, and SIGINT end them too, and this process
-    (`locret.system.interrupts`).
-
-    Args:
-        folder: what they say goes there, a file each.
-        tell: called now and then.
+    """Run `python -m locret ARGUMENTS` in so many processes, which know their ranks, and call
+    `tell` now and then. What they say goes into the folder, a file each. SIGTERM, which schedulers
+    send, and SIGINT end them too, and this process (`locret.system.interrupts`).
 
     Raises:
         ValueError: one of them failed; says what it said. The others are ended.

@@ -78,11 +78,11 @@ class Renderer:
     @property
     def fingerprint(self) -> str:
         """Recognises the tokenizer and its template."""
-        both = (self.tokenizer.backend_tokenizer.to_str(), str(self.chat and self._template()))
+        both = (
+            self.tokenizer.backend_tokenizer.to_str(),
+            str(self.chat and self.tokenizer.chat_template),
+        )
         return hashlib.sha256("\n".join(both).encode()).hexdigest()[:16]
-
-    def _template(self) -> str:
-        return str(self.tokenizer.chat_template)
 
     def measure(self, sample: Sample) -> int:
         """Tokens of the rendered prompt."""
@@ -90,11 +90,8 @@ class Renderer:
         return len(self._encode(text)["input_ids"])
 
     def render(self, sample: Sample, limit: int | None = None) -> Prompt:
-        """The prompt of a sample, its context cut in the middle to fit `limit` tokens.
-
-        Raises:
-            ValueError: the chat template changes the user's text, or the limit leaves no room.
-        """
+        """The prompt of a sample, its context cut in the middle to fit `limit` tokens. ValueError
+        if the chat template changes the user's text, or the limit leaves no room."""
         text, context_end, question_end = self._text(sample)
         encoded = self._encode(text, return_offsets_mapping=True)
         ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]

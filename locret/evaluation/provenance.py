@@ -68,16 +68,13 @@ def source(name: str | None) -> dict[str, Any] | None:
     """What an adapter or heads were: the name, the commit on the Hub, the hash of the files."""
     if name is None:
         return None
-    path = Path(name) if Path(name).exists() else _downloaded(name)
-    if path is None:
-        return {"source": name, "sha256": None}
+    path = Path(name)
+    if (
+        not path.exists()
+    ):  # a repository that was fetched before, in a folder named after its commit
+        try:
+            path = Path(snapshot_download(name, local_files_only=True))
+        except (OSError, ValueError):
+            return {"source": name, "sha256": None}
     found = {"source": name, "sha256": folder_hash(path) if path.is_dir() else file_hash(path)}
     return found if path == Path(name) else found | {"revision": path.name}
-
-
-def _downloaded(repo_id: str) -> Path | None:
-    """The folder of a Hub repository that was fetched before, named after its commit."""
-    try:
-        return Path(snapshot_download(repo_id, local_files_only=True))
-    except (OSError, ValueError):
-        return None

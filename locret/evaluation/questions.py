@@ -8,8 +8,9 @@ processes of a run, and a run that goes on, agree on who asks what.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,9 @@ from locret.system.files import file_hash
 from locret.tasks import Sample, Task
 
 NOT_OF_ANSWERS = frozenset(
-    {
-        "setups",
-        "only",
-        "full",
-        "tasks",
-        "output",
-        "batch_size",
-        "limit",
-        "lengths",
-        "depths",
-        "max_length",
-    }
-    | {"smoke", "cache_dir", "device", "adapter", "heads", "data_dir", "data", "engine"}
-    | {"model_config"}
+    ("setups", "only", "full", "tasks", "output", "batch_size", "limit", "lengths", "depths")
+    + ("max_length", "smoke", "cache_dir", "device", "adapter", "heads", "data_dir", "data")
+    + ("engine", "model_config")
 )
 """Values of a configuration that are not recorded as they are: no answer depends on them, or the
 prompt's tokens show them, or `settings_of` records their content."""
@@ -103,26 +93,19 @@ class Question:
 
 def settings_of(config: EvalConfig, setup: Setup, task: Task, sources: dict[str, Any]) -> str:
     """Recognises everything that an answer depends on but the sample: of the run's heads and data
-    those of this setup and task alone, so that others may come and go.
-
-    Args:
-        sources: what model, adapter, heads and this task's data are, by content.
-    """
+    those of this setup and task alone (`sources`, by content), so that others may come and go."""
+    engine = {**config.engine, **setup.engine}
+    quotas = quotas_of(_quotas_file(config, setup))
+    if quotas is not None:  # by the numbers in their file
+        engine["quotas"] = quotas.tables
     values = {
         "config": {k: v for k, v in config.to_dict().items() if k not in NOT_OF_ANSWERS},
         "sources": {**sources, "heads": _heads_of(setup, sources["heads"], config.heads)},
-        "setup": setup.to_dict() | {"engine": _engine_settings(config, setup), "heads": None},
+        "setup": setup.to_dict() | {"engine": engine, "heads": None},
         "task": [task.name, task.length, task.version, task.max_new_tokens, list(task.stop)],
     }
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _engine_settings(config: EvalConfig, setup: Setup) -> dict[str, Any]:
-    """The settings of a setup's engine, quotas by the numbers in their file."""
-    settings = {**config.engine, **setup.engine}
-    quotas = quotas_of(_quotas_file(config, setup))
-    return settings if quotas is None else settings | {"quotas": quotas.tables}
 
 
 def _quotas_file(config: EvalConfig, setup: Setup) -> str | None:
@@ -141,62 +124,28 @@ def _heads_of(setup: Setup, sources: dict[str, Any], default: str | None) -> Any
     return found["records"], (found["sha256"] or found["source"]) if ranks else None
 
 
-class Rendered:
-    """The samples of a task, rendered once for all setups that need the same.
-
-    Args:
-        samples: of the task.
-        renderer: of their prompts.
-        new_tokens: that an answer may take.
-        max_length: tokens of prompt and answer for every setup; None = no limit.
-        window: tokens that the model can hold at once, for setups that are limited by them.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        renderer: Renderer,
-        new_tokens: int,
-        max_length: int | None,
-        window: int | None,
-    ) -> None:
-        self._samples = samples
-        self._renderer = renderer
-        self._new_tokens = new_tokens
-        self._max_length = max_length
-        self._window = window
-        self._prompts: dict[int | None, list[Prompt]] = {}
-
-    def rendered(self, within_window: bool) -> list[tuple[Sample, Prompt]]:
-        """Every sample with its prompt."""
-        longest = self._max_length or (self._window if within_window else None)
-        limit = None if longest is None else longest - self._new_tokens
-        if limit not in self._prompts:
-            self._prompts[limit] = [self._renderer.render(s, limit) for s in self._samples]
-        return list(zip(self._samples, self._prompts[limit], strict=True))
-
-
-def questions(
+def _questions(
     config: EvalConfig,
     setup: Setup,
     task: Task,
-    prompts: Rendered,
+    rendered: Callable[[int | None], list[tuple[Sample, Prompt]]],
     sources: dict[str, Any],
+    window: int | None,
 ) -> Iterator[Question]:
     """The samples of a task under a setup.
 
     Args:
-        prompts: of the task.
+        rendered: given a limit of tokens, the task's samples with their prompts.
         sources: what model, adapter, heads and this task's data are, by content.
+        window: of the model.
     """
-    settings = settings_of(config, setup, task, sources)
-    for sample, prompt in prompts.rendered(_needs_window(config, setup)):
-        yield Question(setup, task, sample, prompt, setup.engine_budget(task.length), settings)
-
-
-def _needs_window(config: EvalConfig, setup: Setup) -> bool:
-    """Whether every token keeps a position of its own, so that the model's window is the limit."""
-    return setup.keeps_all or {**config.engine, **setup.engine}.get("positions") == "original"
+    settings, budget = settings_of(config, setup, task, sources), setup.engine_budget(task.length)
+    # The window is the limit where every token keeps a position of its own.
+    own = setup.keeps_all or {**config.engine, **setup.engine}.get("positions") == "original"
+    longest = config.max_length or (window if own else None)
+    limit = None if longest is None else longest - task.max_new_tokens
+    for sample, prompt in rendered(limit):
+        yield Question(setup, task, sample, prompt, budget, settings)
 
 
 def batches(asked: Iterable[Question], batch_size: int) -> list[list[Question]]:
@@ -213,28 +162,26 @@ def batches(asked: Iterable[Question], batch_size: int) -> list[list[Question]]:
         else:
             key += (len(question.query),)
         groups.setdefault(key, []).append(question)
-    size = batch_size if batch_size > 1 else None
-    return [batch for group in groups.values() for batch in _cut(group, size)]
-
-
-def _cut(group: list[Question], size: int | None) -> Iterator[list[Question]]:
-    if size is None:
-        yield group
-        return
-    group = sorted(group, key=lambda question: question.compressed)
-    for start in range(0, len(group), size):
-        yield group[start : start + size]
+    if batch_size == 1:
+        return [*groups.values()]
+    by_length = (
+        sorted(group, key=lambda question: question.compressed) for group in groups.values()
+    )
+    return [
+        group[start : start + batch_size]
+        for group in by_length
+        for start in range(0, len(group), batch_size)
+    ]
 
 
 def share(all_batches: list[list[Question]], rank: int, world: int) -> list[list[Question]]:
     """The batches of one process of many: alike in number and length."""
-    by_cost = sorted(all_batches, key=_cost, reverse=True)
-    return by_cost[rank::world]
 
+    def cost(batch: list[Question]) -> int:
+        new = sum(question.rest + question.task.max_new_tokens for question in batch)
+        return batch[0].compressed + new
 
-def _cost(batch: list[Question]) -> int:
-    new = sum(question.rest + question.task.max_new_tokens for question in batch)
-    return batch[0].compressed + new
+    return sorted(all_batches, key=cost, reverse=True)[rank::world]
 
 
 @dataclass(frozen=True)
@@ -245,14 +192,12 @@ class Prepared:
         config: of the run.
         heads: by the name that a setup or the run gives them.
         sources: what model, adapter, heads and data are, by content.
-        renderer: of the prompts.
         asked: all questions, in the order of the table.
     """
 
     config: EvalConfig
     heads: dict[str, RetainingHeads]
     sources: dict[str, Any]
-    renderer: Renderer
     asked: list[Question]
 
     @property
@@ -287,30 +232,30 @@ def prepare(config: EvalConfig) -> Prepared:
         if not samples:
             files = ", ".join(map(str, task.files())) or "no file"
             raise ValueError(f"task {task.label} has no samples: there are none in {files}")
-        prompts.append(Rendered(samples, renderer, task.max_new_tokens, config.max_length, window))
+        prompts.append(cache(partial(_rendered, samples, renderer)))
     asked = [
         question
         for setup in setups
-        for task, of_task in zip(tasks, prompts, strict=True)
-        for question in questions(
-            config, setup, task, of_task, sources | {"data": data[task.label]}
+        for task, rendered in zip(tasks, prompts, strict=True)
+        for question in _questions(
+            config, setup, task, rendered, sources | {"data": data[task.label]}, window
         )
     ]
     sources["data"] = dict(sorted(pair for hashes in data.values() for pair in hashes.items()))
     quotas = filter(None, (_quotas_file(config, setup) for setup in setups))
     sources["quotas"] = {path: file_hash(Path(path)) for path in sorted(set(quotas))}
-    return Prepared(config, heads, sources, renderer, asked)
+    return Prepared(config, heads, sources, asked)
+
+
+def _rendered(
+    samples: Sequence[Sample], renderer: Renderer, limit: int | None
+) -> list[tuple[Sample, Prompt]]:
+    return [(sample, renderer.render(sample, limit)) for sample in samples]
 
 
 def changes_of(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Values for a model's config, those given by name put into its own.
-
-    Args:
-        model: its config.
-
-    Raises:
-        ValueError: it has no value of that name.
-    """
+    """Values for a model's config, those given by name put into its own; ValueError for a value
+    that it does not have."""
     unknown = [name for name in given if not hasattr(model, name)]
     if unknown:
         raise ValueError(
@@ -323,18 +268,10 @@ def changes_of(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 
 def check_adapter(name: str | None, model: Any = None) -> None:
-    """Refuse an adapter that is not there, or not one of this model.
-
-    Args:
-        model: its config; None = any model will do.
-
-    Raises:
-        ValueError: see `locret.model.adapters`.
-    """
-    if name is None:
-        return
-    adapter = Adapter.find(name)
-    if model is not None:
+    """Refuse an adapter that is not there or, given the config of a model, is not one of it
+    (ValueError of `locret.model.adapters`)."""
+    adapter = Adapter.find(name) if name else None
+    if adapter and model is not None:
         adapter.check_fit(model)
 
 
@@ -356,28 +293,21 @@ def _load_heads(config: EvalConfig, setups: Sequence[Setup]) -> dict[str, Retain
     return heads
 
 
-def _recorded(heads: RetainingHeads) -> dict[str, Any]:
-    """The engine settings that heads bring with them."""
-    record = heads.config
-    return {
-        "defaults": dict(record.defaults),
-        "positions": record.positions,
-        "longrope": record.longrope,
-    }
-
-
 def _sources(
     config: EvalConfig, heads: dict[str, RetainingHeads], renderer: Renderer
 ) -> dict[str, Any]:
     on = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     content = file_revision(config.model)
+    brought = ("defaults", "positions", "longrope")  # engine settings that heads bring with them
     return {
         "model": config.model,
         **({} if content is None else {"revision": content}),
         "dtype": config.dtype if config.dtype != "auto" else f"auto on {on.partition(':')[0]}",
         "adapter": source(config.adapter),
         "heads": {
-            name: (source(name) or {}) | {"records": _recorded(own)} for name, own in heads.items()
+            name: (source(name) or {})
+            | {"records": {of: getattr(own.config, of) for of in brought}}
+            for name, own in heads.items()
         },
         "tokenizer": renderer.fingerprint,
     }

@@ -5,11 +5,12 @@ a sample only if it was made under the same settings for the same prompt.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from locret.system.files import append_json
 
 FOLDER = "predictions"
 OUT_OF_MEMORY = "memory"
@@ -89,20 +90,7 @@ class Records:
 
     def append(self, records: Iterable[Record]) -> None:
         """Add predictions in one write."""
-        text = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            if file.tell() and not _ends_a_line(self.path):
-                file.write(b"\n")  # a line that a killed run left unfinished
-            file.write(text.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+        append_json(self.path, map(asdict, records))
 
 
 def _records(path: Path) -> Iterator[Record]:

@@ -8,6 +8,7 @@ Read are the JSON files of `python -m locret evaluate` (which `needle` and `grid
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,13 +68,12 @@ def _origin(manifest: Mapping[str, Any]) -> str:
     config = manifest["config"]
     named = [f"Model {config['model']}"]
     named += [f"{name} {config[name]}" for name in ("adapter", "heads") if config.get(name)]
-    machines = [_machine(facts) for facts in manifest.get("computed", [])]
+    machines = [
+        (facts.get("hardware", {}).get("accelerator") or "CPU")
+        + (f", commit {facts['commit']}" if facts.get("commit") else "")
+        for facts in manifest.get("computed", [])
+    ]
     return "; ".join([", ".join(named), *dict.fromkeys(machines)]) + "."
-
-
-def _machine(facts: Mapping[str, Any]) -> str:
-    name = facts.get("hardware", {}).get("accelerator") or "CPU"
-    return f"{name}, commit {facts['commit']}" if facts.get("commit") else name
 
 
 def _ordered(result: Result) -> list[Mapping[str, Any]]:
@@ -130,12 +130,6 @@ def _tasks_table(result: Result, figure: str = "score", interval: str = "interva
 
 MARKDOWN, PAGE, FIGURES = "report.md", "report.html", "figures"
 
-Made = Iterator[tuple[str, str, Any]]
-
-
-def _no_figures(result: Mapping[str, Any]) -> Made:
-    return iter(())
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -151,7 +145,7 @@ class Kind:
     title: str
     is_it: Callable[[Mapping[str, Any]], bool]
     blocks: Callable[[Any], Iterator[Block]]
-    figures: Callable[[Any], Made] = _no_figures
+    figures: Callable[[Any], Iterator[tuple[str, str, Any]]]
 
 
 KINDS = (
@@ -171,13 +165,8 @@ KINDS = (
 """The kinds of results, in the order of the report."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file of results and what it holds."""
-
-    path: Path
-    kind: Kind
-    content: Mapping[str, Any]
+Source = tuple[Path, Kind, Mapping[str, Any]]
+"""A file of results, its kind and what it holds."""
 
 
 def make_report(paths: Sequence[str | Path], out: str | Path, title: str = "Results") -> Path:
@@ -199,16 +188,12 @@ def make_report(paths: Sequence[str | Path], out: str | Path, title: str = "Resu
         blocks = [Heading(1, title), *_all_blocks(sources, folder)]
         (folder / MARKDOWN).write_text(as_markdown(blocks), encoding="utf-8")
         (folder / PAGE).write_text(as_html(blocks, folder), encoding="utf-8")
-        _move(folder, out)
+        shutil.copytree(folder, out, dirs_exist_ok=True)
     return out / PAGE
 
 
 def read_source(path: Path) -> Source:
-    """Read a file of results.
-
-    Raises:
-        ValueError: it cannot be read, or is no result that is known.
-    """
+    """Read a file of results; ValueError if it cannot be read, or is no result that is known."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -219,37 +204,30 @@ def read_source(path: Path) -> Source:
             f"{path} holds no result that is known here; expected the JSON of `locret evaluate`, "
             f"`locret needle` or `locret grid` (format {FORMAT}), or of one of benchmarks/"
         )
-    return Source(path, kind, content)
+    return path, kind, content
 
 
 def _all_blocks(sources: Sequence[Source], folder: Path) -> Iterator[Block]:
     for kind in KINDS:
-        of_kind = [source for source in sources if source.kind is kind]
+        of_kind = [(i, source) for i, source in enumerate(sources) if source[1] is kind]
         if of_kind:
             yield Heading(2, kind.title)
-        for source in of_kind:
-            yield from _source_blocks(source, folder, sources.index(source))
+        for number, source in of_kind:
+            yield from _source_blocks(source, folder, number)
 
 
 def _source_blocks(source: Source, folder: Path, number: int) -> Iterator[Block]:
-    yield Heading(3, source.content.get("name") or source.path.stem)
+    path, kind, content = source
+    yield Heading(3, content.get("name") or path.stem)
     try:
-        yield from list(source.kind.blocks(source.content))
-        for name, caption, figure in source.kind.figures(source.content):
-            file = Path(FIGURES) / f"{number:02d}-{source.path.stem}-{name}.png"
+        yield from list(kind.blocks(content))
+        for name, caption, figure in kind.figures(content):
+            file = Path(FIGURES) / f"{number:02d}-{path.stem}-{name}.png"
             figures.save(figure, folder / file)
             yield Figure(file, caption)
     except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{source.path} looks like a result of '{source.kind.title}', but is not whole ({what})"
+            f"{path} looks like a result of '{kind.title}', but is not whole ({what})"
         ) from error
-    yield Paragraph(f"From {source.path.name}.")
-
-
-def _move(made: Path, out: Path) -> None:
-    """Put the files of a finished report into its folder, those of the last one replaced."""
-    for file in sorted(path for path in made.rglob("*") if path.is_file()):
-        target = out / file.relative_to(made)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(target)
+    yield Paragraph(f"From {path.name}.")

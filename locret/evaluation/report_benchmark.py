@@ -36,9 +36,13 @@ def blocks(record: Mapping[str, Any]) -> Iterator[Block]:
     settings, figures = record["settings"], record["figures"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     yield Paragraph(f"{record['hardware']}; {versions}.")
-    shown = {name: value for name, value in settings.items() if _is_short(value)}
-    yield Paragraph(", ".join(f"{name} {value}" for name, value in shown.items()) + ".")
-    numbers = [[name, _text(value)] for name, value in figures.items() if _is_number(value)]
+    short = (
+        f"{name} {value}"
+        for name, value in settings.items()
+        if isinstance(value, str | int | float | list) and len(str(value)) < 60
+    )
+    yield Paragraph(", ".join(short) + ".")
+    numbers = [[name, _text(v)] for name, v in figures.items() if isinstance(v, int | float)]
     if numbers:
         yield Table(["figure", "value"], numbers)
     systems = _systems_of(figures)
@@ -55,14 +59,6 @@ def figures(record: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     done = [row for row in _systems_of(record["figures"]) if row["status"] == OK]
     if done:
         yield "speed", "Speed and memory against the length of the prompt", _over_lengths(done)
-
-
-def _is_short(value: Any) -> bool:
-    return isinstance(value, str | int | float | list) and len(str(value)) < 60
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 def _systems_of(figures: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -54,15 +54,9 @@ class Comparison:
 
 
 def compare(table: str, setup: str, pairs: Sequence[tuple[Scores, Scores]]) -> Comparison:
-    """A setup of a table, again.
-
-    Args:
-        pairs: for every task the committed scores, and those of the slice. Samples that were not
-            committed are left out.
-
-    Raises:
-        ValueError: no sample of a task was committed.
-    """
+    """A setup of a table, again. `pairs` are for every task the committed scores, and those of the
+    slice; samples that were not committed are left out, and a task with no others is a
+    ValueError."""
     same, now, draws = [], [], []
     equal = count = 0
     for seed, (old, new) in enumerate(pairs):
@@ -124,20 +118,12 @@ class Reproduction:
 
 
 def result_files(places: Sequence[Path]) -> list[Path]:
-    """JSON files that can be run again, of files and folders.
-
-    Raises:
-        ValueError: there are none.
-    """
-    files = [path for place in places for path in (_within(place))]
-    found = [path for path in files if _is_evaluation(path)]
+    """JSON files that can be run again, of files and folders; ValueError if there are none."""
+    files = [sorted(place.glob("*.json")) if place.is_dir() else [place] for place in places]
+    found = [path for those in files for path in those if _is_evaluation(path)]
     if not found:
         raise ValueError(f"{', '.join(map(str, places))}: no results of `evaluate` there")
     return found
-
-
-def _within(place: Path) -> list[Path]:
-    return sorted(place.glob("*.json")) if place.is_dir() else [place]
 
 
 def _is_evaluation(path: Path) -> bool:
@@ -157,14 +143,12 @@ def _is_evaluation(path: Path) -> bool:
 def reproduce(
     path: Path, output: Path, changes: Mapping[str, Any], progress: Progress | None = None
 ) -> Reproduction:
-    """Run the slice of one file again.
-
-    Args:
-        output: folder for what is computed.
-        changes: of the configuration, such as `data_dir`.
-    """
+    """Run the slice of one file again, in the folder `output`, with changes of the configuration,
+    such as `data_dir`."""
     result = json.loads(path.read_text(encoding="utf-8"))
-    config = _slice(result["manifest"]["config"], {**changes, "output": str(output)})
+    values = result["manifest"]["config"]
+    values = {**values, "limit": 1, **(values.get("smoke") or {}), **ON_A_CPU, **changes}
+    config = EvalConfig.from_dict({**values, "output": str(output)})
     here, left_out = _with_data(config)
     if not here:
         return Reproduction((), left_out)
@@ -188,11 +172,6 @@ def _labels(config: EvalConfig) -> set[tuple[str, str]]:
 def name_of(path: Path) -> str:
     """What a result is called: by its file, or its folder, if the file is `evaluate`'s own."""
     return path.resolve().parent.name if path.name == evaluate.RESULT else path.stem
-
-
-def _slice(config: Mapping[str, Any], changes: Mapping[str, Any]) -> EvalConfig:
-    smoke = {"limit": 1} | dict(config.get("smoke") or {})
-    return EvalConfig.from_dict({**config, **smoke, **ON_A_CPU, **changes})
 
 
 def _with_data(config: EvalConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:

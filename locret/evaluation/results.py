@@ -36,11 +36,7 @@ Scores = Mapping[str, Sequence[float | None]]
 
 
 def figures(answered: Sequence[Answered]) -> dict[str, Any]:
-    """Cells and setups of the table.
-
-    Args:
-        answered: every question of the run with its record, in the order of the table.
-    """
+    """Cells and setups of the table, of every question of the run with its record, in its order."""
     by_cell: dict[tuple[str, str], list[Answered]] = {}
     for question, record in answered:
         key = (question.setup.label, question.task.label)
@@ -86,7 +82,11 @@ def _cell(answered: Sequence[Answered], scores: Scores, of_full: Scores | None) 
     return {
         "setup": setup.label,
         "task": task.label,
-        **_identity(question),
+        "policy": setup.policy,
+        "name": setup.name or setup.policy,
+        "budget": None if setup.keeps_all else setup.budget,
+        "protocol": "any" if setup.keeps_all else setup.protocol,
+        "quantization": setup.quantization,
         "task_name": task.name,
         "length": task.length,
         "metric": main,
@@ -111,23 +111,12 @@ def _rounded(scores: Sequence[float | None]) -> list[float | None]:
     return [None if value is None else round(value, 6) for value in scores]
 
 
-def _identity(question: Question) -> dict[str, Any]:
-    setup = question.setup
-    return {
-        "policy": setup.policy,
-        "name": setup.name or setup.policy,
-        "budget": None if setup.keeps_all else setup.budget,
-        "protocol": "any" if setup.keeps_all else setup.protocol,
-        "quantization": setup.quantization,
-    }
-
-
 def _figures(
     scores: Scores, of_full: Scores | None, groups: Mapping[str, Sequence[str]], metric: str
 ) -> dict[str, Any]:
     """`score` and `interval` of the mean over tasks, None where nothing was answered; what it is
     beside the full cache, if that was asked."""
-    answered, of_answered = _without_failed(scores, groups)
+    answered, of_answered = _answered(scores, groups)
     if not answered:
         return {"score": None, "interval": None}
     score, spread = average_of_tasks(answered, of_answered)
@@ -143,8 +132,7 @@ def _beside_full(
     scores: Scores, of_full: Scores, groups: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
     """Difference to the full cache and share of its score, over the samples that both answered."""
-    own, of_own = _without_failed(_where(scores, of_full), groups)
-    full, _ = _without_failed(_where({task: of_full[task] for task in scores}, scores), groups)
+    own, full, of_own = _answered(scores, of_full, groups)
     if not own:
         return {}
     change = {
@@ -160,25 +148,16 @@ def _beside_full(
     }
 
 
-def _where(scores: Scores, others: Scores) -> dict[str, list[float | None]]:
-    """The scores of samples that the others answered; None in place of the rest."""
-    return {
-        task: [a if b is not None else None for a, b in zip(values, others[task], strict=True)]
-        for task, values in scores.items()
+def _answered(*columns: Mapping[str, Sequence[Any]]) -> tuple[dict[str, list[Any]], ...]:
+    """The same columns by task, without the samples that lack a value in one of them, and without
+    tasks that have no others."""
+    rows = {
+        task: [r for r in zip(*(column[task] for column in columns), strict=True) if None not in r]
+        for task in columns[0]
     }
-
-
-def _without_failed(
-    scores: Scores, groups: Mapping[str, Sequence[str]]
-) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-    pairs = {
-        task: [(v, g) for v, g in zip(values, groups[task], strict=True) if v is not None]
-        for task, values in scores.items()
-    }
-    pairs = {task: those for task, those in pairs.items() if those}
-    return (
-        {task: [value for value, _ in those] for task, those in pairs.items()},
-        {task: [group for _, group in those] for task, those in pairs.items()},
+    return tuple(
+        {task: [row[i] for row in those] for task, those in rows.items() if those}
+        for i in range(len(columns))
     )
 
 
@@ -264,14 +243,8 @@ Z = 1.959964  # standard deviations of a normal distribution that hold 95 %
 def resampled_means(
     values: Sequence[float], groups: Sequence[str] | None = None, seed: int = 0
 ) -> Tensor:
-    """Means of resamples, [RESAMPLES] float64.
-
-    Args:
-        values: scores of samples.
-        groups: samples of one group are drawn together: questions about one text are no
-            independent draws. None = each sample is drawn on its own.
-        seed: of the draws.
-    """
+    """Means of resampled scores, [RESAMPLES] float64. Samples of one group are drawn together:
+    questions about one text are no independent draws. None = each sample is drawn on its own."""
     scores = torch.tensor(values, dtype=torch.float64)
     if groups is None:
         sums, sizes = scores, torch.ones_like(scores)

@@ -15,7 +15,6 @@ from types import NoneType
 from typing import Any, get_args
 
 from locret.cache.cache import RetainedCache
-from locret.cache.layer import RetainedLayer
 from locret.cache.merging import describe_merging
 from locret.engine.config import EngineConfig
 from locret.engine.engine import Engine
@@ -98,14 +97,10 @@ def in_words(quantization: Any) -> str:
 
 
 def expand(entries: Sequence[Mapping[str, Any]], with_full: bool = True) -> list[Setup]:
-    """The setups of a configuration, the full cache first.
-
-    Args:
-        with_full: add the full cache if it is not among them.
+    """The setups of a configuration, the full cache first, which is added `with_full`.
 
     Raises:
-        ValueError: an unknown key, policy or protocol, a budget that is none, or a setup
-            given twice.
+        ValueError: an unknown key, policy or protocol, a budget that is none, or a setup twice.
     """
     setups = [setup for entry in entries for setup in _combinations(entry)]
     full = [setup for setup in setups if setup.label == FULL] or [Setup(FULL)] * with_full
@@ -120,12 +115,12 @@ def expand(entries: Sequence[Mapping[str, Any]], with_full: bool = True) -> list
     return setups
 
 
-EXPECTED = {
-    "policy": "a policy's name",
-    "heads": "a folder or Hub id",
-    "name": "a name",
-    "engine": "settings by name",
-    "policy_args": "arguments by name",
+KINDS: dict[str, tuple[Any, str]] = {
+    "policy": (str, "a policy's name"),
+    "heads": ((str, NoneType), "a folder or Hub id"),
+    "name": (str, "a name"),
+    "engine": (Mapping, "settings by name"),
+    "policy_args": (Mapping, "arguments by name"),
 }
 
 
@@ -152,11 +147,9 @@ def _listed(value: Any) -> list[Any]:
 def _checked(setup: Setup) -> Setup:
     if setup.quantization == "none":
         setup = replace(setup, quantization=None)
-    kinds: dict[str, Any] = {"policy": str, "heads": (str, NoneType), "name": str}
-    kinds |= {"engine": Mapping, "policy_args": Mapping}
-    for key, kind in kinds.items():
+    for key, (kind, expected) in KINDS.items():
         if not isinstance(getattr(setup, key), kind):
-            raise ValueError(f"setups: {key} is {getattr(setup, key)!r}; expected {EXPECTED[key]}")
+            raise ValueError(f"setups: {key} is {getattr(setup, key)!r}; expected {expected}")
     if setup.policy not in POLICIES:
         raise ValueError(
             f"setups: policy {setup.policy!r} is unknown; expected one of {sorted(POLICIES)}"
@@ -179,9 +172,7 @@ class Engines:
     """Engines for one model; the latest is kept.
 
     Args:
-        loaded: the model.
-        heads: by the name that a setup or the run gives them.
-        default_heads: the run's own.
+        heads: by the name that a setup or the run gives them; `default_heads` is the run's.
         settings: of the engine, for all setups.
         chat: prompts are in the tokenizer's chat template, if it has one.
 
@@ -238,15 +229,9 @@ OF_SETUPS = {
 
 
 def check_setup(setup: Setup, settings: Mapping[str, Any]) -> None:
-    """Refuse, before there is a model, what its engine would refuse without one.
-
-    Args:
-        settings: of the engine, for all setups.
-
-    Raises:
-        ValueError: settings that engines do not have or that cannot work, arguments that the policy
-            does not take, or a quantization that cannot be.
-    """
+    """Refuse, before there is a model, what its engine would refuse without one (ValueError):
+    settings that engines do not have or that cannot work, arguments that the policy does not take,
+    or a quantization that cannot be. `settings` are of the engine, for all setups."""
     given = {**settings, **setup.engine}
     for name, instead in OF_SETUPS.items():
         if name in given:
@@ -284,15 +269,10 @@ def _shown(engine: Engine) -> dict[str, Any]:
 
 
 def sizes_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
-    """Units and bytes of one row.
-
-    Returns:
-        `units`: (mean, largest) over layers of the units that a head holds on average;
-        `head_units`: those of the head that holds fewest, and most, None where all heads of a layer
-        hold equally many; `bytes`: the row's share of the storage; `room_bytes`: of it, room for an
-        answer; `full_bytes`: its share of the keys and values of a full cache.
-    """
+    """Units and bytes of one row, by the names that `locret.evaluation.records.Record` gives
+    them."""
     report = cache.report()
+    tails = [layer.store.tail for layer in cache.layers]
     counts = [layer.store.sequences.counts[row] for layer in cache.layers]
     units = [sum(heads) / len(heads) for heads in counts]
     unequal = any(len(set(heads)) > 1 for heads in counts)
@@ -300,12 +280,7 @@ def sizes_of(cache: RetainedCache, row: int, rows: int) -> dict[str, Any]:
         "units": (round(sum(units) / len(units), 1), round(max(units))),
         "head_units": (min(map(min, counts)), max(map(max, counts))) if unequal else None,
         "bytes": report["total_bytes"] // rows,
-        "room_bytes": sum(map(_room_bytes, cache.layers)) // rows,
+        # Of slots that a growing layer has taken ahead: they hold numbers as they come.
+        "room_bytes": sum(t.nbytes - sum(x.nbytes for x in t) for t in tails) // rows,
         "full_bytes": report["full_cache_bytes"] // rows,
     }
-
-
-def _room_bytes(layer: RetainedLayer) -> int:
-    """Of slots that a growing layer has taken ahead: they hold numbers as they come."""
-    tail = layer.store.tail
-    return tail.nbytes - sum(tensor.nbytes for tensor in tail)

@@ -2,11 +2,12 @@
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from locret.evaluation.setups import FULL, in_words
 
 Result = Mapping[str, Any]
+Cell = Mapping[str, Any]
 MIB = 2**20
 WIDTH = 100
 INDENT = 14
@@ -120,11 +121,8 @@ def _short_names(tasks: Sequence[str]) -> dict[str, str]:
 
 
 def notes(result: Result, mark: bool = False) -> list[str]:
-    """What is to be said below a table.
-
-    Args:
-        mark: cells with prompts that were cut have an asterisk.
-    """
+    """What is to be said below a table, whose cells with prompts that were cut have an asterisk if
+    `mark`."""
     cells = result["cells"]
     counts = sorted({cell["count"] for cell in cells})
     several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
@@ -147,7 +145,7 @@ def notes(result: Result, mark: bool = False) -> list[str]:
 # ---- plain text ----------------------------------------------------------------------------------
 
 
-class Line(NamedTuple):
+class Line:
     """What a setup found over all its samples, and the most tokens, units and bytes of one.
 
     `of_full`: found among those that the full cache finds. `real`: bytes of the full cache for one
@@ -155,32 +153,43 @@ class Line(NamedTuple):
     average. `heads`: of the head that holds fewest, and most; empty where all hold equally many.
     """
 
-    name: str
-    asked: str
-    real: float
-    real_context: float
-    found: int
-    of_full: str
-    asked_of: int
-    units: int
-    heads: str
-    context_tokens: int
-    context_bytes: float
-    rest_tokens: int
-    bytes: float
-    seconds: float
+    def __init__(self, setup: Cell, cells: Sequence[Cell], of_full: Sequence[Cell] | None) -> None:
+        def most(name: str, of: Sequence[Cell] = cells) -> float:
+            return max(cell[name]["max"] for cell in of)
+
+        def context(of: Sequence[Cell] = cells) -> float:
+            return most("bytes", of) - most("room_bytes", of)
+
+        aware = ", query-aware" if setup["protocol"] == "query_aware" else ""
+        self.name = f"{_name(setup)}{aware}"
+        budget = "1x" if setup["budget"] is None else str(setup["budget"])
+        self.asked = budget.removesuffix(" bytes")
+        found, by_full = _found(cells), None if of_full is None else _found(of_full)
+        self.found = len(found)
+        self.of_full = "-" if by_full is None else f"{len(found & by_full)}/{len(by_full)}"
+        self.asked_of = sum(cell["count"] - cell["failed"] for cell in cells)
+        full = most("bytes_after", of_full) if of_full else most("full_cache_bytes")
+        self.real = full / max(1, most("bytes_after"))
+        full = context(of_full) if of_full else most("full_cache_bytes")
+        self.real_context = full / max(1, context())
+        unequal = [cell["units"] for cell in cells if "most" in cell["units"]]
+        fewest, largest = ([spread[name] for spread in unequal] for name in ("fewest", "most"))
+        self.heads = f"{min(fewest):,}-{max(largest):,}" if unequal else ""
+        mean = max(cell["units"]["mean"] for cell in cells)
+        self.units = int(mean if unequal else most("units"))
+        self.context_tokens = int(most("compressed_tokens"))
+        self.rest_tokens = int(most("rest_tokens"))
+        self.context_bytes = context()
+        self.bytes = most("bytes_after")
+        self.seconds = sum(cell["seconds"] for cell in cells)
 
 
 def lines_of(result: Result) -> list[Line]:
     """One for each setup that has an answer."""
     full = full_of(result)
     of_full = None if full is None else _answered(result, full)
-    made = []
-    for setup in result["setups"]:
-        cells = _answered(result, setup)
-        if cells:
-            made.append(_line(setup, cells, of_full))
-    return made
+    answered = ((setup, _answered(result, setup)) for setup in result["setups"])
+    return [Line(setup, cells, of_full) for setup, cells in answered if cells]
 
 
 def _answered(result: Result, setup: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -196,45 +205,6 @@ def _found(cells: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
         for sample, score in zip(cell["samples"], cell["scores"], strict=True)
         if score == 1.0
     }
-
-
-def _line(
-    setup: Mapping[str, Any],
-    cells: Sequence[Mapping[str, Any]],
-    of_full: Sequence[Mapping[str, Any]] | None,
-) -> Line:
-    def most(name: str, of: Sequence[Mapping[str, Any]] = cells) -> float:
-        return max(cell[name]["max"] for cell in of)
-
-    def context(of: Sequence[Mapping[str, Any]] = cells) -> float:
-        return most("bytes", of) - most("room_bytes", of)
-
-    spreads = [cell["units"] for cell in cells if "most" in cell["units"]]
-    fewest, largest = ([spread[name] for spread in spreads] for name in ("fewest", "most"))
-    heads = f"{min(fewest):,}-{max(largest):,}" if spreads else ""
-    found = _found(cells)
-    found_by_full = None if of_full is None else _found(of_full)
-    bytes_of_full = most("bytes_after", of_full) if of_full else most("full_cache_bytes")
-    context_of_full = context(of_full) if of_full else most("full_cache_bytes")
-    aware = ", query-aware" if setup["protocol"] == "query_aware" else ""
-    return Line(
-        name=f"{_name(setup)}{aware}",
-        asked="1x" if setup["budget"] is None else str(setup["budget"]).removesuffix(" bytes"),
-        real=bytes_of_full / max(1, most("bytes_after")),
-        real_context=context_of_full / max(1, context()),
-        found=len(found),
-        of_full="-"
-        if found_by_full is None
-        else f"{len(found & found_by_full)}/{len(found_by_full)}",
-        asked_of=sum(cell["count"] - cell["failed"] for cell in cells),
-        units=int(max(cell["units"]["mean"] for cell in cells) if heads else most("units")),
-        heads=heads,
-        context_tokens=int(most("compressed_tokens")),
-        context_bytes=context(),
-        rest_tokens=int(most("rest_tokens")),
-        bytes=most("bytes_after"),
-        seconds=sum(cell["seconds"] for cell in cells),
-    )
 
 
 Column = tuple[str, int, Callable[[Line], str]]
@@ -272,7 +242,8 @@ def as_text(result: Result) -> str:
     else:
         table, legend = _table(lines, KEPT), _legend(result)
     said = [*(f"{term:<{INDENT}}{text}" for term, text in legend), *notes(result)[1:]]
-    return "\n".join([table, "", *(_wrapped(line) for line in said)])
+    wrapped = (textwrap.fill(line, WIDTH, subsequent_indent=" " * INDENT) for line in said)
+    return "\n".join([table, "", *wrapped])
 
 
 def _table(lines: Sequence[Line], columns: Sequence[Column]) -> str:
@@ -289,12 +260,12 @@ def _table(lines: Sequence[Line], columns: Sequence[Column]) -> str:
 def _over_lengths(result: Result) -> str:
     """The share found at each length, then how many times smaller the whole cache is."""
     lengths = sorted({cell["length"] for cell in result["cells"]})
-    slices = {length: _of_length(result, length) for length in lengths}
-    lines = {
-        length: {(line.name, line.asked): line for line in lines_of(slices[length])}
-        for length in lengths
-    }
-    names = dict.fromkeys(name for of_length in lines.values() for name in of_length)
+    lines = {}
+    for length in lengths:
+        cells = [cell for cell in result["cells"] if cell["length"] == length]
+        of_length = lines_of({"cells": cells, "setups": result["setups"]})
+        lines[length] = {(line.name, line.asked): line for line in of_length}
+    names = dict.fromkeys(name for each in lines.values() for name in each)
 
     def table(title: str, show: Callable[[Line], str]) -> list[str]:
         width = max(20, *(len(name) + 1 for name, _ in names))
@@ -307,12 +278,6 @@ def _over_lengths(result: Result) -> str:
 
     found = table("share found", lambda line: f"{line.found / line.asked_of:.2f}")
     return "\n".join([*found, "", *table("real", lambda line: f"{line.real:.1f}x")])
-
-
-def _of_length(result: Result, length: int) -> Result:
-    """The result of one length alone."""
-    cells = [cell for cell in result["cells"] if cell["length"] == length]
-    return {"cells": cells, "setups": result["setups"]}
 
 
 def _legend(result: Result) -> list[tuple[str, str]]:
@@ -353,7 +318,3 @@ def _legend_of_bytes(result: Result) -> list[tuple[str, str]]:
             )
         )
     return said
-
-
-def _wrapped(line: str) -> str:
-    return textwrap.fill(line, WIDTH, subsequent_indent=" " * INDENT)

@@ -62,7 +62,8 @@ def model_card(record: Mapping[str, Any], facts: Facts | None = None) -> str:
     fields = {key: value for key, value in record.items() if key not in _NOT_IN_TABLE}
     fields |= {f"default {key}": value for key, value in defaults.items()}
     fields |= {f"quotas at {key}x": words for key, words in quota_words(record).items()}
-    budget, trained_on = defaults.get("budget"), _trained_on(facts.training)
+    budget, data = defaults.get("budget"), (facts.training or {}).get("data")
+    trained_on = data.get("train") if isinstance(data, Mapping) else None
     card = ModelCard.from_template(
         _front_matter(record, base, f"Retaining heads for {name}", trained_on),
         str(Path(__file__).with_suffix(".md")),
@@ -143,11 +144,6 @@ def _cells(rows: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values as a table shows them, by name; values of None are left out."""
     shown = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in sorted(rows.items())}
     return [(escape(name), escape(value)) for name, value in shown.items() if value is not None]
-
-
-def _trained_on(training: Mapping[str, Any] | None) -> Any:
-    data = (training or {}).get("data")
-    return data.get("train") if isinstance(data, Mapping) else None
 
 
 def _sources(node: Any) -> Iterator[Mapping[str, Any]]:

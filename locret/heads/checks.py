@@ -9,13 +9,8 @@ from locret.heads.quotas import quotas_of
 def wrong_values(
     values: Mapping[str, Any], kinds: Mapping[str, Any], choices: Mapping[str, Collection[str]]
 ) -> list[str]:
-    """What is wrong with the values of a record, in words.
-
-    Args:
-        values: by field.
-        kinds: the types of all fields.
-        choices: what the words of some fields may be.
-    """
+    """What is wrong with the values of a record, in words, by the types of all its fields and what
+    the words of some may be (`choices`)."""
     wrong = []
     at_least = {"query_tokens": 0}
     for name, kind in kinds.items():

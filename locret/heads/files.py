@@ -2,7 +2,7 @@
 
 Ours is a folder with `heads.safetensors` (`layers.{i}.fc1.weight`, `layers.{i}.fc2.weight`; other
 kinds of heads: the names of their parameters), `config.json` (`locret.heads.heads.HeadsConfig`) and
-a model card, and `custom_generate/` for stock `generate` (`locret.heads.custom_generate`); beside
+a model card, and `custom_generate/` for stock `generate`; beside
 them may lie `training.yaml`, `training.png` and small files with figures, which are published too.
 The released format is a torch file with `model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`,
 alone or in a whole-model dict.
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from locret.heads import custom_generate, hub, peers
+from locret.heads import hub, peers
 from locret.heads.card import Facts, is_generated, model_card
 from locret.system.files import as_json
 
@@ -39,6 +39,31 @@ TRAINING = "training.yaml"
 PLOT = "training.png"
 FIGURES = (".png", ".json", ".csv")
 MAX_FIGURE_BYTES = 4 * 2**20
+
+CUSTOM = "custom_generate"
+"""The folder that tells stock `generate` to use the heads: transformers copies `generate.py` into a
+cache of its own and calls it. So it says little: `locret.integrations.custom_generate` answers."""
+
+CODE = '''"""Stock `generate` within a bounded KV cache, by the retaining heads of this repository:
+
+    model.generate(**inputs, custom_generate="OWNER/NAME", trust_remote_code=True)
+
+Settings of `locret.Engine` are arguments too, such as budget="8x". With a copy of this folder in a
+model's own repository, every `generate` of that model goes through here; then HEADS must say where
+the heads are.
+"""
+
+from locret.integrations import custom_generate
+
+HEADS = None  # a Hub id or a folder; None: the repository that generate() was told of
+
+
+# The model comes by keyword: model.generate(inputs) works where this is bound to a model, too.
+def generate(inputs=None, *, model, heads=HEADS, **kwargs):
+    return custom_generate.generate(model, inputs, heads=heads, loaded_from=__file__, **kwargs)
+'''
+
+CUSTOM_FILES = {f"{CUSTOM}/generate.py": CODE, f"{CUSTOM}/requirements.txt": "locret\n"}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OURS = re.compile(r"layers\.(\d+)\.(fc[12])\.weight")
@@ -65,7 +90,10 @@ def load(
         return None, _load_released(path)
     weights = peers.KVZAP_WEIGHTS if _is_kvzap(path) else WEIGHTS
     if (path / weights).is_file():
-        return _load_record(path / RECORD), _load_weights(path / weights)
+        try:
+            return _load_record(path / RECORD), load_file(path / weights)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path / weights} is truncated or corrupted: {error}") from error
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
     released = [name for name in names if name.endswith(".bin")]
     if len(released) == 1:
@@ -94,11 +122,8 @@ def locate(source: str | Path, *, revision: str | None = None, token: str | None
 def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    """Compare names, shapes and values with what heads need.
-
-    Raises:
-        ValueError: names every tensor missing, extra, misshapen or not finite.
-    """
+    """Compare names, shapes and values with what heads need; a ValueError names every tensor that
+    is missing, extra, misshapen or not finite."""
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"extra {name}" for name in tensors if name not in expected]
     for name, tensor in tensors.items():
@@ -134,9 +159,9 @@ def save_folder(
         (aside / RECORD).write_text(_record_text(record), encoding="utf-8")
         if not has_own_card(folder):
             (aside / CARD).write_text(model_card(record), encoding="utf-8")
-        if not (folder / custom_generate.FOLDER).exists():
-            (aside / custom_generate.FOLDER).mkdir()
-            for name, text in custom_generate.FILES.items():
+        if not (folder / CUSTOM).exists():
+            (aside / CUSTOM).mkdir()
+            for name, text in CUSTOM_FILES.items():
                 (aside / name).write_text(text, encoding="utf-8")
         # safetensors writes files that only their owner may read
         (aside / WEIGHTS).chmod((aside / RECORD).stat().st_mode)
@@ -214,9 +239,9 @@ def publishable(
         reason = _reason_to_stay(path)
         if reason:
             left_out[path.name] = reason
-        elif path.name not in (CARD, custom_generate.FOLDER):
+        elif path.name not in (CARD, CUSTOM):
             files.append(CommitOperationAdd(path.name, path))
-    for name, text in custom_generate.FILES.items():  # artifacts of earlier versions lack them
+    for name, text in CUSTOM_FILES.items():  # artifacts of earlier versions lack them
         own_file = folder / name
         files.append(
             CommitOperationAdd(name, own_file if own_file.is_file() else text.encode("utf-8"))
@@ -226,24 +251,8 @@ def publishable(
     return [CommitOperationAdd(CARD, card), *files], left_out
 
 
-def push(repo_id: str, folder: str | Path, **options: Any) -> str:
-    """Upload an artifact folder in one commit; returns its address. Options: `hub.upload`'s.
-
-    The folder itself stays as it is. Whether its heads are sound is the caller's to check.
-
-    Raises:
-        ValueError: no artifact folder, or the Hub did not take it; says why.
-    """
-    files, _ = publishable(folder, repo_id)
-    return hub.upload(repo_id, files, **options)
-
-
 def inventory(source: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Figures of heads and of the files that they were read from.
-
-    Args:
-        source: the file or folder.
-        tensors: of the heads, by name.
+    """Figures of heads, tensors by name, and of the file or folder that they were read from.
 
     Returns:
         `parameters`, `bytes`, `dtypes`, `files` (bytes by name), and `layers`: for each its number
@@ -305,7 +314,7 @@ def _move_in(aside: Path, folder: Path) -> None:
 
 def _reason_to_stay(path: Path) -> str | None:
     """Why a file of an artifact folder is not published; None if it is."""
-    if path.name == custom_generate.FOLDER:
+    if path.name == CUSTOM:
         return None
     if not path.is_file():
         return "not a file"
@@ -369,13 +378,6 @@ def _load_record(path: Path) -> dict[str, Any]:
 
 def _is_kvzap(folder: Path) -> bool:
     return (folder / RECORD).is_file() and peers.is_kvzap(_load_record(folder / RECORD))
-
-
-def _load_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or corrupted: {error}") from error
 
 
 def _load_released(path: Path) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from locret.heads import files as artifact
-from locret.heads import peers
+from locret.heads import hub, peers
 from locret.heads.card import DEFAULT_LICENSE
 from locret.heads.checks import wrong_values
 from locret.heads.kinds import GateHead, LinearHead, MLPHead, RetainingHead
@@ -117,11 +117,8 @@ class Geometry:
     activation: str
 
     def feature_width(self, tap: str) -> int:
-        """Length of what a head reads of a token (`FEATURES`); W for `qkv`.
-
-        Raises:
-            ValueError: an unknown tap.
-        """
+        """Length of what a head reads of a token (`FEATURES`); W for `qkv`. ValueError: an unknown
+        tap."""
         if tap not in FEATURES:
             raise ValueError(f"tap {tap!r} is unknown; expected one of {sorted(FEATURES)}")
         with torch.device("meta"):  # the table's function itself says how long: no second table
@@ -381,7 +378,8 @@ class RetainingHeads(nn.Module):
         """
         with tempfile.TemporaryDirectory() as folder:
             self.from_pretrained(self.save_pretrained(folder))
-            return artifact.push(repo_id, folder, private=private, token=token, revision=revision)
+            files, _ = artifact.publishable(folder, repo_id)
+            return hub.upload(repo_id, files, private=private, token=token, revision=revision)
 
 
 def is_logarithm(label: str) -> bool:

@@ -88,17 +88,21 @@ def upload(
         revision: branch to commit to; default `main`.
 
     Returns:
-        The repository's address.
-
-    Raises:
-        ValueError: it could not be done, and why. A commit is there as a whole or not at all.
+        The repository's address. A commit is there as a whole or, with a ValueError, not at all.
     """
     check_repo_id(repo_id)
     if not has_token(token):
         raise ValueError(f"no token to push to {repo_id} with: {HOW_TO_GET_A_TOKEN}")
     api = HfApi(token=token)
     try:
-        url = _open_repository(api, repo_id, private, revision)
+        url = str(api.create_repo(repo_id, private=private, exist_ok=True))
+        if private and not api.repo_info(repo_id).private:
+            raise ValueError(
+                f"{url} exists already and is public; make it private in its settings, choose "
+                "another name, or push without private"
+            )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         api.create_commit(repo_id, files, commit_message="Upload heads", revision=revision)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(
@@ -121,19 +125,6 @@ def check_repo_id(repo_id: str) -> None:
 def has_token(token: str | None = None) -> bool:
     """Whether a token is given, in the environment, or stored by `hf auth login`."""
     return bool(token or huggingface_hub.get_token())
-
-
-def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> str:
-    """Make the repository and the branch unless they exist. Returns the address."""
-    url = str(api.create_repo(repo_id, private=private, exist_ok=True))
-    if private and not api.repo_info(repo_id).private:
-        raise ValueError(
-            f"{url} exists already and is public; make it private in its settings, choose another "
-            "name, or push without private"
-        )
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return url
 
 
 def _reason(error: BaseException, revision: str | None) -> str:

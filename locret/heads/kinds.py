@@ -45,7 +45,8 @@ class MLPHead(RetainingHead):
         return self.fc2(self.act(self.fc1(features))).transpose(1, 2)
 
     def start_at(self, score: float) -> None:
-        _fill(self.fc2.bias, score)
+        if self.fc2.bias is not None:
+            nn.init.constant_(self.fc2.bias, score)
 
 
 class LinearHead(RetainingHead):
@@ -64,12 +65,8 @@ class LinearHead(RetainingHead):
         return self.fc(features.to(self.fc.weight.dtype)).transpose(1, 2)
 
     def start_at(self, score: float) -> None:
-        _fill(self.fc.bias, score)
-
-
-def _fill(bias: Tensor | None, score: float) -> None:
-    if bias is not None:
-        nn.init.constant_(bias, score)
+        if self.fc.bias is not None:
+            nn.init.constant_(self.fc.bias, score)
 
 
 class GateHead(RetainingHead):

@@ -35,14 +35,8 @@ def is_kvzap(record: Mapping[str, Any]) -> bool:
 def kvzap(
     record: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What KVzap's files say, in our terms.
-
-    Returns:
-        The fields of `locret.heads.heads.HeadsConfig`, and the tensors under our names.
-
-    Raises:
-        ValueError: the record lacks a field.
-    """
+    """What KVzap's files say, in our terms: the fields of `locret.heads.heads.HeadsConfig`, and the
+    tensors under our names. ValueError if the record lacks a field."""
     needed = ("n_modules", "input_dim", "output_dim")
     missing = [name for name in needed if name not in record]
     if missing:
@@ -87,10 +81,7 @@ def gates_in(state: Mapping[str, Any]) -> dict[str, Tensor] | None:
 
 def fast_kvzip(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """The fields of `HeadsConfig` that the gates' shapes tell; None for tensors of other heads.
-
-    Raises:
-        ValueError: the first layer's tensors have not the shapes of a gate's.
-    """
+    ValueError if the first layer's tensors have not the shapes of a gate's."""
     base, projection = tensors.get("layers.0.k_base"), tensors.get("layers.0.q_proj.weight")
     if base is None or projection is None:
         return None

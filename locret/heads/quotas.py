@@ -80,10 +80,7 @@ class Quotas:
         )
 
     def check_shape(self, num_layers: int, num_kv_heads: int) -> None:
-        """
-        Raises:
-            ValueError: these are quotas of a model of another shape.
-        """
+        """Refuse these quotas (ValueError) for a model of another shape."""
         if self.shape != (num_layers, num_kv_heads):
             layers, heads = self.shape
             raise ValueError(

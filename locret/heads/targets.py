@@ -4,6 +4,7 @@ B batch, H KV heads, G query heads a KV head, A answer tokens, P prompt tokens, 
 size. A label says how much the answer looks at every prompt unit: it takes an `AnswerView` and
 returns float32 [B, H, P], higher = keep. A loss takes predicted and true scores [B, H, P] and
 returns a scalar. To add one, write the function and give it a name in `LABELS` or `LOSSES`.
+Labels that weigh values raise a ValueError where the output projection is not known.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -105,9 +106,6 @@ def value_weighted(view: AnswerView) -> Tensor:
 
     max over a and g of  prob[g, a, unit] * || W_O[g] v[unit] ||  (CriticalKV, arXiv 2502.03805;
     KVzap, arXiv 2601.07891).
-
-    Raises:
-        ValueError: the output projection is not known.
     """
     return _max_over_answer(view, weight=_value_norms(view, "value_weighted"))
 
@@ -118,11 +116,7 @@ def log_max_prob(view: AnswerView) -> Tensor:
 
 
 def log_value_weighted(view: AnswerView) -> Tensor:
-    """log(value_weighted + 1e-5).
-
-    Raises:
-        ValueError: the output projection is not known.
-    """
+    """log(value_weighted + 1e-5)."""
     return _log(_max_over_answer(view, weight=_value_norms(view, "log_value_weighted")))
 
 
@@ -131,9 +125,6 @@ def log_value_share(view: AnswerView) -> Tensor:
 
     log(1e-5 + max over a and g of  prob[g, a, unit] * || W_O[g] v[unit] || / || h[a] ||), as KVzap
     (arXiv 2601.07891), with h as the layer's projections get it (`AnswerView.norms`).
-
-    Raises:
-        ValueError: the output projection is not known.
     """
     assert view.norms is not None
     weight = _value_norms(view, "log_value_share")
@@ -307,24 +298,13 @@ LOSSES: dict[str, Loss | type[BoundaryLoss]] = {
 
 
 def make_loss(name: str, boundary_weight: float = 0.2) -> Loss:
-    """A loss by its name in `LOSSES`.
-
-    Args:
-        boundary_weight: of `BoundaryLoss`.
-
-    Raises:
-        ValueError: no loss of that name.
-    """
+    """A loss by its name in `LOSSES`; the weight is that of `BoundaryLoss`."""
     found = by_name(LOSSES, name, "loss")
     return found(boundary_weight) if found is BoundaryLoss else found
 
 
 def by_name(table: Mapping[str, Any], name: str, what: str) -> Any:
-    """An entry of `LABELS` or `LOSSES`.
-
-    Raises:
-        ValueError: no entry of that name.
-    """
+    """An entry of `LABELS` or `LOSSES`; ValueError if there is none of that name."""
     if name not in table:
         raise ValueError(f"{what} {name!r} is unknown; expected one of {sorted(table)}")
     return table[name]

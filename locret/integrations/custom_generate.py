@@ -1,7 +1,7 @@
 """`model.generate(..., custom_generate="OWNER/NAME", trust_remote_code=True)`: heads of the Hub in
 stock `generate`.
 
-An artifact's `custom_generate/generate.py` (`locret.heads.custom_generate`) calls what is here. It
+An artifact's `custom_generate/generate.py` (`locret.heads.files`) calls what is here. It
 answers as `locret.Engine(model, heads=...).generate` does: settings of the engine are arguments of
 the call, all others are those of stock `generate`.
 """
@@ -74,11 +74,7 @@ def generate(
 def _repository() -> str:
     """The name that the call of `generate` gave as `custom_generate`. It is not among the arguments
     that transformers hands on, and the code was copied away from where it lay, so that only the
-    frame of that call knows it.
-
-    Raises:
-        ValueError: there is no such call.
-    """
+    frame of that call knows it."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_locals.get("custom_generate")

@@ -16,6 +16,7 @@ import inspect
 import logging
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,18 +151,16 @@ class LocretPipeline(_Pipeline):
     def _forward(self, model_inputs: dict[str, Any], **generating: Any) -> list[str]:
         """The answers to all questions."""
         context, questions = model_inputs["context_ids"], model_inputs["question_ids"]
+        read = partial(self.engine.prefill, context, torch.ones_like(context))
         with self.engine:
             if self._asks_first:
-                return [self._answer(self._read(context, q), q, generating) for q in questions]
-            cache = self._read(context)
+                return [self._answer(read(query_ids=q), q, generating) for q in questions]
+            cache = read()
             untouched, answers = cache.snapshot(), []
             for question in questions:
                 cache.restore(untouched)
                 answers.append(self._answer(cache, question, generating))
             return answers
-
-    def _read(self, context: Tensor, question: Tensor | None = None) -> Any:
-        return self.engine.prefill(context, torch.ones_like(context), query_ids=question)
 
     def _answer(self, cache: Any, question: Tensor, generating: dict[str, Any]) -> str:
         mask = torch.ones_like(question)

@@ -135,11 +135,9 @@ class LayerChunk:
 
     def all_values(self) -> Tensor:
         """Values of held and new units, [B, H, S + T, D]."""
-        return (
-            self.value
-            if self.context is None
-            else torch.cat([self.context.values, self.value], dim=2)
-        )
+        if self.context is None:
+            return self.value
+        return torch.cat([self.context.values, self.value], dim=2)
 
     def filled(self) -> Tensor | None:
         """Which slots hold a unit, bool [B, H, S + T]; None = all."""
@@ -352,14 +350,12 @@ class Eviction:
         """Protected units at the (tail, head) of each sequence of a layer's KV heads, those that
         are recent to the policy included: a small budget protects fewer."""
         average = max(self.average or self.budget(retained_idx), 1)
-        return [
-            self._protected(count, self.stabilizers * count // average, policy.recent(count))
-            for count in self.counts[retained_idx]
-        ]
-
-    def _protected(self, count: int, stabilizers: int, recent: int) -> tuple[int, int]:
-        head = min(self.query, count)
-        return min(max(stabilizers, recent - self.drop), count - head), head
+        protected = []
+        for count in self.counts[retained_idx]:
+            head = min(self.query, count)
+            tail = max(self.stabilizers * count // average, policy.recent(count) - self.drop)
+            protected.append((min(tail, count - head), head))
+        return protected
 
 
 def with_protected(

@@ -138,10 +138,12 @@ class AdaptiveHeads(Composed):
 
     def allot(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor]:
         shares = self._shares(scores, budgets)
-        return [
-            _shared_by_heads(layer, share, self.floor)
-            for layer, share in zip(scores, shares, strict=True)
-        ]
+        counts = []
+        for layer, share in zip(scores, shares, strict=True):
+            safe = raised(layer, (share * self.floor).long())
+            (chosen,) = highest_of_all([safe], share.sum(dim=1))
+            counts.append((chosen & (layer > -torch.inf)).sum(dim=-1))
+        return counts
 
 
 class SharedLayers(Composed):
@@ -186,13 +188,6 @@ class SharedLayers(Composed):
             .maximum((layer == torch.inf).sum(dim=-1))
             for layer, mine in zip(scores, highest_of_all(safe, total), strict=True)
         ]
-
-
-def _shared_by_heads(scores: Tensor, share: Tensor, floor: float) -> Tensor:
-    """Counts [B, H] of one layer."""
-    safe = raised(scores, (share * floor).long())
-    (chosen,) = highest_of_all([safe], share.sum(dim=1))
-    return (chosen & (scores > -torch.inf)).sum(dim=-1)
 
 
 def _normalized(scores: Tensor) -> Tensor:

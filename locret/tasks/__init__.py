@@ -4,24 +4,18 @@ from collections.abc import Sequence
 
 from locret.tasks.base import Prompts, Sample, Task, TaskSettings
 from locret.tasks.code import CodeTask
-from locret.tasks.fairytaleqa import FairytaleQATask
+from locret.tasks.document_qa import FairytaleQATask, QMSumTask
 from locret.tasks.leval import LEVAL_TASKS
 from locret.tasks.needle import HAYSTACK, NEEDLE_TASKS
-from locret.tasks.qmsum import QMSumTask
 from locret.tasks.ruler import RULER_TASKS
 
 __all__ = ["DATA", "GROUPS", "TASKS", "Prompts", "Sample", "Task", "TaskSettings", "task_names"]
 
-_ALL: tuple[type[Task], ...] = (
-    *RULER_TASKS,
-    *NEEDLE_TASKS,
-    FairytaleQATask,
-    QMSumTask,
-    CodeTask,
-    *LEVAL_TASKS,
-)
+_DOCUMENTS: tuple[type[Task], ...] = (FairytaleQATask, QMSumTask, CodeTask)
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (*RULER_TASKS, *NEEDLE_TASKS, *_DOCUMENTS, *LEVAL_TASKS)
+}
 """A task's class by the name of the task."""
 
 DATA = ("squad", "hotpotqa", "haystack", "words", HAYSTACK, "fairytaleqa", "qmsum", "leval")
@@ -36,11 +30,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def task_names(names: Sequence[str]) -> list[str]:
-    """Names with groups spelt out, each once, in order.
-
-    Raises:
-        ValueError: a name that is no task and no group.
-    """
+    """Names with groups spelt out, each once, in order; ValueError for one that is no task and no
+    group."""
     unknown = [name for name in names if name not in TASKS and name not in GROUPS]
     if unknown:
         raise ValueError(

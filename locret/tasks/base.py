@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from locret.system.files import file_hash
+from locret.tasks.metrics import check_rouge
 
 
 class Prompts(Protocol):
@@ -95,11 +96,8 @@ class TaskSettings:
     cache_dir: Path | None = None
 
     def file(self, name: str, default: str) -> Path:
-        """The file for the data `name`; `default` is its usual name in `data_dir`.
-
-        Raises:
-            ValueError: it is not there.
-        """
+        """The file for the data `name`, whose usual name in `data_dir` is `default`; ValueError if
+        it is not there."""
         given = Path(self.data.get(name, default)).expanduser()
         if self.data_dir is not None and not given.is_absolute() and not given.is_file():
             given = self.data_dir / given
@@ -141,11 +139,8 @@ class Task(ABC):
         return self.name if self.length is None else f"{self.name}@{self.length}"
 
     def files(self) -> list[Path]:
-        """The data files that are read.
-
-        Raises:
-            ValueError: one is missing; says which, and where to put it.
-        """
+        """The data files that are read; ValueError where one is missing: which, and where to put
+        it."""
         return []
 
     def origins(self) -> dict[str, str]:
@@ -153,12 +148,9 @@ class Task(ABC):
         return {path.name: file_hash(path) for path in self.files()}
 
     def check_packages(self) -> None:
-        """Refuse to be asked where the scores cannot be computed.
-
-        Raises:
-            ValueError: a package that they need is not installed; says which.
-        """
-        return
+        """Raises ValueError where a package that the scores need is not installed; says which."""
+        if any(name.startswith("rouge") for name in self.metrics):
+            check_rouge()
 
     @abstractmethod
     def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
@@ -174,12 +166,19 @@ class Task(ABC):
         """The scores of an answer, by `metrics`."""
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with where it stands (`FILE:LINE`); empty lines are skipped.
+class SizedTask(Task):
+    """A task whose prompts are made to a length, 4,096 tokens unless the settings give another."""
 
-    Raises:
-        ValueError: the file cannot be read, or a line is no JSON object.
-    """
+    length: int = 4096
+
+    def __init__(self, settings: TaskSettings) -> None:
+        super().__init__(settings)
+        self.length = settings.length or self.length
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row with where it stands (`FILE:LINE`); empty lines are skipped. ValueError if the file
+    cannot be read, or a line is no JSON object."""
     path = Path(path)
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -207,28 +206,19 @@ def are_texts(value: Any) -> bool:
 
 
 def read_contexts(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, in order, each with an `id`.
-
-    Raises:
-        ValueError: a line that is no such row; says where.
-    """
+    """The rows of a file, in order, each with an `id`; ValueError for a line that is no such
+    row."""
     for number, (where, row) in enumerate(read_rows(path)):
-        if not _is_context(row):
+        asked = row.get("qa")
+        right = isinstance(asked, list) and all(
+            isinstance(qa, dict)
+            and isinstance(qa.get("question"), str)
+            and are_texts(qa.get("answers"))
+            for qa in asked
+        )
+        if not right or not isinstance(row.get("context"), str):
             raise ValueError(
                 f'{where} has no "context" with a list "qa" of questions and answers; expected '
                 '{"id", "context", "qa": [{"question", "answers": ["text", ...]}]}'
             )
         yield {"id": str(number)} | row
-
-
-def _is_context(row: dict[str, Any]) -> bool:
-    asked = row.get("qa")
-    fields = {"question", "answers"}
-    right = isinstance(asked, list) and all(
-        isinstance(qa, dict)
-        and fields <= set(qa)
-        and isinstance(qa["question"], str)
-        and are_texts(qa["answers"])
-        for qa in asked
-    )
-    return right and isinstance(row.get("context"), str)

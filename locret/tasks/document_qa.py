@@ -1,4 +1,6 @@
-"""Questions that people asked about documents, answered in their own words."""
+"""Questions that people asked about documents, answered in their own words: FairytaleQA (Xu et al.,
+2022) and QMSum (Zhong et al., 2021).
+"""
 
 from pathlib import Path
 from typing import ClassVar
@@ -26,9 +28,6 @@ class DocumentQATask(Task):
     def files(self) -> list[Path]:
         return [self.settings.file(self.name, self.file)]
 
-    def check_packages(self) -> None:
-        metrics.check_rouge()
-
     def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
         """Questions go round the documents."""
         samples = (
@@ -49,3 +48,30 @@ class DocumentQATask(Task):
             "rouge_l": metrics.rouge(answer, sample.answers)["rougeL"],
             "f1": metrics.token_f1(answer, sample.answers),
         }
+
+
+class FairytaleQATask(DocumentQATask):
+    """Questions that experts asked about whole fairy tales: the validation stories."""
+
+    name = "fairytaleqa"
+    file = "fairytaleqa_val.jsonl.gz"
+    max_new_tokens = 32
+    stop = ("\n",)
+
+
+class QMSumTask(DocumentQATask):
+    """Queries about meetings, on the stretch of the transcript that answers them: the validation
+    meetings. Worded as in LongBench (Bai et al., 2023), which asks about whole meetings."""
+
+    name = "qmsum"
+    file = "qmsum_windowed_val.jsonl.gz"
+    before = (
+        "You are given a meeting transcript and a query containing a question or instruction. "
+        "Answer the query in one or more sentences.\n\nTranscript:\n"
+    )
+    asked = (
+        "\n\nNow, answer the query based on the above meeting transcript in one or more "
+        "sentences.\n\nQuery: "
+    )
+    after = "\nAnswer:"
+    max_new_tokens = 160  # 9 in 10 references have at most 100 words

@@ -5,7 +5,6 @@ reference (`pydoc_data.topics`); and files of words to draw from.
 import importlib.util
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,11 +23,8 @@ SENTENCE_CHARS = (24, 220)  # shorter is mostly debris, longer makes the prompt 
 MIN_SENTENCES = 8
 
 
-@dataclass(frozen=True)
-class Haystack:
-    """Sentences of prose, each one different from the others, in reading order."""
-
-    sentences: tuple[str, ...]
+Haystack = tuple[str, ...]
+"""Sentences of prose, each one different from the others, in reading order."""
 
 
 @lru_cache(maxsize=8)
@@ -36,15 +32,15 @@ def load_haystack(path: str | Path | None = None) -> Haystack:
     """Read a haystack: "noise", a UTF-8 text file, or CPython's language reference when None.
 
     The language reference differs between Python versions, so samples over it are reproducible
-    within one version.
-
-    Raises:
-        ValueError: if the file is missing or holds too few sentences.
+    within one version. ValueError if the file is missing or holds too few sentences.
     """
     if path is None:
-        return Haystack(_sentences(_topics_paragraphs()))
+        from pydoc_data.topics import topics  # 460 KB: loaded only by those who use it
+
+        blocks = (b for name in sorted(topics) for b in re.split(r"\n\s*\n", topics[name]))
+        return _sentences([_strip_markup(b) for b in blocks if _is_prose(b)])
     if path == "noise":
-        return Haystack(NOISE)
+        return NOISE
     if not Path(path).is_file():
         raise ValueError(
             f"haystack {str(path)!r} is not a file; give the path of a text file, 'noise', or none "
@@ -58,18 +54,11 @@ def load_haystack(path: str | Path | None = None) -> Haystack:
             f"{SENTENCE_CHARS[0]} to {SENTENCE_CHARS[1]} characters, expected "
             f"at least {MIN_SENTENCES}; give a longer text"
         )
-    return Haystack(found)
-
-
-def _topics_paragraphs() -> list[str]:
-    """Prose of the language reference, without headings, grammar, code and footnotes."""
-    from pydoc_data.topics import topics  # 460 KB: loaded only by those who use it
-
-    blocks = (b for name in sorted(topics) for b in re.split(r"\n\s*\n", topics[name]))
-    return [_strip_markup(b) for b in blocks if _is_prose(b)]
+    return found
 
 
 def _is_prose(block: str) -> bool:
+    """Whether a block of the reference is no heading, grammar, code or footnote."""
     text = block.strip()
     if re.search(r"::|>>>|^\s*\.\.|[*=\-~^]{4,}|^\[\d+\]| \| |\n {8,}\S", text):
         return False
@@ -84,7 +73,7 @@ def _strip_markup(block: str) -> str:
     return text.translate(str.maketrans("“”‘’", "\"\"''", "`"))
 
 
-def _sentences(paragraphs: Sequence[str]) -> tuple[str, ...]:
+def _sentences(paragraphs: Sequence[str]) -> Haystack:
     """Split into sentences; of equal ones the first stays, so that each has one place."""
     # A full stop after "e.g", "i.e", "etc", "vs" or an initial ends no sentence.
     not_end = r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bvs\.)(?<!\b[A-Z]\.)"
@@ -103,24 +92,16 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bMrs\.)(?<!
 
 
 def essay_files(settings: TaskSettings) -> list[Path]:
-    """The file of running text, if one was given under the name `haystack`.
-
-    Raises:
-        ValueError: it was given and is not there.
-    """
+    """The file of running text, if one was given under the name `haystack`."""
     return [settings.file("haystack", "")] if settings.data.get("haystack") else []
 
 
 def essay_words(settings: TaskSettings) -> list[str]:
     """Words of the haystack, in order: a text file's, those of a JSONL file's contexts, or the
-    language reference that ships with CPython.
-
-    Raises:
-        ValueError: the file holds none, or a row that is no context.
-    """
+    language reference that ships with CPython."""
     files = essay_files(settings)
     if not files:
-        return " ".join(load_haystack(None).sentences).split()
+        return " ".join(load_haystack(None)).split()
     name = files[0].name
     if name.endswith((".jsonl", ".jsonl.gz")):
         words = " ".join(row["context"] for row in read_contexts(files[0])).split()
@@ -138,11 +119,7 @@ def sentences_of(words: list[str], count: int) -> list[str]:
 
 
 def word_files(settings: TaskSettings) -> dict[str, Path]:
-    """Files with one word a line, by kind: one given under the name `words`, else wonderwords'.
-
-    Raises:
-        ValueError: the file is missing, or the package is not installed.
-    """
+    """Files with one word a line, by kind: one given under the name `words`, else wonderwords'."""
     if settings.data.get("words"):
         given = settings.file("words", "")
         return dict.fromkeys(LISTS, given)

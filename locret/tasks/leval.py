@@ -157,37 +157,9 @@ TASKS: dict[str, Kind] = {
 """The tasks by L-Eval's names, closed-ended ones first."""
 
 
-def check_task(task: str) -> Kind:
-    """The kind of a task.
-
-    Raises:
-        ValueError: an unknown name; lists those there are.
-    """
-    if task not in TASKS:
-        raise ValueError(f"L-Eval has no task {task!r}; expected one of {', '.join(TASKS)}")
-    return TASKS[task]
-
-
-def score(task: str, answer: str, references: Sequence[str]) -> dict[str, float]:
-    """Scores of an answer, 0 to 1, the headline first.
-
-    Raises:
-        ValueError: an unknown task, no references, or a metric's package is missing.
-    """
-    return check_task(task).score(answer.strip(), references)
-
-
 def load_questions(task: str, data: str | Path) -> list[Sample]:
-    """The questions of a task, but for those that judges are to score.
-
-    Args:
-        task: of `TASKS`.
-        data: see the file's head; `find_data` tells which file is taken.
-
-    Raises:
-        ValueError: an unknown task, no such data, or rows that are not as described.
-    """
-    check_task(task)
+    """The questions of a task of `TASKS`, but for those that judges are to score. Data: see the
+    file's head; `find_data` tells which file is taken."""
     questions: list[Sample] = []
     for number, (place, row) in enumerate(read_rows(find_data(task, data))):
         asked = list(_asked(row, place))
@@ -206,12 +178,8 @@ def load_questions(task: str, data: str | Path) -> list[Sample]:
 
 
 def find_data(task: str, data: str | Path) -> Path:
-    """The file with a task's rows: `data` itself, or `TASK.jsonl` or the like below it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    check_task(task)
+    """The file with a task's rows: `data` itself, or `TASK.jsonl` or the like below it; ValueError
+    if there is none."""
     place = Path(data)
     if place.is_file():
         return place
@@ -312,16 +280,12 @@ class LEvalTask(Task):
             raise ValueError(f"{self.name} needs data: give its folder with --data-dir")
         return [find_data(self.of, place)]
 
-    def check_packages(self) -> None:
-        if self.metrics == metrics.ROUGE:
-            metrics.check_rouge()
-
     def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
         """Questions go round the documents."""
         return in_turns(load_questions(self.of, self.files()[0]))[:limit]
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
-        return score(self.of, answer, sample.answers)
+        return TASKS[self.of].score(answer.strip(), sample.answers)
 
 
 def _task(of: str, kind: Kind) -> type[LEvalTask]:

@@ -29,13 +29,14 @@ def normalize(text: str) -> str:
 
 def token_f1(answer: str, references: Sequence[str]) -> float:
     """Harmonic mean of the precision and recall of the words, normalized, repetitions counted."""
-    return best(lambda wanted: _f1(normalize(answer), normalize(wanted)), references)
+    given = normalize(answer).split()
 
+    def f1(reference: str) -> float:
+        wanted = normalize(reference).split()
+        common = (Counter(given) & Counter(wanted)).total()
+        return 2 * common / (len(given) + len(wanted)) if common else 0.0
 
-def _f1(answer: str, reference: str) -> float:
-    given, wanted = answer.split(), reference.split()
-    common = sum((Counter(given) & Counter(wanted)).values())
-    return 2 * common / (len(given) + len(wanted)) if common else 0.0
+    return best(f1, references)
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
@@ -44,11 +45,8 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 
 def best(score: Callable[[str], float], references: Sequence[str]) -> float:
-    """The best score over the references.
-
-    Raises:
-        ValueError: there are none, or a text instead of a list.
-    """
+    """The best score over the references; ValueError if there are none, or a text instead of a
+    list."""
     _check_references(references)
     return max(float(score(wanted)) for wanted in references)
 
@@ -62,22 +60,14 @@ def _check_references(references: Sequence[str]) -> None:
 
 
 def rouge(answer: str, references: Sequence[str]) -> dict[str, float]:
-    """F-measures `rougeL`, `rouge1`, `rouge2`, each the best over the references.
-
-    Raises:
-        ValueError: the package rouge-score is not installed.
-    """
+    """F-measures `rougeL`, `rouge1`, `rouge2`, each the best over the references."""
     _check_references(references)
     found = [_rouge_scorer().score(wanted, answer) for wanted in references]
     return {name: max(scores[name].fmeasure for scores in found) for name in ROUGE}
 
 
 def check_rouge() -> None:
-    """Refuse ROUGE where it cannot be computed.
-
-    Raises:
-        ValueError: the package rouge-score is not installed.
-    """
+    """Refuse ROUGE (ValueError) where the package rouge-score is not installed."""
     if importlib.util.find_spec("rouge_score") is None:
         raise ValueError("ROUGE needs the package rouge-score: pip install 'locret[eval]'")
 
@@ -109,16 +99,9 @@ def _plain(text: str) -> str:
 
 
 def _holds(text: str, wanted: str) -> bool:
-    before = (
-        r"(?<!\w)(?<!\d[.,])"
-        if wanted[:1].isdigit()
-        else r"(?<!\w)"
-        if wanted[:1].isalpha()
-        else ""
-    )
-    after = (
-        r"(?!\w)(?![.,]\d)" if wanted[-1:].isdigit() else r"(?!\w)" if wanted[-1:].isalpha() else ""
-    )
+    first, last = wanted[:1], wanted[-1:]
+    before = r"(?<!\w)(?<!\d[.,])" if first.isdigit() else r"(?<!\w)" * first.isalpha()
+    after = r"(?!\w)(?![.,]\d)" if last.isdigit() else r"(?!\w)" * last.isalpha()
     return re.search(before + re.escape(wanted) + after, text) is not None
 
 

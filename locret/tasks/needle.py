@@ -9,10 +9,9 @@ come on top.
 from pathlib import Path
 
 from locret.tasks import synthetic
-from locret.tasks.base import Prompts, Sample, Task, TaskSettings
+from locret.tasks.base import Prompts, Sample, SizedTask
 from locret.tasks.metrics import whole_words_found
 
-DEFAULT_LENGTH = 4096
 FIRST_SEED = 1_000_000
 """Heads are trained on samples of smaller seeds."""
 
@@ -23,16 +22,12 @@ HAYSTACKS = {"noise": "noise", "reference": None}
 """Haystacks that need no file; the reference is CPython's of its language."""
 
 
-class NeedleTask(Task):
+class NeedleTask(SizedTask):
     """Name what is hidden in a long text. `found`: everything asked for is in the answer; `part`:
     the share of it that is."""
 
     metrics = ("found", "part")
     max_new_tokens = 32
-
-    def __init__(self, settings: TaskSettings) -> None:
-        super().__init__(settings)
-        self.length = settings.length or DEFAULT_LENGTH
 
     def files(self) -> list[Path]:
         given = self._haystack
@@ -49,7 +44,6 @@ class NeedleTask(Task):
         return [self._sample(number, prompts) for number in range(count)]
 
     def _sample(self, number: int, prompts: Prompts) -> Sample:
-        assert self.length is not None
         files = self.files()
         made = synthetic.make_sample(
             self.name,

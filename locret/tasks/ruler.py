@@ -135,11 +135,6 @@ NEEDLES = {
 }
 
 
-def _needle_task(name: str, needles: Needles) -> type[NeedleTask]:
-    values = {"__doc__": f"RULER's {name}.", "name": f"ruler_{name}", "needles": needles}
-    return type(name, (NeedleTask,), values)
-
-
 # ---- vt: which variables got one value, along a chain of assignments -----------------------------
 
 CHAIN_CONTEXT = wording.CHAIN_INTRO.format(this="the following") + "\n\n{text}"
@@ -157,11 +152,13 @@ class VariableTracking(RulerTask):
     max_new_tokens = 30
 
     def draft(self, rng: Random, index: int, size: int) -> Sample:
-        example = _chain(rng, EXAMPLE_NOISES, EXAMPLE_LETTERS)
+        text, names, words = _chain(rng, EXAMPLE_NOISES, EXAMPLE_LETTERS)
+        worked = (CHAIN_CONTEXT + CHAIN_QUESTION + CHAIN_ANSWER).format(text=text, **words)
+        worked += f" {' '.join(names)}\n"
         text, names, words = _chain(rng, size, LETTERS)
         return Sample(
             id=str(index),
-            context=_worked(*example) + CHAIN_CONTEXT.format(text=text),
+            context=worked + CHAIN_CONTEXT.format(text=text),
             question=CHAIN_QUESTION.format(**words),
             answers=tuple(names),
             answer_prefix=CHAIN_ANSWER.format(**words),
@@ -177,15 +174,6 @@ def _chain(rng: Random, noises: int, letters: int) -> tuple[str, list[str], dict
     wording.insert_all(lines, places, wording.assignments(names, value))
     words = {"value": value, "count": str(len(names)), "assigned": MISSPELT}
     return "\n".join(lines), names, words
-
-
-def _worked(text: str, names: list[str], words: dict[str, str]) -> str:
-    asked = (
-        CHAIN_CONTEXT.format(text=text)
-        + CHAIN_QUESTION.format(**words)
-        + CHAIN_ANSWER.format(**words)
-    )
-    return f"{asked} {' '.join(names)}\n"
 
 
 # ---- cwe and fwe: the most common words of a list, of a text in made-up words --------------------
@@ -232,7 +220,6 @@ class CommonWords(RulerTask):
         self.most = len(self._words)
 
     def draft(self, rng: Random, index: int, size: int) -> Sample:
-        assert self.length is not None
         short = self.length < SHORT
         shown, of_it = self._listed(rng, 20 if short else 40, *((3, 1) if short else (10, 3)))
         asked, answers = self._listed(rng, size, *((6, 1) if short else (30, 3)))
@@ -264,7 +251,6 @@ class FrequentWords(RulerTask):
     max_new_tokens = 50
 
     def draft(self, rng: Random, index: int, size: int) -> Sample:
-        assert self.length is not None
         count = max(self.length // 50 - 1, ASKED)
         vocabulary = [
             NOISE_WORD,
@@ -367,7 +353,10 @@ class HotpotQA(DocumentTask):
 
 
 RULER_TASKS: tuple[type[RulerTask], ...] = (
-    *(_needle_task(name, needles) for name, needles in NEEDLES.items()),
+    *(
+        type(name, (NeedleTask,), {"name": f"ruler_{name}", "needles": needles})
+        for name, needles in NEEDLES.items()
+    ),
     VariableTracking,
     CommonWords,
     FrequentWords,

@@ -11,26 +11,64 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
 from locret.system.files import write_whole
-from locret.tasks.base import Prompts, Sample, Task, TaskSettings
+from locret.tasks.base import Prompts, Sample, SizedTask
 from locret.tasks.metrics import string_match_all, without_controls
 
 Measure = Callable[[Sample], int]
 """Tokens of a sample's rendered prompt."""
 
-DEFAULT_LENGTH = 4096
 DEFAULT_SAMPLES = 500
 SHRINK = 0.01  # of the haystack, where a sample is longer than the first one
 
 
-class RulerTask(Task):
-    """A task made to a length: prompt, chat template and answer fit `length` tokens.
+class MadeTask(SizedTask):
+    """A task whose prompt, chat template and answer fit `length` tokens; made samples are kept."""
+
+    @abstractmethod
+    def made(self, count: int, prompts: Prompts) -> list[Sample]:
+        """The first `count` samples, or as many as there are."""
+
+    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
+        assert prompts is not None
+        count = DEFAULT_SAMPLES if limit is None else limit
+        if self.settings.cache_dir is None:
+            return self.made(count, prompts)
+        path = self._path(self.settings.cache_dir, prompts.fingerprint)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ["0"]
+        if int(lines[0]) >= count:
+            return [_sample(line) for line in lines[1:]][:count]
+        samples = self.made(count, prompts)
+        rows = [str(count), *(json.dumps(asdict(sample)) for sample in samples)]
+        write_whole(path, "\n".join(rows) + "\n")
+        return samples
+
+    def _path(self, folder: Path, fingerprint: str) -> Path:
+        depends_on: dict[str, Any] = {
+            "version": self.version,
+            "seed": self.settings.seed,
+            "tokenizer": fingerprint,
+            "files": list(self.origins().values()),
+        }
+        if self.settings.max_new_tokens is not None:
+            depends_on["max_new_tokens"] = self.settings.max_new_tokens  # a part of the length
+        key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
+        return folder / "samples" / f"{self.name}-{self.length}-{key}.jsonl"
+
+    def does_not_fit(self) -> ValueError:
+        return ValueError(
+            f"{self.name} does not fit {self.length} tokens with {self.max_new_tokens} for the "
+            "answer; ask for a larger length"
+        )
+
+
+class RulerTask(MadeTask):
+    """A task made of so many units of haystack.
 
     Attributes:
         least: units of haystack without which there is no sample.
@@ -41,10 +79,6 @@ class RulerTask(Task):
     match: ClassVar[Callable[..., float]] = staticmethod(string_match_all)
     least: int = 1
     most: int | None = None
-
-    def __init__(self, settings: TaskSettings) -> None:
-        super().__init__(settings)
-        self.length = settings.length or DEFAULT_LENGTH
 
     def prepare(self) -> None:
         """Read the data files."""
@@ -57,27 +91,18 @@ class RulerTask(Task):
         """How many samples there can be; None = any number."""
         return None
 
-    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
-        count = DEFAULT_SAMPLES if limit is None else limit
-        assert prompts is not None
-        made = partial(self._made, count, prompts.measure)
-        return stored_samples(self, count, prompts.fingerprint, made)
-
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         return {"string_match": type(self).match(without_controls(answer), sample.answers)}
 
-    def _made(self, wanted: int, measure: Measure) -> list[Sample]:
+    def made(self, count: int, prompts: Prompts) -> list[Sample]:
         self.prepare()
-        size = self._size(measure)
-        available = self.available()
-        indices = range(wanted if available is None else available)
+        measure = prompts.measure
+        size, available = self._size(measure), self.available()
+        indices = range(count if available is None else available)
         made = (self._longest(index, size, measure) for index in indices)
-        found = list(islice((sample for sample in made if sample is not None), wanted))
+        found = list(islice((sample for sample in made if sample is not None), count))
         if not found:
-            raise ValueError(
-                f"{self.name} does not fit {self.length} tokens with {self.max_new_tokens} for the "
-                "answer; ask for a larger length"
-            )
+            raise self.does_not_fit()
         return found
 
     def _size(self, measure: Measure) -> int:
@@ -107,37 +132,7 @@ class RulerTask(Task):
         """The sample, if it fits."""
         rng = Random(f"ruler {self.name} {self.settings.seed} {index}")
         sample = self.draft(rng, index, size)
-        assert self.length is not None
         return sample if measure(sample) + self.max_new_tokens <= self.length else None
-
-
-def stored_samples(
-    task: Task, count: int, fingerprint: str, make: Callable[[], list[Sample]]
-) -> list[Sample]:
-    """The first `count` samples, from the file if it has as many, else made and kept."""
-    if task.settings.cache_dir is None:
-        return make()
-    path = _path(task, task.settings.cache_dir, fingerprint)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ["0"]
-    if int(lines[0]) >= count:
-        return [_sample(line) for line in lines[1:]][:count]
-    samples = make()
-    rows = [str(count), *(json.dumps(asdict(sample)) for sample in samples)]
-    write_whole(path, "\n".join(rows) + "\n")
-    return samples
-
-
-def _path(task: Task, folder: Path, fingerprint: str) -> Path:
-    depends_on: dict[str, Any] = {
-        "version": task.version,
-        "seed": task.settings.seed,
-        "tokenizer": fingerprint,
-        "files": list(task.origins().values()),
-    }
-    if task.settings.max_new_tokens is not None:
-        depends_on["max_new_tokens"] = task.settings.max_new_tokens  # of the length, it is a part
-    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
-    return folder / "samples" / f"{task.name}-{task.length}-{key}.jsonl"
 
 
 def _sample(line: str) -> Sample:

@@ -126,7 +126,7 @@ def _passkey(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
         answer=f"The pass key is {key}.",
         expected=(key,),
         depth=place,
-        anchor=rng.randrange(len(hay.sentences)),
+        anchor=rng.randrange(len(hay)),
     )
 
 
@@ -152,7 +152,7 @@ def _niah(
         answer=f"{answer} {wording.listing(expected)}.",
         expected=tuple(expected),
         depth=places[0],
-        anchor=rng.randrange(len(hay.sentences)),
+        anchor=rng.randrange(len(hay)),
     )
 
 
@@ -168,14 +168,14 @@ def _variable_tracking(rng: Random, hay: Haystack, depth: float | None) -> _Quiz
         answer=f"{answer} {wording.listing(names)}.",
         expected=tuple(names),
         depth=places[0],
-        anchor=rng.randrange(len(hay.sentences)),
+        anchor=rng.randrange(len(hay)),
     )
 
 
 def _next_sentence(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
     """The quoted sentence and its successor keep their place: the haystack is laid around them."""
-    anchor, (place,) = rng.randrange(len(hay.sentences) - 1), _depths(rng, 1, depth)
-    quoted, following = hay.sentences[anchor : anchor + 2]
+    anchor, (place,) = rng.randrange(len(hay) - 1), _depths(rng, 1, depth)
+    quoted, following = hay[anchor : anchor + 2]
     return _Quiz(
         intro="Read the following text carefully. I will quote one of its sentences afterwards.",
         needles=((f"{quoted} {following}", place),),
@@ -239,7 +239,7 @@ def make_sample(
 
 def _sample(task: str, quiz: _Quiz, hay: Haystack, n: int) -> SyntheticSample:
     """The sample with n sentences of filler."""
-    filler = [hay.sentences[i] for i in _filler(quiz, len(hay.sentences), n)]
+    filler = [hay[i] for i in _filler(quiz, len(hay), n)]
     places = [round(depth * n) for _, depth in quiz.needles]
     wording.insert_all(filler, places, [text for text, _ in quiz.needles])
     context = f"{quiz.intro}\n\n{' '.join(filler)}"
@@ -304,6 +304,6 @@ def _sentence_counts(tokenizer: "PreTrainedTokenizerBase", hay: Haystack) -> lis
     """Tokens of each sentence and the space before it, at least 1."""
     by_haystack = _COUNTS.setdefault(tokenizer, {})
     if hay not in by_haystack:
-        rows = tokenizer([f" {s}" for s in hay.sentences], add_special_tokens=False)["input_ids"]
+        rows = tokenizer([f" {s}" for s in hay], add_special_tokens=False)["input_ids"]
         by_haystack[hay] = [max(1, len(row)) for row in rows]
     return by_haystack[hay]

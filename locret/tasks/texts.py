@@ -63,7 +63,7 @@ def _fill(pieces: Callable[[Random], Iterator[str]], rng: Random, tokens: int) -
 @lru_cache(maxsize=1)
 def _vocabulary() -> tuple[str, ...]:
     """Words of the prose that ships with CPython, each once."""
-    prose = " ".join(load_haystack(None).sentences)
+    prose = " ".join(load_haystack(None))
     return tuple(sorted(set(re.findall(r"\b[a-z]{3,12}\b", prose)) | {*ADJECTIVES, *NOUNS}))
 
 
@@ -81,14 +81,6 @@ def _thing(rng: Random) -> str:
 
 def _time(rng: Random) -> datetime:
     return datetime(2018, 1, 1) + timedelta(seconds=rng.randrange(8 * 365 * 86400))
-
-
-def _date(rng: Random) -> str:
-    return _time(rng).date().isoformat()
-
-
-def _amount(rng: Random) -> float:
-    return round(rng.lognormvariate(4, 1.5), 2)
 
 
 _FIELDS: dict[str, Callable[[Random], str | int | float]] = {
@@ -257,7 +249,7 @@ def _dialogue(rng: Random) -> Iterator[str]:
 
 def _prose(rng: Random) -> Iterator[str]:
     """Sentences in reading order, from anywhere on."""
-    sentences = load_haystack(None).sentences
+    sentences = load_haystack(None)
     for i in count(rng.randrange(len(sentences))):
         yield sentences[i % len(sentences)] + ("\n\n" if rng.random() < 0.2 else " ")
 

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from locret.evaluation.prompts import Renderer
-from locret.tasks import TASKS, TaskSettings, code_files
-from locret.tasks.code_files import SourceFile, definitions, library_files, library_origin
+from locret.tasks import TASKS, TaskSettings, code
+from locret.tasks.code import SourceFile, definitions, library_files, library_origin
 from locret.tasks.metrics import code_match
 
 LENGTH = 12_000
@@ -83,7 +83,7 @@ def test_a_length_without_room_is_refused(renderer):
 def test_the_manifest_tells_the_python_that_the_files_are_of(monkeypatch):
     ((name, content),) = TASKS["code"](SETTINGS).origins().items()
     assert re.fullmatch(r"CPython 3\.\d+\.\d+\S*", name) and len(content) == 16
-    monkeypatch.setattr(code_files, "library_files", lambda: (SourceFile("a.py", "x = 1"),))
+    monkeypatch.setattr(code, "library_files", lambda: (SourceFile("a.py", "x = 1"),))
     assert library_origin()[name] != content
 
 

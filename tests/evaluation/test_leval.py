@@ -56,7 +56,7 @@ def row(*pairs, **fields):
     ],
 )  # fmt: skip
 def test_scores_by_hand(task, answer, reference, scores):
-    found = leval.score(task, answer, [reference])
+    found = leval.TASKS[task].score(answer.strip(), [reference])
     assert found == pytest.approx(scores)
     assert tuple(found) == leval.TASKS[task].metrics
 
@@ -162,8 +162,6 @@ def test_bad_rows_name_file_and_line(line, says, tmp_path):
 
 
 def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no task 'chess'; expected one of codeU"):
-        leval.load_questions("chess", tmp_path)
     with pytest.raises(ValueError, match="no file, folder or Hub id"):
         leval.load_questions("tpo", tmp_path / "nosuch.jsonl")
     empty = tmp_path / "tpo.jsonl"
@@ -201,7 +199,7 @@ def test_the_harness_reads_every_task_file(tasks):
         doc = task.test_docs()[0]
         assert task.doc_to_text(doc) == doc["context"] + doc["question"]
         right = task.process_results(doc, [doc["answers"][0]])
-        assert right == leval.score(name.removeprefix("leval_"), doc["answers"][0], doc["answers"])
+        assert right == kind.score(doc["answers"][0], doc["answers"])
         assert set(right) == set(kind.metrics)
 
 

@@ -32,7 +32,7 @@ def test_expected_strings_stand_in_the_context_and_in_the_answer(task, tokenizer
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("tokens", [777, 2048, 4096])
 def test_length_is_close_to_the_bound_and_never_above(task, tokens, tokenizer):
-    longest = max(len(i) for i in tokenizer(list(load_haystack().sentences))["input_ids"])
+    longest = max(len(i) for i in tokenizer(list(load_haystack()))["input_ids"])
     for seed in range(5):
         for depth in (None, 0.0, 0.3, 1.0):
             found = n_tokens(tokenizer, make_sample(task, tokens, tokenizer, seed, depth))
@@ -95,7 +95,7 @@ def test_next_sentence_quotes_its_haystack(tokenizer):
     quoted = sample.question.partition("\n")[2]
     assert f"{quoted} {sample.answer}" in sample.context
     assert sample.context.count(quoted) == 1
-    sentences = load_haystack().sentences
+    sentences = load_haystack()
     assert sentences[sentences.index(quoted) + 1] == sample.answer
 
 
@@ -120,7 +120,7 @@ def haystack_file(folder: Path, sentences: int) -> Path:
 
 
 def test_haystack_is_clean_prose():
-    sentences = load_haystack().sentences
+    sentences = load_haystack()
     assert len(sentences) > 1000 and len(set(sentences)) == len(sentences)
     assert not any("::=" in s or "\n" in s or "****" in s or ">>>" in s for s in sentences)
 

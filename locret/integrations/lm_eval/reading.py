@@ -42,11 +42,7 @@ class ContextFinder:
         return None if start < 0 else start
 
     def refuse(self, document: Mapping[str, Any], task: str) -> NoReturn:
-        """Say that the context of a task's documents cannot be told from the question.
-
-        Raises:
-            ValueError: always.
-        """
+        """Say that the context of a task's documents cannot be told from the question."""
         raise ValueError(
             f"task {task}: the context cannot be told from the question, because its documents "
             f"have no {self.field!r} whose text stands in the prompt (they have "

@@ -9,9 +9,10 @@ Where data lies and how long prompts are comes from the harness's `--metadata`, 
 the model's.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from locret.evaluation.asking import before_stop
 from locret.evaluation.config import CACHE
@@ -30,12 +31,16 @@ def write_task_files(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, task in TASKS.items():
         (folder / f"{harness_name(name)}.yaml").write_text(_task(task), encoding="utf-8")
-    (folder / "offline_ruler.yaml").write_text(_group("ruler", "string_match"), encoding="utf-8")
+    (folder / "offline_ruler.yaml").write_text(_RULER, encoding="utf-8")
     return folder
 
 
 def _task(task: type[Task]) -> str:
     tag = "tag: leval\n" if task.name in GROUPS["leval"] else ""
+    scores = "".join(
+        f"  - metric: {name}\n    aggregation: mean\n    higher_is_better: true\n"
+        for name in task.metrics
+    )
     # These come with the answer's first words; the harness puts them behind the chat template.
     prefix = 'gen_prefix: "{{gen_prefix}}"\ntarget_delimiter: " "\n'
     return f"""\
@@ -53,31 +58,21 @@ generation_kwargs:
   max_gen_toks: {task.max_new_tokens}
   until: []
 metric_list:
-{_metrics(task.metrics)}\
+{scores}\
 metadata:
   version: {task.version}.0
   locret_task: {task.name}
 """
 
 
-def _metrics(names: Sequence[str]) -> str:
-    return "".join(
-        f"  - metric: {name}\n    aggregation: mean\n    higher_is_better: true\n" for name in names
-    )
-
-
-def _group(name: str, metric: str) -> str:
-    tasks = "".join(f"  - {harness_name(task)}\n" for task in GROUPS[name])
-    return f"""\
-group: {harness_name(name)}
-task:
-{tasks}\
-aggregate_metric_list:
-  - metric: {metric}
-    weight_by_size: false
-metadata:
-  version: 1.0
-"""
+_RULER = yaml.safe_dump(
+    {
+        "group": harness_name("ruler"),
+        "task": [harness_name(task) for task in GROUPS["ruler"]],
+        "aggregate_metric_list": [{"metric": "string_match", "weight_by_size": False}],
+        "metadata": {"version": 1.0},
+    }
+)
 
 
 TOKENIZER_KEYS = ("tokenizer", "pretrained", "model")
@@ -94,15 +89,9 @@ def dataset(
     leval_data: str | None = None,
     **metadata: Any,
 ) -> dict[str, Any]:
-    """The split `test` of a task of `locret.tasks`: one row a sample.
-
-    Args:
-        leval_data: where L-Eval's data is, if not in `data_dir`: a file, a folder or a Hub
-            repository.
-
-    Raises:
-        ValueError: data is missing, or no tokenizer is named; says what to give.
-    """
+    """The split `test` of a task of `locret.tasks`: one row a sample. `leval_data` is where
+    L-Eval's data is, if not in `data_dir`: a file, a folder or a Hub repository. A ValueError says
+    what to give."""
     import datasets
 
     settings = TaskSettings(

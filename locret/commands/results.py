@@ -1,4 +1,5 @@
-"""`python -m locret reproduce`: small slices of committed results again, on a CPU."""
+"""`python -m locret report` and `reproduce`: tables and figures of many results; small slices of
+them again, on a CPU."""
 
 import argparse
 import shutil
@@ -16,20 +17,28 @@ MADE = {"predictions", "sessions", "result.json", "result.md", "config.yaml", ".
 
 
 def add_to(commands: Any) -> None:
+    command = commands.add_parser("report", help="tables and figures of many results")
+    command.add_argument("results", nargs="+", help="JSON files of results")
+    command.add_argument("--out", type=Path, required=True, help="folder to write to")
+    command.add_argument("--title", default="Results")
+    command.set_defaults(run=_report)
     command = commands.add_parser("reproduce", help="run slices of committed results again")
     command.add_argument("results", nargs="+", type=Path, help="result files, or folders of them")
     command.add_argument("--data-dir", help="folder of the tasks' data files")
     command.add_argument("--output", type=Path, default=Path("runs/reproduce"))
     command.add_argument("--limit", type=int, help="samples a task")
-    command.set_defaults(run=run)
+    command.set_defaults(run=_reproduce)
 
 
-def run(given: argparse.Namespace) -> None:
-    """Run slices of results again.
+def _report(given: argparse.Namespace) -> None:
+    from locret.evaluation.report import MARKDOWN, make_report
 
-    Raises:
-        ValueError: no results are there, nothing could be run, or a figure is not reproduced.
-    """
+    page = make_report(given.results, given.out, given.title)
+    print(f"report   {page.with_name(MARKDOWN).resolve()}")
+    print(f"page     {page.resolve()}")
+
+
+def _reproduce(given: argparse.Namespace) -> None:
     from locret.evaluation import reproduce as again
     from locret.evaluation.reproduce import Comparison, as_table
 
@@ -60,11 +69,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _check(folder: Path, results: Sequence[Path]) -> None:
-    """Refuse a folder with anything but an earlier reproduction in it.
-
-    Raises:
-        ValueError: a committed result lies there, or files that no reproduction made.
-    """
+    """Refuse a folder with anything but an earlier reproduction in it."""
     if not folder.exists():
         return
     if not folder.is_dir():
