@@ -84,8 +84,8 @@ class Sizing:
         they are read, where the budget is one in bytes (`RetainedLayer.close`).
 
         Args:
-            sharing: 0 = all is known, 1 = heads of a layer may share out what they hold in another way, 2 = those of
-                all layers.
+            sharing: 1 = heads of a layer may share out what they hold in another way, 2 = those of
+                all layers, 0 = none.
         """
         if not sharing:
             tight = not self.scored
