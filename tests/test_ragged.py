@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import locret
-from locret.cache.positions import positions_bytes
 from locret.cache.sequences import sequences_of
 from locret.model.hooks import as_argument, cache_of
 from locret.policies.compose import AdaptiveHeads
@@ -289,7 +288,7 @@ def test_a_long_context_takes_the_sum_of_its_lengths():
     assert report["total_bytes"] == sum(layer.nbytes for layer in cache.layers)
     for layer in cache.layers:
         units = int(layer.lengths.sum())
-        assert layer.nbytes == units * 2 * 8 * 4 + positions_bytes(units, 2, 60_000)
+        assert layer.nbytes == units * (2 * 8 * 4 + 4)
 
 
 def test_sequences_are_shared_while_they_are_in_use_and_then_gone():
