@@ -43,7 +43,7 @@ class Limits:
             prompt: tokens of the prompt, or of what follows the context.
             context: tokens of the context; None = there is none.
             wanted: by the request; None = what fits, `most` at most.
-            fullest: slots that the context takes, as `taken` of `needed`.
+            fullest: slots that the context takes, as `held` of `needed`.
 
         Raises:
             TooLong: prompt and answer do not fit; says what would.
@@ -91,29 +91,29 @@ class Limits:
         """Last tokens of a prompt that are never evicted."""
         return 1 if self._reading.query_aware else self._reading.local_tokens
 
-    def needed(self, prompt: int, context: int | None, new: int, taken: int = 0) -> int:
+    def needed(self, prompt: int, context: int | None, new: int, held: int = 0) -> int:
         """Most units of the fullest KV head for a request with an answer of `new` tokens.
 
         Args:
             prompt: tokens of the prompt, or of what follows the context.
             context: tokens of the context; None = there is none.
             new: tokens of the answer.
-            taken: slots that the context takes, where an engine of other settings may have read it.
+            held: slots that the context takes, where an engine of other settings may have read it.
         """
-        return round(self._needed(prompt, context, new, self.slots, taken))
+        return round(self._needed(prompt, context, new, self.slots, held))
 
-    def mean_needed(self, prompt: int, context: int | None, new: int, taken: int = 0) -> int:
-        """As `needed`, of a KV head on average: what the request takes of the memory; `taken` is the
+    def mean_needed(self, prompt: int, context: int | None, new: int, held: int = 0) -> int:
+        """As `needed`, of a KV head on average: what the request takes of the memory; `held` is the
         context's units."""
-        return round(self._needed(prompt, context, new, self.units, taken))
+        return round(self._needed(prompt, context, new, self.units, held))
 
     def _needed(
-        self, prompt: int, context: int | None, new: int, units: Callable[[int], float], taken: int
+        self, prompt: int, context: int | None, new: int, units: Callable[[int], float], held: int
     ) -> float:
         if self._reading.decode_interval is not None:
             new = min(new, self._reading.decode_interval)
         if context is not None:
-            return max(taken, units(context)) + prompt + new
+            return max(held, units(context)) + prompt + new
         read = max(0, prompt - self.unread)
         return max(self._while_reading(read, units(read)), units(read) + prompt - read + new)
 
