@@ -7,6 +7,7 @@ may be asked for, or all of them count.
       init_args: {tokens: [512, 4096], size: 10000}
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from random import Random
 from uuid import UUID
@@ -16,11 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.conversations import Conversation, exchange
 from datamodules.sources import lengths
 from datamodules.texts import fit
+from locret.quantities import check_bounds
 from locret.tasks import wording
 from locret.tasks.synthetic import ADJECTIVES, NOUNS
 
 QUESTIONS = 4  # about one list
+LEAST = 128  # tokens of a list: a line of two UUIDs in one token a character
 _COUNTED = 10  # words that are asked for, at most
+_WORDS = 100  # of a list of them
 
 Questions = list[tuple[str, str]]
 
@@ -49,7 +53,7 @@ def records(rng: Random, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tup
     of_keys, of_values = (_NAMES[rng.choice([*_NAMES])] for _ in range(2))
     line, keys = rng.choice(_LINES), set[str]()
     lines, pairs = [], []
-    for _ in range(tokens // 8):  # more than fit
+    for _ in range(tokens // 4):  # more than fit
         key, value = of_keys(rng), of_values(rng)
         if key not in keys:
             keys.add(key)
@@ -57,29 +61,36 @@ def records(rng: Random, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tup
             lines.append(line.format(key=key, value=value))
     text, _ = fit("\n".join(lines), tokens, tokenizer)
     whole = max(1, text.count("\n"))  # the last line may be cut
-    text = "\n".join(lines[:whole])
-    asked = [rng.choice(pairs[:whole]) for _ in range(QUESTIONS)]
-    return text, [(f"What is the value of {key}?", value) for key, value in dict(asked).items()]
+    asked = rng.sample(pairs[:whole], min(whole, QUESTIONS))
+    questions = [(f"What is the value of {key}?", value) for key, value in asked]
+    return "\n".join(lines[:whole]), questions
 
 
 def counts(rng: Random, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[str, Questions]:
-    """Words in any order, a few of them much more often than the others; these are asked for."""
-    often = rng.randint(1, _COUNTED)
-    words = rng.sample([*ADJECTIVES, *NOUNS], min(len(ADJECTIVES + NOUNS), often + tokens // 20))
-    times, most = rng.randint(1, 3), rng.randint(8, 30)
-    drawn = words[:often] * most + words[often:] * times
-    rng.shuffle(drawn)
+    """Words in any order, a few of them more often than each of the others; these are asked for, in
+    the order in which they come first."""
+    words = rng.sample([*ADJECTIVES, *NOUNS], _WORDS)
+    often = rng.randint(1, min(_COUNTED, tokens // 40))  # all fit twice
+    share, numbered = rng.uniform(0.3, 0.7), rng.random() < 0.5
     separator = rng.choice((", ", "\n", " ", "; "))
-    numbered = rng.random() < 0.5
-    items = [f"{i}. {word}" for i, word in enumerate(drawn, 1)] if numbered else drawn
-    text, _ = fit(separator.join(items), tokens, tokenizer)
-    left = text.split(separator)[:-1] or [text]
-    seen = [item.split(". ")[-1] for item in left]
-    ranked = sorted(words[:often], key=seen.count, reverse=True)
+    size, found = tokens // 2, tokens + 1  # more than fit
+    while found > tokens:  # a list that was cut might have other words most often
+        drawn = _drawn(words, often, size, share)
+        rng.shuffle(drawn)
+        items = [f"{i}. {word}" for i, word in enumerate(drawn, 1)] if numbered else drawn
+        text = separator.join(items)
+        found = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        size = int(len(drawn) * min(tokens / found, 1) * 0.998)
+    asked = sorted(words[:often], key=drawn.index)
     what = f"{often} words occur" if often > 1 else "word occurs"
-    return separator.join(left), [
-        (f"Which {what} most often in the list above?", f"{wording.listing(ranked)}.")
-    ]
+    return text, [(f"Which {what} most often in the list above?", f"{wording.listing(asked)}.")]
+
+
+def _drawn(words: Sequence[str], often: int, size: int, share: float) -> list[str]:
+    """So many words, or a few fewer: the first `often` have that share of them."""
+    times = max(2, int(size * share / often))
+    others = [*words[often:]] * (times - 1)  # each of them less often
+    return [*words[:often]] * times + others[: max(0, size - often * times)]
 
 
 KINDS = {"records": records, "counts": counts}
@@ -89,13 +100,14 @@ class ListSource(Sequence[Conversation]):
     """Lists with questions, made when asked for and the same for one index everywhere.
 
     Args:
-        tokens: of a list, or the (least, most) to draw from evenly; a list has a few fewer.
+        tokens: of a list, at least 128, or the (least, most) to draw from evenly; a list has a few
+            fewer.
         size: number of lists.
         kinds: "records", "counts" or both, taken in turn.
         seed: another seed, other lists.
 
     Raises:
-        ValueError: for unknown kinds, lengths that are not 0 < least <= most, or size < 1.
+        ValueError: for unknown kinds, lengths that are not 128 <= least <= most, or size < 1.
     """
 
     def __init__(
@@ -109,6 +121,7 @@ class ListSource(Sequence[Conversation]):
             raise ValueError(f"kinds is {list(kinds)}, expected some of {', '.join(KINDS)}")
         self.kinds = list(kinds)
         self.tokens = lengths(tokens, size)
+        check_bounds("tokens", self.tokens, LEAST)
         self.size = size
         self.seed = seed
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -118,8 +131,9 @@ class ListSource(Sequence[Conversation]):
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
         """See `datamodules.sources.Source.load`."""
-        self._tokenizer = tokenizer
-        return self
+        loaded = copy.copy(self)  # another tokenizer cuts other lists
+        loaded._tokenizer = tokenizer
+        return loaded
 
     def __len__(self) -> int:
         return self.size

@@ -98,6 +98,15 @@ def with_hook(model):
     model.model.norm.register_forward_hook(lambda module, args, output: 2 * output)
 
 
+def with_activation(model):
+    model.model.layers[1].mlp.act_fn = nn.GELU()
+
+
+def with_hooked_activation(model):
+    act = model.model.layers[1].mlp.act_fn
+    act.register_forward_hook(lambda module, args, output: 2 * output)
+
+
 def with_forward(model):
     attention = model.model.layers[0].self_attn
     attention.forward = attention.forward
@@ -108,6 +117,8 @@ def with_forward(model):
     [
         (with_mlp, "its Doubled was changed"),
         (with_hook, "its LlamaRMSNorm was changed, or has hooks"),
+        (with_activation, "its GELU was changed"),
+        (with_hooked_activation, "its SiLUActivation was changed, or has hooks"),
         (with_forward, "its LlamaAttention was changed"),
         (nn.Module.train, "training mode"),
         (nn.Module.bfloat16, "stores torch.float32"),
@@ -120,6 +131,13 @@ def test_changed_models_run_as_they_are(both, change, reason):
     assert reason in why_not_fused(Backbone(model), torch.float32)
     if model.dtype == torch.float32:
         both(model, expected=[0])
+
+
+def test_hooks_of_all_modules_are_run(both):
+    handle = nn.modules.module.register_module_forward_hook(lambda *given: None)
+    with handle:
+        both(tiny_model("llama"), expected=[0])
+    both(tiny_model("llama"), expected=[7])
 
 
 def test_autocast_and_other_architectures_are_not_fused():

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import threading
 import unittest.mock
 
 import pytest
@@ -15,6 +16,7 @@ import locret
 from locret.cli import main
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.questions import prepare
+from locret.model.gguf import parsed_once
 from locret.model.loading import (
     file_revision,
     load_config,
@@ -71,6 +73,35 @@ def test_a_file_is_parsed_once_and_the_package_stays_as_it_was(file, monkeypatch
     with pytest.raises(ValueError, match="unknown"):
         load(file, attn_implementation="unknown")
     assert gguf.GGUFReader is reader
+
+
+def test_loads_in_threads_leave_the_package_as_it_was():
+    import gguf
+
+    stock, entered, both = gguf.GGUFReader, threading.Event(), threading.Barrier(2)
+
+    def second():
+        both.wait()
+        with parsed_once():
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with parsed_once():
+        thread.start()
+        both.wait()
+        assert not entered.wait(0.05)  # what it put back would be ours
+    thread.join()
+    assert entered.is_set() and gguf.GGUFReader is stock
+
+
+def test_a_file_that_changed_is_parsed_anew(file, model, tokenizer, tmp_path):
+    path = tmp_path / "changing.gguf"
+    path.write_bytes(file.read_bytes())
+    before = load(path).model.lm_head.weight.clone()
+    changed = copy.deepcopy(model)
+    changed.lm_head.weight.data += 1
+    write_gguf(path, changed, tokenizer)
+    torch.testing.assert_close(load(path).model.lm_head.weight, before + 1)
 
 
 # --- what a name means ---

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from locret.cache.positions import positions_bytes
 from locret.heads.heads import Geometry
 from locret.quantization import Scheme
-from locret.quantization.costs import most_bytes
+from locret.quantization.costs import most_bytes, most_bytes_shared
 
 BESIDE_BYTES = 4
 """Of a unit in a KV head beside key and value: its source position (int32), until its prompt is
@@ -79,27 +79,46 @@ class Sizing:
         counts = [(units,) * self.num_kv_heads for units in budgets]
         return sum(self._layer(i, heads, tokens, False) for i, heads in enumerate(counts))
 
-    def read_bytes(self, counts: Sequence[Sequence[int]], tokens: int, known: bool = True) -> int:
+    def read_bytes(self, counts: Sequence[Sequence[int]], tokens: int, sharing: int = 0) -> int:
         """Most bytes of heads that hold so many units, [layers][KV heads], of `tokens` tokens when
         they are read, where the budget is one in bytes (`RetainedLayer.close`).
 
         Args:
-            known: False = heads may share out what they hold in another way: thin blocks may take
-                as much as while chunks are read.
+            sharing: 1 = heads of a layer may share out what they hold in another way, 2 = those of
+                all layers, 0 = none.
         """
-        tight = known and not self.scored
-        return sum(self._layer(i, heads, tokens, tight) for i, heads in enumerate(counts))
+        if not sharing:
+            tight = not self.scored
+            return sum(self._layer(i, heads, tokens, tight) for i, heads in enumerate(counts))
+        every = [*range(len(counts))]
+        pools = [every] if sharing == 2 else [[i] for i in every]
+        return sum(self._pool(pool, [n for i in pool for n in counts[i]], tokens) for pool in pools)
 
     def _layer(self, layer: int, counts: Sequence[int], tokens: int | None, tight: bool) -> int:
-        scheme, units = self.scheme.for_layer(layer), sum(counts)
+        scheme = self.scheme.for_layer(layer)
         how = self.head_size, self.element_size, tight
         stored = sum(most_bytes(scheme, n, *how) * heads for n, heads in Counter(counts).items())
-        beside = (self._beside + WEIGHT_BYTES * self.weighs) * units
         # Where nothing is packed or evicted, units are as they came.
-        if tokens is not None and not self.scored and (scheme.packs or min(counts) < tokens):
-            beside += positions_bytes(units, len(counts), tokens + self.query_tokens)
-            beside -= BESIDE_BYTES * units
-        return stored + beside
+        closed = scheme.packs or tokens is not None and min(counts) < tokens
+        return stored + self._beside_of(counts, tokens if closed else None)
+
+    def _pool(self, layers: Sequence[int], counts: Sequence[int], tokens: int) -> int:
+        """Of heads of these layers that hold so many units together."""
+        how = sum(counts), len(counts), self.head_size, self.element_size, not self.scored
+        schemes = {self.scheme.for_layer(layer) for layer in layers}
+        stored = max(most_bytes_shared(scheme, *how) for scheme in schemes)
+        closed = self.scheme.packs or sum(counts) < len(counts) * tokens
+        return stored + self._beside_of(counts, tokens if closed else None)
+
+    def _beside_of(self, counts: Sequence[int], tokens: int | None) -> int:
+        """Of units in heads, all but keys and values; `tokens` read, where nothing is evicted any
+        more."""
+        units = sum(counts)
+        beside = (self._beside + WEIGHT_BYTES * self.weighs) * units
+        if tokens is None or self.scored:
+            return beside
+        positions = positions_bytes(units, len(counts), tokens + self.query_tokens)
+        return beside + positions - BESIDE_BYTES * units
 
     def window_bytes(self, tokens: int) -> int:
         """Bytes of the layers with a window after so many tokens, as they are stored: in full."""

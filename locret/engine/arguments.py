@@ -195,6 +195,14 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return found or _token_ids(tokenizer.eos_token_id)
 
 
+def filler(model: Any, tokenizer: Any) -> int:
+    """What rows of a batch that are done are filled up with: the tokenizer's padding, or else its
+    end, which decoding leaves out too; 0 where the embedding has neither."""
+    known = len(model.get_input_embeddings().weight)
+    wanted = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in wanted if token is not None and token < known)
+
+
 def prompt_lengths(model: Any, kwargs: dict[str, Any]) -> dict[str, int]:
     """What counts the prompt's tokens too, of what stock `generate` goes by."""
     names = ["min_length"]

@@ -33,10 +33,11 @@ def layer_budgets(
         return sizing.shared(policy.budgets(average, sizing.num_layers, context))
 
     if isinstance(budget, Memory | ByteShare):
+        sharing = 0 if not policy.shares else 2 if policy.waits or policy.rereads else 1
 
         def needed(average: int) -> int:
             counts = head_counts(of_layers(average), quotas, sizing.num_kv_heads, context)
-            return sizing.read_bytes(counts, context, known=not policy.shares)
+            return sizing.read_bytes(counts, context, sharing)
 
         units = _units_within(budget, sizing, context, needed)
     else:

@@ -55,7 +55,8 @@ class Choice:
     def left(self, layer: RetainedLayer, retained_idx: int, new: int) -> int:
         """How many more units a layer can hold after `new` ones came; below zero: it evicts."""
         counts, context = self.eviction.counts[retained_idx], layer.store.context
-        spare = max(counts) if self.policy.shares else min(counts)
+        # What one head has less, another has more.
+        spare = self.eviction.budget(retained_idx) if self.policy.shares else min(counts)
         if context is not None:
             rows = zip(context.sequences.counts, context.appended, strict=True)
             spare = min(self._spare(counts, row, appended) for row, appended in rows)
@@ -63,7 +64,7 @@ class Choice:
 
     def _spare(self, counts: Sequence[int], lengths: Sequence[int], appended: int) -> int:
         """How many more units a row can hold, of which `appended` came after its last eviction."""
-        if self.policy.shares:  # what one head has less, another has more
+        if self.policy.shares:
             return -appended
         # What is left may be more than is to be kept: a row was read with a budget of its own.
         left = min(c - n for c, n in zip(counts, lengths, strict=True)) + appended

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from locret.cache.cache import RetainedCache
-from locret.engine.arguments import end_tokens, padded
+from locret.engine.arguments import end_tokens, filler, padded
 from locret.engine.engine import Engine
 from locret.evaluation.questions import Question
 from locret.evaluation.records import OUT_OF_MEMORY, Record
@@ -129,10 +129,8 @@ class Asker:
 
     def _ends(self) -> dict[str, Any]:
         """The end of the turn, and what a finished row of a batch is filled with."""
-        ends = self.end_tokens
-        pad = self.tokenizer.pad_token_id
-        pad = ends[0] if pad is None and ends else pad
-        return {"eos_token_id": ends or None, "pad_token_id": pad}
+        pad = filler(self.model, self.tokenizer)
+        return {"eos_token_id": self.end_tokens or None, "pad_token_id": pad}
 
     @property
     def end_tokens(self) -> list[int]:

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import re
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ _CHECKPOINT = ("*.safetensors", "pytorch_model*.bin")
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
 _UNREADABLE = (ValueError, KeyError, IndexError, struct.error)
 """What the readers raise for files that were cut or hold something else."""
+_one_at_a_time = threading.RLock()
+"""Of loads in several threads: each puts back what it found in the package `gguf`."""
 
 
 def find_gguf(name: str) -> Path | None:
@@ -147,17 +150,19 @@ def load_model(file: Path, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, dict
 @contextlib.contextmanager
 def parsed_once() -> Iterator[None]:
     """While it is entered, transformers parses a file once instead of for its config, its tokenizer
-    and its weights, and makes the map of tensors' names once instead of for every module."""
+    and its weights, and makes the map of tensors' names once instead of for every module. Other
+    threads wait until it is left."""
     import gguf  # an optional package
 
-    stock = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in stock.items():
-        setattr(gguf, name, functools.cache(function))
-    try:
-        yield
-    finally:
+    with _one_at_a_time:
+        stock = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
         for name, function in stock.items():
-            setattr(gguf, name, function)
+            setattr(gguf, name, functools.cache(function))
+        try:
+            yield
+        finally:
+            for name, function in stock.items():
+                setattr(gguf, name, function)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
+from transformers.activations import ACT2FN
 
 from locret.kernels import HeadNorms, NewUnit, add_norm, gated, gated_products, products
 from locret.kernels.gated import ACTIVATIONS
@@ -112,8 +114,7 @@ def _takes_products(x: Tensor, *modules: Any) -> bool:
 
 
 def _plain(module: Any, x: Tensor) -> bool:
-    hooks = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not hooks and module.weight.dtype == x.dtype
+    return type(module) is nn.Linear and not _runs_more(module) and module.weight.dtype == x.dtype
 
 
 class PrenormDecoder:
@@ -147,20 +148,22 @@ def why_not_fused(backbone: Backbone, dtype: torch.dtype) -> str | None:
     Args:
         dtype: of the keys and values stored.
     """
-    model, kind = backbone.model, backbone.config.model_type
+    model, kind, geometry = backbone.model, backbone.config.model_type, backbone.geometry
     if kind not in PRENORM or not backbone.plain:
         return f"no step is fused for {kind!r}"
     if model.training:
         return "the model is in training mode"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast chooses the dtype of each product"
-    if backbone.geometry.activation not in ACTIVATIONS:
-        return f"no kernel knows the activation {backbone.geometry.activation!r}"
+    if geometry.activation not in ACTIVATIONS:
+        return f"no kernel knows the activation {geometry.activation!r}"
     if backbone.rotary.pattern is None or backbone.rotary.pattern.pairing != "half":
         return "no kernel knows its rotation"
     passed = [*_passed_over(backbone)]
+    file, activation = f"transformers.models.{kind}.modeling_{kind}", ACT2FN[geometry.activation]
     for module in passed:
-        if not _as_made(module, f"transformers.models.{kind}.modeling_{kind}"):
+        made = type(module).__module__ == file or type(module) is type(activation)
+        if not made or _runs_more(module):
             return f"its {type(module).__name__} was changed, or has hooks"
     weights = [module.weight for module in passed if hasattr(module, "weight")]
     dtypes = {weight.dtype for weight in (*weights, backbone.decoder.embed_tokens.weight)}
@@ -175,11 +178,13 @@ def _passed_over(backbone: Backbone) -> Iterator[Any]:
         yield from (layer, layer.input_layernorm, attention)
         yield from (layer.post_attention_layernorm, layer.mlp)
         yield from (getattr(attention, x) for x in ("q_norm", "k_norm") if hasattr(attention, x))
+        yield getattr(layer.mlp, "act_fn", layer.mlp)
 
 
-def _as_made(module: Any, file: str) -> bool:
-    """Whether a module's class is of this file, and its call runs nothing else."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+def _runs_more(module: Any) -> bool:
+    """Whether a call of the module runs anything but what its class does."""
+    of_all = every_module._global_forward_pre_hooks, every_module._global_forward_hooks
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks += [hook for hooks_of_all in of_all for hook in hooks_of_all.values()]
     files = [str(getattr(hook, "func", hook).__module__) for hook in hooks]
-    foreign = [f for f in files if not f.startswith(_OURS)]
-    return type(module).__module__ == file and "forward" not in vars(module) and not foreign
+    return "forward" in vars(module) or any(not file.startswith(_OURS) for file in files)

@@ -83,6 +83,30 @@ def most_bytes(
     return packed * costs.unit + of_blocks + one_more + residual * costs.full
 
 
+def most_bytes_shared(
+    scheme: Scheme,
+    units: int,
+    sequences: int,
+    head_size: int,
+    element_size: int = 2,
+    tight: bool = False,
+) -> int:
+    """As `most_bytes`, of sequences together that have so many units, whichever has how many."""
+    costs = costs_of(scheme, head_size, element_size)
+    residual = min(scheme.residual * sequences, units) if scheme.packs else units
+    packed = units - residual
+    if not scheme.packs:
+        return units * costs.full
+    of_unit = FEWEST_BLOCKS / costs.group
+    if not tight:
+        of_unit = max(of_unit, ((1 + OVERHEAD) * costs.packed - costs.unit) / costs.entry)
+    # A sequence's last block may be of one unit.
+    thin = FEWEST_BLOCKS * (costs.group - 1) / costs.group
+    blocks = int(of_unit * packed + thin * min(sequences, units))
+    one_more = torch.int32.itemsize if tight else costs.entry
+    return residual * costs.full + packed * costs.unit + blocks * costs.entry + sequences * one_more
+
+
 def most_bytes_of(
     scheme: Scheme, lengths: Sequence[int], head_size: int, element_size: int = 2
 ) -> int:

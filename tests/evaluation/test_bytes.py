@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import locret
@@ -17,6 +17,7 @@ from locret.evaluation.config import EvalConfig
 from locret.evaluation.processes import Ranks
 from locret.evaluation.records import Records
 from locret.evaluation.setups import Setup
+from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.quantities import ByteShare
 from tests.evaluation.eval_data import DATA, write_data
 from tests.tiny_models import prompt, tiny_model
@@ -41,6 +42,17 @@ def plain_units(ratio, head_dim=HEAD_DIM, tokens=LENGTH):
 def model(tokenizer):
     return tiny_model("llama", vocab_size=len(tokenizer), head_dim=HEAD_DIM).bfloat16()
 
+
+EXAMPLE = {
+    "lengths": [67],
+    "chunk_size": 33,
+    "quotas": [[1, 9], [9, 1]],
+    "quantization": KIVI | {"residual": 5},
+    "positions": "compact",
+    "ratio": 8,
+    "policy": AdaptiveHeads("knorm"),
+    "decode_interval": None,
+}
 
 # ---- engines and setups --------------------------------------------------------------------------
 
@@ -83,13 +95,19 @@ def test_never_more_bytes_than_in_sixteen_bits(ratio, bits, policy, model):
     quantization=st.sampled_from([None, KIVI, KIVI | {"residual": 5}, ROTATED]),
     positions=st.sampled_from(["compact", "original"]),
     ratio=st.integers(2, 12),
+    policy=st.sampled_from(["knorm", AdaptiveHeads("knorm"), SharedLayers("keydiff", 0.0)]),
+    decode_interval=st.sampled_from([None, 8]),
 )
+@example(**EXAMPLE)
+@example(**EXAMPLE | {"lengths": [60], "policy": SharedLayers("keydiff", 0.0)})
+@example(**EXAMPLE | {"ratio": 6, "decode_interval": 8})  # a head could have held all
 def test_what_was_read_takes_at_most_its_share(
-    lengths, chunk_size, quotas, quantization, positions, ratio, model
+    lengths, chunk_size, quotas, quantization, positions, ratio, policy, decode_interval, model
 ):
     engine = locret.Engine(
         model,
-        "knorm",
+        policy,
+        decode_interval=decode_interval,
         budget=f"{ratio}x bytes",
         quotas=quotas,
         chunk_size=chunk_size,

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from locret import cli  # noqa: E402
 from locret.commands.lm_eval import PLUGIN, with_our_tasks  # noqa: E402
 from locret.engine.engine import Engine  # noqa: E402
+from locret.evaluation.asking import Asker  # noqa: E402
+from locret.evaluation.setups import Engines  # noqa: E402
 from locret.integrations.lm_eval import model as harness  # noqa: E402
 from locret.integrations.lm_eval.model import LocretLM  # noqa: E402
 from locret.integrations.lm_eval.tasks import harness_name, write_task_files  # noqa: E402
@@ -148,6 +151,22 @@ def test_without_a_limit_the_scores_are_those_of_hf(batch_size, chat, folder, lo
     found = evaluated(ours, folder, tasks, **settings)
     assert_same(found, evaluated(stock, folder, tasks, **settings))
     assert found[2]["config"]["locret"]["held"]["prompts"] > 0  # it went through the engine
+
+
+def test_padding_is_in_the_embedding(loaded, folder):
+    """Some tokenizers have a token for it that their model has not."""
+    larger = copy.deepcopy(loaded.tokenizer)
+    larger.add_special_tokens({"pad_token": "<|beyond|>"})
+    prompts = [PROMPT, PROMPT.replace("house 12", "house 21")]
+    asked = requests("generate_until", prompts)
+    whole = bounded(loaded, folder, batch_size=2).generate_until(asked)
+    model = copy.deepcopy(loaded.model)  # that ends one answer before the other
+    model.generation_config.eos_token_id = larger(whole[1]).input_ids[1]
+    here, beyond = (replace(loaded, model=model, tokenizer=t) for t in (loaded.tokenizer, larger))
+    found = bounded(beyond, folder, batch_size=2).generate_until(asked)
+    assert found == bounded(here, folder, batch_size=2).generate_until(asked) != whole
+    ends = Asker(beyond, Engines(beyond, {}, None, {}))._ends()
+    assert ends["pad_token_id"] == larger.eos_token_id != larger.pad_token_id
 
 
 @pytest.mark.slow

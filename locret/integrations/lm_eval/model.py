@@ -32,6 +32,7 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from locret.cache.cache import RetainedCache
+from locret.engine.arguments import filler
 from locret.engine.engine import Engine
 from locret.evaluation.processes import Ranks
 from locret.evaluation.prompts import Protocol
@@ -224,12 +225,12 @@ class LocretLM(HFLM):
     ) -> Tensor:
         mask = kwargs.pop("attention_mask", torch.ones_like(context)).bool()
         new = max_length - context.shape[1]
-        pad = self.tokenizer.pad_token_id
+        pad, done = self.tokenizer.pad_token_id, filler(self.model, self.tokenizer)
         answers = torch.full((len(context), new), pad, device=context.device)
         for rows in self._together(mask):
             ids = torch.stack([context[i][mask[i]] for i in rows])
             stops = HarnessStops(stop, self.tokenizer)
-            settings = _decoding(kwargs) | {"stopping_criteria": [stops], "pad_token_id": pad}
+            settings = _decoding(kwargs) | {"stopping_criteria": [stops], "pad_token_id": done}
             found = self._answers(ids, self._rests[rows[0]], new, settings)
             answers[rows, : found.shape[1]] = found
         return torch.cat([context, answers], dim=1)
