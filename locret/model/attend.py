@@ -39,7 +39,7 @@ from locret.model.past import (
     multiplies_fast,
     with_bias_in_channels,
 )
-from locret.model.ragged import attend_ragged, takes_ragged
+from locret.model.ragged import attend_ragged, takes_flash, takes_ragged
 
 Backend = Literal["eager", "sdpa", "cudnn", "flash_attn", "minference"]
 
@@ -313,7 +313,7 @@ def _attention(
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     else:  # the tokens of a group's heads side by side, so that nothing is repeated
         query = query.reshape(batch, key.shape[1], -1, query.shape[3])
-    if _takes_flash(query):
+    if takes_flash(query):
         output, sums, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, causal, False, scale=scaling
         )
@@ -327,16 +327,6 @@ def _attention(
             query, key, value, 0.0, causal, scale=scaling
         )
     return output.reshape(batch, heads, tokens, -1), sums.float().reshape(batch, heads, tokens)
-
-
-def _takes_flash(query: Tensor) -> bool:
-    """Whether PyTorch's flash attention computes with such queries."""
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    size = query.shape[3]
-    return (
-        size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
 
 
 def _merged(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

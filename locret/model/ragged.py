@@ -24,15 +24,20 @@ _OPTIONS = inspect.signature(varlen_attn).parameters
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
 """PyTorch 2.11 takes fewer KV heads than query heads without being told."""
 
-_CHANNELS = 256  # of a head, at most, in eights: FlashAttention's bound
+
+def takes_flash(query: Tensor) -> bool:
+    """Whether PyTorch's flash attention computes with queries [..., D]."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    size = query.shape[-1]
+    return (
+        size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def fits(query: Tensor, backend: str) -> bool:
     """Whether `attend_lengths` takes queries [..., D] in place of a backend."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    cuda = query.is_cuda and torch.version.cuda is not None
-    size = query.shape[-1]
-    return backend in ("sdpa", "cudnn") and cuda and half and size % 8 == 0 and size <= _CHANNELS
+    return backend in ("sdpa", "cudnn") and torch.version.cuda is not None and takes_flash(query)
 
 
 def attend_lengths(

@@ -311,7 +311,8 @@ class IdentityTable(Tensor):
         cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if not kwargs and len(args) == 2 and function in _PRODUCTS + _SUMS:
-            shortcut = _shortcut(function in _PRODUCTS, *args)
+            with torch._C.DisableTorchFunctionSubclass():  # its questions would come here, too
+                shortcut = _shortcut(function in _PRODUCTS, *args)
             if shortcut is not None:
                 return shortcut
         plain = [arg.as_subclass(Tensor) if isinstance(arg, cls) else arg for arg in args]
