@@ -54,3 +54,12 @@ def test_a_sum_that_grows_is_computed():
     assert (torch.ones(6) + sin).shape == (1, 4, 6)
     assert type(torch.ones(6) + sin) is torch.Tensor
     assert isinstance(sin[..., :3], IdentityTable)
+
+
+def test_gradients_flow_through_tables_first_asked_for_by_an_engine():
+    like, x = torch.rand(1, 4, 6, dtype=torch.float16), torch.randn(1, 4, 6, requires_grad=True)
+    with torch.inference_mode():
+        identity_tables(like, like)
+    cos, _ = identity_tables(like, like)
+    (x / cos).square().sum().backward()  # division keeps the table for later
+    assert torch.equal(x.grad, 2 * x)

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+import locret
 from locret.cache.sequences import sequences_of
+from locret.model import attend, ragged
 from locret.model.attend import attend_past
 from locret.model.past import Past, are_few
+from tests.tiny_models import prompt, tiny_heads, tiny_model
 
 RAGGED = ((4, 0, 9), (3, 70, 1))
 EQUAL = ((5, 5, 5), (5, 5, 5))
@@ -52,6 +55,95 @@ def test_a_step_sees_its_own_unit_in_the_tail(counts, dtype):
     apart = attend_past(query, before, tuple(x[:, :, 3:] for x in tail), 0.4, "eager")
     tolerance = 1e-5 if dtype == torch.float32 else 0.06
     torch.testing.assert_close(together, apart, rtol=0, atol=tolerance)
+
+
+def varlen_attn(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+):
+    """PyTorch 2.11's in plain operations; what its kernels refuse is refused."""
+    assert query.shape[2] == key.shape[2] and key.shape == value.shape
+    assert all(x.stride(-1) == 1 for x in (query, key, value)) and window_size == (-1, 0)
+    bounds = []
+    for lengths, most, x in ((cu_seq_q, max_q, query), (cu_seq_k, max_k, key)):
+        assert lengths.dtype == torch.int32 and lengths.is_contiguous()
+        assert lengths[-1] == len(x) and lengths.diff().max() == most
+        bounds.append(lengths.diff().tolist())
+    outputs = []
+    each = zip(query.split(bounds[0]), key.split(bounds[1]), value.split(bounds[1]), strict=True)
+    for q, k, v in each:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        future = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
+        logits = torch.einsum("thd,shd->hts", q, k) * scale
+        weights = logits.masked_fill(future, -torch.inf).softmax(dim=-1)
+        outputs.append(torch.einsum("hts,shd->thd", weights, v))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Ragged pasts take one call, wherever they are; how often they did, at the end."""
+    calls = []
+    monkeypatch.setattr(
+        ragged, "varlen_attn", lambda *a, **k: calls.append(1) or varlen_attn(*a, **k)
+    )
+    monkeypatch.setattr(ragged, "_GROUPED", {})
+    monkeypatch.setattr(ragged, "AT_ONCE", True)
+    monkeypatch.setattr(ragged, "fits", lambda query, backend: backend == "sdpa")
+    monkeypatch.setattr(attend, "SPLIT_FROM", 2)
+    return calls
+
+
+@pytest.mark.parametrize("counts", [RAGGED, ((0, 0, 1), (0, 33, 0)), ((7,), (5,))])
+@pytest.mark.parametrize("tail", [0, 3])
+@pytest.mark.parametrize(("tokens", "group"), [(2, 1), (5, 4), (130, 2)])
+def test_sequences_of_different_lengths_take_one_call(at_once, counts, tail, tokens, group):
+    generator = torch.Generator().manual_seed(2)
+    (rows, heads), sequences = (2, len(counts[0])), sequences_of(counts, torch.device("cpu"))
+    pasts = [Past(*(normal(generator, sequences.total, SIZE) for _ in range(2)), sequences)]
+    pasts.append(Past(*(normal(generator, rows, heads, tail, SIZE) for _ in range(2))))
+    query = normal(generator, rows, heads * group, tokens, SIZE)
+    # values as projections leave them: token by token
+    new = normal(generator, rows, heads, tokens, SIZE), normal(generator, rows, tokens, heads, SIZE)
+    new = new[0], new[1].transpose(1, 2)
+    fast, plain = (attend_past(query, pasts, new, 0.4, how) for how in ("sdpa", "eager"))
+    assert len(at_once) == 1 and fast.is_contiguous()
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-5)
+
+
+def test_rectangles_and_single_tokens_take_no_such_call(at_once):
+    generator = torch.Generator().manual_seed(3)
+    for counts, tokens in ((EQUAL, 5), (RAGGED, 1)):
+        sequences = sequences_of(counts, torch.device("cpu"))
+        past = Past(*(normal(generator, sequences.total, SIZE) for _ in range(2)), sequences)
+        query, *new = (normal(generator, 2, HEADS, tokens, SIZE) for _ in range(3))
+        attend_past(query, [past], tuple(new), 0.4, "sdpa")
+    assert not at_once
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_an_engine_reads_unequal_heads_in_one_call_a_layer_and_chunk(at_once, kv_heads):
+    model = tiny_model("qwen2.5", num_attention_heads=4, num_key_value_heads=kv_heads)
+    quotas = torch.arange(2.0 * kv_heads).view(2, kv_heads) + 1
+    settings = {"budget": 24, "chunk_size": 17, "stabilizers": 3, "quotas": quotas}
+    engine = locret.Engine(model, heads=tiny_heads(model), backend="sdpa", **settings)
+    caches = [engine.prefill(prompt(100))]
+    assert len(at_once) == 5  # chunks behind the first; nobody asks for the last layer's output
+    ragged.AT_ONCE = False
+    caches.append(engine.prefill(prompt(100)))
+    assert len(at_once) == 5
+    for mine, plain in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(mine.store.context.positions[0], plain.store.context.positions[0])
+        torch.testing.assert_close(mine.keys, plain.keys, rtol=0, atol=1e-5)
 
 
 def test_a_sequence_looks_the_same_whatever_others_stand_beside_it():

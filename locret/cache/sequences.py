@@ -69,12 +69,12 @@ class Sequences:
     @cached_property
     def lengths(self) -> Tensor:
         """[B, H] long."""
-        return torch.tensor(self.counts, device=self.device)
+        return sent(self.counts, self.device)
 
     @cached_property
     def offsets(self) -> Tensor:
         """`bounds` on the device, [Q + 1] int32."""
-        return torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
+        return sent(self.bounds, self.device, torch.int32)
 
     @cached_property
     def owner(self) -> Tensor:
@@ -98,7 +98,7 @@ class Sequences:
     def slots(self) -> Tensor:
         """The slot of each unit at compact positions, [N] long: its number within its sequence,
         such that the last units of a row's heads share a slot."""
-        longest = torch.tensor(self.longest_of_rows, device=self.device)
+        longest = sent(self.longest_of_rows, self.device)
         front = (longest[:, None] - self.lengths).flatten()
         return self.local + front[self.owner]
 
@@ -156,3 +156,11 @@ def sequences_of(counts: Counts, device: torch.device) -> Sequences:
 def alike(rows: int, heads: Sequence[int], device: torch.device) -> Sequences:
     """Rows whose heads hold so many units each."""
     return sequences_of((tuple(heads),) * rows, device)
+
+
+def sent(
+    numbers: Sequence[int] | Counts, device: torch.device, dtype: torch.dtype = torch.long
+) -> Tensor:
+    """Python's numbers as a tensor on a device. `torch.tensor(numbers, device=device)` waits for
+    all that is queued there; this does not."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)

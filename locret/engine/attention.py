@@ -102,8 +102,7 @@ def _slide(
         keys = call.rotate(keys, tuple(n - layer.longest for n in rows), lengths)
         query = call.rotate(call.query, rows, lengths)
         output = attend(query, keys, values, call.scaling, backend, empty, call.weighting)
-    positions = torch.arange(layer.seen, layer.seen + new, device=call.key.device)
-    own = own_positions(call.cache, positions)
+    own = own_positions(call, layer)
     added = NewTokens.of(call.key, call.value, own).first(new - drop)
     batch, heads, more = added.scores.shape
     none = alike(batch, (0,) * heads, call.key.device)

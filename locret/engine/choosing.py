@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from locret.cache.layer import RetainedLayer
-from locret.cache.sequences import Counts, Sequences, alike, sequences_of
+from locret.cache.sequences import Counts, Sequences, alike, sent, sequences_of
 from locret.kernels import select_sequences
 from locret.policies.base import Eviction, Policy, with_protected
 
@@ -157,4 +157,4 @@ def _highest(
 @functools.lru_cache(maxsize=1024)
 def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 on the device; what is asked for again is not copied again."""
-    return torch.tensor(numbers, dtype=torch.int32, device=device)
+    return sent(numbers, device, torch.int32)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from locret.cache.cache import DECODE_ROOM, RetainedCache
 from locret.cache.layer import RetainedLayer
+from locret.cache.sequences import sent
 from locret.cache.tail import NewTokens
 from locret.engine.choosing import Choice, Scores
 from locret.model.attend import Backend, attend, attend_past
@@ -89,8 +90,7 @@ class AnswerPass(Pass):
         if not call.rotated:
             query = call.rotate(query, starts, lengths)
             key = call.rotate(key, starts, lengths)
-        positions = torch.arange(layer.seen, layer.seen + key.shape[2], device=key.device)
-        store.append(NewTokens.of(key, call.value, own_positions(cache, positions)), self.room)
+        store.append(NewTokens.of(key, call.value, own_positions(call, layer)), self.room)
         output = self._output(call, layer, query) if wanted else None
         store.pack()
         return output
@@ -190,7 +190,7 @@ class ReadPass(Pass):
             state=layer.state,
             drop=self.drop,
             empty=empty,
-            padding=torch.tensor(cache.padding, device=key.device) if cache.padding else None,
+            padding=sent(cache.padding, key.device) if cache.padding else None,
             rotate=rotate,
         )
 
@@ -231,7 +231,7 @@ class ReadPass(Pass):
         before, eviction, store = layer.store.tail.count, self.eviction, layer.store
         key = chunk.rotated_key if layer.rotated else call.key
         own = scores.rest[:, :, before:]
-        new = NewTokens.of(key, call.value, chunk.own_positions[:, None], own)
+        new = NewTokens.of(key, call.value, own_positions(call, layer), own)
         store.replace_scores(scores.context, scores.rest[:, :, :before])
         if self.policy.waits:
             store.append(new)
@@ -305,16 +305,24 @@ class ReadPass(Pass):
             surprisal[:, 0] = torch.inf
         if cache.padding is not None:
             tokens = torch.arange(layer.seen - input_ids.shape[1], layer.seen, device=hidden.device)
-            own = tokens - torch.tensor(cache.padding, device=hidden.device)[:, None]
+            own = tokens - sent(cache.padding, hidden.device)[:, None]
             surprisal = surprisal.masked_fill(own <= 0, torch.inf)
         return surprisal
 
 
-def own_positions(cache: RetainedCache, positions: Tensor) -> Tensor:
-    """Positions [T] counted from each row's own first token, [1 or B, 1, T]."""
-    if cache.padding is None:
+def own_positions(call: LayerCall, layer: RetainedLayer) -> Tensor:
+    """Positions of the new tokens counted from each row's own first one, [1 or B, 1, T] int32."""
+    device = call.key.device
+    positions = _range(layer.seen, layer.seen + call.key.shape[2], device)
+    if call.cache.padding is None:
         return positions[None, None]
-    return (positions - torch.tensor(cache.padding, device=positions.device)[:, None])[:, None]
+    return (positions - sent(call.cache.padding, device, torch.int32)[:, None])[:, None]
+
+
+@functools.lru_cache(maxsize=4)
+def _range(start: int, end: int, device: torch.device) -> Tensor:
+    """int32; the same for all layers of a chunk."""
+    return torch.arange(start, end, dtype=torch.int32, device=device)
 
 
 def next_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:

@@ -42,11 +42,9 @@ class FirstPass(Pass):
             if wanted:
                 how = call.scaling, self.backend, call.weighting
                 output = attend_past(query, pasts_of(call, layer), (key, call.value), *how)
-            count = key.shape[2]
-            positions = torch.arange(layer.seen, layer.seen + count, device=key.device)
-            own = own_positions(call.cache, positions)
-            stored = key if layer.rotated else call.key
-            layer.store.append(NewTokens.of(stored, call.value, own).first(count - self.drop))
+            stored, own = key if layer.rotated else call.key, own_positions(call, layer)
+            new = NewTokens.of(stored, call.value, own)
+            layer.store.append(new.first(key.shape[2] - self.drop))
             return output
 
 

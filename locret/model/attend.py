@@ -9,7 +9,8 @@ baseline.
 
 What is past, every new token sees: with `cudnn` and `sdpa` attention to it, a sequence at a time
 where heads hold different numbers of units, is merged by log-sum-exp with that of the new tokens
-to themselves, a causal square (`attend_past`).
+to themselves, a causal square (`attend_past`); or all sequences take one call
+(`locret.model.ragged`).
 
 Whatever the backend, layers with a softcap or with sinks are computed in plain PyTorch, a block of
 queries at a time, and those with a window in blocks of one window by SDPA.
@@ -38,6 +39,7 @@ from locret.model.past import (
     multiplies_fast,
     with_bias_in_channels,
 )
+from locret.model.ragged import attend_ragged, takes_flash, takes_ragged
 
 Backend = Literal["eager", "sdpa", "cudnn", "flash_attn", "minference"]
 
@@ -215,6 +217,9 @@ def attend_past(
     pasts = [past.as_rectangle() for past in pasts if past.length]
     if not pasts and new is not None:
         return attend(query, *new, scaling, backend, None, weighting)
+    many = new is not None and query.shape[2] >= SPLIT_FROM
+    if new is not None and many and weighting.plain and takes_ragged(query, pasts, backend):
+        return attend_ragged(query, pasts, new, scaling)
     if not (weighting.plain and _leaves_sums(query, backend)):
         return _attend_joined(query, pasts, new, scaling, backend, weighting)
     if are_few(query, pasts, new):
@@ -272,18 +277,25 @@ def _over(query: Tensor, past: Past, scaling: float, backend: Backend) -> tuple[
         return _attention(query, past.keys, past.values, scaling, backend, causal=False)
     rows, heads = sequences.shape
     group = query.shape[1] // heads
-    output = query.new_zeros(*query.shape[:3], past.values.shape[1])
-    sums = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    states = []
     for row in range(rows):
         for head in range(heads):
-            if units := sequences.counts[row][head]:
-                at = slice(row, row + 1), slice(head * group, (head + 1) * group)
-                # cuDNN makes a plan, which takes milliseconds, for every number that it meets.
-                by = backend if is_on_grid(units) else "sdpa"
-                output[at], sums[at] = _attention(
-                    query[at], *past.of(row, head), scaling, by, causal=False
+            own = query[row : row + 1, head * group : (head + 1) * group]
+            units = sequences.counts[row][head]
+            # cuDNN makes a plan, which takes milliseconds, for every number that it meets.
+            by = backend if is_on_grid(units) else "sdpa"
+            states.append(
+                _attention(own, *past.of(row, head), scaling, by, causal=False)
+                if units
+                else (
+                    torch.zeros_like(own),
+                    own.new_full(own.shape[:3], -torch.inf, dtype=torch.float32),
                 )
-    return output, sums
+            )
+    output, sums = (
+        torch.cat(each).unflatten(0, (rows, heads)) for each in zip(*states, strict=True)
+    )
+    return output.flatten(1, 2), sums.flatten(1, 2)
 
 
 def _attention(
@@ -301,7 +313,7 @@ def _attention(
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     else:  # the tokens of a group's heads side by side, so that nothing is repeated
         query = query.reshape(batch, key.shape[1], -1, query.shape[3])
-    if _takes_flash(query):
+    if takes_flash(query):
         output, sums, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, causal, False, scale=scaling
         )
@@ -315,16 +327,6 @@ def _attention(
             query, key, value, 0.0, causal, scale=scaling
         )
     return output.reshape(batch, heads, tokens, -1), sums.float().reshape(batch, heads, tokens)
-
-
-def _takes_flash(query: Tensor) -> bool:
-    """Whether PyTorch's flash attention computes with such queries."""
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    size = query.shape[3]
-    return (
-        size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
 
 
 def _merged(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

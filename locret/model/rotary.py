@@ -11,6 +11,7 @@ LongRoPE rules (`LongRopeRule`):
 """
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
@@ -44,11 +45,11 @@ class Pattern:
     def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """The rotary module's tables [B, S, R] as `rotate_at_slots` takes them: one number for each
         channel, signs in the sines."""
-        index = self.cos_index.to(cos.device)
+        device = cos.device
         if not torch.equal(self.cos_index, torch.arange(cos.shape[-1])):
-            cos = cos.index_select(-1, index)
-            sin = sin.index_select(-1, self.sin_index.to(sin.device))
-        return cos, sin * self.sign.to(sin.device, sin.dtype)
+            cos = cos.index_select(-1, self.cos_index.to(device, non_blocking=True))
+            sin = sin.index_select(-1, self.sin_index.to(device, non_blocking=True))
+        return cos, sin * self.sign.to(sin.dtype).to(device, non_blocking=True)
 
 
 class PinnedRotary:
@@ -310,7 +311,8 @@ class IdentityTable(Tensor):
         cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if not kwargs and len(args) == 2 and function in _PRODUCTS + _SUMS:
-            shortcut = _shortcut(function in _PRODUCTS, *args)
+            with torch._C.DisableTorchFunctionSubclass():  # its questions would come here, too
+                shortcut = _shortcut(function in _PRODUCTS, *args)
             if shortcut is not None:
                 return shortcut
         plain = [arg.as_subclass(Tensor) if isinstance(arg, cls) else arg for arg in args]
@@ -323,7 +325,15 @@ class IdentityTable(Tensor):
 
 def identity_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """cos = 1 and sin = 0 in the shapes, dtypes and on the devices of `cos` and `sin`."""
-    return _table(torch.ones_like(cos), 1), _table(torch.zeros_like(sin), 0)
+    one, zero = (_number(i, x.dtype, x.device).expand(x.shape) for i, x in ((1, cos), (0, sin)))
+    return _table(one, 1), _table(zero, 0)
+
+
+@functools.cache
+def _number(value: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One element, made once: every layer of every chunk asks for it."""
+    with torch.inference_mode(False):  # training may ask for what an engine asked for first
+        return torch.full((), value, dtype=dtype, device=device)
 
 
 def _table(values: Tensor, constant: int) -> IdentityTable:
@@ -341,10 +351,17 @@ def _shortcut(product: bool, first: Any, second: Any) -> Tensor | None:
             other.dtype
         ):
             continue
-        if torch.broadcast_shapes(table.shape, other.shape) != other.shape:
+        if not _broadcasts(table.shape, other.shape):
             continue
         if product and table.constant == 0:
             return table if table.dtype == other.dtype else None
         if product == (table.constant == 1):
             return other
     return None
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of `shape` can be repeated to fill one of shape `to`;
+    `torch.broadcast_shapes` takes longer than what it saves here."""
+    last = to[len(to) - len(shape) :]
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape, last, strict=True))

@@ -7,27 +7,19 @@ Gradients flow either way.
 B rows, H KV heads, G query heads a KV head, T tokens of a row, S what a text sees, D head size.
 """
 
-import functools
-import inspect
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from locret.model.attend import PLAIN, Backend, Weighting, attend
+from locret.model.ragged import attend_lengths, fits
 
 AT_ONCE = False
 """Whether texts take one call where they can: not before a GPU was seen to."""
 
-_OPTIONS = inspect.signature(varlen_attn).parameters
-_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
-"""PyTorch 2.11 takes fewer KV heads than query heads without being told."""
-
 _ELEMENTS = 2**28  # of the keys of one call: texts that share a context see a copy of it each
-_CHANNELS = 256  # of a head, at most, in eights: FlashAttention's bound
 
 
 class Text(NamedTuple):
@@ -81,12 +73,7 @@ def attend_texts(
 
 def takes_varlen(query: Tensor, backend: Backend, weighting: Weighting) -> bool:
     """Whether texts take one call for all of them."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    cuda = query.is_cuda and torch.version.cuda is not None
-    fits = query.shape[3] % 8 == 0 and query.shape[3] <= _CHANNELS
-    if not (AT_ONCE and len(query) == 1 and cuda and half and fits):
-        return False
-    return backend in ("sdpa", "cudnn") and weighting.plain
+    return AT_ONCE and len(query) == 1 and weighting.plain and fits(query, backend)
 
 
 def _attend_at_once(query: Tensor, texts: Sequence[Text], scaling: float) -> Tensor:
@@ -96,20 +83,7 @@ def _attend_at_once(query: Tensor, texts: Sequence[Text], scaling: float) -> Ten
         for name in ("keys", "values")
     )
     tokens, lengths = (tuple(t.tokens for t in texts), tuple(t.length for t in texts))
-    output = varlen_attn(
-        query,
-        keys,
-        values,
-        _bounds(tokens, query.device),
-        _bounds(lengths, query.device),
-        max(tokens),
-        max(lengths),
-        scale=scaling,
-        window_size=(-1, 0),
-        **_GROUPED,
-    )
-    assert isinstance(output, Tensor)
-    return output
+    return attend_lengths(query, keys, values, tokens, lengths, scaling)
 
 
 def _groups(texts: Sequence[Text]) -> Iterator[list[Text]]:
@@ -128,9 +102,3 @@ def _groups(texts: Sequence[Text]) -> Iterator[list[Text]]:
 
 def _joined(each: Sequence[Tensor]) -> Tensor:
     return each[0] if len(each) == 1 else torch.cat(list(each), dim=2)
-
-
-@functools.lru_cache(maxsize=16)
-def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each of sequences of these lengths begins, and the last one ends, int32."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

@@ -206,7 +206,8 @@ class Policy:
                 f"policy {type(self).__name__} returned scores of shape {tuple(new.shape)}; "
                 f"expected [batch, KV heads, new tokens], {expected}"
             )
-        return new.float()
+        # Heads score token by token, and what chooses reads unit by unit: one copy does both.
+        return new.to(torch.float32, memory_format=torch.contiguous_format)
 
     def reconsider(self, scores: list[Tensor], surprisal: Callable[[], Tensor]) -> list[Tensor]:
         """Scores after a chunk has gone through all layers, for policies that wait.
