@@ -217,8 +217,8 @@ def attend_past(
     pasts = [past.as_rectangle() for past in pasts if past.length]
     if not pasts and new is not None:
         return attend(query, *new, scaling, backend, None, weighting)
-    many = new is not None and query.shape[2] >= SPLIT_FROM
-    if new is not None and many and weighting.plain and takes_ragged(query, pasts, backend):
+    many = query.shape[2] >= SPLIT_FROM and weighting.plain
+    if new is not None and many and takes_ragged(query, pasts, backend):
         return attend_ragged(query, pasts, new, scaling)
     if not (weighting.plain and _leaves_sums(query, backend)):
         return _attend_joined(query, pasts, new, scaling, backend, weighting)
@@ -276,26 +276,29 @@ def _over(query: Tensor, past: Past, scaling: float, backend: Backend) -> tuple[
     if sequences is None:
         return _attention(query, past.keys, past.values, scaling, backend, causal=False)
     rows, heads = sequences.shape
-    group = query.shape[1] // heads
-    states = []
-    for row in range(rows):
-        for head in range(heads):
-            own = query[row : row + 1, head * group : (head + 1) * group]
-            units = sequences.counts[row][head]
-            # cuDNN makes a plan, which takes milliseconds, for every number that it meets.
-            by = backend if is_on_grid(units) else "sdpa"
-            states.append(
-                _attention(own, *past.of(row, head), scaling, by, causal=False)
-                if units
-                else (
-                    torch.zeros_like(own),
-                    own.new_full(own.shape[:3], -torch.inf, dtype=torch.float32),
-                )
-            )
-    output, sums = (
-        torch.cat(each).unflatten(0, (rows, heads)) for each in zip(*states, strict=True)
-    )
-    return output.flatten(1, 2), sums.flatten(1, 2)
+    queries = query.unflatten(1, (heads, -1))
+    states = [
+        _over_sequence(queries[row : row + 1, head], past, row, head, scaling, backend)
+        for row in range(rows)
+        for head in range(heads)
+    ]
+    joined = (torch.cat(each).unflatten(0, (rows, heads)) for each in zip(*states, strict=True))
+    output, sums = (x.flatten(1, 2) for x in joined)
+    return output, sums
+
+
+def _over_sequence(
+    query: Tensor, past: Past, row: int, head: int, scaling: float, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """`_over` of one group's queries [1, G, T, D] and one sequence, which may be empty."""
+    assert past.sequences is not None
+    units = past.sequences.counts[row][head]
+    if not units:
+        sums = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+        return torch.zeros_like(query), sums
+    # cuDNN makes a plan, which takes milliseconds, for every number that it meets.
+    by = backend if is_on_grid(units) else "sdpa"
+    return _attention(query, *past.of(row, head), scaling, by, causal=False)
 
 
 def _attention(
