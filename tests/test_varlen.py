@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from locret.model import varlen
+from locret.model import ragged, varlen
 from locret.model.attend import PLAIN, attend
 
 
@@ -39,5 +39,5 @@ def test_one_call_is_as_one_after_the_other(heads, elements, monkeypatch):
     expected = varlen.attend_texts(query, texts, 0.3, "eager")
     monkeypatch.setattr(varlen, "_ELEMENTS", elements)
     monkeypatch.setattr(varlen, "takes_varlen", lambda *_: True)
-    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(ragged, "varlen_attn", plain_varlen)
     torch.testing.assert_close(varlen.attend_texts(query, texts, 0.3, "sdpa"), expected)
