@@ -29,6 +29,8 @@ import torch
 
 from benchmarks import chart, floors, record, systems, table
 from benchmarks.answer_clock import AnswerClock, OutOfTime
+from benchmarks.columns import heading
+from benchmarks.names import some_of
 from benchmarks.shapes import SHAPES, device_and_dtype, random_model
 from locret.policies import POLICIES
 
@@ -50,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "cost": asdict(floors.cost_of(bench.model)),
         "results": results,
     }
-    print(table.heading(), flush=True)
+    print(heading(table.COLUMNS), flush=True)
     shown = []
     for length, batch, name in _cases(given):
         results.append(bench.run(name, length, batch))
@@ -60,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
         record.write(given.out, vars(given), figures, announce=False)
     lines = [table.line(row) for row in results]
     if lines != shown:  # `full` came late: only now are there ratios to it
-        print("", table.heading(), *lines, sep="\n")
+        print("", heading(table.COLUMNS), *lines, sep="\n")
     print(*table.remarks(results), sep="\n")
     record.write(given.out, vars(given), figures)
     if given.plot:
@@ -211,16 +213,6 @@ def numbers(text: str) -> list[int]:
     return given
 
 
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = sorted(set(names) - set(systems.SYSTEMS))
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"{', '.join(unknown)}: expected some of {', '.join(systems.SYSTEMS)}"
-        )
-    return names
-
-
 def _engine_argument(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     if not value:
@@ -239,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=numbers, default=[131072], help="tokens, or a list")
     parser.add_argument("--batch", type=numbers, default=[1], help="rows, or a list")
     parser.add_argument("--budget", type=int, default=16384, help="units a KV head keeps")
-    parser.add_argument("--systems", type=_names, default=list(systems.SYSTEMS))
+    parser.add_argument("--systems", type=some_of(systems.SYSTEMS), default=list(systems.SYSTEMS))
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--warm-up", type=int, help="tokens; default: the budget and 3 chunks")

@@ -33,7 +33,9 @@ import torch
 
 from benchmarks import floors, record, systems
 from benchmarks.answer_clock import AnswerClock, OutOfTime
+from benchmarks.columns import cells, heading
 from benchmarks.longcontext import empty, numbers, wanted
+from benchmarks.names import some_of
 from benchmarks.shapes import SHAPES, device_and_dtype, random_model
 from locret import Engine
 from locret.heads.quotas import spread
@@ -117,7 +119,7 @@ def main(args: Sequence[str] | None = None) -> None:
     bench = Bench(random_model(given.shape, device, dtype), machine, given, deadline)
     results: list[Row] = []
     figures = {"machine": asdict(machine), "quotas": bench.tables(), "results": results}
-    print(record.hardware(), HEADING, sep="\n", flush=True)
+    print(record.hardware(), heading(COLUMNS), sep="\n", flush=True)
     for chunk_size in given.chunk_size:
         for name in given.rows:
             results.append(bench.run(name, chunk_size))
@@ -294,13 +296,6 @@ COLUMNS = (
 """Heading, format and the figure's name."""
 
 
-def aligned(text: str, form: str) -> str:
-    return format(text, form.partition(".")[0])
-
-
-HEADING = " ".join(aligned(name, form) for name, form, _ in COLUMNS)
-
-
 def line(row: Row) -> str:
     """A row in one line; one without figures says why there are none."""
     if row["status"] != OK:
@@ -313,28 +308,14 @@ def line(row: Row) -> str:
         "kv_mib": row["kv_bytes"] / 2**20,
         "replayed": f"{steps['replayed']}/{steps['taken']}",
     }
-    return " ".join(
-        aligned("-", form) if shown.get(name) is None else format(shown[name], form)
-        for _, form, name in COLUMNS
-    )
-
-
-def names(text: str) -> list[str]:
-    """The rows of a list with commas."""
-    given = text.split(",")
-    unknown = sorted(set(given) - set(ROWS))
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"{', '.join(unknown)}: expected some of {', '.join(ROWS)}"
-        )
-    return given
+    return cells(shown, COLUMNS)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=names, default=list(ROWS), help="a list with commas")
+    parser.add_argument("--rows", type=some_of(ROWS), default=list(ROWS), help="a list with commas")
     parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
     parser.add_argument("--length", type=int, default=131072, help="tokens of the prompt")
     parser.add_argument(

@@ -39,6 +39,8 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import record
+from benchmarks.columns import cells, heading
+from benchmarks.names import some_of
 from benchmarks.servers import Failed, Server, running
 from locret.system.interrupts import raised
 from locret.tasks.synthetic import SyntheticSample, make_sample
@@ -63,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
             row: Row = {"system": name, "status": "ok"}
             results.append(row)
             _run(row, SYSTEMS[name], given, samples, deadline, lambda: _write(given, results))
-    print(_heading(), *map(_line, results), sep="\n")
+    print(heading(COLUMNS), *map(_line, results), sep="\n")
     record.write(given.out, vars(given), {"results": results})
 
 
@@ -317,30 +319,12 @@ COLUMNS = (
 """Heading, format and the figure's name."""
 
 
-def _heading() -> str:
-    return " ".join(format(name, form.split(".")[0]) for name, form, _ in COLUMNS)
-
-
 def _line(row: Row) -> str:
     """A system in one line; one that failed says why."""
-    cells = [
-        format("-", form.split(".")[0]) if row.get(name) is None else format(row[name], form)
-        for _, form, name in COLUMNS
-    ]
-    return " ".join([*cells, row.get("error", "")[:200]]).rstrip()
+    return f"{cells(row, COLUMNS)} {row.get('error', '')[:200]}".rstrip()
 
 
 # ---- arguments -----------------------------------------------------------------------------------
-
-
-def _systems(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = sorted(set(names) - set(SYSTEMS))
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"{', '.join(unknown)}: expected some of {', '.join(SYSTEMS)}"
-        )
-    return names
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -351,7 +335,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", help="of locret; default: none")
     parser.add_argument("--serve", default="", metavar="ARGUMENTS", help="of locret serve")
     parser.add_argument("--peer", default="", metavar="ARGUMENTS", help="of transformers serve")
-    parser.add_argument("--systems", type=_systems, default=list(SYSTEMS))
+    parser.add_argument("--systems", type=some_of(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--contexts", type=int, default=16)
     parser.add_argument(
         "--tokens", type=int, default=32768, help="of a context, its question and its answer"

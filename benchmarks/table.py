@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from benchmarks.columns import cells
+
 Result = dict[str, Any]
 
 COLUMNS = (
@@ -51,25 +53,12 @@ def add_ratios(results: Sequence[Result]) -> None:
             r["peak_of_full"] = r["peak_gib"] / base["peak_gib"]
 
 
-def heading() -> str:
-    """The line above the results."""
-    return " ".join(_aligned(name, form) for name, form, _ in COLUMNS)
-
-
 def line(result: Result) -> str:
     """A result in one line; one without figures says why there are none."""
-    cells = [
-        _aligned("-", form) if result.get(name) is None else format(result[name], form)
-        for _, form, name in COLUMNS
-    ]
     if result["status"] == "ok":
-        return " ".join(cells)
+        return cells(result, COLUMNS)
     reason = str(result.get("wanted") or result.get("error") or "").partition("\n")[0]
-    return f"{' '.join(cells[:WHICH])}  {result['status']}  {reason}".rstrip()
-
-
-def _aligned(text: str, form: str) -> str:
-    return format(text, form.split(".")[0])
+    return f"{cells(result, COLUMNS[:WHICH])}  {result['status']}  {reason}".rstrip()
 
 
 def remarks(results: Sequence[Result]) -> list[str]:

@@ -53,6 +53,16 @@ def gated_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 @triton.jit
+def activated(x, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """SiLU or GELU of float32."""
+    if SILU:
+        x *= tl.sigmoid(x)
+    else:
+        x *= 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x
+
+
+@triton.jit
 def _gated(  # type: ignore[no-untyped-def]
     gate, up, out, gate_stride, up_stride, size, SILU: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -61,9 +71,5 @@ def _gated(  # type: ignore[no-untyped-def]
     there = d < size
     x = tl.load(gate + row * gate_stride + d, mask=there, other=0.0).to(tl.float32)
     y = tl.load(up + row * up_stride + d, mask=there, other=0.0).to(tl.float32)
-    if SILU:
-        x *= tl.sigmoid(x)
-    else:
-        x *= 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    x = x.to(out.dtype.element_ty).to(tl.float32)
+    x = activated(x, SILU).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * size + d, (x * y).to(out.dtype.element_ty), mask=there)

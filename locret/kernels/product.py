@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from locret.kernels.dispatch import check_tensors, on_device, padded, takes_triton, tl, triton
-from locret.kernels.gated import ACTIVATIONS
+from locret.kernels.gated import ACTIVATIONS, activated
 
 MOST_ROWS = 4
 """Above that a product on the matrix units is faster."""
@@ -48,11 +48,8 @@ def products(
     sizes = [len(weight) for weight in weights]
     out = torch.empty(len(x), 1, sum(sizes), dtype=x.dtype, device=x.device)
     spare = _MATRICES - len(weights)
-    given = [*weights, *[weights[0]] * spare]
-    added = [x if bias is None else bias for bias in [*biases, *[None] * spare]]
-    if spare and biases[0] is not None:
-        added = [*added[: len(weights)], *[added[0]] * spare]
-    counts = [*sizes, *[0] * spare]
+    given, counts = [*weights, *[weights[0]] * spare], [*sizes, *[0] * spare]
+    added = [x if bias is None else bias for bias in [*biases, *[biases[0]] * spare]]
     with on_device(x):
         _products[(sum(triton.cdiv(n, _OUTPUTS) for n in counts),)](
             *(x, *given, *added, out, x.shape[-1], *counts, len(x)),
@@ -185,11 +182,7 @@ def _gated_products(  # type: ignore[no-untyped-def]
     a = _dot(x, gate, n, there, inputs, rows, ROWS, N, K)
     b = _dot(x, up, n, there, inputs, rows, ROWS, N, K)
     a = a.to(out.dtype.element_ty).to(tl.float32)
-    if SILU:
-        a *= tl.sigmoid(a)
-    else:
-        a *= 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
-    a = a.to(out.dtype.element_ty).to(tl.float32)
+    a = activated(a, SILU).to(out.dtype.element_ty).to(tl.float32)
     b = b.to(out.dtype.element_ty).to(tl.float32)
     row = tl.arange(0, ROWS)
     to = out + row[:, None] * size + n[None, :]
