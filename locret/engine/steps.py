@@ -27,8 +27,6 @@ from locret.cache.layer import RetainedLayer
 from locret.engine.passes import Pass
 from locret.engine.through import without_mask
 from locret.kernels import (
-    HeadNorms,
-    NewUnit,
     PackedShares,
     Plain,
     Shares,
@@ -42,7 +40,7 @@ from locret.kernels import (
 )
 from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall, as_argument, as_output, cache_in, without_autocast
-from locret.model.prenorm import PrenormDecoder, why_not_fused
+from locret.model.prenorm import PrenormDecoder, PrenormLayer, why_not_fused
 from locret.model.rotary import Rotary
 from locret.quantization.packed import Expansion
 
@@ -256,13 +254,15 @@ class StepPass(Pass):
         tail.count += 1
         return output.transpose(1, 2)
 
-    def take(self, i: int, new: NewUnit, norms: HeadNorms | None, scaling: float) -> Tensor:
-        """Store a layer's new unit, not rotated yet, and attend, [B, H*G, 1, D]. Python's counters
-        stay: `advance`."""
+    def take(self, i: int, x: Tensor, layer: PrenormLayer) -> Tensor:
+        """Store the new unit that a layer makes of x [B, 1, hidden size], and attend,
+        [B, 1, H*G, D]. Python's counters stay: `advance`."""
         keys, values = self.cache.layers[i].store.tail.tensors[:2]
         slot, length = (counts[i : i + 1] for counts in (self._filled, self._lengths))
+        new, norms = layer.project(x), layer.head_norms
         query = store_rotated(new, keys, values, slot, self._turning(i), norms)
-        return self._contexts[i].attend(query, keys, values, length, scaling)
+        output = self._contexts[i].attend(query, keys, values, length, layer.scaling)
+        return output.transpose(1, 2)
 
     def end(self) -> None:
         """After the layers of a step ran: move the device's counters."""
