@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import locret
+from locret.engine.answering import Answering
 from locret.engine.forward import ChunkCounts
 from locret.model.backbone import PRENORM
 from locret.model.prenorm import why_not_fused
@@ -103,3 +104,19 @@ def test_hooks_that_come_and_go_are_seen_at_the_next_chunk():
     engine.prefill(prompt(60))
     assert counts == [1, 1, 1, 1]
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("family", ["qwen3", "smollm3"])
+def test_questions_are_read_fused_in_front_of_fast_steps(family, monkeypatch):
+    monkeypatch.setattr(Answering, "fast_steps", property(lambda self: True))
+    model, answers = with_norms(tiny_model(family)), []
+    engine = locret.Engine(model, heads=tiny_heads(model), **SMALL)
+    for reason, fused in ((why_not_fused, 5), (lambda *_: "it is compared", 0)):
+        monkeypatch.setattr("locret.engine.forward.why_not_fused", reason)
+        answers.append(engine.generate(prompt(60, batch=2), **GREEDY, **LOGITS))
+        assert engine.last_chunks == ChunkCounts(5, fused)
+    assert all(map(torch.equal, answers[0].logits, answers[1].logits))
+    monkeypatch.undo()
+    asked = engine.generate(prompt(60), **GREEDY, **LOGITS, output_hidden_states=True)
+    assert engine.last_chunks == ChunkCounts(4, 4)
+    assert asked.hidden_states[0][0].shape[1] == SMALL["local_tokens"]

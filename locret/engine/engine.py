@@ -168,7 +168,7 @@ class Engine:
         self._attention = RetainedAttention(self.policy, chosen, self.backbone.surprise)
         self._forward = forward = ChunkForward(self.backbone, self._attention)
         self._reader = Reader(self.backbone, self._attention, forward, config, sizing, progress)
-        self._answering = Answering(model, self.backbone, self._attention, config, sizing)
+        self._answering = Answering(model, self.backbone, self._attention, forward, config, sizing)
         self._attached: contextlib.ExitStack | None = None
         self._depth = 0
 

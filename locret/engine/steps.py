@@ -24,8 +24,8 @@ from torch import Tensor
 from locret.cache.cache import RetainedCache
 from locret.cache.context import StoredContext, places
 from locret.cache.layer import RetainedLayer
+from locret.engine.forward import ChunkForward, asks_logits
 from locret.engine.passes import Pass
-from locret.engine.through import without_mask
 from locret.kernels import (
     PackedShares,
     Plain,
@@ -39,7 +39,7 @@ from locret.kernels import (
     store_units,
 )
 from locret.model.backbone import Backbone
-from locret.model.hooks import LayerCall, as_argument, as_output, cache_in, without_autocast
+from locret.model.hooks import LayerCall, as_argument, as_output, without_autocast
 from locret.model.prenorm import PrenormDecoder, PrenormLayer, why_not_fused
 from locret.model.rotary import Rotary
 from locret.quantization.packed import Expansion
@@ -286,13 +286,22 @@ class GraphedSteps:
         cache: of the request; its prompt is read by calls that this object declines.
         room: units expected to come, for which storage is made at once.
         graphs: whether steps are recorded and replayed, once they have run a few times.
+        forward: reads what is no step.
 
     Attributes:
         fast, replayed, fused: see `StepCounts`.
     """
 
-    def __init__(self, backbone: Backbone, cache: RetainedCache, room: int, graphs: bool) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        cache: RetainedCache,
+        room: int,
+        graphs: bool,
+        forward: ChunkForward,
+    ) -> None:
         self._backbone = backbone
+        self._forward = forward
         self._cache = cache
         self._room = room
         self._graphs = graphs
@@ -310,7 +319,7 @@ class GraphedSteps:
         """The model's outputs for `inputs`, as of any model where this is no step of ours."""
         ids = inputs.get("input_ids")
         if not self._is_step(ids, inputs):
-            return without_mask(run, inputs)
+            return self._forward.outputs(run, inputs, self._cache)
         assert ids is not None
         self.fast += 1
         if self._steps is None or self._steps.left == 0:
@@ -331,11 +340,9 @@ class GraphedSteps:
         return self._outputs
 
     def _is_step(self, ids: Tensor | None, inputs: dict[str, Any]) -> bool:
-        asked = any(inputs.get(name) for name in ("output_hidden_states", "output_attentions"))
-        cache = self._cache
-        frozen = all(layer.rotated and not layer.is_empty for layer in cache.layers)
-        ours = cache_in(inputs) is cache and frozen
-        return ids is not None and ids.shape[1] == 1 and ours and not asked
+        frozen = all(layer.rotated and not layer.is_empty for layer in self._cache.layers)
+        one = ids is not None and ids.shape[1] == 1
+        return one and frozen and asks_logits(inputs, self._cache)
 
     def _prepare(self) -> None:
         self._steps = self._graph = self._outputs = self._ids = None  # their memory is free first

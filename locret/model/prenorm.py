@@ -172,7 +172,7 @@ def why_not_fused(backbone: Backbone, dtype: torch.dtype) -> str | None:
         return f"nothing is fused for {kind!r}"
     if model.training:
         return "the model is in training mode"
-    if torch.is_autocast_enabled(model.device.type):
+    if torch.is_autocast_enabled(backbone.layers[0].device.type):  # not "meta", as some weights are
         return "autocast chooses the dtype of each product"
     if geometry.activation not in ACTIVATIONS:
         return f"no kernel knows the activation {geometry.activation!r}"
