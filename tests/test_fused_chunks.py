@@ -92,6 +92,18 @@ def test_adapters_are_called(both):
     assert not torch.equal(both(tiny_model("llama"))[1][0], adapted[0])
 
 
+@pytest.mark.parametrize(("change", "fused"), [(nn.Module.train, 0), (torch.compile, 4)])
+def test_models_in_other_states(change, fused):
+    model = tiny_model("llama")
+    expected = locret.Engine(model, "keydiff", **SMALL).generate(prompt(60), **GREEDY)
+    engine = locret.Engine(change(model), "keydiff", **SMALL)
+    assert torch.equal(engine.generate(prompt(60), **GREEDY), expected)
+    assert engine.last_chunks == ChunkCounts(4, fused)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        engine.prefill(prompt(60))
+    assert engine.last_chunks == ChunkCounts(4, 0)
+
+
 def test_hooks_that_come_and_go_are_seen_at_the_next_chunk():
     model, seen, counts = tiny_model("llama"), [], []
 
