@@ -72,8 +72,7 @@ class Answering:
         room = min(max(last - cache.seen, DECODE_ROOM), MOST_ROOM)
         model, steps = self.model, None
         if eviction is None and beams == 1 and self._takes_steps(cache):
-            graphs = bool(self.config.compute.graphs)
-            steps = GraphedSteps(self.backbone, cache, room, graphs, self.forward)
+            steps = GraphedSteps(self.forward, cache, room, bool(self.config.compute.graphs))
         if steps is not None or any(padding):
             model = seen_through(self.backbone.model, steps or without_mask)
         current: Pass = AnswerPass(self.attention.backend, room)

@@ -282,26 +282,20 @@ class GraphedSteps:
     """Runs a model's one-token steps from a CUDA graph.
 
     Args:
-        backbone: attached.
+        forward: reads what is no step, through the attached backbone.
         cache: of the request; its prompt is read by calls that this object declines.
         room: units expected to come, for which storage is made at once.
         graphs: whether steps are recorded and replayed, once they have run a few times.
-        forward: reads what is no step.
 
     Attributes:
         fast, replayed, fused: see `StepCounts`.
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        cache: RetainedCache,
-        room: int,
-        graphs: bool,
-        forward: ChunkForward,
+        self, forward: ChunkForward, cache: RetainedCache, room: int, graphs: bool
     ) -> None:
-        self._backbone = backbone
         self._forward = forward
+        self._backbone = forward.backbone
         self._cache = cache
         self._room = room
         self._graphs = graphs

@@ -137,20 +137,10 @@ class AttentionLayer:
         """Its call with query, key and value `heads`, as `LayerCall` has them."""
         query, key, value = heads
         # Under autocast projections give half precision; rotations and norms, float32 again.
-        return LayerCall(
-            self.layer_idx,
-            self.retained_idx,
-            query.to(value.dtype),
-            key.to(value.dtype),
-            value,
-            hidden,
-            scaling,
-            self.rotary,
-            cache,
-            getattr(self.module, "o_proj", None),
-            rotated,
-            weighting,
-        )
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        output = getattr(self.module, "o_proj", None)
+        given = self.layer_idx, self.retained_idx, query, key, value, hidden, scaling
+        return LayerCall(*given, self.rotary, cache, output, rotated, weighting)
 
     @property
     def device(self) -> torch.device:
