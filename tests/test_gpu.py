@@ -11,6 +11,7 @@ from locret.model import ragged, varlen
 from locret.model.attend import PLAIN, attend, attend_past, available
 from locret.model.backbone import PRENORM
 from locret.model.past import Past
+from locret.model.prenorm import why_not_fused
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
 from tests.test_steps import scheme_of
@@ -36,9 +37,28 @@ def test_answers_are_those_of_the_cpu(family, positions):
     assert engine.config.compute.graphs == (family in GRAPHED)
     given = engine.generate(ids.cuda(), **GREEDY)
     assert torch.equal(given.cpu(), expected)
-    assert engine.last_steps.fused == 19 * (
-        model.config.model_type in PRENORM and engine.fast_steps
-    )
+    fused = model.config.model_type in PRENORM and engine.backbone.plain
+    assert engine.last_steps.fused == 19 * fused
+    assert engine.last_chunks.fused == engine.last_chunks.read * fused
+
+
+@pytest.mark.parametrize("family", PRENORM)
+def test_fused_chunks_leave_what_the_stock_forward_does(family, monkeypatch):
+    model = tiny_model(family, intermediate_size=1024).to("cuda", torch.bfloat16)
+    engine = Engine(model, "random", **SMALL | {"chunk_size": 700, "budget": 300})
+    engine.prefill(prompt(2000, batch=2).cuda())  # compiles, and makes tables
+    held, peaks = [], []
+    for reason in (why_not_fused, lambda *_: "it is compared"):
+        monkeypatch.setattr("locret.engine.forward.why_not_fused", reason)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        cache = engine.prefill(prompt(2000, batch=2).cuda())
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        assert engine.last_chunks == (3, 3 * (reason is why_not_fused))
+        held.append(torch.stack([torch.stack([x.keys, x.values]) for x in cache.layers]).float())
+        del cache
+    assert (held[0] - held[1]).norm() < 0.02 * held[1].norm()
+    assert peaks[0] <= peaks[1]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -18,6 +18,7 @@ from locret.engine.arguments import (
 )
 from locret.engine.attention import RetainedAttention
 from locret.engine.config import EngineConfig
+from locret.engine.forward import ChunkForward
 from locret.engine.passes import AnswerPass, Pass
 from locret.engine.reading import counts_of, one_if_equal
 from locret.engine.steps import GraphedSteps, StepCounts, takes_steps
@@ -42,6 +43,7 @@ class Answering:
     model: Any
     backbone: Backbone
     attention: RetainedAttention
+    forward: ChunkForward
     config: EngineConfig
     sizing: Sizing
     last_steps: StepCounts | None = None
@@ -70,7 +72,7 @@ class Answering:
         room = min(max(last - cache.seen, DECODE_ROOM), MOST_ROOM)
         model, steps = self.model, None
         if eviction is None and beams == 1 and self._takes_steps(cache):
-            steps = GraphedSteps(self.backbone, cache, room, bool(self.config.compute.graphs))
+            steps = GraphedSteps(self.forward, cache, room, bool(self.config.compute.graphs))
         if steps is not None or any(padding):
             model = seen_through(self.backbone.model, steps or without_mask)
         current: Pass = AnswerPass(self.attention.backend, room)

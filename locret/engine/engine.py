@@ -31,6 +31,7 @@ from locret.engine.arguments import (
 )
 from locret.engine.attention import RetainedAttention
 from locret.engine.config import EngineConfig
+from locret.engine.forward import ChunkCounts, ChunkForward
 from locret.engine.reading import Progress, Reader
 from locret.engine.recorded import Auto
 from locret.engine.steps import StepCounts
@@ -165,8 +166,9 @@ class Engine:
         self.sizing = sizing = config.sizing(self.backbone)
         chosen: Any = config.compute.backend  # "auto" no more
         self._attention = RetainedAttention(self.policy, chosen, self.backbone.surprise)
-        self._reader = Reader(self.backbone, self._attention, config, sizing, progress)
-        self._answering = Answering(model, self.backbone, self._attention, config, sizing)
+        self._forward = forward = ChunkForward(self.backbone, self._attention)
+        self._reader = Reader(self.backbone, self._attention, forward, config, sizing, progress)
+        self._answering = Answering(model, self.backbone, self._attention, forward, config, sizing)
         self._attached: contextlib.ExitStack | None = None
         self._depth = 0
 
@@ -178,6 +180,11 @@ class Engine:
     @progress.setter
     def progress(self, progress: Progress | None) -> None:
         self._reader.progress = progress
+
+    @property
+    def last_chunks(self) -> ChunkCounts:
+        """How the chunks that the last `prefill` or `generate` read ran."""
+        return self._forward.counts
 
     @property
     def last_steps(self) -> StepCounts | None:
@@ -267,6 +274,7 @@ class Engine:
             attention_mask = inferred_mask(self.model, {}, input_ids)
         padding = left_padding(attention_mask, input_ids)
         query_ids = self._reader.checked_query(query_ids, input_ids)
+        self._forward.counts = ChunkCounts()
         with self:
             return self._reader.read_context(input_ids, padding, query_ids)
 
@@ -338,6 +346,7 @@ class Engine:
             kwargs["max_new_tokens"] = DEFAULT_NEW_TOKENS
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = ShowingPrompt(kwargs["streamer"], input_ids.shape[1])
+        self._forward.counts = ChunkCounts()
         with self:
             if cache is None:
                 return self._answer_prompt(input_ids, padding, kwargs)

@@ -22,10 +22,11 @@ from locret.engine.arguments import check_ids, unpadded
 from locret.engine.attention import RetainedAttention
 from locret.engine.choosing import Scores
 from locret.engine.config import EngineConfig
+from locret.engine.forward import ChunkForward
 from locret.engine.passes import Pass, ReadPass, Stored
 from locret.engine.rereading import scores_by_rereading
 from locret.model.backbone import Backbone
-from locret.model.hooks import as_argument, without_autocast
+from locret.model.hooks import without_autocast
 from locret.policies.base import Eviction
 from locret.quantities import ByteShare, Memory
 
@@ -62,6 +63,7 @@ class Reader:
 
     Attributes:
         attention: the layer function that the backbone is attached with.
+        forward: runs a chunk through the layers.
         config: the engine's settings.
         sizing: what units take.
         progress: called after every chunk.
@@ -69,6 +71,7 @@ class Reader:
 
     backbone: Backbone
     attention: RetainedAttention
+    forward: ChunkForward
     config: EngineConfig
     sizing: Sizing
     progress: Progress | None = None
@@ -284,9 +287,8 @@ class Reader:
 
     def _run(self, tokens: Tensor, cache: RetainedCache, current: Pass) -> None:
         """Let `current` read tokens [B, n] through all layers."""
-        decoder = self.backbone.decoder
         with cache.during(current), contextlib.suppress(Stored):
-            decoder(input_ids=tokens, use_cache=True, **as_argument(decoder, cache))
+            self.forward(tokens, cache)
 
     def _reread(self, context: Tensor, cache: RetainedCache, eviction: Eviction) -> None:
         """Score a context [B, n] that the cache holds whole by reading it again, and evict."""

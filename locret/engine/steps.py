@@ -24,11 +24,9 @@ from torch import Tensor
 from locret.cache.cache import RetainedCache
 from locret.cache.context import StoredContext, places
 from locret.cache.layer import RetainedLayer
+from locret.engine.forward import ChunkForward, asks_logits
 from locret.engine.passes import Pass
-from locret.engine.through import without_mask
 from locret.kernels import (
-    HeadNorms,
-    NewUnit,
     PackedShares,
     Plain,
     Shares,
@@ -41,8 +39,8 @@ from locret.kernels import (
     store_units,
 )
 from locret.model.backbone import Backbone
-from locret.model.hooks import LayerCall, as_argument, as_output, cache_in, without_autocast
-from locret.model.prenorm import PrenormDecoder, why_not_fused
+from locret.model.hooks import LayerCall, as_argument, as_output, without_autocast
+from locret.model.prenorm import PrenormDecoder, PrenormLayer, why_not_fused
 from locret.model.rotary import Rotary
 from locret.quantization.packed import Expansion
 
@@ -256,13 +254,15 @@ class StepPass(Pass):
         tail.count += 1
         return output.transpose(1, 2)
 
-    def take(self, i: int, new: NewUnit, norms: HeadNorms | None, scaling: float) -> Tensor:
-        """Store a layer's new unit, not rotated yet, and attend, [B, H*G, 1, D]. Python's counters
-        stay: `advance`."""
+    def take(self, i: int, x: Tensor, layer: PrenormLayer) -> Tensor:
+        """Store the new unit that a layer makes of x [B, 1, hidden size], and attend,
+        [B, 1, H*G, D]. Python's counters stay: `advance`."""
         keys, values = self.cache.layers[i].store.tail.tensors[:2]
         slot, length = (counts[i : i + 1] for counts in (self._filled, self._lengths))
+        new, norms = layer.project(x), layer.head_norms
         query = store_rotated(new, keys, values, slot, self._turning(i), norms)
-        return self._contexts[i].attend(query, keys, values, length, scaling)
+        output = self._contexts[i].attend(query, keys, values, length, layer.scaling)
+        return output.transpose(1, 2)
 
     def end(self) -> None:
         """After the layers of a step ran: move the device's counters."""
@@ -282,7 +282,7 @@ class GraphedSteps:
     """Runs a model's one-token steps from a CUDA graph.
 
     Args:
-        backbone: attached.
+        forward: reads what is no step, through the attached backbone.
         cache: of the request; its prompt is read by calls that this object declines.
         room: units expected to come, for which storage is made at once.
         graphs: whether steps are recorded and replayed, once they have run a few times.
@@ -291,8 +291,11 @@ class GraphedSteps:
         fast, replayed, fused: see `StepCounts`.
     """
 
-    def __init__(self, backbone: Backbone, cache: RetainedCache, room: int, graphs: bool) -> None:
-        self._backbone = backbone
+    def __init__(
+        self, forward: ChunkForward, cache: RetainedCache, room: int, graphs: bool
+    ) -> None:
+        self._forward = forward
+        self._backbone = forward.backbone
         self._cache = cache
         self._room = room
         self._graphs = graphs
@@ -310,7 +313,7 @@ class GraphedSteps:
         """The model's outputs for `inputs`, as of any model where this is no step of ours."""
         ids = inputs.get("input_ids")
         if not self._is_step(ids, inputs):
-            return without_mask(run, inputs)
+            return self._forward.outputs(run, inputs, self._cache)
         assert ids is not None
         self.fast += 1
         if self._steps is None or self._steps.left == 0:
@@ -331,11 +334,9 @@ class GraphedSteps:
         return self._outputs
 
     def _is_step(self, ids: Tensor | None, inputs: dict[str, Any]) -> bool:
-        asked = any(inputs.get(name) for name in ("output_hidden_states", "output_attentions"))
-        cache = self._cache
-        frozen = all(layer.rotated and not layer.is_empty for layer in cache.layers)
-        ours = cache_in(inputs) is cache and frozen
-        return ids is not None and ids.shape[1] == 1 and ours and not asked
+        frozen = all(layer.rotated and not layer.is_empty for layer in self._cache.layers)
+        one = ids is not None and ids.shape[1] == 1
+        return one and frozen and asks_logits(inputs, self._cache)
 
     def _prepare(self) -> None:
         self._steps = self._graph = self._outputs = self._ids = None  # their memory is free first

@@ -6,6 +6,7 @@ from torch import Tensor
 from locret.kernels.dispatch import check_tensors, on_device, padded, takes_triton, tl, triton
 
 _CHANNELS = 256  # that a warp takes: one load of 16 bytes a thread, in 16 bits
+_LEAST = 1024  # of a program, where rows are shorter and many: those of heads
 
 
 def add_norm(
@@ -37,12 +38,15 @@ def add_norm(
     summed = residual if new is None else torch.empty_like(residual)
     normed = torch.empty_like(residual)
     if residual.numel():
+        count, block = residual.numel() // size, padded(size)
+        rows = max(1, _LEAST // block) if count > _LEAST else 1
         with on_device(residual):
-            _add_norm[(residual.numel() // size,)](
-                *(residual, new, weight, summed, normed, eps),
+            _add_norm[(triton.cdiv(count, rows),)](
+                *(residual, new, weight, summed, normed, count, eps),
                 SIZE=size,
-                BLOCK=padded(size),
-                num_warps=min(16, max(1, padded(size) // _CHANNELS)),
+                ROWS=rows,
+                BLOCK=block,
+                num_warps=min(16, max(1, rows * block // _CHANNELS)),
             )
     return summed, normed
 
@@ -68,20 +72,23 @@ def _add_norm(  # type: ignore[no-untyped-def]
     weight,
     summed,
     normed,
+    count,
     eps,
     SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    d = tl.arange(0, BLOCK)
-    at = tl.program_id(0).to(tl.int64) * SIZE + d
-    there = d < SIZE
-    w = tl.load(weight + d, mask=there, other=0.0).to(tl.float32)
+    d = tl.arange(0, BLOCK)[None, :]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    at = row * SIZE + d
+    there = (d < SIZE) & (row < count)
+    w = tl.load(weight + d, mask=d < SIZE, other=0.0).to(tl.float32)
     x = tl.load(residual + at, mask=there, other=0.0)
     if new is not None:
         more = tl.load(new + at, mask=there, other=0.0).to(tl.float32)
         x = (x.to(tl.float32) + more).to(x.dtype)
         tl.store(summed + at, x, mask=there)
     x = x.to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
+    x *= tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / SIZE + eps)
     x = x.to(normed.dtype.element_ty).to(tl.float32)
     tl.store(normed + at, (w * x).to(normed.dtype.element_ty), mask=there)

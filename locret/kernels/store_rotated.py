@@ -40,8 +40,8 @@ class HeadNorms(NamedTuple):
 
 
 class NewUnit(NamedTuple):
-    """A step's projections: query [B, H*G, 1, D], key and value [B, H, 1, D], any strides but 1 of
-    the last dimension."""
+    """A layer's projections: query [B, H*G, 1, D], key and value [B, H, 1, D], any strides but 1 of
+    the last dimension. Of a chunk of T tokens: T instead of 1."""
 
     query: Tensor
     key: Tensor

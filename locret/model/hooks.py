@@ -125,6 +125,23 @@ class AttentionLayer:
     rotary: Rotary | None
     window: int | None
 
+    def call(
+        self,
+        hidden: Tensor,
+        heads: tuple[Tensor, Tensor, Tensor],
+        scaling: float,
+        cache: Any,
+        rotated: bool = False,
+        weighting: Weighting = PLAIN,
+    ) -> LayerCall:
+        """Its call with query, key and value `heads`, as `LayerCall` has them."""
+        query, key, value = heads
+        # Under autocast projections give half precision; rotations and norms, float32 again.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        output = getattr(self.module, "o_proj", None)
+        given = self.layer_idx, self.retained_idx, query, key, value, hidden, scaling
+        return LayerCall(*given, self.rotary, cache, output, rotated, weighting)
+
     @property
     def device(self) -> torch.device:
         """Where the layer computes.
@@ -241,24 +258,8 @@ def hand_over(
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        # Under autocast projections give half precision; rotations and norms, float32 again.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        return run(
-            LayerCall(
-                layer.layer_idx,
-                layer.retained_idx,
-                query,
-                key,
-                value,
-                hidden,
-                scaling,
-                layer.rotary,
-                cache,
-                getattr(module, "o_proj", None),
-                rotated,
-                Weighting(layer.window, softcap, sinks),
-            )
-        )
+        weighting = Weighting(layer.window, softcap, sinks)
+        return run(layer.call(hidden, (query, key, value), scaling, cache, rotated, weighting))
 
     if tables is None:
         tables = identity_tables(*kwargs["position_embeddings"])

@@ -1,5 +1,4 @@
-"""A decoder whose layers are alike, run for one token with fused kernels between the model's own
-matrix products.
+"""A decoder whose layers are alike, run with fused kernels between the model's own matrix products.
 
 Such a layer is x += attention(RMSNorm(x)), then x += down(activation(gate(n)) * up(n)) of n =
 RMSNorm(x). Its linear modules are called, whatever they are (quantized, adapted); the modules
@@ -21,16 +20,16 @@ from locret.kernels.product import MOST_ROWS
 from locret.model.backbone import PRENORM, Backbone
 from locret.model.hooks import without_compiling
 
-Attend = Callable[[int, NewUnit, HeadNorms | None, float], Tensor]
-"""Given a layer's index, a token's projections, norms of its heads and the softmax scale: store the
-unit and attend, [B, H*G, 1, D]."""
+Attend = Callable[[int, Tensor, "PrenormLayer"], Tensor]
+"""Given a layer's index, its normalised input [B, T, hidden size] and the layer: store the new
+units and attend, [B, T, H*G, D]."""
 
 PRODUCTS = False
 """Whether plain linear modules are computed by `locret.kernels.product` instead of being called:
 not before a GPU was seen to be faster with it."""
 
 _OURS = ("locret", "transformers.utils.output_capturing")
-"""Whose hooks do nothing in a step that nobody asks for more than logits."""
+"""Whose hooks do nothing in a forward that nobody asks for more than its output."""
 
 
 class Norm(NamedTuple):
@@ -65,7 +64,7 @@ class PrenormLayer:
         self.scaling: float = attention.scaling
 
     def project(self, x: Tensor) -> NewUnit:
-        """Query, key and value of x [B, 1, hidden size]."""
+        """Query, key and value [B, heads, T, D] of x [B, T, hidden size]."""
         attention = self._attention
         if hasattr(attention, "qkv_proj"):
             of_keys = attention.num_key_value_heads * attention.head_dim
@@ -76,16 +75,28 @@ class PrenormLayer:
         heads = (each.unflatten(-1, (-1, attention.head_dim)) for each in flat)
         return NewUnit(*(each.transpose(1, 2) for each in heads))
 
+    def heads(self, x: Tensor) -> NewUnit:
+        """`project`, and norms of queries and keys."""
+        new = self.project(x)
+        if self.head_norms is None:
+            return new
+        of_query, of_key, eps = self.head_norms
+        query, key = (
+            add_norm(each.transpose(1, 2).contiguous(), None, weight, eps)[1].transpose(1, 2)
+            for each, weight in ((new.query, of_query), (new.key, of_key))
+        )
+        return NewUnit(query, key, new.value)
+
     def output(self, attended: Tensor) -> Tensor:
-        """[B, 1, hidden size] of attended heads [B, H*G, 1, D]."""
-        return called(attended.transpose(1, 2).flatten(2), self._attention.o_proj)[0]
+        """[B, T, hidden size] of attended heads [B, T, H*G, D]."""
+        return called(attended.flatten(2), self._attention.o_proj)[0].contiguous()
 
     def mlp(self, x: Tensor) -> Tensor:
-        """[B, 1, hidden size] of x [B, 1, hidden size]."""
-        return called(self._gated(x), self._mlp.down_proj)[0]
+        """[B, T, hidden size] of x [B, T, hidden size]."""
+        return called(self._gated(x), self._mlp.down_proj)[0].contiguous()
 
     def _gated(self, x: Tensor) -> Tensor:
-        """activation(gate) * up, [B, 1, intermediate size]."""
+        """activation(gate) * up, [B, T, intermediate size]."""
         if hasattr(self._mlp, "gate_up_proj"):
             module = self._mlp.gate_up_proj
             if _takes_products(x, module) and module.bias is None:
@@ -96,11 +107,13 @@ class PrenormLayer:
         gate, up = self._mlp.gate_proj, self._mlp.up_proj
         if _takes_products(x, gate, up) and gate.bias is None:
             return gated_products(x, gate.weight, up.weight, self._activation)
-        return gated(gate(x), up(x), self._activation)
+        first = gate(x)
+        # A plain module's product is nobody else's: the result takes its place.
+        return gated(first, up(x), self._activation, first if _plain(gate, x) else None)
 
 
 def called(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
-    """What linear modules make of x [B, 1, K], in one launch where they are plain ones."""
+    """What linear modules make of x [B, T, K], in one launch where they are plain ones."""
     if not _takes_products(x, *modules):
         return tuple(module(x) for module in modules)
     biases = [module.bias for module in modules]
@@ -110,7 +123,8 @@ def called(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
 def _takes_products(x: Tensor, *modules: Any) -> bool:
     """Whether nothing but the weights of all these modules counts, and x has few rows."""
     alike = len({module.bias is None for module in modules}) == 1
-    return PRODUCTS and alike and len(x) <= MOST_ROWS and all(_plain(each, x) for each in modules)
+    few = x.shape[1] == 1 and len(x) <= MOST_ROWS
+    return PRODUCTS and alike and few and all(_plain(each, x) for each in modules)
 
 
 def _plain(module: Any, x: Tensor) -> bool:
@@ -118,7 +132,7 @@ def _plain(module: Any, x: Tensor) -> bool:
 
 
 class PrenormDecoder:
-    """A model's one-token forward.
+    """A model's forward without gradients, of tokens or whole chunks.
 
     Args:
         backbone: one of which `why_not_fused` says nothing.
@@ -131,29 +145,34 @@ class PrenormDecoder:
         self._layers = [PrenormLayer(without_compiling(x), activation) for x in decoder.layers]
         self._norm = Norm.of(decoder.norm)
 
-    def logits(self, ids: Tensor, attend: Attend) -> Tensor:
-        """[B, 1, vocabulary] for ids [B, 1]."""
-        stream, new = self._decoder.embed_tokens(ids), None
+    def logits(self, ids: Tensor, attend: Attend, last: int = 0) -> Tensor:
+        """[B, n, vocabulary] for the last n of ids [B, T], all of them by default."""
+        return self._head(self.hidden(ids, attend)[:, -last:])
+
+    def hidden(self, ids: Tensor, attend: Attend) -> Tensor:
+        """The decoder's output [B, T, hidden size] for ids [B, T]."""
+        stream, x = self._decoder.embed_tokens(ids), None
+        # One name for what is between two sums: chunks are large, and none stays longer than used.
         for i, layer in enumerate(self._layers):
-            stream, x = add_norm(stream, new, *layer.norms[0])
-            attended = attend(i, layer.project(x), layer.head_norms, layer.scaling)
-            stream, x = add_norm(stream, layer.output(attended), *layer.norms[1])
-            new = layer.mlp(x)
-        return self._head(add_norm(stream, new, *self._norm)[1])
+            stream, x = add_norm(stream, x, *layer.norms[0])
+            x = layer.output(attend(i, x, layer))
+            stream, x = add_norm(stream, x, *layer.norms[1])
+            x = layer.mlp(x)
+        return add_norm(stream, x, *self._norm)[1]
 
 
 def why_not_fused(backbone: Backbone, dtype: torch.dtype) -> str | None:
-    """Why a `PrenormDecoder` cannot stand in for the model's steps; None if it can.
+    """Why a `PrenormDecoder` cannot stand in for the model's forward; None if it can.
 
     Args:
-        dtype: of the keys and values stored.
+        dtype: of the keys and values stored, by steps.
     """
     model, kind, geometry = backbone.model, backbone.config.model_type, backbone.geometry
     if kind not in PRENORM or not backbone.plain:
-        return f"no step is fused for {kind!r}"
+        return f"nothing is fused for {kind!r}"
     if model.training:
         return "the model is in training mode"
-    if torch.is_autocast_enabled(model.device.type):
+    if torch.is_autocast_enabled(backbone.layers[0].device.type):  # not "meta", as some weights are
         return "autocast chooses the dtype of each product"
     if geometry.activation not in ACTIVATIONS:
         return f"no kernel knows the activation {geometry.activation!r}"
@@ -178,7 +197,7 @@ def _passed_over(backbone: Backbone) -> Iterator[Any]:
         yield from (layer, layer.input_layernorm, attention)
         yield from (layer.post_attention_layernorm, layer.mlp)
         yield from (getattr(attention, x) for x in ("q_norm", "k_norm") if hasattr(attention, x))
-        yield getattr(layer.mlp, "act_fn", layer.mlp)
+        yield getattr(layer.mlp, "act_fn", getattr(layer.mlp, "activation_fn", layer.mlp))
 
 
 def _runs_more(module: Any) -> bool:

@@ -5,7 +5,9 @@ from locret.kernels.add_norm import add_norm, add_norm_reference
 from tests.kernels.close import assert_near
 
 
-@pytest.mark.parametrize(("shape", "size"), [((1, 1), 4096), ((3, 1), 72), ((2,), 1), ((0, 1), 8)])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((1, 1), 4096), ((3, 1), 72), ((1, 1025), 6), ((0, 1), 8)]
+)
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernel_equals_twin(shape, size, adds, dtype, device):
