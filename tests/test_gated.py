@@ -162,6 +162,9 @@ def test_every_answer_can_count_alike():
             each.append(by_token(ids, [branched(first, ways)], [compression], 0.5).divergence)
     ours = by_branch(IDS, ROW, HALF, 0.5).divergence
     assert torch.allclose(ours, torch.stack(each).mean(), rtol=1e-3)
+    half = made(mean_over="both")[0](IDS, ROW, HALF, 0.5).divergence
+    whole = by_token(IDS, ROW, HALF, 0.5).divergence
+    assert torch.allclose(half, (ours + whole) / 2, rtol=1e-3)
 
 
 # --- gradients ---

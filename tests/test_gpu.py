@@ -304,7 +304,6 @@ def test_memory_comes_back():
 @pytest.mark.parametrize("heads", [2, 8])
 @pytest.mark.parametrize("elements", [2**28, 5000])
 def test_texts_in_one_call_are_as_one_after_the_other(size, heads, elements, monkeypatch):
-    monkeypatch.setattr(varlen, "AT_ONCE", True)
     monkeypatch.setattr(varlen, "_ELEMENTS", elements)
     torch.manual_seed(size)
     trunk = [torch.randn(1, heads, 33, size, device="cuda", requires_grad=True) for _ in range(2)]

@@ -52,7 +52,7 @@ class AdapterModule(LightningModule):
             `dropout` and `target_modules` say, and the teacher is the model with it.
         compressions: the least and the most that a sample draws, log-uniformly.
         threshold: "global" or "quotas": which units stay (`locret.training.evicted.EvictedLoss`).
-        mean_over: "tokens" or "branches": what counts alike in the mean of KL.
+        mean_over: "tokens", "branches" or "both": what counts alike in the mean of KL.
         recompute: layers keep their input alone for the backward pass, given heads.
 
     Raises:

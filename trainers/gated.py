@@ -40,7 +40,7 @@ class GatedModule(LightningModule):
         compressions: the least and the most that a sample draws.
         temperatures: of the gates, at the first step and at the last.
         threshold: "global" or "quotas": which units stay (`locret.training.gated.GatedLoss`).
-        mean_over: "tokens" or "branches": what counts alike in the mean.
+        mean_over: "tokens", "branches" or "both": what counts alike in the mean.
         quantization: how the trunk's keys and values are stored when branches see them, as of an
             engine: None, a name, or a mapping such as {name: rotated, bits: 3}.
         regression_weight: of the loss on labels; 0 takes none.

@@ -16,9 +16,6 @@ from torch import Tensor
 from locret.model.attend import PLAIN, Backend, Weighting, attend
 from locret.model.ragged import attend_lengths, fits
 
-AT_ONCE = False
-"""Whether texts take one call where they can: not before a GPU was seen to."""
-
 _ELEMENTS = 2**28  # of the keys of one call: texts that share a context see a copy of it each
 
 
@@ -73,7 +70,7 @@ def attend_texts(
 
 def takes_varlen(query: Tensor, backend: Backend, weighting: Weighting) -> bool:
     """Whether texts take one call for all of them."""
-    return AT_ONCE and len(query) == 1 and weighting.plain and fits(query, backend)
+    return len(query) == 1 and weighting.plain and fits(query, backend)
 
 
 def _attend_at_once(query: Tensor, texts: Sequence[Text], scaling: float) -> Tensor:

@@ -14,8 +14,8 @@ from torch.nn.functional import kl_div
 from locret.model.backbone import Backbone
 from locret.training.row_loss import WithGradients
 
-MeanOver = Literal["tokens", "branches"]
-"""What counts alike in the mean of the divergence: every token, or every answer."""
+MeanOver = Literal["tokens", "branches", "both"]
+"""What counts alike in the mean of the divergence: every token, every answer, or half of each."""
 
 _LOGITS = 2**27  # of a block of tokens that meets the vocabulary: 512 MiB
 
@@ -74,11 +74,10 @@ def divergence(
 
 def _weights(counts: Sequence[int], mean_over: MeanOver) -> Tensor:
     """What the tokens of all answers count, [A]: 1 on average."""
-    each = torch.ones(len(counts))
-    if mean_over == "branches":
-        mean = sum(counts) / max(sum(map(bool, counts)), 1)
-        each = torch.tensor([mean / max(count, 1) for count in counts])
-    return each.repeat_interleave(torch.tensor(counts))
+    mean = sum(counts) / max(sum(map(bool, counts)), 1)
+    by_branch = torch.tensor([mean / max(count, 1) for count in counts])
+    share = {"tokens": 0.0, "branches": 1.0, "both": 0.5}[mean_over]
+    return (share * by_branch + 1 - share).repeat_interleave(torch.tensor(counts))
 
 
 def _by_blocks(

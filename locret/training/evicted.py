@@ -46,7 +46,7 @@ class EvictedLoss:
         teacher: until its block ends, the backbone is the teacher.
         threshold: "global", so that the best units of the whole model stay, or "quotas", so that
             every head keeps what its record says.
-        mean_over: "tokens" or "branches": what counts alike in the mean.
+        mean_over: "tokens", "branches" or "both": what counts alike in the mean.
         recompute: layers keep their input alone for the backward pass; nothing may drop out then.
 
     Raises:

@@ -67,7 +67,7 @@ class GatedLoss:
         threshold: "global", so that the best units of the whole model stay, or "quotas", so that
             every head keeps what its record says.
         mean_over: "tokens", or "branches": else copies of a context, which have the most tokens,
-            outweigh the answers to questions.
+            outweigh the answers to questions; or "both": half of each mean.
         regression_weight: of the loss on labels, which keeps scores near logarithms of attention; 0
             takes no labels.
         loss, boundary_weight: of the loss on labels, see `Distillation`.
