@@ -45,7 +45,7 @@ from benchmarks.servers import Failed, Server, running
 from locret.system.interrupts import raised
 from locret.tasks.synthetic import SyntheticSample, make_sample
 
-MORE = " Then retell the text in your own words, part by part and in every detail."
+MORE = " Then count from 1 to 400, with one number on each line."
 """Behind each question, so that answers are long."""
 ROOM = 128  # tokens for the question and the chat template
 WARM_UP = 8  # tokens of an answer that nobody times

@@ -72,7 +72,7 @@ def test_a_chunk_leaves_what_the_stock_forward_does(both, family, dtype):
         ("knorm", {"positions": "original", "quantization": "rotated"}),
         ("full", {"budget": None}),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else str(x) if isinstance(x, dict) else type(x).__name__,
 )
 def test_policies_and_settings(both, policy, settings):
     model = tiny_model("qwen3", head_dim=64) if "quantization" in settings else tiny_model("llama")

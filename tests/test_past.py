@@ -97,7 +97,6 @@ def at_once(monkeypatch):
         ragged, "varlen_attn", lambda *a, **k: calls.append(1) or varlen_attn(*a, **k)
     )
     monkeypatch.setattr(ragged, "_GROUPED", {})
-    monkeypatch.setattr(ragged, "AT_ONCE", True)
     monkeypatch.setattr(ragged, "fits", lambda query, backend: backend == "sdpa")
     monkeypatch.setattr(attend, "SPLIT_FROM", 2)
     return calls
@@ -131,14 +130,16 @@ def test_rectangles_and_single_tokens_take_no_such_call(at_once):
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_an_engine_reads_unequal_heads_in_one_call_a_layer_and_chunk(at_once, kv_heads):
+def test_an_engine_reads_unequal_heads_in_one_call_a_layer_and_chunk(
+    at_once, kv_heads, monkeypatch
+):
     model = tiny_model("qwen2.5", num_attention_heads=4, num_key_value_heads=kv_heads)
     quotas = torch.arange(2.0 * kv_heads).view(2, kv_heads) + 1
     settings = {"budget": 24, "chunk_size": 17, "stabilizers": 3, "quotas": quotas}
     engine = locret.Engine(model, heads=tiny_heads(model), backend="sdpa", **settings)
     caches = [engine.prefill(prompt(100))]
     assert len(at_once) == 5  # chunks behind the first; nobody asks for the last layer's output
-    ragged.AT_ONCE = False
+    monkeypatch.setattr(ragged, "fits", lambda query, backend: False)
     caches.append(engine.prefill(prompt(100)))
     assert len(at_once) == 5
     for mine, plain in zip(*(cache.layers for cache in caches), strict=True):

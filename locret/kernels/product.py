@@ -1,10 +1,11 @@
-"""Products of matrices with one token's vector, or with those of a few rows, in one launch.
+"""Products of matrices with one token's vector, in one launch.
 
-A step reads every weight once, so that its time is that of the copy. Several matrices that read the
-same vector, such as those of query, key and value, take one launch; so do gate and up of an MLP,
-whose activation is applied on the way out.
+A step of one row reads every weight once, so that its time is that of the copy. Several matrices
+that read the same vector, such as those of query, key and value, take one launch; so do gate and up
+of an MLP, whose activation is applied on the way out. From a few rows on the matrix units are
+faster.
 
-B rows, K input size, N output size.
+K input size, N output size.
 """
 
 from collections.abc import Sequence
@@ -13,15 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from locret.kernels.dispatch import check_tensors, on_device, padded, takes_triton, tl, triton
+from locret.kernels.dispatch import check_tensors, on_device, takes_triton, tl, triton
 from locret.kernels.gated import ACTIVATIONS, activated
 
-MOST_ROWS = 4
-"""Above that a product on the matrix units is faster."""
-
 _MATRICES = 3
-_OUTPUTS = 8  # of a program
-_INPUTS = 512  # of a turn of a program
+_OUTPUTS = 2  # of a program
+_INPUTS = 1024  # of a turn of a program
 _WARPS = 4
 
 
@@ -31,12 +29,12 @@ def products(
     """x @ weight.T + bias for each of up to three matrices.
 
     Args:
-        x: [B, 1, K], at most `MOST_ROWS` rows, contiguous.
+        x: [1, 1, K], contiguous.
         weights: [N, K] each, of one float dtype, that of x; contiguous.
         biases: [N] or None for each; none given = no biases. All matrices have one, or none has.
 
     Returns:
-        [B, 1, N] each, in x's dtype, summed up in float32.
+        [1, 1, N] each, in x's dtype, summed up in float32.
 
     Raises:
         ValueError: other shapes, dtypes or numbers of matrices.
@@ -46,14 +44,13 @@ def products(
     if not takes_triton(x, *weights):
         return products_reference(x, weights, biases)
     sizes = [len(weight) for weight in weights]
-    out = torch.empty(len(x), 1, sum(sizes), dtype=x.dtype, device=x.device)
+    out = torch.empty(1, 1, sum(sizes), dtype=x.dtype, device=x.device)
     spare = _MATRICES - len(weights)
     given, counts = [*weights, *[weights[0]] * spare], [*sizes, *[0] * spare]
     added = [x if bias is None else bias for bias in [*biases, *[biases[0]] * spare]]
     with on_device(x):
         _products[(sum(triton.cdiv(n, _OUTPUTS) for n in counts),)](
-            *(x, *given, *added, out, x.shape[-1], *counts, len(x)),
-            ROWS=padded(len(x)),
+            *(x, *given, *added, out, x.shape[-1], *counts),
             BIAS=biases[0] is not None,
             N=_OUTPUTS,
             K=_INPUTS,
@@ -74,12 +71,12 @@ def gated_products(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tens
     `locret.kernels.gated` has it.
 
     Args:
-        x: [B, 1, K], at most `MOST_ROWS` rows, contiguous.
+        x: [1, 1, K], contiguous.
         gate, up: [N, K], in x's dtype, contiguous.
         activation: a name of `locret.kernels.gated.ACTIVATIONS`.
 
     Returns:
-        [B, 1, N], in x's dtype.
+        [1, 1, N], in x's dtype.
 
     Raises:
         ValueError: other shapes or dtypes, or the activation is unknown.
@@ -92,11 +89,10 @@ def gated_products(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tens
         )
     if not takes_triton(x, gate, up):
         return gated_products_reference(x, gate, up, activation)
-    out = torch.empty(len(x), 1, len(gate), dtype=x.dtype, device=x.device)
+    out = torch.empty(1, 1, len(gate), dtype=x.dtype, device=x.device)
     with on_device(x):
         _gated_products[(triton.cdiv(len(gate), _OUTPUTS),)](
-            *(x, gate, up, out, x.shape[-1], len(gate), len(x)),
-            ROWS=padded(len(x)),
+            *(x, gate, up, out, x.shape[-1], len(gate)),
             SILU=activation == "silu",
             N=_OUTPUTS,
             K=_INPUTS,
@@ -115,8 +111,8 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
         raise ValueError(
             f"{len(weights)} matrices and {len(biases)} biases; expected 1 to {_MATRICES} of both"
         )
-    if x.dim() != 3 or x.shape[1] != 1 or not 1 <= len(x) <= MOST_ROWS:
-        raise ValueError(f"x is {tuple(x.shape)}; expected [B, 1, K] of 1 to {MOST_ROWS} rows")
+    if x.dim() != 3 or x.shape[:2] != (1, 1):
+        raise ValueError(f"x is {tuple(x.shape)}; expected [1, 1, K]")
     if len({bias is None for bias in biases}) > 1:
         raise ValueError("some matrices have a bias and some have none; expected all or none")
     check_tensors({"x": (x, x.dtype, x.shape)})
@@ -126,10 +122,9 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 
 
 @triton.jit
-def _dot(x, weight, n, there, inputs, rows, ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Outputs `n` of all rows, [ROWS, N] float32."""
-    row = tl.arange(0, ROWS)
-    sums = tl.zeros([ROWS, N, K], dtype=tl.float32)
+def _dot(x, weight, n, there, inputs, N: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Outputs `n`, [N] float32."""
+    sums = tl.zeros([N, K], dtype=tl.float32)
     at = weight + n.to(tl.int64)[:, None] * inputs
     for start in range(0, inputs, K):
         k = start + tl.arange(0, K)
@@ -140,16 +135,15 @@ def _dot(x, weight, n, there, inputs, rows, ROWS: tl.constexpr, N: tl.constexpr,
             other=0.0,
             eviction_policy="evict_first",  # nobody reads a weight twice
         )
-        of_rows = (row < rows)[:, None] & in_row[None, :]
-        vector = tl.load(x + row[:, None] * inputs + k[None, :], mask=of_rows, other=0.0)
-        sums += tile.to(tl.float32)[None, :, :] * vector.to(tl.float32)[:, None, :]
-    return tl.sum(sums, axis=2)
+        vector = tl.load(x + k, mask=in_row, other=0.0)
+        sums += tile.to(tl.float32) * vector.to(tl.float32)[None, :]
+    return tl.sum(sums, axis=1)
 
 
 @triton.jit
 def _products(  # type: ignore[no-untyped-def]
-    x, w0, w1, w2, b0, b1, b2, out, inputs, n0, n1, n2, rows,
-    ROWS: tl.constexpr, BIAS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    x, w0, w1, w2, b0, b1, b2, out, inputs, n0, n1, n2,
+    BIAS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     first, weight, bias, size = 0, w0, b0, n0
@@ -163,27 +157,21 @@ def _products(  # type: ignore[no-untyped-def]
             first, weight, bias, size = n0 + n1, w2, b2, n2
     n = tile * N + tl.arange(0, N)
     there = n < size
-    sums = _dot(x, weight, n, there, inputs, rows, ROWS, N, K)
+    sums = _dot(x, weight, n, there, inputs, N, K)
     if BIAS:
-        sums += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
-    row = tl.arange(0, ROWS)
-    to = out + row[:, None] * (n0 + n1 + n2) + first + n[None, :]
-    kept = (row < rows)[:, None] & there[None, :]
-    tl.store(to, sums.to(out.dtype.element_ty), mask=kept)
+        sums += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + first + n, sums.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _gated_products(  # type: ignore[no-untyped-def]
-    x, gate, up, out, inputs, size, rows,
-    ROWS: tl.constexpr, SILU: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
+    x, gate, up, out, inputs, size, SILU: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+):
     n = tl.program_id(0) * N + tl.arange(0, N)
     there = n < size
-    a = _dot(x, gate, n, there, inputs, rows, ROWS, N, K)
-    b = _dot(x, up, n, there, inputs, rows, ROWS, N, K)
+    a = _dot(x, gate, n, there, inputs, N, K)
+    b = _dot(x, up, n, there, inputs, N, K)
     a = a.to(out.dtype.element_ty).to(tl.float32)
     a = activated(a, SILU).to(out.dtype.element_ty).to(tl.float32)
     b = b.to(out.dtype.element_ty).to(tl.float32)
-    row = tl.arange(0, ROWS)
-    to = out + row[:, None] * size + n[None, :]
-    tl.store(to, (a * b).to(out.dtype.element_ty), mask=(row < rows)[:, None] & there[None, :])
+    tl.store(out + n, (a * b).to(out.dtype.element_ty), mask=there)

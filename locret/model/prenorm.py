@@ -3,7 +3,7 @@
 Such a layer is x += attention(RMSNorm(x)), then x += down(activation(gate(n)) * up(n)) of n =
 RMSNorm(x). Its linear modules are called, whatever they are (quantized, adapted); the modules
 around them are passed over, so that they must be those of transformers as they are. Plain linear
-modules can be computed by kernels of ours, several in one launch (`PRODUCTS`).
+modules are computed by kernels of ours where there is one row, several in one launch.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,17 +16,12 @@ from transformers.activations import ACT2FN
 
 from locret.kernels import HeadNorms, NewUnit, add_norm, gated, gated_products, products
 from locret.kernels.gated import ACTIVATIONS
-from locret.kernels.product import MOST_ROWS
 from locret.model.backbone import PRENORM, Backbone
 from locret.model.hooks import without_compiling
 
 Attend = Callable[[int, Tensor, "PrenormLayer"], Tensor]
 """Given a layer's index, its normalised input [B, T, hidden size] and the layer: store the new
 units and attend, [B, T, H*G, D]."""
-
-PRODUCTS = False
-"""Whether plain linear modules are computed by `locret.kernels.product` instead of being called:
-not before a GPU was seen to be faster with it."""
 
 _OURS = ("locret", "transformers.utils.output_capturing")
 """Whose hooks do nothing in a forward that nobody asks for more than its output."""
@@ -121,10 +116,9 @@ def called(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
 
 
 def _takes_products(x: Tensor, *modules: Any) -> bool:
-    """Whether nothing but the weights of all these modules counts, and x has few rows."""
+    """Whether nothing but the weights of all these modules counts, and x is one vector."""
     alike = len({module.bias is None for module in modules}) == 1
-    few = x.shape[1] == 1 and len(x) <= MOST_ROWS
-    return PRODUCTS and alike and few and all(_plain(each, x) for each in modules)
+    return x.shape[:2] == (1, 1) and alike and all(_plain(each, x) for each in modules)
 
 
 def _plain(module: Any, x: Tensor) -> bool:

@@ -17,9 +17,6 @@ from torch.nn.attention.varlen import varlen_attn
 from locret.cache.sequences import Sequences, sent
 from locret.model.past import Past
 
-AT_ONCE = False
-"""Whether new tokens see ragged pasts in one call where they can: not before a GPU was seen to."""
-
 _OPTIONS = inspect.signature(varlen_attn).parameters
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
 """PyTorch 2.11 takes fewer KV heads than query heads without being told."""
@@ -85,7 +82,7 @@ def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 def takes_ragged(query: Tensor, pasts: Sequence[Past], backend: str) -> bool:
     """Whether queries [B, H*G, T, D] see `pasts` and themselves by `attend_ragged`."""
     ragged = any(past.sequences is not None for past in pasts)
-    return AT_ONCE and ragged and fits(query, backend)
+    return ragged and fits(query, backend)
 
 
 def attend_ragged(

@@ -15,12 +15,11 @@ def drawn(*shape, device, dtype):
     return (torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4])
 @pytest.mark.parametrize("sizes", [(5,), (16, 8, 8), (33, 1)])
-@pytest.mark.parametrize("inputs", [40, 512, 900])
+@pytest.mark.parametrize("inputs", [40, 1024, 1500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernel_equals_twin(rows, sizes, inputs, dtype, device):
-    x = torch.randn(rows, 1, inputs, device=device).to(dtype)
+def test_kernel_equals_twin(sizes, inputs, dtype, device):
+    x = torch.randn(1, 1, inputs, device=device).to(dtype)
     weights = [drawn(n, inputs, device=device, dtype=dtype) for n in sizes]
     biases = [torch.randn(n, device=device).to(dtype) for n in sizes]
     for added in ([None] * len(sizes), biases):
@@ -30,12 +29,11 @@ def test_kernel_equals_twin(rows, sizes, inputs, dtype, device):
             assert_near(ours, theirs)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("inputs", [40, 900])
+@pytest.mark.parametrize("inputs", [40, 1500])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_gated_kernel_equals_twin(rows, inputs, activation, dtype, device):
-    x = torch.randn(rows, 1, inputs, device=device).to(dtype)
+def test_gated_kernel_equals_twin(inputs, activation, dtype, device):
+    x = torch.randn(1, 1, inputs, device=device).to(dtype)
     both = drawn(2 * 21, inputs, device=device, dtype=dtype).chunk(2)
     assert_near(
         gated_products(x, *both, activation), gated_products_reference(x, *both, activation)
@@ -46,8 +44,8 @@ def test_what_is_refused(device):
     x, w = torch.ones(1, 1, 8, device=device), torch.ones(4, 8, device=device)
     with pytest.raises(ValueError, match="1 to 3 of both"):
         products(x, [w] * 4)
-    with pytest.raises(ValueError, match=r"\[B, 1, K\] of 1 to 4 rows"):
-        products(x.expand(5, 1, 8).contiguous(), [w])
+    with pytest.raises(ValueError, match=r"expected \[1, 1, K\]"):
+        products(x.expand(2, 1, 8).contiguous(), [w])
     with pytest.raises(ValueError, match="all or none"):
         products(x, [w, w], [w[:, 0].contiguous(), None])
     with pytest.raises(ValueError, match="weight is"):
