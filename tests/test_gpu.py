@@ -7,7 +7,7 @@ import locret
 from locret.cache.sequences import sequences_of
 from locret.engine.engine import Engine
 from locret.engine.steps import EAGER_STEPS
-from locret.model import varlen
+from locret.model import ragged, varlen
 from locret.model.attend import PLAIN, attend, attend_past, available
 from locret.model.backbone import PRENORM
 from locret.model.past import Past
@@ -227,8 +227,10 @@ def test_backends_agree(new, held, group, size):
 
 @pytest.mark.parametrize("size", [64, 80, 128])
 @pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("most", [0, 2**38])
 @pytest.mark.parametrize("new", [1, 20, 128, 257])
-def test_backends_agree_over_sequences_of_different_lengths(new, group, size):
+def test_backends_agree_over_sequences_of_different_lengths(monkeypatch, most, new, group, size):
+    monkeypatch.setattr(ragged, "_MOST_WORK", most)
     torch.manual_seed(0)
     counts = ((700, 3), (0, 129))
     sequences = sequences_of(counts, torch.device("cuda", 0))

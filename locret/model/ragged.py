@@ -1,5 +1,7 @@
 """Causal attention of sequences of different lengths in one call of PyTorch's `varlen_attn`, on
-NVIDIA GPUs in half precision. cuDNN, one call a sequence, makes a plan for every length it meets.
+NVIDIA GPUs in half precision. cuDNN, one call a sequence, is faster where there is much to compute,
+but makes a plan for every length it meets (about 10 ms), and its calls cost the host more than a
+small model's GPU needs.
 
 B rows, H KV heads, G query heads a KV head, Q = B * H sequences, T new tokens, D head size.
 """
@@ -16,6 +18,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from locret.cache.sequences import Sequences, sent
 from locret.model.past import Past
+
+_MOST_WORK = 2**38  # FLOP of a call, half a millisecond: above that cuDNN gains more than it costs
 
 _OPTIONS = inspect.signature(varlen_attn).parameters
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
@@ -82,7 +86,13 @@ def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 def takes_ragged(query: Tensor, pasts: Sequence[Past], backend: str) -> bool:
     """Whether queries [B, H*G, T, D] see `pasts` and themselves by `attend_ragged`."""
     ragged = any(past.sequences is not None for past in pasts)
-    return ragged and fits(query, backend)
+    return ragged and fits(query, backend) and _work(query, pasts) <= _MOST_WORK
+
+
+def _work(query: Tensor, pasts: Sequence[Past]) -> int:
+    """FLOP of attending to what is past."""
+    group = query.shape[1] // pasts[0].heads
+    return 4 * query.shape[2] * group * sum(past.keys.numel() for past in pasts)
 
 
 def attend_ragged(
