@@ -73,6 +73,23 @@ def test_forks_are_asked_apart_and_together(engine):
     assert torch.equal(asked(engine, cache), alone[0])
 
 
+def test_answers_before_are_remembered_together(engine):
+    """Some were asked before, and the last token of their answer is not in the cache yet."""
+    caches, last = [engine.prefill(prompt(n)) for n in (40, 40, 60, 40)], prompt(2, seed=9)
+    for i in (1, 2):
+        engine.generate(prompt(3, seed=i), cache=caches[i], **GREEDY)
+    questions = [prompt(n, seed=n) for n in (5, 5, 5, 6)]
+    for given in ((), questions):
+        each = [torch.cat([question, last], dim=1) for question in given] or [last] * 4
+        alone = [
+            engine.generate(whole, cache=cache.fork(), **GREEDY)[0, whole.shape[1] :]
+            for whole, cache in zip(each, caches, strict=True)
+        ]
+        batch = engine.together(caches, given)
+        asked_at_once = engine.generate(last.repeat(4, 1), cache=batch, **GREEDY)
+        assert torch.equal(asked_at_once[:, 2:], torch.stack(alone))
+
+
 def asked(engine, cache, rows=1):
     return engine.generate(prompt(4, seed=5).repeat(rows, 1), cache=cache, **GREEDY)
 

@@ -32,6 +32,7 @@ from locret.engine.arguments import (
 from locret.engine.attention import RetainedAttention
 from locret.engine.config import EngineConfig
 from locret.engine.forward import ChunkCounts, ChunkForward
+from locret.engine.questions import read_questions, together
 from locret.engine.reading import Progress, Reader
 from locret.engine.recorded import Auto
 from locret.engine.steps import StepCounts
@@ -292,9 +293,7 @@ class Engine:
         """
         rows = [cache.fork() for cache in caches]
         with self:
-            for row, question in zip(rows, questions, strict=False):
-                self._reader.read_on(row, question)
-            return self._reader.stacked(rows, 0)
+            return together(self._reader, rows, questions)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -380,7 +379,7 @@ class Engine:
         the tokens are `context`."""
         self._answering.lengthen(kwargs, cache.query_length)
         if any(padding):
-            sequence = self._reader.read_questions(cache, questions, padding)
+            sequence = read_questions(self._reader, cache, questions, padding)
             output = self._answering.generate(
                 sequence, cache, sequence.shape[1], cache.padding or padding, kwargs
             )

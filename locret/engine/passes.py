@@ -85,7 +85,7 @@ class AnswerPass(Pass):
         cache.answered = cache.budget is not None
         layer.state = {}  # the policy does not see these tokens, so what it remembers goes stale
         lengths, starts = cache.prompt_lengths, next_slots(layer, cache)
-        _freeze(call, layer, self.room)
+        freeze(layer, call.rotary, lengths, self.room)
         query, key = call.query, call.key
         if not call.rotated:
             query = call.rotate(query, starts, lengths)
@@ -337,17 +337,29 @@ def _at_first_slot(call: LayerCall, keys: Tensor) -> Tensor:
     return keys * call.rotate(ones, (0,), call.cache.prompt_lengths)
 
 
-def _freeze(call: LayerCall, layer: RetainedLayer, room: int) -> None:
-    """From here on slots do not move: rotate the keys once, where they stand."""
+def freeze(
+    layer: RetainedLayer, rotary: Rotary | None, lengths: Sequence[int], room: int = DECODE_ROOM
+) -> None:
+    """From here on slots do not move: rotate the keys once, where they stand.
+
+    Args:
+        rotary: the layer's rotation; None for a layer without RoPE.
+        lengths: tokens of each row's prompt.
+        room: units expected to come, for which storage is made at once.
+    """
     if layer.rotated:
         return
-    lengths, store = call.cache.prompt_lengths, layer.store
-    context = store.context
-    store.freeze(
-        lambda keys: call.rotate_context(keys, context.sequences, lengths) if context else keys,
-        lambda keys: call.rotate(keys, layer.first_tail_slots(), lengths),
-        room,
-    )
+    store, context = layer.store, layer.store.context
+
+    def of_context(keys: Tensor) -> Tensor:
+        if rotary is None or context is None:
+            return keys
+        return rotary.rotate_sequences(keys, context.sequences, lengths)
+
+    def of_tail(keys: Tensor) -> Tensor:
+        return keys if rotary is None else rotary.rotate(keys, layer.first_tail_slots(), lengths)
+
+    store.freeze(of_context, of_tail, room)
     layer.rotated = True
 
 

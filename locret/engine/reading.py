@@ -143,30 +143,6 @@ class Reader:
         their last tokens are read before, which is not the same to eviction and recall."""
         return self.config.reading.decode_interval is None and self.config.storage.recall is None
 
-    def read_questions(self, cache: RetainedCache, questions: Tensor, padding: list[int]) -> Tensor:
-        """Read questions of different lengths, all but their last tokens.
-
-        Returns:
-            [B, n] long: all that the cache knows then, padded on the left, and the last tokens.
-        """
-        one = questions.shape[1] - max(padding) + cache.unread_ids.shape[1] == 1
-        if one or not self.asks_together or cache.recall is not None:
-            what = "a question of one token" if one else "with decode_interval or recall, questions"
-            raise ValueError(
-                f"attention_mask holds zeros: {what} cannot be asked together with longer ones; "
-                "ask rows of equal length, or one row at a time"
-            )
-        rows: dict[int, RetainedCache] = {}
-        for skip in sorted(set(padding)):
-            alike = [i for i, length in enumerate(padding) if length == skip]
-            some = cache.rows(alike)
-            self.read_on(some, questions[alike, skip:-1])
-            rows |= {i: some.rows([place]) for place, i in enumerate(alike)}
-        stacked = self.stacked([rows[i] for i in range(len(padding))], 0)
-        cache.restore(stacked.snapshot())
-        assert cache.token_ids is not None
-        return torch.cat([cache.token_ids.to(questions.device), questions[:, -1:]], dim=1)
-
     def read_on(self, cache: RetainedCache, tokens: Tensor) -> None:
         """Let a cache read tokens [B, n] too, of which it evicts none."""
         assert cache.token_ids is not None

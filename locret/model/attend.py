@@ -217,8 +217,8 @@ def attend_past(
     pasts = [past.as_rectangle() for past in pasts if past.length]
     if not pasts and new is not None:
         return attend(query, *new, scaling, backend, None, weighting)
-    many = query.shape[2] >= SPLIT_FROM and weighting.plain
-    if new is not None and many and takes_ragged(query, pasts, backend):
+    several = query.shape[2] > 1 and weighting.plain
+    if new is not None and several and takes_ragged(query, pasts, backend):
         return attend_ragged(query, pasts, new, scaling)
     if not (weighting.plain and _leaves_sums(query, backend)):
         return _attend_joined(query, pasts, new, scaling, backend, weighting)
