@@ -167,25 +167,24 @@ def test_on_a_gpu_turns_snapshots_and_memory_are_the_same(monkeypatch, rows, pos
     model = tiny_model("llama", num_attention_heads=4, head_dim=64).to("cuda")
     engine = locret.Engine(model, "streaming_llm", positions=positions, **SMALL)
     ids, question = prompt(60, batch=rows).cuda(), prompt(4, batch=rows, seed=5).cuda()
-    eos = 7  # ends some answers early
+    long = GREEDY | {"max_new_tokens": 40}
     answers, levels = [], []
     for on in (False, True, True, True):
         monkeypatch.setattr(ahead, "RUNS_AHEAD", on)
         cache = engine.prefill(ids)
         context, given = cache.snapshot(), []
-        for tokens in (40, 12, 300):
-            ended = {"eos_token_id": eos, "pad_token_id": 0} if tokens == 300 else {}
-            asked = {"max_new_tokens": tokens, "do_sample": False, **ended}
+        for asked in (long, GREEDY, long):
             given.append(engine.generate(question, cache=cache, **asked))
-            if tokens < 300:
-                first = tokens - 1 - EAGER_STEPS - 1
-                assert engine.last_steps.ahead == first * on
-        cache.restore(context)
-        again = engine.generate(question, cache=cache, max_new_tokens=40, do_sample=False)
-        assert torch.equal(again, given[0])
+            assert engine.last_steps.ahead == (asked["max_new_tokens"] - 2 - EAGER_STEPS) * on
+        for ended in ({}, {"eos_token_id": given[0][0, 20].item(), "pad_token_id": 0}):
+            cache.restore(context)
+            given.append(engine.generate(question, cache=cache, **long, **ended))
+            given.append(engine.generate(question, cache=cache, **GREEDY))
+        assert torch.equal(given[3], given[0]) and torch.equal(given[4], given[1])
+        assert rows > 1 or given[5].shape[1] <= 21
         answers.append([each.cpu() for each in given])
-        del cache, context, given, again
+        del cache, context, given
         levels.append(torch.cuda.memory_allocated())
     for each in answers[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(answers[0], each, strict=True))
-    assert levels[-1] <= levels[1]
+        assert all(map(torch.equal, answers[0], each))
+    assert levels[-1] <= levels[2]
