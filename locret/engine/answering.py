@@ -1,5 +1,6 @@
 """An answer: stock `generate` over a cache that has read the prompt."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from locret.cache.cache import DECODE_ROOM, RetainedCache
 from locret.cache.sizing import Sizing
+from locret.engine.ahead import may_run_ahead
 from locret.engine.arguments import (
     BRANCHING,
     left_mask,
@@ -72,12 +74,18 @@ class Answering:
         room = min(max(last - cache.seen, DECODE_ROOM), MOST_ROOM)
         model, steps = self.model, None
         if eviction is None and beams == 1 and self._takes_steps(cache):
-            steps = GraphedSteps(self.forward, cache, room, bool(self.config.compute.graphs))
+            ahead = last if may_run_ahead(model, kwargs) else 0
+            graphs = bool(self.config.compute.graphs)
+            steps = GraphedSteps(self.forward, cache, room, graphs, ahead)
         if steps is not None or any(padding):
             model = seen_through(self.backbone.model, steps or without_mask)
         current: Pass = AnswerPass(self.attention.backend, room)
         seen = cache.seen
-        with cache.during(self.attention.reading(eviction) if eviction else current):
+        with contextlib.ExitStack() as answer:
+            reads = self.attention.reading(eviction) if eviction else current
+            answer.enter_context(cache.during(reads))
+            if steps is not None:
+                answer.callback(steps.end)
             output = model.generate(
                 sequence,
                 attention_mask=left_mask(sequence, padding),
@@ -89,7 +97,7 @@ class Answering:
                 layer.store.pack()
         # Beside those of new tokens, the call that reads what is left of a prompt, if that is one.
         taken = cache.seen - sequence.shape[1] + (sequence.shape[1] - seen == 1)
-        counts = (steps.fast, steps.replayed, steps.fused) if steps else ()
+        counts = (steps.fast, steps.replayed, steps.fused, steps.ahead) if steps else ()
         self.last_steps = StepCounts(taken, *counts)
         plain = isinstance(output, Tensor)
         sequences = output if plain else output.sequences

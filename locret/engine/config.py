@@ -21,8 +21,8 @@ from locret.cache.sequences import Counts
 from locret.cache.sizing import Sizing
 from locret.engine.budgets import head_counts, layer_budgets
 from locret.engine.chunk import chosen_chunk, chunk_bytes, memory_beside_weights
+from locret.engine.graphs import why_not_graphed
 from locret.engine.recorded import RECORDED, Auto, Recorded
-from locret.engine.steps import why_not_graphed
 from locret.heads.heads import HeadsConfig
 from locret.heads.quotas import Quotas, quotas_of
 from locret.model.attend import Backend, available, check_backend, fastest

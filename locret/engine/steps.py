@@ -14,7 +14,6 @@ every step, one layer after the other, to a scratch buffer that all layers share
 reports does not count it; it lives no longer than the answer.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,7 +23,9 @@ from torch import Tensor
 from locret.cache.cache import RetainedCache
 from locret.cache.context import StoredContext, places
 from locret.cache.layer import RetainedLayer
+from locret.engine.ahead import StepsAhead, likeliest
 from locret.engine.forward import ChunkForward, asks_logits
+from locret.engine.graphs import record
 from locret.engine.passes import Pass
 from locret.kernels import (
     PackedShares,
@@ -55,12 +56,14 @@ class StepCounts(NamedTuple):
         fast: those of them with counters on the device.
         replayed: those of the fast ones that a CUDA graph ran.
         fused: those of the fast ones with fused kernels between matrix products.
+        ahead: those of the replayed ones that ran before they were asked for.
     """
 
     taken: int
     fast: int = 0
     replayed: int = 0
     fused: int = 0
+    ahead: int = 0
 
 
 class Filling(NamedTuple):
@@ -270,6 +273,11 @@ class StepPass(Pass):
         self._lengths += 1
         self._now = {}
 
+    def rewind(self) -> None:
+        """Take the device's counters back by one step."""
+        self._filled -= 1
+        self._lengths -= 1
+
     def advance(self) -> None:
         """Python's counters, after a replay or a fused step."""
         self.cache.answered = self.cache.budget is not None
@@ -286,19 +294,23 @@ class GraphedSteps:
         cache: of the request; its prompt is read by calls that this object declines.
         room: units expected to come, for which storage is made at once.
         graphs: whether steps are recorded and replayed, once they have run a few times.
+        ahead: up to so many tokens of a sequence replays run ahead (`locret.engine.ahead`); 0 =
+            they do not.
 
     Attributes:
-        fast, replayed, fused: see `StepCounts`.
+        fast, replayed, fused, ahead: see `StepCounts`; the last once it has ended.
     """
 
     def __init__(
-        self, forward: ChunkForward, cache: RetainedCache, room: int, graphs: bool
+        self, forward: ChunkForward, cache: RetainedCache, room: int, graphs: bool, ahead: int = 0
     ) -> None:
         self._forward = forward
         self._backbone = forward.backbone
         self._cache = cache
         self._room = room
         self._graphs = graphs
+        self._last = ahead
+        self._ahead: StepsAhead | None = None
         self._steps: StepPass | None = None
         self._graph: Any = None
         self._ids: Tensor | None = None
@@ -308,11 +320,13 @@ class GraphedSteps:
         self.fast = 0
         self.replayed = 0
         self.fused = 0
+        self.ahead = 0
 
     def __call__(self, run: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """The model's outputs for `inputs`, as of any model where this is no step of ours."""
         ids = inputs.get("input_ids")
         if not self._is_step(ids, inputs):
+            self.end()  # what it writes, the device's counters do not know
             return self._forward.outputs(run, inputs, self._cache)
         assert ids is not None
         self.fast += 1
@@ -327,11 +341,21 @@ class GraphedSteps:
         else:
             assert self._steps is not None
             self._steps.advance()
-        assert self._ids is not None
+        assert self._ids is not None and self._steps is not None
+        self.replayed += 1
+        if self._ahead is not None:
+            more = self._steps.left > 0 and self._cache.seen < self._last - 1
+            return as_output(self._ahead(ids, more), self._cache)
         self._ids.copy_(ids)
         self._graph.replay()
-        self.replayed += 1
         return self._outputs
+
+    def end(self) -> None:
+        """Let go of what steps ran with, once nothing runs ahead any more."""
+        if self._ahead is not None:
+            self._ahead.end()
+            self.ahead += self._ahead.used
+        self._ahead = self._steps = self._graph = self._outputs = self._ids = None
 
     def _is_step(self, ids: Tensor | None, inputs: dict[str, Any]) -> bool:
         frozen = all(layer.rotated and not layer.is_empty for layer in self._cache.layers)
@@ -339,7 +363,7 @@ class GraphedSteps:
         return one and frozen and asks_logits(inputs, self._cache)
 
     def _prepare(self) -> None:
-        self._steps = self._graph = self._outputs = self._ids = None  # their memory is free first
+        self.end()  # so that memory is free first
         self._steps = StepPass(self._backbone, self._cache, self._room)
         self._eager = 0
         dtype = self._cache.layers[0].store.like.dtype
@@ -366,22 +390,20 @@ class GraphedSteps:
         return outputs
 
     def _record(self, run: Callable[..., Any], ids: Tensor) -> None:
-        self._ids = ids.clone()
-        graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(ids.device),  # which torch takes the current one for
-            torch.cuda.graph(graph, stream=_recording_stream(ids.device)),
-            self._backbone.fixed_frequencies(),
-        ):
-            self._outputs = self._step(run, self._ids)
-        self._graph = graph
+        assert self._steps is not None
+        self._ids = own = ids.clone()
 
+        def step() -> Any:
+            outputs = self._step(run, own)
+            if self._last:
+                own.copy_(likeliest(outputs.logits))
+            return outputs
 
-@functools.cache
-def _recording_stream(device: torch.device) -> Any:
-    """What all graphs of a device are recorded on: torch has one for all devices, and cuBLAS keeps
-    memory for each."""
-    return torch.cuda.Stream(device)
+        with self._backbone.fixed_frequencies():
+            self._graph, self._outputs = record(step, ids.device)
+        if self._last:
+            replay, rewind = self._graph.replay, self._steps.rewind
+            self._ahead = StepsAhead(replay, rewind, own, self._outputs.logits)
 
 
 def takes_steps(layer: RetainedLayer, folds: bool) -> bool:
@@ -411,19 +433,3 @@ def scratch_for(cache: RetainedCache) -> Tensor:
     most = max((context.sequences.total for context in some if context is not None), default=0)
     like = cache.layers[0].store.like
     return like.new_empty(2, most, like.shape[-1])
-
-
-def why_not_graphed(backbone: Backbone) -> str | None:
-    """Why the model's steps cannot be recorded as a CUDA graph; None if they can."""
-    model, config = backbone.model, backbone.config
-    if model.device.type != "cuda":
-        return f"the model is on {model.device}"
-    if len(set(map(str, getattr(model, "hf_device_map", {}).values()))) > 1:
-        return "the model is spread over several devices"
-    if not backbone.plain:
-        return "the model has sliding windows, softcaps, sinks or more than one RoPE"
-    if getattr(model, "hf_quantizer", None) is not None:
-        return "the model's weights are quantized"
-    if any(getattr(config, name, 0) for name in ("num_local_experts", "num_experts")):
-        return "mixtures of experts choose their kernels on the host"
-    return None
