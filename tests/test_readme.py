@@ -158,11 +158,11 @@ def run_training(training, args, tmp_path):
 def test_the_shown_code_runs(workplace, monkeypatch, no_deprecations):
     monkeypatch.chdir(workplace)
     model = load_model("backbone", device="cpu").model
-    names = {
+    names = {  # token 0 pads
         "locret": locret,
         "model": model,
-        "input_ids": torch.randint(0, model.config.vocab_size, (1, 300)),
-        "question_ids": torch.randint(0, model.config.vocab_size, (1, 9)),
+        "input_ids": torch.randint(1, model.config.vocab_size, (1, 300)),
+        "question_ids": torch.randint(1, model.config.vocab_size, (1, 9)),
     }
     for block in blocks("python"):
         exec(block, names)  # noqa: S102 - the README is ours
