@@ -192,6 +192,12 @@ def test_kernels_read_plain_weights_alone(monkeypatch, make, family):
     assert torch.equal(engine.generate(prompt(30), max_new_tokens=2), expected)
 
 
+def test_norms_of_queries_and_keys_are_alike():
+    model = tiny_model("qwen3")
+    model.model.layers[1].self_attn.k_norm.variance_epsilon = 0.1
+    assert "different eps" in why_not_fused(Backbone(model))
+
+
 def test_autocast_and_other_architectures_are_not_fused():
     assert "nothing is fused for 'glm'" in why_not_fused(Backbone(tiny_model("glm")), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

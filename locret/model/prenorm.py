@@ -15,6 +15,7 @@ from torch.nn.modules import module as every_module
 from transformers.activations import ACT2FN
 
 from locret.kernels import HeadNorms, NewUnit, add_norm, gated, gated_products, products
+from locret.kernels.add_norm import add_norm_reference
 from locret.kernels.gated import ACTIVATIONS
 from locret.model.backbone import PRENORM, Backbone
 from locret.model.hooks import without_compiling
@@ -26,6 +27,8 @@ units and attend, [B, T, H*G, D]."""
 _OURS = ("locret.", "transformers.utils.output_capturing")
 """Whose hooks do nothing in a forward that nobody asks for more than its output."""
 
+HEAD_NORMS = "q_norm", "k_norm"
+
 
 class Norm(NamedTuple):
     """RMSNorm: its weight [size] and what is added to the mean of the squares."""
@@ -36,6 +39,11 @@ class Norm(NamedTuple):
     @classmethod
     def of(cls, module: Any) -> "Norm":
         return cls(module.weight.contiguous(), module.variance_epsilon)
+
+    def added(self, residual: Tensor, new: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`add_norm`, of any dtypes: those of projections that were wrapped may differ."""
+        alike = {x.dtype for x in (residual, new, self.weight) if x is not None}
+        return (add_norm if len(alike) == 1 else add_norm_reference)(residual, new, *self)
 
 
 class PrenormLayer:
@@ -54,8 +62,8 @@ class PrenormLayer:
         self.norms = Norm.of(layer.input_layernorm), Norm.of(layer.post_attention_layernorm)
         self.head_norms: HeadNorms | None = None
         if hasattr(attention, "q_norm"):
-            (query, eps), (key, _) = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
-            self.head_norms = HeadNorms(query, key, eps)
+            query, key = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
+            self.head_norms = HeadNorms(query.weight, key.weight, query.eps)
         self.scaling: float = attention.scaling
 
     def project(self, x: Tensor) -> NewUnit:
@@ -77,7 +85,7 @@ class PrenormLayer:
             return new
         of_query, of_key, eps = self.head_norms
         query, key = (
-            add_norm(each.transpose(1, 2).contiguous(), None, weight, eps)[1].transpose(1, 2)
+            Norm(weight, eps).added(each.transpose(1, 2).contiguous(), None)[1].transpose(1, 2)
             for each, weight in ((new.query, of_query), (new.key, of_key))
         )
         return NewUnit(query, key, new.value)
@@ -102,9 +110,11 @@ class PrenormLayer:
         gate, up = self._mlp.gate_proj, self._mlp.up_proj
         if _takes_products(x, gate, up) and gate.bias is None:
             return gated_products(x, gate.weight, up.weight, self._activation)
-        first = gate(x)
+        first, second = gate(x), up(x)
+        if (first.dtype, first.shape) != (second.dtype, second.shape):  # as some wrapped ones give
+            return ACTIVATIONS[self._activation](first) * second
         # A plain module's product is nobody else's: the result takes its place.
-        return gated(first, up(x), self._activation, first if _plain(gate, x) else None)
+        return gated(first, second, self._activation, first if _plain(gate, x) else None)
 
 
 def called(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
@@ -154,11 +164,11 @@ class PrenormDecoder:
         stream, x = self._decoder.embed_tokens(ids).contiguous(), None
         # One name for what is between two sums: chunks are large, and none stays longer than used.
         for i, layer in enumerate(self._layers):
-            stream, x = add_norm(stream, x, *layer.norms[0])
+            stream, x = layer.norms[0].added(stream, x)
             x = layer.output(attend(i, x, layer))
-            stream, x = add_norm(stream, x, *layer.norms[1])
+            stream, x = layer.norms[1].added(stream, x)
             x = layer.mlp(x)
-        return add_norm(stream, x, *self._norm)[1]
+        return self._norm.added(stream, x)[1]
 
 
 def why_not_fused(backbone: Backbone, dtype: torch.dtype | None = None) -> str | None:
@@ -189,6 +199,10 @@ def why_not_fused(backbone: Backbone, dtype: torch.dtype | None = None) -> str |
             return f"its {own.__name__} was changed, or has hooks"
         if module.training:
             return "the model is in training mode"
+    for attention in (layer.module for layer in backbone.layers):
+        norms = [getattr(attention, x) for x in HEAD_NORMS if hasattr(attention, x)]
+        if len({norm.variance_epsilon for norm in norms}) > 1:
+            return "queries and keys are normalised with different eps"
     if not hasattr(backbone.decoder.embed_tokens, "weight"):
         return "nobody knows the dtype of its embedding"
     weights = [module.weight for module in passed if hasattr(module, "weight")]
@@ -205,7 +219,7 @@ def _passed_over(backbone: Backbone) -> Iterator[Any]:
         attention = without_compiling(layer.self_attn)
         yield from (layer, layer.input_layernorm, attention)
         yield from (layer.post_attention_layernorm, layer.mlp)
-        yield from (getattr(attention, x) for x in ("q_norm", "k_norm") if hasattr(attention, x))
+        yield from (getattr(attention, x) for x in HEAD_NORMS if hasattr(attention, x))
         dropouts = "resid_attn_dropout", "resid_mlp_dropout"  # of Phi-3
         yield from (getattr(layer, x) for x in dropouts if hasattr(layer, x))
         yield getattr(layer.mlp, "act_fn", getattr(layer.mlp, "activation_fn", layer.mlp))
