@@ -90,6 +90,36 @@ def test_answers_before_are_remembered_together(engine):
         assert torch.equal(asked_at_once[:, 2:], torch.stack(alone))
 
 
+def test_what_evicts_while_answering_stands_together_where_nothing_is_read(model):
+    engine = locret.Engine(model, heads=tiny_heads(model), **SMALL, decode_interval=4)
+    caches = [engine.prefill(prompt(60, seed=i)) for i in range(2)]
+    for cache in caches:
+        engine.generate(prompt(3), cache=cache, **GREEDY)
+    alone = [asked(engine, cache.fork()) for cache in caches]
+    assert torch.equal(asked(engine, engine.together(caches), rows=2), torch.cat(alone))
+    caches[1] = engine.prefill(prompt(60))
+    with pytest.raises(ValueError, match="1 questions for 2 caches"):
+        engine.together(caches, [prompt(2)])
+    for given in ((), (prompt(2), prompt(2))):
+        with pytest.raises(ValueError, match="decode_interval: contexts cannot read"):
+            engine.together(caches, given)
+
+
+def test_contexts_of_offloaded_models_stand_together():
+    """Whose weights, and so the device that the model tells, are nowhere between calls."""
+    accelerate = pytest.importorskip("accelerate")
+    model, answers = tiny_model("llama"), []
+    engine = locret.Engine(model, "keydiff", **SMALL)
+    for offload in (lambda _: None, accelerate.cpu_offload):
+        offload(model)
+        caches = [engine.prefill(prompt(n)) for n in (60, 40)]
+        asked(engine, caches[0])
+        batch = engine.together(caches)
+        ids, mask = prompt(5, batch=2), torch.tensor([[1] * 5, [0] * 2 + [1] * 3])
+        answers.append(engine.generate(ids, mask, cache=batch, **GREEDY))
+    assert torch.equal(*answers)
+
+
 def asked(engine, cache, rows=1):
     return engine.generate(prompt(4, seed=5).repeat(rows, 1), cache=cache, **GREEDY)
 

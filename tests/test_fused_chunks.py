@@ -85,6 +85,27 @@ def test_padded_rows(both):
     both(tiny_model("qwen2"), "sirllm", prompt(60, batch=3), mask)
 
 
+class Wide(nn.Module):
+    """A product in float32, of whatever it is given."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear.float()
+
+    def forward(self, x):
+        return self.linear(x.float())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 17])
+def test_projections_of_other_dtypes(both, chunk_size):
+    model = tiny_model("qwen3").bfloat16()
+    first, last = (layer.mlp for layer in model.model.layers)
+    first.up_proj, last.up_proj = Wide(first.up_proj), Wide(last.up_proj)
+    first.down_proj.register_forward_pre_hook(lambda module, given: given[0].bfloat16())
+    last.down_proj, model.lm_head = Wide(last.down_proj), Wide(model.lm_head)
+    both(model, "sirllm", chunk_size=chunk_size)  # waits for the last hidden states
+
+
 def test_adapters_are_called(both):
     targets = ["q_proj", "down_proj", "embed_tokens"]
     config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)

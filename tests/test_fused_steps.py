@@ -99,6 +99,11 @@ def with_activation(model):
     model.model.layers[1].mlp.act_fn = nn.GELU()
 
 
+def with_function(model):
+    del model.model.layers[1].mlp.act_fn
+    model.model.layers[1].mlp.act_fn = torch.tanh
+
+
 def with_hooked_activation(model):
     act = model.model.layers[1].mlp.act_fn
     act.register_forward_hook(lambda module, args, output: 2 * output)
@@ -109,12 +114,20 @@ def with_forward(model):
     attention.forward = attention.forward
 
 
+def with_wrapped_embedding(model):
+    model.model.embed_tokens = nn.Sequential(model.model.embed_tokens, Doubled())
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (with_wrapped_embedding, "dtype of its embedding"),
+        (lambda model: model.model.layers[0].mlp.train(), "training mode"),
+        (lambda m: m.model.rotary_emb.register_forward_hook(print), "LlamaRotaryEmbedding was"),
         (with_mlp, "its Doubled was changed"),
         (with_hook, "its LlamaRMSNorm was changed, or has hooks"),
         (with_activation, "its GELU was changed"),
+        (with_function, "its builtin_function_or_method was changed"),
         (with_hooked_activation, "its SiLUActivation was changed, or has hooks"),
         (with_forward, "its LlamaAttention was changed"),
         (nn.Module.train, "training mode"),
@@ -135,6 +148,54 @@ def test_hooks_of_all_modules_are_run(both):
     with handle:
         both(tiny_model("llama"), expected=[0])
     both(tiny_model("llama"), expected=[7])
+
+
+def test_models_whose_parts_are_others_than_before_are_not_fused(monkeypatch):
+    model = tiny_model("phi3")
+    backbone = Backbone(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: 2 * x)
+        assert "Phi3MLP was changed" in why_not_fused(backbone)
+    assert why_not_fused(backbone) is None
+    handle = model.model.layers[0].resid_mlp_dropout.register_forward_hook(lambda *_: None)
+    with handle:
+        assert "Dropout was changed, or has hooks" in why_not_fused(backbone)
+    model.model.layers[1] = tiny_model("phi3").model.layers[1]
+    assert "others than before" in why_not_fused(backbone)
+
+
+class Weight(nn.Parameter):
+    """One that kernels cannot read, as those of torchao."""
+
+
+def transposed(weight):
+    return nn.Parameter(weight.detach().t().contiguous().t())
+
+
+@pytest.mark.parametrize("make", [Weight, transposed])
+@pytest.mark.parametrize("family", ["phi3", "qwen2"])
+def test_kernels_read_plain_weights_alone(monkeypatch, make, family):
+    model = tiny_model(family)
+    engine = locret.Engine(model, "keydiff", budget=20, chunk_size=1, local_tokens=1)
+    expected = engine.generate(prompt(30), max_new_tokens=2)
+    for name in ("products", "gated_products"):
+        monkeypatch.setattr(f"locret.model.prenorm.{name}", None)
+    norm = model.model.norm
+    norm.weight = nn.Parameter(norm.weight.detach().repeat(2, 1).t()[:, 0])
+    for module in (m for m in model.modules() if isinstance(m, nn.Linear)):
+        module.weight = make(module.weight)
+    model.model.embed_tokens.register_forward_hook(lambda m, given, out: out.mT.contiguous().mT)
+    assert torch.equal(engine.generate(prompt(30), max_new_tokens=2), expected)
+    assert engine.last_chunks.fused == 29
+    for layer in model.model.layers:
+        layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj)  # without a bias to ask for
+    assert torch.equal(engine.generate(prompt(30), max_new_tokens=2), expected)
+
+
+def test_norms_of_queries_and_keys_are_alike():
+    model = tiny_model("qwen3")
+    model.model.layers[1].self_attn.k_norm.variance_epsilon = 0.1
+    assert "different eps" in why_not_fused(Backbone(model))
 
 
 def test_autocast_and_other_architectures_are_not_fused():

@@ -290,6 +290,10 @@ class Engine:
             caches: they stay as they are; the batch has a copy of their units.
             questions: tokens [1, n] long for each, at least one, that are read after it; empty =
                 none. That takes less memory than to `generate` with questions of different lengths.
+
+        Raises:
+            ValueError: other than one question for each; or, with `decode_interval`, any question,
+                or contexts that were asked before beside fresh ones.
         """
         rows = [cache.fork() for cache in caches]
         with self:

@@ -66,8 +66,7 @@ class ChunkForward:
     def _begin(self) -> PrenormDecoder | None:
         """Count a chunk, and get what reads it with fused kernels, if anything may do so now: hooks
         and adapters come and go, so this is found out for every chunk."""
-        dtype = self.backbone.decoder.embed_tokens.weight.dtype
-        fuses = not torch.is_grad_enabled() and why_not_fused(self.backbone, dtype) is None
+        fuses = not torch.is_grad_enabled() and why_not_fused(self.backbone) is None
         self.counts = ChunkCounts(self.counts.read + 1, self.counts.fused + fuses)
         return PrenormDecoder(self.backbone) if fuses else None
 

@@ -17,23 +17,42 @@ def together(
     reader: Reader, rows: Sequence[RetainedCache], questions: Sequence[Tensor]
 ) -> RetainedCache:
     """Caches of one row each as one batch, after tokens [1, n] more of each, or none: those
-    that read equally many read at once. Empties `rows`."""
+    that read equally many read at once. Empties `rows`.
+
+    Raises:
+        ValueError: some caches have no question and others do, or some have tokens to read that
+            may evict units (`decode_interval`).
+    """
+    if len(questions) not in (0, len(rows)):
+        raise ValueError(
+            f"{len(questions)} questions for {len(rows)} caches; expected one for each, or none"
+        )
     if len({layer.rotated for row in rows for layer in row.retained_layers}) > 1:
         for row in rows:
             _freeze(reader, row)
-    # Stacking forgets what rows were answered and have not read yet.
-    unread = [row.unread_ids.to(reader.backbone.model.device) for row in rows]
-    tokens = unread
+    tokens, left = [row.unread_ids for row in rows], None
     if questions:
-        tokens = [torch.cat(x, dim=1) for x in zip(unread, questions, strict=True)]
+        given = [question.cpu() for question in questions]
+        tokens = [torch.cat(x, dim=1) for x in zip(tokens, given, strict=True)]
+    elif len({each.shape[1] for each in tokens}) == 1:  # it is read with the next question
+        left, tokens = torch.cat(tokens), [each[:, :0] for each in tokens]
     lengths, read = [each.shape[1] for each in tokens], [*rows]
+    if any(lengths) and reader.config.reading.decode_interval and rows[0].budget is not None:
+        raise ValueError(
+            "decode_interval: contexts cannot read questions together, nor can those that were "
+            "asked before stand beside fresh ones; ask one at a time"
+        )
+    device = reader.backbone.layers[0].device  # that of the model is "meta" where weights wait
     for length in sorted(set(lengths) - {0}):
         alike = [i for i, own in enumerate(lengths) if own == length]
         some = reader.stacked([rows[i] for i in alike], 0)
-        reader.read_on(some, torch.cat([tokens[i] for i in alike]))
+        reader.read_on(some, torch.cat([tokens[i] for i in alike]).to(device))
         for place, i in enumerate(alike):
             read[i] = some.rows([place])
-    return reader.stacked(read, 0)
+    batch = reader.stacked(read, 0)
+    if left is not None:
+        batch.unread_ids = left
+    return batch
 
 
 def read_questions(

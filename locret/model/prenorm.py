@@ -15,6 +15,7 @@ from torch.nn.modules import module as every_module
 from transformers.activations import ACT2FN
 
 from locret.kernels import HeadNorms, NewUnit, add_norm, gated, gated_products, products
+from locret.kernels.add_norm import add_norm_reference
 from locret.kernels.gated import ACTIVATIONS
 from locret.model.backbone import PRENORM, Backbone
 from locret.model.hooks import without_compiling
@@ -23,8 +24,10 @@ Attend = Callable[[int, Tensor, "PrenormLayer"], Tensor]
 """Given a layer's index, its normalised input [B, T, hidden size] and the layer: store the new
 units and attend, [B, T, H*G, D]."""
 
-_OURS = ("locret", "transformers.utils.output_capturing")
+_OURS = ("locret.", "transformers.utils.output_capturing")
 """Whose hooks do nothing in a forward that nobody asks for more than its output."""
+
+HEAD_NORMS = "q_norm", "k_norm"
 
 
 class Norm(NamedTuple):
@@ -35,7 +38,12 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, module: Any) -> "Norm":
-        return cls(module.weight, module.variance_epsilon)
+        return cls(module.weight.contiguous(), module.variance_epsilon)
+
+    def added(self, residual: Tensor, new: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`add_norm`, of any dtypes: those of projections that were wrapped may differ."""
+        alike = {x.dtype for x in (residual, new, self.weight) if x is not None}
+        return (add_norm if len(alike) == 1 else add_norm_reference)(residual, new, *self)
 
 
 class PrenormLayer:
@@ -54,8 +62,8 @@ class PrenormLayer:
         self.norms = Norm.of(layer.input_layernorm), Norm.of(layer.post_attention_layernorm)
         self.head_norms: HeadNorms | None = None
         if hasattr(attention, "q_norm"):
-            (query, eps), (key, _) = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
-            self.head_norms = HeadNorms(query, key, eps)
+            query, key = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
+            self.head_norms = HeadNorms(query.weight, key.weight, query.eps)
         self.scaling: float = attention.scaling
 
     def project(self, x: Tensor) -> NewUnit:
@@ -77,7 +85,7 @@ class PrenormLayer:
             return new
         of_query, of_key, eps = self.head_norms
         query, key = (
-            add_norm(each.transpose(1, 2).contiguous(), None, weight, eps)[1].transpose(1, 2)
+            Norm(weight, eps).added(each.transpose(1, 2).contiguous(), None)[1].transpose(1, 2)
             for each, weight in ((new.query, of_query), (new.key, of_key))
         )
         return NewUnit(query, key, new.value)
@@ -102,9 +110,11 @@ class PrenormLayer:
         gate, up = self._mlp.gate_proj, self._mlp.up_proj
         if _takes_products(x, gate, up) and gate.bias is None:
             return gated_products(x, gate.weight, up.weight, self._activation)
-        first = gate(x)
+        first, second = gate(x), up(x)
+        if (first.dtype, first.shape) != (second.dtype, second.shape):  # as some wrapped ones give
+            return ACTIVATIONS[self._activation](first) * second
         # A plain module's product is nobody else's: the result takes its place.
-        return gated(first, up(x), self._activation, first if _plain(gate, x) else None)
+        return gated(first, second, self._activation, first if _plain(gate, x) else None)
 
 
 def called(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
@@ -117,12 +127,18 @@ def called(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
 
 def _takes_products(x: Tensor, *modules: Any) -> bool:
     """Whether nothing but the weights of all these modules counts, and x is one vector."""
-    alike = len({module.bias is None for module in modules}) == 1
-    return x.shape[:2] == (1, 1) and alike and all(_plain(each, x) for each in modules)
+    if x.shape[:2] != (1, 1) or not all(_plain(each, x) for each in modules):
+        return False
+    return len({module.bias is None for module in modules}) == 1
 
 
 def _plain(module: Any, x: Tensor) -> bool:
-    return type(module) is nn.Linear and not _runs_more(module) and module.weight.dtype == x.dtype
+    """Whether a module is a linear one whose weight is in memory as kernels read it: those of
+    torchao are of other types."""
+    if type(module) is not nn.Linear or _runs_more(module):
+        return False
+    weight = module.weight
+    return type(weight) is nn.Parameter and weight.dtype == x.dtype and weight.is_contiguous()
 
 
 class PrenormDecoder:
@@ -145,52 +161,67 @@ class PrenormDecoder:
 
     def hidden(self, ids: Tensor, attend: Attend) -> Tensor:
         """The decoder's output [B, T, hidden size] for ids [B, T]."""
-        stream, x = self._decoder.embed_tokens(ids), None
+        stream, x = self._decoder.embed_tokens(ids).contiguous(), None
         # One name for what is between two sums: chunks are large, and none stays longer than used.
         for i, layer in enumerate(self._layers):
-            stream, x = add_norm(stream, x, *layer.norms[0])
+            stream, x = layer.norms[0].added(stream, x)
             x = layer.output(attend(i, x, layer))
-            stream, x = add_norm(stream, x, *layer.norms[1])
+            stream, x = layer.norms[1].added(stream, x)
             x = layer.mlp(x)
-        return add_norm(stream, x, *self._norm)[1]
+        return self._norm.added(stream, x)[1]
 
 
-def why_not_fused(backbone: Backbone, dtype: torch.dtype) -> str | None:
+def why_not_fused(backbone: Backbone, dtype: torch.dtype | None = None) -> str | None:
     """Why a `PrenormDecoder` cannot stand in for the model's forward; None if it can.
 
     Args:
-        dtype: of the keys and values stored, by steps.
+        dtype: of the keys and values stored, by steps; None = that of the model.
     """
-    model, kind, geometry = backbone.model, backbone.config.model_type, backbone.geometry
+    kind, geometry = backbone.config.model_type, backbone.geometry
     if kind not in PRENORM or not backbone.plain:
         return f"nothing is fused for {kind!r}"
-    if model.training:
-        return "the model is in training mode"
     if torch.is_autocast_enabled(backbone.layers[0].device.type):  # not "meta", as some weights are
         return "autocast chooses the dtype of each product"
     if geometry.activation not in ACTIVATIONS:
         return f"no kernel knows the activation {geometry.activation!r}"
     if backbone.rotary.pattern is None or backbone.rotary.pattern.pairing != "half":
         return "no kernel knows its rotation"
+    runs = map(without_compiling, backbone.decoder.layers[: backbone.config.num_hidden_layers])
+    if [without_compiling(x.self_attn) for x in runs] != [x.module for x in backbone.layers]:
+        return "its attention layers are others than before"
     passed = [*_passed_over(backbone)]
-    file, activation = f"transformers.models.{kind}.modeling_{kind}", ACT2FN[geometry.activation]
+    file = f"transformers.models.{kind}.modeling_{kind}"
+    others = type(ACT2FN[geometry.activation]), nn.Dropout
     for module in passed:
-        made = type(module).__module__ == file or type(module) is type(activation)
-        if not made or _runs_more(module):
-            return f"its {type(module).__name__} was changed, or has hooks"
+        own = type(module)
+        stock = own.__module__ == file and own.forward.__module__ == file
+        if not (stock or own in others) or _runs_more(module):
+            return f"its {own.__name__} was changed, or has hooks"
+        if module.training:
+            return "the model is in training mode"
+    for attention in (layer.module for layer in backbone.layers):
+        norms = [getattr(attention, x) for x in HEAD_NORMS if hasattr(attention, x)]
+        if len({norm.variance_epsilon for norm in norms}) > 1:
+            return "queries and keys are normalised with different eps"
+    if not hasattr(backbone.decoder.embed_tokens, "weight"):
+        return "nobody knows the dtype of its embedding"
     weights = [module.weight for module in passed if hasattr(module, "weight")]
     dtypes = {weight.dtype for weight in (*weights, backbone.decoder.embed_tokens.weight)}
-    return None if dtypes == {dtype} else f"it computes in {dtypes} and stores {dtype}"
+    fits = len(dtypes) == 1 and dtype in (None, *dtypes)
+    return None if fits else f"it computes in {dtypes} and stores {dtype}"
 
 
 def _passed_over(backbone: Backbone) -> Iterator[Any]:
     """The modules that a `PrenormDecoder` does not call. Those of them with weights are norms."""
-    yield from (backbone.model, backbone.decoder, backbone.decoder.norm)
-    for layer in map(without_compiling, backbone.decoder.layers):
+    decoder = backbone.decoder
+    yield from (backbone.model, decoder, decoder.norm, decoder.rotary_emb)
+    for layer in map(without_compiling, decoder.layers):
         attention = without_compiling(layer.self_attn)
         yield from (layer, layer.input_layernorm, attention)
         yield from (layer.post_attention_layernorm, layer.mlp)
-        yield from (getattr(attention, x) for x in ("q_norm", "k_norm") if hasattr(attention, x))
+        yield from (getattr(attention, x) for x in HEAD_NORMS if hasattr(attention, x))
+        dropouts = "resid_attn_dropout", "resid_mlp_dropout"  # of Phi-3
+        yield from (getattr(layer, x) for x in dropouts if hasattr(layer, x))
         yield getattr(layer.mlp, "act_fn", getattr(layer.mlp, "activation_fn", layer.mlp))
 
 
