@@ -73,6 +73,13 @@ def test_forks_are_asked_apart_and_together(engine):
     assert torch.equal(asked(engine, cache), alone[0])
 
 
+def test_what_cannot_stand_together_is_refused(engine):
+    with pytest.raises(ValueError, match="got 0"):
+        engine.together([])
+    with pytest.raises(ValueError, match=r"got 2, with \[1, 3\] rows"):
+        engine.together([engine.prefill(prompt(40)), engine.prefill(prompt(40, batch=3))])
+
+
 def test_answers_before_are_remembered_together(engine):
     """Some were asked before, and the last token of their answer is not in the cache yet."""
     caches, last = [engine.prefill(prompt(n)) for n in (40, 40, 60, 40)], prompt(2, seed=9)

@@ -16,13 +16,18 @@ from locret.engine.reading import Reader
 def together(
     reader: Reader, rows: Sequence[RetainedCache], questions: Sequence[Tensor]
 ) -> RetainedCache:
-    """Caches of one row each as one batch, after tokens [1, n] more of each, or none: those
-    that read equally many read at once. Empties `rows`.
+    """Caches of one row each as one batch, after tokens [1, n] more of each, or none. Empties
+    `rows`.
 
     Raises:
-        ValueError: some caches have no question and others do, or some have tokens to read that
-            may evict units (`decode_interval`).
+        ValueError: no caches, or one of several rows; some caches have no question and others do,
+            or some have tokens to read that may evict units (`decode_interval`).
     """
+    if not rows or any(len(row.unread_ids) != 1 for row in rows):
+        raise ValueError(
+            f"together takes one or more caches of one row each; got {len(rows)}, with "
+            f"{[len(row.unread_ids) for row in rows]} rows: take them apart with cache.rows"
+        )
     if len(questions) not in (0, len(rows)):
         raise ValueError(
             f"{len(questions)} questions for {len(rows)} caches; expected one for each, or none"
@@ -30,29 +35,34 @@ def together(
     if len({layer.rotated for row in rows for layer in row.retained_layers}) > 1:
         for row in rows:
             _freeze(reader, row)
-    tokens, left = [row.unread_ids for row in rows], None
-    if questions:
-        given = [question.cpu() for question in questions]
-        tokens = [torch.cat(x, dim=1) for x in zip(tokens, given, strict=True)]
-    elif len({each.shape[1] for each in tokens}) == 1:  # it is read with the next question
-        left, tokens = torch.cat(tokens), [each[:, :0] for each in tokens]
-    lengths, read = [each.shape[1] for each in tokens], [*rows]
-    if any(lengths) and reader.config.reading.decode_interval and rows[0].budget is not None:
+    unread = [row.unread_ids for row in rows]
+    if not questions and len({ids.shape[1] for ids in unread}) == 1:
+        batch = reader.stacked(rows, 0)
+        batch.unread_ids = torch.cat(unread)  # it is read with the next question
+        return batch
+    asked = [question.cpu() for question in questions] or [ids[:, :0] for ids in unread]
+    tokens = [torch.cat(both, dim=1) for both in zip(unread, asked, strict=True)]
+    return reader.stacked(_after(reader, rows, tokens), 0)
+
+
+def _after(
+    reader: Reader, rows: Sequence[RetainedCache], tokens: Sequence[Tensor]
+) -> list[RetainedCache]:
+    """Each cache after tokens [1, n], which may be none; those of one length are read at once."""
+    if reader.config.reading.decode_interval and rows[0].budget is not None:
         raise ValueError(
             "decode_interval: contexts cannot read questions together, nor can those that were "
             "asked before stand beside fresh ones; ask one at a time"
         )
     device = reader.backbone.layers[0].device  # that of the model is "meta" where weights wait
+    lengths, read = [ids.shape[1] for ids in tokens], [*rows]
     for length in sorted(set(lengths) - {0}):
         alike = [i for i, own in enumerate(lengths) if own == length]
         some = reader.stacked([rows[i] for i in alike], 0)
         reader.read_on(some, torch.cat([tokens[i] for i in alike]).to(device))
         for place, i in enumerate(alike):
             read[i] = some.rows([place])
-    batch = reader.stacked(read, 0)
-    if left is not None:
-        batch.unread_ids = left
-    return batch
+    return read
 
 
 def read_questions(
