@@ -111,7 +111,7 @@ class Reversed(LogitsProcessor):
         (1, {"logits_processor": LogitsProcessorList([Reversed()])}, 0),
         (1, {"suppress_tokens": [*range(0, 128, 2)]}, 1),
     ],
-    ids=str,
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else str(x),
 )
 def test_answers_end_anywhere_and_may_be_of_other_tokens(both, rows, given, used):
     engine = locret.Engine(tiny_model("llama"), "random", graphs=True, **SMALL)
