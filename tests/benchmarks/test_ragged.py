@@ -77,7 +77,7 @@ def test_every_row_is_measured_and_compared_with_equal_heads(bench, capsys):
         assert row["status"] == "ok"
         assert row["prefill_seconds"] > row["prefill_floor_seconds"] > 0
         assert row["decode_tokens_per_second"] > 0 and row["peak_gib"] is None
-        steps = {"taken": 11, "fast": 0, "replayed": 0, "fused": 0}
+        steps = {"taken": 11, "fast": 0, "replayed": 0, "fused": 0, "ahead": 0}
         assert row["steps"] == steps  # no graph on a CPU
         assert row["prefill_of_equal"] > 0 and row["decode_of_equal"] > 0
         tail = 4 + 4 + ragged.WARM_STEPS - 1  # the last token is not read
