@@ -3,7 +3,7 @@
 B rows of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,29 +40,36 @@ def together(
         batch = reader.stacked(rows, 0)
         batch.unread_ids = torch.cat(unread)  # it is read with the next question
         return batch
-    asked = [question.cpu() for question in questions] or [ids[:, :0] for ids in unread]
-    tokens = [torch.cat(both, dim=1) for both in zip(unread, asked, strict=True)]
-    return reader.stacked(_after(reader, rows, tokens), 0)
-
-
-def _after(
-    reader: Reader, rows: Sequence[RetainedCache], tokens: Sequence[Tensor]
-) -> list[RetainedCache]:
-    """Each cache after tokens [1, n], which may be none; those of one length are read at once."""
     if reader.config.reading.decode_interval and rows[0].budget is not None:
         raise ValueError(
             "decode_interval: contexts cannot read questions together, nor can those that were "
             "asked before stand beside fresh ones; ask one at a time"
         )
+    asked = [question.cpu() for question in questions] or [ids[:, :0] for ids in unread]
+    # Stacking forgets what is unread.
+    tokens = [torch.cat(both, dim=1) for both in zip(unread, asked, strict=True)]
+    return _after(reader, lambda alike: reader.stacked([rows[i] for i in alike], 0), tokens)
+
+
+def _after(
+    reader: Reader, take: Callable[[list[int]], RetainedCache], tokens: Sequence[Tensor]
+) -> RetainedCache:
+    """All rows as one batch after what is unread of each and tokens [1, n] more, which may be none;
+    those that read equally many read at once.
+
+    Args:
+        take: some rows as a cache of their own.
+    """
     device = reader.backbone.layers[0].device  # that of the model is "meta" where weights wait
-    lengths, read = [ids.shape[1] for ids in tokens], [*rows]
-    for length in sorted(set(lengths) - {0}):
+    lengths = [ids.shape[1] for ids in tokens]
+    read: dict[int, RetainedCache] = {}
+    for length in sorted(set(lengths)):
         alike = [i for i, own in enumerate(lengths) if own == length]
-        some = reader.stacked([rows[i] for i in alike], 0)
-        reader.read_on(some, torch.cat([tokens[i] for i in alike]).to(device))
-        for place, i in enumerate(alike):
-            read[i] = some.rows([place])
-    return read
+        some = take(alike)
+        if length + some.unread_ids.shape[1]:
+            reader.read_on(some, torch.cat([tokens[i] for i in alike]).to(device))
+        read |= {i: some.rows([place]) for place, i in enumerate(alike)}
+    return reader.stacked([read[i] for i in range(len(tokens))], 0)
 
 
 def read_questions(
@@ -80,9 +87,8 @@ def read_questions(
             f"attention_mask holds zeros: {what} cannot be asked together with longer ones; "
             "ask rows of equal length, or one row at a time"
         )
-    rows = [cache.rows([i]) for i in range(len(padding))]
     before = [questions[i : i + 1, skip:-1] for i, skip in enumerate(padding)]
-    cache.restore(together(reader, rows, before).snapshot())
+    cache.restore(_after(reader, cache.rows, before).snapshot())
     assert cache.token_ids is not None
     return torch.cat([cache.token_ids.to(questions.device), questions[:, -1:]], dim=1)
 

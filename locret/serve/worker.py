@@ -217,7 +217,7 @@ class Worker:
         elif len(set(map(len, questions))) == 1 and caches:
             given["cache"] = self._engine.together(caches)
         elif caches:
-            before = [torch.tensor([ids[:-1]], device=self._device) for ids in questions]
+            before = [torch.tensor([ids[:-1]]) for ids in questions]
             given["cache"] = self._engine.together(caches, before)
             questions = [ids[-1:] for ids in questions]
         ids, mask = padded(questions, self._device)
