@@ -18,8 +18,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from locret.serve import errors
-from locret.serve.body import read_json, read_upload
-from locret.serve.delivery import EventStream, while_there, whole
+from locret.serve.body import check_key, read_json, read_upload
 from locret.serve.errors import Refused
 from locret.serve.fields import (
     DEFAULT_COMPLETION_TOKENS,
@@ -30,11 +29,10 @@ from locret.serve.fields import (
     Sampling,
     fields_of,
 )
-from locret.serve.keys import check_key
 from locret.serve.logs import RequestLog
 from locret.serve.messages import Prompts
 from locret.serve.metrics import Metrics
-from locret.serve.replies import Kind, Reply, event
+from locret.serve.replies import EventStream, Kind, Reply, event, while_there, whole
 from locret.serve.requests import Ask, TooLong, UnknownContext
 
 UPLOAD_LIMIT = 64 * 2**20

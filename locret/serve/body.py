@@ -1,5 +1,8 @@
-"""Bodies of requests: read within a limit, decoded, and checked before anything looks into them."""
+"""Bodies of requests: read within a limit, decoded, and checked before anything looks into them;
+and the API key that comes with them.
+"""
 
+import hmac
 import json
 import re
 from collections.abc import AsyncGenerator
@@ -144,3 +147,22 @@ def too_large(what: str, most: int) -> Refused:
     """The refusal of what has more than `most` bytes."""
     message = f"{what} larger than {format_bytes(most)}, the most that this server takes"
     return Refused(413, message, "body_too_large", {"Connection": "close"})
+
+
+def check_key(request: Request, api_key: str | None) -> None:
+    """
+    Raises:
+        Refused: the request does not come with the key; None = it needs none.
+    """
+    if api_key is None:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not is_key(given, api_key):
+        message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+        challenge = {"WWW-Authenticate": "Bearer"}
+        raise Refused(401, message, "invalid_api_key", challenge)
+
+
+def is_key(given: str, api_key: str) -> bool:
+    """Whether somebody gave the key; takes as long whatever is given."""
+    return hmac.compare_digest(given.strip().encode(), api_key.encode())

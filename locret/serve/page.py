@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 from anyio import to_thread
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
+from torch import Tensor
 
 from locret.cache.cache import RetainedCache
 from locret.quantities import format_bytes
-from locret.serve import page_strip
-from locret.serve.body import check_text, file_text, too_large
+from locret.serve.body import check_text, file_text, is_key, too_large
 from locret.serve.errors import Refused, refusal_of
-from locret.serve.keys import is_key
 from locret.serve.messages import BETWEEN
 from locret.serve.requests import Ask, ContextInfo, Piece
+from locret.serve.texts import TextOf
 
 PATH = "/ui"
 ALL = -1
@@ -33,14 +34,20 @@ LOOK = 0.2
 HELD = "### What is still held\nThe darker, the more KV heads hold it; point at it for the share."
 KEPT = 600  # seconds that a dropped file stays on disk; its text is read at once
 WELCOME = "The password is this server's API key; the name may be any."
-CSS = (
-    page_strip.CSS
-    + """
+CELLS = 200
+"""Most cells of a strip."""
+PASSAGE = 400
+"""Tokens of a passage."""
+CSS = """
+.strip { display: flex; height: 48px; border: 1px solid currentColor; }
+.strip i { flex: 1; background: rgb(249 115 22 / var(--share)); }
+.strip i.shown { box-shadow: inset 0 -5px currentColor; }
+.words { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; }
+.words span { background: rgb(249 115 22 / var(--share)); }
 .bytes { display: grid; grid-template-columns: auto 1fr auto; gap: 6px 12px; align-items: center; }
 .bytes b { background: rgb(249 115 22); height: 14px; min-width: 2px; }
 .bytes b.full { background: gray; }
 """
-)
 
 
 class Page:
@@ -120,12 +127,11 @@ class Page:
         with _told():
             cache = self._cache(id)
         chosen = (None if which == ALL else which for which in (layer, head))
-        shares = page_strip.shares_of(cache, *chosen)
-        shown = page_strip.passage(cache.seen, place / 100)
+        shares = shares_of(cache, *chosen)
+        shown = passage(cache.seen, place / 100)
         assert cache.token_ids is not None
         both = (x[shown.start : shown.stop].tolist() for x in (cache.token_ids[0], shares))
-        words = page_strip.words(self.server.prompts.tokenizer, *both)
-        return page_strip.strip(shares, shown), words
+        return strip(shares, shown), words(self.server.prompts.tokenizer, *both)
 
     def _cache(self, id: str | None) -> RetainedCache:
         service = self.server.service
@@ -276,3 +282,79 @@ def _usage(usage: Any) -> str:
         f"{usage.prompt_tokens:,} tokens of prompt, {usage.cached_tokens:,} of them read before; "
         f"{usage.completion_tokens:,} of answer; in the end {format_bytes(usage.bytes)}"
     )
+
+
+# ---- what is still held --------------------------------------------------------------------------
+
+
+def shares_of(cache: RetainedCache, layer: int | None = None, head: int | None = None) -> Tensor:
+    """What share of the KV heads holds each token that was read: [seen] float32 on the CPU, 0 to 1.
+
+    Args:
+        cache: of one row.
+        layer: of the heads; None = every layer.
+        head: of every such layer; None = all heads.
+    """
+    layers = cache.layers if layer is None else [cache.layers[layer]]
+    heads = [one.source_positions[0] for one in layers]
+    chosen = [p for of_layer in heads for p in (of_layer if head is None else [of_layer[head]])]
+    counts = torch.zeros(cache.seen)
+    for positions in chosen:
+        counts[positions.cpu()] += 1
+    return counts / len(chosen)
+
+
+def passage(seen: int, place: float) -> range:
+    """The tokens of a passage of a text of `seen` tokens.
+
+    Args:
+        place: 0 = the text's beginning, to 1 = its end.
+    """
+    first = round(place * max(seen - PASSAGE, 0))
+    return range(first, min(first + PASSAGE, seen))
+
+
+def strip(shares: Tensor, shown: range) -> str:
+    """The whole text as a strip of cells: the darker, the more of it is held.
+
+    Args:
+        shares: of each token (`shares_of`).
+        shown: the tokens of the passage below it (`passage`).
+    """
+    bounds = torch.linspace(0, len(shares), min(CELLS, len(shares)) + 1).long().tolist()
+    cells = [
+        f"<i {_colour(share := shares[a:b].mean().item())}{' class=shown' * (a in shown)} "
+        f'title="tokens {a + 1:,} to {b:,}: {share:.0%} held"></i>'
+        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    return f'<div class="strip">{"".join(cells)}</div>'
+
+
+def words(tokenizer: Any, tokens: Sequence[int], shares: Sequence[float]) -> str:
+    """The words of one passage, each the darker, the more heads hold it.
+
+    Args:
+        tokenizer: of the model.
+        tokens: of the passage.
+        shares: of each of them (`shares_of`).
+    """
+    spans = [
+        f'<span {_colour(share)} title="{share:.0%} held">{escape(text)}</span>'
+        for text, share in _pieces(tokenizer, tokens, shares)
+        if text
+    ]
+    return f'<div class="words">{"".join(spans)}</div>'
+
+
+def _pieces(
+    tokenizer: Any, tokens: Sequence[int], shares: Sequence[float]
+) -> Iterator[tuple[str, float]]:
+    """Texts of whole characters, and the share of the token that completes each."""
+    text = TextOf(tokenizer)
+    for token, share in zip(tokens, shares, strict=True):
+        yield text.add(token), share
+    yield text.end(), shares[-1]
+
+
+def _colour(share: float) -> str:
+    return f'style="--share:{share**0.5:.2f}"'  # the root, because an eighth shall be seen too

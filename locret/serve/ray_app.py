@@ -22,9 +22,8 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.types import Message, Receive, Scope, Send
 
-from locret.serve.body import chunks
+from locret.serve.body import check_key, chunks
 from locret.serve.errors import Refused, body_of, refusal_of
-from locret.serve.keys import check_key
 from locret.serve.replies import DONE, event
 from locret.serve.requests import ID, ContextInfo, UnknownContext
 

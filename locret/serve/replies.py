@@ -1,10 +1,20 @@
-"""Answers in OpenAI's forms: whole, and as chunks of a stream."""
+"""Answers in OpenAI's forms on their way to the client: whole or as chunks of a stream, and given
+up when the client leaves.
+"""
 
+import asyncio
+import contextlib
 import json
 import time
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, Literal, TypeVar
 
-from locret.serve.requests import End, Usage
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from locret.serve.errors import CLIENT_LEFT, Refused, body_of, refusal_of
+from locret.serve.requests import End, Piece, Usage
 
 Kind = Literal["chat", "text"]
 DONE = "data: [DONE]\n\n"
@@ -79,3 +89,92 @@ def usage_of(usage: Usage) -> dict[str, Any]:
 
 def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
+
+
+# ---- on their way --------------------------------------------------------------------------------
+
+Result = TypeVar("Result")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of an answer of the service, which is cancelled however this ends."""
+
+    def __init__(self, request: Request, answer: Any, reply: Reply, tells_usage: bool) -> None:
+        # Proxies that collect what they pass on would turn a stream into one piece.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        events = _events(request, answer, reply, tells_usage)
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answer.cancel()
+
+
+async def whole(request: Request, answer: Any, reply: Reply) -> Response:
+    """The answer as one JSON object, once it is complete."""
+    try:
+        text, end = await while_there(request, _collected(request, answer))
+    finally:
+        answer.cancel()
+    return JSONResponse(reply.whole(text, end))
+
+
+async def while_there(request: Request, work: Awaitable[Result]) -> Result:
+    """The result of `work`, which is cancelled when the client leaves.
+
+    Raises:
+        Refused: the client left.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Refused(CLIENT_LEFT, "the client left", "client_left")
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _collected(request: Request, answer: Any) -> tuple[str, End]:
+    *pieces, end = [each async for each in _told(request, answer)]
+    assert isinstance(end, End)
+    return "".join(piece.text for piece in pieces if isinstance(piece, Piece)), end
+
+
+async def _events(
+    request: Request, answer: Any, reply: Reply, tells_usage: bool
+) -> AsyncIterator[str]:
+    opening = reply.opening()
+    if opening:
+        yield opening
+    try:
+        async for each in _told(request, answer):
+            if isinstance(each, Piece):
+                yield reply.piece(each.text)
+                continue
+            yield reply.ending(each.reason)
+            if tells_usage:
+                yield reply.usage(each.usage)
+    except Exception as error:  # the status is sent already, so that the stream has to tell
+        yield event(body_of(refusal_of(error)))
+    yield DONE
+
+
+async def _told(request: Request, answer: Any) -> AsyncIterator[Piece | End]:
+    """The events of an answer; the log learns of the last one."""
+    async for each in answer.aevents():
+        if isinstance(each, End):
+            request.state.usage = each.usage
+        yield each

@@ -16,13 +16,10 @@ import torch
 
 from locret.engine.engine import Engine
 from locret.serve.answers import Answer, Reading
-from locret.serve.batching import next_batch
-from locret.serve.contexts import Contexts
-from locret.serve.counters import Counters
-from locret.serve.jobs import AskJob, Job, ReadJob
+from locret.serve.contexts import Contexts, Prefixes
+from locret.serve.jobs import AskJob, Job, ReadJob, next_batch
 from locret.serve.limits import Limits
-from locret.serve.prefixes import Prefixes
-from locret.serve.requests import Ask, Cancelled, End, Failed, QueueFull
+from locret.serve.requests import Ask, Cancelled, Counters, End, Failed, QueueFull
 from locret.serve.texts import TextOf
 from locret.serve.worker import Worker
 

@@ -12,10 +12,9 @@ from transformers import StoppingCriteria
 from locret.cache.cache import RetainedCache
 from locret.engine.arguments import end_tokens, padded
 from locret.engine.engine import Engine
-from locret.serve.contexts import Contexts, info_of
+from locret.serve.contexts import Contexts, Prefixes, info_of
 from locret.serve.jobs import AskJob, Job, ReadJob
 from locret.serve.limits import Limits
-from locret.serve.prefixes import Prefixes
 from locret.serve.requests import Failed, RepeatsContext, TooLong, UnknownContext
 
 LOG = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ class Worker:
         self._engine.progress = self._progress
 
     def work(self, jobs: Sequence[Job]) -> None:
-        """Do jobs that go together (`locret.serve.batching`). Each is closed afterwards."""
+        """Do jobs that go together (`locret.serve.jobs`). Each is closed afterwards."""
         self._current = jobs
         try:
             if isinstance(jobs[0], ReadJob):

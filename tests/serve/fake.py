@@ -3,8 +3,15 @@
 from dataclasses import dataclass, field
 
 from locret.serve.answers import Answer, Reading
-from locret.serve.counters import Counters
-from locret.serve.requests import Cancelled, ContextInfo, End, Piece, UnknownContext, Usage
+from locret.serve.requests import (
+    Cancelled,
+    ContextInfo,
+    Counters,
+    End,
+    Piece,
+    UnknownContext,
+    Usage,
+)
 
 USAGE = Usage(prompt_tokens=7, cached_tokens=3, completion_tokens=2, units=5, bytes=99)
 ID = "abcdefghijklmnopqrstuv"

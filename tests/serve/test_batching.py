@@ -3,8 +3,7 @@
 import pytest
 
 from locret.serve.answers import Answer, Reading
-from locret.serve.batching import LONG, next_batch
-from locret.serve.jobs import AskJob, ReadJob
+from locret.serve.jobs import LONG, AskJob, ReadJob, next_batch
 from locret.serve.requests import Ask
 from locret.serve.texts import TextOf
 

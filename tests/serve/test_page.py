@@ -14,7 +14,7 @@ from locret import cli
 from locret.serve.app import make_app
 from locret.serve.contexts import Contexts
 from locret.serve.messages import Prompts
-from locret.serve.page_strip import passage, shares_of, strip, words
+from locret.serve.page import passage, shares_of, strip, words
 from tests.serve.command import ROOT
 from tests.serve.live import running
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from locret.serve.prefixes import Prefixes
+from locret.serve.contexts import Prefixes
 
 
 def test_those_used_least_recently_make_room(twin, ids):
