@@ -20,8 +20,7 @@ plan       what fits into a given memory, from a model's config alone
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from locret.commands import (
     answer,
@@ -29,37 +28,25 @@ from locret.commands import (
     calibrate,
     evaluate,
     generate,
-    lm_eval,
     needles,
+    others,
     plan,
-    results,
     serve,
     shared,
-    train,
 )
 from locret.system import interrupts
 
-COMMANDS = (
-    generate,
-    answer,
-    train,
-    serve,
-    needles,
-    evaluate,
-    results,
-    lm_eval,
-    calibrate,
-    artifacts,
-    plan,
-)
+COMMANDS = (generate, answer, serve, needles, evaluate, others, calibrate, artifacts, plan)
+PARSED_BY_OTHERS = {evaluate.NAME: evaluate.run, others.HARNESS: others.harness}
+"""What runs with arguments that are not parsed here."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (`locret.system.interrupts`)."""
     shared.replace_unprintable()
     args = sys.argv[1:] if args is None else args
-    if args and args[0] in train.NAMES:  # trainings say themselves how they stop and go on
-        return train.run(args[0], args[1:])
+    if args and args[0] in others.TRAININGS:  # which say themselves how they stop and go on
+        return others.train(args[0], args[1:])
     given = _parsed(args)
     note = "stopped"
     if _keeps_answers(given):
@@ -75,14 +62,10 @@ def _keeps_answers(given: argparse.Namespace) -> bool:
     return asks or given.command in ("evaluate", answer.NAME)
 
 
-def _running(command: Any, args: Sequence[str]) -> Callable[[Any], None]:
-    return lambda _: command.run(args)
-
-
 def _parsed(args: Sequence[str]) -> argparse.Namespace:
-    for command in (lm_eval, evaluate):  # their arguments are parsed by others
-        if list(args[:1]) == [command.NAME]:
-            return argparse.Namespace(command=command.NAME, run=_running(command, args[1:]))
+    run = PARSED_BY_OTHERS.get(args[0] if args else "")
+    if run is not None:
+        return argparse.Namespace(command=args[0], run=lambda _: run(args[1:]))
     parser = argparse.ArgumentParser(
         prog="locret", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
