@@ -67,7 +67,7 @@ def write_model_and_prompts(given: argparse.Namespace, folder: Path) -> None:
     from locret.evaluation.prompts import Renderer
     from locret.model.loading import load_model
     from locret.tasks import TASKS, TaskSettings
-    from locret.tasks.needle import FIRST_SEED, HAYSTACK
+    from locret.tasks.synthetic import FIRST_SEED, HAYSTACK
 
     loaded = load_model(given.model, dtype="float32", device="cpu", adapter=given.adapter or None)
     config = copy.deepcopy(loaded.model.config)

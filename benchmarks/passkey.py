@@ -22,8 +22,7 @@ from locret.evaluation.prompts import Renderer
 from locret.model.hooks import cache_of
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import POLICIES, LocretPolicy
-from locret.tasks.needle import as_sample
-from locret.tasks.synthetic import make_sample
+from locret.tasks.synthetic import as_sample, make_sample
 
 GPU_TOKENS, CPU_TOKENS = 1_000_000, 65_536
 REPORT_EVERY = 10.0  # seconds

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quantized_quality --tokens 3000 --count 20 --out r.json
 
-Every system answers the same needle prompts (`locret.tasks.needle`), greedily:
+Every system answers the same needle prompts (`locret.tasks.synthetic`), greedily:
   full          stock generate with the full cache
   none          locret without eviction and quantization: the same tokens as `full`
   kivi-4        locret, nothing evicted, keys and values by a scheme in so many bits
@@ -27,7 +27,7 @@ from locret.evaluation.results import wilson
 from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.tasks import TASKS, TaskSettings
-from locret.tasks.needle import HAYSTACK
+from locret.tasks.synthetic import HAYSTACK
 
 Answer = Callable[[Tensor], Tensor]
 """The new tokens [n] after a prompt [1, n]."""

@@ -18,7 +18,7 @@ from locret.commands.shared import Listed, add_model, argument, say_next, whole
 from locret.policies import POLICIES
 from locret.quantities import MOST, parse_tokens
 from locret.tasks import GROUPS
-from locret.tasks.needle import FIRST_SEED, HAYSTACK
+from locret.tasks.synthetic import FIRST_SEED, HAYSTACK
 
 FULL_BITS = 16
 GENERATE = ("model", "adapter", "heads")

@@ -99,8 +99,8 @@ def run(given: argparse.Namespace) -> None:
     check_installed("ray" if given.ray else "serve")
     if given.ui and not given.ray:
         check_installed("ui")
-    from locret.serve.logs import log_to_stderr
     from locret.serve.server import bound, make_server
+    from locret.serve.telemetry import log_to_stderr
 
     log_to_stderr()
     if given.ray:
@@ -220,7 +220,7 @@ def _ray_application(given: argparse.Namespace) -> Any:
 
 def _replica(given: argparse.Namespace, key: str | None) -> Any:
     """The application of a replica, in its process."""
-    from locret.serve.logs import log_to_stderr
+    from locret.serve.telemetry import log_to_stderr
 
     log_to_stderr()
     return _app(given, key)

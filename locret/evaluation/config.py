@@ -42,7 +42,7 @@ class EvalConfig:
         answer_prefix: give the first words of answers, for tasks that have some.
         data_dir, data: where the tasks' data lies (`locret.tasks.TaskSettings`).
         lengths: prompt lengths for tasks that are made to a length.
-        depths: at which the needles of `locret.tasks.needle` stand.
+        depths: at which the needles of `locret.tasks.synthetic` stand.
         limit: samples of a task; None = all.
         max_new_tokens: of an answer; None = as each task has it.
         seed: of generated samples.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locret.evaluation import figures
+from locret.evaluation import figures, tables
 from locret.evaluation.report_blocks import (
     Block,
     Figure,
@@ -32,20 +32,7 @@ from locret.evaluation.report_blocks import (
 )
 from locret.evaluation.results import FORMAT, KIND
 from locret.evaluation.setups import FULL, in_words
-from locret.evaluation.tables import (
-    MIB,
-    Result,
-    budget_text,
-    cells_of,
-    full_of,
-    has_shares,
-    mean_of,
-    notes,
-    others_of,
-    tasks_of,
-    units_text,
-    with_interval,
-)
+from locret.evaluation.tables import MIB, Result
 
 # ---- evaluations ---------------------------------------------------------------------------------
 
@@ -57,14 +44,14 @@ def evaluation_blocks(result: Result) -> Iterator[Block]:
     """Where the figures come from, the table of setups, the table of tasks."""
     yield Paragraph(_origin(result["manifest"]))
     yield _setups_table(result)
-    said = notes(result)
-    if full_of(result) is None:
+    said = tables.notes(result)
+    if tables.full_of(result) is None:
         said.append("The full cache was not run, so that there is nothing to compare with.")
     yield Paragraph(" ".join(said))
-    tasks = tasks_of(result)
-    if len(tasks) > 1 or others_of(result, tasks[0]):
+    tasks = tables.tasks_of(result)
+    if len(tasks) > 1 or tables.others_of(result, tasks[0]):
         yield _tasks_table(result)
-        if has_shares(result):
+        if tables.has_shares(result):
             yield Paragraph("Shares of what the full cache finds on the same samples, in per cent.")
             yield _tasks_table(result, "share", "share_interval")
 
@@ -88,11 +75,13 @@ def _ordered(result: Result) -> list[Mapping[str, Any]]:
 
 def _setups_table(result: Result) -> Table:
     lines = [_line(setup) for setup in _ordered(result)]
-    if full_of(result) is None:
+    if tables.full_of(result) is None:
         lines.insert(0, [FULL, in_words(None), "all", "any", "not in this run", *["-"] * 4])
-    if not has_shares(result):
+    if not tables.has_shares(result):
         return Table(HEADER, lines)
-    shares = [with_interval(s.get("share"), s.get("share_interval")) for s in _ordered(result)]
+    shares = [
+        tables.with_interval(s.get("share"), s.get("share_interval")) for s in _ordered(result)
+    ]
     lines = [[*line[:6], share, *line[6:]] for line, share in zip(lines, shares, strict=True)]
     return Table([*HEADER[:6], "share of full", *HEADER[6:]], lines)
 
@@ -104,12 +93,14 @@ def _line(setup: Mapping[str, Any]) -> list[str]:
     return [
         setup["name"],
         in_words(setup["quantization"]),
-        budget_text(setup),
+        tables.budget_text(setup),
         PROTOCOLS[setup["protocol"]],
-        with_interval(setup["score"], setup["interval"]),
-        with_interval(setup.get("difference"), setup.get("difference_interval"), signed=True),
-        units_text(setup["units"], "{:,.0f}"),
-        mean_of(setup["bytes"], "{:,.1f}", MIB),
+        tables.with_interval(setup["score"], setup["interval"]),
+        tables.with_interval(
+            setup.get("difference"), setup.get("difference_interval"), signed=True
+        ),
+        tables.units_text(setup["units"], "{:,.0f}"),
+        tables.mean_of(setup["bytes"], "{:,.1f}", MIB),
         share,
     ]
 
@@ -118,15 +109,19 @@ def _tasks_table(result: Result, figure: str = "score", interval: str = "interva
     """A line for each score of a task, a column for each setup."""
     setups = _ordered(result)
     cells = {
-        (cell["task"], setup["setup"]): cell for setup in setups for cell in cells_of(result, setup)
+        (cell["task"], setup["setup"]): cell
+        for setup in setups
+        for cell in tables.cells_of(result, setup)
     }
     lines = []
-    for task in tasks_of(result):
+    for task in tables.tasks_of(result):
         found: list[Any] = [cells.get((task, setup["setup"])) for setup in setups]
         first = next(cell for cell in found if cell)
-        for metric in (first["metric"], *others_of(result, task)):
+        for metric in (first["metric"], *tables.others_of(result, task)):
             of = [c and (c if metric == first["metric"] else c["others"][metric]) for c in found]
-            scores = [with_interval(c.get(figure), c.get(interval)) if c else "-" for c in of]
+            scores = [
+                tables.with_interval(c.get(figure), c.get(interval)) if c else "-" for c in of
+            ]
             lines.append([task, metric, str(first["count"]), *scores])
     return Table(["task", "metric", "n", *(setup["setup"] for setup in setups)], lines)
 

@@ -29,11 +29,10 @@ from locret.serve.fields import (
     Sampling,
     fields_of,
 )
-from locret.serve.logs import RequestLog
 from locret.serve.messages import Prompts
-from locret.serve.metrics import Metrics
 from locret.serve.replies import EventStream, Kind, Reply, event, while_there, whole
 from locret.serve.requests import Ask, TooLong, UnknownContext
+from locret.serve.telemetry import Metrics, RequestLog
 
 UPLOAD_LIMIT = 64 * 2**20
 """Bytes of a body."""

@@ -69,7 +69,7 @@ def make_server(app: FastAPI, drain_seconds: float = 60.0) -> uvicorn.Server:
     """
     config = uvicorn.Config(
         app,
-        log_config=None,  # `locret.serve.logs` says where to
+        log_config=None,  # `locret.serve.telemetry` says where to
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(drain_seconds + SENDING) + 1,

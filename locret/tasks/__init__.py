@@ -6,8 +6,8 @@ from locret.tasks.base import Prompts, Sample, Task, TaskSettings
 from locret.tasks.code import CodeTask
 from locret.tasks.document_qa import FairytaleQATask, QMSumTask
 from locret.tasks.leval import LEVAL_TASKS
-from locret.tasks.needle import HAYSTACK, NEEDLE_TASKS
 from locret.tasks.ruler import RULER_TASKS
+from locret.tasks.synthetic import HAYSTACK, NEEDLE_TASKS
 
 __all__ = ["DATA", "GROUPS", "TASKS", "Prompts", "Sample", "Task", "TaskSettings", "task_names"]
 

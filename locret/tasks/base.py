@@ -81,7 +81,7 @@ class TaskSettings:
         data_dir: folder of the data files that are not given by path.
         data: paths by name, such as `squad` or `haystack`; relative ones are within `data_dir`.
         length: tokens of a prompt and its answer, for tasks that are made to a length.
-        depths: at which the needles of `locret.tasks.needle` stand, spread evenly.
+        depths: at which the needles of `locret.tasks.synthetic` stand, spread evenly.
         max_new_tokens: of an answer; None = as the task has it.
         seed: of generated samples.
         cache_dir: where generated samples are kept; None = nowhere.

@@ -11,7 +11,7 @@ from locret.evaluation import evaluate
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.questions import prepare
 from locret.evaluation.records import Records
-from locret.tasks.needle import FIRST_SEED, HAYSTACK
+from locret.tasks.synthetic import FIRST_SEED, HAYSTACK
 from tests.evaluation.eval_data import NOUNS, write_artifacts
 
 

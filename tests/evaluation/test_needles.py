@@ -19,8 +19,7 @@ from locret.evaluation.records import OUT_OF_MEMORY, Records
 from locret.heads.heads import RetainingHeads
 from locret.model.loading import load_tokenizer
 from locret.tasks import GROUPS, TASKS, Sample, TaskSettings
-from locret.tasks.needle import FIRST_SEED, HAYSTACK, depth_of
-from locret.tasks.synthetic import make_sample
+from locret.tasks.synthetic import FIRST_SEED, HAYSTACK, depth_of, make_sample
 from tests.evaluation.eval_data import write_artifacts, write_data
 
 LENGTHS, DEPTHS = (300, 500), 3
