@@ -93,11 +93,8 @@ def check_whole(what: str, value: object, least: int, instead: str = "") -> None
 
 
 def check_bounds(what: str, bounds: Sequence[Any], least: float) -> None:
-    """
-    Raises:
-        ValueError: `bounds`, which are called `what`, are not two finite numbers of at least
-            `least`, the smaller one first.
-    """
+    """Raises ValueError: `bounds`, which are called `what`, are not two finite numbers of at least
+    `least`, the smaller one first."""
     numbers = [x for x in bounds if isinstance(x, int | float) and least <= x < math.inf]
     if len(bounds) != 2 or len(numbers) != 2 or bounds[0] > bounds[1]:
         expected = f"expected two numbers of at least {least}, the smaller one first"
@@ -118,20 +115,13 @@ def check_between(what: str, value: object, least: float, most: float = math.inf
 
 
 def parse_bytes(text: str) -> int:
-    """`24GiB`, `24 GB` or a plain number -> bytes.
-
-    Raises:
-        ValueError: not an amount of memory.
-    """
+    """`24GiB`, `24 GB` or a plain number -> bytes. Raises ValueError: not an amount of memory."""
     return _parse(text, BYTES, "an amount of memory such as 24GiB, 24GB or a number of bytes")
 
 
 def parse_tokens(text: str) -> int:
-    """`128K` (131,072), `1M` or a plain number -> tokens.
-
-    Raises:
-        ValueError: not a number of tokens.
-    """
+    """`128K` (131,072), `1M` or a plain number -> tokens. Raises ValueError: not a number of
+    tokens."""
     return _parse(text, TOKENS, "a number of tokens such as 4096, 128K (131072) or 1M")
 
 
@@ -168,11 +158,8 @@ def budget_of(given: Any, what: str = "budget") -> Budget:
 
 
 def parse_budget(text: str) -> Any:
-    """A budget as it is written on a command line: what `budget_of` makes of it, or "auto".
-
-    Raises:
-        ValueError: it has none of the forms.
-    """
+    """A budget as it is written on a command line: what `budget_of` makes of it, or "auto". Raises
+    ValueError: it has none of the forms."""
     words: dict[str, Any] = {"auto": "auto", "none": None}
     if text.lower() in words:
         return words[text.lower()]

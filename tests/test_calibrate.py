@@ -226,7 +226,7 @@ def test_nothing_is_written_if_a_signal_stops_it(workplace, heads, monkeypatch, 
 def test_what_is_wrong_with_the_data_is_told_before_weights_are_loaded(
     workplace, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(calibrate, "load", lambda given: pytest.fail("loaded"))
+    monkeypatch.setattr(calibrate.shared, "load", lambda given: pytest.fail("loaded"))
     (tmp_path / "short.txt").write_text("One quiet otter.")
     args = ["--policy", "keydiff", "--out", tmp_path / "q.json", "--data", tmp_path / "short.txt"]
     assert run(workplace, *args) == 2

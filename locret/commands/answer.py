@@ -13,30 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from locret.commands import serve, shared
 from locret.commands.progress import Progress
-from locret.commands.serve import (
-    REPLICAS,
-    add_replicas,
-    check_installed,
-    connect_to_ray,
-    gpus_of,
-    make_service,
-)
-from locret.commands.shared import (
-    Flag,
-    add_engine,
-    add_flags,
-    add_model,
-    argument,
-    checked_engine,
-    read_text,
-    whole,
-)
 from locret.quantities import parse_bytes
 from locret.system.files import append_json, check_file
 
 NAME = "answer"
-BESIDE = {"prompts", "output", "batch", "memory", "device", "ray", *REPLICAS, "run"}
+BESIDE = {"prompts", "output", "batch", "memory", "device", "ray", *serve.REPLICAS, "run"}
 """Arguments that no answer depends on."""
 Record = dict[str, Any]
 
@@ -44,27 +27,27 @@ Record = dict[str, Any]
 def add_to(commands: Any) -> None:
     command = commands.add_parser(NAME, help="answer every prompt of a JSONL file")
     command.add_argument("prompts", help='lines such as {"prompt": TEXT}; - for standard input')
-    add_model(command)
-    add_engine(command)
-    flags: list[Flag] = [
+    shared.add_model(command)
+    shared.add_engine(command)
+    flags: list[shared.Flag] = [
         ("--output", Path, "answers.jsonl", "FILE", "is added to; what it answers is not asked"),
-        ("--batch", whole(1), 8, "N", "prompts answered together"),
-        ("--max-tokens", whole(1), 256, "N", "of an answer"),
-        ("--memory", argument(parse_bytes), None, "SIZE", "the device's"),
+        ("--batch", shared.whole(1), 8, "N", "prompts answered together"),
+        ("--max-tokens", shared.whole(1), 256, "N", "of an answer"),
+        ("--memory", shared.argument(parse_bytes), None, "SIZE", "the device's"),
     ]
-    add_flags(command, flags)
+    shared.add_flags(command, flags)
     command.add_argument("--raw", action="store_true", help="do not apply the chat template")
     command.add_argument("--ray", action="store_true", help="by replicas of a Ray cluster")
-    add_replicas(command)
+    serve.add_replicas(command)
     command.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> None:
     """Answer what is not answered yet."""
-    check_installed("ray" if given.ray else "serve")
+    serve.check_installed("ray" if given.ray else "serve")
     check_file(given.output, "--output")
     records = _records(given.prompts)
-    checked_engine(given)
+    shared.checked_engine(given)
     asked = {_key(given, line, record): (line, record) for line, record in records}
     done = _answered(given.output)
     left = [
@@ -96,7 +79,7 @@ def run(given: argparse.Namespace) -> None:
 def _records(source: str) -> list[tuple[int, Record]]:
     """Line numbers and prompts."""
     found = []
-    for number, line in enumerate(read_text(source).split("\n"), start=1):
+    for number, line in enumerate(shared.read_text(source).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -152,7 +135,7 @@ def _alone(given: argparse.Namespace, asked: Sequence[Record]) -> Iterator[Recor
 
 def _with_ray(given: argparse.Namespace, asked: Sequence[Record]) -> Iterator[Record]:
     """In any order, as replicas answer."""
-    connect_to_ray()
+    serve.connect_to_ray()
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -169,7 +152,7 @@ def _with_ray(given: argparse.Namespace, asked: Sequence[Record]) -> Iterator[Re
         batch_size=given.batch,
         compute=ActorPoolStrategy(size=given.replicas),
         num_cpus=given.cpus,
-        num_gpus=gpus_of(given),
+        num_gpus=serve.gpus_of(given),
     )
     try:
         for row in answered.iter_rows():
@@ -190,7 +173,7 @@ class Answerer:
         from locret.serve.messages import Prompts
 
         settings = argparse.Namespace(**vars(given), queue=given.batch)
-        self.service = make_service(settings, checked_engine(given), Contexts())
+        self.service = serve.make_service(settings, shared.checked_engine(given), Contexts())
         self.service.start()
         self.prompts = Prompts(self.service.tokenizer)
         self.raw = given.raw or not self.service.tokenizer.chat_template

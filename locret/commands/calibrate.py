@@ -15,17 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from locret.commands import shared
 from locret.commands.progress import Progress
-from locret.commands.shared import (
-    Listed,
-    add_model,
-    argument,
-    load,
-    load_heads,
-    read_text,
-    say_next,
-    whole,
-)
 from locret.heads import files as artifact
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import COMPRESSIONS, in_words
@@ -51,7 +42,7 @@ def add_to(commands: Any) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model(command)
+    shared.add_model(command)
     command.add_argument(
         "--policy",
         choices=sorted(POLICIES),
@@ -64,15 +55,17 @@ def add_to(commands: Any) -> None:
         nargs="+",
         help=f'text files, JSON Lines with "context" or "text", or {SYNTHETIC} samples',
     )
-    command.add_argument("--contexts", type=whole(1), default=CONTEXTS, help=f"default {CONTEXTS}")
+    command.add_argument(
+        "--contexts", type=shared.whole(1), default=CONTEXTS, help=f"default {CONTEXTS}"
+    )
     command.add_argument(
         "--tokens",
-        type=argument(parse_tokens),
+        type=shared.argument(parse_tokens),
         help=f"of a context at most; default {TOKENS}, or the window",
     )
     command.add_argument(
         "--compressions",
-        action=Listed,
+        action=shared.Listed,
         each=_compression,
         default=list(COMPRESSIONS),
         metavar="R",
@@ -101,7 +94,7 @@ def run(given: argparse.Namespace) -> None:
     from locret.engine.calibration import Calibration
     from locret.engine.engine import Engine
 
-    heads = load_heads(given)
+    heads = shared.load_heads(given)
     policy = _checked(given, heads)
     # Texts are looked at before weights are loaded, which takes longer.
     window = load_config(given.model).max_position_embeddings
@@ -112,7 +105,7 @@ def run(given: argparse.Namespace) -> None:
         )
     tokens = given.tokens or min(TOKENS, window)
     contexts = list(_contexts(given.data, load_tokenizer(given.model), tokens, given.contexts))
-    loaded = load(given)
+    loaded = shared.load(given)
     # An engine of quotas that are measured anew needs no old ones.
     made = policy_in_words(policy, loaded.tokenizer)
     engine = Engine(loaded.model, made, heads=heads, quotas=None)
@@ -132,13 +125,13 @@ def run(given: argparse.Namespace) -> None:
         print(f"{compression:>5}x  {in_words(table)}")
     print(f"wrote    {written.resolve()}")
     if given.out is None:
-        say_next([["inspect", given.heads]])
+        shared.say_next([["inspect", given.heads]])
         return
     print(f'next     Engine(model, "{policy}", quotas="{given.out}")')
     named = {"--heads": given.heads, "--adapter": given.adapter}
     words = [word for name, value in named.items() if value for word in (name, value)]
     words += ["--policy", policy, "--quotas", str(given.out), "--budget", "8x"]
-    say_next([["generate", "--model", given.model, *words, "--prompt-file", "FILE"]])
+    shared.say_next([["generate", "--model", given.model, *words, "--prompt-file", "FILE"]])
 
 
 def _checked(given: argparse.Namespace, heads: RetainingHeads | None) -> str:
@@ -235,4 +228,4 @@ def _texts(data: Sequence[str], tokenizer: Any, tokens: int, count: int) -> Iter
                     )
                 yield text
         else:
-            yield read_text(name)
+            yield shared.read_text(name)

@@ -5,28 +5,20 @@ import json
 import time
 from typing import Any
 
+from locret.commands import shared
 from locret.commands.progress import Answering, Progress
-from locret.commands.shared import (
-    BYTES_PER_MIB,
-    add_engine,
-    add_model,
-    checked_engine,
-    make_engine,
-    read_text,
-    whole,
-)
 from locret.model.hooks import cache_of
 
 
 def add_to(commands: Any) -> None:
     command = commands.add_parser("generate", help="answer a prompt within a budget")
-    add_model(command)
+    shared.add_model(command)
     command.add_argument("--prompt-file", required=True, help="a text file; - for standard input")
-    add_engine(command)
+    shared.add_engine(command)
     command.add_argument(
         "--query-aware", action="store_true", help="see the question before the final eviction"
     )
-    command.add_argument("--max-new-tokens", type=whole(1), default=128)
+    command.add_argument("--max-new-tokens", type=shared.whole(1), default=128)
     command.add_argument("--raw", action="store_true", help="do not apply the chat template")
     command.add_argument("--json", action="store_true", help="print one JSON object at the end")
     command.set_defaults(run=run)
@@ -37,11 +29,11 @@ def run(given: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     # What is cheap to get wrong is checked before a model is loaded.
-    text = read_text(given.prompt_file)
+    text = shared.read_text(given.prompt_file)
     if not text.strip():
         raise ValueError(f"there is no text in {given.prompt_file}; give a prompt")
-    checked = checked_engine(given, query_aware=given.query_aware)
-    engine, tokenizer = make_engine(given, checked, not given.raw)
+    checked = shared.checked_engine(given, query_aware=given.query_aware)
+    engine, tokenizer = shared.make_engine(given, checked, not given.raw)
     shown = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     counted = Answering(given.max_new_tokens)
     ids = _prompt_ids(tokenizer, text, raw=given.raw).to(engine.model.device)
@@ -74,11 +66,13 @@ def _summary(result: dict[str, Any]) -> str:
     if fewest != most:  # some hold more than others in their layer
         mean = sum(report["units"]) / len(report["units"])
         heads = f"heads hold {mean:,.0f} units on average, {min(fewest):,} to {max(most):,}; "
+    held, full = (
+        report[name] / shared.BYTES_PER_MIB for name in ("total_bytes", "full_cache_bytes")
+    )
     return (
         f"\n[{result['policy']}: {result['prompt_tokens']} prompt tokens, {result['new_tokens']} "
         f"new ones, {result['seconds']:.1f} s; {heads}cache "
-        f"{report['total_bytes'] / BYTES_PER_MIB:.1f} MiB with room for a longer answer, a full "
-        f"one {report['full_cache_bytes'] / BYTES_PER_MIB:.1f} MiB]"
+        f"{held:.1f} MiB with room for a longer answer, a full one {full:.1f} MiB]"
     )
 
 

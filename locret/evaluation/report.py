@@ -74,19 +74,16 @@ def _ordered(result: Result) -> list[Mapping[str, Any]]:
 
 
 def _setups_table(result: Result) -> Table:
-    lines = [_line(setup) for setup in _ordered(result)]
+    shares = tables.has_shares(result)
+    header = [*HEADER[:6], *["share of full"] * shares, *HEADER[6:]]
+    lines = [_line(setup, shares) for setup in _ordered(result)]
     if tables.full_of(result) is None:
-        lines.insert(0, [FULL, in_words(None), "all", "any", "not in this run", *["-"] * 4])
-    if not tables.has_shares(result):
-        return Table(HEADER, lines)
-    shares = [
-        tables.with_interval(s.get("share"), s.get("share_interval")) for s in _ordered(result)
-    ]
-    lines = [[*line[:6], share, *line[6:]] for line, share in zip(lines, shares, strict=True)]
-    return Table([*HEADER[:6], "share of full", *HEADER[6:]], lines)
+        missing = [FULL, in_words(None), "all", "any", "not in this run"]
+        lines.insert(0, missing + ["-"] * (len(header) - len(missing)))
+    return Table(header, lines)
 
 
-def _line(setup: Mapping[str, Any]) -> list[str]:
+def _line(setup: Mapping[str, Any], shares: bool) -> list[str]:
     share = "-"
     if setup["bytes"] is not None:
         share = f"{setup['bytes']['mean'] / setup['full_cache_bytes']['mean']:.3f}"
@@ -95,10 +92,7 @@ def _line(setup: Mapping[str, Any]) -> list[str]:
         in_words(setup["quantization"]),
         tables.budget_text(setup),
         PROTOCOLS[setup["protocol"]],
-        tables.with_interval(setup["score"], setup["interval"]),
-        tables.with_interval(
-            setup.get("difference"), setup.get("difference_interval"), signed=True
-        ),
+        *tables.scores_of(setup, shares),
         tables.units_text(setup["units"], "{:,.0f}"),
         tables.mean_of(setup["bytes"], "{:,.1f}", MIB),
         share,

@@ -97,11 +97,8 @@ def in_words(quantization: Any) -> str:
 
 
 def expand(entries: Sequence[Mapping[str, Any]], with_full: bool = True) -> list[Setup]:
-    """The setups of a configuration, the full cache first, which is added `with_full`.
-
-    Raises:
-        ValueError: an unknown key, policy or protocol, a budget that is none, or a setup twice.
-    """
+    """The setups of a configuration, the full cache first, which is added `with_full`. Raises
+    ValueError: an unknown key, policy or protocol, a budget that is none, or a setup twice."""
     setups = [setup for entry in entries for setup in _combinations(entry)]
     full = [setup for setup in setups if setup.label == FULL] or [Setup(FULL)] * with_full
     setups = full + [setup for setup in setups if setup.label != FULL]

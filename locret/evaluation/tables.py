@@ -30,11 +30,7 @@ def as_markdown(result: Result) -> str:
                 _name(setup),
                 budget_text(setup),
                 setup["protocol"],
-                with_interval(setup["score"], setup["interval"]),
-                with_interval(
-                    setup.get("difference"), setup.get("difference_interval"), signed=True
-                ),
-                *[with_interval(setup.get("share"), setup.get("share_interval"))] * shares,
+                *scores_of(setup, shares),
                 units_text(setup["units"], "{:.0f}"),
                 mean_of(setup["bytes"], "{:.1f}", MIB),
                 *(_score(cells.get(task), metric) for task, metric in scores),
@@ -101,6 +97,13 @@ def with_interval(
     form, to = ("+.1f", " to ") if signed else (".1f", "-")
     low, high = (format(100 * bound, form) for bound in interval)
     return f"{format(100 * value, form)} ({low}{to}{high})"
+
+
+def scores_of(setup: Mapping[str, Any], shares: bool) -> list[str]:
+    """The score of a setup, its difference to the full cache and, with `shares`, its share."""
+    change = with_interval(setup.get("difference"), setup.get("difference_interval"), signed=True)
+    share = with_interval(setup.get("share"), setup.get("share_interval"))
+    return [with_interval(setup["score"], setup["interval"]), change, *[share] * shares]
 
 
 def _score(cell: Mapping[str, Any] | None, metric: str | None) -> str:

@@ -52,10 +52,7 @@ class Server:
     """Gradio's application at /ui; None = there is none."""
 
     def check_model(self, asked: str | None) -> None:
-        """
-        Raises:
-            Refused: another model than the one that is served.
-        """
+        """Raises Refused: another model than the one that is served."""
         if asked and asked != self.name:
             message = f"model {asked[:80]!r} is not served here; ask for {self.name!r}"
             raise Refused(404, message, "model_not_found")
@@ -210,11 +207,8 @@ async def _answered(
 
 
 async def _accepted(into: Callable[[Any], Any], asked: Any) -> Any:
-    """What the service says of a request: where its answer, or its context, will arrive.
-
-    Raises:
-        Refused: the service does not take it.
-    """
+    """What the service says of a request: where its answer, or its context, will arrive. Raises
+    Refused: the service does not take it."""
     try:
         return await to_thread.run_sync(into, asked)
     except (TooLong, UnknownContext):

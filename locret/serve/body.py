@@ -22,12 +22,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 async def read_json(request: Request, most: int) -> dict[str, Any]:
-    """The JSON object in the body of a request.
-
-    Raises:
-        Refused: the body has more than `most` bytes (413), is not called JSON (415), or is not a
-            JSON object of Unicode text (400).
-    """
+    """The JSON object in the body of a request. Raises Refused: the body has more than `most` bytes
+    (413), is not called JSON (415), or is not a JSON object of Unicode text (400)."""
     # Web pages may send other types to a server on this machine without being asked for leave.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -38,11 +34,8 @@ async def read_json(request: Request, most: int) -> dict[str, Any]:
 
 
 async def read_upload(request: Request, most: int) -> str:
-    """The text of the only file in a multipart body, in UTF-8.
-
-    Raises:
-        Refused: as `read_json`; no file, or several.
-    """
+    """The text of the only file in a multipart body, in UTF-8. Raises Refused: as `read_json`; no
+    file, or several."""
     parser = MultiPartParser(
         request.headers, chunks(request, most), max_files=1, max_fields=8, max_part_size=1024
     )
@@ -92,10 +85,8 @@ def parse(body: bytes) -> dict[str, Any]:
 
 
 def check_text(text: str) -> None:
-    """
-    Raises:
-        Refused: text that no tokenizer should see: null characters, halves of surrogate pairs.
-    """
+    """Raises Refused: text that no tokenizer should see: null characters, halves of surrogate
+    pairs."""
     if "\0" in text:
         raise Refused(400, "the text has null characters; take them out")
     if _SURROGATE.search(text):
@@ -150,10 +141,7 @@ def too_large(what: str, most: int) -> Refused:
 
 
 def check_key(request: Request, api_key: str | None) -> None:
-    """
-    Raises:
-        Refused: the request does not come with the key; None = it needs none.
-    """
+    """Raises Refused: the request does not come with the key; None = it needs none."""
     if api_key is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")

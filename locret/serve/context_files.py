@@ -58,11 +58,8 @@ class ContextFiles:
             raise
 
     def load(self, id: str, model: Any) -> RetainedCache:
-        """The context, to be asked with `model`.
-
-        Raises:
-            ValueError: it is damaged, not there, or one of another model.
-        """
+        """The context, to be asked with `model`. Raises ValueError: it is damaged, not there, or
+        one of another model."""
         return RetainedCache.load(self.folder / id, model)
 
     def find(self, id: str) -> tuple[ContextInfo, float] | None:

@@ -74,11 +74,8 @@ class Contexts:
             return len(self._stored)
 
     def put(self, cache: RetainedCache) -> ContextInfo:
-        """Store a context of one row, under a new id.
-
-        Raises:
-            TooLong: it takes more bytes than all contexts may.
-        """
+        """Store a context of one row, under a new id. Raises TooLong: it takes more bytes than all
+        contexts may."""
         info = info_of(cache, f"ctx_{secrets.token_urlsafe(16)}")
         if self.most_bytes is not None and info.bytes > self.most_bytes:
             raise TooLong(
@@ -118,27 +115,18 @@ class Contexts:
         return cache
 
     def info(self, id: str) -> ContextInfo:
-        """
-        Raises:
-            UnknownContext: it is not there, or not any more.
-        """
+        """Raises UnknownContext: it is not there, or not any more."""
         with self._lock:
             return self._find(id).info
 
     def use(self, id: str) -> ContextInfo:
-        """As `info`, and it counts as used now.
-
-        Raises:
-            UnknownContext: it is not there, or not any more.
-        """
+        """As `info`, and it counts as used now. Raises UnknownContext: it is not there, or not any
+        more."""
         with self._lock:
             return self._used(id).info
 
     def delete(self, id: str) -> None:
-        """
-        Raises:
-            UnknownContext: it is not there, or not any more.
-        """
+        """Raises UnknownContext: it is not there, or not any more."""
         with self._lock:
             self._find(id)
             self._remove(id)

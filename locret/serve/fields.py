@@ -147,11 +147,8 @@ Fields = TypeVar("Fields", bound=BaseModel)
 
 
 def fields_of(kind: type[Fields], found: dict[str, Any]) -> Fields:
-    """The fields in a JSON object.
-
-    Raises:
-        Refused: one has the wrong type, is out of bounds, or asks for what cannot be had.
-    """
+    """The fields in a JSON object. Raises Refused: one has the wrong type, is out of bounds, or
+    asks for what cannot be had."""
     for name, harmless in _UNSUPPORTED.items():
         value = found.get(name)
         # 0 is equal to False, but of `logprobs` it asks for some.

@@ -63,10 +63,8 @@ class Limits:
         return min(most, _largest(lambda n: self._fits(prompt, context, n, fullest), most))
 
     def check_context(self, tokens: int) -> None:
-        """
-        Raises:
-            TooLong: a context of so many tokens cannot be read and asked; says what would fit.
-        """
+        """Raises TooLong: a context of so many tokens cannot be read and asked; says what would
+        fit."""
         if not self.readable(tokens):
             raise TooLong(
                 f"the context has {tokens:,} tokens, which is more than {self._what()} takes; a "

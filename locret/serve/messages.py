@@ -31,11 +31,7 @@ class Prompts:
 
     def chat(self, messages: Messages) -> tuple[list[int], int]:
         """The prompt of a conversation, and how many of its first tokens are all messages but the
-        last.
-
-        Raises:
-            Refused: no chat template, or one that refuses the messages.
-        """
+        last. Raises Refused: no chat template, or one that refuses the messages."""
         text = self._filled(messages, answer=True)
         earlier = self._shared_text(messages, text)
         if not earlier or not self.tokenizer.is_fast:
@@ -67,10 +63,7 @@ class Prompts:
 
     def context(self, messages: Messages) -> list[int]:
         """What is read of a context: up to the end of the last text, which must be the user's.
-
-        Raises:
-            Refused: no text, the last message is not the user's, or as `chat`.
-        """
+        Raises Refused: no text, the last message is not the user's, or as `chat`."""
         *earlier, last = messages
         text = last["content"].strip()
         if not text:
@@ -86,11 +79,8 @@ class Prompts:
         return self._ids(before + text)
 
     def question(self, messages: Messages) -> list[int]:
-        """What is asked about a context; later messages follow as further turns.
-
-        Raises:
-            Refused: the first message is not the user's, or as `chat`.
-        """
+        """What is asked about a context; later messages follow as further turns. Raises Refused:
+        the first message is not the user's, or as `chat`."""
         first, *later = messages
         if first["role"] != "user":
             raise Refused(

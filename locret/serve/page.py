@@ -61,11 +61,8 @@ class Page:
         self.server = server
 
     async def read(self, paths: Sequence[str] | None) -> AsyncIterator[tuple[str, str | None]]:
-        """Read the dropped files as one context: how far it is, and in the end its id.
-
-        Raises:
-            gr.Error: says why it was not read.
-        """
+        """Read the dropped files as one context: how far it is, and in the end its id. Raises
+        gr.Error: says why it was not read."""
         with _told():
             ids = await to_thread.run_sync(self._ids_of, paths or [])
             reading = await to_thread.run_sync(self.server.service.read, ids)
@@ -79,11 +76,8 @@ class Page:
             yield _progress(info.tokens, info.tokens), info.id
 
     async def ask(self, question: str, id: str | None) -> AsyncIterator[tuple[str, str]]:
-        """Ask the context: the answer so far, and in the end what it took.
-
-        Raises:
-            gr.Error: says why there is no answer.
-        """
+        """Ask the context: the answer so far, and in the end what it took. Raises gr.Error: says
+        why there is no answer."""
         with _told():
             if id is None:
                 raise Refused(400, "drop a text first, and wait until it is read")
@@ -101,11 +95,8 @@ class Page:
                 answer.cancel()
 
     def opened(self, id: str | None) -> tuple[str, Any, Any]:
-        """What a context takes, and what there is of it to look at.
-
-        Raises:
-            gr.Error: it is not there any more.
-        """
+        """What a context takes, and what there is of it to look at. Raises gr.Error: it is not
+        there any more."""
         with _told():
             cache = self._cache(id)
             info = self.server.service.contexts.info(id)
@@ -117,11 +108,8 @@ class Page:
         )
 
     def look(self, id: str | None, layer: int, head: int, place: float) -> tuple[str, str]:
-        """Which words are still held: the strip, and the passage at `place`, in percent.
-
-        Raises:
-            gr.Error: the context is not there any more.
-        """
+        """Which words are still held: the strip, and the passage at `place`, in percent. Raises
+        gr.Error: the context is not there any more."""
         if id is None:
             return "", ""
         with _told():

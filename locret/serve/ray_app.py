@@ -52,10 +52,7 @@ class Replica:
         self.service.start()
 
     def check_health(self) -> None:
-        """
-        Raises:
-            RuntimeError: this process answers nothing any more; Ray starts another.
-        """
+        """Raises RuntimeError: this process answers nothing any more; Ray starts another."""
         if not self.service.ready:
             raise RuntimeError("the service has ended")
 
@@ -70,11 +67,8 @@ class Replica:
 
     @serve.multiplexed(max_num_models_per_replica=MOST_KEPT)
     async def keep(self, id: str) -> ContextInfo:
-        """Let Ray know that questions about a context are best asked here.
-
-        Raises:
-            UnknownContext: there is none of this id.
-        """
+        """Let Ray know that questions about a context are best asked here. Raises UnknownContext:
+        there is none of this id."""
         info: ContextInfo = await to_thread.run_sync(self.service.contexts.info, id)
         return info
 
@@ -124,10 +118,7 @@ class Ingress:
             return JSONResponse(body_of(refused), refused.status, headers=refused.headers)
 
     async def _passed_on(self, request: Request) -> Response:
-        """
-        Raises:
-            Refused: no replica answered, or what each of them would refuse.
-        """
+        """Raises Refused: no replica answered, or what each of them would refuse."""
         most = OPEN_BODY
         if "/v1/" in request.url.path:  # before a large body is read
             check_key(request, self.api_key)
@@ -232,9 +223,6 @@ def application(
 
 def app(settings: dict[str, Any]) -> Any:
     """The application by the settings of `locret serve`, as `serve run` and its files give them.
-
-    Raises:
-        ValueError: settings that cannot work together.
-    """
+    Raises ValueError: settings that cannot work together."""
     # An entry like the command line: what it builds is above this package.
     return importlib.import_module("locret.commands.serve").ray_application(settings)

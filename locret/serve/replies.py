@@ -123,11 +123,8 @@ async def whole(request: Request, answer: Any, reply: Reply) -> Response:
 
 
 async def while_there(request: Request, work: Awaitable[Result]) -> Result:
-    """The result of `work`, which is cancelled when the client leaves.
-
-    Raises:
-        Refused: the client left.
-    """
+    """The result of `work`, which is cancelled when the client leaves. Raises Refused: the client
+    left."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))
     try:

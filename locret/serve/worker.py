@@ -289,11 +289,8 @@ def _settings_of(cache: RetainedCache) -> str:
 
 
 def _check_not_repeated(job: AskJob, cache: RetainedCache) -> None:
-    """Refuse one job for what the engine would refuse all of a batch for.
-
-    Raises:
-        RepeatsContext: the question begins with all of its context.
-    """
+    """Refuse one job for what the engine would refuse all of a batch for. Raises RepeatsContext:
+    the question begins with all of its context."""
     tokens = cache.token_ids
     assert tokens is not None
     if len(job.question) >= cache.seen and job.question[: cache.seen] == tokens[0].tolist():

@@ -67,11 +67,8 @@ def append_json(path: Path, rows: Iterable[Any]) -> None:
 
 
 def check_file(path: Path | None, what: str) -> None:
-    """Refuse a place that no file can be written to, before there is work to lose.
-
-    Raises:
-        ValueError: it is a folder, or lies in something that is none.
-    """
+    """Refuse a place that no file can be written to, before there is work to lose. Raises
+    ValueError: it is a folder, or lies in something that is none."""
     if path is None:
         return
     around = next(folder for folder in path.absolute().parents if folder.exists())
