@@ -78,13 +78,8 @@ def is_whole(value: object, least: int) -> bool:
 
 
 def check_whole(what: str, value: object, least: int, instead: str = "") -> None:
-    """
-    Args:
-        instead: what else is taken, and why, as the error shall say it.
-
-    Raises:
-        ValueError: `value`, which is called `what`, is no whole number, or below `least`.
-    """
+    """Raises ValueError: `value`, which is called `what`, is no whole number of at least `least`.
+    `instead` is what else is taken, and why, as the error shall say it."""
     if not is_whole(value, least):
         expected = f"expected a whole number of at least {least}{instead}"
         if isinstance(value, str) and value.strip().isdecimal():
@@ -104,10 +99,8 @@ def check_bounds(what: str, bounds: Sequence[Any], least: float) -> None:
 
 
 def check_between(what: str, value: object, least: float, most: float = math.inf) -> None:
-    """
-    Raises:
-        ValueError: `value`, which is called `what`, is no finite number of `least` to `most`.
-    """
+    """Raises ValueError: `value`, which is called `what`, is no finite number of `least` to
+    `most`."""
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not (number and least <= value <= most):  # type: ignore[operator]
         bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"

@@ -162,11 +162,7 @@ def _with_ray(given: argparse.Namespace, asked: Sequence[Record]) -> Iterator[Re
 
 
 class Answerer:
-    """Answers batches; under Ray, an actor.
-
-    Args:
-        given: the arguments of the command.
-    """
+    """Answers batches by the arguments of the command; under Ray, an actor."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         from locret.serve.contexts import Contexts

@@ -66,13 +66,13 @@ def _summary(result: dict[str, Any]) -> str:
     if fewest != most:  # some hold more than others in their layer
         mean = sum(report["units"]) / len(report["units"])
         heads = f"heads hold {mean:,.0f} units on average, {min(fewest):,} to {max(most):,}; "
-    held, full = (
+    own, full = (
         report[name] / shared.BYTES_PER_MIB for name in ("total_bytes", "full_cache_bytes")
     )
     return (
         f"\n[{result['policy']}: {result['prompt_tokens']} prompt tokens, {result['new_tokens']} "
         f"new ones, {result['seconds']:.1f} s; {heads}cache "
-        f"{held:.1f} MiB with room for a longer answer, a full one {full:.1f} MiB]"
+        f"{own:.1f} MiB with room for a longer answer, a full one {full:.1f} MiB]"
     )
 
 

@@ -23,13 +23,8 @@ LOOK_BACK = 16  # tokens whose text can hold the end of a stop string
 
 
 class Asker:
-    """Asks a model questions under any setup.
-
-    Args:
-        loaded: the model.
-        engines: of the model.
-        in_turn: questions of a batch are about one context, and are asked one after the other.
-    """
+    """Asks a model questions under any setup. `in_turn`: those of a batch are about one context,
+    and are asked one after the other."""
 
     def __init__(self, loaded: LoadedModel, engines: Engines, in_turn: bool = True) -> None:
         self.loaded = loaded
@@ -196,10 +191,6 @@ class StopStrings(StoppingCriteria):
     """Ends a row once one of the strings stands in what was generated.
 
     White space before the answer's first word ends nothing: models begin with line breaks.
-
-    Args:
-        strings: to stop at.
-        tokenizer: decodes what was generated.
     """
 
     def __init__(self, strings: Sequence[str], tokenizer: Any) -> None:

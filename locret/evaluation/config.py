@@ -171,11 +171,8 @@ def parsed(
     parser: "ArgumentParser", args: Sequence[str], values: Mapping[str, Any]
 ) -> tuple[EvalConfig, "Namespace"]:
     """The configuration of `values` with what a command line puts in their place, and everything
-    that the command line says.
-
-    Raises:
-        ValueError: a name that is unknown or missing, or a value of the wrong kind.
-    """
+    that the command line says; ValueError for a name that is unknown or missing, or a value of the
+    wrong kind."""
     from jsonargparse import ArgumentError
 
     if "rows" in values:

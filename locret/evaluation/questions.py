@@ -206,12 +206,9 @@ class Prepared:
 
 
 def prepare(config: EvalConfig) -> Prepared:
-    """Check everything that can be checked without the model, and make the questions.
-
-    Raises:
-        ValueError: unknown tasks, setups that cannot be, missing data or heads, an adapter of
-            another model, or a device that is not there; in one line.
-    """
+    """Check everything that can be checked without the model, and make the questions; ValueError
+    for unknown tasks, setups that cannot be, missing data or heads, an adapter of another model, or
+    a device that is not there."""
     find_device(config.device)
     setups, tasks = config.all_setups(), config.make_tasks()
     for setup in setups:

@@ -72,12 +72,8 @@ class Record:
 
 
 class Records:
-    """The predictions under a folder.
-
-    Args:
-        folder: of the run.
-        writer: names the file that this process appends to.
-    """
+    """The predictions under a run's folder; `writer` names the file that this process appends
+    to."""
 
     def __init__(self, folder: Path, writer: str = "0") -> None:
         self.folder = folder / FOLDER

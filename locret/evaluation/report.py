@@ -285,14 +285,8 @@ Source = tuple[Path, Kind, Mapping[str, Any]]
 
 
 def make_report(paths: Sequence[str | Path], out: str | Path, title: str = "Results") -> Path:
-    """Write the report into the folder `out`; nothing is written if a file is not as it should be.
-
-    Returns:
-        The HTML file.
-
-    Raises:
-        ValueError: no files, one that is no known result, or matplotlib is missing; says which.
-    """
+    """Write the report into the folder `out`, and return the HTML file; nothing is written where
+    there are no files, one is no known result, or matplotlib is missing (ValueError)."""
     if not paths:
         raise ValueError("no files of results were given")
     sources = [read_source(Path(path)) for path in paths]

@@ -131,11 +131,8 @@ class Answer(Pending[Piece | End]):
 
 
 class Reading(Pending[ContextInfo]):
-    """A context that is being read. It may end with `Cancelled`, `TooLong` or `Failed`.
-
-    Attributes:
-        done: tokens read so far.
-    """
+    """A context that is being read, `done` tokens so far. It may end with `Cancelled`, `TooLong` or
+    `Failed`."""
 
     done: int = 0
 

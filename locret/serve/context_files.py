@@ -20,14 +20,8 @@ ABANDONED = 3600.0  # seconds after which a folder without a record is not being
 
 
 class ContextFiles:
-    """The contexts in a folder, which other processes may use too.
-
-    Args:
-        folder: made if it is not there.
-
-    Raises:
-        OSError: nothing can be written there.
-    """
+    """The contexts in a folder, which other processes may use too. It is made if it is not there;
+    OSError where nothing can be written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

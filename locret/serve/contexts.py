@@ -233,12 +233,8 @@ def info_of(cache: RetainedCache, id: str = "") -> ContextInfo:
 
 
 class Prefixes:
-    """Contexts of exactly the tokens asked for. Those used least recently make room for new ones.
-    The generation thread alone uses it.
-
-    Args:
-        most_bytes: that all of them may take; 0 = none is kept.
-    """
+    """Contexts of exactly the tokens asked for, of at most so many bytes together (0 = none is
+    kept). Those used least recently make room for new ones. The generation thread alone uses it."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes

@@ -65,12 +65,8 @@ class AskJob:
         self._again = self.taken
 
     def take(self, token: int, ends: frozenset[int]) -> bool:
-        """Pass on what the next token adds; whether the answer is at its end.
-
-        Args:
-            token: of the answer.
-            ends: tokens that end an answer.
-        """
+        """Pass on what the next token adds; whether the answer is at its end, as at one of
+        `ends`."""
         if self.closed:
             return True
         if self._again:
@@ -109,12 +105,7 @@ class AskJob:
 
 @dataclass(eq=False)
 class ReadJob:
-    """A context to read.
-
-    Attributes:
-        ids: its tokens.
-        pending: where the result goes.
-    """
+    """A context to read, and where the result goes."""
 
     ids: list[int]
     pending: Reading

@@ -19,11 +19,7 @@ Messages = Sequence[dict[str, str]]
 
 
 class Prompts:
-    """Makes token ids for one tokenizer.
-
-    Args:
-        tokenizer: of the model.
-    """
+    """Makes token ids for one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

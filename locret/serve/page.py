@@ -51,11 +51,7 @@ CSS = """
 
 
 class Page:
-    """What the page does.
-
-    Args:
-        server: what the endpoints share; `locret.serve.app.Server`.
-    """
+    """What the page does, with what the endpoints share (`locret.serve.app.Server`)."""
 
     def __init__(self, server: Any) -> None:
         self.server = server
@@ -149,11 +145,8 @@ class Page:
 
 
 def mount(app: FastAPI) -> None:
-    """Let an application have the page, and lead its root there. With an API key, it asks for it.
-
-    Args:
-        app: of `locret.serve.app.make_app`.
-    """
+    """Let an application of `make_app` have the page, and lead its root there. With an API key, the
+    page asks for it."""
     server = app.state.server
 
     @app.get("/")
@@ -293,22 +286,15 @@ def shares_of(cache: RetainedCache, layer: int | None = None, head: int | None =
 
 
 def passage(seen: int, place: float) -> range:
-    """The tokens of a passage of a text of `seen` tokens.
-
-    Args:
-        place: 0 = the text's beginning, to 1 = its end.
-    """
+    """The tokens of a passage of a text of `seen` tokens; place 0 is the text's beginning, 1 its
+    end."""
     first = round(place * max(seen - PASSAGE, 0))
     return range(first, min(first + PASSAGE, seen))
 
 
 def strip(shares: Tensor, shown: range) -> str:
-    """The whole text as a strip of cells: the darker, the more of it is held.
-
-    Args:
-        shares: of each token (`shares_of`).
-        shown: the tokens of the passage below it (`passage`).
-    """
+    """The whole text as a strip of cells: the darker, the more of it is held (`shares_of`). `shown`
+    are the tokens of the passage below it."""
     bounds = torch.linspace(0, len(shares), min(CELLS, len(shares)) + 1).long().tolist()
     cells = [
         f"<i {_colour(share := shares[a:b].mean().item())}{' class=shown' * (a in shown)} "
@@ -319,13 +305,7 @@ def strip(shares: Tensor, shown: range) -> str:
 
 
 def words(tokenizer: Any, tokens: Sequence[int], shares: Sequence[float]) -> str:
-    """The words of one passage, each the darker, the more heads hold it.
-
-    Args:
-        tokenizer: of the model.
-        tokens: of the passage.
-        shares: of each of them (`shares_of`).
-    """
+    """The words of one passage, each the darker, the more heads hold it (`shares_of`)."""
     spans = [
         f'<span {_colour(share)} title="{share:.0%} held">{escape(text)}</span>'
         for text, share in _pieces(tokenizer, tokens, shares)

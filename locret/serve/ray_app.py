@@ -40,11 +40,8 @@ _PICKLED = "type asgi http_version method scheme path raw_path query_string root
 
 
 class Replica:
-    """The server in a process of its own.
-
-    Args:
-        make: makes the application (`locret.serve.app.make_app`), in that process.
-    """
+    """The server in a process of its own, in which `make` makes the application
+    (`locret.serve.app.make_app`)."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.app = make()
@@ -141,13 +138,8 @@ class Ingress:
 
 
 class Relayed(Response):
-    """The answer of a replica.
-
-    Args:
-        start: its first message.
-        piece: the first one with a piece of its body.
-        messages: the others, as they come.
-    """
+    """The answer of a replica: its first message, the first one with a piece of its body, and the
+    others as they come."""
 
     def __init__(self, start: Message, piece: Message, messages: Any) -> None:
         super().__init__()

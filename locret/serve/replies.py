@@ -25,13 +25,7 @@ _NAMES = {
 
 
 class Reply:
-    """One answer.
-
-    Args:
-        kind: of a chat, or of a plain completion.
-        id: of the request.
-        model: its name.
-    """
+    """One answer, of a chat or of a plain completion; `id` is the request's."""
 
     def __init__(self, kind: Kind, id: str, model: str) -> None:
         prefix, self._whole, self._chunk = _NAMES[kind]

@@ -61,12 +61,8 @@ class _Server(uvicorn.Server):
 
 def make_server(app: FastAPI, drain_seconds: float = 60.0) -> uvicorn.Server:
     """uvicorn's server for the application. `run(sockets=[bound(...)])` answers until SIGTERM or
-    Ctrl-C, or in a thread until `should_exit`; it takes no more then, and finishes what runs.
-
-    Args:
-        app: the application.
-        drain_seconds: how long answers may go on after the signal.
-    """
+    Ctrl-C, or in a thread until `should_exit`; it takes no more then, and finishes what runs within
+    `drain_seconds`."""
     config = uvicorn.Config(
         app,
         log_config=None,  # `locret.serve.telemetry` says where to
@@ -79,11 +75,8 @@ def make_server(app: FastAPI, drain_seconds: float = 60.0) -> uvicorn.Server:
 
 def bound(host: str, port: int) -> socket.socket:
     """A socket for connections there. It takes none yet: while a model is loaded, clients are
-    refused and do not wait.
-
-    Raises:
-        OSError: the address is not one of this machine, or the port is taken or not allowed.
-    """
+    refused and do not wait. OSError where the address is not one of this machine, or the port is
+    taken or not allowed."""
     try:
         (family, kind, _, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -183,10 +183,7 @@ class Service:
         return reading
 
     def _check_tokens(self, ids: Sequence[int]) -> None:
-        """
-        Raises:
-            ValueError: there are none, or the model has no such token.
-        """
+        """Raises ValueError: there are none, or the model has no such token."""
         if not ids:
             raise ValueError("there are no tokens to read; send some text")
         if min(ids) < 0 or max(ids) >= self._vocabulary:
@@ -311,10 +308,7 @@ class Service:
 
 
 def _check(ask: Ask) -> None:
-    """
-    Raises:
-        ValueError: says what is out of range.
-    """
+    """Raises ValueError: says what is out of range."""
     if ask.max_tokens is not None and ask.max_tokens < 1:
         raise ValueError(f"max_tokens is {ask.max_tokens}; expected at least 1")
     if not 0 <= ask.temperature < float("inf"):

@@ -27,11 +27,7 @@ _log = logging.getLogger("locret.serve")
 
 
 class RequestLog:
-    """Gives every request an id, and logs it when it has ended.
-
-    Args:
-        app: what answers.
-    """
+    """Gives every request an id, and logs it when it has ended."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -111,11 +107,8 @@ _NAMES = {"queued": "queue_requests", "running": "running_requests"}
 
 
 class Metrics:
-    """Numbers of a service and of its answers.
-
-    Args:
-        service: whose `counts` are told when somebody asks, and which calls `on_first_token`.
-    """
+    """Numbers of a service, whose `counts` are told when somebody asks, and of its answers, whose
+    first tokens it tells (`on_first_token`)."""
 
     def __init__(self, service: Any) -> None:
         self._registry = CollectorRegistry()

@@ -25,15 +25,9 @@ class Abandoned(Exception):
 
 
 class Worker:
-    """Answers jobs with an engine.
+    """Answers jobs with an engine, which nothing else may use meanwhile, nor its model.
 
-    Args:
-        engine: nothing else may use it, or its model, meanwhile.
-        tokenizer: of the model.
-        contexts: stored ones.
-        prefixes: where beginnings that requests share are kept.
-        limits: of the engine.
-        on_token: called with a job after each token of its answer.
+    `on_token` is called with a job after each token of its answer.
     """
 
     def __init__(

@@ -68,12 +68,8 @@ class MadeTask(SizedTask):
 
 
 class RulerTask(MadeTask):
-    """A task made of so many units of haystack.
-
-    Attributes:
-        least: units of haystack without which there is no sample.
-        most: the most units there are, or None.
-    """
+    """A task made of so many units of haystack, `least` to `most` of them; None = as many as
+    fit."""
 
     metrics: ClassVar[tuple[str, ...]] = ("string_match",)
     match: ClassVar[Callable[..., float]] = staticmethod(string_match_all)

@@ -197,11 +197,8 @@ class LocretLM(HFLM):
                 self._finder.refuse(request.doc, str(request.task_name))
 
     def _rest_of(self, prompt: str, text: str | None = None) -> int:
-        """Tokens at the end of a prompt that are not compressed, at least 1.
-
-        Args:
-            text: what is read of the prompt, where that is less.
-        """
+        """Tokens at the end of a prompt that are not compressed, at least 1; of `text`, where no
+        more of the prompt is read."""
         if prompt not in self._context_ends:
             return max(1, self._local_tokens)
         text = prompt if text is None else text
