@@ -1,9 +1,11 @@
-"""`python -m locret evaluate`: benchmarks under several policies and budgets; `report`: tables and
-figures of many results; `reproduce`: small slices of them again, on a CPU.
+"""`python -m locret evaluate`: benchmarks under several policies and budgets.
 
     python -m locret evaluate --config eval/ruler_smollm2.yaml --limit 10 --engine.chunk_size 256
 
 Any value of the configuration can be overridden, as in trainings; lists are written as in YAML.
+
+What becomes of results: `report` makes tables and figures of many, `reproduce` asks small slices of
+them again, on a CPU.
 """
 
 import argparse

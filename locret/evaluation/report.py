@@ -122,7 +122,6 @@ def _tasks_table(result: Result, figure: str = "score", interval: str = "interva
 
 # ---- speed and memory ----------------------------------------------------------------------------
 
-
 OK = "ok"
 COLUMNS = (
     ("first token, s", "first_token_seconds", ".3g"),

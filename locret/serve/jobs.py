@@ -16,10 +16,7 @@ class AskJob:
     """A request for an answer.
 
     Attributes:
-        ask: what is asked.
         most_tokens: of the answer.
-        pending: where its events go.
-        text: decodes the answer.
         shared: leading tokens of the prompt that are read as a context; 0 = none.
         most_units: that a KV head may hold for it, on average.
         context_tokens: of the context or the shared tokens, once it is known.

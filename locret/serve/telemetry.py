@@ -100,7 +100,6 @@ def log_to_stderr() -> None:
 
 # ---- numbers -------------------------------------------------------------------------------------
 
-
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _NAMES = {"queued": "queue_requests", "running": "running_requests"}
 """Names of metrics that are not those of their counters."""
