@@ -28,11 +28,7 @@ REQUEST = ("budget", "prompt_lengths", "longrope", "query_length", "answered", "
 """What a `RetainedCache` knows of its request, beside the tokens."""
 
 _RECORDED = ("model", "positions", *REQUEST)
-_OF_LAYERS = {
-    "seen": "seen",
-    "rotated": "rotated",
-    "windows": "window",
-}
+_OF_LAYERS = {"seen": "seen", "rotated": "rotated", "windows": "window"}
 """What the record says of every layer, and the layer's attribute."""
 
 EVICTED, STATE = "evicted.", "state."

@@ -28,12 +28,7 @@ class MLPHead(RetainingHead):
     """
 
     def __init__(
-        self,
-        input_width: int,
-        width: int,
-        num_kv_heads: int,
-        activation: str,
-        bias: bool = False,
+        self, input_width: int, width: int, num_kv_heads: int, activation: str, bias: bool = False
     ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(input_width, width, bias=bias)

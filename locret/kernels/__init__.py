@@ -8,17 +8,9 @@ Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 """
 
 from locret.kernels.add_norm import add_norm
-from locret.kernels.decode import (
-    Plain,
-    decode_sequences,
-    decode_shares,
-    store_units,
-)
+from locret.kernels.decode import Plain, decode_sequences, decode_shares, store_units
 from locret.kernels.decode_packed import decode_packed, packed_shares
-from locret.kernels.evict import (
-    gather_sequences,
-    select_sequences,
-)
+from locret.kernels.evict import gather_sequences, select_sequences
 from locret.kernels.gated import gated
 from locret.kernels.pack_rotated import fetch_rotated, pack_rotated_keys, pack_rotated_values
 from locret.kernels.packed import PackedKV, PackedShares, expand_units

@@ -27,11 +27,7 @@ _START = 64  # units in whose time a program begins and ends
 
 
 def decode_packed(
-    query: Tensor,
-    packed: PackedKV | RotatedKV,
-    shares: PackedShares,
-    plain: Plain,
-    scaling: float,
+    query: Tensor, packed: PackedKV | RotatedKV, shares: PackedShares, plain: Plain, scaling: float
 ) -> Tensor:
     """softmax(scaling q k) v over each sequence's packed units, its plain ones and its tail.
 
@@ -100,11 +96,7 @@ def packed_shares(
 
 
 def decode_packed_reference(
-    query: Tensor,
-    packed: PackedKV | RotatedKV,
-    shares: PackedShares,
-    plain: Plain,
-    scaling: float,
+    query: Tensor, packed: PackedKV | RotatedKV, shares: PackedShares, plain: Plain, scaling: float
 ) -> Tensor:
     """The twin of `decode_packed`, in plain PyTorch."""
     lengths = (shares.lengths, plain.shares.lengths)

@@ -103,11 +103,7 @@ def merge_rotated(states: States, out: Tensor, shares: Sequence[Shares]) -> None
 
 @triton.jit
 def _rotate(  # type: ignore[no-untyped-def]
-    query,
-    rotated,
-    strides,
-    SIZE: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr,
+    query, rotated, strides, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr
 ):
     t = tl.program_id(0)
     head = tl.program_id(1)

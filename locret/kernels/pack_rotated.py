@@ -386,13 +386,7 @@ def _encode(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _nearest(  # type: ignore[no-untyped-def]
-    z,
-    size,
-    d,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BETWEEN: tl.constexpr,
+    z, size, d, SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr
 ):
     """Codes, int32, of the levels nearest to z / size, and the scale of least error for them."""
     steps = z / tl.maximum(size, 1e-30)[:, None]  # a unit of zeros does not divide by zero

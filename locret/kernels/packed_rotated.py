@@ -114,10 +114,7 @@ def expand_rotated(
 
 
 def expand_rotated_reference(
-    packed: tuple[Tensor, ...],
-    levels: tuple[float, ...],
-    size: int,
-    starts: Tensor | None = None,
+    packed: tuple[Tensor, ...], levels: tuple[float, ...], size: int, starts: Tensor | None = None
 ) -> Tensor:
     """The twin of `expand_rotated`, in plain PyTorch: float32 [N, D = size]."""
     table = torch.tensor([-level for level in reversed(levels)] + list(levels))
@@ -260,11 +257,7 @@ def load_codes(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def levels_at(  # type: ignore[no-untyped-def]
-    codes,
-    chunk: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    codes, chunk: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, ASSEMBLY: tl.constexpr
 ):
     """The levels of one chunk of channels, of what `load_codes` read: float16 by `ASSEMBLY`,
     float32 by plain arithmetic where that is None."""

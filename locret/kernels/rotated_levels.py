@@ -237,12 +237,7 @@ def _halves(pairs, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _level(  # type: ignore[no-untyped-def]
-    word,
-    high,
-    byte: tl.constexpr,
-    chunk: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
+    word, high, byte: tl.constexpr, chunk: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr
 ):
     """float16 levels of one byte of 32-bit words, by plain arithmetic."""
     if BITS == 3:

@@ -149,10 +149,7 @@ class Backbone:
 
     @contextlib.contextmanager
     def attached(
-        self,
-        run: LayerFunction,
-        rotation: Rotation | None = None,
-        finish: Finish | None = None,
+        self, run: LayerFunction, rotation: Rotation | None = None, finish: Finish | None = None
     ) -> Iterator[None]:
         """Let `run` compute every attention layer, until the block ends, however it ends.
 

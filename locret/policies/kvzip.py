@@ -77,11 +77,7 @@ class KVzipPolicy(Policy):
     rereads = True
 
     def __init__(
-        self,
-        wording: Wording = NO_WORDS,
-        piece: int = 2048,
-        lead: int = 8,
-        dynamic: bool = False,
+        self, wording: Wording = NO_WORDS, piece: int = 2048, lead: int = 8, dynamic: bool = False
     ) -> None:
         check_whole("piece", piece, 1)
         check_whole("lead", lead, 0)
