@@ -8,9 +8,8 @@ minference  a whole prompt sparsely (`locret.model.sparse_prefill`), anything el
 baseline.
 
 What is past, every new token sees: with `cudnn` and `sdpa` attention to it, a sequence at a time
-where heads hold different numbers of units, is merged by log-sum-exp with that of the new tokens
-to themselves, a causal square (`attend_past`); or all sequences take one call
-(`locret.model.ragged`).
+where heads hold different numbers of units, is merged by log-sum-exp with that of the new tokens to
+themselves, a causal square (`attend_past`); or all sequences take one call (`locret.model.ragged`).
 
 Whatever the backend, layers with a softcap or with sinks are computed in plain PyTorch, a block of
 queries at a time, and those with a window in blocks of one window by SDPA.
