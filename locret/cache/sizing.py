@@ -2,7 +2,7 @@
 
 Counted are keys and values (codes, tables and residual, `locret.quantization.costs`), source
 positions and weights; scores where answers evict too, since else they are dropped when a prompt is
-read, and source positions take less from then on (`locret.cache.positions`). Outliers depend on
+read, and source positions take less from then on (`locret.cache.context`). Outliers depend on
 the data and are not.
 """
 
@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from locret.cache.positions import positions_bytes
+from locret.cache.context import positions_bytes
 from locret.heads.heads import Geometry
 from locret.quantization import Scheme
 from locret.quantization.costs import most_bytes, most_bytes_shared
 
 BESIDE_BYTES = 4
 """Of a unit in a KV head beside key and value: its source position (int32), until its prompt is
-read (`locret.cache.positions`)."""
+read (`locret.cache.context`)."""
 SCORE_BYTES = 4
 """Of a unit in a KV head while something may be evicted: its score (float32)."""
 WEIGHT_BYTES = 4

@@ -16,12 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from locret.cache.context import POSITIONS, StoredContext, in_storage, nothing, places, stack
+from locret.cache.context import (
+    POSITIONS,
+    StoredContext,
+    from_named,
+    in_storage,
+    nothing,
+    places,
+    stack,
+    to_named,
+)
 from locret.cache.sequences import Sequences, alike, sequences_of
 from locret.cache.tail import NewTokens, Tail, TailView
 from locret.kernels import gather_sequences
 from locret.quantization import NO_SCHEME, Scheme
-from locret.quantization.named import from_named, to_named
 from locret.quantization.packed import fetch, pack_keys, select_keys, select_values
 
 NAMES = ("keys", "values", POSITIONS, "scores", "weights")

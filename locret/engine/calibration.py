@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from locret.engine.rereading import keep_highest, view_of
+from locret.engine.rereading import keep_highest
 from locret.heads.quotas import COMPRESSIONS, averaged, measured
 from locret.model.attend import Backend, attend
 from locret.model.backbone import Backbone
@@ -102,12 +102,12 @@ class Calibration:
             length: tokens of the context.
             looking: see `_readings`.
         """
-        lengths = (call.key.shape[2],)
-        query, key = (call.rotate_packed(x, lengths) for x in (call.query, call.key))
+        tokens = (call.key.shape[2],)
+        query, key = (call.rotate(x, (0,), tokens) for x in (call.query, call.key))
         i = call.retained_idx
         if i is not None:
             if looking:
-                scores = self.policy.look(view_of(call, query[:, :, -looking:], key, call.value))
+                scores = self.policy.look(call.seen_by(query[:, :, -looking:], key, call.value))
             else:
                 scores = self.policy.rank(_chunk(call, i, query, key)).float()
             if not scores.isfinite().all():

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from locret.cache.cache import RetainedCache
 from locret.cache.sequences import Sequences
+from locret.heads.targets import AnswerView
 from locret.model.attend import PLAIN, Weighting
 from locret.model.rotary import Rotary, identity_tables
 
@@ -62,10 +63,6 @@ class LayerCall:
     rotated: bool = False
     weighting: Weighting = PLAIN
 
-    def rotate_packed(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """`x` with sequences of these lengths one after the other, each rotated from slot 0 on."""
-        return x if self.rotary is None else self.rotary.rotate_packed(x, lengths)
-
     def rotate_ranges(self, x: Tensor, ranges: Sequence[tuple[int, int, int]]) -> Tensor:
         """`x`, whose tokens fill one range of slots after the other (`Rotary.rotate_ranges`)."""
         return x if self.rotary is None else self.rotary.rotate_ranges(x, ranges)
@@ -81,6 +78,19 @@ class LayerCall:
         if weight is None or not (whole or type(weight).dequantize is not Tensor.dequantize):
             return None
         return weight if weight.is_floating_point() and weight.device.type != "meta" else None
+
+    def seen_by(
+        self, query: Tensor, keys: Tensor, values: Tensor, norms: Tensor | None = None
+    ) -> AnswerView:
+        """The layer as the last tokens of a text see it.
+
+        Args:
+            query: [B, H*G, A, D], theirs, rotated.
+            keys, values: [B, H, S, D], of all they see and of themselves, keys rotated.
+            norms: [B, A], see `AnswerView`.
+        """
+        bends = self.weighting.softcap, self.weighting.sinks
+        return AnswerView(query, keys, values, self.scaling, self.output_weight, *bends, norms)
 
     def between(self, start: int, end: int) -> "LayerCall":
         """The same call, for some of its tokens."""

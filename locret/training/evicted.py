@@ -28,10 +28,8 @@ from locret.model.past import Past
 from locret.model.varlen import Text, attend_texts
 from locret.training.branch_reading import Trunks, unbiased, ways_of
 from locret.training.distill import Distillation
-from locret.training.divergence import Divergence, MeanOver, check_mean, divergence
-from locret.training.gated import check_gates, check_samples, check_tunable
-from locret.training.gates import Threshold, log_mask
-from locret.training.recomputing import recomputing
+from locret.training.divergence import Divergence, MeanOver, check_mean, divergence, recomputing
+from locret.training.gated import Threshold, check_gates, check_samples, check_tunable, log_mask
 from locret.training.row_loss import PackedAttention, slots_of
 from locret.training.segments import Segment, check_segments
 

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from locret.heads.heads import LayerTensors, RetainingHead, RetainingHeads
-from locret.heads.targets import AnswerView, Label, Loss, smoothness
+from locret.heads.heads import RetainingHeads
+from locret.heads.kinds import LayerTensors, RetainingHead
+from locret.heads.targets import Label, Loss, smoothness
 from locret.model.attend import Backend, attend
 from locret.model.hooks import LayerCall
 from locret.model.varlen import Text, attend_texts
@@ -193,18 +194,7 @@ class RowLoss:
             norms: [B, A], see `AnswerView`.
             key, value: [B, H, P + A, D], of prompt and answer, keys rotated.
         """
-        weighting = call.weighting
-        view = AnswerView(
-            query,
-            key,
-            value,
-            call.scaling,
-            call.output_weight,
-            weighting.softcap,
-            weighting.sinks,
-            norms,
-        )
-        return self.recipe.label(view)
+        return self.recipe.label(call.seen_by(query, key, value, norms))
 
     def attend(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention output [B, T, H*G, D] as the layer weighs it."""
