@@ -188,11 +188,8 @@ class Store:
 
     def pack(self, tight: bool = False) -> None:
         """What was appended has been attended to: pack it as far as it fills blocks; if `tight`,
-        all but the scheme's residual, so that the bytes are those of an eviction.
-
-        Raises:
-            ValueError: a key or value cannot be packed; nothing has changed then.
-        """
+        all but the scheme's residual, so that the bytes are those of an eviction. ValueError: a key
+        or value cannot be packed; nothing has changed then."""
         scheme = self.scheme
         if not scheme.packs or not self.tail.count:
             return

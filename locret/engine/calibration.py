@@ -60,11 +60,8 @@ class Calibration:
 
     @torch.no_grad()
     def add(self, input_ids: Tensor) -> None:
-        """Count the best units of a context, [1, T] long.
-
-        Raises:
-            ValueError: scores that are not finite.
-        """
+        """Count the best units of a context, [1, T] long. ValueError: scores that are not
+        finite."""
         self._scores = {}
         try:
             for ids, looking in self._readings(input_ids):

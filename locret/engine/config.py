@@ -163,11 +163,8 @@ class EngineConfig:
         return config
 
     def for_model(self, backbone: Backbone) -> "EngineConfig":
-        """These settings for one model: what was left "auto" until now is chosen.
-
-        Raises:
-            ValueError: what this model cannot do; says what to change.
-        """
+        """These settings for one model: what was left "auto" until now is chosen. ValueError: what
+        this model cannot do; says what to change."""
         layers, budget = backbone.geometry.num_layers, self.reading.budget
         if isinstance(budget, tuple) and len(budget) != layers:
             raise ValueError(
@@ -212,11 +209,8 @@ class EngineConfig:
 
     def counts(self, policy: Policy, sizing: Sizing, context: int) -> Counts | None:
         """Units that every KV head of every layer keeps of a context of that many tokens,
-        [layers][KV heads]: the layers' budgets, dealt out by the quotas. None = all.
-
-        Raises:
-            ValueError: not one unit fits into the memory.
-        """
+        [layers][KV heads]: the layers' budgets, dealt out by the quotas. None = all. ValueError:
+        not one unit fits into the memory."""
         budgets = self.budgets(policy, sizing, context)
         if budgets is None:
             return None
@@ -276,11 +270,8 @@ class EngineConfig:
 
 
 def _policy_or_class(policy: str | Policy | None) -> Policy | type[Policy]:
-    """A policy as it is given, or the class of that name.
-
-    Raises:
-        ValueError: there is no policy of that name.
-    """
+    """A policy as it is given, or the class of that name. ValueError: there is no policy of that
+    name."""
     if policy is None:
         return Policy
     if isinstance(policy, Policy):

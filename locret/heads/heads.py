@@ -188,12 +188,8 @@ class HeadsConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HeadsConfig":
-        """Read a record back.
-
-        Raises:
-            ValueError: a newer schema, or fields missing, unknown or with values that cannot be;
-                they are named.
-        """
+        """Read a record back. ValueError: a newer schema, or fields missing, unknown or with values
+        that cannot be; they are named."""
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(
@@ -347,10 +343,7 @@ class RetainingHeads(nn.Module):
         cls, config: HeadsConfig, tensors: Mapping[str, Tensor], source: str = "the given tensors"
     ) -> "RetainingHeads":
         """Heads of `config` with the given weights, such as `layers.{i}.fc{1,2}.weight`.
-
-        Raises:
-            ValueError: tensors missing, extra, misshapen or not finite; named.
-        """
+        ValueError: tensors missing, extra, misshapen or not finite; named."""
         if config.num_layers > len(tensors):  # building as many modules could take forever
             raise ValueError(
                 f"heads from {source} do not fit their config: {len(tensors)} tensors for "

@@ -50,26 +50,13 @@ def attend_packed(
 # Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["heads", "blocks"])
 def _attend(  # type: ignore[no-untyped-def]
-    query,
-    tensors,
-    where,
-    states,
-    scaling,
-    heads,
-    blocks,
-    query_strides,
-    NEW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    BYTE_BLOCK: tl.constexpr,
-    SPAN: tl.constexpr,
+    query, tensors, where, states, scaling, heads, blocks, query_strides,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, QUERY_BLOCK: tl.constexpr, BYTE_BLOCK: tl.constexpr, SPAN: tl.constexpr,
     UNITS: tl.constexpr,
     UPCAST: tl.constexpr,  # to float32 by plain arithmetic; the interpreter knows no other
     ASSEMBLY: tl.constexpr,
-):
+):  # fmt: skip
     BYTES: tl.constexpr = (SIZE * BITS + 7) // 8
     PLANES: tl.constexpr = 8 // BITS
     GROUPS: tl.constexpr = (SIZE + GROUP - 1) // GROUP
@@ -159,14 +146,9 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _expanded(  # type: ignore[no-untyped-def]
-    packed,
-    scale,
-    minimum,
-    plane: tl.constexpr,
-    BITS: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    packed, scale, minimum,
+    plane: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     """minimum + scale * code of one plane, for bytes `packed` and tables that broadcast."""
     if UPCAST:
         codes = (packed.to(tl.int32) >> (plane * BITS)) & ((1 << BITS) - 1)

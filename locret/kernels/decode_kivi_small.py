@@ -116,27 +116,11 @@ def assembly(bits: int) -> tuple[str, ...]:
 # load leans on what divides it.
 @triton.jit(do_not_specialize=["heads", "blocks"])
 def _attend_small(  # type: ignore[no-untyped-def]
-    query,
-    tensors,
-    where,
-    states,
-    scaling,
-    heads,
-    blocks,
-    query_strides,
-    NEW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SPAN: tl.constexpr,
-    UNITS: tl.constexpr,
-    PAIR: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROOM: tl.constexpr,
-    LIFT: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    query, tensors, where, states, scaling, heads, blocks, query_strides,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
+    ENTRIES: tl.constexpr, SPAN: tl.constexpr, UNITS: tl.constexpr, PAIR: tl.constexpr,
+    GROUPS: tl.constexpr, ROOM: tl.constexpr, LIFT: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     # Codes come in 16-bit words: a span is WORDS words of a unit. A slab is a plane of a span,
     # two operands: of its low bytes and of its high bytes (`parity`).
     BYTES: tl.constexpr = (SIZE * BITS + 7) // 8

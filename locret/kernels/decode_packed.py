@@ -41,9 +41,6 @@ def decode_packed(
 
     Returns:
         [B, H*G, T, D] in query's dtype; zeros where a token sees nothing.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
     """
     plain.check(query)
     packed.check(query.shape[3])

@@ -56,9 +56,6 @@ def select_sequences(
 
     Returns:
         Long [total], each index counted from its sequence's first old unit.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
     """
     numbers = {"kept": kept, "tails": tails, "heads": heads}
     _check_select(old, new, **numbers, offsets=offsets, out_offsets=out_offsets)
@@ -144,19 +141,9 @@ def _check_numbers(sequences: int, named: Mapping[str, Tensor]) -> None:
 # Nothing is compiled anew for the number of new units.
 @triton.jit(do_not_specialize=["new_count"])
 def _select(  # type: ignore[no-untyped-def]
-    old,
-    new,
-    offsets,
-    kept,
-    out_offsets,
-    tails,
-    heads,
-    index,
-    new_count,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    RESIDENT: tl.constexpr,
-):
+    old, new, offsets, kept, out_offsets, tails, heads, index, new_count,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
     sequence = tl.program_id(0)
     first = tl.load(offsets + sequence)
     old_count = tl.load(offsets + sequence + 1) - first
@@ -264,9 +251,6 @@ def gather_sequences(
 
     Returns:
         One contiguous tensor [K, D] or [K] for each of `old`.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
     """
     _check_gather(old, new, index, offsets=offsets, out_offsets=out_offsets)
     if not takes_triton(index, offsets, out_offsets, *old, *new):
@@ -334,22 +318,10 @@ def _check_gather(
 # Nothing is compiled anew for the number of units.
 @triton.jit(do_not_specialize=["kept", "sequences", "heads"])
 def _gather(  # type: ignore[no-untyped-def]
-    old,
-    new,
-    gathered,
-    index,
-    offsets,
-    out_offsets,
-    kept,
-    sequences,
-    heads,
-    old_strides,
+    old, new, gathered, index, offsets, out_offsets, kept, sequences, heads, old_strides,
     new_strides,
-    SIZES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    UNITS: tl.constexpr,
-    HALVINGS: tl.constexpr,
-):
+    SIZES: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
     to = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     there = to < kept
     unit = tl.load(index + to, mask=there, other=0)

@@ -82,9 +82,6 @@ def expand_rotated(
     Args:
         packed, levels: `keys` or `values` of `RotatedKV`, and theirs.
         out, starts, at: as of `expand_units`.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
     """
     count = packed[0].shape[0]
     size = check_rows(count, out, at)
@@ -172,21 +169,10 @@ def check_rotated(
 # Nothing is compiled anew for these, which differ from chunk to chunk.
 @triton.jit(do_not_specialize=["count", "blocks"])
 def _expand(  # type: ignore[no-untyped-def]
-    packed,
-    starts,
-    out,
-    rows,
-    count,
-    blocks,
-    out_strides,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CHUNK_BLOCK: tl.constexpr,
-    UNITS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    packed, starts, out, rows, count, blocks, out_strides,
+    SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, CHANNELS: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr, UNITS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     CHUNKS: tl.constexpr = 8 // (BITS - BITS % 2)
     CHUNK: tl.constexpr = SIZE // CHUNKS
     first = tl.program_id(0) * UNITS

@@ -191,13 +191,9 @@ def key_levels(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def value_levels(  # type: ignore[no-untyped-def]
-    given,
-    tables,
-    BYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    given, tables,
+    BYTES: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     """float16 levels of each chunk, byte and unit: `given` are 32-bit words of one unit and of
     another one, those with the highest bits of both, by how much these are shifted and, of 2 BYTES
     that count, which."""

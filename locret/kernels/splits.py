@@ -250,20 +250,10 @@ def leave_average(  # type: ignore[no-untyped-def]
 # Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["second_at", "tail_at", "tail_splits"])
 def _merge_states(  # type: ignore[no-untyped-def]
-    states,
-    out,
-    firsts,
-    second_firsts,
-    second_at,
-    tail_at,
-    tail_splits,
-    strides,
-    NEW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    SLICE: tl.constexpr,
+    states, out, firsts, second_firsts, second_at, tail_at, tail_splits, strides,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, SLICE: tl.constexpr,
     STEP: tl.constexpr,
-):
+):  # fmt: skip
     which = tl.program_id(0) % QUERIES
     d = tl.program_id(0) // QUERIES * SLICE + tl.arange(0, SLICE)
     sequence = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
@@ -292,17 +282,9 @@ def states_of(firsts, sequence, before):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def merged_states(  # type: ignore[no-untyped-def]
-    states,
-    first,
-    second,
-    third,
-    which,
-    d,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    D: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    states, first, second, third, which, d,
+    QUERIES: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """The highest log2 of a sum of weights, the sum of all relative to it and that of values [D],
     for one query, of three ranges of states: the first of each and how many."""
     before_third = first[1] + second[1]
@@ -369,17 +351,9 @@ def merge_attention_reference(
 
 @triton.jit
 def _merge_two(  # type: ignore[no-untyped-def]
-    attentions,
-    logsumexps,
-    merged,
-    tokens,
-    heads,
-    strides,
-    logsumexp_strides,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    attentions, logsumexps, merged, tokens, heads, strides, logsumexp_strides,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -81,20 +81,14 @@ PLAIN = Weighting()
 
 
 def check_backend(backend: Any) -> None:
-    """
-    Raises:
-        ValueError: no backend of that name.
-    """
+    """Refuse (ValueError) a backend of an unknown name."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r} is unknown; expected one of {get_args(Backend)}")
 
 
 def available(backend: Backend, device: torch.device, dtype: torch.dtype, size: int) -> str | None:
-    """Why a backend cannot run heads of `size` channels there; None if it can.
-
-    Raises:
-        ValueError: no backend of that name.
-    """
+    """Why a backend cannot run heads of `size` channels there; None if it can. ValueError: no
+    backend of that name."""
     check_backend(backend)
     if backend in ("eager", "sdpa"):
         return None

@@ -231,11 +231,7 @@ class Backbone:
 
 
 def check_supported(config: Any) -> None:
-    """Refuse what locret does not cover.
-
-    Raises:
-        ValueError: says why, and lists what is supported.
-    """
+    """Refuse what locret does not cover. ValueError: says why, and lists what is supported."""
     reason = _why_not(config)
     if reason is not None:
         raise ValueError(

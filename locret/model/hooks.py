@@ -154,11 +154,8 @@ class AttentionLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes.
-
-        Raises:
-            ValueError: nowhere: its weights are on the meta device, without values elsewhere.
-        """
+        """Where the layer computes. ValueError: nowhere: its weights are on the meta device,
+        without values elsewhere."""
         for tensor in self.module.parameters():
             if tensor.device.type != "meta":
                 return tensor.device
@@ -206,10 +203,8 @@ def attention_forward(
     """The function that stock attention layers call; `retained` is what the attachment handed in.
 
     The arguments stand in the order of transformers' own attention functions, because kvpress,
-    which wraps them all, passes the first six by position.
-
-    Raises:
-        ValueError: the layer is not one that an engine is attached to, or a mask was made.
+    which wraps them all, passes the first six by position. ValueError: the layer is not one that an
+    engine is attached to, or a mask was made.
     """
     if retained is None:
         raise ValueError(
@@ -222,11 +217,8 @@ def attention_forward(
 
 
 def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
-    """Nothing is materialised: the attention function is causal by itself.
-
-    Raises:
-        ValueError: `attention_mask` [B, seen + T] holds zeros.
-    """
+    """Nothing is materialised: the attention function is causal by itself. ValueError:
+    `attention_mask` [B, seen + T] holds zeros."""
     if attention_mask is None or torch.compiler.is_compiling():
         return
     if not attention_mask.all():

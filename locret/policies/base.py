@@ -194,11 +194,7 @@ class Policy:
         return new if chunk.context is None else torch.cat([chunk.context.scores, new], dim=2)
 
     def score_new(self, chunk: LayerChunk) -> Tensor:
-        """What `score` says, float32, if it fits the chunk.
-
-        Raises:
-            ValueError: it is of another shape.
-        """
+        """What `score` says, float32, if it fits the chunk. ValueError: it is of another shape."""
         new = self.score(chunk)
         expected = tuple(chunk.key.shape[:3])
         if tuple(new.shape) != expected:

@@ -133,18 +133,12 @@ def _own_units(x: Tensor) -> Tensor:
 
 
 def refuse_unstorable(x: Tensor) -> None:
-    """
-    Raises:
-        ValueError: a value is not finite, or beyond `LARGEST`.
-    """
+    """Refuse (ValueError) a value that is not finite, or beyond `LARGEST`."""
     refuse_where(~(x.abs() <= LARGEST).all())
 
 
 def refuse_where(unstorable: Tensor) -> None:
-    """
-    Raises:
-        ValueError: `unstorable`, one number on any device, which is waited for, is not 0.
-    """
+    """ValueError if `unstorable`, one number on any device, which is waited for, is not 0."""
     if bool(unstorable):
         raise ValueError(
             f"cannot quantize: keys or values hold NaN, infinity or magnitudes above {LARGEST:.0f}"
@@ -181,10 +175,7 @@ def packed_size(size: int, bits: int) -> int:
 
 
 def check_bits(bits: int, allowed: tuple[int, ...] = BITS) -> None:
-    """
-    Raises:
-        ValueError: `bits` is not one of `allowed`.
-    """
+    """Refuse (ValueError) bits that are not `allowed`."""
     if not is_whole(bits, 1) or bits not in allowed:
         raise ValueError(f"bits is {bits!r}; expected one of {', '.join(map(str, allowed))}")
 
@@ -262,11 +253,8 @@ class Outliers:
 
 
 def find_outliers(x: Tensor, large: Tensor) -> Outliers:
-    """What `large` (bool [N, D]) says of `x` [N, D].
-
-    Raises:
-        ValueError: a value is not finite, or beyond `LARGEST`.
-    """
+    """What `large` (bool [N, D]) says of `x` [N, D]. ValueError: a value is not finite, or beyond
+    `LARGEST`."""
     x = as_stored(x)
     refuse_unstorable(x)
     small = torch.uint8 if x.shape[-1] < 256 else torch.int16

@@ -40,10 +40,7 @@ class Divergence(NamedTuple):
 
 
 def check_mean(mean_over: str) -> None:
-    """
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Refuse (ValueError) an unknown name."""
     if mean_over not in get_args(MeanOver):
         raise ValueError(f"mean_over is {mean_over!r}; expected one of {get_args(MeanOver)}")
 

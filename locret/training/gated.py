@@ -214,11 +214,7 @@ class GatedLoss:
 
 
 def check_tunable(heads: RetainingHeads, threshold: Threshold) -> None:
-    """Refuse heads that cannot be tuned through gates.
-
-    Raises:
-        ValueError: says why not, and what to do.
-    """
+    """Refuse heads that cannot be tuned through gates. ValueError: says why not, and what to do."""
     config = heads.config
     check_tunable_as(config.label, config.query_tokens, config.quotas is not None, threshold)
 
@@ -247,13 +243,7 @@ def check_tunable_as(
 
 
 def check_gates(config: Any) -> None:
-    """
-    Args:
-        config: of the backbone.
-
-    Raises:
-        ValueError: the backbone's attention takes no gates.
-    """
+    """Refuse (ValueError) a backbone of this config if its attention takes no gates."""
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         raise ValueError(
             f"{config.model_type} caps its logits, and a gate is a term of the logits "
@@ -262,10 +252,7 @@ def check_gates(config: Any) -> None:
 
 
 def check_samples(segments: Sequence[Segment], compressions: Sequence[float]) -> None:
-    """
-    Raises:
-        ValueError: samples without branches, or compressions that are not theirs.
-    """
+    """Refuse (ValueError) samples without branches, or compressions that are not theirs."""
     plain = sum(not segment.branches for segment in segments)
     if plain:
         raise ValueError(
