@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from locret.cache.context import positions_bytes
 from locret.heads.heads import Geometry
@@ -55,23 +56,12 @@ class Sizing:
         scheme: Scheme,
         shape: Geometry,
         element_size: int,
-        weighs: bool = False,
         windows: Sequence[int | None] = (),
-        scored: bool = False,
-        query_tokens: int = 0,
+        **others: Any,
     ) -> "Sizing":
         """What a cache of a backbone of this shape takes, which has these windows (None = none)."""
-        return cls(
-            scheme,
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.head_size,
-            element_size,
-            weighs,
-            tuple(window for window in windows if window),
-            scored,
-            query_tokens,
-        )
+        sizes = shape.num_layers, shape.num_kv_heads, shape.head_size, element_size
+        return cls(scheme, *sizes, windows=tuple(window for window in windows if window), **others)
 
     def cache_bytes(self, budgets: Sequence[int], tokens: int | None = None) -> int:
         """Most bytes of layers that hold so many units in every KV head: of `tokens` tokens when

@@ -11,7 +11,7 @@ B rows, H KV heads, Q = B * H sequences, N units of the context, T units of the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,12 +41,8 @@ STEPS = 256
 CUDA graph: packing makes new tensors, and so a new graph."""
 
 
-class StoreView(NamedTuple):
-    """What a store held at some moment."""
-
-    context: StoredContext | None
-    tail: TailView
-    names: tuple[str, ...]
+StoreView = tuple[StoredContext | None, TailView, tuple[str, ...]]
+"""What a store held at some moment: context, tail and names."""
 
 
 class Store:
@@ -362,12 +358,12 @@ class Store:
 
     def view(self) -> StoreView:
         """What is held now, for `restore`. Nothing is copied."""
-        return StoreView(self.context, self.tail.view(), self.names)
+        return self.context, self.tail.view(), self.names
 
     def restore(self, view: StoreView) -> None:
         """Hold again what was held when `view` was taken."""
-        self.context, self.names = view.context, view.names
-        self.tail.restore(view.tail)
+        self.context, tail, self.names = view
+        self.tail.restore(tail)
 
     def select_rows(self, rows: Sequence[int], index: Tensor) -> None:
         """Hold only some rows of the batch, which may repeat: `rows`; on the device, `index`."""

@@ -13,12 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class TailView(NamedTuple):
-    """What a tail held at some moment: its storage and how many units of it were in use."""
-
-    storage: tuple[Tensor, ...]
-    units: int
+TailView = tuple[tuple[Tensor, ...], int]
+"""What a tail held at some moment: its storage and how many units of it were in use."""
 
 
 class Tail:
@@ -95,7 +91,7 @@ class Tail:
 
     def view(self) -> TailView:
         """What is held now, for `restore`."""
-        return TailView(self.tensors, self.count)
+        return self.tensors, self.count
 
     def restore(self, view: TailView) -> None:
         """Hold again what was held when `view` was taken.

@@ -190,12 +190,15 @@ class EngineConfig:
 
     def sizing(self, backbone: Backbone) -> Sizing:
         """What units take in the cache of one row."""
-        storage, element_size = self.storage, backbone.model.dtype.itemsize
-        weighs = storage.merging is not None
-        shape, windows = backbone.geometry, backbone.windows
-        scored = self.reading.decode_interval is not None
-        more = scored, self.recorded.query_tokens
-        return Sizing.of(storage.quantization, shape, element_size, weighs, windows, *more)
+        return Sizing.of(
+            self.storage.quantization,
+            backbone.geometry,
+            backbone.model.dtype.itemsize,
+            backbone.windows,
+            weighs=self.storage.merging is not None,
+            scored=self.reading.decode_interval is not None,
+            query_tokens=self.recorded.query_tokens,
+        )
 
     def budgets(self, policy: Policy, sizing: Sizing, context: int) -> tuple[int, ...] | None:
         """Units that every layer keeps of a context of that many tokens, as the policy shares them

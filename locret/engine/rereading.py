@@ -23,12 +23,7 @@ from locret.policies.base import Policy
 
 @dataclass(frozen=True)
 class FirstPass(Pass):
-    """Attend, and keep all new units but the last `drop`.
-
-    Args:
-        backend: see `locret.model.attend`.
-        drop, stores_only: see `Pass`.
-    """
+    """Attend, and keep all new units but the last `drop`."""
 
     backend: Backend
     drop: int = 0
@@ -53,11 +48,8 @@ class SecondPass(Pass):
 
     Args:
         policy: scores units by what this reading attends to.
-        backend: see `locret.model.attend`.
         looking: how many of the reading's last tokens look.
         scores: [B, H, n] float32 by layer, of readings so far; higher = keep.
-        drop: tokens of the reading.
-        stores_only: see `Pass`.
     """
 
     policy: Policy

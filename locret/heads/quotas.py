@@ -89,19 +89,19 @@ class Quotas:
             )
 
 
-def quotas_of(given: Any, what: str = "quotas") -> Quotas | None:
+def quotas_of(given: Any) -> Quotas | None:
     """The quotas that a user means.
 
     Args:
         given: an array-like [layers, KV heads] on any scale, which holds for every compression; a
             mapping of such by compression; the path of a .json or .npy file; None = equal.
-        what: what errors call it.
 
     Raises:
         ValueError: it has none of these forms.
     """
     if given is None or isinstance(given, Quotas):
         return given
+    what = "quotas"
     if isinstance(given, str | Path):
         given, what = _read(Path(given), what), f"{what} of {given}"
     if not isinstance(given, Mapping):
