@@ -38,6 +38,7 @@ def select_sequences(
     longest: int,
 ) -> Tensor:
     """Indices of the highest scores of each sequence's old and, after them, new units, ascending.
+    Returns long [total], each index counted from its sequence's first old unit.
 
     -inf and inf are scores like others, NaN is the lowest of all; of equal scores the earliest. On
     a CPU those that `torch.topk` chooses of each sequence.
@@ -53,9 +54,6 @@ def select_sequences(
             whatever they scored; together at most `kept`.
         total: out_offsets[-1].
         longest: the most units of a sequence, old and new.
-
-    Returns:
-        Long [total], each index counted from its sequence's first old unit.
     """
     numbers = {"kept": kept, "tails": tails, "heads": heads}
     _check_select(old, new, **numbers, offsets=offsets, out_offsets=out_offsets)

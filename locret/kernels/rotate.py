@@ -73,16 +73,13 @@ def rotate_at_slots_reference(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pair
 def rotate_units(
     x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, pairing: Pairing = "half"
 ) -> Tensor:
-    """Flat units rotated at slots of their own, as by `rotate_at_slots`.
+    """Flat units rotated at slots of their own, as by `rotate_at_slots`: [N, D] in x's dtype.
 
     Args:
         x: [N, D], any float dtype, any strides.
         cos, sin: [S, R], the tables of all slots, R even and at most D.
         slots: int32 or int64 [N], each in 0 .. S - 1. Not checked on a GPU.
         pairing: the partner of a dimension.
-
-    Returns:
-        [N, D] in x's dtype.
     """
     if x.dim() != 2 or slots.shape != x.shape[:1] or slots.dtype not in (torch.int32, torch.int64):
         raise ValueError(

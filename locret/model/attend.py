@@ -121,7 +121,7 @@ def attend(
     empty: Tensor | None = None,
     weighting: Weighting = PLAIN,
 ) -> Tensor:
-    """Causal attention of the last T of S slots.
+    """Causal attention of the last T of S slots: [B, T, H*G, D].
 
     Query t sees the slots 0 .. S - T + t (lower-right causal), but for the empty ones.
 
@@ -131,9 +131,6 @@ def attend(
         backend: see the file's head.
         empty: [B, H] long: leading slots that hold nothing. A query always sees its own slot.
         weighting: what else decides the weights.
-
-    Returns:
-        [B, T, H*G, D].
     """
     window = weighting.window
     if window is not None and key.shape[2] <= window:
@@ -189,7 +186,7 @@ def attend_past(
     backend: Backend,
     weighting: Weighting = PLAIN,
 ) -> Tensor:
-    """Causal attention of new tokens to themselves and to all of what is past.
+    """Causal attention of new tokens to themselves and to all of what is past: [B, T, H*G, D].
 
     Args:
         query: [B, H*G, T, D], rotated.
@@ -198,9 +195,6 @@ def attend_past(
             last of the last past.
         scaling, backend, weighting: as of `attend`; no window, and no softcap where a past has a
             bias.
-
-    Returns:
-        [B, T, H*G, D].
     """
     if any(past.bias is not None for past in pasts):
         wide = with_bias_in_channels(query, pasts, new, scaling)
