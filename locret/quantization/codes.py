@@ -80,7 +80,7 @@ def quantize(
     Raises:
         ValueError: usable values are not finite, or beyond `LARGEST`.
     """
-    x_dtype, x = _output_dtype(x), as_stored(x)
+    x_dtype, x = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16, as_stored(x)
     low, high = _extremes(x, dim, usable)
     refuse_unstorable(torch.maximum(low.abs(), high.abs()))
     minimum = low.half()
@@ -146,10 +146,6 @@ def refuse_where(unstorable: Tensor) -> None:
         )
 
 
-def _output_dtype(x: Tensor) -> torch.dtype:
-    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
-
-
 def _stable_scale(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The scale of a group, taken twice: from its range, and from its range as restored."""
     last = 2**bits - 1
@@ -174,16 +170,11 @@ def packed_size(size: int, bits: int) -> int:
     return -(-size * bits // 8)
 
 
-def check_bits(bits: int, allowed: tuple[int, ...] = BITS) -> None:
-    """Refuse (ValueError) bits that are not `allowed`."""
-    if not is_whole(bits, 1) or bits not in allowed:
-        raise ValueError(f"bits is {bits!r}; expected one of {', '.join(map(str, allowed))}")
-
-
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes uint8 [..., size], each below 2 ** `bits`, as bytes uint8 [..., packed size]."""
     assert codes.dtype == torch.uint8, codes.dtype
-    check_bits(bits, WIDTHS)
+    if not is_whole(bits, 1) or bits not in WIDTHS:
+        raise ValueError(f"bits is {bits!r}; expected one of {', '.join(map(str, WIDTHS))}")
     if bits == 8:
         return codes
     room = packed_size(codes.shape[-1], bits)

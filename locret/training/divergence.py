@@ -114,11 +114,8 @@ def recomputing(layers: Iterable[Any]) -> Iterator[None]:
     Args:
         layers: stock decoder layers, in evaluation mode.
     """
-    given = {
-        "gradient_checkpointing": True,
-        "_gradient_checkpointing_func": _checkpoint,
-        "training": True,
-    }
+    given: dict[str, Any] = {"gradient_checkpointing": True, "training": True}
+    given["_gradient_checkpointing_func"] = _checkpoint
     with contextlib.ExitStack() as stack:
         for layer in map(without_compiling, layers):
             own = vars(layer)

@@ -42,9 +42,7 @@ class EvictedLoss:
         backbone: the student, a model that carries an adapter.
         heads: frozen, in float32 and on the backbone's device.
         teacher: until its block ends, the backbone is the teacher.
-        threshold: "global", so that the best units of the whole model stay, or "quotas", so that
-            every head keeps what its record says.
-        mean_over: "tokens", "branches" or "both": what counts alike in the mean.
+        threshold, mean_over: as of `locret.training.gated.GatedLoss`.
         recompute: layers keep their input alone for the backward pass; nothing may drop out then.
 
     Raises:
@@ -96,8 +94,7 @@ class EvictedLoss:
             parameters: what gradients are taken of; none = no gradients.
 
         Raises:
-            ValueError: segments that do not fill the row or have no branches, another number of
-                compressions than of segments, or a compression below 1.
+            ValueError: as of `GatedLoss`.
         """
         check_segments(segments, input_ids.shape[1])
         check_samples(segments, compressions)
