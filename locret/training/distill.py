@@ -105,10 +105,11 @@ class Distillation:
         check_segments(segments, length)
         if self.recipe.prompt_keys == "unrotated" and any(each.branches for each in segments):
             raise ValueError("prompt_keys is 'unrotated', which samples with branches do not take")
+        given = self.recipe, segments, share, features
         if self.chunk_size is None or length <= self.chunk_size:
-            row = RowLoss(self.recipe, segments, share, features)
+            row = RowLoss(*given)
         else:
-            row = ChunkedRowLoss(self.chunk_size, self.recipe, segments, share, features)
+            row = ChunkedRowLoss(*given, chunk_size=self.chunk_size)
         decoder = self.backbone.decoder
         with torch.no_grad(), row.reading(decoder), self.backbone.attached(row.layer):
             decoder(

@@ -78,6 +78,7 @@ class Distilled:
     targets: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class RowLoss:
     """Collects the losses and gradients of one row that is read at once.
 
@@ -89,18 +90,13 @@ class RowLoss:
             its loss is taken.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        segments: Sequence[Segment],
-        share: Share | None = None,
-        features: Features | None = None,
-    ) -> None:
-        self.recipe = recipe
-        self.segments = segments
-        self.share = share
-        self.features = features
-        self.ranges = slots_of(segments)
+    recipe: Recipe
+    segments: Sequence[Segment]
+    share: Share | None = None
+    features: Features | None = None
+
+    def __post_init__(self) -> None:
+        self.ranges = slots_of(self.segments)
         self.shared: list[Callable[[], None]] = []
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.regression: list[Tensor] = []
@@ -233,6 +229,7 @@ class RowLoss:
         return torch.cat(outputs, dim=1)
 
 
+@dataclass(frozen=True)
 class PackedAttention:
     """A layer function: every segment attends to itself, from slot 0 on, and each of its branches
     to the trunk and itself; gradients flow.
@@ -242,9 +239,8 @@ class PackedAttention:
         backend: `eager` or `sdpa`.
     """
 
-    def __init__(self, segments: Sequence[Segment], backend: Backend) -> None:
-        self.segments = segments
-        self.backend = backend
+    segments: Sequence[Segment]
+    backend: Backend
 
     def __call__(self, call: LayerCall) -> Tensor:
         ranges = slots_of(self.segments)
