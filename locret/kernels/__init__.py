@@ -3,7 +3,9 @@
 A public function runs the Triton kernel where it can and its twin elsewhere (`dispatch`); both
 agree. All of them may be captured in a CUDA graph: nothing waits for the device and no shape
 depends on a value there. Shapes, dtypes and options that do not fit are refused with a ValueError
-that names what does not. This is the lowest layer: it imports torch and, if there, triton.
+that names what does not. What kernels are not specialized for (`do_not_specialize`) differs from
+prompt to prompt, or chunk to chunk: nothing is compiled anew for it, which takes seconds. This is
+the lowest layer: it imports torch and, if there, triton.
 
 Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 """

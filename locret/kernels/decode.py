@@ -207,7 +207,6 @@ def attend_sequences(
         )
 
 
-# Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["at_state", "tile_count", "tail_splits", "heads", "capacity"])
 def _attend(  # type: ignore[no-untyped-def]
     query, context, tiles, tail, tail_length, states, at_state, tile_count, tail_splits, scaling,

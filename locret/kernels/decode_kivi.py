@@ -47,7 +47,6 @@ def attend_packed(
         )
 
 
-# Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["heads", "blocks"])
 def _attend(  # type: ignore[no-untyped-def]
     query, tensors, where, states, scaling, heads, blocks, query_strides,
@@ -88,7 +87,6 @@ def _attend(  # type: ignore[no-untyped-def]
     unit = tl.arange(0, UNITS)
     key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum = tensors
 
-    # Everything that a step needs (`next_step`) is asked for before any of it is used.
     ends = starts + 1
     block = tl.load(tile_blocks + tile)
     end = tl.minimum(tl.load(ends + block), stop)

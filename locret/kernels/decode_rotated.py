@@ -132,7 +132,6 @@ def _turned(x, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr):  # type: ignore[no
     return tl.reshape(x, (SIZE_BLOCK,)) * (SIZE & -SIZE) ** -0.5
 
 
-# Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["heads", "blocks"])
 def _attend(  # type: ignore[no-untyped-def]
     queries, tensors, where, states, scaling, heads, blocks, query_strides,
@@ -178,7 +177,6 @@ def _attend(  # type: ignore[no-untyped-def]
 
     unit = tl.arange(0, UNITS)
     key_codes, key_scale, key_mean, value_codes, value_scale = tensors
-    # Everything that a step needs (`next_step`) is asked for before any of it is used.
     ends = starts + 1
     block = tl.load(tile_blocks + tile)
     end = tl.minimum(tl.load(ends + block), stop)
@@ -224,7 +222,6 @@ def _attend(  # type: ignore[no-untyped-def]
         leave_average(states[0], to, which, d, there, total, summed[chunk], QUERIES, SIZE)
 
 
-# Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["others_at", "tail_at", "tail_splits"])
 def _merge(  # type: ignore[no-untyped-def]
     states, out, firsts, other_firsts, others_at, tail_at, tail_splits, strides,

@@ -82,7 +82,6 @@ def attend_small_rotated(
     )
 
 
-# Nothing is compiled anew, which takes seconds, for what differs from prompt to prompt.
 @triton.jit(do_not_specialize=["heads", "blocks"])
 def _attend_small(  # type: ignore[no-untyped-def]
     queries, tensors, where, states, scaling, heads, blocks, query_strides,
@@ -169,7 +168,6 @@ def _attend_small(  # type: ignore[no-untyped-def]
     v_tables = table_words(VALUE_ASSEMBLY)
 
     key_codes, key_scale, key_mean, value_codes, value_scale = tensors
-    # Everything that a step needs (`next_step`) is asked for before any of it is used.
     ends = starts + 1
     block = tl.load(tile_blocks + tile)
     end = tl.minimum(tl.load(ends + block), stop)

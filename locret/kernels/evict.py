@@ -136,7 +136,6 @@ def _check_numbers(sequences: int, named: Mapping[str, Tensor]) -> None:
         check_tensors({name: (tensor, torch.int32, (count,))})
 
 
-# Nothing is compiled anew for the number of new units.
 @triton.jit(do_not_specialize=["new_count"])
 def _select(  # type: ignore[no-untyped-def]
     old, new, offsets, kept, out_offsets, tails, heads, index, new_count,
@@ -313,7 +312,6 @@ def _check_gather(
     _check_numbers(shape[0] * shape[1], offsets)
 
 
-# Nothing is compiled anew for the number of units.
 @triton.jit(do_not_specialize=["kept", "sequences", "heads"])
 def _gather(  # type: ignore[no-untyped-def]
     old, new, gathered, index, offsets, out_offsets, kept, sequences, heads, old_strides,

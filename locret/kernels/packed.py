@@ -252,14 +252,13 @@ def next_step(at, end, after, block, blocks, UNITS: tl.constexpr):  # type: igno
     """Where a step after that at `at` begins, the end of its block, and the block.
 
     A step takes the units at .. end - 1 of one block, UNITS of them at most; `after` is where the
-    next block ends.
+    next block ends. Everything that a step needs is asked for before any of it is used.
     """
     is_done = at + UNITS >= end
     block = tl.minimum(tl.where(is_done, block + 1, block), blocks - 1)
     return tl.minimum(at + UNITS, end), tl.where(is_done, after, end), block
 
 
-# Nothing is compiled anew for these, which differ from chunk to chunk.
 @triton.jit(do_not_specialize=["count", "blocks"])
 def _expand(  # type: ignore[no-untyped-def]
     packed, starts, out, rows, count, blocks, out_strides,
@@ -376,7 +375,6 @@ def _check_floats(packed: Sequence[Tensor], shape: tuple[int, int], starts: Tens
     )
 
 
-# Nothing is compiled anew for these, which differ from chunk to chunk.
 @triton.jit(do_not_specialize=["count", "blocks"])
 def _expand_floats(  # type: ignore[no-untyped-def]
     packed, starts, out, rows, count, blocks, out_strides,

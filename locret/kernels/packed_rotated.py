@@ -166,7 +166,6 @@ def check_rotated(
     )
 
 
-# Nothing is compiled anew for these, which differ from chunk to chunk.
 @triton.jit(do_not_specialize=["count", "blocks"])
 def _expand(  # type: ignore[no-untyped-def]
     packed, starts, out, rows, count, blocks, out_strides,

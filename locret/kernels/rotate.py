@@ -150,7 +150,6 @@ def _table_strides(table: Tensor) -> tuple[int, ...]:
     return (0, *table.stride()[1:]) if table.shape[0] == 1 else table.stride()
 
 
-# Nothing is compiled anew for the number of slots.
 @triton.jit(do_not_specialize=["slots"])
 def _rotate(  # type: ignore[no-untyped-def]
     x, cos, sin, table_slots, out, slots, x_strides, cos_strides, sin_strides, out_strides,
@@ -338,7 +337,6 @@ def _check_new(
         )
 
 
-# Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["capacity", "table_stride"])
 def _store_rotated(  # type: ignore[no-untyped-def]
     new, tail, slot, tables, norms, out, eps, query_heads, capacity, new_strides, tail_strides,

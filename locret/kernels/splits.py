@@ -247,7 +247,6 @@ def leave_average(  # type: ignore[no-untyped-def]
     tl.store(values + at[:, None] * SIZE + d[None, :], average, mask=mask)
 
 
-# Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["second_at", "tail_at", "tail_splits"])
 def _merge_states(  # type: ignore[no-untyped-def]
     states, out, firsts, second_firsts, second_at, tail_at, tail_splits, strides,
