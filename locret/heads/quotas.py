@@ -58,7 +58,6 @@ class Quotas:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Layers and KV heads."""
         _, table = self.tables[0]
         return len(table), len(table[0])
 
@@ -117,7 +116,6 @@ def quotas_of(given: Any) -> Quotas | None:
 
 
 def _read(path: Path, what: str) -> Any:
-    """What is in a file of quotas."""
     if path.suffix not in (".json", ".npy") or not path.is_file():
         raise ValueError(f"{what} is {str(path)!r}, which is not such a file; expected {EXPECTED}")
     try:

@@ -1,4 +1,4 @@
-"""Fused kernels in Triton, each beside a plain PyTorch twin.
+"""Fused kernels in Triton, each beside its twin in plain PyTorch (`..._reference`).
 
 A public function runs the Triton kernel where it can and its twin elsewhere (`dispatch`); both
 agree. All of them may be captured in a CUDA graph: nothing waits for the device and no shape

@@ -137,7 +137,6 @@ def decode_shares(lengths: Sequence[int], device: torch.device) -> Shares:
 
 
 def decode_sequences_reference(query: Tensor, plain: Plain, scaling: float) -> Tensor:
-    """The twin of `decode_sequences`, in plain PyTorch."""
     keys, values, shares, tail_keys, tail_values, tail_length = plain
     batch, heads, capacity, size = tail_keys.shape
     group, new = query.shape[1] // heads, query.shape[2]
@@ -306,7 +305,6 @@ def store_units(
 def store_units_reference(
     storage_keys: Tensor, storage_values: Tensor, key: Tensor, value: Tensor, slot: Tensor
 ) -> None:
-    """The twin of `store_units`, in plain PyTorch."""
     slots = slot.long() + torch.arange(key.shape[2], device=slot.device)
     storage_keys.index_copy_(2, slots, key)
     storage_values.index_copy_(2, slots, value)

@@ -95,7 +95,6 @@ def packed_shares(
 def decode_packed_reference(
     query: Tensor, packed: PackedKV | RotatedKV, shares: PackedShares, plain: Plain, scaling: float
 ) -> Tensor:
-    """The twin of `decode_packed`, in plain PyTorch."""
     lengths = (shares.lengths, plain.shares.lengths)
     pairs = zip(packed.expanded(query.shape[3]), plain[:2], strict=True)
     keys, values = (_interleaved(x.to(query.dtype), rest, *lengths) for x, rest in pairs)

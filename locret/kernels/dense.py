@@ -72,7 +72,6 @@ def add_norm(
 def add_norm_reference(
     residual: Tensor, new: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The twin of `add_norm`, in plain PyTorch."""
     summed = residual if new is None else residual + new
     return summed, norm_reference(summed, weight, eps)
 
@@ -140,7 +139,6 @@ def gated(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = None) 
 
 
 def gated_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """The twin of `gated`, in plain PyTorch."""
     return ACTIVATIONS[activation](gate).mul_(up)
 
 
@@ -204,7 +202,6 @@ def products(
 def products_reference(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """The twin of `products`, in plain PyTorch."""
     return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
 
 
@@ -241,7 +238,6 @@ def gated_products(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tens
 
 
 def gated_products_reference(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """The twin of `gated_products`, in plain PyTorch."""
     return ACTIVATIONS[activation](F.linear(x, gate)) * F.linear(x, up)
 
 

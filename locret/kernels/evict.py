@@ -283,7 +283,6 @@ def gather_sequences_reference(
     offsets: Tensor,
     out_offsets: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The twin of `gather_sequences`, in plain PyTorch."""
     count = new[0].shape[2]
     to = torch.arange(index.shape[0], dtype=torch.int32, device=index.device)
     sequence = torch.searchsorted(out_offsets, to, right=True) - 1

@@ -59,7 +59,6 @@ def rotate_at_slots(
 
 
 def rotate_at_slots_reference(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing) -> Tensor:
-    """The twin of `rotate_at_slots`, in plain PyTorch."""
     size = cos.shape[-1]
     turned, rest = x[..., :size].float(), x[..., size:]
     if pairing == "half":
@@ -99,7 +98,6 @@ def rotate_units(
 def rotate_units_reference(
     x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, pairing: Pairing
 ) -> Tensor:
-    """The twin of `rotate_units`, in plain PyTorch."""
     cos, sin = (table.index_select(0, slots)[None] for table in (cos, sin))
     return rotate_at_slots_reference(x[None, None], cos, sin, pairing)[0, 0]
 
@@ -287,7 +285,6 @@ def store_rotated_reference(
     tables: Tables | None,
     norms: HeadNorms | None,
 ) -> Tensor:
-    """The twin of `store_rotated`, in plain PyTorch."""
     query, key, value = new
     if norms is not None:
         query = norm_reference(query, norms.query, norms.eps)

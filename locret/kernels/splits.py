@@ -186,7 +186,6 @@ class States:
 
 
 def merge_states_reference(states: States, out: Tensor, shares: Sequence[Shares]) -> None:
-    """The twin of `States.merge`, in plain PyTorch."""
     sequence = torch.arange(out[..., 0].numel() // states.values.shape[1], device=out.device)
     of_tails = sequence.repeat_interleave(states.tail_splits)
     owners = torch.cat([*(share.tiles[:, 0] for share in shares), of_tails])
@@ -342,7 +341,6 @@ def merge_attention(
 def merge_attention_reference(
     first: Tensor, first_logsumexp: Tensor, second: Tensor, second_logsumexp: Tensor
 ) -> Tensor:
-    """The twin of `merge_attention`, in plain PyTorch."""
     share = torch.sigmoid(first_logsumexp - second_logsumexp)[..., None]
     merged = first.float() * share + second.float() * (1 - share)
     return merged.to(first.dtype).transpose(1, 2).contiguous()
