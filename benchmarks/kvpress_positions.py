@@ -110,9 +110,8 @@ def kept_by_locret(
     """The same of locret. PyramidKV's layers get the budgets that kvpress gave them."""
     import locret
     from locret.policies.expected_attention import ExpectedAttentionPolicy
-    from locret.policies.pyramidkv import PyramidKVPolicy
-    from locret.policies.snapkv import SnapKVPolicy
-    from locret.policies.streaming_llm import StreamingLLMPolicy
+    from locret.policies.plain import StreamingLLMPolicy
+    from locret.policies.snapkv import PyramidKVPolicy, SnapKVPolicy
 
     policies: dict[str, Any] = {
         "expected_attention": ExpectedAttentionPolicy(FUTURE, SINKS),

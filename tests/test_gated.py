@@ -10,8 +10,7 @@ from locret.model.attend import attend
 from locret.model.backbone import Backbone
 from locret.training import gated
 from locret.training.branch_reading import BranchAttention, Trunks, stored, ways_of
-from locret.training.gated import GatedLoss
-from locret.training.gates import FLOOR, thresholds_for
+from locret.training.gated import FLOOR, GatedLoss, thresholds_for
 from tests.test_branches import alone, branched, shifted
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 

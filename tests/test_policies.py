@@ -8,12 +8,11 @@ import torch
 
 import locret
 from locret.policies import POLICIES, LayerChunk, Policy
+from locret.policies.attention import H2OPolicy
 from locret.policies.expected_attention import ExpectedAttentionPolicy
-from locret.policies.h2o import H2OPolicy
-from locret.policies.pyramidkv import PyramidKVPolicy, pyramid
+from locret.policies.plain import StreamingLLMPolicy
 from locret.policies.sirllm import SirLLMPolicy
-from locret.policies.snapkv import SnapKVPolicy
-from locret.policies.streaming_llm import StreamingLLMPolicy
+from locret.policies.snapkv import PyramidKVPolicy, SnapKVPolicy, pyramid
 from tests import policy_reference
 from tests.kept import kept_of, stacked
 from tests.policy_reference import RULES

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import locret
 from locret.cache.cache import RetainedCache
-from locret.cache.positions import packed_positions, positions_bytes, unpacked_positions
+from locret.cache.context import packed_positions, positions_bytes, unpacked_positions
 from locret.cache.sequences import sequences_of
 from tests.tiny_models import prompt, tiny_model
 

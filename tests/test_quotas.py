@@ -31,7 +31,7 @@ from locret.heads.quotas import (
 from locret.model.backbone import Backbone
 from locret.policies import POLICIES
 from locret.policies.base import Eviction
-from locret.policies.knorm import KNormPolicy
+from locret.policies.plain import KNormPolicy
 from locret.quantization import NO_SCHEME, make_scheme
 from locret.quantization.costs import costs_of
 from tests.tiny_models import tiny_heads, tiny_model

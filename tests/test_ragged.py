@@ -11,7 +11,7 @@ from locret.cache.sequences import sequences_of
 from locret.model.hooks import as_argument, cache_of
 from locret.policies.compose import AdaptiveHeads
 from locret.policies.expected_attention import ExpectedAttentionPolicy
-from locret.policies.streaming_llm import StreamingLLMPolicy
+from locret.policies.plain import StreamingLLMPolicy
 from tests import policy_reference
 from tests.kept import kept_of
 from tests.policy_reference import RULES, Rule

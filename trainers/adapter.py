@@ -20,8 +20,7 @@ from locret.model.loading import Dtype, load_model, load_tokenizer
 from locret.quantities import check_bounds
 from locret.training.divergence import MeanOver
 from locret.training.evicted import EvictedLoss
-from locret.training.gated import check_tunable
-from locret.training.gates import Threshold
+from locret.training.gated import Threshold, check_tunable
 from locret.training.row_loss import PackedAttention
 from trainers.compressions import drawn, middle
 from trainers.figures import averaged, looked_at

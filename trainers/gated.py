@@ -19,8 +19,7 @@ from locret.model.loading import Dtype, load_model, load_tokenizer
 from locret.quantities import check_bounds
 from locret.quantization import scheme_of
 from locret.training.divergence import MeanOver
-from locret.training.gated import Gated, GatedLoss, check_tunable
-from locret.training.gates import Threshold
+from locret.training.gated import Gated, GatedLoss, Threshold, check_tunable
 from trainers.compressions import drawn, middle
 from trainers.figures import averaged, looked_at
 from trainers.module import SaveDtype, as_exported

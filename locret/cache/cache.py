@@ -42,11 +42,8 @@ DECODE_ROOM = 256  # units of spare storage a growing layer takes, so that decod
 def check_storage(
     positions: Positions, scheme: Scheme, merging: Merging | None, recall: Recall | None
 ) -> None:
-    """Refuse ways to hold units that do not go together (arguments: `RetainedCache`).
-
-    Raises:
-        ValueError: says which, and what to leave out.
-    """
+    """Refuse ways to hold units that do not go together (arguments: `RetainedCache`). ValueError:
+    says which, and what to leave out."""
     if positions not in get_args(Positions):
         raise ValueError(f"positions is {positions!r}; expected 'compact' or 'original'")
     if merging is not None and scheme.packs:

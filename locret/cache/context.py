@@ -1,5 +1,8 @@
 """What evictions have left of a layer: flat, ragged tensors that never change where they stand.
 
+Of a context that stays, source positions are a bit for every token read, set where a unit is held;
+a row whose heads hold few of very many tokens keeps its numbers, which are fewer bytes then.
+
 N units of Q = B * H sequences, D head size.
 """
 
@@ -10,11 +13,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from locret.cache.positions import packed_positions, unpacked_positions
 from locret.cache.sequences import Sequences, alike, sequences_of
+from locret.quantization import Scheme
+from locret.quantization.base import Tensors
+from locret.quantization.codes import Outliers, pack, unpack
 from locret.quantization.packed import Expansion, PackedKeys, PackedValues, join, select_keys, take
 
 POSITIONS = "source_positions"
+BYTE = 8
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class StoredContext:
             [N] float32 (higher = keep), "weights" [N] float32, how many tokens the value of a unit
             is the mean of.
         packed_keys, packed_values: None = nothing is packed.
-        positions: source positions of each row (`locret.cache.positions`), which `exact` has no
+        positions: source positions of each row (`packed_positions`), which `exact` has no
             more then; None = it has.
         appended: of each row, how many of every head's last units came after its last eviction.
     """
@@ -198,3 +204,73 @@ def in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: int
     starts, ends, shifts = table.to(index.device, non_blocking=True)
     unit = index + starts[::3][owner]  # all stretches counted through
     return unit + shifts[torch.searchsorted(ends, unit, right=True)]
+
+
+def to_named(keys: PackedKeys | None, values: PackedValues | None) -> dict[str, Tensor]:
+    """All tensors by name, for files."""
+    if keys is None or values is None:
+        return {}
+    named = {
+        "key_units": keys.units,
+        "key_tables": keys.tables,
+        "key_outliers": keys.outliers.tensors if keys.outliers else (),
+        "value_units": values.units,
+        "value_outliers": values.outliers.tensors if values.outliers else (),
+    }
+    flat = {f"{name}.{i}": x for name, tensors in named.items() for i, x in enumerate(tensors)}
+    return flat | {"key_starts": keys.starts}
+
+
+def from_named(
+    scheme: Scheme, head_size: int, named: dict[str, Tensor]
+) -> tuple[PackedKeys | None, PackedValues | None]:
+    """What `to_named` was told of; there may be other tensors among them."""
+    if "key_starts" not in named:
+        return None, None
+
+    def tensors(name: str) -> Tensors:
+        count = sum(other.startswith(f"{name}.") for other in named)
+        return tuple(named[f"{name}.{i}"] for i in range(count))
+
+    found = [tensors(f"{side}_outliers") for side in ("key", "value")]
+    of_keys, of_values = (Outliers(*each) if each else None for each in found)
+    tables = tensors("key_tables"), named["key_starts"]
+    keys = PackedKeys(scheme, head_size, tensors("key_units"), of_keys, *tables)
+    return keys, PackedValues(scheme, head_size, tensors("value_units"), of_values)
+
+
+def packed_positions(positions: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
+    """A tensor for each row: bits uint8 [H, W], or its numbers int32, whichever is smaller.
+
+    The host waits for the device, to learn how many tokens a row has read.
+
+    Args:
+        positions: int32 [N], ascending in each of the `sequences`, at least 0.
+    """
+    rows = [sequences.take([row]) for row in range(sequences.shape[0])]
+    each = zip(positions.split([row.total for row in rows]), rows, strict=True)
+    return tuple(_packed(own, row) for own, row in each)
+
+
+def _packed(positions: Tensor, row: Sequences) -> Tensor:
+    heads, last = row.shape[1], int(positions.max()) if len(positions) else -1
+    tokens = (last // BYTE + 1) * BYTE
+    if not 0 < heads * tokens < BYTE * positions.nbytes:
+        return positions.clone()
+    bits = torch.zeros(heads, tokens, dtype=torch.uint8, device=positions.device)
+    bits[row.owner, positions.long()] = 1
+    return pack(bits, 1)
+
+
+def unpacked_positions(rows: Sequence[Tensor]) -> Tensor:
+    """The int32 [N] that `packed_positions` was given."""
+    return torch.cat([_unpacked(row) if row.dtype == torch.uint8 else row for row in rows])
+
+
+def _unpacked(bits: Tensor) -> Tensor:
+    return unpack(bits, 1, bits.shape[1] * BYTE).nonzero()[:, 1].int()
+
+
+def positions_bytes(units: int, heads: int, tokens: int) -> int:
+    """Most bytes of a row of that many units in all heads, of so many tokens read."""
+    return min(units * torch.int32.itemsize, heads * -(-tokens // BYTE))

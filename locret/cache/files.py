@@ -28,11 +28,7 @@ REQUEST = ("budget", "prompt_lengths", "longrope", "query_length", "answered", "
 """What a `RetainedCache` knows of its request, beside the tokens."""
 
 _RECORDED = ("model", "positions", *REQUEST)
-_OF_LAYERS = {
-    "seen": "seen",
-    "rotated": "rotated",
-    "windows": "window",
-}
+_OF_LAYERS = {"seen": "seen", "rotated": "rotated", "windows": "window"}
 """What the record says of every layer, and the layer's attribute."""
 
 EVICTED, STATE = "evicted.", "state."
@@ -193,11 +189,8 @@ def _take_tensors(
 
 
 def _read(path: Path, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Record and tensors of the context saved at `path`; the tensors on the CPU.
-
-    Raises:
-        ValueError: no context there, a damaged one, or one of another model; says which.
-    """
+    """Record and tensors of the context saved at `path`; the tensors on the CPU. ValueError: no
+    context there, a damaged one, or one of another model; says which."""
     record = _read_record(path)
     check_model(path, record["model"], describe(model))
     tensors = _read_tensors(path)
@@ -238,11 +231,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_model(context: str | Path, recorded: dict[str, Any], given: dict[str, Any]) -> None:
-    """Whether a context belongs to the model `given`, by what `describe` says of both.
-
-    Raises:
-        ValueError: it does not; says in what they differ.
-    """
+    """Whether a context belongs to the model `given`, by what `describe` says of both. ValueError:
+    it does not; says in what they differ."""
     differences = [
         f"{what} {recorded.get(what)!r} there, {given[what]!r} here"
         for what in given

@@ -87,11 +87,8 @@ class RetainedLayer(CacheLayerMixin):
 
     @property
     def scores(self) -> list[list[Tensor]]:
-        """The scores of each row's and head's units, [B][H] float32; higher = keep.
-
-        Raises:
-            ValueError: the context was read to the end, so that they are dropped.
-        """
+        """The scores of each row's and head's units, [B][H] float32; higher = keep. ValueError: the
+        context was read to the end, so that they are dropped."""
         if not self.store.scored:
             raise ValueError(
                 "the cache holds no scores: nothing is evicted any more; an engine with "
@@ -105,7 +102,6 @@ class RetainedLayer(CacheLayerMixin):
 
     @property
     def is_empty(self) -> bool:
-        """It holds no unit."""
         return self.store.is_empty
 
     @property
@@ -120,7 +116,6 @@ class RetainedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storage on the device."""
         return self.store.nbytes + (self.host.nbytes if self.host else 0)
 
     def get_seq_length(self) -> int:
@@ -232,11 +227,8 @@ class RetainedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hand the new keys and values on to the attention function, which stores them.
-
-        Raises:
-            ValueError: the model is not attached, so keys would arrive rotated and unscored.
-        """
+        """Hand the new keys and values on to the attention function, which stores them. ValueError:
+        the model is not attached, so keys would arrive rotated and unscored."""
         if not self._handed_over:
             raise ValueError(
                 "a RetainedCache was given to a model that no engine is attached to; "
@@ -252,11 +244,8 @@ class RetainedLayer(CacheLayerMixin):
         self._start_anew()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Evicted units cannot be brought back, so nothing can be cropped.
-
-        Raises:
-            ValueError: `tokens_to_remove` is not zero.
-        """
+        """Evicted units cannot be brought back, so nothing can be cropped. ValueError:
+        `tokens_to_remove` is not zero."""
         if tokens_to_remove:
             raise ValueError(
                 "a RetainedCache cannot be rolled back; use a decoding method that does not "

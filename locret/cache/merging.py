@@ -90,11 +90,8 @@ MergingChoice = Merging | str | Mapping[str, Any] | None
 
 
 def merging_of(given: MergingChoice) -> Merging | None:
-    """The merging that a user means.
-
-    Raises:
-        ValueError: an unknown option, or a value that an option does not take.
-    """
+    """The merging that a user means. ValueError: an unknown option, or a value that an option does
+    not take."""
     if given is None or isinstance(given, Merging):
         return given
     if isinstance(given, str):

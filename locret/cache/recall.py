@@ -61,11 +61,8 @@ class Recall:
 
 
 def recall_of(given: Recall | Mapping[str, int] | None) -> Recall | None:
-    """The recall that was asked for, which may be given as names and values.
-
-    Raises:
-        ValueError: something else, an unknown name, or a value out of range.
-    """
+    """The recall that was asked for, which may be given as names and values. ValueError: something
+    else, an unknown name, or a value out of range."""
     if given is None or isinstance(given, Recall):
         return given
     known = [entry.name for entry in fields(Recall)]
@@ -139,7 +136,6 @@ class HostPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of host memory."""
         return sum(tensor.nbytes for segment in self.segments for tensor in segment.tensors)
 
     def with_blocks(self, tensors: Sequence[Tensor]) -> "HostPool":

@@ -2,7 +2,7 @@
 
 Counted are keys and values (codes, tables and residual, `locret.quantization.costs`), source
 positions and weights; scores where answers evict too, since else they are dropped when a prompt is
-read, and source positions take less from then on (`locret.cache.positions`). Outliers depend on
+read, and source positions take less from then on (`locret.cache.context`). Outliers depend on
 the data and are not.
 """
 
@@ -10,15 +10,16 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from locret.cache.positions import positions_bytes
+from locret.cache.context import positions_bytes
 from locret.heads.heads import Geometry
 from locret.quantization import Scheme
 from locret.quantization.costs import most_bytes, most_bytes_shared
 
 BESIDE_BYTES = 4
 """Of a unit in a KV head beside key and value: its source position (int32), until its prompt is
-read (`locret.cache.positions`)."""
+read (`locret.cache.context`)."""
 SCORE_BYTES = 4
 """Of a unit in a KV head while something may be evicted: its score (float32)."""
 WEIGHT_BYTES = 4
@@ -55,23 +56,12 @@ class Sizing:
         scheme: Scheme,
         shape: Geometry,
         element_size: int,
-        weighs: bool = False,
         windows: Sequence[int | None] = (),
-        scored: bool = False,
-        query_tokens: int = 0,
+        **others: Any,
     ) -> "Sizing":
         """What a cache of a backbone of this shape takes, which has these windows (None = none)."""
-        return cls(
-            scheme,
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.head_size,
-            element_size,
-            weighs,
-            tuple(window for window in windows if window),
-            scored,
-            query_tokens,
-        )
+        sizes = shape.num_layers, shape.num_kv_heads, shape.head_size, element_size
+        return cls(scheme, *sizes, windows=tuple(window for window in windows if window), **others)
 
     def cache_bytes(self, budgets: Sequence[int], tokens: int | None = None) -> int:
         """Most bytes of layers that hold so many units in every KV head: of `tokens` tokens when

@@ -11,17 +11,25 @@ B rows, H KV heads, Q = B * H sequences, N units of the context, T units of the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from locret.cache.context import POSITIONS, StoredContext, in_storage, nothing, places, stack
+from locret.cache.context import (
+    POSITIONS,
+    StoredContext,
+    from_named,
+    in_storage,
+    nothing,
+    places,
+    stack,
+    to_named,
+)
 from locret.cache.sequences import Sequences, alike, sequences_of
 from locret.cache.tail import NewTokens, Tail, TailView
 from locret.kernels import gather_sequences
 from locret.quantization import NO_SCHEME, Scheme
-from locret.quantization.named import from_named, to_named
 from locret.quantization.packed import fetch, pack_keys, select_keys, select_values
 
 NAMES = ("keys", "values", POSITIONS, "scores", "weights")
@@ -33,12 +41,8 @@ STEPS = 256
 CUDA graph: packing makes new tensors, and so a new graph."""
 
 
-class StoreView(NamedTuple):
-    """What a store held at some moment."""
-
-    context: StoredContext | None
-    tail: TailView
-    names: tuple[str, ...]
+StoreView = tuple[StoredContext | None, TailView, tuple[str, ...]]
+"""What a store held at some moment: context, tail and names."""
 
 
 class Store:
@@ -60,7 +64,6 @@ class Store:
         self.clear()
 
     def clear(self) -> None:
-        """Hold nothing."""
         self.context: StoredContext | None = None
         self.tail = Tail()
         self.names: tuple[str, ...] = NAMES if self.weighs else NAMES[:4]
@@ -99,7 +102,6 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storage."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
@@ -180,11 +182,8 @@ class Store:
 
     def pack(self, tight: bool = False) -> None:
         """What was appended has been attended to: pack it as far as it fills blocks; if `tight`,
-        all but the scheme's residual, so that the bytes are those of an eviction.
-
-        Raises:
-            ValueError: a key or value cannot be packed; nothing has changed then.
-        """
+        all but the scheme's residual, so that the bytes are those of an eviction. ValueError: a key
+        or value cannot be packed; nothing has changed then."""
         scheme = self.scheme
         if not scheme.packs or not self.tail.count:
             return
@@ -356,13 +355,11 @@ class Store:
             self.tail.append(left)
 
     def view(self) -> StoreView:
-        """What is held now, for `restore`. Nothing is copied."""
-        return StoreView(self.context, self.tail.view(), self.names)
+        return self.context, self.tail.view(), self.names
 
     def restore(self, view: StoreView) -> None:
-        """Hold again what was held when `view` was taken."""
-        self.context, self.names = view.context, view.names
-        self.tail.restore(view.tail)
+        self.context, tail, self.names = view
+        self.tail.restore(tail)
 
     def select_rows(self, rows: Sequence[int], index: Tensor) -> None:
         """Hold only some rows of the batch, which may repeat: `rows`; on the device, `index`."""
@@ -372,7 +369,6 @@ class Store:
             self.tail.select_batch(index)
 
     def move(self, device: torch.device) -> None:
-        """Be on `device`."""
         if self.is_empty:
             return
         positions = None if self.context is None else self.context.positions

@@ -13,12 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class TailView(NamedTuple):
-    """What a tail held at some moment: its storage and how many units of it were in use."""
-
-    storage: tuple[Tensor, ...]
-    units: int
+TailView = tuple[tuple[Tensor, ...], int]
+"""What a tail held at some moment: its storage and how many units of it were in use."""
 
 
 class Tail:
@@ -55,7 +51,6 @@ class Tail:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storage, spare room included."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def append(self, new: Sequence[Tensor], room: int = 0) -> None:
@@ -94,8 +89,7 @@ class Tail:
         return copied
 
     def view(self) -> TailView:
-        """What is held now, for `restore`."""
-        return TailView(self.tensors, self.count)
+        return self.tensors, self.count
 
     def restore(self, view: TailView) -> None:
         """Hold again what was held when `view` was taken.
@@ -111,7 +105,6 @@ class Tail:
         self._room_is_ours = True
 
     def move(self, device: torch.device) -> None:
-        """Be on `device`."""
         self.tensors = tuple(tensor.to(device) for tensor in self.tensors)
         self._room_is_ours = True
 
@@ -138,7 +131,6 @@ class NewTokens(NamedTuple):
         return cls(keys, values, scores, positions.int().expand(keys.shape[:3]))
 
     def first(self, count: int) -> "NewTokens":
-        """The first `count` of them."""
         return NewTokens(*(x[:, :, :count] for x in self))
 
 

@@ -20,11 +20,10 @@ from locret.engine.arguments import (
 )
 from locret.engine.attention import RetainedAttention
 from locret.engine.config import EngineConfig
-from locret.engine.forward import ChunkForward
+from locret.engine.forward import ChunkForward, seen_through, without_mask
 from locret.engine.passes import AnswerPass, Pass
 from locret.engine.reading import counts_of, one_if_equal
 from locret.engine.steps import GraphedSteps, StepCounts, takes_steps
-from locret.engine.through import seen_through, without_mask
 from locret.kernels.dispatch import AVAILABLE
 from locret.model.backbone import Backbone
 from locret.model.hooks import as_argument, without_autocast

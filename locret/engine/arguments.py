@@ -30,10 +30,7 @@ ones may be no more than the first token and a role's header, with which any que
 
 
 def check_ids(input_ids: Tensor) -> None:
-    """
-    Raises:
-        ValueError: no tensor of whole numbers, not [batch, tokens], or nothing at all.
-    """
+    """Refuse (ValueError) what is no tensor of whole numbers, not [batch, tokens], or nothing."""
     if not isinstance(input_ids, Tensor):
         raise ValueError(
             f"input_ids is a {type(input_ids).__name__}; expected a tensor [batch, tokens]: take "
@@ -78,11 +75,8 @@ def left_padding(
 
 def inferred_mask(model: Any, kwargs: dict[str, Any], input_ids: Tensor) -> Tensor | None:
     """The mask [B, n] that stock `generate` infers for `input_ids` where none is given: zeros where
-    `pad_token_id` is, unless that may also end an answer. None = no padding.
-
-    Raises:
-        ValueError: it is not padding on the left.
-    """
+    `pad_token_id` is, unless that may also end an answer. None = no padding. ValueError: it is not
+    padding on the left."""
     pads, ends = (_token_ids(setting(model, kwargs, f"{name}_token_id")) for name in ("pad", "eos"))
     if not pads or set(pads) & set(ends):
         return None
@@ -161,11 +155,8 @@ def unpadded(input_ids: Tensor, padding: list[int]) -> list[Tensor]:
 
 
 def check_decoding(model: Any, kwargs: dict[str, Any], with_cache: bool) -> None:
-    """Refuse ways to generate that a compressed cache cannot follow.
-
-    Raises:
-        ValueError: says which argument, and what to do instead.
-    """
+    """Refuse ways to generate that a compressed cache cannot follow. ValueError: says which
+    argument, and what to do instead."""
     wanted = {name: setting(model, kwargs, name) for name in REFUSED}
     wanted["cache_implementation"] = given(kwargs, "cache_implementation")
     for name, value in wanted.items():

@@ -19,11 +19,7 @@ def layer_budgets(
     budget: Budget, quotas: Quotas | None, policy: Policy, sizing: Sizing, context: int
 ) -> tuple[int, ...] | None:
     """Units that every layer keeps of a context of that many tokens, as the policy shares them out
-    and before quotas do; None = all.
-
-    Raises:
-        ValueError: not one unit fits into the memory.
-    """
+    and before quotas do; None = all. ValueError: not one unit fits into the memory."""
     if budget is None or not sizing.num_layers:
         return None
     if isinstance(budget, tuple):

@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from locret.engine.rereading import keep_highest, view_of
+from locret.engine.passes import chunk_of
+from locret.engine.rereading import keep_highest
 from locret.heads.quotas import COMPRESSIONS, averaged, measured
 from locret.model.attend import Backend, attend
 from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall
 from locret.policies import LocretPolicy, Policy
-from locret.policies.base import LayerChunk
 
 
 class Calibration:
@@ -60,11 +60,8 @@ class Calibration:
 
     @torch.no_grad()
     def add(self, input_ids: Tensor) -> None:
-        """Count the best units of a context, [1, T] long.
-
-        Raises:
-            ValueError: scores that are not finite.
-        """
+        """Count the best units of a context, [1, T] long. ValueError: scores that are not
+        finite."""
         self._scores = {}
         try:
             for ids, looking in self._readings(input_ids):
@@ -102,14 +99,19 @@ class Calibration:
             length: tokens of the context.
             looking: see `_readings`.
         """
-        lengths = (call.key.shape[2],)
-        query, key = (call.rotate_packed(x, lengths) for x in (call.query, call.key))
+        tokens = (call.key.shape[2],)
+        query, key = (call.rotate(x, (0,), tokens) for x in (call.query, call.key))
         i = call.retained_idx
         if i is not None:
             if looking:
-                scores = self.policy.look(view_of(call, query[:, :, -looking:], key, call.value))
+                scores = self.policy.look(call.seen_by(query[:, :, -looking:], key, call.value))
             else:
-                scores = self.policy.rank(_chunk(call, i, query, key)).float()
+
+                def rotate(x: Tensor, offset: int) -> Tensor:
+                    return call.rotate(x, (offset,), tokens)
+
+                chunk = chunk_of(call, query, key, start=0, rotate=rotate)
+                scores = self.policy.rank(chunk).float()
             if not scores.isfinite().all():
                 raise ValueError(
                     f"policy {self.policy.name!r} gave scores that are not finite numbers in layer "
@@ -129,20 +131,3 @@ def why_not(policy: Policy | type[Policy]) -> str | None:
     if isinstance(core, LocretPolicy) and core.heads.config.query_tokens:
         return "its heads read a question in front, which texts for calibration do not have"
     return None
-
-
-def _chunk(call: LayerCall, retained_idx: int, query: Tensor, key: Tensor) -> LayerChunk:
-    """What the policy sees of a context that is one chunk; `query` and `key` are rotated."""
-    tokens = key.shape[2]
-    return LayerChunk(
-        layer_idx=retained_idx,
-        query=call.query,
-        key=call.key,
-        value=call.value,
-        hidden=call.hidden,
-        start=0,
-        scaling=call.scaling,
-        rotated_query=query,
-        rotated_key=key,
-        rotate=lambda x, offset: call.rotate(x, (offset,), (tokens,)),
-    )

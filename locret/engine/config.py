@@ -44,28 +44,19 @@ from locret.quantization import Scheme, scheme_of
 
 @dataclass(frozen=True)
 class Reading:
-    """How a prompt is read, and how much is kept of it."""
+    """How a prompt is read, and how much is kept of it: as `locret.Engine` says."""
 
     budget: Budget
-    """Units a KV head keeps on average (`locret.quantities.budget_of`); None = all."""
     quotas: Quotas | None
-    """Which heads keep more and which less (`locret.heads.quotas`); None = all alike."""
     chunk_size: int | None | Auto
-    """Tokens of the prompt read at a time; None = all at once; "auto", until the model is known, =
-    the fastest (`locret.engine.chunk`)."""
+    """ "auto" until the model is known."""
     stabilizers: int | Auto
-    """Last units that survive every eviction but the final one; "auto" = in the recorded
-    proportion, where the budget is known with the context only."""
+    """ "auto" = in the recorded proportion, where the budget is known with the context only."""
     local_tokens: int
-    """Last tokens of the prompt that are read after the final eviction."""
     positions: Positions
-    """ "compact" or "original" (`locret.cache.cache`)."""
     longrope: LongRopeRule
-    """ "long" or "by_length" (`locret.model.rotary`)."""
     query_aware: bool
-    """Whether the policy sees the question before the final eviction."""
     decode_interval: int | None
-    """Tokens of an answer after which it is evicted again; None = answers are kept whole."""
 
     @property
     def chunk(self) -> int | None:
@@ -79,11 +70,8 @@ class Storage:
     """How the cache stores units, and what becomes of evicted ones."""
 
     quantization: Scheme
-    """How keys and values are stored."""
     merging: Merging | None
-    """How the values of evicted units are merged into units that stay; None = they are lost."""
     recall: Recall | None
-    """What comes back of evicted units from host memory; None = nothing."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +79,7 @@ class Compute:
     """How layers are computed."""
 
     backend: Backend | Auto
-    """How attention is computed (`locret.model.attend`)."""
     graphs: bool | Auto
-    """Whether the steps of an answer run from a CUDA graph; "auto" = where that works."""
 
 
 DEFAULTS: dict[str, Any] = {
@@ -114,11 +100,8 @@ class EngineConfig:
     """The settings of an engine, "auto" replaced, checked."""
 
     reading: Reading
-    """How a prompt is read, and how much is kept of it."""
     storage: Storage
-    """How the cache stores units, and what becomes of evicted ones."""
     compute: Compute
-    """How layers are computed."""
     recorded: Recorded
     """What "auto" stood for."""
 
@@ -163,11 +146,8 @@ class EngineConfig:
         return config
 
     def for_model(self, backbone: Backbone) -> "EngineConfig":
-        """These settings for one model: what was left "auto" until now is chosen.
-
-        Raises:
-            ValueError: what this model cannot do; says what to change.
-        """
+        """These settings for one model: what was left "auto" until now is chosen. ValueError: what
+        this model cannot do; says what to change."""
         layers, budget = backbone.geometry.num_layers, self.reading.budget
         if isinstance(budget, tuple) and len(budget) != layers:
             raise ValueError(
@@ -193,30 +173,25 @@ class EngineConfig:
 
     def sizing(self, backbone: Backbone) -> Sizing:
         """What units take in the cache of one row."""
-        storage, element_size = self.storage, backbone.model.dtype.itemsize
-        weighs = storage.merging is not None
-        shape, windows = backbone.geometry, backbone.windows
-        scored = self.reading.decode_interval is not None
-        more = scored, self.recorded.query_tokens
-        return Sizing.of(storage.quantization, shape, element_size, weighs, windows, *more)
+        return Sizing.of(
+            self.storage.quantization,
+            backbone.geometry,
+            backbone.model.dtype.itemsize,
+            backbone.windows,
+            weighs=self.storage.merging is not None,
+            scored=self.reading.decode_interval is not None,
+            query_tokens=self.recorded.query_tokens,
+        )
 
     def budgets(self, policy: Policy, sizing: Sizing, context: int) -> tuple[int, ...] | None:
-        """Units that every layer keeps of a context of that many tokens, as the policy shares them
-        out and before quotas do; None = all.
-
-        Raises:
-            ValueError: not one unit fits into the memory.
-        """
+        """What `layer_budgets` says of a context of that many tokens."""
         reading = self.reading
         return layer_budgets(reading.budget, reading.quotas, policy, sizing, context)
 
     def counts(self, policy: Policy, sizing: Sizing, context: int) -> Counts | None:
         """Units that every KV head of every layer keeps of a context of that many tokens,
-        [layers][KV heads]: the layers' budgets, dealt out by the quotas. None = all.
-
-        Raises:
-            ValueError: not one unit fits into the memory.
-        """
+        [layers][KV heads]: the layers' budgets, dealt out by the quotas. None = all. ValueError:
+        not one unit fits into the memory."""
         budgets = self.budgets(policy, sizing, context)
         if budgets is None:
             return None
@@ -276,11 +251,8 @@ class EngineConfig:
 
 
 def _policy_or_class(policy: str | Policy | None) -> Policy | type[Policy]:
-    """A policy as it is given, or the class of that name.
-
-    Raises:
-        ValueError: there is no policy of that name.
-    """
+    """A policy as it is given, or the class of that name. ValueError: there is no policy of that
+    name."""
     if policy is None:
         return Policy
     if isinstance(policy, Policy):
@@ -341,9 +313,10 @@ def _reading(given: Mapping[str, Any], recorded: Recorded, evicts: bool) -> Read
     quotas, chunk_size = given["quotas"], given["chunk_size"]
     if chunk_size == RECORDED:
         chunk_size = recorded.settings.get("chunk_size", "auto")
+    by_heads = isinstance(quotas, str) and quotas == "auto"  # an array compares by element
     return Reading(
         budget=budget,
-        quotas=recorded.quotas if _is_auto(quotas) else quotas_of(quotas),
+        quotas=recorded.quotas if by_heads else quotas_of(quotas),
         chunk_size=chunk_size,
         stabilizers=stabilizers,
         local_tokens=chosen("local_tokens"),
@@ -354,10 +327,6 @@ def _reading(given: Mapping[str, Any], recorded: Recorded, evicts: bool) -> Read
     )
 
 
-def _is_auto(given: Any) -> bool:
-    return isinstance(given, str) and given == "auto"  # an array compares element by element
-
-
 def _smallest(budget: Budget) -> int | None:
     """The smallest budget of any layer; None where there is none, or it is not known yet."""
     if isinstance(budget, tuple):
@@ -366,7 +335,6 @@ def _smallest(budget: Budget) -> int | None:
 
 
 def _check_values(reading: Reading) -> None:
-    _check_choice("positions", reading.positions, get_args(Positions))
     _check_choice("longrope", reading.longrope, get_args(LongRopeRule))
     _check_choice("query_aware", reading.query_aware, (True, False))
     if reading.chunk_size not in (None, "auto"):

@@ -231,11 +231,8 @@ class Engine:
         self, cache: RetainedCache, counts: Counts
     ) -> contextlib.AbstractContextManager[None]:
         """While it is entered, the attached model reads what it is called with into `cache`, of
-        which every head keeps so many units: for callers who need the model's outputs.
-
-        Raises:
-            ValueError: the policy scores nothing before it has reread the whole context.
-        """
+        which every head keeps so many units: for callers who need the model's outputs. ValueError:
+        the policy scores nothing before it has reread the whole context."""
         if self.policy.rereads:
             raise ValueError(
                 f"policy {self.policy.name!r} scores a context by reading it again, so that it "
@@ -401,10 +398,7 @@ def _scoring_heads(policy: str | Policy, heads: RetainingHeads | None) -> Retain
 
 def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:
     """The policy of that name, or as it is given (the name: checked by `EngineConfig.of`).
-
-    Raises:
-        ValueError: heads are missing, or are for another backbone.
-    """
+    ValueError: heads are missing, or are for another backbone."""
     if heads is not None:
         _check_fit(heads, backbone)
     if isinstance(policy, Policy):

@@ -12,6 +12,7 @@ after the other:
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,13 +65,8 @@ class Pass:
 
 @dataclass(frozen=True)
 class AnswerPass(Pass):
-    """Attend to the units held and to the new ones, all of which stay.
-
-    Args:
-        backend: see `locret.model.attend`.
-        room: units expected to come, for which storage is made at once.
-        stores_only: see `Pass`.
-    """
+    """Attend to the units held and to the new ones, all of which stay; `room` units are expected to
+    come, for which storage is made at once."""
 
     backend: Backend
     room: int = DECODE_ROOM
@@ -118,15 +114,8 @@ class AnswerPass(Pass):
 
 @dataclass(frozen=True)
 class ReadPass(Pass):
-    """Attend, rank, and keep no more than the budget.
-
-    Args:
-        policy: ranks units.
-        backend: see `locret.model.attend`.
-        surprise: the backbone's, for policies that wait.
-        eviction: what is kept.
-        stores_only: see `Pass`.
-    """
+    """Attend, let the policy rank, and keep no more than the eviction says; `surprise` is the
+    backbone's, for policies that wait."""
 
     policy: Policy
     backend: Backend
@@ -163,7 +152,6 @@ class ReadPass(Pass):
 
     def _chunk(self, call: LayerCall, layer: RetainedLayer, pasts: Sequence[Past]) -> LayerChunk:
         """What the policy sees of the call."""
-        assert call.retained_idx is not None
         cache = call.cache
         starts, lengths = next_slots(layer, cache), cache.prompt_lengths
         query, key = (call.rotate(x, starts, lengths) for x in (call.query, call.key))
@@ -176,16 +164,11 @@ class ReadPass(Pass):
         def rotate(x: Tensor, offset: int) -> Tensor:
             return call.rotate(x, tuple(start + offset for start in starts), lengths)
 
-        return LayerChunk(
-            layer_idx=call.retained_idx,
-            query=call.query,
-            key=call.key,
-            value=call.value,
-            hidden=call.hidden,
+        return chunk_of(
+            call,
+            query,
+            key,
             start=layer.seen,
-            scaling=call.scaling,
-            rotated_query=query,
-            rotated_key=key,
             context=context,
             state=layer.state,
             drop=self.drop,
@@ -308,6 +291,13 @@ class ReadPass(Pass):
             own = tokens - sent(cache.padding, hidden.device)[:, None]
             surprisal = surprisal.masked_fill(own <= 0, torch.inf)
         return surprisal
+
+
+def chunk_of(call: LayerCall, query: Tensor, key: Tensor, **more: Any) -> LayerChunk:
+    """What a policy sees of a call whose queries and keys are rotated to these; `more` fields."""
+    assert call.retained_idx is not None
+    made = call.retained_idx, call.query, call.key, call.value, call.hidden
+    return LayerChunk(*made, scaling=call.scaling, rotated_query=query, rotated_key=key, **more)
 
 
 def own_positions(call: LayerCall, layer: RetainedLayer) -> Tensor:

@@ -148,7 +148,8 @@ def make_plan(
     if quotas is not None:
         quotas.check_shape(geometry.num_layers, geometry.num_kv_heads)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    heads = _heads_parameters(geometry, head_width) * dtype.itemsize
+    a_head = head_width * (geometry.feature_width("qkv") + geometry.num_kv_heads)
+    heads = geometry.num_layers * a_head * dtype.itemsize
     token_bytes = chunk_bytes(geometry, config, dtype, head_width)
     if asked == "auto":
         window = config.max_position_embeddings
@@ -221,11 +222,6 @@ def _spread(quotas: Quotas | None, schemes: tuple[SchemePlan, ...]) -> str | Non
     if quotas is None or not compressions:
         return None
     return in_words(quotas.at(min(compressions)))
-
-
-def _heads_parameters(geometry: Geometry, width: int) -> int:
-    a_layer = width * (geometry.feature_width("qkv") + geometry.num_kv_heads)
-    return geometry.num_layers * a_layer
 
 
 def as_text(plan: Plan, name: str) -> str:

@@ -112,10 +112,7 @@ class Reader:
                 "in front, which is never evicted, and others are not; ask one row at a time"
             )
         lengths = [row.shape[1] for row in rows]
-        readings = [
-            self._plan(context, length, query)
-            for context, length, query in zip(contexts, lengths, queries, strict=True)
-        ]
+        readings = [*map(self._plan, contexts, lengths, queries)]
         caches = self._read_apart(readings)
         for i, row in enumerate(rows):
             local = row[:, before[i] : row.shape[1] - unread]
@@ -245,10 +242,7 @@ class Reader:
     ) -> RetainedCache:
         """The cache of contexts [1, n] of different lengths, each read as it would be alone; as
         one of at least `width` tokens."""
-        readings = [
-            self._plan(context, length, query)
-            for context, length, query in zip(contexts, prompt_lengths, queries, strict=True)
-        ]
+        readings = [*map(self._plan, contexts, prompt_lengths, queries)]
         return self.stacked(self._read_apart(readings), width)
 
     def store(self, chunk: Tensor, cache: RetainedCache, eviction: Eviction | None = None) -> None:

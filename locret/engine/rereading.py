@@ -16,7 +16,6 @@ from locret.cache.cache import RetainedCache
 from locret.cache.layer import RetainedLayer
 from locret.cache.tail import NewTokens
 from locret.engine.passes import Pass, next_slots, own_positions, pasts_of, rectangle_of
-from locret.heads.targets import AnswerView
 from locret.model.attend import Backend, attend_past
 from locret.model.hooks import LayerCall, without_autocast
 from locret.policies.base import Policy
@@ -24,12 +23,7 @@ from locret.policies.base import Policy
 
 @dataclass(frozen=True)
 class FirstPass(Pass):
-    """Attend, and keep all new units but the last `drop`.
-
-    Args:
-        backend: see `locret.model.attend`.
-        drop, stores_only: see `Pass`.
-    """
+    """Attend, and keep all new units but the last `drop`."""
 
     backend: Backend
     drop: int = 0
@@ -54,11 +48,8 @@ class SecondPass(Pass):
 
     Args:
         policy: scores units by what this reading attends to.
-        backend: see `locret.model.attend`.
         looking: how many of the reading's last tokens look.
         scores: [B, H, n] float32 by layer, of readings so far; higher = keep.
-        drop: tokens of the reading.
-        stores_only: see `Pass`.
     """
 
     policy: Policy
@@ -74,24 +65,13 @@ class SecondPass(Pass):
             pasts = pasts_of(call, layer)
             keys = torch.cat([rectangle_of(layer, pasts, "keys"), key], dim=2)
             values = torch.cat([rectangle_of(layer, pasts, "values"), call.value], dim=2)
-            view = view_of(call, query[:, :, -self.looking :], keys, values)
+            view = call.seen_by(query[:, :, -self.looking :], keys, values)
             assert call.retained_idx is not None
             keep_highest(self.scores, call.retained_idx, self.policy.look(view), layer.longest)
             if not wanted:
                 return None
             how = call.scaling, self.backend, call.weighting
             return attend_past(query, pasts, (key, call.value), *how)
-
-
-def view_of(call: LayerCall, query: Tensor, keys: Tensor, values: Tensor) -> AnswerView:
-    """A layer as the last tokens of a reading see it.
-
-    Args:
-        query: [B, H*G, A, D], theirs, rotated.
-        keys, values: [B, H, S, D], of all they see and of themselves, keys rotated.
-    """
-    bends = call.weighting.softcap, call.weighting.sinks
-    return AnswerView(query, keys, values, call.scaling, call.output_weight, *bends)
 
 
 def keep_highest(scores: dict[int, Tensor], layer: int, more: Tensor, length: int) -> None:

@@ -2,10 +2,9 @@
 
 Ours is a folder with `heads.safetensors` (`layers.{i}.fc1.weight`, `layers.{i}.fc2.weight`; other
 kinds of heads: the names of their parameters), `config.json` (`locret.heads.heads.HeadsConfig`) and
-a model card, and `custom_generate/` for stock `generate`; beside
-them may lie `training.yaml`, `training.png` and small files with figures, which are published too.
-The released format is a torch file with `model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`,
-alone or in a whole-model dict.
+a model card, and `custom_generate/` for stock `generate`; beside them may lie `training.yaml`,
+`training.png` and small files with figures, which are published too. The released format is a torch
+file with `model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`, alone or in a whole-model dict.
 
 Loading never executes code. Saving writes aside and renames: a failed save changes nothing.
 """

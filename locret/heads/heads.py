@@ -1,18 +1,18 @@
 """Retaining heads: a small module a layer that says how much every cache unit will be needed.
 
 Paper section 3.1. The config says what, `RetainingHead` (`locret.heads.kinds`) is one layer,
-`RetainingHeads` all of them. To let heads read something else of a token, write the function and
-give it a name in `FEATURES`.
+`RetainingHeads` all of them.
+
 H KV heads, G query heads a KV head, D head size, W = (H*G + 2H) * D, R width of a head.
 """
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, Protocol, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -21,44 +21,9 @@ from transformers.activations import ACT2FN
 from locret.heads import files as artifact
 from locret.heads import hub, peers
 from locret.heads.card import DEFAULT_LICENSE
-from locret.heads.checks import wrong_values
-from locret.heads.kinds import GateHead, LinearHead, MLPHead, RetainingHead
+from locret.heads.kinds import FEATURES, GateHead, LinearHead, MLPHead, RetainingHead
+from locret.heads.quotas import quotas_of
 from locret.heads.targets import LABELS
-
-
-class LayerTensors(Protocol):
-    """What a layer has at hand: query [B, H*G, T, D], key and value [B, H, T, D], all before RoPE,
-    and hidden [B, T, hidden size]."""
-
-    @property
-    def query(self) -> Tensor: ...
-    @property
-    def key(self) -> Tensor: ...
-    @property
-    def value(self) -> Tensor: ...
-    @property
-    def hidden(self) -> Tensor: ...
-
-
-def qkv(layer: LayerTensors) -> Tensor:
-    """[Q, K, V] of all heads before RoPE, in this order: [B, T, (H*G + 2H) * D].
-
-    The paper's; released heads need it.
-    """
-    flat = [x.transpose(1, 2).flatten(2) for x in (layer.query, layer.key, layer.value)]
-    return torch.cat(flat, dim=-1)
-
-
-def hidden(layer: LayerTensors) -> Tensor:
-    """The attention layer's input, after its norm: [B, T, hidden size].
-
-    Smaller, and known before the projections.
-    """
-    return layer.hidden
-
-
-FEATURES: dict[str, Callable[[LayerTensors], Tensor]] = {"qkv": qkv, "hidden": hidden}
-"""What a head reads of a token, by the name that configs and artifacts use."""
 
 SCHEMA_VERSION = 1
 LongRopeRule = Literal["long", "by_length"]
@@ -217,18 +182,14 @@ class HeadsConfig:
         )
 
     def __post_init__(self) -> None:
-        wrong = wrong_values(dataclasses.asdict(self), get_type_hints(HeadsConfig), CHOICES)
+        wrong = _wrong_values(dataclasses.asdict(self))
         if wrong:
             raise ValueError(f"heads config: {'; '.join(wrong)}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HeadsConfig":
-        """Read a record back.
-
-        Raises:
-            ValueError: a newer schema, or fields missing, unknown or with values that cannot be;
-                they are named.
-        """
+        """Read a record back. ValueError: a newer schema, or fields missing, unknown or with values
+        that cannot be; they are named."""
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(
@@ -273,6 +234,62 @@ class HeadsConfig:
             for name in theirs
             if ours[name] is not None and ours[name] != theirs[name]
         ]
+
+
+def _wrong_values(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of a record, in words."""
+    wrong = []
+    at_least = {"query_tokens": 0}
+    for name, kind in get_type_hints(HeadsConfig).items():
+        value = values[name]
+        if name == "quotas":
+            wrong += _wrong_quotas(values)
+        elif not _is_a(value, kind):
+            wrong.append(f"{name} is {value!r}, expected {kind}")
+        elif type(value) is int and value < at_least.get(name, 1):
+            wrong.append(f"{name} is {value}, expected at least {at_least.get(name, 1)}")
+        elif name in CHOICES and value not in CHOICES[name]:
+            wrong.append(f"{name} {value!r} is unknown; expected one of {sorted(CHOICES[name])}")
+    return wrong or _wrong_shape(values)
+
+
+def _wrong_shape(values: Mapping[str, Any]) -> list[str]:
+    """What fields that are right by themselves have against each other."""
+    kind, width, sinks = (values[name] for name in ("kind", "width", "sinks"))
+    wrong = []
+    if (kind == "linear") != (width is None) or (kind == "gate") != (sinks is not None):
+        wrong.append(
+            f"width is {width} and sinks {sinks} with kind {kind!r}; expected a width but for "
+            "linear heads, and sinks for gates alone"
+        )
+    queries, heads = values["num_query_heads"], values["num_kv_heads"]
+    if kind == "gate" and (queries is None or queries % heads):
+        wrong.append(f"num_query_heads is {queries}; a gate needs a multiple of {heads} KV heads")
+    return wrong
+
+
+def _wrong_quotas(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the quotas of a record; none are right for heads of any shape."""
+    given = values["quotas"]
+    if given is None:
+        return []
+    if not (isinstance(given, dict) and all(isinstance(table, list) for table in given.values())):
+        return [f"quotas are a {type(given).__name__}, expected lists of lists by compression"]
+    try:
+        quotas = quotas_of(given)
+        if quotas is not None:
+            quotas.check_shape(values["num_layers"], values["num_kv_heads"])
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is dict:
+        _, of = get_args(kind)
+        numbers = (int, float) if of is float else of
+        return isinstance(value, dict) and all(isinstance(v, numbers) for v in value.values())
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
 
 
 class RetainingHeads(nn.Module):
@@ -326,10 +343,7 @@ class RetainingHeads(nn.Module):
         cls, config: HeadsConfig, tensors: Mapping[str, Tensor], source: str = "the given tensors"
     ) -> "RetainingHeads":
         """Heads of `config` with the given weights, such as `layers.{i}.fc{1,2}.weight`.
-
-        Raises:
-            ValueError: tensors missing, extra, misshapen or not finite; named.
-        """
+        ValueError: tensors missing, extra, misshapen or not finite; named."""
         if config.num_layers > len(tensors):  # building as many modules could take forever
             raise ValueError(
                 f"heads from {source} do not fit their config: {len(tensors)} tensors for "

@@ -47,10 +47,7 @@ def download(
     repo_type: str = "model",
 ) -> Path:
     """The local copy of the files of a repository that match; the folder may not exist if none do.
-
-    Raises:
-        ValueError: no such repository or revision, or it could not be fetched as a whole.
-    """
+    ValueError: no such repository or revision, or it could not be fetched as a whole."""
     try:
         folder = huggingface_hub.snapshot_download(
             repo_id,

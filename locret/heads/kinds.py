@@ -1,13 +1,52 @@
-"""What a head computes of a token's features: an MLP, the paper's (section 3.1), one matrix, or the
-gate of another method.
+"""What a head reads of a token (`FEATURES`), and what it computes of that: an MLP, the paper's
+(section 3.1), one matrix, or the gate of another method. To let heads read something else, write
+the function and give it a name in `FEATURES`.
 
-H KV heads, G query heads a KV head, W input width, R width of a head.
+H KV heads, G query heads a KV head, D head size, W input width, R width of a head.
 """
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers.activations import ACT2FN
+
+
+class LayerTensors(Protocol):
+    """What a layer has at hand: query [B, H*G, T, D], key and value [B, H, T, D], all before RoPE,
+    and hidden [B, T, hidden size]."""
+
+    @property
+    def query(self) -> Tensor: ...
+    @property
+    def key(self) -> Tensor: ...
+    @property
+    def value(self) -> Tensor: ...
+    @property
+    def hidden(self) -> Tensor: ...
+
+
+def qkv(layer: LayerTensors) -> Tensor:
+    """[Q, K, V] of all heads before RoPE, in this order: [B, T, (H*G + 2H) * D].
+
+    The paper's; released heads need it.
+    """
+    flat = [x.transpose(1, 2).flatten(2) for x in (layer.query, layer.key, layer.value)]
+    return torch.cat(flat, dim=-1)
+
+
+def hidden(layer: LayerTensors) -> Tensor:
+    """The attention layer's input, after its norm: [B, T, hidden size].
+
+    Smaller, and known before the projections.
+    """
+    return layer.hidden
+
+
+FEATURES: dict[str, Callable[[LayerTensors], Tensor]] = {"qkv": qkv, "hidden": hidden}
+"""What a head reads of a token, by the name that configs and artifacts use."""
 
 
 class RetainingHead(nn.Module):
@@ -28,12 +67,7 @@ class MLPHead(RetainingHead):
     """
 
     def __init__(
-        self,
-        input_width: int,
-        width: int,
-        num_kv_heads: int,
-        activation: str,
-        bias: bool = False,
+        self, input_width: int, width: int, num_kv_heads: int, activation: str, bias: bool = False
     ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(input_width, width, bias=bias)

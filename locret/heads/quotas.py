@@ -58,7 +58,6 @@ class Quotas:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Layers and KV heads."""
         _, table = self.tables[0]
         return len(table), len(table[0])
 
@@ -89,19 +88,19 @@ class Quotas:
             )
 
 
-def quotas_of(given: Any, what: str = "quotas") -> Quotas | None:
+def quotas_of(given: Any) -> Quotas | None:
     """The quotas that a user means.
 
     Args:
         given: an array-like [layers, KV heads] on any scale, which holds for every compression; a
             mapping of such by compression; the path of a .json or .npy file; None = equal.
-        what: what errors call it.
 
     Raises:
         ValueError: it has none of these forms.
     """
     if given is None or isinstance(given, Quotas):
         return given
+    what = "quotas"
     if isinstance(given, str | Path):
         given, what = _read(Path(given), what), f"{what} of {given}"
     if not isinstance(given, Mapping):
@@ -117,7 +116,6 @@ def quotas_of(given: Any, what: str = "quotas") -> Quotas | None:
 
 
 def _read(path: Path, what: str) -> Any:
-    """What is in a file of quotas."""
     if path.suffix not in (".json", ".npy") or not path.is_file():
         raise ValueError(f"{what} is {str(path)!r}, which is not such a file; expected {EXPECTED}")
     try:

@@ -1,33 +1,31 @@
-"""Fused kernels in Triton, each beside a plain PyTorch twin.
+"""Fused kernels in Triton, each beside its twin in plain PyTorch (`..._reference`).
 
 A public function runs the Triton kernel where it can and its twin elsewhere (`dispatch`); both
 agree. All of them may be captured in a CUDA graph: nothing waits for the device and no shape
-depends on a value there. This is the lowest layer: it imports torch and, if there, triton.
+depends on a value there. Shapes, dtypes and options that do not fit are refused with a ValueError
+that names what does not. What kernels are not specialized for (`do_not_specialize`) differs from
+prompt to prompt, or chunk to chunk: nothing is compiled anew for it, which takes seconds. This is
+the lowest layer: it imports torch and, if there, triton.
 
 Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 """
 
-from locret.kernels.add_norm import add_norm
-from locret.kernels.decode import (
-    Plain,
-    decode_sequences,
-    decode_shares,
-    store_units,
-)
+from locret.kernels.decode import Plain, decode_sequences, decode_shares, store_units
 from locret.kernels.decode_packed import decode_packed, packed_shares
-from locret.kernels.evict import (
-    gather_sequences,
-    select_sequences,
-)
-from locret.kernels.gated import gated
+from locret.kernels.dense import add_norm, gated, gated_products, products
+from locret.kernels.evict import gather_sequences, select_sequences
 from locret.kernels.pack_rotated import fetch_rotated, pack_rotated_keys, pack_rotated_values
-from locret.kernels.packed import PackedKV, PackedShares, expand_units
-from locret.kernels.packed_floats import expand_floats
+from locret.kernels.packed import PackedKV, PackedShares, expand_floats, expand_units
 from locret.kernels.packed_rotated import RotatedKV, expand_rotated
-from locret.kernels.product import gated_products, products
-from locret.kernels.rotate import rotate_at_slots, rotate_units
+from locret.kernels.rotate import (
+    HeadNorms,
+    NewUnit,
+    Tables,
+    rotate_at_slots,
+    rotate_units,
+    store_rotated,
+)
 from locret.kernels.splits import Shares, merge_attention, share_out
-from locret.kernels.store_rotated import HeadNorms, NewUnit, Tables, store_rotated
 
 __all__ = [
     "HeadNorms",

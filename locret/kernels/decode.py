@@ -114,9 +114,6 @@ def decode_sequences(query: Tensor, plain: Plain, scaling: float) -> Tensor:
 
     Returns:
         [B, H*G, T, D] in query's dtype; zeros where a token sees nothing.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
     """
     plain.check(query)
     keys, values, shares, *tails = plain
@@ -140,7 +137,6 @@ def decode_shares(lengths: Sequence[int], device: torch.device) -> Shares:
 
 
 def decode_sequences_reference(query: Tensor, plain: Plain, scaling: float) -> Tensor:
-    """The twin of `decode_sequences`, in plain PyTorch."""
     keys, values, shares, tail_keys, tail_values, tail_length = plain
     batch, heads, capacity, size = tail_keys.shape
     group, new = query.shape[1] // heads, query.shape[2]
@@ -210,33 +206,14 @@ def attend_sequences(
         )
 
 
-# Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["at_state", "tile_count", "tail_splits", "heads", "capacity"])
 def _attend(  # type: ignore[no-untyped-def]
-    query,
-    context,
-    tiles,
-    tail,
-    tail_length,
-    states,
-    at_state,
-    tile_count,
-    tail_splits,
-    scaling,
-    heads,
-    capacity,
-    query_strides,
-    unit_strides,
-    tail_key_strides,
-    tail_value_strides,
-    NEW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr,
-    UNITS: tl.constexpr,
+    query, context, tiles, tail, tail_length, states, at_state, tile_count, tail_splits, scaling,
+    heads, capacity, query_strides, unit_strides, tail_key_strides, tail_value_strides,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    SIZE_BLOCK: tl.constexpr, UNITS: tl.constexpr,
     UPCAST: tl.constexpr,  # the interpreter multiplies bfloat16 blocks as integers
-):
+):  # fmt: skip
     # A tile of the context, or an equal share of what is filled now of a sequence's tail. Both
     # take one loop, which differs only in where its units begin and how far apart they are.
     program = tl.program_id(0)
@@ -308,9 +285,6 @@ def store_units(
         key, value: [B, H, T, D], of the storage's dtypes; T is small, 1 while decoding.
         slot: [1] int32 or int64, on the same device. All slots must lie in the storage: this
             cannot be checked without waiting for the device. A GPU drops what lies outside.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
     """
     _check_store(storage_keys, storage_values, key, value, slot)
     if not takes_triton(storage_keys, storage_values, key, value, slot):
@@ -331,7 +305,6 @@ def store_units(
 def store_units_reference(
     storage_keys: Tensor, storage_values: Tensor, key: Tensor, value: Tensor, slot: Tensor
 ) -> None:
-    """The twin of `store_units`, in plain PyTorch."""
     slots = slot.long() + torch.arange(key.shape[2], device=slot.device)
     storage_keys.index_copy_(2, slots, key)
     storage_values.index_copy_(2, slots, value)
@@ -351,15 +324,9 @@ def _check_store(
 
 @triton.jit
 def _store(  # type: ignore[no-untyped-def]
-    storage,
-    new,
-    slot,
-    capacity,
-    storage_strides,
-    new_strides,
-    SIZES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    storage, new, slot, capacity, storage_strides, new_strides,
+    SIZES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)

@@ -47,29 +47,15 @@ def attend_packed(
         )
 
 
-# Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["heads", "blocks"])
 def _attend(  # type: ignore[no-untyped-def]
-    query,
-    tensors,
-    where,
-    states,
-    scaling,
-    heads,
-    blocks,
-    query_strides,
-    NEW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    BYTE_BLOCK: tl.constexpr,
-    SPAN: tl.constexpr,
+    query, tensors, where, states, scaling, heads, blocks, query_strides,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, QUERY_BLOCK: tl.constexpr, BYTE_BLOCK: tl.constexpr, SPAN: tl.constexpr,
     UNITS: tl.constexpr,
     UPCAST: tl.constexpr,  # to float32 by plain arithmetic; the interpreter knows no other
     ASSEMBLY: tl.constexpr,
-):
+):  # fmt: skip
     BYTES: tl.constexpr = (SIZE * BITS + 7) // 8
     PLANES: tl.constexpr = 8 // BITS
     GROUPS: tl.constexpr = (SIZE + GROUP - 1) // GROUP
@@ -101,7 +87,6 @@ def _attend(  # type: ignore[no-untyped-def]
     unit = tl.arange(0, UNITS)
     key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum = tensors
 
-    # Everything that a step needs (`next_step`) is asked for before any of it is used.
     ends = starts + 1
     block = tl.load(tile_blocks + tile)
     end = tl.minimum(tl.load(ends + block), stop)
@@ -159,14 +144,9 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _expanded(  # type: ignore[no-untyped-def]
-    packed,
-    scale,
-    minimum,
-    plane: tl.constexpr,
-    BITS: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    packed, scale, minimum,
+    plane: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     """minimum + scale * code of one plane, for bytes `packed` and tables that broadcast."""
     if UPCAST:
         codes = (packed.to(tl.int32) >> (plane * BITS)) & ((1 << BITS) - 1)

@@ -112,31 +112,13 @@ def assembly(bits: int) -> tuple[str, ...]:
     return *planes, "prmt.b32 $0, $1, $2, 0x5410;", "prmt.b32 $0, $1, $2, 0x7632;"
 
 
-# Nothing is compiled anew, which takes seconds, for what differs from prompt to prompt: no wide
-# load leans on what divides it.
 @triton.jit(do_not_specialize=["heads", "blocks"])
 def _attend_small(  # type: ignore[no-untyped-def]
-    query,
-    tensors,
-    where,
-    states,
-    scaling,
-    heads,
-    blocks,
-    query_strides,
-    NEW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SPAN: tl.constexpr,
-    UNITS: tl.constexpr,
-    PAIR: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROOM: tl.constexpr,
-    LIFT: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    query, tensors, where, states, scaling, heads, blocks, query_strides,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
+    ENTRIES: tl.constexpr, SPAN: tl.constexpr, UNITS: tl.constexpr, PAIR: tl.constexpr,
+    GROUPS: tl.constexpr, ROOM: tl.constexpr, LIFT: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     # Codes come in 16-bit words: a span is WORDS words of a unit. A slab is a plane of a span,
     # two operands: of its low bytes and of its high bytes (`parity`).
     BYTES: tl.constexpr = (SIZE * BITS + 7) // 8
@@ -190,7 +172,6 @@ def _attend_small(  # type: ignore[no-untyped-def]
 
     key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum = tensors
 
-    # Everything that a step needs (`next_step`) is asked for before any of it is used.
     ends = starts + 1
     block = tl.load(tile_blocks + tile)
     end = tl.minimum(tl.load(ends + block), stop)

@@ -27,11 +27,7 @@ _START = 64  # units in whose time a program begins and ends
 
 
 def decode_packed(
-    query: Tensor,
-    packed: PackedKV | RotatedKV,
-    shares: PackedShares,
-    plain: Plain,
-    scaling: float,
+    query: Tensor, packed: PackedKV | RotatedKV, shares: PackedShares, plain: Plain, scaling: float
 ) -> Tensor:
     """softmax(scaling q k) v over each sequence's packed units, its plain ones and its tail.
 
@@ -45,9 +41,6 @@ def decode_packed(
 
     Returns:
         [B, H*G, T, D] in query's dtype; zeros where a token sees nothing.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
     """
     plain.check(query)
     packed.check(query.shape[3])
@@ -100,13 +93,8 @@ def packed_shares(
 
 
 def decode_packed_reference(
-    query: Tensor,
-    packed: PackedKV | RotatedKV,
-    shares: PackedShares,
-    plain: Plain,
-    scaling: float,
+    query: Tensor, packed: PackedKV | RotatedKV, shares: PackedShares, plain: Plain, scaling: float
 ) -> Tensor:
-    """The twin of `decode_packed`, in plain PyTorch."""
     lengths = (shares.lengths, plain.shares.lengths)
     pairs = zip(packed.expanded(query.shape[3]), plain[:2], strict=True)
     keys, values = (_interleaved(x.to(query.dtype), rest, *lengths) for x, rest in pairs)

@@ -103,11 +103,7 @@ def merge_rotated(states: States, out: Tensor, shares: Sequence[Shares]) -> None
 
 @triton.jit
 def _rotate(  # type: ignore[no-untyped-def]
-    query,
-    rotated,
-    strides,
-    SIZE: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr,
+    query, rotated, strides, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr
 ):
     t = tl.program_id(0)
     head = tl.program_id(1)
@@ -136,33 +132,16 @@ def _turned(x, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr):  # type: ignore[no
     return tl.reshape(x, (SIZE_BLOCK,)) * (SIZE & -SIZE) ** -0.5
 
 
-# Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["heads", "blocks"])
 def _attend(  # type: ignore[no-untyped-def]
-    queries,
-    tensors,
-    where,
-    states,
-    scaling,
-    heads,
-    blocks,
-    query_strides,
-    NEW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr,
-    KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
-    KEY_LEVELS: tl.constexpr,
-    VALUE_LEVELS: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    UNITS: tl.constexpr,
+    queries, tensors, where, states, scaling, heads, blocks, query_strides,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_LEVELS: tl.constexpr,
+    VALUE_LEVELS: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr, UNITS: tl.constexpr,
     UPCAST: tl.constexpr,  # to float32 by plain arithmetic; the interpreter knows no other
-    KEY_ASSEMBLY: tl.constexpr,
-    VALUE_ASSEMBLY: tl.constexpr,
-):
+    KEY_ASSEMBLY: tl.constexpr, VALUE_ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     KEY_CHUNKS: tl.constexpr = 8 // (KEY_BITS - KEY_BITS % 2)
     VALUE_CHUNKS: tl.constexpr = 8 // (VALUE_BITS - VALUE_BITS % 2)
     KEY_CHUNK: tl.constexpr = SIZE // KEY_CHUNKS
@@ -198,7 +177,6 @@ def _attend(  # type: ignore[no-untyped-def]
 
     unit = tl.arange(0, UNITS)
     key_codes, key_scale, key_mean, value_codes, value_scale = tensors
-    # Everything that a step needs (`next_step`) is asked for before any of it is used.
     ends = starts + 1
     block = tl.load(tile_blocks + tile)
     end = tl.minimum(tl.load(ends + block), stop)
@@ -244,24 +222,12 @@ def _attend(  # type: ignore[no-untyped-def]
         leave_average(states[0], to, which, d, there, total, summed[chunk], QUERIES, SIZE)
 
 
-# Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["others_at", "tail_at", "tail_splits"])
 def _merge(  # type: ignore[no-untyped-def]
-    states,
-    out,
-    firsts,
-    other_firsts,
-    others_at,
-    tail_at,
-    tail_splits,
-    strides,
-    NEW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    OTHERS: tl.constexpr,
-):
+    states, out, firsts, other_firsts, others_at, tail_at, tail_splits, strides,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr,
+    STEP: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
     which = tl.program_id(0)
     d = tl.arange(0, SIZE_BLOCK)
     sequence = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)

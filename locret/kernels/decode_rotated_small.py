@@ -82,29 +82,13 @@ def attend_small_rotated(
     )
 
 
-# Nothing is compiled anew, which takes seconds, for what differs from prompt to prompt.
 @triton.jit(do_not_specialize=["heads", "blocks"])
 def _attend_small(  # type: ignore[no-untyped-def]
-    queries,
-    tensors,
-    where,
-    states,
-    scaling,
-    heads,
-    blocks,
-    query_strides,
-    NEW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    KEY_LEVELS: tl.constexpr,
-    VALUE_LEVELS: tl.constexpr,
-    PLANES: tl.constexpr,
-    UNITS: tl.constexpr,
-    LIFT: tl.constexpr,
-    KEY_ASSEMBLY: tl.constexpr,
-    VALUE_ASSEMBLY: tl.constexpr,
-):
+    queries, tensors, where, states, scaling, heads, blocks, query_strides,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
+    KEY_LEVELS: tl.constexpr, VALUE_LEVELS: tl.constexpr, PLANES: tl.constexpr, UNITS: tl.constexpr,
+    LIFT: tl.constexpr, KEY_ASSEMBLY: tl.constexpr, VALUE_ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     SMALL: tl.constexpr = 8
     SUBTILES: tl.constexpr = UNITS // 16
     K_PLANE: tl.constexpr = PLANES[0]  # bytes of a unit, and channels of a chunk
@@ -184,7 +168,6 @@ def _attend_small(  # type: ignore[no-untyped-def]
     v_tables = table_words(VALUE_ASSEMBLY)
 
     key_codes, key_scale, key_mean, value_codes, value_scale = tensors
-    # Everything that a step needs (`next_step`) is asked for before any of it is used.
     ends = starts + 1
     block = tl.load(tile_blocks + tile)
     end = tl.minimum(tl.load(ends + block), stop)

@@ -38,6 +38,7 @@ def select_sequences(
     longest: int,
 ) -> Tensor:
     """Indices of the highest scores of each sequence's old and, after them, new units, ascending.
+    Returns long [total], each index counted from its sequence's first old unit.
 
     -inf and inf are scores like others, NaN is the lowest of all; of equal scores the earliest. On
     a CPU those that `torch.topk` chooses of each sequence.
@@ -53,12 +54,6 @@ def select_sequences(
             whatever they scored; together at most `kept`.
         total: out_offsets[-1].
         longest: the most units of a sequence, old and new.
-
-    Returns:
-        Long [total], each index counted from its sequence's first old unit.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
     """
     numbers = {"kept": kept, "tails": tails, "heads": heads}
     _check_select(old, new, **numbers, offsets=offsets, out_offsets=out_offsets)
@@ -141,22 +136,11 @@ def _check_numbers(sequences: int, named: Mapping[str, Tensor]) -> None:
         check_tensors({name: (tensor, torch.int32, (count,))})
 
 
-# Nothing is compiled anew for the number of new units.
 @triton.jit(do_not_specialize=["new_count"])
 def _select(  # type: ignore[no-untyped-def]
-    old,
-    new,
-    offsets,
-    kept,
-    out_offsets,
-    tails,
-    heads,
-    index,
-    new_count,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    RESIDENT: tl.constexpr,
-):
+    old, new, offsets, kept, out_offsets, tails, heads, index, new_count,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
     sequence = tl.program_id(0)
     first = tl.load(offsets + sequence)
     old_count = tl.load(offsets + sequence + 1) - first
@@ -264,9 +248,6 @@ def gather_sequences(
 
     Returns:
         One contiguous tensor [K, D] or [K] for each of `old`.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
     """
     _check_gather(old, new, index, offsets=offsets, out_offsets=out_offsets)
     if not takes_triton(index, offsets, out_offsets, *old, *new):
@@ -302,7 +283,6 @@ def gather_sequences_reference(
     offsets: Tensor,
     out_offsets: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The twin of `gather_sequences`, in plain PyTorch."""
     count = new[0].shape[2]
     to = torch.arange(index.shape[0], dtype=torch.int32, device=index.device)
     sequence = torch.searchsorted(out_offsets, to, right=True) - 1
@@ -331,25 +311,12 @@ def _check_gather(
     _check_numbers(shape[0] * shape[1], offsets)
 
 
-# Nothing is compiled anew for the number of units.
 @triton.jit(do_not_specialize=["kept", "sequences", "heads"])
 def _gather(  # type: ignore[no-untyped-def]
-    old,
-    new,
-    gathered,
-    index,
-    offsets,
-    out_offsets,
-    kept,
-    sequences,
-    heads,
-    old_strides,
+    old, new, gathered, index, offsets, out_offsets, kept, sequences, heads, old_strides,
     new_strides,
-    SIZES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    UNITS: tl.constexpr,
-    HALVINGS: tl.constexpr,
-):
+    SIZES: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
     to = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     there = to < kept
     unit = tl.load(index + to, mask=there, other=0)

@@ -44,9 +44,6 @@ def pack_rotated_keys(
 
     Returns:
         Codes, scale, mean, and int32 [1]: not 0 if a unit that was encoded cannot be stored.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
     """
     size, blocks = fresh.shape[1], len(kept)
     new = _new(len(index), levels, fresh, blocks)
@@ -148,23 +145,10 @@ def _sizes(size: int, levels: tuple[float, ...]) -> dict[str, Any]:
 
 @triton.jit(do_not_specialize=["count"])
 def _pack_keys(  # type: ignore[no-untyped-def]
-    old,
-    old_block,
-    fresh,
-    index,
-    kept,
-    starts,
-    new,
-    bad,
-    count,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BETWEEN: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    old, old_block, fresh, index, kept, starts, new, bad, count,
+    SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
+    CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     first, end = tl.load(starts + b), tl.load(starts + b + 1)
     former = tl.load(kept + b).to(tl.int64)
@@ -202,21 +186,10 @@ def _pack_keys(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["count", "kept"])
 def _pack_values(  # type: ignore[no-untyped-def]
-    old,
-    fresh,
-    index,
-    new,
-    bad,
-    count,
-    kept,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BETWEEN: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    old, fresh, index, new, bad, count, kept,
+    SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
+    CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     k = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
     unit = tl.load(index + k, mask=k < kept, other=0)
     d = tl.arange(0, CHANNELS)
@@ -231,21 +204,10 @@ def _pack_values(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["count", "kept"])
 def _fetch(  # type: ignore[no-untyped-def]
-    old,
-    old_block,
-    fresh,
-    index,
-    out,
-    count,
-    kept,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BETWEEN: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    old, old_block, fresh, index, out, count, kept,
+    SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
+    CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     k = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
     d = tl.arange(0, CHANNELS)
     x = _units(
@@ -276,21 +238,10 @@ def _fresh(fresh, unit, there, d, SIZE: tl.constexpr):  # type: ignore[no-untype
 
 @triton.jit
 def _units(  # type: ignore[no-untyped-def]
-    old,
-    old_block,
-    fresh,
-    index,
-    k,
-    there,
-    d,
-    count,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    old, old_block, fresh, index, k, there, d, count,
+    SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     """float32 units in full, packed or fresh; zeros where there is none."""
     unit = tl.load(index + k, mask=there, other=0)
     x = _fresh(fresh, unit - count, there & (unit >= count), d, SIZE)
@@ -356,17 +307,9 @@ def _refuse(x, bad):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _encode(  # type: ignore[no-untyped-def]
-    z,
-    new,
-    bad,
-    k,
-    there,
-    d,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BETWEEN: tl.constexpr,
-):
+    z, new, bad, k, there, d,
+    SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
+):  # fmt: skip
     """Codes and scale of rotated units to the places `k`."""
     size = tl.max(tl.abs(z), 1) / 127.5 if BITS == 8 else tl.sqrt(tl.sum(z * z, 1) / SIZE)
     code, size = _nearest(z, size, d, SIZE, BITS, LEVELS, BETWEEN)
@@ -386,13 +329,7 @@ def _encode(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _nearest(  # type: ignore[no-untyped-def]
-    z,
-    size,
-    d,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BETWEEN: tl.constexpr,
+    z, size, d, SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr
 ):
     """Codes, int32, of the levels nearest to z / size, and the scale of least error for them."""
     steps = z / tl.maximum(size, 1e-30)[:, None]  # a unit of zeros does not divide by zero

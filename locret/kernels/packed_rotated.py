@@ -82,9 +82,6 @@ def expand_rotated(
     Args:
         packed, levels: `keys` or `values` of `RotatedKV`, and theirs.
         out, starts, at: as of `expand_units`.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
     """
     count = packed[0].shape[0]
     size = check_rows(count, out, at)
@@ -114,10 +111,7 @@ def expand_rotated(
 
 
 def expand_rotated_reference(
-    packed: tuple[Tensor, ...],
-    levels: tuple[float, ...],
-    size: int,
-    starts: Tensor | None = None,
+    packed: tuple[Tensor, ...], levels: tuple[float, ...], size: int, starts: Tensor | None = None
 ) -> Tensor:
     """The twin of `expand_rotated`, in plain PyTorch: float32 [N, D = size]."""
     table = torch.tensor([-level for level in reversed(levels)] + list(levels))
@@ -172,24 +166,12 @@ def check_rotated(
     )
 
 
-# Nothing is compiled anew for these, which differ from chunk to chunk.
 @triton.jit(do_not_specialize=["count", "blocks"])
 def _expand(  # type: ignore[no-untyped-def]
-    packed,
-    starts,
-    out,
-    rows,
-    count,
-    blocks,
-    out_strides,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CHUNK_BLOCK: tl.constexpr,
-    UNITS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    packed, starts, out, rows, count, blocks, out_strides,
+    SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, CHANNELS: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr, UNITS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     CHUNKS: tl.constexpr = 8 // (BITS - BITS % 2)
     CHUNK: tl.constexpr = SIZE // CHUNKS
     first = tl.program_id(0) * UNITS
@@ -260,11 +242,7 @@ def load_codes(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def levels_at(  # type: ignore[no-untyped-def]
-    codes,
-    chunk: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    codes, chunk: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, ASSEMBLY: tl.constexpr
 ):
     """The levels of one chunk of channels, of what `load_codes` read: float16 by `ASSEMBLY`,
     float32 by plain arithmetic where that is None."""

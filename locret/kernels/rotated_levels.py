@@ -191,13 +191,9 @@ def key_levels(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def value_levels(  # type: ignore[no-untyped-def]
-    given,
-    tables,
-    BYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    given, tables,
+    BYTES: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     """float16 levels of each chunk, byte and unit: `given` are 32-bit words of one unit and of
     another one, those with the highest bits of both, by how much these are shifted and, of 2 BYTES
     that count, which."""
@@ -237,12 +233,7 @@ def _halves(pairs, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _level(  # type: ignore[no-untyped-def]
-    word,
-    high,
-    byte: tl.constexpr,
-    chunk: tl.constexpr,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
+    word, high, byte: tl.constexpr, chunk: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr
 ):
     """float16 levels of one byte of 32-bit words, by plain arithmetic."""
     if BITS == 3:

@@ -186,7 +186,6 @@ class States:
 
 
 def merge_states_reference(states: States, out: Tensor, shares: Sequence[Shares]) -> None:
-    """The twin of `States.merge`, in plain PyTorch."""
     sequence = torch.arange(out[..., 0].numel() // states.values.shape[1], device=out.device)
     of_tails = sequence.repeat_interleave(states.tail_splits)
     owners = torch.cat([*(share.tiles[:, 0] for share in shares), of_tails])
@@ -247,23 +246,12 @@ def leave_average(  # type: ignore[no-untyped-def]
     tl.store(values + at[:, None] * SIZE + d[None, :], average, mask=mask)
 
 
-# Nothing is compiled anew for these, which differ from prompt to prompt.
 @triton.jit(do_not_specialize=["second_at", "tail_at", "tail_splits"])
 def _merge_states(  # type: ignore[no-untyped-def]
-    states,
-    out,
-    firsts,
-    second_firsts,
-    second_at,
-    tail_at,
-    tail_splits,
-    strides,
-    NEW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    SLICE: tl.constexpr,
+    states, out, firsts, second_firsts, second_at, tail_at, tail_splits, strides,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, SLICE: tl.constexpr,
     STEP: tl.constexpr,
-):
+):  # fmt: skip
     which = tl.program_id(0) % QUERIES
     d = tl.program_id(0) // QUERIES * SLICE + tl.arange(0, SLICE)
     sequence = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
@@ -292,17 +280,9 @@ def states_of(firsts, sequence, before):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def merged_states(  # type: ignore[no-untyped-def]
-    states,
-    first,
-    second,
-    third,
-    which,
-    d,
-    QUERIES: tl.constexpr,
-    SIZE: tl.constexpr,
-    D: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    states, first, second, third, which, d,
+    QUERIES: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """The highest log2 of a sum of weights, the sum of all relative to it and that of values [D],
     for one query, of three ranges of states: the first of each and how many."""
     before_third = first[1] + second[1]
@@ -361,7 +341,6 @@ def merge_attention(
 def merge_attention_reference(
     first: Tensor, first_logsumexp: Tensor, second: Tensor, second_logsumexp: Tensor
 ) -> Tensor:
-    """The twin of `merge_attention`, in plain PyTorch."""
     share = torch.sigmoid(first_logsumexp - second_logsumexp)[..., None]
     merged = first.float() * share + second.float() * (1 - share)
     return merged.to(first.dtype).transpose(1, 2).contiguous()
@@ -369,17 +348,9 @@ def merge_attention_reference(
 
 @triton.jit
 def _merge_two(  # type: ignore[no-untyped-def]
-    attentions,
-    logsumexps,
-    merged,
-    tokens,
-    heads,
-    strides,
-    logsumexp_strides,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    attentions, logsumexps, merged, tokens, heads, strides, logsumexp_strides,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

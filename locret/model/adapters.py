@@ -40,13 +40,9 @@ class Adapter:
 
     @classmethod
     def find(cls, name: str) -> "Adapter":
-        """The adapter of a folder or Hub id.
-
-        Raises:
-            ValueError: PEFT is not installed, there is no adapter, or it puts learned tokens or
-                keys and values in front of the prompt: they would take slots that no token of the
-                prompt has.
-        """
+        """The adapter of a folder or Hub id. ValueError: PEFT is not installed, there is no
+        adapter, or it puts learned tokens or keys and values in front of the prompt: they would
+        take slots that no token of the prompt has."""
         if importlib.util.find_spec("peft") is None:
             raise ValueError(f"adapter {name} needs the package peft: pip install peft")
         folder = Path(name)
@@ -67,13 +63,9 @@ class Adapter:
         return found
 
     def check_fit(self, config: Any) -> None:
-        """Compare the adapter with a model, of which the config is enough.
-
-        Raises:
-            ValueError: tensors missing, extra, misshapen or with values that are not numbers,
-                named; the model lacks the layers that the adapter is for; or there are no weights
-                that can be read.
-        """
+        """Compare the adapter with a model, of which the config is enough. ValueError: tensors
+        missing, extra, misshapen or with values that are not numbers, named; the model lacks the
+        layers that the adapter is for; or there are no weights that can be read."""
         if not any((self.folder / file).is_file() for file in WEIGHTS):
             raise ValueError(f"adapter {self.name} has none of the files {', '.join(WEIGHTS)}")
         with torch.random.fork_rng(devices=[]):  # a seed means the same with an adapter

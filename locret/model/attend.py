@@ -8,9 +8,8 @@ minference  a whole prompt sparsely (`locret.model.sparse_prefill`), anything el
 baseline.
 
 What is past, every new token sees: with `cudnn` and `sdpa` attention to it, a sequence at a time
-where heads hold different numbers of units, is merged by log-sum-exp with that of the new tokens
-to themselves, a causal square (`attend_past`); or all sequences take one call
-(`locret.model.ragged`).
+where heads hold different numbers of units, is merged by log-sum-exp with that of the new tokens to
+themselves, a causal square (`attend_past`); or all sequences take one call (`locret.model.ragged`).
 
 Whatever the backend, layers with a softcap or with sinks are computed in plain PyTorch, a block of
 queries at a time, and those with a window in blocks of one window by SDPA.
@@ -82,20 +81,14 @@ PLAIN = Weighting()
 
 
 def check_backend(backend: Any) -> None:
-    """
-    Raises:
-        ValueError: no backend of that name.
-    """
+    """Refuse (ValueError) a backend of an unknown name."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r} is unknown; expected one of {get_args(Backend)}")
 
 
 def available(backend: Backend, device: torch.device, dtype: torch.dtype, size: int) -> str | None:
-    """Why a backend cannot run heads of `size` channels there; None if it can.
-
-    Raises:
-        ValueError: no backend of that name.
-    """
+    """Why a backend cannot run heads of `size` channels there; None if it can. ValueError: no
+    backend of that name."""
     check_backend(backend)
     if backend in ("eager", "sdpa"):
         return None
@@ -128,7 +121,7 @@ def attend(
     empty: Tensor | None = None,
     weighting: Weighting = PLAIN,
 ) -> Tensor:
-    """Causal attention of the last T of S slots.
+    """Causal attention of the last T of S slots: [B, T, H*G, D].
 
     Query t sees the slots 0 .. S - T + t (lower-right causal), but for the empty ones.
 
@@ -138,9 +131,6 @@ def attend(
         backend: see the file's head.
         empty: [B, H] long: leading slots that hold nothing. A query always sees its own slot.
         weighting: what else decides the weights.
-
-    Returns:
-        [B, T, H*G, D].
     """
     window = weighting.window
     if window is not None and key.shape[2] <= window:
@@ -196,7 +186,7 @@ def attend_past(
     backend: Backend,
     weighting: Weighting = PLAIN,
 ) -> Tensor:
-    """Causal attention of new tokens to themselves and to all of what is past.
+    """Causal attention of new tokens to themselves and to all of what is past: [B, T, H*G, D].
 
     Args:
         query: [B, H*G, T, D], rotated.
@@ -205,9 +195,6 @@ def attend_past(
             last of the last past.
         scaling, backend, weighting: as of `attend`; no window, and no softcap where a past has a
             bias.
-
-    Returns:
-        [B, T, H*G, D].
     """
     if any(past.bias is not None for past in pasts):
         wide = with_bias_in_channels(query, pasts, new, scaling)

@@ -149,10 +149,7 @@ class Backbone:
 
     @contextlib.contextmanager
     def attached(
-        self,
-        run: LayerFunction,
-        rotation: Rotation | None = None,
-        finish: Finish | None = None,
+        self, run: LayerFunction, rotation: Rotation | None = None, finish: Finish | None = None
     ) -> Iterator[None]:
         """Let `run` compute every attention layer, until the block ends, however it ends.
 
@@ -234,11 +231,7 @@ class Backbone:
 
 
 def check_supported(config: Any) -> None:
-    """Refuse what locret does not cover.
-
-    Raises:
-        ValueError: says why, and lists what is supported.
-    """
+    """Refuse what locret does not cover. ValueError: says why, and lists what is supported."""
     reason = _why_not(config)
     if reason is not None:
         raise ValueError(

@@ -138,11 +138,7 @@ def load_model(file: Path, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, dict
         kwargs["quantization_config"] = settings(dequantize=True)
     with _reading(file), _switchable_bar():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=dtype,
-            output_loading_info=True,
-            **kwargs,
+            file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **kwargs
         )
     return loaded
 

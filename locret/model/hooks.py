@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from locret.cache.cache import RetainedCache
 from locret.cache.sequences import Sequences
+from locret.heads.targets import AnswerView
 from locret.model.attend import PLAIN, Weighting
 from locret.model.rotary import Rotary, identity_tables
 
@@ -62,10 +63,6 @@ class LayerCall:
     rotated: bool = False
     weighting: Weighting = PLAIN
 
-    def rotate_packed(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """`x` with sequences of these lengths one after the other, each rotated from slot 0 on."""
-        return x if self.rotary is None else self.rotary.rotate_packed(x, lengths)
-
     def rotate_ranges(self, x: Tensor, ranges: Sequence[tuple[int, int, int]]) -> Tensor:
         """`x`, whose tokens fill one range of slots after the other (`Rotary.rotate_ranges`)."""
         return x if self.rotary is None else self.rotary.rotate_ranges(x, ranges)
@@ -82,13 +79,24 @@ class LayerCall:
             return None
         return weight if weight.is_floating_point() and weight.device.type != "meta" else None
 
+    def seen_by(
+        self, query: Tensor, keys: Tensor, values: Tensor, norms: Tensor | None = None
+    ) -> AnswerView:
+        """The layer as the last tokens of a text see it.
+
+        Args:
+            query: [B, H*G, A, D], theirs, rotated.
+            keys, values: [B, H, S, D], of all they see and of themselves, keys rotated.
+            norms: [B, A], see `AnswerView`.
+        """
+        bends = self.weighting.softcap, self.weighting.sinks
+        return AnswerView(query, keys, values, self.scaling, self.output_weight, *bends, norms)
+
     def between(self, start: int, end: int) -> "LayerCall":
-        """The same call, for some of its tokens."""
         heads = {name: getattr(self, name)[:, :, start:end] for name in ("query", "key", "value")}
         return replace(self, **heads, hidden=self.hidden[:, start:end])
 
     def to(self, dtype: torch.dtype) -> "LayerCall":
-        """The same call with query, key and value in `dtype`."""
         if self.value.dtype == dtype:
             return self
         heads = {name: getattr(self, name).to(dtype) for name in ("query", "key", "value")}
@@ -144,11 +152,8 @@ class AttentionLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes.
-
-        Raises:
-            ValueError: nowhere: its weights are on the meta device, without values elsewhere.
-        """
+        """Where the layer computes. ValueError: nowhere: its weights are on the meta device,
+        without values elsewhere."""
         for tensor in self.module.parameters():
             if tensor.device.type != "meta":
                 return tensor.device
@@ -196,10 +201,8 @@ def attention_forward(
     """The function that stock attention layers call; `retained` is what the attachment handed in.
 
     The arguments stand in the order of transformers' own attention functions, because kvpress,
-    which wraps them all, passes the first six by position.
-
-    Raises:
-        ValueError: the layer is not one that an engine is attached to, or a mask was made.
+    which wraps them all, passes the first six by position. ValueError: the layer is not one that an
+    engine is attached to, or a mask was made.
     """
     if retained is None:
         raise ValueError(
@@ -212,11 +215,8 @@ def attention_forward(
 
 
 def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
-    """Nothing is materialised: the attention function is causal by itself.
-
-    Raises:
-        ValueError: `attention_mask` [B, seen + T] holds zeros.
-    """
+    """Nothing is materialised: the attention function is causal by itself. ValueError:
+    `attention_mask` [B, seen + T] holds zeros."""
     if attention_mask is None or torch.compiler.is_compiling():
         return
     if not attention_mask.all():
@@ -269,7 +269,6 @@ def hand_over(
 def finish_chunk(
     finish: Finish, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    """Forward hook of the decoder."""
     ids = args[0] if args else kwargs.get("input_ids")
     assert ids is not None, "an attached decoder reads tokens, not embeddings"
     finish(cache_in(kwargs), ids, output.last_hidden_state)

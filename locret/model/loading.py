@@ -164,11 +164,8 @@ def weights_sha256(name: str) -> str | None:
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """The device of this name; by default CUDA if there is one, else the CPU.
-
-    Raises:
-        ValueError: torch does not know it, it is not there, or it holds no values.
-    """
+    """The device of this name; by default CUDA if there is one, else the CPU. ValueError: torch
+    does not know it, it is not there, or it holds no values."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -196,11 +193,8 @@ def _check_is_there(device: torch.device) -> None:
 
 
 def _gguf_file(name: str) -> Path | None:
-    """The GGUF file that a name means; None where it means another checkpoint.
-
-    Raises:
-        ValueError: it means neither (`load_model`).
-    """
+    """The GGUF file that a name means; None where it means another checkpoint. ValueError: it means
+    neither (`load_model`)."""
     if name.startswith("embedded:"):
         return _embedded_file(name)
     file = gguf.find_gguf(name)
@@ -276,18 +270,13 @@ def quantization_config(name: Quantization, dtype: torch.dtype | None) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype or torch.bfloat16,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.bfloat16
     )
 
 
 def _complete(name: str, model: Any, report: dict[str, Any]) -> Any:
     """The model, if all of its weights were in the checkpoint: transformers makes up the others.
-
-    Raises:
-        ValueError: some were not; says which.
-    """
+    ValueError: some were not; says which."""
     missing = sorted(report["missing_keys"])
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + ", ..." * (len(missing) > _SHOWN)

@@ -107,7 +107,7 @@ def are_few(query: Tensor, pasts: Sequence[Past], new: tuple[Tensor, Tensor] | N
 def attend_few(
     query: Tensor, pasts: Sequence[Past], new: tuple[Tensor, Tensor] | None, scaling: float
 ) -> Tensor:
-    """Attention of few queries by one softmax over the logits of all units.
+    """Attention of few queries by one softmax over the logits of all units: [B, T, H*G, D].
 
     Args:
         query: [B, H*G, T, D], rotated.
@@ -115,9 +115,6 @@ def attend_few(
         new: keys (rotated) and values [B, H, T, D], causal; None = those of a single token, which
             are in the last past.
         scaling: softmax scale.
-
-    Returns:
-        [B, T, H*G, D].
     """
     every = [*pasts, *([] if new is None else [Past(*new)])]
     rows, tokens, heads = query.shape[0], query.shape[2], every[0].heads
@@ -141,14 +138,11 @@ def multiplies_fast(query: Tensor) -> bool:
 
 
 def attend_by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of the last T of S slots, a block of queries at a time.
+    """Causal attention of the last T of S slots, a block of queries at a time: [B, H*G, T, D].
 
     Args:
         query: [B, H*G, T, D], rotated. key, value: [B, H, S, D], S >= T, rotated.
         scaling: softmax scale.
-
-    Returns:
-        [B, H*G, T, D].
     """
     (rows, heads, slots, size), tokens = key.shape, query.shape[2]
     # Products of bfloat16 are rounded to it, and the softmax is the same without the mean key:

@@ -15,8 +15,7 @@ from torch.nn.modules import module as every_module
 from transformers.activations import ACT2FN
 
 from locret.kernels import HeadNorms, NewUnit, add_norm, gated, gated_products, products
-from locret.kernels.add_norm import add_norm_reference
-from locret.kernels.gated import ACTIVATIONS
+from locret.kernels.dense import ACTIVATIONS, add_norm_reference
 from locret.model.backbone import PRENORM, Backbone
 from locret.model.hooks import without_compiling
 

@@ -86,13 +86,11 @@ def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 def takes_ragged(query: Tensor, pasts: Sequence[Past], backend: str) -> bool:
     """Whether queries [B, H*G, T, D] see `pasts` and themselves by `attend_ragged`."""
     ragged = any(past.sequences is not None for past in pasts)
-    return ragged and fits(query, backend) and _work(query, pasts) <= _MOST_WORK
-
-
-def _work(query: Tensor, pasts: Sequence[Past]) -> int:
-    """FLOP of attending to what is past."""
+    if not ragged or not fits(query, backend):
+        return False
     group = query.shape[1] // pasts[0].heads
-    return 4 * query.shape[2] * group * sum(past.keys.numel() for past in pasts)
+    work = 4 * query.shape[2] * group * sum(past.keys.numel() for past in pasts)
+    return work <= _MOST_WORK
 
 
 def attend_ragged(

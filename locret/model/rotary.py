@@ -223,11 +223,6 @@ class Rotary:
             ranges = ranges[:1]
         return self._tables_of(ranges, like, dim=0)
 
-    def rotate_packed(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Rotate `x` [B, heads, S, D], in which sequences of these lengths stand one after the
-        other, each from slot 0 on."""
-        return self.rotate_ranges(x, [(0, length, length) for length in lengths])
-
     def rotate_ranges(self, x: Tensor, ranges: Sequence[tuple[int, int, int]]) -> Tensor:
         """Rotate `x` [B, heads, S, D], whose tokens fill one range of slots after the other, each
         given as its start, its stop and the length of its prompt."""

@@ -2,20 +2,20 @@
 
 from typing import Any
 
+from locret.policies.attention import H2OPolicy, TOVAPolicy
 from locret.policies.base import LayerChunk, Policy
 from locret.policies.expected_attention import ExpectedAttentionPolicy
-from locret.policies.full import FullPolicy
-from locret.policies.h2o import H2OPolicy
-from locret.policies.keydiff import KeyDiffPolicy
-from locret.policies.knorm import KNormPolicy
 from locret.policies.kvzip import KVzipPolicy
 from locret.policies.locret import LocretPolicy
-from locret.policies.pyramidkv import PyramidKVPolicy
-from locret.policies.random import RandomPolicy
+from locret.policies.plain import (
+    FullPolicy,
+    KeyDiffPolicy,
+    KNormPolicy,
+    RandomPolicy,
+    StreamingLLMPolicy,
+)
 from locret.policies.sirllm import SirLLMPolicy
-from locret.policies.snapkv import SnapKVPolicy
-from locret.policies.streaming_llm import StreamingLLMPolicy
-from locret.policies.tova import TOVAPolicy
+from locret.policies.snapkv import PyramidKVPolicy, SnapKVPolicy
 
 __all__ = ["POLICIES", "LayerChunk", "Policy"]
 

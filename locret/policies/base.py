@@ -1,7 +1,7 @@
 """What a policy is: a rule that says which cache units to keep. One method makes a policy.
 
-`LayerChunk` is what it sees, `attention_weights` and `attention_received` what several policies
-look at, `Eviction` how many units stay. How the units with the highest scores are chosen:
+`LayerChunk` is what it sees, `Eviction` how many units stay, `highest_of_all` what stays where
+heads or layers share what they have. How the units with the highest scores are chosen:
 `locret.kernels.select_sequences` (paper, section 3.3: after a chunk every KV head keeps its highest
 scores; the last units, the stabilizers, are kept whatever they scored; kept units stay in order).
 
@@ -194,11 +194,7 @@ class Policy:
         return new if chunk.context is None else torch.cat([chunk.context.scores, new], dim=2)
 
     def score_new(self, chunk: LayerChunk) -> Tensor:
-        """What `score` says, float32, if it fits the chunk.
-
-        Raises:
-            ValueError: it is of another shape.
-        """
+        """What `score` says, float32, if it fits the chunk. ValueError: it is of another shape."""
         new = self.score(chunk)
         expected = tuple(chunk.key.shape[:3])
         if tuple(new.shape) != expected:
@@ -281,47 +277,6 @@ class Policy:
         return [budget] * num_layers
 
 
-def attention_weights(
-    query: Tensor, keys: Tensor, first: int, scaling: float, filled: Tensor | None
-) -> Tensor:
-    """Softmax over the slots that each query sees; zeros for a query whose own slot is empty.
-
-    Args:
-        query: [B, H*G, W, D], rotated, at the slots first .. first + W - 1.
-        keys: [B, H, S, D], rotated.
-        filled: bool [B, H, S], slots that hold a unit; None = all.
-
-    Returns:
-        [B, H, G, W, S] float32.
-    """
-    batch, heads, slots, size = keys.shape
-    grouped = query.reshape(batch, heads, -1, query.shape[2], size)
-    logits = torch.matmul(grouped, keys[:, :, None].transpose(-1, -2)).float() * scaling
-    slot = torch.arange(slots, device=keys.device)
-    own = torch.arange(first, first + query.shape[2], device=keys.device)
-    hidden = slot > own[:, None]
-    if filled is None:
-        return logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-    # A query without a unit of its own is padding: it sees nothing, and softmax makes NaN of that.
-    seen = filled[:, :, None] & ~hidden & filled[:, :, first : first + query.shape[2], None]
-    return logits.masked_fill(~seen[:, :, None], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
-
-
-def attention_received(chunk: LayerChunk, block: int) -> Tensor:
-    """Attention mass that held and new units receive from the chunk's queries, [B, H, S + T]
-    float32: summed over queries, averaged over the query heads of a group.
-
-    `block` queries are computed at a time, so that no T x S matrix is kept.
-    """
-    keys, filled, before = chunk.all_keys(), chunk.filled(), chunk.context_length
-    mass = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
-    for start in range(0, chunk.rotated_query.shape[2], block):
-        query = chunk.rotated_query[:, :, start : start + block]
-        weights = attention_weights(query, keys, before + start, chunk.scaling, filled)
-        mass += weights.sum(dim=3).mean(dim=2)
-    return mass
-
-
 @dataclass(frozen=True)
 class Eviction:
     """What layers do after attending: keep `counts[layer][head]` units.
@@ -376,3 +331,27 @@ def with_protected(
     slot = torch.arange(size, device=scores.device)
     scores = scores.masked_fill(slot < (empty + protected_head)[..., None], torch.inf)
     return scores.masked_fill(slot < empty[..., None], -torch.inf)
+
+
+def highest(scores: Tensor, count: Tensor) -> Tensor:
+    """Which of `scores` [N, S] are among the `count` [N] highest of their row, bool [N, S]."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(scores.shape[-1], device=scores.device) < count[:, None]
+    return torch.zeros_like(first).scatter_(-1, order, first)
+
+
+def raised(scores: Tensor, safe: Tensor) -> Tensor:
+    """Scores [B, H, S] that are +inf for each head's `safe` [B, H] highest."""
+    among = highest(scores.flatten(0, 1), safe.flatten()).view_as(scores)
+    return scores.masked_fill(among & (scores > -torch.inf), torch.inf)
+
+
+def highest_of_all(scores: Sequence[Tensor], total: Tensor) -> list[Tensor]:
+    """Which slots are among the `total` [B] highest of a row's layers, empty ones last: bool
+    [B, H, S] for each of the layers' `scores`, which may be on several devices."""
+    device = scores[0].device
+    flat = torch.cat([layer.flatten(1).to(device) for layer in scores], dim=1)
+    chosen = highest(flat, total).split([layer[0].numel() for layer in scores], dim=1)
+    return [
+        mine.view(layer.shape).to(layer.device) for mine, layer in zip(chosen, scores, strict=True)
+    ]

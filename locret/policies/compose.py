@@ -12,9 +12,8 @@ from torch import Tensor
 
 from locret.heads.targets import AnswerView
 from locret.policies import POLICIES
-from locret.policies.base import LayerChunk, Policy
-from locret.policies.pyramidkv import pyramid
-from locret.policies.sharing import highest_of_all, raised
+from locret.policies.base import LayerChunk, Policy, highest_of_all, raised
+from locret.policies.snapkv import pyramid
 from locret.quantities import check_between, check_whole
 
 CERTAIN = 1e30  # policies give such scores to units that they keep in any case

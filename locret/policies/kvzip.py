@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from locret.heads.targets import AnswerView, log_max_prob
-from locret.policies.base import LayerChunk, Policy
-from locret.policies.sharing import highest_of_all, raised
+from locret.policies.base import LayerChunk, Policy, highest_of_all, raised
 from locret.quantities import check_whole
 
 REPEAT = "\n\nRepeat the previous context exactly."
@@ -77,11 +76,7 @@ class KVzipPolicy(Policy):
     rereads = True
 
     def __init__(
-        self,
-        wording: Wording = NO_WORDS,
-        piece: int = 2048,
-        lead: int = 8,
-        dynamic: bool = False,
+        self, wording: Wording = NO_WORDS, piece: int = 2048, lead: int = 8, dynamic: bool = False
     ) -> None:
         check_whole("piece", piece, 1)
         check_whole("lead", lead, 0)

@@ -80,7 +80,7 @@ def quantize(
     Raises:
         ValueError: usable values are not finite, or beyond `LARGEST`.
     """
-    x_dtype, x = _output_dtype(x), as_stored(x)
+    x_dtype, x = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16, as_stored(x)
     low, high = _extremes(x, dim, usable)
     refuse_unstorable(torch.maximum(low.abs(), high.abs()))
     minimum = low.half()
@@ -133,27 +133,17 @@ def _own_units(x: Tensor) -> Tensor:
 
 
 def refuse_unstorable(x: Tensor) -> None:
-    """
-    Raises:
-        ValueError: a value is not finite, or beyond `LARGEST`.
-    """
+    """Refuse (ValueError) a value that is not finite, or beyond `LARGEST`."""
     refuse_where(~(x.abs() <= LARGEST).all())
 
 
 def refuse_where(unstorable: Tensor) -> None:
-    """
-    Raises:
-        ValueError: `unstorable`, one number on any device, which is waited for, is not 0.
-    """
+    """ValueError if `unstorable`, one number on any device, which is waited for, is not 0."""
     if bool(unstorable):
         raise ValueError(
             f"cannot quantize: keys or values hold NaN, infinity or magnitudes above {LARGEST:.0f}"
             "; quantization 'none' stores them as they are"
         )
-
-
-def _output_dtype(x: Tensor) -> torch.dtype:
-    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
 
 
 def _stable_scale(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -180,19 +170,11 @@ def packed_size(size: int, bits: int) -> int:
     return -(-size * bits // 8)
 
 
-def check_bits(bits: int, allowed: tuple[int, ...] = BITS) -> None:
-    """
-    Raises:
-        ValueError: `bits` is not one of `allowed`.
-    """
-    if not is_whole(bits, 1) or bits not in allowed:
-        raise ValueError(f"bits is {bits!r}; expected one of {', '.join(map(str, allowed))}")
-
-
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes uint8 [..., size], each below 2 ** `bits`, as bytes uint8 [..., packed size]."""
     assert codes.dtype == torch.uint8, codes.dtype
-    check_bits(bits, WIDTHS)
+    if not is_whole(bits, 1) or bits not in WIDTHS:
+        raise ValueError(f"bits is {bits!r}; expected one of {', '.join(map(str, WIDTHS))}")
     if bits == 8:
         return codes
     room = packed_size(codes.shape[-1], bits)
@@ -262,11 +244,8 @@ class Outliers:
 
 
 def find_outliers(x: Tensor, large: Tensor) -> Outliers:
-    """What `large` (bool [N, D]) says of `x` [N, D].
-
-    Raises:
-        ValueError: a value is not finite, or beyond `LARGEST`.
-    """
+    """What `large` (bool [N, D]) says of `x` [N, D]. ValueError: a value is not finite, or beyond
+    `LARGEST`."""
     x = as_stored(x)
     refuse_unstorable(x)
     small = torch.uint8 if x.shape[-1] < 256 else torch.int16

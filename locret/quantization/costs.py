@@ -7,7 +7,6 @@ Outliers depend on the data and are not counted here; `nbytes` of what is packed
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -105,13 +104,6 @@ def most_bytes_shared(
     blocks = int(of_unit * packed + thin * min(sequences, units))
     one_more = torch.int32.itemsize if tight else costs.entry
     return residual * costs.full + packed * costs.unit + blocks * costs.entry + sequences * one_more
-
-
-def most_bytes_of(
-    scheme: Scheme, lengths: Sequence[int], head_size: int, element_size: int = 2
-) -> int:
-    """Most bytes of sequences of these lengths after an eviction, outliers not counted."""
-    return sum(most_bytes(scheme, units, head_size, element_size) for units in lengths)
 
 
 def units_within(scheme: Scheme, nbytes: float, head_size: int, element_size: int = 2) -> int:

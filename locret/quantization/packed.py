@@ -169,11 +169,7 @@ _P = TypeVar("_P", bound=Packed)
 
 def pack_keys(scheme: Scheme, x: Tensor, lengths: Sequence[int]) -> PackedKeys:
     """Pack keys [N, D] of sequences of these lengths, each in blocks of `scheme.group` units from
-    its first on.
-
-    Raises:
-        ValueError: a value is not finite, or too large to be stored.
-    """
+    its first on. ValueError: a value is not finite, or too large to be stored."""
     sizes, _ = aligned(torch.tensor(lengths, dtype=torch.long), scheme.group)
     blocks = Blocks(sizes, torch.full_like(sizes, FRESH))
     starts, sizes, former = (

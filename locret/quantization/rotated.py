@@ -170,9 +170,7 @@ def hadamard(x: Tensor) -> Tensor:
     """H x, like `x` [..., D]: an orthonormal Walsh-Hadamard transform, its own inverse.
 
     A D that is no power of two is cut into blocks of the largest that divides it (80: five of 16).
-
-    Raises:
-        ValueError: D is odd.
+    ValueError: D is odd.
     """
     size = x.shape[-1] & -x.shape[-1]
     if size < 2:
@@ -195,10 +193,7 @@ def levels(bits: int, device: torch.device | None = None) -> Tensor:
 
 def encode(z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [..., d] and scale float16 [..., 1] of rotated units, float32 [..., D].
-
-    Raises:
-        ValueError: a scale is beyond float16.
-    """
+    ValueError: a scale is beyond float16."""
     level = levels(bits, z.device)
     if bits == 8:
         size = z.abs().amax(-1, keepdim=True) / level[-1]

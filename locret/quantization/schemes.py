@@ -276,11 +276,8 @@ def make_scheme(name: str | None, **options: Any) -> Scheme:
 
 
 def scheme_of(given: Quantization) -> Scheme:
-    """The scheme that a user means. 16 bits of any scheme are no quantization.
-
-    Raises:
-        ValueError: there is no such scheme, or it has no such option or no such value of it.
-    """
+    """The scheme that a user means. 16 bits of any scheme are no quantization. ValueError: there is
+    no such scheme, or it has no such option or no such value of it."""
     if isinstance(given, Scheme):
         return given
     if given is None or isinstance(given, str):

@@ -141,11 +141,7 @@ class BranchAttention:
     """
 
     def __init__(
-        self,
-        ways: Sequence[Way],
-        trunks: Trunks,
-        gates: Sequence[Tensor] | None,
-        backend: Backend,
+        self, ways: Sequence[Way], trunks: Trunks, gates: Sequence[Tensor] | None, backend: Backend
     ) -> None:
         self.ways = ways
         self.trunks = trunks

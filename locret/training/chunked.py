@@ -11,7 +11,8 @@ Heads predict chunk by chunk too, and once more when gradients are taken, one ch
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,29 +22,19 @@ from torch.utils.checkpoint import checkpoint
 
 from locret.heads.heads import RetainingHead
 from locret.model.hooks import LayerCall
-from locret.training.row_loss import Features, Recipe, RowLoss, Share, norms_of
-from locret.training.segments import Segment, Stretch
+from locret.training.row_loss import RowLoss, norms_of
+from locret.training.segments import Stretch
 
 
+@dataclass(eq=False)
 class ChunkedRowLoss(RowLoss):
-    """`RowLoss` of a row of which a layer reads `chunk_size` tokens at a time.
+    """`RowLoss` of a row of which a layer reads `chunk_size` tokens at a time."""
 
-    Args:
-        chunk_size: tokens.
-        recipe, segments, share, features: see `RowLoss`.
-    """
+    chunk_size: int = field(kw_only=True)
 
-    def __init__(
-        self,
-        chunk_size: int,
-        recipe: Recipe,
-        segments: Sequence[Segment],
-        share: Share | None = None,
-        features: Features | None = None,
-    ) -> None:
-        super().__init__(recipe, segments, share, features)
-        self.chunk_size = chunk_size
-        self.length = segments[-1].end
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.length = self.segments[-1].end
         self._read_so_far: _LayerOfRow | None = None
 
     def reading(self, decoder: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -31,8 +31,8 @@ class Distillation:
         backbone: frozen; its parameters get no gradients and keep their mode.
         heads: what is trained; their config says what they read and which label they learn.
         alpha: weight of the smoothness loss (paper: 0.0025).
-        loss: a name of `locret.heads.targets.LOSSES`, or a loss.
-        boundary_weight: see `BoundaryLoss`; for "smooth_l1_boundary".
+        loss: a name of `locret.heads.targets.LOSSES`, or a loss; `boundary_weight` is that of
+            `BoundaryLoss`.
         keep_scores: also return predictions and targets of every layer.
         prompt_keys: "rotated" as they should be; "unrotated" is how the released Phi-3 recipe lets
             the answer meet the prompt's keys when it takes its labels. It reproduces those labels,
@@ -105,10 +105,11 @@ class Distillation:
         check_segments(segments, length)
         if self.recipe.prompt_keys == "unrotated" and any(each.branches for each in segments):
             raise ValueError("prompt_keys is 'unrotated', which samples with branches do not take")
+        given = self.recipe, segments, share, features
         if self.chunk_size is None or length <= self.chunk_size:
-            row = RowLoss(self.recipe, segments, share, features)
+            row = RowLoss(*given)
         else:
-            row = ChunkedRowLoss(self.chunk_size, self.recipe, segments, share, features)
+            row = ChunkedRowLoss(*given, chunk_size=self.chunk_size)
         decoder = self.backbone.decoder
         with torch.no_grad(), row.reading(decoder), self.backbone.attached(row.layer):
             decoder(

@@ -1,22 +1,28 @@
 """KL of two predictions of every token of an answer, and its gradients.
 
 Only answers meet the vocabulary, a block of tokens at a time. Gradients are taken on the spot, so
-that layers may be computed again for them while something is attached to the model.
+that layers may be computed again for them while something is attached to the model: by the gradient
+checkpointing of stock layers, which asks that a layer is in training mode (`recomputing`).
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint
 
 from locret.model.backbone import Backbone
+from locret.model.hooks import without_compiling
 from locret.training.row_loss import WithGradients
 
 MeanOver = Literal["tokens", "branches", "both"]
 """What counts alike in the mean of the divergence: every token, every answer, or half of each."""
 
+_checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 _LOGITS = 2**27  # of a block of tokens that meets the vocabulary: 512 MiB
 
 
@@ -34,10 +40,7 @@ class Divergence(NamedTuple):
 
 
 def check_mean(mean_over: str) -> None:
-    """
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Refuse (ValueError) an unknown name."""
     if mean_over not in get_args(MeanOver):
         raise ValueError(f"mean_over is {mean_over!r}; expected one of {get_args(MeanOver)}")
 
@@ -101,3 +104,28 @@ def _by_blocks(
         if learning:
             (gradients[block],) = torch.autograd.grad(total, own)
     return lost, agreement, gradients
+
+
+@contextlib.contextmanager
+def recomputing(layers: Iterable[Any]) -> Iterator[None]:
+    """Until the block ends, `layers` keep nothing but their input for the backward pass, which has
+    to take place inside the block.
+
+    Args:
+        layers: stock decoder layers, in evaluation mode.
+    """
+    given: dict[str, Any] = {"gradient_checkpointing": True, "training": True}
+    given["_gradient_checkpointing_func"] = _checkpoint
+    with contextlib.ExitStack() as stack:
+        for layer in map(without_compiling, layers):
+            own = vars(layer)
+            before = {name: own[name] for name in given if name in own}
+            stack.callback(_put_back, own, given, before)
+            own.update(given)
+        yield
+
+
+def _put_back(own: dict[str, Any], given: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in given:
+        own.pop(name, None)
+    own.update(before)

@@ -28,10 +28,8 @@ from locret.model.past import Past
 from locret.model.varlen import Text, attend_texts
 from locret.training.branch_reading import Trunks, unbiased, ways_of
 from locret.training.distill import Distillation
-from locret.training.divergence import Divergence, MeanOver, check_mean, divergence
-from locret.training.gated import check_gates, check_samples, check_tunable
-from locret.training.gates import Threshold, log_mask
-from locret.training.recomputing import recomputing
+from locret.training.divergence import Divergence, MeanOver, check_mean, divergence, recomputing
+from locret.training.gated import Threshold, check_gates, check_samples, check_tunable, log_mask
 from locret.training.row_loss import PackedAttention, slots_of
 from locret.training.segments import Segment, check_segments
 
@@ -44,9 +42,7 @@ class EvictedLoss:
         backbone: the student, a model that carries an adapter.
         heads: frozen, in float32 and on the backbone's device.
         teacher: until its block ends, the backbone is the teacher.
-        threshold: "global", so that the best units of the whole model stay, or "quotas", so that
-            every head keeps what its record says.
-        mean_over: "tokens", "branches" or "both": what counts alike in the mean.
+        threshold, mean_over: as of `locret.training.gated.GatedLoss`.
         recompute: layers keep their input alone for the backward pass; nothing may drop out then.
 
     Raises:
@@ -98,8 +94,7 @@ class EvictedLoss:
             parameters: what gradients are taken of; none = no gradients.
 
         Raises:
-            ValueError: segments that do not fill the row or have no branches, another number of
-                compressions than of segments, or a compression below 1.
+            ValueError: as of `GatedLoss`.
         """
         check_segments(segments, input_ids.shape[1])
         check_samples(segments, compressions)

@@ -106,9 +106,7 @@ def evicted_features(
         heads: on the backbone's device.
         input_ids: [B, N] long, a row.
         segments: what stands in it.
-        compression: tokens for a unit kept, at least 1.
-        chunk_size: tokens read at a time.
-        quantization: how the engine stores keys and values.
+        compression, chunk_size, quantization: see `EvictedReading`.
     """
     features: Features = [[] for _ in heads.layers]
     for segment in segments:

@@ -1,9 +1,9 @@
 """Heads tuned by what is lost without the units that they would evict: KL(full || gated).
 
 The teacher is the model that sees everything. The student is the same frozen model, but each branch
-sees the units of its trunk through soft gates (`locret.training.gates`), which the heads' scores
-open and close; of the two predictions of every token of an answer the divergence is the loss. What
-gates cannot show, that another unit would have done as well, regression on labels never could.
+sees the units of its trunk through soft gates, which the heads' scores open and close; of the two
+predictions of every token of an answer the divergence is the loss. What gates cannot show, that
+another unit would have done as well, regression on labels never could.
 
 The row is read once, by the teacher, which leaves keys, values and scores of the trunks: no gate
 changes them, as a trunk never sees its branches. So the student reads the branches' tokens alone,
@@ -11,32 +11,45 @@ and gradients flow through these alone, to the gates, and from there through the
 that the teacher left. Nothing of a trunk is computed twice or in the backward pass; features of the
 trunks stay in memory, 115 KB a token for Qwen2.5-Coder-1.5B in 16 bits (28 layers of 2,048).
 
+    gate = sigmoid((score - threshold) / temperature)
+
+A score at its threshold has gate 1/2; far above it 1, the unit is kept; far below it 0, the unit is
+gone. The colder, the fewer units are in between. Thresholds are such that so many scores are above
+them as a cache of that compression would keep.
+
 A unit's gate is added as log(gate) to its logits, by further channels of its key, so that attention
 is the fused one. Layers are computed again in the backward pass, and only answers meet the
 vocabulary, a block of tokens at a time.
+
+L layers with heads, H KV heads, P units of a trunk. Scores are [L, H, P]; higher = keep.
 """
 
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from locret.heads.heads import RetainingHeads, is_logarithm
-from locret.heads.quotas import quotas_of
+from locret.heads.quotas import Quotas, quotas_of, unit_counts
 from locret.heads.targets import BoundaryLoss, Loss
 from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall, LayerFunction
 from locret.quantization import Quantization, scheme_of
 from locret.training.branch_reading import BranchAttention, Trunks, Way, ways_of
 from locret.training.distill import Distillation
-from locret.training.divergence import Divergence, MeanOver, check_mean, divergence
-from locret.training.gates import Threshold, log_gates, thresholds_for
-from locret.training.recomputing import recomputing
+from locret.training.divergence import Divergence, MeanOver, check_mean, divergence, recomputing
 from locret.training.row_loss import Distilled, PackedAttention, RowLoss
 from locret.training.segments import Segment, check_segments
+
+Threshold = Literal["global", "quotas"]
+"""One for all units of the model, or one a head, such that it keeps its quota."""
+
+FLOOR = -20.0
+"""Of a gate's logarithm: 2e-9 of the weight, and no infinity in any dtype."""
 
 
 @dataclass
@@ -201,11 +214,7 @@ class GatedLoss:
 
 
 def check_tunable(heads: RetainingHeads, threshold: Threshold) -> None:
-    """Refuse heads that cannot be tuned through gates.
-
-    Raises:
-        ValueError: says why not, and what to do.
-    """
+    """Refuse heads that cannot be tuned through gates. ValueError: says why not, and what to do."""
     config = heads.config
     check_tunable_as(config.label, config.query_tokens, config.quotas is not None, threshold)
 
@@ -234,13 +243,7 @@ def check_tunable_as(
 
 
 def check_gates(config: Any) -> None:
-    """
-    Args:
-        config: of the backbone.
-
-    Raises:
-        ValueError: the backbone's attention takes no gates.
-    """
+    """Refuse (ValueError) a backbone of this config if its attention takes no gates."""
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         raise ValueError(
             f"{config.model_type} caps its logits, and a gate is a term of the logits "
@@ -249,10 +252,7 @@ def check_gates(config: Any) -> None:
 
 
 def check_samples(segments: Sequence[Segment], compressions: Sequence[float]) -> None:
-    """
-    Raises:
-        ValueError: samples without branches, or compressions that are not theirs.
-    """
+    """Refuse (ValueError) samples without branches, or compressions that are not theirs."""
     plain = sum(not segment.branches for segment in segments)
     if plain:
         raise ValueError(
@@ -264,3 +264,71 @@ def check_samples(segments: Sequence[Segment], compressions: Sequence[float]) ->
             f"compressions are {list(compressions)} for {len(segments)} samples; expected a number "
             "of at least 1 for each"
         )
+
+
+def thresholds_for(scores: Tensor, compression: float, quotas: Quotas | None = None) -> Tensor:
+    """Between the scores of the units that stay and those of the others.
+
+    Args:
+        scores: without gradients.
+        compression: 1 / so much of all units stays, at least one; 1 = all.
+        quotas: how many units each head keeps; None = the best of all heads and layers.
+
+    Returns:
+        [1, 1, 1] or, with quotas, [L, H, 1]; -inf where all units stay.
+    """
+    best_first = _compared(scores, quotas).sort(dim=-1, descending=True).values
+    kept = _kept(scores, compression, quotas)
+    last = best_first.shape[-1] - 1
+    # The middle of the last score that is kept and the first that is not.
+    middle = (best_first.gather(-1, kept - 1) + best_first.gather(-1, kept.clamp(max=last))) / 2
+    return middle.masked_fill(kept > last, -torch.inf)
+
+
+def log_mask(scores: Tensor, compression: float, quotas: Quotas | None = None) -> Tensor:
+    """Logarithms of gates that are as cold as can be: 0 where a unit stays, `FLOOR` elsewhere, like
+    the scores. Of equal scores the first stay: the same tokens have the same in a first layer.
+
+    Args: as of `thresholds_for`.
+    """
+    compared = _compared(scores, quotas)
+    place = compared.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    gone = place >= _kept(scores, compression, quotas)
+    return torch.zeros_like(compared).masked_fill(gone, FLOOR).view_as(scores)
+
+
+def _compared(scores: Tensor, quotas: Quotas | None) -> Tensor:
+    """Scores with those of which the best stay along the last axis: a head's, or all, [1, 1, *]."""
+    return scores.reshape(1, 1, -1) if quotas is None else scores
+
+
+def _kept(scores: Tensor, compression: float, quotas: Quotas | None) -> Tensor:
+    """How many of them stay, [1, 1, 1] or [L, H, 1]."""
+    if quotas is None:
+        kept = max(1, round(scores.numel() / compression))
+        return torch.tensor([[[kept]]], device=scores.device)
+    units = scores.shape[-1]
+    budget = max(1, round(units / compression))
+    counts = unit_counts(quotas.at(compression), budget, units)
+    return torch.tensor(counts, device=scores.device)[..., None]
+
+
+def log_gates(scores: Tensor, thresholds: Tensor, temperature: float) -> Tensor:
+    """Logarithms of gates, from `FLOOR` to 0.
+
+    The threshold follows the scores near it: how many units stay is given, so a change that lifts
+    all scores of a threshold alike opens no gate, and its gradient is zero. Without this, what all
+    heads have in common, to keep more, would hide in what they differ.
+
+    Args:
+        scores: with gradients.
+        thresholds: as of `thresholds_for`.
+        temperature: above 0, in the scores' unit.
+    """
+    with torch.no_grad():
+        gates = ((scores - thresholds) / temperature).sigmoid()
+        near = gates * (1 - gates)
+        total = near.sum_to_size(thresholds.shape).clamp(min=torch.finfo(near.dtype).tiny)
+    mean = (near / total * scores).sum_to_size(thresholds.shape)
+    moving = thresholds + (mean - mean.detach())
+    return logsigmoid((scores - moving) / temperature).clamp(min=FLOOR)

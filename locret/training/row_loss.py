@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from locret.heads.heads import LayerTensors, RetainingHead, RetainingHeads
-from locret.heads.targets import AnswerView, Label, Loss, smoothness
+from locret.heads.heads import RetainingHeads
+from locret.heads.kinds import LayerTensors, RetainingHead
+from locret.heads.targets import Label, Loss, smoothness
 from locret.model.attend import Backend, attend
 from locret.model.hooks import LayerCall
 from locret.model.varlen import Text, attend_texts
@@ -77,6 +78,7 @@ class Distilled:
     targets: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class RowLoss:
     """Collects the losses and gradients of one row that is read at once.
 
@@ -88,18 +90,13 @@ class RowLoss:
             its loss is taken.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        segments: Sequence[Segment],
-        share: Share | None = None,
-        features: Features | None = None,
-    ) -> None:
-        self.recipe = recipe
-        self.segments = segments
-        self.share = share
-        self.features = features
-        self.ranges = slots_of(segments)
+    recipe: Recipe
+    segments: Sequence[Segment]
+    share: Share | None = None
+    features: Features | None = None
+
+    def __post_init__(self) -> None:
+        self.ranges = slots_of(self.segments)
         self.shared: list[Callable[[], None]] = []
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.regression: list[Tensor] = []
@@ -193,18 +190,7 @@ class RowLoss:
             norms: [B, A], see `AnswerView`.
             key, value: [B, H, P + A, D], of prompt and answer, keys rotated.
         """
-        weighting = call.weighting
-        view = AnswerView(
-            query,
-            key,
-            value,
-            call.scaling,
-            call.output_weight,
-            weighting.softcap,
-            weighting.sinks,
-            norms,
-        )
-        return self.recipe.label(view)
+        return self.recipe.label(call.seen_by(query, key, value, norms))
 
     def attend(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention output [B, T, H*G, D] as the layer weighs it."""
@@ -243,6 +229,7 @@ class RowLoss:
         return torch.cat(outputs, dim=1)
 
 
+@dataclass(frozen=True)
 class PackedAttention:
     """A layer function: every segment attends to itself, from slot 0 on, and each of its branches
     to the trunk and itself; gradients flow.
@@ -252,9 +239,8 @@ class PackedAttention:
         backend: `eager` or `sdpa`.
     """
 
-    def __init__(self, segments: Sequence[Segment], backend: Backend) -> None:
-        self.segments = segments
-        self.backend = backend
+    segments: Sequence[Segment]
+    backend: Backend
 
     def __call__(self, call: LayerCall) -> Tensor:
         ranges = slots_of(self.segments)

@@ -71,11 +71,7 @@ class Segment(NamedTuple):
 
     @classmethod
     def single(cls, prompt_length: int, length: int) -> "Segment":
-        """A row of one prompt and one answer.
-
-        Raises:
-            ValueError: no prompt or no answer.
-        """
+        """A row of one prompt and one answer. ValueError: no prompt or no answer."""
         if not 0 < prompt_length < length:
             raise ValueError(
                 f"prompt_length is {prompt_length} of {length} tokens; both a prompt and an answer "
@@ -117,13 +113,10 @@ class Segment(NamedTuple):
 
 
 def check_segments(segments: Sequence[Segment], length: int) -> None:
-    """Refuse segments that a row of `length` tokens cannot hold.
-
-    Raises:
-        ValueError: segments that do not fill the row one after the other, or a segment whose
-            answers are none, empty, out of order, overlapping, outside of it or at its very start,
-            or whose branches leave gaps, no trunk, or do not end with an answer each.
-    """
+    """Refuse segments that a row of `length` tokens cannot hold. ValueError: segments that do not
+    fill the row one after the other, or a segment whose answers are none, empty, out of order,
+    overlapping, outside of it or at its very start, or whose branches leave gaps, no trunk, or do
+    not end with an answer each."""
     ends = [0, *(segment.end for segment in segments)]
     if ends[:-1] != [segment.start for segment in segments] or ends[-1] != length:
         raise ValueError(f"segments {list(segments)} do not fill the row of {length} tokens")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from locret.kernels.add_norm import add_norm, add_norm_reference
+from locret.kernels.dense import add_norm, add_norm_reference
 from tests.kernels.close import assert_near
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from locret.kernels.gated import ACTIVATIONS, gated, gated_reference
+from locret.kernels.dense import ACTIVATIONS, gated, gated_reference
 from tests.kernels.close import assert_near
 
 

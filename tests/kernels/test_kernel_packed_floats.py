@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from locret.kernels.packed_floats import expand_floats, expand_floats_reference
+from locret.kernels.packed import expand_floats, expand_floats_reference
 from tests.kernels.packed import random_starts
 from tests.kernels.test_kernel_packed import assert_equal
 

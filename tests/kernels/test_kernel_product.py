@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from locret.kernels.gated import ACTIVATIONS
-from locret.kernels.product import (
+from locret.kernels.dense import (
+    ACTIVATIONS,
     gated_products,
     gated_products_reference,
     products,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from locret.kernels.store_rotated import (
+from locret.kernels.rotate import (
     HeadNorms,
     NewUnit,
     Tables,

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from locret.cache.context import from_named, to_named
 from locret.quantization import SCHEMES, make_scheme
-from locret.quantization.named import from_named, to_named
 from locret.quantization.packed import (
     Expansion,
     fetch,

@@ -1,0 +1,312 @@
+"""What a layer computes beside attention, each in one launch: the sum with its residual stream and
+the norm of that (RMSNorm), the activation of a gated MLP, and products of matrices with one token's
+vector.
+
+A step of one row reads every weight once, so that its time is that of the copy. Several matrices
+that read the same vector, such as those of query, key and value, take one launch; so do gate and up
+of an MLP, whose activation is applied on the way out. From a few rows on the matrix units are
+faster.
+
+K input size, N output size.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from locret.kernels.dispatch import check_tensors, on_device, padded, takes_triton, tl, triton
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+"""By the name that configurations give them."""
+
+_FEW_ROWS = 64
+_CHANNELS = 256  # that a warp takes: one load of 16 bytes a thread, in 16 bits
+_LEAST = 1024  # of a program, where rows are shorter and many: those of heads
+_MATRICES = 3
+_OUTPUTS = 2  # of a program
+_INPUTS = 1024  # of a turn of a program
+_WARPS = 4
+
+
+def add_norm(
+    residual: Tensor, new: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """residual + new, and weight * sum / rms(sum).
+
+    Computed as Llama does: the sum is rounded, normalised in float32, and rounded again before it
+    is multiplied by the weight.
+
+    Args:
+        residual: [..., size], contiguous, any float dtype.
+        new: what is added, likewise; None = nothing.
+        weight: [size], of residual's dtype.
+        eps: what is added to the mean of the squares.
+
+    Returns:
+        The sum (residual itself if nothing is added) and its norm, both like residual.
+    """
+    size = residual.shape[-1]
+    expected = {"residual": residual, "new": new}
+    check_tensors({name: (x, residual.dtype, residual.shape) for name, x in expected.items()})
+    check_tensors({"weight": (weight, residual.dtype, (size,))})
+    if not takes_triton(residual, new, weight):
+        return add_norm_reference(residual, new, weight, eps)
+    summed = residual if new is None else torch.empty_like(residual)
+    normed = torch.empty_like(residual)
+    if residual.numel():
+        count, block = residual.numel() // size, padded(size)
+        rows = max(1, _LEAST // block) if count > _LEAST else 1
+        with on_device(residual):
+            _add_norm[(triton.cdiv(count, rows),)](
+                *(residual, new, weight, summed, normed, count, eps),
+                SIZE=size,
+                ROWS=rows,
+                BLOCK=block,
+                num_warps=min(16, max(1, rows * block // _CHANNELS)),
+            )
+    return summed, normed
+
+
+def add_norm_reference(
+    residual: Tensor, new: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    summed = residual if new is None else residual + new
+    return summed, norm_reference(summed, weight, eps)
+
+
+def norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / rms(x) over the last dimension, in plain PyTorch."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+@triton.jit
+def _add_norm(  # type: ignore[no-untyped-def]
+    residual, new, weight, summed, normed, count, eps,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK)[None, :]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    at = row * SIZE + d
+    there = (d < SIZE) & (row < count)
+    w = tl.load(weight + d, mask=d < SIZE, other=0.0).to(tl.float32)
+    x = tl.load(residual + at, mask=there, other=0.0)
+    if new is not None:
+        more = tl.load(new + at, mask=there, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) + more).to(x.dtype)
+        tl.store(summed + at, x, mask=there)
+    x = x.to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / SIZE + eps)
+    x = x.to(normed.dtype.element_ty).to(tl.float32)
+    tl.store(normed + at, (w * x).to(normed.dtype.element_ty), mask=there)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """activation(gate) * up; the activation is computed in float32 and rounded before the product.
+
+    Args:
+        gate, up: [..., size], of one float dtype; the last dimension contiguous. Either may be a
+            half of one product.
+        activation: a name of `ACTIVATIONS`.
+        out: contiguous room that the result may take; may be `gate` itself.
+
+    Returns:
+        [..., size], contiguous, in gate's dtype.
+    """
+    check_tensors({"up": (up, gate.dtype, gate.shape)}, contiguous=False)
+    check_tensors({"out": (out, gate.dtype, gate.shape)})
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {[*ACTIVATIONS]}")
+    if not takes_triton(gate, up):
+        return gated_reference(gate, up, activation)
+    if out is None:
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    size = gate.shape[-1]
+    rows = (gate.reshape(-1, size), up.reshape(-1, size))
+    # Channels of a program, 16 bytes a thread in 16 bits: a few rows are to reach many processors.
+    block = 512 if len(rows[0]) <= _FEW_ROWS else 1024
+    if out.numel():
+        with on_device(gate):
+            _gated[(triton.cdiv(size, block) * len(rows[0]),)](
+                *(*rows, out, rows[0].stride(0), rows[1].stride(0), size),
+                SILU=activation == "silu",
+                BLOCK=block,
+                num_warps=block // 256,
+            )
+    return out
+
+
+def gated_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](gate).mul_(up)
+
+
+@triton.jit
+def activated(x, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """SiLU or GELU of float32."""
+    if SILU:
+        x *= tl.sigmoid(x)
+    else:
+        x *= 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x
+
+
+@triton.jit
+def _gated(  # type: ignore[no-untyped-def]
+    gate, up, out, gate_stride, up_stride, size, SILU: tl.constexpr, BLOCK: tl.constexpr
+):
+    blocks = tl.cdiv(size, BLOCK)  # one dimension of programs: others end at 65,535
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    there = d < size
+    x = tl.load(gate + row * gate_stride + d, mask=there, other=0.0).to(tl.float32)
+    y = tl.load(up + row * up_stride + d, mask=there, other=0.0).to(tl.float32)
+    x = activated(x, SILU).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * size + d, (x * y).to(out.dtype.element_ty), mask=there)
+
+
+def products(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()
+) -> tuple[Tensor, ...]:
+    """x @ weight.T + bias for each of up to three matrices.
+
+    Args:
+        x: [1, 1, K], contiguous.
+        weights: [N, K] each, of one float dtype, that of x; contiguous.
+        biases: [N] or None for each; none given = no biases. All matrices have one, or none has.
+
+    Returns:
+        [1, 1, N] each, in x's dtype, summed up in float32.
+    """
+    biases = biases or [None] * len(weights)
+    _check(x, weights, biases)
+    if not takes_triton(x, *weights):
+        return products_reference(x, weights, biases)
+    sizes = [len(weight) for weight in weights]
+    out = torch.empty(1, 1, sum(sizes), dtype=x.dtype, device=x.device)
+    spare = _MATRICES - len(weights)
+    given, counts = [*weights, *[weights[0]] * spare], [*sizes, *[0] * spare]
+    added = [x if bias is None else bias for bias in [*biases, *[biases[0]] * spare]]
+    with on_device(x):
+        _products[(sum(triton.cdiv(n, _OUTPUTS) for n in counts),)](
+            *(x, *given, *added, out, x.shape[-1], *counts),
+            BIAS=biases[0] is not None,
+            N=_OUTPUTS,
+            K=_INPUTS,
+            num_warps=_WARPS,
+        )
+    return out.split(sizes, -1)
+
+
+def products_reference(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+
+
+def gated_products(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(x @ gate.T) * (x @ up.T), each product rounded to x's dtype before, as
+    `gated` has it.
+
+    Args:
+        x: [1, 1, K], contiguous.
+        gate, up: [N, K], in x's dtype, contiguous.
+        activation: a name of `ACTIVATIONS`.
+
+    Returns:
+        [1, 1, N], in x's dtype.
+    """
+    _check(x, (gate, up), (None, None))
+    if gate.shape != up.shape or activation not in ACTIVATIONS:
+        raise ValueError(
+            f"gate is {tuple(gate.shape)}, up {tuple(up.shape)} and activation {activation!r}; "
+            f"expected two of one shape and one of {[*ACTIVATIONS]}"
+        )
+    if not takes_triton(x, gate, up):
+        return gated_products_reference(x, gate, up, activation)
+    out = torch.empty(1, 1, len(gate), dtype=x.dtype, device=x.device)
+    with on_device(x):
+        _gated_products[(triton.cdiv(len(gate), _OUTPUTS),)](
+            *(x, gate, up, out, x.shape[-1], len(gate)),
+            SILU=activation == "silu",
+            N=_OUTPUTS,
+            K=_INPUTS,
+            num_warps=_WARPS,
+        )
+    return out
+
+
+def gated_products_reference(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](F.linear(x, gate)) * F.linear(x, up)
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    if not 1 <= len(weights) == len(biases) <= _MATRICES:
+        raise ValueError(
+            f"{len(weights)} matrices and {len(biases)} biases; expected 1 to {_MATRICES} of both"
+        )
+    if x.dim() != 3 or x.shape[:2] != (1, 1):
+        raise ValueError(f"x is {tuple(x.shape)}; expected [1, 1, K]")
+    if len({bias is None for bias in biases}) > 1:
+        raise ValueError("some matrices have a bias and some have none; expected all or none")
+    check_tensors({"x": (x, x.dtype, x.shape)})
+    for weight, bias in zip(weights, biases, strict=True):
+        shapes = (len(weight), x.shape[-1]), (len(weight),)
+        check_tensors({"weight": (weight, x.dtype, shapes[0]), "bias": (bias, x.dtype, shapes[1])})
+
+
+@triton.jit
+def _dot(x, weight, n, there, inputs, N: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Outputs `n`, [N] float32."""
+    sums = tl.zeros([N, K], dtype=tl.float32)
+    at = weight + n.to(tl.int64)[:, None] * inputs
+    for start in range(0, inputs, K):
+        k = start + tl.arange(0, K)
+        in_row = k < inputs
+        tile = tl.load(
+            at + k[None, :],
+            mask=there[:, None] & in_row[None, :],
+            other=0.0,
+            eviction_policy="evict_first",  # nobody reads a weight twice
+        )
+        vector = tl.load(x + k, mask=in_row, other=0.0)
+        sums += tile.to(tl.float32) * vector.to(tl.float32)[None, :]
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
+def _products(  # type: ignore[no-untyped-def]
+    x, w0, w1, w2, b0, b1, b2, out, inputs, n0, n1, n2,
+    BIAS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    first, weight, bias, size = 0, w0, b0, n0
+    tiles = tl.cdiv(n0, N)
+    if tile >= tiles:
+        tile -= tiles
+        tiles = tl.cdiv(n1, N)
+        first, weight, bias, size = n0, w1, b1, n1
+        if tile >= tiles:
+            tile -= tiles
+            first, weight, bias, size = n0 + n1, w2, b2, n2
+    n = tile * N + tl.arange(0, N)
+    there = n < size
+    sums = _dot(x, weight, n, there, inputs, N, K)
+    if BIAS:
+        sums += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + first + n, sums.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _gated_products(  # type: ignore[no-untyped-def]
+    x, gate, up, out, inputs, size, SILU: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+):
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    there = n < size
+    a = _dot(x, gate, n, there, inputs, N, K)
+    b = _dot(x, up, n, there, inputs, N, K)
+    a = a.to(out.dtype.element_ty).to(tl.float32)
+    a = activated(a, SILU).to(out.dtype.element_ty).to(tl.float32)
+    b = b.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + n, (a * b).to(out.dtype.element_ty), mask=there)
