@@ -47,6 +47,13 @@ def replays(monkeypatch):
     monkeypatch.setattr("locret.engine.steps.record", record)
 
 
+def run_ahead(monkeypatch, on):
+    """Whether steps run ahead; if not, they are the twin."""
+    monkeypatch.setattr(
+        "locret.engine.answering.may_run_ahead", ahead.may_run_ahead if on else lambda *_: False
+    )
+
+
 @pytest.fixture
 def both(monkeypatch, replays):
     """Run something with and without steps ahead."""
@@ -54,7 +61,7 @@ def both(monkeypatch, replays):
     def run(work):
         results = []
         for on in (False, True):
-            monkeypatch.setattr(ahead, "RUNS_AHEAD", on)
+            run_ahead(monkeypatch, on)
             results.append(work())
         return results
 
@@ -170,7 +177,7 @@ def test_on_a_gpu_turns_snapshots_and_memory_are_the_same(monkeypatch, rows, pos
     long = GREEDY | {"max_new_tokens": 40}
     answers, levels = [], []
     for on in (False, True, True, True):
-        monkeypatch.setattr(ahead, "RUNS_AHEAD", on)
+        run_ahead(monkeypatch, on)
         cache = engine.prefill(ids)
         context, given = cache.snapshot(), []
         for asked in (long, GREEDY, long):

@@ -185,6 +185,9 @@ def test_quotas_go_into_the_heads_folder(workplace, heads, capsys):
     assert "of the mean; the tenth of the heads" in capsys.readouterr().out
     assert run(workplace, "--heads", heads, *data) == 0  # and again
     assert RetainingHeads.from_pretrained(heads).config == loaded.config
+    assert run(workplace, "--heads", heads, *data, "--sharpness", 1.5) == 0
+    sharper = RetainingHeads.from_pretrained(heads).config.quotas["2"]
+    assert sharper[layer][head] > loaded.config.quotas["2"][layer][head]
 
 
 def test_a_card_of_ones_own_stays(workplace, heads):

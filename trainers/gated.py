@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from locret.heads.heads import RetainingHeads
+from locret.heads.quotas import checked_sharpness
 from locret.heads.targets import make_loss
 from locret.model.backbone import Backbone
 from locret.model.loading import Dtype, load_model, load_tokenizer
@@ -55,6 +56,7 @@ class GatedModule(LightningModule):
         revision: of the backbone on the Hub.
         quota_contexts: contexts of the training data by which head quotas are measured anew when
             training ends (`trainers.quotas`); 0 leaves those that the heads came with.
+        quota_sharpness: power that shares are raised to; above 1 = more unequal than measured.
 
     Raises:
         ValueError: bounds in the wrong order or out of range.
@@ -85,6 +87,7 @@ class GatedModule(LightningModule):
         attn_implementation: str = "sdpa",
         revision: str | None = None,
         quota_contexts: int = 60,
+        quota_sharpness: float = 1.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -93,6 +96,7 @@ class GatedModule(LightningModule):
             raise ValueError(f"temperatures is {list(temperatures)}; expected numbers above 0")
         if quota_contexts < 0:
             raise ValueError(f"quota_contexts is {quota_contexts}; expected 0 (none) or more")
+        checked_sharpness(quota_sharpness)
         scheme_of(quantization)
         self.heads: RetainingHeads | None = None
         self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmu
 from locret.cache.cache import Positions
 from locret.engine.config import EngineConfig
 from locret.heads.heads import HeadKind, HeadsConfig, RetainingHeads
+from locret.heads.quotas import checked_sharpness
 from locret.heads.targets import make_loss
 from locret.model.backbone import Backbone
 from locret.model.loading import (
@@ -85,6 +86,7 @@ class HeadsModule(LightningModule):
         budget, chunk_size, stabilizers, local_tokens: engine settings that the artifact recommends.
         quota_contexts: contexts of the training data by which head quotas are measured when
             training ends (`trainers.quotas`); 0 for none. Only where the label is a logarithm.
+        quota_sharpness: power that shares are raised to; above 1 = more unequal than measured.
         heads: where to start from: heads of the same shape and label, as `trainers.fit` makes them,
             a folder or a Hub id; None = random ones.
         features: what heads see in training: "full", a model that reads with its whole context, or
@@ -131,6 +133,7 @@ class HeadsModule(LightningModule):
         stabilizers: int = 2500,
         local_tokens: int = 100,
         quota_contexts: int = 60,
+        quota_sharpness: float = 1.0,
         heads: str | None = None,
         features: Seen = "full",
         evicted_compressions: tuple[float, float] = (2.0, 16.0),
@@ -144,6 +147,7 @@ class HeadsModule(LightningModule):
         self._check_engine_settings()
         if quota_contexts < 0:
             raise ValueError(f"quota_contexts is {quota_contexts}; expected 0 (none) or more")
+        checked_sharpness(quota_sharpness)
         self.heads: RetainingHeads | None = None
         self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at
         self.layer_overlap: Tensor | None = None  # of each layer, when last looked at

@@ -44,7 +44,7 @@ def measured_quotas(
             progress(done, count)
             calibration.add(ids[None].to(device))
         progress(count, count)
-    return calibration.quotas()
+    return calibration.quotas(module.hparams["quota_sharpness"])
 
 
 def _why_not(module: Any, heads: RetainingHeads) -> str | None:

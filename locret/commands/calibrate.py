@@ -19,7 +19,7 @@ from locret.commands import shared
 from locret.commands.progress import Progress
 from locret.heads import files as artifact
 from locret.heads.heads import RetainingHeads
-from locret.heads.quotas import COMPRESSIONS, in_words
+from locret.heads.quotas import COMPRESSIONS, checked_sharpness, in_words
 from locret.model.loading import load_config, load_tokenizer
 from locret.policies import POLICIES, LocretPolicy, policy_in_words
 from locret.policies.kvzip import Wording
@@ -72,6 +72,12 @@ def add_to(commands: Any) -> None:
         help="tokens for a unit kept, default 2 4 8 16 32",
     )
     command.add_argument(
+        "--sharpness",
+        type=shared.argument(_sharpness),
+        default=1.0,
+        help="power that heads' shares are raised to; above 1 = more unequal; default 1",
+    )
+    command.add_argument(
         "--out", type=Path, help="a .json file; default, for --heads alone: the heads' folder"
     )
     command.set_defaults(run=run)
@@ -85,6 +91,13 @@ def _compression(text: str) -> float:
     if not 1 <= compression < math.inf:
         raise ValueError(f"{text!r} is not a compression; expected a number of at least 1, as 8")
     return compression
+
+
+def _sharpness(text: str) -> float:
+    try:
+        return checked_sharpness(float(text))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a sharpness; expected a number above 0") from None
 
 
 def run(given: argparse.Namespace) -> None:
@@ -115,7 +128,7 @@ def run(given: argparse.Namespace) -> None:
             progress(done, len(contexts))
             calibration.add(torch.tensor([ids], device=loaded.model.device))
         progress(len(contexts), len(contexts))
-    quotas = calibration.quotas()
+    quotas = calibration.quotas(given.sharpness)
     written = _written(given, heads, quotas)
     read = sum(map(len, contexts))
     print(f"quotas of {policy}, from {len(contexts)} contexts of {read // len(contexts):,} tokens:")

@@ -19,15 +19,13 @@ from torch import Tensor
 
 from locret.engine.arguments import setting
 
-RUNS_AHEAD = False  # until a GPU has shown that answers are the same, and come faster
-
 CHANGING = ("do_sample", "logits_processor", "prefix_allowed_tokens_fn", "custom_generate")
 """Arguments of stock `generate` with which tokens are often others than the likeliest."""
 
 
 def may_run_ahead(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether steps run ahead in an answer asked for with these arguments."""
-    return RUNS_AHEAD and not any(setting(model, kwargs, name) for name in CHANGING)
+    return not any(setting(model, kwargs, name) for name in CHANGING)
 
 
 def likeliest(logits: Tensor) -> Tensor:

@@ -86,11 +86,12 @@ class Calibration:
         for tokens, looking in self.policy.second_readings(context):
             yield torch.cat([context, tokens], dim=1), looking
 
-    def quotas(self) -> dict[str, list[list[float]]]:
-        """Quotas of mean 1 by compression, [layers][KV heads], of the contexts so far."""
+    def quotas(self, sharpness: float = 1.0) -> dict[str, list[list[float]]]:
+        """Quotas of mean 1 by compression, [layers][KV heads], of the contexts so far; `sharpness`
+        as in `locret.heads.quotas.averaged`."""
         assert self._fractions, "no context was added yet"
         by_compression = zip(self.compressions, zip(*self._fractions, strict=True), strict=True)
-        return {f"{compression:g}": averaged(of) for compression, of in by_compression}
+        return {f"{compression:g}": averaged(of, sharpness) for compression, of in by_compression}
 
     def _layer(self, length: int, looking: int, call: LayerCall) -> Tensor:
         """The layer function: plain causal attention, and the policy's scores on the way.

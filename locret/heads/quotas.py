@@ -306,13 +306,23 @@ def measured(scores: Sequence[Tensor], compressions: Sequence[float]) -> list[Te
     return fractions
 
 
-def averaged(fractions: Sequence[Tensor]) -> list[list[float]]:
-    """Quotas of mean 1, at least `FLOOR`, from what heads kept of each context, [layers, H] each.
+def checked_sharpness(given: float) -> float:
+    """The same number. ValueError: it is no power for shares (`averaged`)."""
+    if not 0 < given < math.inf:
+        raise ValueError(f"quota_sharpness is {given}; expected a number above 0")
+    return given
 
-    Every context counts alike.
+
+def averaged(fractions: Sequence[Tensor], sharpness: float = 1.0) -> list[list[float]]:
+    """Quotas of mean 1, at least about `FLOOR`, from what heads kept of each context.
+
+    Args:
+        fractions: [layers, H] each; every context counts alike.
+        sharpness: shares are raised to this power: above 1, heads become more unequal than they
+            were measured.
     """
-    mean = torch.stack(list(fractions)).mean(dim=0)
-    raised = (mean / mean.mean()).clamp(min=float(FLOOR))
+    shares = torch.stack(list(fractions)).mean(dim=0) ** sharpness
+    raised = (shares / shares.mean()).clamp(min=float(FLOOR))
     return [[round(quota, 4) for quota in layer] for layer in (raised / raised.mean()).tolist()]
 
 

@@ -37,13 +37,14 @@ def contexts(monkeypatch):
 @pytest.mark.parametrize("more", [[], ["--model.kind=linear"]])
 def test_quotas_are_those_of_the_exported_heads(more, contexts, backbones, rows, tmp_path, capfd):
     args = [*tiny_run(backbones("llama"), rows, tmp_path), *LOGARITHM, "--model.quota_contexts=3"]
+    args.append("--model.quota_sharpness=1.5")
     heads = locret.RetainingHeads.from_pretrained(main([*args, *more]))
     assert contexts == [3]
     model = load_model(str(backbones("llama")), dtype="float32", device="cpu").model
     calibration = Calibration(Backbone(model), LocretPolicy(heads))
     for i in range(3):
         calibration.add(prompt(80 + i, seed=i, vocab=60))
-    assert heads.config.quotas == calibration.quotas()
+    assert heads.config.quotas == calibration.quotas(1.5) != calibration.quotas()
     assert list(calibration.quotas()) == ["2", "4", "8", "16", "32"]
     assert "quotas at 8x" in (tmp_path / "heads" / "README.md").read_text()
     assert "training.yaml" in (tmp_path / "heads" / "README.md").read_text()

@@ -165,6 +165,7 @@ def test_mixed_precision_as_shipped(backbones, heads, rows, tmp_path):
         (["--model.compressions=[8,4]"], "at least 1, the smaller one first: [4.0, 8.0]"),
         (["--model.temperatures=[1,0]"], "temperatures is [1.0, 0.0]; expected numbers above 0"),
         (["--model.quota_contexts=-1"], "quota_contexts is -1"),
+        (["--model.quota_sharpness=0"], "quota_sharpness is 0.0; expected a number above 0"),
         (["--model.threshold=quotas"], "the heads have none in their record"),
         (["--data.branches=null"], "data.branches is null"),
         (["--model.quantization=nosuch"], "no quantization 'nosuch'"),
