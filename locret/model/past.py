@@ -6,6 +6,7 @@ D head size.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,8 +17,10 @@ from locret.cache.sequences import Sequences
 
 _FEW = 32
 """Most queries of a KV head (R) that are few."""
-_BLOCK = 64
-"""New tokens whose logits `attend_by_products` has in memory at a time: they shall fit a cache."""
+_BLOCK = 256
+"""Most new tokens of a product: logits of later tokens are computed too, and given up."""
+_LOGITS = 2**20
+"""Of a product, where that leaves it a few tokens: they shall fit a cache."""
 
 
 class Past(NamedTuple):
@@ -141,30 +144,35 @@ def multiplies_fast(query: Tensor) -> bool:
 
 
 def attend_by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of the last T of S slots, a block of queries at a time.
+    """Causal attention of the last T of S slots, a KV head and a block of queries at a time.
 
     Args:
         query: [B, H*G, T, D], rotated. key, value: [B, H, S, D], S >= T, rotated.
         scaling: softmax scale.
 
     Returns:
-        [B, H*G, T, D].
+        [B, H*G, T, D], in memory [B, T, H*G, D].
     """
     (rows, heads, slots, size), tokens = key.shape, query.shape[2]
-    # Products of bfloat16 are rounded to it, and the softmax is the same without the mean key:
-    # logits are smaller then, and exact enough for models whose keys have large biases.
-    exact = key.float()
-    key = ((exact - exact.mean(dim=2, keepdim=True)) * scaling).to(key.dtype)
-    outputs = []
-    for start in range(0, tokens, _BLOCK):
-        new = min(_BLOCK, tokens - start)
-        last = slots - tokens + start + new  # later slots are the future of all of them
-        queries = query[:, :, start : start + new].reshape(rows, heads, -1, size)  # G * new
-        logits = queries @ key[:, :, :last].transpose(-1, -2)
-        future = torch.ones(new, new, dtype=torch.bool).triu(1)
-        logits.unflatten(2, (-1, new))[..., -new:].masked_fill_(future, -torch.inf)
-        outputs.append((logits.softmax(dim=-1) @ value[:, :, :last]).view(rows, -1, new, size))
-    return torch.cat(outputs, dim=2)
+    group = query.shape[1] // heads
+    output = query.new_empty(rows, tokens, heads, group, size).permute(0, 2, 3, 1, 4)
+    grouped = query.unflatten(1, (heads, group))
+    block = min(max(_LOGITS // (group * slots), _FEW), _BLOCK, tokens)
+    future = query.new_full((block, block), -torch.inf).triu(1)
+    for at in itertools.product(range(rows), range(heads)):
+        # Products of bfloat16 are rounded to it, and the softmax is the same without the mean key:
+        # logits are smaller then, and exact enough for models whose keys have large biases.
+        exact = key[at].float()
+        keys = (exact - exact.mean(dim=0)).mul_(scaling).to(key.dtype)
+        values = value[at].contiguous()  # here, else every product copies what it takes of it
+        for start in range(0, tokens, block):
+            own = slice(start, min(start + block, tokens))
+            new = own.stop - start
+            last = slots - tokens + own.stop  # later slots are the future of all of them
+            logits = grouped[at][:, own].reshape(-1, size) @ keys[:last].T  # [G * new, last]
+            logits.view(group, new, last)[..., -new:].add_(future[:new, :new])
+            output[at][:, own] = (logits.softmax(dim=-1) @ values[:last]).view(group, new, size)
+    return output.flatten(1, 2)
 
 
 def _logits(query: Tensor, past: Past) -> Tensor:
