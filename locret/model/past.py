@@ -6,7 +6,6 @@ D head size.
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,10 +16,10 @@ from locret.cache.sequences import Sequences
 
 _FEW = 32
 """Most queries of a KV head (R) that are few."""
-_BLOCK = 256
-"""Most new tokens of a product: logits of later tokens are computed too, and given up."""
+_BLOCK = 64
+"""New tokens whose logits `attend_by_products` has in memory at a time,"""
 _LOGITS = 2**20
-"""Of a product, where that leaves it a few tokens: they shall fit a cache."""
+"""of as many heads as have at most so many, but at least one: they shall fit a cache."""
 
 
 class Past(NamedTuple):
@@ -144,35 +143,45 @@ def multiplies_fast(query: Tensor) -> bool:
 
 
 def attend_by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of the last T of S slots, a KV head and a block of queries at a time.
+    """Causal attention of the last T of S slots, some KV heads and a block of queries at a time.
 
     Args:
         query: [B, H*G, T, D], rotated. key, value: [B, H, S, D], S >= T, rotated.
         scaling: softmax scale.
 
     Returns:
-        [B, H*G, T, D], in memory [B, T, H*G, D].
+        [B, H*G, T, D].
     """
-    (rows, heads, slots, size), tokens = key.shape, query.shape[2]
-    group = query.shape[1] // heads
-    output = query.new_empty(rows, tokens, heads, group, size).permute(0, 2, 3, 1, 4)
-    grouped = query.unflatten(1, (heads, group))
-    block = min(max(_LOGITS // (group * slots), _FEW), _BLOCK, tokens)
-    future = query.new_full((block, block), -torch.inf).triu(1)
-    for at in itertools.product(range(rows), range(heads)):
-        # Products of bfloat16 are rounded to it, and the softmax is the same without the mean key:
-        # logits are smaller then, and exact enough for models whose keys have large biases.
-        exact = key[at].float()
-        keys = (exact - exact.mean(dim=0)).mul_(scaling).to(key.dtype)
-        values = value[at].contiguous()  # here, else every product copies what it takes of it
-        for start in range(0, tokens, block):
-            own = slice(start, min(start + block, tokens))
-            new = own.stop - start
-            last = slots - tokens + own.stop  # later slots are the future of all of them
-            logits = grouped[at][:, own].reshape(-1, size) @ keys[:last].T  # [G * new, last]
-            logits.view(group, new, last)[..., -new:].add_(future[:new, :new])
-            output[at][:, own] = (logits.softmax(dim=-1) @ values[:last]).view(group, new, size)
-    return output.flatten(1, 2)
+    heads, slots, tokens = key.shape[1], key.shape[2], query.shape[2]
+    queries = query.unflatten(1, (heads, -1)).flatten(0, 1)  # [B * H, G, T, D]
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    output = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    at_once = max(1, _LOGITS // (queries.shape[1] * min(_BLOCK, tokens) * slots))
+    for first in range(0, len(keys), at_once):
+        # One matrix is in memory as products read it whatever they take of it; several are copied.
+        at = first if at_once == 1 else slice(first, first + at_once)
+        _attend_heads(queries[at], keys[at], values[at], scaling, output[at])
+    return output.view(query.shape)
+
+
+def _attend_heads(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, output: Tensor
+) -> None:
+    """Attention of queries [..., G, T, D] to [..., S, D], written to `output`."""
+    group, tokens, size = query.shape[-3:]
+    # Products of bfloat16 are rounded to it, and the softmax is the same without the mean key:
+    # logits are smaller then, and exact enough for models whose keys have large biases.
+    exact = key.float()
+    key = (exact - exact.mean(dim=-2, keepdim=True)).mul_(scaling).to(key.dtype)
+    future = query.new_full((_BLOCK, _BLOCK), -torch.inf).triu(1)
+    for start in range(0, tokens, _BLOCK):
+        end = min(start + _BLOCK, tokens)
+        new, last = end - start, key.shape[-2] - tokens + end  # later slots are all future
+        queries = query[..., start:end, :].reshape(*key.shape[:-2], -1, size)  # G * new
+        logits = queries @ key[..., :last, :].transpose(-1, -2)
+        logits.unflatten(-2, (group, new))[..., -new:].add_(future[:new, :new])
+        weighed = logits.softmax(dim=-1) @ value[..., :last, :]
+        output[..., start:end, :] = weighed.unflatten(-2, (group, new))
 
 
 def _logits(query: Tensor, past: Past) -> Tensor:
