@@ -1,11 +1,13 @@
 """Train retaining heads: `locret fit --config smollm2.yaml` (see `trainers.cli`).
 
-A config may name another one of `trainers.tune`, `then: qwen25_coder_kl.yaml`: the heads that were
-trained are tuned by it next, in the same command. `--then null` stops after the first stage.
+A config may name others of `trainers.tune`, `then: [qwen25_coder_kl.yaml]`: the heads that were
+trained are tuned by them next, in the same command. `--then null` stops after the first stage.
 """
 
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,87 +24,114 @@ with ends_at_once():
 
 
 class FitCLI(cli.TrainingCLI):
-    """With the name of a second stage."""
+    """With the names of later stages."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument(
             "--then",
-            type=str | None,
+            type=str | list[str] | None,
             default=None,
-            help="config of trainers.tune, which goes on from these heads and writes OUTPUT_tuned",
+            help="configs of trainers.tune, one or a list, which go on from these heads in turn; "
+            "the last one writes OUTPUT_tuned",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """And look at the second stage, before anything of the first is made."""
+        """And look at later stages, before anything of the first is made."""
         super().parse_arguments(parser, args)
         if self.config.then is not None:
-            _check_second_stage(self.config)
+            _check_later_stages(self.config)
 
 
 def main(args: list[str] | None = None) -> Path | None:
     """Run a training; returns the folder of the artifact, None after a check (`trainers.cli`)."""
-    training = cli.build(HeadsModule, ExportHeads, args, kind=FitCLI)
+    training: Any = cli.build(HeadsModule, ExportHeads, args, kind=FitCLI)
     output = cli.run(training)
-    more = None if output is None else _second_stage(training, output)
-    if more is None:
+    stages = [] if output is None else _later_stages(training, output)
+    if not stages:
         cli.tell_how_to_use(training, output)
         return output
+    for config, arguments in zip(_names(training.config), stages, strict=True):
+        print(f"next      these heads are tuned by {config}", flush=True)
+        with _signals_noted():
+            training = None  # and its model, before the next one is loaded
+            gc.collect()
+        output = tune.main(arguments)
+    return output
+
+
+@contextmanager
+def _signals_noted() -> Iterator[None]:
+    """Python drops what is raised while objects are collected, so signals are raised behind it."""
     signals: list[int] = []
-    # Python drops what is raised while objects are collected, so a signal is only noted meanwhile.
     with handled_by(lambda number, frame: signals.append(number)):
-        del training  # and its model, before the next one is loaded
-        gc.collect()
+        yield
     if signals:
         raise Stopped(signals[0], "stopped between the stages; go on with --ckpt_path last")
-    return tune.main(more)
 
 
-def _second_stage(training: cli.TrainingCLI, output: Path) -> list[str] | None:
-    """The arguments of `trainers.tune` that go on from the heads in `output`; None = no such stage,
-    or one that several processes would have to be started for again, which is told then."""
+def _names(config: Any) -> list[str]:
+    """The configs of the later stages."""
+    then = config.then or []
+    return [then] if isinstance(then, str) else list(then)
+
+
+def _later_stages(training: cli.TrainingCLI, output: Path) -> list[list[str]]:
+    """The arguments of `trainers.tune` for each stage that goes on from the heads in `output`. Where
+    several processes would have to be started for them again, none, and they are told."""
     config, trainer = training.config, training.trainer
-    if config.then is None:
-        return None
-    arguments = _second_arguments(config, output)
+    stages = _arguments(config, output)
+    if trainer.world_size > 1:
+        if trainer.is_global_zero:
+            for arguments in stages:
+                print("next      python -m trainers.tune " + " ".join(arguments))
+        return []
     if training.was_finished and config.ckpt_path == "last":
-        arguments.append("--ckpt_path=last")  # the second stage is what was interrupted
-    if trainer.world_size == 1:
-        print(f"next      these heads are tuned by {config.then}", flush=True)
-        return arguments
-    if trainer.is_global_zero:
-        print("next      python -m trainers.tune " + " ".join(arguments))
-    return None
+        for arguments in stages:
+            arguments.append("--ckpt_path=last")  # a later stage is what was interrupted
+    return stages
 
 
-def _second_arguments(config: Any, output: Path) -> list[str]:
-    return [
-        f"--config={config.then}",
-        f"--model.model={config.model.model}",
-        f"--model.heads={output}",
-        f"--output={output.with_name(output.name + '_tuned')}",
-        f"--trainer.accelerator={config.trainer.accelerator}",
-        f"--trainer.devices={config.trainer.devices}",
-    ]
+def _arguments(config: Any, output: Path) -> list[list[str]]:
+    """Each stage starts from the heads before; the last one makes OUTPUT_tuned."""
+    names = _names(config)
+    stages, heads = [], output
+    for number, name in enumerate(names, 1):
+        end = "_tuned" if number == len(names) else f"_tuned_{number}"
+        made = output.with_name(output.name + end)
+        stages.append(
+            [
+                f"--config={name}",
+                f"--model.model={config.model.model}",
+                f"--model.heads={heads}",
+                f"--output={made}",
+                f"--trainer.accelerator={config.trainer.accelerator}",
+                f"--trainer.devices={config.trainer.devices}",
+            ]
+        )
+        heads = made
+    return stages
 
 
-def _check_second_stage(config: Any) -> None:
+def _check_later_stages(config: Any) -> None:
     """
     Raises:
-        ValueError: the second stage is not there, or cannot go on from what the first will make.
+        ValueError: a later stage is not there, or cannot go on from what the first will make.
     """
     given = config.model
-    try:
-        check_gates(load_config(given.model, revision=given.revision))
-        second = tune.build(_second_arguments(config, Path(config.output or "heads")))
-        check_tunable_as(
-            given.label,
-            given.query_tokens,
-            bool(given.quota_contexts or given.heads),  # those of others may have been measured
-            second.model.hparams["threshold"],
-        )
-    except ValueError as error:
-        raise ValueError(f"the second stage, {config.then}: {error}") from error
+    stages = _arguments(config, Path(config.output or "heads"))
+    for name, arguments in zip(_names(config), stages, strict=True):
+        try:
+            check_gates(load_config(given.model, revision=given.revision))
+            stage = tune.build(arguments)
+            check_tunable_as(
+                given.label,
+                given.query_tokens,
+                bool(given.quota_contexts or given.heads),  # those of others may have been measured
+                stage.model.hparams["threshold"],
+            )
+        except ValueError as error:
+            raise ValueError(f"the later stage, {name}: {error}") from error
 
 
 if __name__ == "__main__":

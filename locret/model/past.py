@@ -17,7 +17,9 @@ from locret.cache.sequences import Sequences
 _FEW = 32
 """Most queries of a KV head (R) that are few."""
 _BLOCK = 64
-"""New tokens whose logits `attend_by_products` has in memory at a time: they shall fit a cache."""
+"""New tokens whose logits `attend_by_products` has in memory at a time,"""
+_LOGITS = 2**20
+"""of as many heads as have at most so many, but at least one: they shall fit a cache."""
 
 
 class Past(NamedTuple):
@@ -138,27 +140,43 @@ def multiplies_fast(query: Tensor) -> bool:
 
 
 def attend_by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of the last T of S slots, a block of queries at a time: [B, H*G, T, D].
+    """Causal attention of the last T of S slots, some KV heads and a block of queries at a time:
+    [B, H*G, T, D].
 
     Args:
         query: [B, H*G, T, D], rotated. key, value: [B, H, S, D], S >= T, rotated.
         scaling: softmax scale.
     """
-    (rows, heads, slots, size), tokens = key.shape, query.shape[2]
+    heads, slots, tokens = key.shape[1], key.shape[2], query.shape[2]
+    queries = query.unflatten(1, (heads, -1)).flatten(0, 1)  # [B * H, G, T, D]
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    output = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    at_once = max(1, _LOGITS // (queries.shape[1] * min(_BLOCK, tokens) * slots))
+    for first in range(0, len(keys), at_once):
+        # One matrix is in memory as products read it whatever they take of it; several are copied.
+        at = first if at_once == 1 else slice(first, first + at_once)
+        _attend_heads(queries[at], keys[at], values[at], scaling, output[at])
+    return output.view(query.shape)
+
+
+def _attend_heads(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, output: Tensor
+) -> None:
+    """Attention of queries [..., G, T, D] to [..., S, D], written to `output`."""
+    group, tokens, size = query.shape[-3:]
     # Products of bfloat16 are rounded to it, and the softmax is the same without the mean key:
     # logits are smaller then, and exact enough for models whose keys have large biases.
     exact = key.float()
-    key = ((exact - exact.mean(dim=2, keepdim=True)) * scaling).to(key.dtype)
-    outputs = []
+    key = (exact - exact.mean(dim=-2, keepdim=True)).mul_(scaling).to(key.dtype)
+    future = query.new_full((_BLOCK, _BLOCK), -torch.inf).triu(1)
     for start in range(0, tokens, _BLOCK):
-        new = min(_BLOCK, tokens - start)
-        last = slots - tokens + start + new  # later slots are the future of all of them
-        queries = query[:, :, start : start + new].reshape(rows, heads, -1, size)  # G * new
-        logits = queries @ key[:, :, :last].transpose(-1, -2)
-        future = torch.ones(new, new, dtype=torch.bool).triu(1)
-        logits.unflatten(2, (-1, new))[..., -new:].masked_fill_(future, -torch.inf)
-        outputs.append((logits.softmax(dim=-1) @ value[:, :, :last]).view(rows, -1, new, size))
-    return torch.cat(outputs, dim=2)
+        end = min(start + _BLOCK, tokens)
+        new, last = end - start, key.shape[-2] - tokens + end  # later slots are all future
+        queries = query[..., start:end, :].reshape(*key.shape[:-2], -1, size)  # G * new
+        logits = queries @ key[..., :last, :].transpose(-1, -2)
+        logits.unflatten(-2, (group, new))[..., -new:].add_(future[:new, :new])
+        weighed = logits.softmax(dim=-1) @ value[..., :last, :]
+        output[..., start:end, :] = weighed.unflatten(-2, (group, new))
 
 
 def _logits(query: Tensor, past: Past) -> Tensor:

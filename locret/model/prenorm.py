@@ -28,6 +28,9 @@ _OURS = ("locret.", "transformers.utils.output_capturing")
 
 HEAD_NORMS = "q_norm", "k_norm"
 
+_CPU_TOKENS = 512
+"""That an MLP takes at a time on a CPU, whose caches what is between its products shall fit."""
+
 
 class Norm(NamedTuple):
     """RMSNorm: its weight [size] and what is added to the mean of the squares."""
@@ -95,6 +98,12 @@ class PrenormLayer:
 
     def mlp(self, x: Tensor) -> Tensor:
         """[B, T, hidden size] of x [B, T, hidden size]."""
+        if x.device.type == "cpu" and x.shape[:2].numel() > _CPU_TOKENS:
+            some = x.view(1, -1, x.shape[-1]).split(_CPU_TOKENS, dim=1)
+            return torch.cat([self._mlp_of(each) for each in some], dim=1).view(x.shape)
+        return self._mlp_of(x)
+
+    def _mlp_of(self, x: Tensor) -> Tensor:
         return called(self._gated(x), self._mlp.down_proj)[0].contiguous()
 
     def _gated(self, x: Tensor) -> Tensor:

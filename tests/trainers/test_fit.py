@@ -64,8 +64,8 @@ def test_a_config_fits_two_steps_on_a_tiny_model(config, backbones, rows, tmp_pa
     assert "train/top10_overlap" in heads.config.metrics
 
 
-def test_a_second_stage_follows_in_the_same_command(backbones, rows, tmp_path, capsys):
-    """And goes on where it was interrupted, if the first stage was at its end."""
+def test_later_stages_follow_in_the_same_command(backbones, rows, tmp_path, capsys):
+    """And go on where they were interrupted, if the first stage was at its end."""
     second = yaml.safe_load((CONFIGS / "qwen25_coder_kl.yaml").read_text())
     second["trainer"] |= {"max_steps": 2, "precision": "32-true", "log_every_n_steps": 1}
     second["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "second")
@@ -75,15 +75,18 @@ def test_a_second_stage_follows_in_the_same_command(backbones, rows, tmp_path, c
     second["data"] |= {"train": [jsonl], "weights": None, "num_workers": 0, "batch_size": 1}
     second["model"] |= {"dtype": "float32", "quota_contexts": 0, "warmup_steps": 0}
     (tmp_path / "second.yaml").write_text(yaml.safe_dump(second))
+    (tmp_path / "third.yaml").write_text(yaml.safe_dump(second).replace("/second", "/third"))
     args = tiny_run(backbones("qwen2"), rows, tmp_path, config="qwen25_coder.yaml")
-    args += [f"--then={tmp_path / 'second.yaml'}", "--model.quota_contexts=0"]
+    then = f"[{tmp_path / 'second.yaml'}, {tmp_path / 'third.yaml'}]"
+    args += [f"--then={then}", "--model.quota_contexts=0"]
     output = main(args)
     assert output == tmp_path / "heads_tuned"
-    before, after = weights(tmp_path / "heads"), weights(output)
-    assert before != after
-    assert "are tuned by" in capsys.readouterr().out
+    made = [tmp_path / "heads", tmp_path / "heads_tuned_1", output]
+    before = [weights(each) for each in made]
+    assert before[0] != before[1] != before[2]
+    assert capsys.readouterr().out.count("are tuned by") == 2
     assert main([*args, "--ckpt_path=last"]) == output
-    assert (weights(tmp_path / "heads"), weights(output)) == (before, after)
+    assert [weights(each) for each in made] == before
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_a_second_stage_follows_in_the_same_command(backbones, rows, tmp_path, c
         ),
     ],
 )
-def test_a_second_stage_that_cannot_be_is_told_before_the_first(
+def test_a_later_stage_that_cannot_be_is_told_before_the_first(
     then, more, says, backbones, rows, tmp_path
 ):
     args = tiny_run(backbones("qwen2"), rows, tmp_path, config="qwen25_coder.yaml")
