@@ -77,8 +77,8 @@ def _names(config: Any) -> list[str]:
 
 
 def _later_stages(training: cli.TrainingCLI, output: Path) -> list[list[str]]:
-    """The arguments of `trainers.tune` for each stage that goes on from the heads in `output`. Where
-    several processes would have to be started for them again, none, and they are told."""
+    """The arguments of `trainers.tune` for each stage that goes on from the heads in `output`; none
+    where several processes would have to be started for it again, which is told then."""
     config, trainer = training.config, training.trainer
     stages = _arguments(config, output)
     if trainer.world_size > 1:
