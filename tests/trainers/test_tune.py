@@ -68,7 +68,7 @@ def test_the_config_tunes_heads_on_a_tiny_model(backbones, heads, rows, tmp_path
     given = yaml.safe_load((output / "training.yaml").read_text())
     assert given["model"]["heads"] == str(heads)
     shipped = yaml.safe_load((CONFIGS / CONFIG).read_text())
-    assert shipped["trainer"]["max_steps"] == 200 and shipped["data"]["batch_size"] == 4
+    assert shipped["trainer"]["max_steps"] == 450 and shipped["data"]["batch_size"] == 4
 
 
 def test_gates_grow_colder_and_every_sample_draws(backbones, heads, rows, tmp_path, monkeypatch):
