@@ -95,7 +95,7 @@ def _arguments(config: Any, output: Path) -> list[list[str]]:
     """Each stage starts from the heads before; the last one makes OUTPUT_tuned."""
     names = _names(config)
     stages, heads = [], output
-    named = output if output.name.strip(".") else output.resolve()  # such as ".", the current folder
+    named = output if output.name.strip(".") else output.resolve()  # "." has no name
     for number, name in enumerate(names, 1):
         end = "_tuned" if number == len(names) else f"_tuned_{number}"
         made = named.with_name(named.name + end)
