@@ -153,3 +153,11 @@ def test_questions_are_read_fused_in_front_of_fast_steps(family, monkeypatch):
     asked = engine.generate(prompt(60), **GREEDY, **LOGITS, output_hidden_states=True)
     assert engine.last_chunks == ChunkCounts(4, 4)
     assert asked.hidden_states[0][0].shape[1] == SMALL["local_tokens"]
+
+
+def test_hooks_see_all_rows_where_an_mlp_takes_pieces(both, monkeypatch):
+    monkeypatch.setattr("locret.model.prenorm._CPU_TOKENS", 10)
+    model, rows = tiny_model("llama"), torch.randn(2, 1, 64)
+    down = model.model.layers[0].mlp.down_proj
+    down.register_forward_hook(lambda module, args, output: output + rows)
+    both(model)

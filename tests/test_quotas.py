@@ -228,6 +228,7 @@ def test_the_best_units_of_the_whole_model_are_counted():
     assert quarter.tolist() == [[0.75, 0.25], [0.0, 0.0]]
     assert averaged([half, half]) == [[1.5, 0.5], [1.0, 1.0]]
     assert averaged([half], sharpness=2) == [[2.0, 0.2222], [0.8889, 0.8889]]
+    assert averaged([half], sharpness=1e9) == [[3.8554, 0.0482], [0.0482, 0.0482]]
     both = averaged([quarter, torch.tensor([[0.25, 0.75], [0, 0]])])
     assert both[0][0] == both[0][1] and both[1] == [round(0.05 / 1.025, 4)] * 2
 

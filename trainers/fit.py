@@ -48,15 +48,17 @@ def main(args: list[str] | None = None) -> Path | None:
     training: Any = cli.build(HeadsModule, ExportHeads, args, kind=FitCLI)
     output = cli.run(training)
     stages = [] if output is None else _later_stages(training, output)
-    if not stages:
-        cli.tell_how_to_use(training, output)
-        return output
-    for config, arguments in zip(_names(training.config), stages, strict=True):
+    for config, arguments in zip(_names(training.config), stages, strict=False):
         print(f"next      these heads are tuned by {config}", flush=True)
+        # What was interrupted is the first stage that is not at its end; checkpoints of stages
+        # behind it are an earlier training's.
+        resumes = training.was_finished and training.config.ckpt_path == "last"
         with _signals_noted():
             training = None  # and its model, before the next one is loaded
             gc.collect()
-        output = tune.main(arguments)
+        training = tune.build([*arguments, *(["--ckpt_path=last"] if resumes else [])])
+        output = cli.run(training)
+    cli.tell_how_to_use(training, output)
     return output
 
 
@@ -86,9 +88,6 @@ def _later_stages(training: cli.TrainingCLI, output: Path) -> list[list[str]]:
             for arguments in stages:
                 print("next      python -m trainers.tune " + " ".join(arguments))
         return []
-    if training.was_finished and config.ckpt_path == "last":
-        for arguments in stages:
-            arguments.append("--ckpt_path=last")  # a later stage is what was interrupted
     return stages
 
 
@@ -96,9 +95,10 @@ def _arguments(config: Any, output: Path) -> list[list[str]]:
     """Each stage starts from the heads before; the last one makes OUTPUT_tuned."""
     names = _names(config)
     stages, heads = [], output
+    named = output if output.name.strip(".") else output.resolve()  # "." has no name
     for number, name in enumerate(names, 1):
         end = "_tuned" if number == len(names) else f"_tuned_{number}"
-        made = output.with_name(output.name + end)
+        made = named.with_name(named.name + end)
         stages.append(
             [
                 f"--config={name}",
@@ -119,6 +119,7 @@ def _check_later_stages(config: Any) -> None:
         ValueError: a later stage is not there, or cannot go on from what the first will make.
     """
     given = config.model
+    folders = _checkpoint_folders(config)
     stages = _arguments(config, Path(config.output or "heads"))
     for name, arguments in zip(_names(config), stages, strict=True):
         try:
@@ -130,8 +131,23 @@ def _check_later_stages(config: Any) -> None:
                 bool(given.quota_contexts or given.heads),  # those of others may have been measured
                 stage.model.hparams["threshold"],
             )
+            own = _checkpoint_folders(stage.config)
+            if own & folders:
+                raise ValueError(
+                    "its checkpoints go where those of a stage before it are, to "
+                    f"{min(own & folders)}; give it a dirpath of its own"
+                )
+            folders |= own
         except ValueError as error:
             raise ValueError(f"the later stage, {name}: {error}") from error
+
+
+def _checkpoint_folders(config: Any) -> set[Path]:
+    """Where a training's checkpoints go, as far as its configuration says."""
+    given = config.trainer.callbacks or []
+    callbacks = given if isinstance(given, list) else [given]
+    named = [(callback.get("init_args") or {}).get("dirpath") for callback in callbacks]
+    return {Path(folder).resolve() for folder in named if folder}
 
 
 if __name__ == "__main__":

@@ -321,7 +321,8 @@ def averaged(fractions: Sequence[Tensor], sharpness: float = 1.0) -> list[list[f
         sharpness: shares are raised to this power: above 1, heads become more unequal than they
             were measured.
     """
-    shares = torch.stack(list(fractions)).mean(dim=0) ** sharpness
+    shares = torch.stack(list(fractions)).mean(dim=0)
+    shares = (shares / shares.max()) ** sharpness  # the largest stays 1 whatever the power
     raised = (shares / shares.mean()).clamp(min=float(FLOOR))
     return [[round(quota, 4) for quota in layer] for layer in (raised / raised.mean()).tolist()]
 

@@ -71,7 +71,7 @@ def most_bytes(
     scheme: Scheme, units: int, head_size: int, element_size: int = 2, tight: bool = False
 ) -> int:
     """Most bytes of a sequence of `units` units after an eviction, or once its context is `tight`
-    (`locret.quantization.packed.tightened`); outliers not counted."""
+    (`locret.cache.context`); outliers not counted."""
     costs = costs_of(scheme, head_size, element_size)
     residual = min(scheme.residual, units)
     packed = units - residual

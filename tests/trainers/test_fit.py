@@ -84,9 +84,16 @@ def test_later_stages_follow_in_the_same_command(backbones, rows, tmp_path, caps
     made = [tmp_path / "heads", tmp_path / "heads_tuned_1", output]
     before = [weights(each) for each in made]
     assert before[0] != before[1] != before[2]
-    assert capsys.readouterr().out.count("are tuned by") == 2
+    told = capsys.readouterr().out
+    assert told.count("are tuned by") == 2 and told.count("locret generate") == 1
     assert main([*args, "--ckpt_path=last"]) == output
     assert [weights(each) for each in made] == before
+    # The second has steps to take, so that the third's checkpoint is an earlier training's.
+    second["trainer"]["max_steps"] = 4
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(second))
+    assert main([*args, "--ckpt_path=last"]) == output
+    after = [weights(each) for each in made]
+    assert after[0] == before[0] and after[1] != before[1] and after[2] != before[2]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +127,12 @@ def test_a_later_stage_that_cannot_be_is_told_before_the_first(
     with pytest.raises(ValueError, match=re.escape(says)):
         main([*args, f"--then={name}"])
     assert not (tmp_path / "ckpt").exists() and not (tmp_path / "heads").exists()
+
+
+def test_stages_do_not_share_a_folder_of_checkpoints(backbones, rows, tmp_path):
+    args = tiny_run(backbones("qwen2"), rows, tmp_path, config="qwen25_coder.yaml")
+    with pytest.raises(ValueError, match="the later stage, qwen25_coder_kl.yaml: its checkpoints"):
+        main([*args, "--then=[qwen25_coder_kl.yaml, qwen25_coder_kl.yaml]"])
 
 
 def test_the_resolved_config_lies_beside_the_heads_and_repeats_the_run(backbones, rows, tmp_path):
