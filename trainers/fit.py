@@ -48,7 +48,7 @@ def main(args: list[str] | None = None) -> Path | None:
     training: Any = cli.build(HeadsModule, ExportHeads, args, kind=FitCLI)
     output = cli.run(training)
     stages = [] if output is None else _later_stages(training, output)
-    for config, arguments in zip(_names(training.config), stages, strict=False):
+    for config, arguments in stages:
         print(f"next      these heads are tuned by {config}", flush=True)
         # What was interrupted is the first stage that is not at its end; checkpoints of stages
         # behind it are an earlier training's.
@@ -72,43 +72,40 @@ def _signals_noted() -> Iterator[None]:
         raise Stopped(signals[0], "stopped between the stages; go on with --ckpt_path last")
 
 
-def _names(config: Any) -> list[str]:
-    """The configs of the later stages."""
-    then = config.then or []
-    return [then] if isinstance(then, str) else list(then)
+Stage = tuple[str, list[str]]
+"""A config of `trainers.tune`, and all arguments of its run."""
 
 
-def _later_stages(training: cli.TrainingCLI, output: Path) -> list[list[str]]:
-    """The arguments of `trainers.tune` for each stage that goes on from the heads in `output`; none
-    where several processes would have to be started for it again, which is told then."""
-    config, trainer = training.config, training.trainer
-    stages = _arguments(config, output)
+def _later_stages(training: cli.TrainingCLI, output: Path) -> list[Stage]:
+    """Those that go on from the heads in `output`; none where several processes would have to be
+    started for them again, which is told then."""
+    trainer, stages = training.trainer, _stages(training.config, output)
     if trainer.world_size > 1:
         if trainer.is_global_zero:
-            for arguments in stages:
+            for _, arguments in stages:
                 print("next      python -m trainers.tune " + " ".join(arguments))
         return []
     return stages
 
 
-def _arguments(config: Any, output: Path) -> list[list[str]]:
-    """Each stage starts from the heads before; the last one makes OUTPUT_tuned."""
-    names = _names(config)
+def _stages(config: Any, output: Path) -> list[Stage]:
+    """Each starts from the heads before; the last one makes OUTPUT_tuned."""
+    then = config.then or []
+    names = [then] if isinstance(then, str) else then
     stages, heads = [], output
     named = output if output.name.strip(".") else output.resolve()  # "." has no name
     for number, name in enumerate(names, 1):
         end = "_tuned" if number == len(names) else f"_tuned_{number}"
         made = named.with_name(named.name + end)
-        stages.append(
-            [
-                f"--config={name}",
-                f"--model.model={config.model.model}",
-                f"--model.heads={heads}",
-                f"--output={made}",
-                f"--trainer.accelerator={config.trainer.accelerator}",
-                f"--trainer.devices={config.trainer.devices}",
-            ]
-        )
+        arguments = [
+            f"--config={name}",
+            f"--model.model={config.model.model}",
+            f"--model.heads={heads}",
+            f"--output={made}",
+            f"--trainer.accelerator={config.trainer.accelerator}",
+            f"--trainer.devices={config.trainer.devices}",
+        ]
+        stages.append((name, arguments))
         heads = made
     return stages
 
@@ -120,8 +117,7 @@ def _check_later_stages(config: Any) -> None:
     """
     given = config.model
     folders = _checkpoint_folders(config)
-    stages = _arguments(config, Path(config.output or "heads"))
-    for name, arguments in zip(_names(config), stages, strict=True):
+    for name, arguments in _stages(config, Path(config.output or "heads")):
         try:
             check_gates(load_config(given.model, revision=given.revision))
             stage = tune.build(arguments)

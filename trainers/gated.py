@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from locret.heads.heads import RetainingHeads
-from locret.heads.quotas import checked_sharpness
 from locret.heads.targets import make_loss
 from locret.model.backbone import Backbone
 from locret.model.loading import Dtype, load_model, load_tokenizer
@@ -25,6 +24,7 @@ from trainers.compressions import drawn, middle
 from trainers.figures import averaged, looked_at
 from trainers.module import SaveDtype, as_exported
 from trainers.optimizer import adamw, restart_schedule
+from trainers.quotas import check_measuring
 
 
 class GatedModule(LightningModule):
@@ -94,9 +94,7 @@ class GatedModule(LightningModule):
         check_bounds("compressions", compressions, 1)
         if not (min(temperatures) > 0 and max(temperatures) < math.inf):
             raise ValueError(f"temperatures is {list(temperatures)}; expected numbers above 0")
-        if quota_contexts < 0:
-            raise ValueError(f"quota_contexts is {quota_contexts}; expected 0 (none) or more")
-        checked_sharpness(quota_sharpness)
+        check_measuring(quota_contexts, quota_sharpness)
         scheme_of(quantization)
         self.heads: RetainingHeads | None = None
         self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at

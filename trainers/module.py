@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmu
 from locret.cache.cache import Positions
 from locret.engine.config import EngineConfig
 from locret.heads.heads import HeadKind, HeadsConfig, RetainingHeads
-from locret.heads.quotas import checked_sharpness
 from locret.heads.targets import make_loss
 from locret.model.backbone import Backbone
 from locret.model.loading import (
@@ -45,6 +44,7 @@ from trainers.distributed import (
 )
 from trainers.figures import RankCorrelation, TopOverlap, averaged, looked_at, top_overlap
 from trainers.optimizer import adamw, restart_schedule
+from trainers.quotas import check_measuring
 
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 Seen = Literal["full", "evicted"]
@@ -145,9 +145,7 @@ class HeadsModule(LightningModule):
         self.save_hyperparameters()
         self._evicted = self._evicted_reading()
         self._check_engine_settings()
-        if quota_contexts < 0:
-            raise ValueError(f"quota_contexts is {quota_contexts}; expected 0 (none) or more")
-        checked_sharpness(quota_sharpness)
+        check_measuring(quota_contexts, quota_sharpness)
         self.heads: RetainingHeads | None = None
         self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at
         self.layer_overlap: Tensor | None = None  # of each layer, when last looked at

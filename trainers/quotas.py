@@ -12,7 +12,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from locret.commands.progress import Progress
 from locret.engine.calibration import Calibration, why_not
 from locret.heads.heads import RetainingHeads
+from locret.heads.quotas import checked_sharpness
 from locret.policies import LocretPolicy
+
+
+def check_measuring(quota_contexts: int, quota_sharpness: float) -> None:
+    """Refuse (ValueError) settings by which no quotas can be measured."""
+    if quota_contexts < 0:
+        raise ValueError(f"quota_contexts is {quota_contexts}; expected 0 (none) or more")
+    checked_sharpness(quota_sharpness)
 
 
 def measured_quotas(

@@ -77,12 +77,15 @@ class HostBlocks:
         self.clear()
 
     def clear(self) -> None:
+        """Hold nothing."""
         self.restore(None)
 
     def view(self) -> Any:
+        """What is held now, for `restore`. Nothing is copied."""
         return self._stored
 
     def restore(self, view: Any) -> None:
+        """Hold again what was held when `view` was taken."""
         self._stored: _Stored | None = view
         self._looked: Callable[[], Tensor] | None = None
         self._rotate: Callable[[Tensor], Tensor] | None = None
@@ -99,6 +102,7 @@ class HostBlocks:
 
     @property
     def host_bytes(self) -> int:
+        """Bytes of host memory."""
         return 0 if self._stored is None else self._stored.pool.nbytes
 
     @property

@@ -102,6 +102,7 @@ class RetainedLayer(CacheLayerMixin):
 
     @property
     def is_empty(self) -> bool:
+        """It holds no unit."""
         return self.store.is_empty
 
     @property
@@ -116,6 +117,7 @@ class RetainedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all storage on the device."""
         return self.store.nbytes + (self.host.nbytes if self.host else 0)
 
     def get_seq_length(self) -> int:

@@ -136,6 +136,7 @@ class HostPool:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of host memory."""
         return sum(tensor.nbytes for segment in self.segments for tensor in segment.tensors)
 
     def with_blocks(self, tensors: Sequence[Tensor]) -> "HostPool":

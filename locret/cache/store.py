@@ -64,6 +64,7 @@ class Store:
         self.clear()
 
     def clear(self) -> None:
+        """Hold nothing."""
         self.context: StoredContext | None = None
         self.tail = Tail()
         self.names: tuple[str, ...] = NAMES if self.weighs else NAMES[:4]
@@ -102,6 +103,7 @@ class Store:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all storage."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
@@ -355,9 +357,11 @@ class Store:
             self.tail.append(left)
 
     def view(self) -> StoreView:
+        """What is held now, for `restore`. Nothing is copied."""
         return self.context, self.tail.view(), self.names
 
     def restore(self, view: StoreView) -> None:
+        """Hold again what was held when `view` was taken."""
         self.context, tail, self.names = view
         self.tail.restore(tail)
 
@@ -369,6 +373,7 @@ class Store:
             self.tail.select_batch(index)
 
     def move(self, device: torch.device) -> None:
+        """Be on `device`."""
         if self.is_empty:
             return
         positions = None if self.context is None else self.context.positions

@@ -51,6 +51,7 @@ class Tail:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the storage, spare room included."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def append(self, new: Sequence[Tensor], room: int = 0) -> None:
@@ -89,6 +90,7 @@ class Tail:
         return copied
 
     def view(self) -> TailView:
+        """What is held now, for `restore`."""
         return self.tensors, self.count
 
     def restore(self, view: TailView) -> None:
@@ -105,6 +107,7 @@ class Tail:
         self._room_is_ours = True
 
     def move(self, device: torch.device) -> None:
+        """Be on `device`."""
         self.tensors = tuple(tensor.to(device) for tensor in self.tensors)
         self._room_is_ours = True
 
@@ -131,6 +134,7 @@ class NewTokens(NamedTuple):
         return cls(keys, values, scores, positions.int().expand(keys.shape[:3]))
 
     def first(self, count: int) -> "NewTokens":
+        """The first `count` of them."""
         return NewTokens(*(x[:, :, :count] for x in self))
 
 

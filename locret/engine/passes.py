@@ -296,8 +296,17 @@ class ReadPass(Pass):
 def chunk_of(call: LayerCall, query: Tensor, key: Tensor, **more: Any) -> LayerChunk:
     """What a policy sees of a call whose queries and keys are rotated to these; `more` fields."""
     assert call.retained_idx is not None
-    made = call.retained_idx, call.query, call.key, call.value, call.hidden
-    return LayerChunk(*made, scaling=call.scaling, rotated_query=query, rotated_key=key, **more)
+    return LayerChunk(
+        layer_idx=call.retained_idx,
+        query=call.query,
+        key=call.key,
+        value=call.value,
+        hidden=call.hidden,
+        scaling=call.scaling,
+        rotated_query=query,
+        rotated_key=key,
+        **more,
+    )
 
 
 def own_positions(call: LayerCall, layer: RetainedLayer) -> Tensor:

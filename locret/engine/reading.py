@@ -112,7 +112,7 @@ class Reader:
                 "in front, which is never evicted, and others are not; ask one row at a time"
             )
         lengths = [row.shape[1] for row in rows]
-        readings = [*map(self._plan, contexts, lengths, queries)]
+        readings = self._plans(contexts, lengths, queries)
         caches = self._read_apart(readings)
         for i, row in enumerate(rows):
             local = row[:, before[i] : row.shape[1] - unread]
@@ -242,7 +242,7 @@ class Reader:
     ) -> RetainedCache:
         """The cache of contexts [1, n] of different lengths, each read as it would be alone; as
         one of at least `width` tokens."""
-        readings = [*map(self._plan, contexts, prompt_lengths, queries)]
+        readings = self._plans(contexts, prompt_lengths, queries)
         return self.stacked(self._read_apart(readings), width)
 
     def store(self, chunk: Tensor, cache: RetainedCache, eviction: Eviction | None = None) -> None:
@@ -290,6 +290,15 @@ class Reader:
         """An empty cache for a context of that many tokens, and what each head keeps of it."""
         counts = self.config.counts(self.attention.policy, self.sizing, context)
         return self._empty(counts), counts
+
+    def _plans(
+        self,
+        contexts: Sequence[Tensor],
+        prompt_lengths: Sequence[int],
+        queries: Sequence[Tensor | None],
+    ) -> list[Planned]:
+        each = zip(contexts, prompt_lengths, queries, strict=True)
+        return [self._plan(context, length, query) for context, length, query in each]
 
     def _plan(self, ids: Tensor, prompt_length: int, query_ids: Tensor | None) -> Planned:
         counts = self.config.counts(self.attention.policy, self.sizing, ids.shape[1])

@@ -58,6 +58,7 @@ class Quotas:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Layers and KV heads."""
         _, table = self.tables[0]
         return len(table), len(table[0])
 

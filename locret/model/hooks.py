@@ -93,10 +93,12 @@ class LayerCall:
         return AnswerView(query, keys, values, self.scaling, self.output_weight, *bends, norms)
 
     def between(self, start: int, end: int) -> "LayerCall":
+        """The same call, for some of its tokens."""
         heads = {name: getattr(self, name)[:, :, start:end] for name in ("query", "key", "value")}
         return replace(self, **heads, hidden=self.hidden[:, start:end])
 
     def to(self, dtype: torch.dtype) -> "LayerCall":
+        """The same call with query, key and value in `dtype`."""
         if self.value.dtype == dtype:
             return self
         heads = {name: getattr(self, name).to(dtype) for name in ("query", "key", "value")}
@@ -269,6 +271,7 @@ def hand_over(
 def finish_chunk(
     finish: Finish, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
+    """Forward hook of the decoder."""
     ids = args[0] if args else kwargs.get("input_ids")
     assert ids is not None, "an attached decoder reads tokens, not embeddings"
     finish(cache_in(kwargs), ids, output.last_hidden_state)

@@ -17,9 +17,9 @@ from locret.cache.sequences import Sequences
 _FEW = 32
 """Most queries of a KV head (R) that are few."""
 _BLOCK = 64
-"""New tokens whose logits `attend_by_products` has in memory at a time,"""
+"""New tokens that `attend_by_products` takes at a time: their logits shall fit a cache."""
 _LOGITS = 2**20
-"""of as many heads as have at most so many, but at least one: they shall fit a cache."""
+"""Logits that it has in memory at a time: it takes as many heads as have no more, at least one."""
 
 
 class Past(NamedTuple):
