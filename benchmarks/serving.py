@@ -45,8 +45,8 @@ from benchmarks.servers import Failed, Server, running
 from locret.system.interrupts import raised
 from locret.tasks.synthetic import SyntheticSample, make_sample
 
-MORE = " Then count from 1 to 400, with one number on each line."
-"""Behind each question, so that answers are long."""
+MORE = " Write it a hundred times, each time on a line of its own."
+"""Behind each question, so that answers are long, and say what was asked all the same."""
 ROOM = 128  # tokens for the question and the chat template
 WARM_UP = 8  # tokens of an answer that nobody times
 CACHE = 0.9  # of free memory: transformers' own share for its cache and activations

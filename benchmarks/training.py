@@ -4,6 +4,9 @@
 
 A step is one sample: forward, labels, head losses, gradients and the optimizer's update. The floor
 is the same tokens through the stock decoder without gradients.
+
+With `--replay TOKENS` the answers are the prompt again, in branches of so many tokens, each led in
+by the `LED_IN` tokens before it. The floor is the prompt alone, twice.
 """
 
 import argparse
@@ -18,20 +21,24 @@ from locret.model.backbone import Backbone
 from locret.training.distill import Distillation
 from locret.training.segments import Segment
 
+LED_IN = 8
+"""Tokens that lead in a later piece of a replayed prompt."""
+
 
 def main() -> None:
     """Run one setting and write its JSON."""
     given = _parser().parse_args()
     device = torch.device(given.device)
     model = random_model(given.shape, device)
-    length = given.prompt + given.answer
-    ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
+    segment = _segment(given)
+    ids = torch.randint(0, model.config.vocab_size, (1, segment.end), device=device)
 
     @torch.no_grad()
     def forward() -> None:
-        model.model(input_ids=ids, use_cache=False)
+        for row in [ids[:, : given.prompt]] * 2 if given.replay else [ids]:
+            model.model(input_ids=row, use_cache=False)
 
-    step = _training_step(model, given, ids)
+    step = _training_step(model, given, ids, segment)
     figures = {"forward_peak_gib": record.peak_gib(forward, device)}
     figures["step_peak_gib"] = record.peak_gib(step, device)
     figures["forward_seconds"] = record.seconds(forward, given.repeats, device)
@@ -43,7 +50,21 @@ def main() -> None:
     record.write(given.out, vars(given), figures)
 
 
-def _training_step(model, given, ids):  # type: ignore[no-untyped-def]
+def _segment(given: argparse.Namespace) -> Segment:
+    """The sample of a step."""
+    if not given.replay:
+        return Segment.single(given.prompt, given.prompt + given.answer)
+    branches, answers, at = [], [], given.prompt
+    for start in range(0, given.prompt, given.replay):
+        led_in = min(LED_IN, start)
+        end = at + led_in + min(given.replay, given.prompt - start)
+        branches.append((at, end))
+        answers.append((at + led_in, end))
+        at = end
+    return Segment(0, at, tuple(answers), tuple(branches))
+
+
+def _training_step(model, given, ids, segment):  # type: ignore[no-untyped-def]
     backbone = Backbone(model)
     config = HeadsConfig.for_geometry(
         backbone.geometry, given.width, tap=given.tap, label=given.label
@@ -51,11 +72,9 @@ def _training_step(model, given, ids):  # type: ignore[no-untyped-def]
     heads = RetainingHeads(config).to(ids.device).train()
     optimizer = torch.optim.AdamW(heads.parameters(), lr=5e-4, fused=ids.device.type == "cuda")
     distill = Distillation(backbone, heads, keep_scores=True, chunk_size=given.chunk_size)
-    segments = [Segment.single(given.prompt, ids.shape[1])]
-
     def step() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16):
-            loss = distill(ids, segments).loss
+            loss = distill(ids, [segment]).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -70,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
     parser.add_argument("--prompt", type=int, default=10240, help="tokens")
     parser.add_argument("--answer", type=int, default=512, help="tokens")
+    parser.add_argument("--replay", type=int, help="tokens of a piece of the prompt said again")
     parser.add_argument("--width", type=int, default=1024, help="hidden width of a head")
     parser.add_argument(
         "--chunk-size", type=int, help="tokens a layer reads at a time; default all"
