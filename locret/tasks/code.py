@@ -208,7 +208,7 @@ def definitions(file: SourceFile) -> tuple[Definition, ...]:
     return tuple(
         found
         for node in functions
-        for found in (*_defaults(node, file.text), *_first_line(node, lines))
+        for found in (*default_values(node, lines), *first_line(node, lines))
         if "`" not in found.of + found.answer
     )
 
@@ -216,7 +216,7 @@ def definitions(file: SourceFile) -> tuple[Definition, ...]:
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _defaults(node: Function, text: str) -> Iterator[Definition]:
+def default_values(node: Function, lines: Sequence[str]) -> Iterator[Definition]:
     """Default values that cannot be guessed: not None, True, False, a digit or the parameter."""
     args = node.args
     positional = [*args.posonlyargs, *args.args]
@@ -227,10 +227,16 @@ def _defaults(node: Function, text: str) -> Iterator[Definition]:
     ]
     low, high = ANSWER_CHARS
     for arg, value in pairs:
-        answer = ast.get_source_segment(text, value) or ""
-        short = low <= len(answer) <= high and "\n" not in answer
-        if short and answer != arg.arg and _tells_something(value):
+        answer = _written(value, lines)
+        if low <= len(answer) <= high and answer != arg.arg and _tells_something(value):
             yield Definition("default", node.name, arg.arg, answer)
+
+
+def _written(value: ast.expr, lines: Sequence[str]) -> str:
+    """How a value is written; nothing where it has several lines."""
+    if value.lineno != value.end_lineno:
+        return ""
+    return lines[value.lineno - 1].encode()[value.col_offset : value.end_col_offset].decode()
 
 
 def _tells_something(value: ast.expr) -> bool:
@@ -239,7 +245,7 @@ def _tells_something(value: ast.expr) -> bool:
     return isinstance(value, ast.Name | ast.Attribute)
 
 
-def _first_line(node: Function, lines: list[str]) -> Iterator[Definition]:
+def first_line(node: Function, lines: Sequence[str]) -> Iterator[Definition]:
     """The statement after the line of the `def`, where both are one line and no text or comment."""
     statement = node.body[0]
     told = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)

@@ -159,6 +159,7 @@ def test_texts_train_by_replay_alone(tmp_path):
     [
         "qwen25_coder",
         "qwen25_coder_adapter",
+        "qwen25_coder_code",
         "qwen25_coder_kl",
         "qwen25_coder_paper",
         "smollm2_evicted_adapter",
