@@ -24,14 +24,15 @@ The JSON is written after each step, so that a run that is killed leaves what it
 """
 
 import argparse
+import json
 import re
 import shlex
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ MORE = " Write it a hundred times, each time on a line of its own."
 ROOM = 128  # tokens for the question and the chat template
 WARM_UP = 8  # tokens of an answer that nobody times
 CACHE = 0.9  # of free memory: transformers' own share for its cache and activations
+NO_TOKEN = 2**30
 Row = dict[str, Any]
 """What the JSON holds of one system."""
 
@@ -92,12 +94,14 @@ class System:
         arguments: of it, made of this benchmark's.
         ready: the path that answers once requests are taken.
         reads: a context is uploaded, and asked by its id.
+        to_the_end: what a request says so that no token ends its answer.
     """
 
     module: str
     arguments: Callable[[argparse.Namespace], list[str]]
     ready: str
     reads: bool = False
+    to_the_end: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _locret(given: argparse.Namespace) -> list[str]:
@@ -125,10 +129,13 @@ def _share(given: argparse.Namespace) -> float:
     return CACHE * (given.memory_gib * 2**30 - weights) / (whole - weights)
 
 
+PEER = "transformers.cli.transformers"
+UNUSED = {"generation_config": json.dumps({"eos_token_id": NO_TOKEN})}
+"""Of `transformers serve`: another token ends an answer, one that does not come."""
 SYSTEMS = {
-    "locret": System("locret", _locret, "/ready", reads=True),
-    "continuous": System("transformers.cli.transformers", _continuous, "/health"),
-    "sequential": System("transformers.cli.transformers", _sequential, "/health"),
+    "locret": System("locret", _locret, "/ready", reads=True, to_the_end={"ignore_eos": True}),
+    "continuous": System(PEER, _continuous, "/health", to_the_end=UNUSED),
+    "sequential": System(PEER, _sequential, "/health", to_the_end=UNUSED),
 }
 
 
@@ -253,6 +260,7 @@ class Asking:
             "messages": [{"role": "user", "content": content}],
             "max_tokens": new_tokens,
             "temperature": 0,
+            **self.system.to_the_end,
         }
         return body | ({"context": self.ids[place]} if self.ids else {})
 

@@ -72,6 +72,7 @@ def _training_step(model, given, ids, segment):  # type: ignore[no-untyped-def]
     heads = RetainingHeads(config).to(ids.device).train()
     optimizer = torch.optim.AdamW(heads.parameters(), lr=5e-4, fused=ids.device.type == "cuda")
     distill = Distillation(backbone, heads, keep_scores=True, chunk_size=given.chunk_size)
+
     def step() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16):
             loss = distill(ids, [segment]).loss

@@ -77,6 +77,7 @@ class Sampling(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     stop: list[Stop] | None = Field(None, max_length=MOST_STOPS)
+    ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -100,6 +101,7 @@ class Sampling(BaseModel):
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "seed": self.seed,
             "stop": tuple(self.stop or ()),
+            "ignore_eos": bool(self.ignore_eos),
         }
 
 

@@ -70,7 +70,7 @@ class AskJob:
             self._again -= 1
             return False
         self.taken += 1
-        if token in ends:
+        if token in ends and not self.ask.ignore_eos:
             return self._end(True)
         self._pass_on(self.text.add(token))
         if self.text.stopped:

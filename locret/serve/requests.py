@@ -22,6 +22,7 @@ class Ask:
         top_p: of nucleus sampling; 1 = all tokens.
         seed: the same one gives the same answer to the same request; None = any.
         stop: strings that end the answer and are not part of it.
+        ignore_eos: go on to `max_tokens` whatever the model says, as for measurements.
     """
 
     prompt: list[int]
@@ -32,6 +33,7 @@ class Ask:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)

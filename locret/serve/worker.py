@@ -222,7 +222,7 @@ class Worker:
                 mask,
                 max_new_tokens=max(job.most_tokens for job in jobs),
                 stopping_criteria=[_Watch(jobs, self._ends, self._on_token)],
-                eos_token_id=sorted(self._ends) or None,
+                eos_token_id=None,  # `_Watch` ends rows; those that are done go on unseen
                 pad_token_id=0,  # of rows that are done; any token that is in the embedding
                 **_sampling(jobs[0]),
                 **given,
