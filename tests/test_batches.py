@@ -218,6 +218,22 @@ def test_rows_that_chunks_are_read_with_change_nothing(monkeypatch):
     assert len(chunks) == 8 + 8 + 4 + 4
 
 
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_many_rows_of_one_length_are_read_a_few_at_a_time(monkeypatch, positions):
+    monkeypatch.setattr("locret.engine.reading.TOGETHER", 2 * SMALL["chunk_size"])
+    model = tiny_model("llama")
+    engine = locret.Engine(model, heads=tiny_heads(model), positions=positions, **SMALL)
+    read = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    assert_each_row_as_alone(engine, (40,) * 5)
+    ids, _ = padded((40,) * 5)
+    read.clear()
+    assert engine.prefill(ids).token_ids.shape == (5, 40)
+    assert max(read) == 2 * SMALL["chunk_size"] and sum(read) == ids.numel()
+
+
 def test_beams_of_padded_rows():
     model = tiny_model("llama")
     engine = locret.Engine(model, heads=tiny_heads(model), **SMALL)

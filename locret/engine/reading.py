@@ -227,6 +227,10 @@ class Reader:
             query_ids: [B, q] long, read behind the context and given up where the reader is
                 `query_aware`, else in front of it and kept.
         """
+        if input_ids.shape[0] > self._rows_at_once(input_ids.shape[1]):
+            rows = input_ids.split(1)
+            queries = [None] * len(rows) if query_ids is None else query_ids.split(1)
+            return self.read_rows(rows, [prompt_length] * len(rows), queries, input_ids.shape[1])
         reading = self._plan(input_ids, prompt_length, query_ids)
         cache = self._opened([reading])
         for at in range(len(reading.chunks)):
@@ -317,8 +321,8 @@ class Reader:
         """A cache for each reading of one row. Chunks that begin and end alike are read together,
         as many as make up `TOGETHER` tokens."""
         done: dict[int, RetainedCache] = {}
-        size = self.config.reading.chunk or TOGETHER
-        groups = _together(readings, max(1, TOGETHER // size))
+        longest = max(reading.ids.shape[1] for reading in readings)
+        groups = _together(readings, self._rows_at_once(longest))
         left = [(self._opened([readings[i] for i in rows]), rows, 0) for rows in groups]
         while left:
             cache, rows, at = left.pop()
@@ -333,6 +337,11 @@ class Reader:
                     self._read_chunk(those, [readings[i] for i in alike], at)
                     left.append((those, alike, at + 1))
         return [done[i] for i in range(len(readings))]
+
+    def _rows_at_once(self, length: int) -> int:
+        """Rows of so many tokens whose chunks make up `TOGETHER` tokens: more would need memory for
+        their activations, and read no faster."""
+        return max(1, TOGETHER // max(1, min(self.config.reading.chunk or length, length)))
 
     def _opened(self, readings: Sequence[Planned]) -> RetainedCache:
         """An empty cache for readings that go together."""

@@ -283,6 +283,18 @@ def test_an_end_token_ends(make, engine, tokenizer, ids, twin):
     assert end.usage.completion_tokens == at + 1
 
 
+def test_end_tokens_may_be_ignored(make, engine, tokenizer, ids, twin, batches):
+    whole = twin.generate(torch.tensor([ids(9)]), max_new_tokens=8, do_sample=False)[0, 9:].tolist()
+    engine.model.generation_config.eos_token_id = whole[3]
+    service = make()
+    asked = [service.ask(Ask(ids(9), max_tokens=8, ignore_eos=more)) for more in (True, False)]
+    service.start()
+    (text, end), (shorter, stopped) = map(text_of, asked)
+    assert text == tokenizer.decode(whole) and end.reason == "length"
+    assert shorter == tokenizer.decode(whole[: whole.index(whole[3])]) and stopped.reason == "stop"
+    assert batches == [2]
+
+
 def test_a_stop_string_ends(make, ids, expected):
     whole = expected(ids(9), new=30)
     stop = whole[10:14]
