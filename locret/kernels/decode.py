@@ -18,14 +18,17 @@ from torch import Tensor
 from locret.kernels.dispatch import (
     INTERPRETED,
     check_tensors,
+    early,
     head_of,
     multiprocessors,
     on_device,
     padded,
+    start_next,
     takes_triton,
     tl,
     triton,
     units_at,
+    wait_for_last,
 )
 from locret.kernels.splits import (
     Shares,
@@ -203,6 +206,7 @@ def attend_sequences(
             UPCAST=INTERPRETED or query.dtype == torch.float32,
             num_warps=8 if query.dtype == torch.float32 else 4,
             num_stages=3,
+            **early(query),
         )
 
 
@@ -213,7 +217,10 @@ def _attend(  # type: ignore[no-untyped-def]
     NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     SIZE_BLOCK: tl.constexpr, UNITS: tl.constexpr,
     UPCAST: tl.constexpr,  # the interpreter multiplies bfloat16 blocks as integers
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    start_next(EARLY)
+    wait_for_last(EARLY)
     # A tile of the context, or an equal share of what is filled now of a sequence's tail. Both
     # take one loop, which differs only in where its units begin and how far apart they are.
     program = tl.program_id(0)

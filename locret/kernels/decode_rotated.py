@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from locret.kernels.decode_rotated_small import attend_small_rotated, takes_small_rotated
-from locret.kernels.dispatch import head_of, on_device, padded, tl, triton
+from locret.kernels.dispatch import (
+    early,
+    head_of,
+    on_device,
+    padded,
+    start_next,
+    tl,
+    triton,
+    wait_for_last,
+)
 from locret.kernels.packed import (
     STEP,
     PackedShares,
@@ -61,6 +70,7 @@ def attend_rotated(
             SIZE=size,
             SIZE_BLOCK=sizes["SIZE_BLOCK"],
             num_warps=4,
+            **early(query),
         )
         if takes_small_rotated(sizes["QUERIES"], query.dtype, packed):
             attend_small_rotated(query, rotated, packed, shares, scaling, states)
@@ -80,6 +90,7 @@ def attend_rotated(
             KEY_ASSEMBLY=None if how["UPCAST"] else assembly(packed.key_levels),
             VALUE_ASSEMBLY=None if how["UPCAST"] else assembly(packed.value_levels),
             **how,
+            **early(query),
         )
 
 
@@ -98,13 +109,16 @@ def merge_rotated(states: States, out: Tensor, shares: Sequence[Shares]) -> None
             STEP=_STATES,
             OTHERS=_OTHERS,
             num_warps=16,
+            **early(out),
         )
 
 
 @triton.jit
 def _rotate(  # type: ignore[no-untyped-def]
-    query, rotated, strides, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr
+    query, rotated, strides, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):
+    start_next(EARLY)
+    wait_for_last(EARLY)
     t = tl.program_id(0)
     head = tl.program_id(1)
     b = tl.program_id(2)
@@ -140,8 +154,10 @@ def _attend(  # type: ignore[no-untyped-def]
     VALUE_LEVELS: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, UNITS: tl.constexpr,
     UPCAST: tl.constexpr,  # to float32 by plain arithmetic; the interpreter knows no other
-    KEY_ASSEMBLY: tl.constexpr, VALUE_ASSEMBLY: tl.constexpr,
+    KEY_ASSEMBLY: tl.constexpr, VALUE_ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    start_next(EARLY)
+    wait_for_last(EARLY)
     KEY_CHUNKS: tl.constexpr = 8 // (KEY_BITS - KEY_BITS % 2)
     VALUE_CHUNKS: tl.constexpr = 8 // (VALUE_BITS - VALUE_BITS % 2)
     KEY_CHUNK: tl.constexpr = SIZE // KEY_CHUNKS
@@ -226,8 +242,10 @@ def _attend(  # type: ignore[no-untyped-def]
 def _merge(  # type: ignore[no-untyped-def]
     states, out, firsts, other_firsts, others_at, tail_at, tail_splits, strides,
     NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr,
-    STEP: tl.constexpr, OTHERS: tl.constexpr,
+    STEP: tl.constexpr, OTHERS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    start_next(EARLY)
+    wait_for_last(EARLY)
     which = tl.program_id(0)
     d = tl.arange(0, SIZE_BLOCK)
     sequence = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)

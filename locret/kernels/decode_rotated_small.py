@@ -14,7 +14,15 @@ addressed. Results do not depend on how a compiler lays tensors out.
 import torch
 from torch import Tensor
 
-from locret.kernels.dispatch import INTERPRETED, head_of, tl, triton
+from locret.kernels.dispatch import (
+    INTERPRETED,
+    early,
+    head_of,
+    start_next,
+    tl,
+    triton,
+    wait_for_last,
+)
 from locret.kernels.packed import STEP, PackedShares, next_step, step_arguments
 from locret.kernels.packed_rotated import RotatedKV, bits_of, chunk_of
 from locret.kernels.rotated_levels import (
@@ -79,6 +87,7 @@ def attend_small_rotated(
         VALUE_ASSEMBLY=None if INTERPRETED else value_assembly(packed.value_levels, size),
         num_warps=1,
         maxnreg=REGISTERS,
+        **early(query),
     )
 
 
@@ -88,7 +97,10 @@ def _attend_small(  # type: ignore[no-untyped-def]
     NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
     KEY_LEVELS: tl.constexpr, VALUE_LEVELS: tl.constexpr, PLANES: tl.constexpr, UNITS: tl.constexpr,
     LIFT: tl.constexpr, KEY_ASSEMBLY: tl.constexpr, VALUE_ASSEMBLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    start_next(EARLY)
+    wait_for_last(EARLY)
     SMALL: tl.constexpr = 8
     SUBTILES: tl.constexpr = UNITS // 16
     K_PLANE: tl.constexpr = PLANES[0]  # bytes of a unit, and channels of a chunk

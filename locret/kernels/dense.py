@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from locret.kernels.dispatch import check_tensors, on_device, padded, takes_triton, tl, triton
+from locret.kernels.dispatch import (
+    check_tensors,
+    early,
+    on_device,
+    padded,
+    start_next,
+    takes_triton,
+    tl,
+    triton,
+    wait_for_last,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 """By the name that configurations give them."""
@@ -65,6 +75,7 @@ def add_norm(
                 ROWS=rows,
                 BLOCK=block,
                 num_warps=min(16, max(1, rows * block // _CHANNELS)),
+                **early(residual),
             )
     return summed, normed
 
@@ -85,13 +96,15 @@ def norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @triton.jit
 def _add_norm(  # type: ignore[no-untyped-def]
     residual, new, weight, summed, normed, count, eps,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    start_next(EARLY)
     d = tl.arange(0, BLOCK)[None, :]
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     at = row * SIZE + d
     there = (d < SIZE) & (row < count)
     w = tl.load(weight + d, mask=d < SIZE, other=0.0).to(tl.float32)
+    wait_for_last(EARLY)
     x = tl.load(residual + at, mask=there, other=0.0)
     if new is not None:
         more = tl.load(new + at, mask=there, other=0.0).to(tl.float32)
@@ -195,6 +208,7 @@ def products(
             N=_OUTPUTS,
             K=_INPUTS,
             num_warps=_WARPS,
+            **early(x),
         )
     return out.split(sizes, -1)
 
@@ -233,6 +247,7 @@ def gated_products(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tens
             N=_OUTPUTS,
             K=_INPUTS,
             num_warps=_WARPS,
+            **early(x),
         )
     return out
 
@@ -257,29 +272,39 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 
 
 @triton.jit
-def _dot(x, weight, n, there, inputs, N: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Outputs `n`, [N] float32."""
-    sums = tl.zeros([N, K], dtype=tl.float32)
-    at = weight + n.to(tl.int64)[:, None] * inputs
-    for start in range(0, inputs, K):
+def _tile(weight, n, there, k, inputs):  # type: ignore[no-untyped-def]
+    """Weights of the outputs `n` [N] and the inputs `k` [K], [N, K]."""
+    return tl.load(
+        weight + n.to(tl.int64)[:, None] * inputs + k[None, :],
+        mask=there[:, None] & (k < inputs)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",  # nobody reads a weight twice
+    )
+
+
+@triton.jit
+def _times(x, k, inputs, tile):  # type: ignore[no-untyped-def]
+    vector = tl.load(x + k, mask=k < inputs, other=0.0)
+    return tile.to(tl.float32) * vector.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _dot(x, weight, n, there, inputs, first, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Outputs `n`, [N] float32; `first` is their tile of the first K inputs, which was read before
+    x was there."""
+    sums = _times(x, tl.arange(0, K), inputs, first)
+    for start in range(K, inputs, K):
         k = start + tl.arange(0, K)
-        in_row = k < inputs
-        tile = tl.load(
-            at + k[None, :],
-            mask=there[:, None] & in_row[None, :],
-            other=0.0,
-            eviction_policy="evict_first",  # nobody reads a weight twice
-        )
-        vector = tl.load(x + k, mask=in_row, other=0.0)
-        sums += tile.to(tl.float32) * vector.to(tl.float32)[None, :]
+        sums += _times(x, k, inputs, _tile(weight, n, there, k, inputs))
     return tl.sum(sums, axis=1)
 
 
 @triton.jit
 def _products(  # type: ignore[no-untyped-def]
     x, w0, w1, w2, b0, b1, b2, out, inputs, n0, n1, n2,
-    BIAS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    BIAS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    start_next(EARLY)
     tile = tl.program_id(0)
     first, weight, bias, size = 0, w0, b0, n0
     tiles = tl.cdiv(n0, N)
@@ -292,7 +317,9 @@ def _products(  # type: ignore[no-untyped-def]
             first, weight, bias, size = n0 + n1, w2, b2, n2
     n = tile * N + tl.arange(0, N)
     there = n < size
-    sums = _dot(x, weight, n, there, inputs, N, K)
+    first_tile = _tile(weight, n, there, tl.arange(0, K), inputs)
+    wait_for_last(EARLY)
+    sums = _dot(x, weight, n, there, inputs, first_tile, K)
     if BIAS:
         sums += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)
     tl.store(out + first + n, sums.to(out.dtype.element_ty), mask=there)
@@ -300,12 +327,17 @@ def _products(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gated_products(  # type: ignore[no-untyped-def]
-    x, gate, up, out, inputs, size, SILU: tl.constexpr, N: tl.constexpr, K: tl.constexpr
-):
+    x, gate, up, out, inputs, size,
+    SILU: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    start_next(EARLY)
     n = tl.program_id(0) * N + tl.arange(0, N)
     there = n < size
-    a = _dot(x, gate, n, there, inputs, N, K)
-    b = _dot(x, up, n, there, inputs, N, K)
+    k = tl.arange(0, K)
+    of_gate, of_up = _tile(gate, n, there, k, inputs), _tile(up, n, there, k, inputs)
+    wait_for_last(EARLY)
+    a = _dot(x, gate, n, there, inputs, of_gate, K)
+    b = _dot(x, up, n, there, inputs, of_up, K)
     a = a.to(out.dtype.element_ty).to(tl.float32)
     a = activated(a, SILU).to(out.dtype.element_ty).to(tl.float32)
     b = b.to(out.dtype.element_ty).to(tl.float32)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_HOPPER = 9  # major compute capability from which on a kernel may start before the last one ends
+
 
 class _Missing:
     """Stands in for triton where it is not installed: kernels can be defined, not launched."""
@@ -34,6 +36,10 @@ def _modules() -> tuple[Any, Any]:
 
 
 triton, tl = _modules()
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    gdc_launch_dependents = gdc_wait = None
 AVAILABLE = not isinstance(triton, _Missing)
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -59,6 +65,25 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def early(tensor: Tensor) -> dict[str, bool]:
+    """Keywords of a launch whose kernel may start before the one ahead of it in the stream has
+    ended, where the device can: a step launches hundreds, each of a few microseconds.
+
+    Such a kernel calls `start_next` first, and `wait_for_last` before it reads what any kernel has
+    written, or writes anything. Without exception: the kernel behind it waits for it alone.
+    """
+    if gdc_wait is None or not _overlaps(tensor.device):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= _HOPPER
+
+
 def padded(size: int, least: int = 1) -> int:
     """The smallest power of two that is at least `size` and `least`: blocks have such sizes."""
     return max(least, 1 << max(0, size - 1).bit_length())
@@ -78,6 +103,20 @@ def check_tensors(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} of strides {tensor.stride()}; "
                 f"expected {dtype} {tuple(shape)}{', contiguous' * contiguous}"
             )
+
+
+@triton.jit
+def start_next(EARLY: tl.constexpr):  # type: ignore[no-untyped-def, name-defined]
+    """Let the next kernel of the stream start, once all programs of this one have."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(EARLY: tl.constexpr):  # type: ignore[no-untyped-def, name-defined]
+    """Wait until the last kernel of the stream has ended and what it wrote can be read."""
+    if EARLY:
+        gdc_wait()
 
 
 @triton.jit

@@ -17,12 +17,15 @@ from locret.kernels.decode import store_units_reference
 from locret.kernels.dense import norm_reference
 from locret.kernels.dispatch import (
     check_tensors,
+    early,
     on_device,
     padded,
+    start_next,
     takes_triton,
     tl,
     triton,
     units_at,
+    wait_for_last,
 )
 
 Pairing = Literal["half", "interleaved"]
@@ -273,6 +276,7 @@ def store_rotated(
                 ROTARY=0 if tables is None else tables.cos.shape[2],
                 BLOCK=padded(size),
                 num_warps=1,
+                **early(out),
             )
     return out
 
@@ -338,8 +342,10 @@ def _check_new(
 def _store_rotated(  # type: ignore[no-untyped-def]
     new, tail, slot, tables, norms, out, eps, query_heads, capacity, new_strides, tail_strides,
     table_stride,
-    SIZE: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    start_next(EARLY)
+    wait_for_last(EARLY)
     # A program has a query head, or a KV head: its key goes the same way, and its value with it.
     which = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)

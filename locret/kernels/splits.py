@@ -17,7 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locret.kernels.dispatch import on_device, padded, takes_triton, tl, triton, units_at
+from locret.kernels.dispatch import (
+    early,
+    on_device,
+    padded,
+    start_next,
+    takes_triton,
+    tl,
+    triton,
+    units_at,
+    wait_for_last,
+)
 
 _LEAST_SPLIT = 128  # units of the capacity that are worth a program of their own
 _SLICE = 32  # channels that a program merges
@@ -174,6 +184,7 @@ class States:
                 SLICE=slice_size,
                 STEP=_STATES,
                 num_warps=4,
+                **early(out),
             )
 
     def merge_arguments(self, out: Tensor, shares: Sequence[Shares]) -> tuple[Any, ...]:
@@ -250,14 +261,16 @@ def leave_average(  # type: ignore[no-untyped-def]
 def _merge_states(  # type: ignore[no-untyped-def]
     states, out, firsts, second_firsts, second_at, tail_at, tail_splits, strides,
     NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, SLICE: tl.constexpr,
-    STEP: tl.constexpr,
+    STEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    start_next(EARLY)
     which = tl.program_id(0) % QUERIES
     d = tl.program_id(0) // QUERIES * SLICE + tl.arange(0, SLICE)
     sequence = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     tiles = states_of(firsts, sequence, 0)
     others = states_of(second_firsts, sequence, second_at)
     tail = (tail_at + sequence * tail_splits, tail_splits)
+    wait_for_last(EARLY)
     _, total, summed = merged_states(
         states, tiles, others, tail, which, d, QUERIES, SIZE, SLICE, STEP
     )
