@@ -169,8 +169,8 @@ def _max_over_answer(
     given = view.multiplied()
     if kernels.why_not(*given, view.scaling) is not None:
         return _max_in_blocks(view, weight, of_asking)
-    bends = view.softcap, view.sinks, of_asking
-    highest = kernels.highest_shares(*given, view.scaling, *bends)
+    softcap, sinks = view.softcap, view.sinks
+    highest = kernels.highest_shares(*given, view.scaling, softcap, sinks, of_asking)
     return (highest if weight is None else highest.mul_(weight)).amax(dim=2)
 
 

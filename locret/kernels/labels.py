@@ -110,17 +110,18 @@ def _check(
 
 
 def _tiles(query: Tensor, resident_queries: bool) -> dict[str, int]:
-    """Queries and units of a tile, and how many warps and stages multiply it.
+    """Queries and units of a tile, and the warps, stages and registers that multiply it.
 
-    One of the two stays with its program, the other is read tile after tile.
+    One of the two stays with its program, the other is read tile after tile. In 16 bits and heads
+    of up to 128 channels two programs share a multiprocessor, so that one multiplies while the
+    other takes exponentials: each has half of the shared memory and of the registers.
     """
     size = padded(query.shape[3], least=16)
+    stays, passes, warps, stages, registers = 128, 64, 8, 3, 255
     if query.dtype == torch.float32:
-        stays, passes, warps, stages = 64, 32, 4, 2
+        stays, passes, stages = 64, 32, 2
     elif size <= 128:
-        stays, passes, warps, stages = 128, 128, 8, 3
-    else:
-        stays, passes, warps, stages = 128, 64, 8, 3
+        passes, stages, registers = 128, 2, 128
     queries, units = (stays, passes) if resident_queries else (passes, stays)
     return {
         "QUERIES": queries,
@@ -130,6 +131,7 @@ def _tiles(query: Tensor, resident_queries: bool) -> dict[str, int]:
         "UPCAST": INTERPRETED,  # which multiplies bfloat16 blocks as integers
         "num_warps": warps,
         "num_stages": stages,
+        **({} if torch.version.hip else {"maxnreg": registers}),
     }
 
 
@@ -212,22 +214,16 @@ def _sum_up(  # type: ignore[no-untyped-def]
         highest = tl.maximum(highest, sink)
         total += 1.0
     prompt = units - answer
-    seen_by_all = (prompt + first + 1) // UNITS * UNITS
-    for _ in tl.range(0, seen_by_all, UNITS):
-        k = tl.load(k_at, mask=(d < SIZE)[:, None], other=0.0)
+    seen_by_all = prompt + first + 1
+    for at in tl.range(0, tl.minimum(prompt + first + QUERIES, units), UNITS):
+        k = tl.load(k_at, mask=(at + unit < units)[None, :] & (d < SIZE)[:, None], other=0.0)
         logits = _products(q, k, bend, CAPPED, UPCAST)
+        if at + UNITS > seen_by_all:
+            visible = (at + unit)[None, :] <= (prompt + row)[:, None]
+            logits = tl.where(visible, logits, float("-inf"))
         higher = tl.maximum(highest, tl.max(logits, 1) * scale)
         weights = tl.exp2(logits * scale - higher[:, None])
         total = total * tl.exp2(highest - higher) + tl.sum(weights, 1)
-        highest = higher
-        k_at += UNITS * k_s
-    for at in tl.range(seen_by_all, tl.minimum(prompt + first + QUERIES, units), UNITS, num_stages=1):
-        k = tl.load(k_at, mask=(at + unit < units)[None, :] & (d < SIZE)[:, None], other=0.0)
-        logits = _products(q, k, bend, CAPPED, UPCAST) * scale
-        visible = (at + unit)[None, :] <= (prompt + row)[:, None]
-        logits = tl.where(visible, logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        total = total * tl.exp2(highest - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
         highest = higher
         k_at += UNITS * k_s
     to = sums + sequence.to(tl.int64) * answer + row
