@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, smooth_l1_loss
 
+from locret.kernels import labels as kernels
+
 _BLOCK_ELEMENTS = 2**26  # of the logits that are in memory at a time
 _BLOCK_ELEMENTS_CPU = 2**21  # and that stay in a CPU's cache from one operation to the next
 _FLOOR = 1e-5  # added to what a logarithm is taken of: less than this is all alike
@@ -48,6 +50,14 @@ class AnswerView:
         if self.softcap is None:
             return logits
         return torch.tanh(logits / self.softcap) * self.softcap
+
+    def multiplied(self) -> tuple[Tensor, Tensor]:
+        """Query and key as products get them: in autocast's dtype, if that is on."""
+        device = self.key.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.query, self.key
+        dtype = torch.get_autocast_dtype(device)
+        return self.query.to(dtype), self.key.to(dtype)
 
     @property
     def prompt_length(self) -> int:
@@ -88,6 +98,9 @@ def max_logit(view: AnswerView) -> Tensor:
 
     max over answer tokens a and query heads g of the group of  scaling * <q[g, a], k[unit]>.
     """
+    given = view.multiplied()
+    if kernels.why_not(*given, view.scaling) is None:
+        return view.capped(kernels.highest_logits(*given, view.scaling).amax(dim=2))
     keys = view.key[:, :, : view.prompt_length].transpose(2, 3)
     blocks = (torch.matmul(view.grouped(rows), keys).amax(dim=2) for rows in view.blocks())
     return view.capped(torch.stack([block.float() * view.scaling for block in blocks]).amax(dim=0))
@@ -152,7 +165,17 @@ def _max_over_answer(
     view: AnswerView, weight: Tensor | None, of_asking: Tensor | None = None
 ) -> Tensor:
     """Largest probability over answer tokens and query heads, times `weight` [B, H, G, P] and
-    `of_asking` [B, A]."""
+    `of_asking` [B, A]; by fused kernels where they take the view."""
+    given = view.multiplied()
+    if kernels.why_not(*given, view.scaling) is not None:
+        return _max_in_blocks(view, weight, of_asking)
+    softcap, sinks = view.softcap, view.sinks
+    highest = kernels.highest_shares(*given, view.scaling, softcap, sinks, of_asking)
+    return (highest if weight is None else highest.mul_(weight)).amax(dim=2)
+
+
+def _max_in_blocks(view: AnswerView, weight: Tensor | None, of_asking: Tensor | None) -> Tensor:
+    """`_max_over_answer` in plain PyTorch."""
     batch, heads, _, _ = view.key.shape
     prompt = view.prompt_length
     labels = torch.zeros(batch, heads, prompt, dtype=torch.float32, device=view.key.device)

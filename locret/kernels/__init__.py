@@ -14,6 +14,7 @@ from locret.kernels.decode import Plain, decode_sequences, decode_shares, store_
 from locret.kernels.decode_packed import decode_packed, packed_shares
 from locret.kernels.dense import add_norm, gated, gated_products, products
 from locret.kernels.evict import gather_sequences, select_sequences
+from locret.kernels.labels import highest_logits, highest_shares
 from locret.kernels.pack_rotated import fetch_rotated, pack_rotated_keys, pack_rotated_values
 from locret.kernels.packed import PackedKV, PackedShares, expand_floats, expand_units
 from locret.kernels.packed_rotated import RotatedKV, expand_rotated
@@ -47,6 +48,8 @@ __all__ = [
     "gated",
     "gated_products",
     "gather_sequences",
+    "highest_logits",
+    "highest_shares",
     "merge_attention",
     "pack_rotated_keys",
     "pack_rotated_values",
