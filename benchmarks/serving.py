@@ -350,7 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--new-tokens", type=int, default=256, help="of an answer, at most")
     parser.add_argument("--alone", type=int, default=4, help="contexts that are asked alone too")
-    parser.add_argument("--rounds", type=int, default=2, help="times that all are asked at once")
+    parser.add_argument("--rounds", type=int, default=3, help="times that all are asked at once")
     parser.add_argument("--memory-gib", type=float, default=24.0, help="of the GPU, for a server")
     parser.add_argument("--max-time", type=float, default=3600.0, help="seconds, for everything")
     parser.add_argument("--out", type=Path, required=True)

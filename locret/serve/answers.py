@@ -26,6 +26,7 @@ class Pending(Generic[T]):
         self._messages: list[T] = []
         self._error: Exception | None = None
         self._wakers: list[Callable[[], None]] = []
+        self._end_wakers: list[Callable[[], None]] = []
 
     @property
     def outcome(self) -> tuple[T | None, Exception | None]:
@@ -63,15 +64,8 @@ class Pending(Generic[T]):
 
     async def aevents(self) -> AsyncIterator[T]:
         """As `events`, for an event loop."""
-        loop, arrived, place = asyncio.get_running_loop(), asyncio.Event(), 0
-
-        def waker() -> None:
-            with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile
-                loop.call_soon_threadsafe(arrived.set)
-
-        with self._condition:
-            self._wakers.append(waker)
-        try:
+        place = 0
+        with self._waking(self._wakers) as arrived:
             while True:
                 arrived.clear()
                 with self._condition:
@@ -83,9 +77,31 @@ class Pending(Generic[T]):
                 place += len(found)
                 if not found:
                     await arrived.wait()
+
+    async def aall(self) -> list[T]:
+        """All of `events` together, for an event loop, which is not woken before the end: a batch
+        has a message for every row at every step."""
+        with self._waking(self._end_wakers) as ended:
+            if not self.closed:
+                await ended.wait()
+        return [*self.events()]
+
+    @contextlib.contextmanager
+    def _waking(self, wakers: list[Callable[[], None]]) -> Iterator[asyncio.Event]:
+        """An event of the running loop that one of `wakers` sets."""
+        loop, event = asyncio.get_running_loop(), asyncio.Event()
+
+        def waker() -> None:
+            with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile
+                loop.call_soon_threadsafe(event.set)
+
+        with self._condition:
+            wakers.append(waker)
+        try:
+            yield event
         finally:
             with self._condition:
-                self._wakers.remove(waker)
+                wakers.remove(waker)
 
     def _add(self, messages: list[T], error: Exception | None, last: bool) -> bool:
         with self._condition:
@@ -97,7 +113,7 @@ class Pending(Generic[T]):
                 on_end, self.on_end = self.on_end, _nothing  # who keeps the answer keeps no request
                 on_end()
             self._condition.notify_all()
-            for waker in self._wakers:
+            for waker in [*self._wakers, *(self._end_wakers if last else ())]:
                 waker()
             return True
 

@@ -139,8 +139,9 @@ async def _left(request: Request) -> None:
 
 
 async def _collected(request: Request, answer: Any) -> tuple[str, End]:
-    *pieces, end = [each async for each in _told(request, answer)]
+    *pieces, end = await answer.aall()
     assert isinstance(end, End)
+    request.state.usage = end.usage  # which the log tells
     return "".join(piece.text for piece in pieces if isinstance(piece, Piece)), end
 
 

@@ -67,6 +67,30 @@ def test_event_loops_are_woken_from_threads():
     assert asyncio.run(asyncio.wait_for(wait(), 10)) == ([Piece("a"), END], info)
 
 
+def test_a_loop_that_waits_for_all_is_woken_once(monkeypatch):
+    answer, woken = Answer(), []
+
+    def work():
+        for message in (Piece("a"), Piece("b"), END):
+            time.sleep(0.02)
+            answer.put(message, last=message is END)
+
+    async def wait():
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *a: (woken.append(a), call(*a)))
+        threading.Thread(target=work).start()
+        return await answer.aall()
+
+    assert asyncio.run(asyncio.wait_for(wait(), 10)) == [Piece("a"), Piece("b"), END]
+    assert len(woken) <= 2  # `wait_for` may use it too
+    assert asyncio.run(answer.aall()) == [Piece("a"), Piece("b"), END]  # also afterwards
+    cancelled = Answer()
+    cancelled.cancel()
+    with pytest.raises(Cancelled):
+        asyncio.run(cancelled.aall())
+
+
 def test_a_loop_that_is_gone_does_no_harm():
     answer = Answer()
 
