@@ -163,7 +163,7 @@ def test_texts_train_by_replay_alone(tmp_path):
         "qwen25_coder_kl",
         "qwen25_coder_paper",
         "smollm2_evicted_adapter",
-        "smollm2_replay",
+        "smollm2_answers",
     ],
 )
 def test_recipes_hold_out_chains_and_several_values(name):

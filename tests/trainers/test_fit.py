@@ -35,7 +35,7 @@ FAMILY_OF_CONFIG = {  # configs of heads
     "qwen3.yaml": "qwen3",
     "smollm2.yaml": "llama",
     "smollm2_long.yaml": "llama",
-    "smollm2_replay.yaml": "llama",
+    "smollm2_answers.yaml": "llama",
 }
 
 
