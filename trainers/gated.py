@@ -3,6 +3,7 @@
 Like `HeadsModule` it is thin, and the backbone is not registered.
 """
 
+import hashlib
 import math
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,9 @@ from trainers.figures import averaged, looked_at
 from trainers.module import SaveDtype, as_exported
 from trainers.optimizer import adamw, restart_schedule
 from trainers.quotas import check_measuring
+
+STARTED_FROM = "started_from"
+"""Where a checkpoint tells which heads its training started from."""
 
 
 class GatedModule(LightningModule):
@@ -105,6 +109,7 @@ class GatedModule(LightningModule):
         self._ddp_params_and_buffers_to_ignore = ours
         self._gated: GatedLoss | None = None
         self._came_in = torch.float32
+        self._start = ""
         # Past nn.Module's bookkeeping, so that the backbone is no submodule.
         object.__setattr__(self, "backbone_model", None)
 
@@ -126,6 +131,7 @@ class GatedModule(LightningModule):
         given = self.hparams
         heads = RetainingHeads.from_pretrained(given["heads"])
         check_tunable(heads, given["threshold"])
+        self._start = fingerprint(heads)
         loaded = load_model(
             given["model"],
             dtype=given["dtype"],
@@ -138,6 +144,21 @@ class GatedModule(LightningModule):
         self._came_in = next(heads.parameters()).dtype
         self.longest_prompt.fill_(heads.config.trained_tokens or 0)  # type: ignore[operator]
         self.heads = heads.float().requires_grad_(True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[STARTED_FROM] = self._start
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint is of a training that started from other heads, such as an
+                earlier one whose checkpoints went to the same folder.
+        """
+        if checkpoint.get(STARTED_FROM, self._start) != self._start:
+            raise ValueError(
+                f"the checkpoint is of a training that started from other heads than those in "
+                f"{self.hparams['heads']}; remove it to tune these from their first step"
+            )
 
     def on_fit_start(self) -> None:
         restart_schedule(self)
@@ -200,6 +221,15 @@ class GatedModule(LightningModule):
                 **{name: given[name] for name in names},
             )
         return self._gated
+
+
+def fingerprint(heads: RetainingHeads) -> str:
+    """Recognises heads by their weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(heads.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _figures(result: Gated) -> dict[str, Tensor]:

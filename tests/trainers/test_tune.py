@@ -120,6 +120,20 @@ def test_a_training_that_goes_on_ends_where_a_whole_one_does(backbones, heads, r
     assert weights(tmp_path / "two" / "heads") == weights(tmp_path / "whole" / "heads")
 
 
+def test_a_checkpoint_of_other_heads_is_refused(backbones, heads, rows, tmp_path, capfd):
+    assert run_forked(tune.main, arguments(backbones, heads, rows, tmp_path)) == 0
+    others = locret.RetainingHeads.from_pretrained(heads)
+    with torch.no_grad():
+        next(others.parameters()).add_(1.0)
+    other = others.save_pretrained(tmp_path / "others")
+    args = arguments(backbones, other, rows, tmp_path, "--ckpt_path=last", steps=3)
+    assert status("trainers.tune", lambda: tune.main(args)) == 2
+    said = capfd.readouterr().err
+    assert f"started from other heads than those in {other}" in said and "Traceback" not in said
+    args = arguments(backbones, heads, rows, tmp_path, "--ckpt_path=last", steps=3)
+    assert run_forked(tune.main, args) == 0
+
+
 def test_two_processes_learn_what_one_does_that_accumulates(backbones, heads, rows, tmp_path):
     """The same compression for all, as each process draws its own."""
     same = ["--model.compressions=[4,4]", "--model.quota_contexts=0", "--model.save_dtype=float32"]
