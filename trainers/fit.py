@@ -5,6 +5,7 @@ trained are tuned by them next, in the same command. `--then null` stops after t
 """
 
 import gc
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,15 @@ from typing import Any
 from locret.system.interrupts import Stopped, ends_at_once, handled_by
 
 with ends_at_once():
+    import yaml
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
     from locret.model.loading import load_config
+    from locret.system.files import find_config
     from locret.training.gated import check_gates, check_tunable_as
     from trainers import cli, tune
     from trainers.callbacks import ExportHeads
+    from trainers.gated import GatedModule
     from trainers.module import HeadsModule
 
 
@@ -119,6 +123,7 @@ def _check_later_stages(config: Any) -> None:
     folders = _checkpoint_folders(config)
     for name, arguments in _stages(config, Path(config.output or "heads")):
         try:
+            _check_is_of_tune(name)
             check_gates(load_config(given.model, revision=given.revision))
             stage = tune.build(arguments)
             check_tunable_as(
@@ -136,6 +141,21 @@ def _check_later_stages(config: Any) -> None:
             folders |= own
         except ValueError as error:
             raise ValueError(f"the later stage, {name}: {error}") from error
+
+
+def _check_is_of_tune(name: str) -> None:
+    """
+    Raises:
+        ValueError: a file that says of the model what `trainers.tune` does not know.
+    """
+    said = yaml.safe_load(find_config(name).read_text(encoding="utf-8"))
+    model = said.get("model") if isinstance(said, dict) else None
+    unknown = sorted({*(model or {})} - {*inspect.signature(GatedModule).parameters})
+    if unknown:
+        raise ValueError(
+            f"it says {', '.join(f'model.{key}' for key in unknown)}, which trainers.tune does not "
+            "know; expected a config of trainers.tune, such as qwen25_coder_kl.yaml"
+        )
 
 
 def _checkpoint_folders(config: Any) -> set[Path]:
