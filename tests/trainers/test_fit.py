@@ -106,7 +106,7 @@ def test_later_stages_follow_in_the_same_command(backbones, rows, tmp_path, caps
         (
             {"model": {"width": 8, "tap": "qkv"}},
             [],
-            "it says model.tap, model.width, which trainers",
+            "it says model.tap, model.width, which",
         ),
         ({}, ["--model.label=max_logit"], "learned 'max_logit'"),
         ({}, ["--model.model=GEMMA"], "gemma2 caps its logits"),
