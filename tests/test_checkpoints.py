@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import locret
+from locret.heads.files import CUSTOM_FILES
 from locret.model.loading import load_model
 
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints"
@@ -42,6 +43,9 @@ def test_a_shipped_folder_is_small_and_documented(folder, model):
     training = (SHIPPED / folder / "training.yaml").read_text(encoding="utf-8")
     assert training.startswith("# command: python -m trainers.")
     assert yaml.safe_load(training)["model"]["model"] == model
+    if folder.endswith("heads"):
+        for name, text in CUSTOM_FILES.items():  # stock `generate` takes the folder, too
+            assert (SHIPPED / folder / name).read_text(encoding="utf-8") == text
 
 
 def test_the_shipped_heads_for_qwen_have_quotas_and_fit_its_shape():

@@ -68,6 +68,7 @@ def full_engine(model, **settings):
         ({"longrope": "short"}, "expected 'long' or 'by_length'"),
         ({"policy": "best"}, "policy 'best' is unknown; expected one of .*streaming_llm"),
         ({"policy": "locret"}, "needs trained heads: pass heads="),
+        ({"policy": "locret", "heads": "a/folder"}, "heads is 'a/folder'; .*from_pretrained"),
         ({"policy": POLICIES["full"]}, "is unknown"),
     ],
     ids=str,

@@ -391,7 +391,13 @@ class Engine:
 
 
 def _scoring_heads(policy: str | Policy, heads: RetainingHeads | None) -> RetainingHeads | None:
-    """The heads whose record says what "auto" means: the policy's own, else those given."""
+    """The heads whose record says what "auto" means: the policy's own, else those given.
+    ValueError: what is given is not heads."""
+    if heads is not None and not isinstance(heads, RetainingHeads):
+        raise ValueError(
+            f"heads is {heads!r:.80}; expected heads, as "
+            "locret.RetainingHeads.from_pretrained(...) reads them from a folder or the Hub"
+        )
     core = policy.core if isinstance(policy, Policy) else None
     return core.heads if isinstance(core, LocretPolicy) else heads
 

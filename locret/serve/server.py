@@ -65,6 +65,7 @@ def make_server(app: FastAPI, drain_seconds: float = 60.0) -> uvicorn.Server:
     `drain_seconds`."""
     config = uvicorn.Config(
         app,
+        http="h11",  # refuses headers that do not end; httptools, where it is there, keeps them all
         log_config=None,  # `locret.serve.telemetry` says where to
         access_log=False,
         server_header=False,

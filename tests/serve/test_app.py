@@ -61,8 +61,8 @@ def error_of(response, status):
 
 
 def test_a_chat_is_answered_in_openais_form(client, service):
-    found = client.post(CHAT, json=HELLO | {"max_completion_tokens": 9, "seed": 4, "stop": "x"})
-    body = found.json()
+    given = {"max_completion_tokens": 9, "seed": 4, "stop": "x", "ignore_eos": True}
+    body = client.post(CHAT, json=HELLO | given).json()
     assert body["object"] == "chat.completion" and body["id"].startswith("chatcmpl-")
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "It is."}
     assert body["choices"][0]["finish_reason"] == "stop"
@@ -72,6 +72,7 @@ def test_a_chat_is_answered_in_openais_form(client, service):
     (ask,) = service.asked
     assert text_of(ask.prompt) == "<|user|>Hello<|end|><|assistant|>"
     assert (ask.max_tokens, ask.temperature, ask.seed, ask.stop) == (9, 1.0, 4, ("x",))
+    assert ask.ignore_eos
 
 
 def test_all_messages_but_the_last_are_shared(client, service):
@@ -194,6 +195,9 @@ FIELDS = {
     "cold": (CHAT, HELLO | {"temperature": -1}, "temperature: input should be greater"),
     "top_p": (CHAT, HELLO | {"top_p": 0}, "top_p: input should be greater"),
     "seed": (CHAT, HELLO | {"seed": 2**64}, "seed: input should be less"),
+    "ignore_eos in words": (CHAT, HELLO | {"ignore_eos": "true"}, "ignore_eos: input should be"),
+    "ignore_eos in a number": (TEXT, {"prompt": "a", "ignore_eos": 1}, "ignore_eos: input should"),
+    "ignore_eos in a stream": (CHAT, HELLO | {"ignore_eos": [], "stream": True}, "ignore_eos: "),
     "n": (CHAT, HELLO | {"n": 2}, "n is not supported"),
     "tools": (CHAT, HELLO | {"tools": [{"type": "function"}]}, "tools is not supported"),
     "logprobs": (CHAT, HELLO | {"logprobs": True}, "logprobs is not supported"),
@@ -281,6 +285,13 @@ def test_a_huge_upload_is_refused_before_it_is_sent(client, url_and_service):
             b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1073741824\r\n\r\n"
         )
         assert raw.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_headers_are_refused_where_they_become_too_long(url_and_service):
+    host, port = url_and_service[0].removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 2**17)
+        assert raw.recv(100).startswith(b"HTTP/1.1 400")
 
 
 def test_an_upload_of_unknown_length_is_refused_where_it_becomes_too_long(client):

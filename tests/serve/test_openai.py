@@ -150,6 +150,18 @@ def test_an_answer_ends_where_it_is_told_to(client, expected):
     assert found.choices[0].finish_reason == "stop"
 
 
+def test_an_answer_goes_on_behind_its_end_where_it_is_told_to(client, expected):
+    beyond = {"max_tokens": 20, "extra_body": {"ignore_eos": True}}
+    ended, longer, stopped = (
+        chat(client, **given) for given in ({"max_tokens": 20}, beyond, beyond | {"stop": "Paris"})
+    )
+    assert ended.usage.completion_tokens < longer.usage.completion_tokens == 20
+    assert said(longer).startswith(expected["plain"])
+    assert longer.choices[0].finish_reason == "length"
+    assert said(stopped) == said(longer).partition("Paris")[0]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
 def test_a_seed_repeats_an_answer(client):
     given = {"temperature": 1.5, "seed": 7, "max_tokens": 8}
     assert said(chat(client, **given)) == said(chat(client, **given))
