@@ -6,7 +6,7 @@ A step is one sample: forward, labels, head losses, gradients and the optimizer'
 is the same tokens through the stock decoder without gradients.
 
 With `--replay TOKENS` the answers are the prompt again, in branches of so many tokens, each led in
-by the `LED_IN` tokens before it. The floor is the prompt alone, twice.
+by the tokens before it, as trainings do it. The floor is the prompt alone, twice.
 """
 
 import argparse
@@ -16,13 +16,11 @@ import torch
 
 from benchmarks import record
 from benchmarks.shapes import SHAPES, random_model
+from datamodules.branches import LEAD_TOKENS
 from locret.heads.heads import HeadsConfig, RetainingHeads
 from locret.model.backbone import Backbone
 from locret.training.distill import Distillation
 from locret.training.segments import Segment
-
-LED_IN = 8
-"""Tokens that lead in a later piece of a replayed prompt."""
 
 
 def main() -> None:
@@ -56,7 +54,7 @@ def _segment(given: argparse.Namespace) -> Segment:
         return Segment.single(given.prompt, given.prompt + given.answer)
     branches, answers, at = [], [], given.prompt
     for start in range(0, given.prompt, given.replay):
-        led_in = min(LED_IN, start)
+        led_in = min(LEAD_TOKENS, start)
         end = at + led_in + min(given.replay, given.prompt - start)
         branches.append((at, end))
         answers.append((at + led_in, end))

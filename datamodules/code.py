@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.code_questions import Code, parse, questions
 from datamodules.conversations import Conversation, SkippedRow, exchange
 from datamodules.sources import lengths
-from datamodules.texts import fit
+from datamodules.texts import count, fit
 from locret.quantities import check_bounds
 from locret.tasks.code import SourceFile
 
@@ -209,11 +209,6 @@ def whole_lines(rng: Random, text: str, tokenizer: PreTrainedTokenizerBase, toke
     kept, _ = fit(text[start : start + most], tokens, tokenizer)
     ends = [end for end in (*places, len(text)) if start < end <= start + len(kept)]
     return text[start : ends[-1]].rstrip() if ends else ""
-
-
-def count(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens a text has."""
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 # ---- where files are -----------------------------------------------------------------------------

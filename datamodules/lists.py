@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.conversations import Conversation, exchange
 from datamodules.sources import lengths
-from datamodules.texts import fit
+from datamodules.texts import count, fit
 from locret.quantities import check_bounds
 from locret.tasks import wording
 from locret.tasks.synthetic import ADJECTIVES, NOUNS
@@ -79,7 +79,7 @@ def counts(rng: Random, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tupl
         rng.shuffle(drawn)
         items = [f"{i}. {word}" for i, word in enumerate(drawn, 1)] if numbered else drawn
         text = separator.join(items)
-        found = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        found = count(text, tokenizer)
         size = int(len(drawn) * min(tokens / found, 1) * 0.998)
     asked = sorted(words[:often], key=drawn.index)
     what = f"{often} words occur" if often > 1 else "word occurs"

@@ -318,10 +318,15 @@ def text_conversation(text: str, source: str, name: str, place: str = "") -> Con
     return Conversation(exchange(text, ""), source, name, place, context=text)
 
 
+def count(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a text has."""
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def fit(text: str, most: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     """The beginning of a text, of close to and at most so many tokens; and how many it has."""
     while True:
-        found = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        found = count(text, tokenizer)
         if found <= most:
             return text, found
         text = text[: int(len(text) * most / found * 0.998)]

@@ -152,21 +152,14 @@ async def _events(
     if opening:
         yield opening
     try:
-        async for each in _told(request, answer):
+        async for each in answer.aevents():
             if isinstance(each, Piece):
                 yield reply.piece(each.text)
                 continue
+            request.state.usage = each.usage  # which the log tells
             yield reply.ending(each.reason)
             if tells_usage:
                 yield reply.usage(each.usage)
     except Exception as error:  # the status is sent already, so that the stream has to tell
         yield event(body_of(refusal_of(error)))
     yield DONE
-
-
-async def _told(request: Request, answer: Any) -> AsyncIterator[Piece | End]:
-    """The events of an answer; the log learns of the last one."""
-    async for each in answer.aevents():
-        if isinstance(each, End):
-            request.state.usage = each.usage
-        yield each

@@ -223,7 +223,6 @@ class Worker:
                 max_new_tokens=max(job.most_tokens for job in jobs),
                 stopping_criteria=[_Watch(jobs, self._ends, self._on_token)],
                 eos_token_id=None,  # `_Watch` ends rows; those that are done go on unseen
-                pad_token_id=0,  # any token that is in the embedding: `generate` warns without one
                 **_sampling(jobs[0]),
                 **given,
             )

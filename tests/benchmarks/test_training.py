@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import training
+from datamodules.branches import LEAD_TOKENS
 
 TINY = ["--shape", "tiny", "--width", "8", "--device", "cpu", "--repeats", "1"]
 
@@ -32,4 +33,4 @@ def test_a_replayed_prompt_is_said_again_whole(monkeypatch):
     said = [end - start for start, end in segment.answers]
     assert said == [20, 20, 10] and segment.branches[0][0] == 50
     led_in = [a[0] - b[0] for a, b in zip(segment.answers, segment.branches, strict=True)]
-    assert led_in == [0, training.LED_IN, training.LED_IN]
+    assert led_in == [0, LEAD_TOKENS, LEAD_TOKENS]

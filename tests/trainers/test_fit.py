@@ -103,11 +103,7 @@ def test_later_stages_follow_in_the_same_command(backbones, rows, tmp_path, caps
         (None, [], "config nosuch.yaml is no file"),
         ({"data": {"branches": None}}, [], "data.branches is null"),
         ({"model": {"compressions": [32, 4]}}, [], "the smaller one first: [4.0, 32.0]"),
-        (
-            {"model": {"width": 8, "tap": "qkv"}},
-            [],
-            "it says model.tap, model.width, which",
-        ),
+        ({"model": {"width": 8, "tap": "qkv"}}, [], "it says model.tap, model.width, which"),
         ({}, ["--model.label=max_logit"], "learned 'max_logit'"),
         ({}, ["--model.model=GEMMA"], "gemma2 caps its logits"),
         ({}, ["--model.query_tokens=4"], "these heads read 4 tokens of a question"),
