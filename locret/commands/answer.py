@@ -166,7 +166,7 @@ class Answerer:
 
     def __init__(self, given: argparse.Namespace) -> None:
         from locret.serve.contexts import Contexts
-        from locret.serve.messages import Prompts
+        from locret.serve.fields import Prompts
 
         settings = argparse.Namespace(**vars(given), queue=given.batch)
         self.service = serve.make_service(settings, shared.checked_engine(given), Contexts())
@@ -198,10 +198,8 @@ class Answerer:
             ids = self.prompts.completion(record["prompt"], follows=context is not None)
             return Ask(prompt=ids, context=context)
         messages = record.get("messages", [{"role": "user", "content": record.get("prompt")}])
-        fields = fields_of(ChatFields, {"messages": messages})
-        mapped = [message.as_mapping() for message in fields.messages]
-        ids, shared = self.prompts.asked(mapped, context is not None)
-        return Ask(prompt=ids, context=context, shared=shared)
+        fields = {"messages": messages, "context": context, "temperature": 0}
+        return fields_of(ChatFields, fields).ask(self.prompts)
 
     def _read(self, text: str) -> str:
         """The id of a context, which is read if it was not."""
@@ -215,7 +213,7 @@ class Answerer:
 
 def _tried(do: Callable[[Any], Any], value: Any) -> Any:
     """The result of a step, or why there is none: what failed before is passed on."""
-    from locret.serve.errors import Refused
+    from locret.serve.replies import Refused
 
     if isinstance(value, Exception):
         return value

@@ -99,8 +99,8 @@ def run(given: argparse.Namespace) -> None:
     check_installed("ray" if given.ray else "serve")
     if given.ui and not given.ray:
         check_installed("ui")
-    from locret.serve.server import bound, make_server
-    from locret.serve.telemetry import log_to_stderr
+    from locret.serve.app import bound, make_server
+    from locret.serve.replies import log_to_stderr
 
     log_to_stderr()
     if given.ray:
@@ -220,7 +220,7 @@ def _ray_application(given: argparse.Namespace) -> Any:
 
 def _replica(given: argparse.Namespace, key: str | None) -> Any:
     """The application of a replica, in its process."""
-    from locret.serve.telemetry import log_to_stderr
+    from locret.serve.replies import log_to_stderr
 
     log_to_stderr()
     return _app(given, key)
@@ -265,7 +265,7 @@ def _serve_with_ray(given: argparse.Namespace) -> None:
     import ray
     from ray import serve
 
-    from locret.serve.server import bound
+    from locret.serve.app import bound
 
     if given.port == 0:  # any other may be what Ray Serve listens at already
         with bound(given.host, 0) as taken:

@@ -1,20 +1,127 @@
-"""Answers in OpenAI's forms on their way to the client: whole or as chunks of a stream, and given
-up when the client leaves.
+"""What becomes of a request: its answer in OpenAI's forms, whole or as a stream, given up when the
+client leaves; or its error, one sentence in {"error": {...}}; and its line in the log, which says
+what was asked for and how it went, never what was said.
 """
 
 import asyncio
 import contextlib
 import json
+import logging
+import math
+import sys
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable
+from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from locret.serve.errors import CLIENT_LEFT, Refused, body_of, refusal_of
-from locret.serve.requests import End, Piece, Usage
+from locret.serve.requests import (
+    Cancelled,
+    End,
+    Failed,
+    Piece,
+    QueueFull,
+    RepeatsContext,
+    TooLong,
+    UnknownContext,
+    Usage,
+)
+
+_log = logging.getLogger("locret.serve")
+
+# ---- errors --------------------------------------------------------------------------------
+
+CLIENT_LEFT = 499
+"""What the log calls the status of a request whose client left."""
+_REFUSALS = {
+    TooLong: (400, "context_length_exceeded"),
+    RepeatsContext: (400, None),
+    UnknownContext: (404, "context_not_found"),
+    Failed: (500, "failed"),
+}
+"""Status and code of errors of the service whose text is for clients."""
+
+
+class Refused(Exception):
+    """A request that cannot be answered.
+
+    Args:
+        status: of HTTP.
+        message: one sentence: what was received, what is expected.
+        code: a name for programs, such as "context_not_found".
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+        self.headers = headers or {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What the client is told, as OpenAI says it."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
+        told = {"message": self.message, "type": kind, "param": None, "code": self.code}
+        return {"error": told}
+
+
+def refusal_of(error: Exception) -> Refused:
+    """What a client is told of an error of the service."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, QueueFull):
+        seconds = str(max(1, math.ceil(error.retry_after)))
+        return Refused(429, str(error), "queue_full", {"Retry-After": seconds})
+    if type(error) in _REFUSALS:
+        status, code = _REFUSALS[type(error)]
+        return Refused(status, str(error), code)
+    if isinstance(error, Cancelled):
+        return Refused(503, "the server is stopping; ask again", "stopping", {"Retry-After": "1"})
+    if isinstance(error, ClientDisconnect):
+        return Refused(CLIENT_LEFT, "the client left", "client_left")
+    if isinstance(error, HTTPException):
+        return Refused(error.status_code, lower(error.detail), headers=dict(error.headers or {}))
+    _log.error("a request failed", exc_info=error)
+    return Refused(500, "the server failed to answer; its log says why", "internal_error")
+
+
+def error_reply(error: Exception) -> JSONResponse:
+    """The answer to a request that ended in an error."""
+    refused = refusal_of(error)
+    return JSONResponse(refused.body, refused.status, headers=refused.headers)
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Let all errors of an app be answered so."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return error_reply(error)
+
+    # Each by name: behind the handler of Exception an error goes on, to uvicorn.
+    ours = (Refused, QueueFull, ValueError, RuntimeError, Cancelled, OSError, HTTPException)
+    for kind in (*ours, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def lower(text: str) -> str:
+    """A sentence as it goes on behind a colon."""
+    return text[:1].lower() + text[1:]
+
+
+# ---- answers --------------------------------------------------------------------------------
 
 Kind = Literal["chat", "text"]
 DONE = "data: [DONE]\n\n"
@@ -84,8 +191,6 @@ def usage_of(usage: Usage) -> dict[str, Any]:
 def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
-
-# ---- on their way --------------------------------------------------------------------------------
 
 Result = TypeVar("Result")
 
@@ -161,5 +266,82 @@ async def _events(
             if tells_usage:
                 yield reply.usage(each.usage)
     except Exception as error:  # the status is sent already, so that the stream has to tell
-        yield event(body_of(refusal_of(error)))
+        yield event(refusal_of(error).body)
     yield DONE
+
+
+# ---- the log --------------------------------------------------------------------------------
+
+LONGEST_PATH = 200
+PROBES = ("/health", "/ready", "/ui/")
+"""How paths begin that are asked for again and again: by whoever watches the server, and by the
+page in a browser. Only their failures are logged."""
+
+
+class RequestLog:
+    """Gives every request an id, and logs it when it has ended."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state.setdefault("id", uuid.uuid4().hex)
+        began, status = time.monotonic(), CLIENT_LEFT  # where nothing is sent, the client had left
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", state["id"].encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            probe = scope["path"].startswith(PROBES) and status == 200
+            line = _line(scope, status, time.monotonic() - began)
+            _log.log(logging.DEBUG if probe else logging.INFO, "request", extra={"fields": line})
+
+
+def _line(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
+    state = scope["state"]
+    line = {
+        "id": state["id"],
+        "method": scope["method"],
+        "path": scope["path"][:LONGEST_PATH],
+        "status": status,
+        "seconds": round(seconds, 3),
+    }
+    return line | (state["usage"].tokens if "usage" in state else {})
+
+
+class JsonLines(logging.Formatter):
+    """Every record as one line of JSON; what an exception says is one of its strings."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def log_to_stderr() -> None:
+    """Let this package and uvicorn log JSON lines to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("locret.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
