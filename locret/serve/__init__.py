@@ -1,6 +1,6 @@
 """Serving: requests of many clients answered by one engine, with contexts that are read once.
 
-A request comes in by `app.py`, is checked and becomes token ids in `fields.py`, waits in `service.py`,
+A request comes in by `app.py`, becomes token ids in `fields.py`, waits in `service.py`,
 is answered by the one thread that uses the engine (`worker.py`), and goes out by `replies.py`.
 `Service` knows no HTTP: `requests.py` is what is passed in and out of it.
 """
