@@ -47,7 +47,6 @@ from locret.serve.replies import (
     answer_errors,
     event,
     while_there,
-    whole,
 )
 from locret.serve.requests import TooLong, UnknownContext
 from locret.system import interrupts
@@ -223,10 +222,8 @@ async def _answered(
     server.check_model(found.model)
     ask = await to_thread.run_sync(found.ask, server.prompts)
     answer = await _accepted(server.service.ask, ask)
-    reply = Reply(kind, request.state.id, server.name)
-    if found.stream:
-        return EventStream(request, answer, reply, found.tells_usage)
-    return await whole(request, answer, reply)
+    reply = Reply(kind, request, answer, server.name)
+    return EventStream(reply, found.tells_usage) if found.stream else await reply.whole()
 
 
 async def _accepted(into: Callable[[Any], Any], asked: Any) -> Any:
@@ -298,13 +295,13 @@ _NAMES = {"queued": "queue_requests", "running": "running_requests"}
 """Names of metrics that are not those of their counters."""
 
 
-class Metrics:
+class Metrics(Collector):
     """Numbers of a service, whose `counts` are told when somebody asks, and of its answers, whose
     first tokens it tells (`on_first_token`)."""
 
     def __init__(self, service: Any) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_Counts(service))
+        self._service, self._registry = service, CollectorRegistry()
+        self._registry.register(self)
         first_token = Histogram(
             "locret_first_token_seconds",
             "seconds from a request to the first token of its answer",
@@ -317,13 +314,8 @@ class Metrics:
         """All numbers now."""
         return generate_latest(self._registry)
 
-
-class _Counts(Collector):
-    def __init__(self, service: Any) -> None:
-        self.service = service
-
     def collect(self) -> Iterator[Metric]:
-        counts = self.service.counts
+        counts = self._service.counts
         for each in dataclasses.fields(counts):
             kind = CounterMetricFamily if each.metadata["sum"] else GaugeMetricFamily
             name, text = _NAMES.get(each.name, each.name), each.metadata["text"]

@@ -23,7 +23,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from locret.serve.requests import (
     Cancelled,
-    End,
     Failed,
     Piece,
     QueueFull,
@@ -132,43 +131,79 @@ _NAMES = {
 
 
 class Reply:
-    """One answer, of a chat or of a plain completion; `id` is the request's."""
+    """One answer of the service on its way to the client, of a chat or of a plain completion."""
 
-    def __init__(self, kind: Kind, id: str, model: str) -> None:
+    def __init__(self, kind: Kind, request: Request, answer: Any, model: str) -> None:
         prefix, self._whole, self._chunk = _NAMES[kind]
         self._chats = kind == "chat"
-        self._head = {"id": prefix + id, "created": int(time.time()), "model": model}
+        id = prefix + request.state.id
+        self._head = {"id": id, "created": int(time.time()), "model": model}
+        self._request, self._answer = request, answer
 
-    def whole(self, text: str, end: End) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+    async def whole(self) -> Response:
+        """The answer as one JSON object, once it is complete. Raises Refused: the client left."""
+        try:
+            *pieces, end = await while_there(self._request, self._answer.aall())
+        finally:
+            self.cancel()
+        self._request.state.usage = end.usage  # which the log tells
+        text = "".join(piece.text for piece in pieces)
         said = {"message": _assistant(text)} if self._chats else {"text": text}
-        choices = [self._choice(said, end.reason)]
-        usage = usage_of(end.usage)
-        return {"object": self._whole, **self._head, "choices": choices, "usage": usage}
+        choices, usage = [_choice(said, end.reason)], usage_of(end.usage)
+        content = {"object": self._whole, **self._head, "choices": choices, "usage": usage}
+        return JSONResponse(content)
 
-    def opening(self) -> str | None:
-        """The first event of a stream, if there is one before any text."""
-        return self._event([self._choice({"delta": _assistant("")}, None)]) if self._chats else None
+    async def events(self, tells_usage: bool) -> AsyncIterator[str]:
+        """The answer as server-sent events, the last with its usage if the client asks for it."""
+        if self._chats:
+            yield self._event(_choice({"delta": _assistant("")}))
+        try:
+            async for each in self._answer.aevents():
+                if isinstance(each, Piece):
+                    said = {"delta": {"content": each.text}} if self._chats else {"text": each.text}
+                    yield self._event(_choice(said))
+                    continue
+                self._request.state.usage = each.usage  # which the log tells
+                yield self._event(
+                    _choice({"delta": {}} if self._chats else {"text": ""}, each.reason)
+                )
+                if tells_usage:
+                    yield self._event(usage=usage_of(each.usage))
+        except Exception as error:  # the status is sent already, so that the stream has to tell
+            yield event(refusal_of(error).body)
+        yield DONE
 
-    def piece(self, text: str) -> str:
-        """An event with new text."""
-        said = {"delta": {"content": text}} if self._chats else {"text": text}
-        return self._event([self._choice(said, None)])
+    def cancel(self) -> None:
+        """Give the answer up, if it has not ended."""
+        self._answer.cancel()
 
-    def ending(self, reason: str) -> str:
-        """The event that says why the answer ends."""
-        said: dict[str, Any] = {"delta": {}} if self._chats else {"text": ""}
-        return self._event([self._choice(said, reason)])
-
-    def usage(self, usage: Usage) -> str:
-        """The event with the usage, which has no choices."""
-        return self._event([], usage=usage_of(usage))
-
-    def _choice(self, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **said, "logprobs": None, "finish_reason": reason}
-
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+    def _event(self, *choices: dict[str, Any], **more: Any) -> str:
         return event({"object": self._chunk, **self._head, "choices": choices, **more})
+
+
+class EventStream(StreamingResponse):
+    """The events of a reply, whose answer is cancelled however this ends."""
+
+    def __init__(self, reply: Reply, tells_usage: bool) -> None:
+        # Proxies that collect what they pass on would turn a stream into one piece.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        events = reply.events(tells_usage)
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.reply.cancel()
+
+
+def _choice(said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    return {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def event(content: dict[str, Any]) -> str:
@@ -188,37 +223,7 @@ def usage_of(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
 Result = TypeVar("Result")
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events of an answer of the service, which is cancelled however this ends."""
-
-    def __init__(self, request: Request, answer: Any, reply: Reply, tells_usage: bool) -> None:
-        # Proxies that collect what they pass on would turn a stream into one piece.
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        events = _events(request, answer, reply, tells_usage)
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self.answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.answer.cancel()
-
-
-async def whole(request: Request, answer: Any, reply: Reply) -> Response:
-    """The answer as one JSON object, once it is complete."""
-    try:
-        text, end = await while_there(request, _collected(request, answer))
-    finally:
-        answer.cancel()
-    return JSONResponse(reply.whole(text, end))
 
 
 async def while_there(request: Request, work: Awaitable[Result]) -> Result:
@@ -241,33 +246,6 @@ async def while_there(request: Request, work: Awaitable[Result]) -> Result:
 async def _left(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _collected(request: Request, answer: Any) -> tuple[str, End]:
-    *pieces, end = await answer.aall()
-    assert isinstance(end, End)
-    request.state.usage = end.usage  # which the log tells
-    return "".join(piece.text for piece in pieces if isinstance(piece, Piece)), end
-
-
-async def _events(
-    request: Request, answer: Any, reply: Reply, tells_usage: bool
-) -> AsyncIterator[str]:
-    opening = reply.opening()
-    if opening:
-        yield opening
-    try:
-        async for each in answer.aevents():
-            if isinstance(each, Piece):
-                yield reply.piece(each.text)
-                continue
-            request.state.usage = each.usage  # which the log tells
-            yield reply.ending(each.reason)
-            if tells_usage:
-                yield reply.usage(each.usage)
-    except Exception as error:  # the status is sent already, so that the stream has to tell
-        yield event(refusal_of(error).body)
-    yield DONE
 
 
 # ---- the log --------------------------------------------------------------------------------
