@@ -303,7 +303,13 @@ class Pending(Generic[T]):
             TimeoutError: nothing came in time.
         """
         place = 0
-        while (found := self._wait(place, timeout)) is not None:
+        while True:
+            with self._condition:
+                while (found := self._from(place)) == []:
+                    if not self._condition.wait(timeout):
+                        raise TimeoutError(f"nothing arrived within {timeout:g} seconds")
+            if found is None:
+                return
             yield from found
             place += len(found)
 
@@ -371,13 +377,6 @@ class Pending(Generic[T]):
         if self._error is not None:
             raise self._error
         return None
-
-    def _wait(self, place: int, timeout: float | None) -> list[T] | None:
-        """As `_from`, at least one."""
-        with self._condition:
-            if not self._condition.wait_for(lambda: self._from(place) != [], timeout):
-                raise TimeoutError(f"nothing arrived within {timeout:g} seconds")
-            return self._from(place)
 
 
 class Answer(Pending[Piece | End]):

@@ -110,7 +110,7 @@ class Service:
         with self._changed:
             return Counters(
                 queued=len(self._waiting),
-                running=sum(not job.closed for job in self._running),
+                running=sum(not job.pending.closed for job in self._running),
                 contexts=stored,
                 units=self._units,
                 bytes=in_memory + self._prefixes.nbytes,

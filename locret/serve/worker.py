@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,11 +67,6 @@ class AskJob:
     _again: int = 0
 
     @property
-    def closed(self) -> bool:
-        """Whether nobody waits for anything of it any more."""
-        return self.pending.closed
-
-    @property
     def has_context(self) -> bool:
         """Whether it is asked of a context, stored or of its shared tokens."""
         return self.ask.context is not None or self.shared > 0
@@ -94,7 +89,7 @@ class AskJob:
     def take(self, token: int, ends: frozenset[int]) -> bool:
         """Pass on what the next token adds; whether the answer is at its end, as at one of
         `ends`."""
-        if self.closed:
+        if self.pending.closed:
             return True
         if self._again:
             self._again -= 1
@@ -109,7 +104,7 @@ class AskJob:
             self._pass_on(self.text.end())
             stops = complete or self.text.stopped
             self.pending.put(End("stop" if stops else "length", self._usage()), last=True)
-        return self.closed
+        return self.pending.closed
 
     def _usage(self) -> Usage:
         units, nbytes = self.base
@@ -134,11 +129,6 @@ class ReadJob:
 
     ids: list[int]
     pending: Reading
-
-    @property
-    def closed(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self.pending.closed
 
 
 Job = AskJob | ReadJob
@@ -227,7 +217,7 @@ class Worker:
         for job in self._current:
             if isinstance(job, ReadJob):
                 job.pending.done = done
-        if self._current and all(job.closed for job in self._current):
+        if self._current and all(job.pending.closed for job in self._current):
             raise Abandoned
 
     def _read(self, job: ReadJob) -> None:
@@ -257,10 +247,10 @@ class Worker:
             return
         could_free = self._prefixes.nbytes > 0
         self._free()
-        left = [job for job in jobs if not job.closed]
+        left = _awaited(jobs)
         if len(jobs) > 1 or could_free:
             _fail([job for job in left if not job.repeatable], torch.OutOfMemoryError())
-            left = [job for job in left if not job.closed]
+            left = _awaited(left)
             middle = (len(left) + 1) // 2
             for half in filter(None, (left[:middle], left[middle:])):
                 self._answer_all(half)
@@ -268,8 +258,24 @@ class Worker:
             _fail(left, torch.OutOfMemoryError())
 
     def _answer_groups(self, jobs: Sequence[AskJob]) -> None:
-        for together, caches in self._with_contexts([job for job in jobs if not job.closed]):
-            self._answer(together, caches)
+        """Answer jobs in as few calls as their contexts allow; in one where they have none."""
+        jobs = _awaited(jobs)
+        if jobs and not jobs[0].has_context:
+            self._answer(jobs, [])
+            return
+        groups: dict[str, list[tuple[AskJob, RetainedCache]]] = {}
+        for job in jobs:
+            try:
+                cache = self._context_of(job)
+                _check_not_repeated(job, cache)
+            except (UnknownContext, RepeatsContext) as error:  # what the client can mend
+                job.pending.close(error.with_traceback(None))
+            except ValueError as error:
+                _fail([job], error)
+            else:
+                groups.setdefault(_settings_of(cache), []).append((job, cache))
+        for group in groups.values():
+            self._answer([job for job, _ in group], [cache for _, cache in group])
 
     @staticmethod
     def _has_room(do: Callable[[], None]) -> bool:
@@ -285,29 +291,6 @@ class Worker:
         self._contexts.forget_loaded()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _with_contexts(
-        self, jobs: Sequence[AskJob]
-    ) -> Iterator[tuple[list[AskJob], list[RetainedCache]]]:
-        """Jobs that can be asked in one call, and their contexts; none where jobs have none."""
-        if not jobs:
-            return
-        if not jobs[0].has_context:
-            yield [*jobs], []
-            return
-        groups: dict[str, list[tuple[AskJob, RetainedCache]]] = {}
-        for job in jobs:
-            try:
-                cache = self._context_of(job)
-                _check_not_repeated(job, cache)
-            except (UnknownContext, RepeatsContext) as error:  # what the client can mend
-                job.pending.close(error.with_traceback(None))
-            except ValueError as error:
-                _fail([job], error)
-            else:
-                groups.setdefault(_settings_of(cache), []).append((job, cache))
-        for group in groups.values():
-            yield [job for job, _ in group], [cache for _, cache in group]
 
     def _context_of(self, job: AskJob) -> RetainedCache:
         """The context that a job asks, stored before or read now."""
@@ -352,7 +335,11 @@ class Worker:
         ids, mask = padded(questions, self._device)
         for job in jobs:
             job.start()
-        with self._seeded(None if jobs[0].ask.greedy else jobs[0].ask.seed):
+        seed = None if jobs[0].ask.greedy else jobs[0].ask.seed
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
             self._engine.generate(
                 ids,
                 mask,
@@ -363,16 +350,10 @@ class Worker:
                 **given,
             )
 
-    @contextlib.contextmanager
-    def _seeded(self, seed: int | None) -> Iterator[None]:
-        """Sample from a seed of its own, if there is one, and leave the generators as they were."""
-        if seed is None:
-            yield
-            return
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            yield
+
+def _awaited(jobs: Sequence[AskJob]) -> list[AskJob]:
+    """Those that somebody waits for."""
+    return [job for job in jobs if not job.pending.closed]
 
 
 def _take(
