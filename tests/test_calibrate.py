@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import locret
 from locret import RetainingHeads
 from locret.cli import main
-from locret.commands import calibrate
+from locret.commands import heads as commands
 from locret.engine.calibration import Calibration, why_not
 from locret.heads.quotas import quotas_of
 from locret.heads.targets import LABELS
@@ -229,7 +229,7 @@ def test_nothing_is_written_if_a_signal_stops_it(workplace, heads, monkeypatch, 
 def test_what_is_wrong_with_the_data_is_told_before_weights_are_loaded(
     workplace, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(calibrate.shared, "load", lambda given: pytest.fail("loaded"))
+    monkeypatch.setattr(commands.shared, "load", lambda given: pytest.fail("loaded"))
     (tmp_path / "short.txt").write_text("One quiet otter.")
     args = ["--policy", "keydiff", "--out", tmp_path / "q.json", "--data", tmp_path / "short.txt"]
     assert run(workplace, *args) == 2
@@ -310,7 +310,7 @@ def test_heads_that_read_the_question_are_refused(workplace, tmp_path, capsys):
 
 
 def contexts(data, count=60, tokens=300):
-    return list(calibrate._contexts(list(map(str, data)), tiny_tokenizer(), tokens, count))
+    return list(commands._contexts(list(map(str, data)), tiny_tokenizer(), tokens, count))
 
 
 def test_documents_take_turns(workplace, tmp_path):

@@ -17,7 +17,7 @@ import torch
 import locret
 from benchmarks import memory_chart
 from locret import cli
-from locret.commands import evaluate, others
+from locret.commands import evaluate
 from tests.lock import PROJECT
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -50,7 +50,7 @@ def test_a_shown_command_is_understood(command, monkeypatch):
     if words[:2] == ["python", "-m"]:
         words = words[2:]
     program, args = words[0], words[1:]
-    if program == "locret" and args[0] in others.TRAININGS:
+    if program == "locret" and args[0] in cli.TRAININGS:
         program, args = f"trainers.{args[0]}", args[1:]
     if program == "make":
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""The commands of `python -m locret`. `add_to` adds one; what runs is imported when it runs.
+"""The commands of `python -m locret`: a file's `add_to` adds its own; what runs is imported then.
 
 A ValueError or OSError of theirs ends a command with its reason in one line.
 """

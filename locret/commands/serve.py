@@ -12,17 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from locret.commands.shared import (
-    Checked,
-    Flag,
-    add_engine,
-    add_flags,
-    add_model,
-    argument,
-    checked_engine,
-    make_engine,
-    whole,
-)
+from locret.commands import shared
+from locret.commands.shared import Flag, add_flags, argument, whole
 from locret.quantities import parse_bytes
 from locret.system import interrupts
 
@@ -58,8 +49,8 @@ def add_to(commands: Any) -> None:
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
     """Arguments of the application, wherever it is served."""
-    add_model(command, first=True)
-    add_engine(command)
+    shared.add_model(command, first=True)
+    shared.add_engine(command)
     size = argument(parse_bytes)
     flags: list[Flag] = [
         ("--name", str, None, "NAME", "what clients call the model; default: MODEL"),
@@ -99,8 +90,8 @@ def run(given: argparse.Namespace) -> None:
     check_installed("ray" if given.ray else "serve")
     if given.ui and not given.ray:
         check_installed("ui")
-    from locret.serve.server import bound, make_server
-    from locret.serve.telemetry import log_to_stderr
+    from locret.serve.app import bound, make_server
+    from locret.serve.replies import log_to_stderr
 
     log_to_stderr()
     if given.ray:
@@ -134,7 +125,7 @@ def _app(given: argparse.Namespace, key: str | None, ui: bool = False) -> Any:
     from locret.serve.app import make_app
 
     # The folder of contexts, too, is looked at before a model is loaded.
-    service = make_service(given, checked_engine(given), _contexts(given))
+    service = make_service(given, shared.checked_engine(given), _contexts(given))
     return make_app(
         service,
         service.tokenizer,
@@ -146,25 +137,18 @@ def _app(given: argparse.Namespace, key: str | None, ui: bool = False) -> Any:
     )
 
 
-def make_service(given: argparse.Namespace, checked: Checked, contexts: Any) -> Any:
+def make_service(given: argparse.Namespace, checked: shared.Checked, contexts: Any) -> Any:
     """The service over the model that is named, not started yet; `contexts` stores what is read."""
     from locret.serve.service import Service
 
-    engine, tokenizer = make_engine(given, checked)
+    engine, tokenizer = shared.make_engine(given, checked)
     memory, device = given.memory, engine.model.device
     if memory is None and device.type == "cuda":  # other programs share the memory of a CPU
         import torch
 
         memory = torch.cuda.mem_get_info(device)[1]
-    return Service(
-        engine,
-        tokenizer,
-        contexts=contexts,
-        queue=given.queue,
-        batch=given.batch,
-        max_tokens=given.max_tokens,
-        memory=memory,
-    )
+    settings = {name: getattr(given, name) for name in ("queue", "batch", "max_tokens")}
+    return Service(engine, tokenizer, contexts=contexts, memory=memory, **settings)
 
 
 def _contexts(given: argparse.Namespace) -> Any:
@@ -205,22 +189,19 @@ def _ray_application(given: argparse.Namespace) -> Any:
         raise ValueError("replicas share their contexts; give --contexts FOLDER, one for all")
     given.contexts = given.contexts.resolve()  # replicas have working folders of their own
     key = _key(given)
-    checked_engine(given)
+    shared.checked_engine(given)
     return application(
         functools.partial(_replica, given, key),
         api_key=key,
-        upload_limit=given.upload_limit,
-        replicas=given.replicas,
-        cpus=given.cpus,
         gpus=gpus_of(given),
-        queue=given.queue,
         drain_seconds=given.drain,
+        **{name: getattr(given, name) for name in ("upload_limit", "replicas", "cpus", "queue")},
     )
 
 
 def _replica(given: argparse.Namespace, key: str | None) -> Any:
     """The application of a replica, in its process."""
-    from locret.serve.telemetry import log_to_stderr
+    from locret.serve.replies import log_to_stderr
 
     log_to_stderr()
     return _app(given, key)
@@ -265,7 +246,7 @@ def _serve_with_ray(given: argparse.Namespace) -> None:
     import ray
     from ray import serve
 
-    from locret.serve.server import bound
+    from locret.serve.app import bound
 
     if given.port == 0:  # any other may be what Ray Serve listens at already
         with bound(given.host, 0) as taken:

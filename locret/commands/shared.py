@@ -21,7 +21,6 @@ from locret.quantization import SCHEMES, Scheme, scheme_of
 DTYPES = ("float32", "bfloat16", "float16")
 BYTES_PER_MIB = 2**20
 MODEL = "Hub id, folder, .gguf file, or embedded:smollm2"
-STANDARD_INPUT = "-"
 
 
 def add_model(command: argparse.ArgumentParser, first: bool = False) -> None:
@@ -49,7 +48,7 @@ def add_flags(command: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
 
 
 def add_engine(command: argparse.ArgumentParser) -> None:
-    """Arguments that are settings of the engine (`engine_settings`)."""
+    """Arguments that are settings of the engine (`checked_engine`)."""
     command.add_argument("--policy", default=None, choices=sorted(POLICIES))
     command.add_argument(
         "--budget",
@@ -89,13 +88,6 @@ def add_engine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--backend", default="auto", choices=("auto", *get_args(Backend)))
 
 
-def engine_settings(given: argparse.Namespace) -> dict[str, Any]:
-    """The engine's settings by name."""
-    names = ["budget", "quotas", "chunk_size", "stabilizers", "local_tokens"]
-    names += ["decode_interval", "merging", "positions", "backend"]
-    return {name: getattr(given, name) for name in names} | {"quantization": _quantization(given)}
-
-
 def _quotas(text: str) -> Quotas | str | None:
     """The quotas that a user means; "auto" = those that the heads record."""
     words = {"none": None, "auto": "auto"}
@@ -125,7 +117,10 @@ def checked_engine(given: argparse.Namespace, **more: Any) -> Checked:
     are no arguments of every command."""
     from locret.engine.config import EngineConfig
 
-    settings, heads = engine_settings(given) | more, load_heads(given)
+    names = ["budget", "quotas", "chunk_size", "stabilizers", "local_tokens"]
+    names += ["decode_interval", "merging", "positions", "backend"]
+    settings = {name: getattr(given, name) for name in names} | more
+    settings["quantization"], heads = _quantization(given), load_heads(given)
     policy = given.policy or ("locret" if heads else "full")
     EngineConfig.of(policy, heads.config if heads else None, **settings)
     return policy, settings, heads
@@ -151,7 +146,7 @@ def load(given: argparse.Namespace) -> LoadedModel:
 
 def read_text(source: str) -> str:
     """The text of a file; of standard input for `-`."""
-    if source != STANDARD_INPUT:
+    if source != "-":
         name, content = source, Path(source).read_bytes()
     elif sys.stdin is None:  # a process that was started without one
         raise ValueError("there is no standard input to read; name a file instead of -")

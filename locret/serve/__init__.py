@@ -1,5 +1,6 @@
 """Serving: requests of many clients answered by one engine, with contexts that are read once.
 
-`service.py` is what a server calls (`Service`), `requests.py` what is passed in and out; the engine
-is used by one thread alone (`worker.py`). Nothing here knows HTTP.
+A request comes in by `app.py`, becomes token ids in `fields.py`, waits in `service.py`,
+is answered by the one thread that uses the engine (`worker.py`), and goes out by `replies.py`.
+`Service` knows no HTTP: `requests.py` is what is passed in and out of it.
 """

@@ -1,4 +1,5 @@
-"""The HTTP application: OpenAI's endpoints, contexts, and what operators look at.
+"""The HTTP application: OpenAI's endpoints, contexts, and what operators look at; and the server
+that runs it until a signal.
 
 POST /v1/chat/completions, /v1/completions    answers; "context": id asks a stored context
 POST /v1/contexts                             read a text, messages or a file once
@@ -8,31 +9,49 @@ GET /health, /ready, POST /load_model         without a key
 /ui                                           the page, if it is asked for (`locret.serve.page`)
 """
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import hmac
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import uvicorn
 from anyio import to_thread
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from locret.serve import errors
-from locret.serve.body import check_key, read_json, read_upload
-from locret.serve.errors import Refused
 from locret.serve.fields import (
-    DEFAULT_COMPLETION_TOKENS,
     ChatFields,
     CompletionFields,
     ContextFields,
-    Message,
-    Sampling,
+    Prompts,
     fields_of,
+    mappings,
+    read_json,
+    read_upload,
 )
-from locret.serve.messages import Prompts
-from locret.serve.replies import EventStream, Kind, Reply, event, while_there, whole
-from locret.serve.requests import Ask, TooLong, UnknownContext
-from locret.serve.telemetry import Metrics, RequestLog
+from locret.serve.replies import (
+    EventStream,
+    Kind,
+    Refused,
+    Reply,
+    RequestLog,
+    answer_errors,
+    event,
+    while_there,
+)
+from locret.serve.requests import TooLong, UnknownContext
+from locret.system import interrupts
+
+_log = logging.getLogger("locret.serve")
 
 UPLOAD_LIMIT = 64 * 2**20
 """Bytes of a body."""
@@ -44,7 +63,7 @@ class Server:
 
     service: Any
     prompts: Prompts
-    metrics: Metrics
+    metrics: "Metrics"
     name: str
     api_key: str | None
     upload_limit: int
@@ -80,7 +99,7 @@ def make_app(
         ui: with the page at /ui, which needs Gradio.
     """
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         try:
@@ -91,14 +110,14 @@ def make_app(
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     prompts, metrics = Prompts(tokenizer), Metrics(service)
     app.state.server = Server(service, prompts, metrics, name, api_key, upload_limit)
-    errors.install(app)
+    answer_errors(app)
     app.include_router(open_to_all)
     app.include_router(with_key)
     app.add_middleware(RequestLog)
     if ui:
         from locret.serve.page import mount  # Gradio, which takes seconds to import
 
-        mount(app)
+        mount(app, None if api_key is None else lambda name, key: is_key(key, api_key))
     return app
 
 
@@ -108,6 +127,22 @@ def _server(request: Request) -> Server:
 
 
 Served = Annotated[Server, Depends(_server)]
+
+
+def check_key(request: Request, api_key: str | None) -> None:
+    """Raises Refused: the request does not come with the key; None = it needs none."""
+    if api_key is None:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not is_key(given, api_key):
+        message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+        challenge = {"WWW-Authenticate": "Bearer"}
+        raise Refused(401, message, "invalid_api_key", challenge)
+
+
+def is_key(given: str, api_key: str) -> bool:
+    """Whether somebody gave the key; takes as long whatever is given."""
+    return hmac.compare_digest(given.strip().encode(), api_key.encode())
 
 
 def _check_key(request: Request, server: Served) -> None:
@@ -171,39 +206,24 @@ def _model(server: Server) -> dict[str, Any]:
 @with_key.post("/v1/chat/completions")
 async def chat(request: Request, server: Served) -> Response:
     """Answer a conversation, or a question about a context."""
-    fields = fields_of(ChatFields, await read_json(request, server.upload_limit))
-    server.check_model(fields.model)
-    ask = await to_thread.run_sync(_chat_ask, server.prompts, fields)
-    return await _answered(request, server, fields, ask, "chat")
+    return await _answered(request, server, ChatFields, "chat")
 
 
 @with_key.post("/v1/completions")
 async def completion(request: Request, server: Served) -> Response:
     """Go on with a text."""
-    fields = fields_of(CompletionFields, await read_json(request, server.upload_limit))
-    server.check_model(fields.model)
-    ask = await to_thread.run_sync(_completion_ask, server.prompts, fields)
-    return await _answered(request, server, fields, ask, "text")
-
-
-def _chat_ask(prompts: Prompts, fields: ChatFields) -> Ask:
-    ids, shared = prompts.asked(_mappings(fields.messages), fields.context is not None)
-    return Ask(prompt=ids, shared=shared, **fields.settings())
-
-
-def _completion_ask(prompts: Prompts, fields: CompletionFields) -> Ask:
-    ids = prompts.completion(fields.one, follows=fields.context is not None)
-    return Ask(prompt=ids, **fields.settings(DEFAULT_COMPLETION_TOKENS))
+    return await _answered(request, server, CompletionFields, "text")
 
 
 async def _answered(
-    request: Request, server: Server, fields: Sampling, ask: Ask, kind: Kind
+    request: Request, server: Server, fields: type[ChatFields | CompletionFields], kind: Kind
 ) -> Response:
+    found = fields_of(fields, await read_json(request, server.upload_limit))
+    server.check_model(found.model)
+    ask = await to_thread.run_sync(found.ask, server.prompts)
     answer = await _accepted(server.service.ask, ask)
-    reply = Reply(kind, request.state.id, server.name)
-    if fields.stream:
-        return EventStream(request, answer, reply, fields.tells_usage)
-    return await whole(request, answer, reply)
+    reply = Reply(kind, request, answer, server.name)
+    return EventStream(reply, found.tells_usage) if found.stream else await reply.whole()
 
 
 async def _accepted(into: Callable[[Any], Any], asked: Any) -> Any:
@@ -260,13 +280,140 @@ async def _context_messages(request: Request, most: int) -> list[dict[str, str]]
         raise Refused(400, "a context needs either text or messages, or a multipart file")
     if fields.text is not None:
         return [{"role": "user", "content": fields.text}]
-    return _mappings(fields.messages or [])
-
-
-def _mappings(messages: list[Message]) -> list[dict[str, str]]:
-    return [message.as_mapping() for message in messages]
+    return mappings(fields.messages or [])
 
 
 def _context(info: Any) -> dict[str, Any]:
     found = {name: getattr(info, name) for name in ("id", "tokens", "units", "bytes")}
     return {**found, "object": "context"}
+
+
+# ---- numbers --------------------------------------------------------------------------------
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_NAMES = {"queued": "queue_requests", "running": "running_requests"}
+"""Names of metrics that are not those of their counters."""
+
+
+class Metrics(Collector):
+    """Numbers of a service, whose `counts` are told when somebody asks, and of its answers, whose
+    first tokens it tells (`on_first_token`)."""
+
+    def __init__(self, service: Any) -> None:
+        self._service, self._registry = service, CollectorRegistry()
+        self._registry.register(self)
+        first_token = Histogram(
+            "locret_first_token_seconds",
+            "seconds from a request to the first token of its answer",
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        service.on_first_token = first_token.observe
+
+    def text(self) -> bytes:
+        """All numbers now."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._service.counts
+        for each in dataclasses.fields(counts):
+            kind = CounterMetricFamily if each.metadata["sum"] else GaugeMetricFamily
+            name, text = _NAMES.get(each.name, each.name), each.metadata["text"]
+            yield kind(f"locret_{name}", text, value=getattr(counts, each.name))
+
+
+# ---- the server --------------------------------------------------------------------------------
+
+SENDING = 5.0
+"""Seconds for what clients are told of answers that were given up."""
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._app, self._drain_seconds = app, drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn; requests that go on for too long are given up by the service, so that their
+        clients are told so, before uvicorn would cut them off."""
+        if self._app.state.server.page is not None:  # whose browsers would stay connected
+            self._app.state.server.page.stop_event.set()
+        giving_up = asyncio.create_task(self._give_up())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            giving_up.cancel()
+
+    async def _give_up(self) -> None:
+        await asyncio.sleep(self._drain_seconds)
+        service = self._app.state.server.service
+        await asyncio.to_thread(service.close, drain=False)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn; says where it serves once it does, and signals are handled."""
+        for taken in sockets or []:  # its connections shall not keep the port when it has ended
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        await super().startup(sockets)
+        for taken in sockets or []:
+            _log.info("serving at %s", address_of(taken))
+            if self._app.state.server.page is not None:
+                _log.info("the page is at %s/ui", address_of(taken))
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn, but without raising the signal again in the end: a server that finished what
+        ran has ended well."""
+        with interrupts.handled_by(self.handle_exit):
+            yield
+
+
+def make_server(app: FastAPI, drain_seconds: float = 60.0) -> uvicorn.Server:
+    """uvicorn's server for the application. `run(sockets=[bound(...)])` answers until SIGTERM or
+    Ctrl-C, or in a thread until `should_exit`; it takes no more then, and finishes what runs within
+    `drain_seconds`."""
+    config = uvicorn.Config(
+        app,
+        http="h11",  # refuses headers that do not end; httptools, where it is there, keeps them all
+        log_config=None,  # `locret.serve.replies` says where to
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(drain_seconds + SENDING) + 1,
+    )
+    return _Server(config, app, drain_seconds)
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket for connections there. It takes none yet: while a model is loaded, clients are
+    refused and do not wait. OSError where the address is not one of this machine, or the port is
+    taken or not allowed."""
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        try:
+            return _bound(family, kind, address, reuse=False)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        # It may be kept by nothing but connections of a server that has just ended.
+        return _bound(family, kind, address, reuse=True)
+    except OSError as error:
+        raise OSError(f"cannot listen at {host} port {port}: {error.strerror}") from error
+
+
+def _bound(family: int, kind: int, address: Any, reuse: bool) -> socket.socket:
+    taken = socket.socket(family, kind)
+    try:
+        # Two that may be reused could be bound to one port, until one of them listens.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        taken.bind(address)
+    except OSError:
+        taken.close()
+        raise
+    return taken
+
+
+def address_of(taken: socket.socket) -> str:
+    """The URL of a socket."""
+    host, port, *_ = taken.getsockname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,21 +1,29 @@
-"""Contexts that were read once and are asked many times: stored ones by their id, beginnings that
-several requests share by their tokens.
+"""Contexts that were read once and are asked many times: stored ones by their id, in memory and as
+files; beginnings that several requests share by their tokens.
+
+In a folder, where other processes find it, a context is a folder `ID` as `RetainedCache.save`
+writes it, and beside it `ID.json`, which is written last and says what it is. The time of the last
+use is that of `ID.json`.
 """
 
+import contextlib
 import hashlib
+import json
+import os
 import secrets
+import shutil
+import tempfile
 import threading
 import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from locret.cache.cache import RetainedCache
 from locret.quantities import format_bytes
-from locret.serve.context_files import ContextFiles
 from locret.serve.requests import ID, ContextInfo, TooLong, UnknownContext
 
 
@@ -140,7 +148,7 @@ class Contexts:
     def _load(self, id: str, model: Any) -> RetainedCache:
         assert self._files is not None
         try:
-            return self._files.load(id, model)
+            return RetainedCache.load(self._files.folder / id, model)
         except ValueError:
             self.info(id)  # it may have been deleted just now
             raise
@@ -232,6 +240,10 @@ def info_of(cache: RetainedCache, id: str = "") -> ContextInfo:
 # ---- beginnings of prompts -----------------------------------------------------------------------
 
 
+SHARED_LEAST = 256
+"""Tokens from which on a shared beginning of prompts is kept: fewer are read as fast."""
+
+
 class Prefixes:
     """Contexts of exactly the tokens asked for, of at most so many bytes together (0 = none is
     kept). Those used least recently make room for new ones. The generation thread alone uses it."""
@@ -243,6 +255,16 @@ class Prefixes:
     @property
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in [*self._caches.values()])
+
+    def shared(self, prompt: Sequence[int], shared: int) -> int:
+        """Leading tokens of a prompt to keep, where others begin with the same `shared` ones; 0 =
+        none."""
+        shared = min(shared, len(prompt) - 1)
+        if shared < SHARED_LEAST or not self.most_bytes:
+            return 0
+        # The engine takes a question that begins with its whole context for a mistake.
+        repeats = prompt[shared : 2 * shared] == prompt[:shared]
+        return 0 if repeats else shared
 
     def get(self, tokens: Sequence[int]) -> RetainedCache | None:
         """The context of these tokens, if it was kept. Go on with a fork of it."""
@@ -266,3 +288,79 @@ class Prefixes:
 
 def _name(tokens: Sequence[int]) -> bytes:
     return hashlib.sha256(array("q", tokens).tobytes()).digest()
+
+
+# ---- contexts as files ---------------------------------------------------------------------------
+
+ABANDONED = 3600.0  # seconds after which a folder without a record is not being written any more
+
+
+class ContextFiles:
+    """The contexts in a folder, which is made if it is not there. OSError where nothing can be
+    written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise OSError(f"cannot write contexts to {folder}: {error.strerror}") from error
+        self._sweep()
+
+    def write(self, info: ContextInfo, cache: RetainedCache, now: float) -> None:
+        """Store a context, used `now`.
+
+        Raises:
+            OSError: it cannot be written; nothing of it is left.
+        """
+        record = self._record(info.id)
+        aside = record.with_suffix(".tmp")
+        try:
+            cache.save(self.folder / info.id)
+            aside.write_text(json.dumps(asdict(info)), encoding="utf-8")
+            os.utime(aside, (now, now))
+            aside.replace(record)
+        except OSError:  # a full disk must not stay full of what nobody can ask
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+                self.remove(info.id)
+            raise
+
+    def find(self, id: str) -> tuple[ContextInfo, float] | None:
+        """What is known of a context and when it was used last; None if it is not there."""
+        record = self._record(id)
+        try:
+            info = ContextInfo(**json.loads(record.read_text(encoding="utf-8")))
+            return info, record.stat().st_mtime
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def use(self, id: str, now: float) -> None:
+        """Say that a context was used `now`; nothing if it is not there any more."""
+        try:
+            os.utime(self._record(id), (now, now))
+        except OSError:
+            return
+
+    def remove(self, id: str) -> None:
+        """Delete a context, if it is there."""
+        self._record(id).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / id, ignore_errors=True)
+
+    def ids(self) -> Iterator[str]:
+        for record in self.folder.glob("*.json"):
+            if ID.fullmatch(record.stem):
+                yield record.stem
+
+    def _record(self, id: str) -> Path:
+        return self.folder / f"{id}.json"
+
+    def _sweep(self) -> None:
+        """Delete what processes left that were killed while they wrote."""
+        for path in self.folder.iterdir():
+            ours = (
+                path.is_dir() and ID.fullmatch(path.name) and not self._record(path.name).exists()
+            )
+            if ours and time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)

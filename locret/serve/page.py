@@ -6,7 +6,7 @@ the endpoints, and loads nothing from other servers.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,9 @@ from torch import Tensor
 
 from locret.cache.cache import RetainedCache
 from locret.quantities import format_bytes
-from locret.serve.body import check_text, file_text, is_key, too_large
-from locret.serve.errors import Refused, refusal_of
-from locret.serve.messages import BETWEEN
-from locret.serve.requests import Ask, ContextInfo, Piece
-from locret.serve.texts import TextOf
+from locret.serve.fields import BETWEEN, check_text, file_text, too_large
+from locret.serve.replies import Refused, refusal_of
+from locret.serve.requests import Ask, ContextInfo, Piece, TextOf
 
 PATH = "/ui"
 ALL = -1
@@ -144,9 +142,9 @@ class Page:
         return found
 
 
-def mount(app: FastAPI) -> None:
-    """Let an application of `make_app` have the page, and lead its root there. With an API key, the
-    page asks for it."""
+def mount(app: FastAPI, auth: Callable[[str, str], bool] | None) -> None:
+    """Let an application of `make_app` have the page, and lead its root there. The page asks for
+    the name and password that `auth` takes, if there is one."""
     server = app.state.server
 
     @app.get("/")
@@ -157,7 +155,7 @@ def mount(app: FastAPI) -> None:
         app,
         _blocks(Page(server)),
         path=PATH,
-        auth=None if server.api_key is None else lambda name, key: is_key(key, server.api_key),
+        auth=auth,
         auth_message=WELCOME,
         max_file_size=server.upload_limit,
         footer_links=[],

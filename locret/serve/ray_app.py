@@ -16,15 +16,15 @@ from typing import Any
 
 from anyio import to_thread
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.types import Message, Receive, Scope, Send
 
-from locret.serve.body import check_key, chunks
-from locret.serve.errors import Refused, body_of, refusal_of
-from locret.serve.replies import DONE, event
+from locret.serve.app import check_key
+from locret.serve.fields import chunks
+from locret.serve.replies import DONE, Refused, error_reply, event
 from locret.serve.requests import ID, ContextInfo, UnknownContext
 
 ATTEMPTS = 2
@@ -111,8 +111,7 @@ class Ingress:
         try:
             return await self._passed_on(request)
         except Exception as error:
-            refused = refusal_of(error)
-            return JSONResponse(body_of(refused), refused.status, headers=refused.headers)
+            return error_reply(error)
 
     async def _passed_on(self, request: Request) -> Response:
         """Raises Refused: no replica answered, or what each of them would refuse."""
@@ -155,7 +154,7 @@ class Relayed(Response):
                 await send(message)
         except RayActorError:
             if message.get("more_body"):  # the status is sent already: the stream has to tell
-                told = event(body_of(_lost())) + DONE
+                told = event(_lost().body) + DONE
                 await send({"type": "http.response.body", "body": told.encode()})
         finally:
             self.messages.cancel()

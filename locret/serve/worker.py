@@ -1,23 +1,178 @@
-"""Uses the engine: reads contexts and answers batches. One thread alone calls it."""
+"""What is done with the engine: which requests go together, how contexts are read and batches
+answered, and how the tokens of an answer become its events. One thread alone calls the worker.
+"""
 
 import contextlib
+import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
 
 from locret.cache.cache import RetainedCache
 from locret.engine.arguments import end_tokens, padded
 from locret.engine.engine import Engine
 from locret.serve.contexts import Contexts, Prefixes, info_of
-from locret.serve.jobs import AskJob, Job, ReadJob
-from locret.serve.limits import Limits
-from locret.serve.requests import Failed, RepeatsContext, TooLong, UnknownContext
+from locret.serve.requests import (
+    Answer,
+    Ask,
+    End,
+    Failed,
+    Piece,
+    Reading,
+    RepeatsContext,
+    TextOf,
+    TooLong,
+    UnknownContext,
+    Usage,
+)
 
 LOG = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class AskJob:
+    """A request for an answer.
+
+    Attributes:
+        most_tokens: of the answer.
+        shared: leading tokens of the prompt that are read as a context; 0 = none.
+        most_units: that a KV head may hold for it, on average.
+        context_tokens: of the context or the shared tokens, once it is known.
+        cached_tokens: those of them that had been read before.
+        base: units and bytes of the context, once they are known, or of a prompt without one.
+        growth: bytes that every further token takes.
+        on_first_token: called with the seconds from `arrived` to the first token.
+        arrived: when it came, in seconds of `time.monotonic`.
+        taken: tokens of the answer so far.
+    """
+
+    ask: Ask
+    most_tokens: int
+    pending: Answer
+    text: TextOf
+    shared: int = 0
+    most_units: int = 0
+    context_tokens: int = 0
+    cached_tokens: int = 0
+    base: tuple[float, int] = (0.0, 0)
+    growth: int = 0
+    on_first_token: Callable[[float], None] = lambda seconds: None
+    arrived: float = field(default_factory=time.monotonic)
+    taken: int = 0
+    _again: int = 0
+
+    @property
+    def has_context(self) -> bool:
+        """Whether it is asked of a context, stored or of its shared tokens."""
+        return self.ask.context is not None or self.shared > 0
+
+    @property
+    def question(self) -> list[int]:
+        """What follows the context, if there is one, else the prompt."""
+        return self.ask.prompt[self.shared :]
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be asked again from the beginning: the same answer comes, or no text of
+        another one is out yet."""
+        return self.taken == 0 or self.ask.greedy or self.ask.seed is not None
+
+    def start(self) -> None:
+        """Expect the answer from its first token on, those that were taken before once more."""
+        self._again = self.taken
+
+    def take(self, token: int, ends: frozenset[int]) -> bool:
+        """Pass on what the next token adds; whether the answer is at its end, as at one of
+        `ends`."""
+        if self.pending.closed:
+            return True
+        if self._again:
+            self._again -= 1
+            return False
+        self.taken += 1
+        if self.taken == 1:
+            self.on_first_token(time.monotonic() - self.arrived)
+        complete = token in ends and not self.ask.ignore_eos
+        if not complete:
+            self._pass_on(self.text.add(token))
+        if complete or self.text.stopped or self.taken >= self.most_tokens:
+            self._pass_on(self.text.end())
+            stops = complete or self.text.stopped
+            self.pending.put(End("stop" if stops else "length", self._usage()), last=True)
+        return self.pending.closed
+
+    def _usage(self) -> Usage:
+        units, nbytes = self.base
+        # The last token of an answer is not read.
+        after = self.taken - 1 + (len(self.question) if self.context_tokens else 0)
+        return Usage(
+            prompt_tokens=self.context_tokens + len(self.question),
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.taken,
+            units=round(units + after),
+            bytes=round(nbytes + self.growth * after),
+        )
+
+    def _pass_on(self, text: str) -> None:
+        if text:
+            self.pending.put(Piece(text))
+
+
+@dataclass(eq=False)
+class ReadJob:
+    """A context to read, and where the result goes."""
+
+    ids: list[int]
+    pending: Reading
+
+
+Job = AskJob | ReadJob
+"""What waits in the queue."""
+
+
+LONG = 8192
+"""Tokens from which on reading a prompt takes a device so long that it shows."""
+
+
+def next_batch(waiting: Iterable[Job], most: int, most_units: int | None = None) -> list[Job]:
+    """The first job, and in their order those behind it that can be answered with it.
+
+    Args:
+        waiting: the one that came first, first.
+        most: jobs of a batch.
+        most_units: that a KV head of all of them together can hold; None = not known.
+    """
+    jobs = iter(waiting)
+    first = next(jobs)
+    if not isinstance(first, AskJob):
+        return [first]
+    kind, chosen, units = _kind(first), [first], first.most_units
+    for job in jobs:
+        if len(chosen) >= most:
+            break
+        if not isinstance(job, AskJob) or _kind(job) != kind:
+            continue
+        if most_units is None or units + job.most_units <= most_units:
+            chosen.append(job)
+            units += job.most_units
+    return [*chosen]
+
+
+def _kind(job: AskJob) -> tuple[object, ...]:
+    """What requests of a batch agree in. Stock `generate` has one way to sample for all rows, and
+    one generator: a seed is for one request. The engine cannot ask questions of one token together
+    with longer ones. Short prompts do not wait until long ones are read."""
+    ask, length = job.ask, len(job.question)
+    shape = job.has_context, job.has_context and length == 1, length > LONG
+    if ask.greedy:
+        return (*shape, "greedy")
+    alone = None if ask.seed is None else id(job)
+    return (*shape, ask.temperature, ask.top_p, alone)
 
 
 class Abandoned(Exception):
@@ -25,22 +180,12 @@ class Abandoned(Exception):
 
 
 class Worker:
-    """Answers jobs with an engine, which nothing else may use meanwhile, nor its model.
-
-    `on_token` is called with a job after each token of its answer.
-    """
+    """Answers jobs with an engine, which nothing else may use meanwhile, nor its model."""
 
     def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Any,
-        contexts: Contexts,
-        prefixes: Prefixes,
-        limits: Limits,
-        on_token: Callable[[AskJob], None] = lambda job: None,
+        self, engine: Engine, tokenizer: Any, contexts: Contexts, prefixes: Prefixes
     ) -> None:
         self._engine, self._contexts, self._prefixes = engine, contexts, prefixes
-        self._limits, self._on_token = limits, on_token
         self._device: Any = engine.model.device
         self._ends = frozenset(end_tokens(engine.model, tokenizer))
         self._current: Sequence[Job] = ()
@@ -51,7 +196,7 @@ class Worker:
         self._engine.progress = self._progress
 
     def work(self, jobs: Sequence[Job]) -> None:
-        """Do jobs that go together (`locret.serve.jobs`). Each is closed afterwards."""
+        """Do jobs that go together (`next_batch`). Each is closed afterwards."""
         self._current = jobs
         try:
             if isinstance(jobs[0], ReadJob):
@@ -72,7 +217,7 @@ class Worker:
         for job in self._current:
             if isinstance(job, ReadJob):
                 job.pending.done = done
-        if self._current and all(job.closed for job in self._current):
+        if self._current and all(job.pending.closed for job in self._current):
             raise Abandoned
 
     def _read(self, job: ReadJob) -> None:
@@ -102,10 +247,10 @@ class Worker:
             return
         could_free = self._prefixes.nbytes > 0
         self._free()
-        left = [job for job in jobs if not job.closed]
+        left = _awaited(jobs)
         if len(jobs) > 1 or could_free:
             _fail([job for job in left if not job.repeatable], torch.OutOfMemoryError())
-            left = [job for job in left if not job.closed]
+            left = _awaited(left)
             middle = (len(left) + 1) // 2
             for half in filter(None, (left[:middle], left[middle:])):
                 self._answer_all(half)
@@ -113,8 +258,24 @@ class Worker:
             _fail(left, torch.OutOfMemoryError())
 
     def _answer_groups(self, jobs: Sequence[AskJob]) -> None:
-        for together, caches in self._with_contexts([job for job in jobs if not job.closed]):
-            self._answer(together, caches)
+        """Answer jobs in as few calls as their contexts allow; in one where they have none."""
+        jobs = _awaited(jobs)
+        if jobs and not jobs[0].has_context:
+            self._answer(jobs, [])
+            return
+        groups: dict[str, list[tuple[AskJob, RetainedCache]]] = {}
+        for job in jobs:
+            try:
+                cache = self._context_of(job)
+                _check_not_repeated(job, cache)
+            except (UnknownContext, RepeatsContext) as error:  # what the client can mend
+                job.pending.close(error.with_traceback(None))
+            except ValueError as error:
+                _fail([job], error)
+            else:
+                groups.setdefault(_settings_of(cache), []).append((job, cache))
+        for group in groups.values():
+            self._answer([job for job, _ in group], [cache for _, cache in group])
 
     @staticmethod
     def _has_room(do: Callable[[], None]) -> bool:
@@ -131,47 +292,6 @@ class Worker:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _with_contexts(
-        self, jobs: Sequence[AskJob]
-    ) -> Iterator[tuple[list[AskJob], list[RetainedCache]]]:
-        """Jobs that can be asked in one call, and their contexts; none where jobs have none."""
-        if not jobs:
-            return
-        if jobs[0].ask.context is None and not jobs[0].shared:
-            for job in jobs:
-                self._expect_prompt(job)
-            yield [*jobs], []
-            return
-        groups: dict[str, list[tuple[AskJob, RetainedCache]]] = {}
-        for job in jobs:
-            try:
-                cache = self._context_of(job)
-                _check_not_repeated(job, cache)
-            except (UnknownContext, RepeatsContext) as error:  # what the client can mend
-                job.pending.close(error.with_traceback(None))
-            except ValueError as error:
-                _fail([job], error)
-            else:
-                groups.setdefault(_settings_of(cache), []).append((job, cache))
-        for group in groups.values():
-            yield [job for job, _ in group], [cache for _, cache in group]
-
-    def _expect_prompt(self, job: AskJob) -> None:
-        """Foresee what the cache of a prompt will hold: stock `generate` does not show it."""
-        tokens, sizing = len(job.question), self._engine.sizing
-        read = max(0, tokens - self._limits.unread)
-        units = self._limits.units(read) + tokens - read
-        layers = [round(units)] * sizing.num_layers
-        job.base = units, sizing.cache_bytes(layers) + sizing.window_bytes(tokens)
-        job.growth = self._growth
-
-    @property
-    def _growth(self) -> int:
-        """Bytes of one more token, stored as it is."""
-        sizing = self._engine.sizing
-        unit = 2 * sizing.head_size * sizing.element_size + 4
-        return unit * sizing.num_layers * sizing.num_kv_heads
-
     def _context_of(self, job: AskJob) -> RetainedCache:
         """The context that a job asks, stored before or read now."""
         if job.ask.context is not None:
@@ -186,8 +306,7 @@ class Worker:
         else:
             cache = self._prefix_of(job)
         info = info_of(cache)
-        job.context_tokens, job.growth = cache.seen, self._growth
-        job.base = info.units, info.bytes
+        job.context_tokens, job.base = cache.seen, (info.units, info.bytes)
         return cache
 
     def _prefix_of(self, job: AskJob) -> RetainedCache:
@@ -216,62 +335,40 @@ class Worker:
         ids, mask = padded(questions, self._device)
         for job in jobs:
             job.start()
-        with self._seeded(jobs[0].ask.seed if jobs[0].ask.temperature else None):
+        seed = None if jobs[0].ask.greedy else jobs[0].ask.seed
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
             self._engine.generate(
                 ids,
                 mask,
                 max_new_tokens=max(job.most_tokens for job in jobs),
-                stopping_criteria=[_Watch(jobs, self._ends, self._on_token)],
-                eos_token_id=None,  # `_Watch` ends rows; those that are done go on unseen
-                **_sampling(jobs[0]),
+                stopping_criteria=[functools.partial(_take, jobs, self._ends)],
+                eos_token_id=None,  # `_take` ends rows; those that are done go on unseen
+                **_sampling(jobs[0].ask),
                 **given,
             )
 
-    @contextlib.contextmanager
-    def _seeded(self, seed: int | None) -> Iterator[None]:
-        """Sample from a seed of its own, if there is one, and leave the generators as they were."""
-        if seed is None:
-            yield
-            return
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            yield
+
+def _awaited(jobs: Sequence[AskJob]) -> list[AskJob]:
+    """Those that somebody waits for."""
+    return [job for job in jobs if not job.pending.closed]
 
 
-class _Watch(StoppingCriteria):
-    """Sees the new token of every row at each step, passes it on, and ends rows."""
-
-    def __init__(
-        self,
-        jobs: Sequence[AskJob],
-        ends: frozenset[int],
-        on_token: Callable[[AskJob], None],
-    ) -> None:
-        self._jobs, self._ends, self._on_token = jobs, ends, on_token
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        tokens = input_ids[:, -1].tolist()
-        done = [self._take(job, token) for job, token in zip(self._jobs, tokens, strict=True)]
-        return torch.tensor(done, device=input_ids.device)
-
-    def _take(self, job: AskJob, token: int) -> bool:
-        before = job.taken
-        done = job.take(token, self._ends)
-        if job.taken > before:
-            self._on_token(job)
-        return done
+def _take(
+    jobs: Sequence[AskJob], ends: frozenset[int], input_ids: Tensor, scores: Any, **kwargs: Any
+) -> Tensor:
+    """Pass on the new token of every row; which rows are done. `generate` calls it at each step."""
+    tokens = input_ids[:, -1].tolist()
+    done = [job.take(token, ends) for job, token in zip(jobs, tokens, strict=True)]
+    return torch.tensor(done, device=input_ids.device)
 
 
-def _sampling(job: AskJob) -> dict[str, Any]:
-    if job.ask.temperature == 0:
+def _sampling(ask: Ask) -> dict[str, Any]:
+    if ask.greedy:
         return {"do_sample": False}
-    return {
-        "do_sample": True,
-        "temperature": job.ask.temperature,
-        "top_p": job.ask.top_p,
-        "top_k": 0,
-    }
+    return {"do_sample": True, "temperature": ask.temperature, "top_p": ask.top_p, "top_k": 0}
 
 
 def _settings_of(cache: RetainedCache) -> str:

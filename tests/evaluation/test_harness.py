@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from locret import cli  # noqa: E402
-from locret.commands.others import PLUGIN, with_our_tasks  # noqa: E402
+from locret.cli import PLUGIN, with_our_tasks  # noqa: E402
 from locret.engine.engine import Engine  # noqa: E402
 from locret.evaluation.asking import Asker  # noqa: E402
 from locret.evaluation.setups import Engines  # noqa: E402

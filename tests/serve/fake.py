@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from locret.serve.answers import Answer, Reading
 from locret.serve.requests import (
+    Answer,
     Cancelled,
     ContextInfo,
     Counters,
     End,
     Piece,
+    Reading,
     UnknownContext,
     Usage,
 )

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 
-from locret.serve.server import address_of, bound, make_server
+from locret.serve.app import address_of, bound, make_server
 
 
 @contextlib.contextmanager

@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from locret.serve.answers import Answer, Reading
-from locret.serve.requests import Cancelled, ContextInfo, End, Piece, Usage
+from locret.serve.requests import Answer, Cancelled, ContextInfo, End, Piece, Reading, Usage
 
 END = End("stop", Usage(1, 0, 2, 3, 4))
 

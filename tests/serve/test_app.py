@@ -8,9 +8,9 @@ import httpx2 as httpx
 import pytest
 
 from locret.serve.app import make_app
-from locret.serve.messages import Prompts
+from locret.serve.fields import Prompts
+from locret.serve.replies import JsonLines
 from locret.serve.requests import Failed, QueueFull, RepeatsContext, TooLong, UnknownContext
-from locret.serve.telemetry import JsonLines
 from tests.serve.fake import ID, FakeService
 from tests.serve.live import running, until
 from tests.tiny_tokenizer import tiny_tokenizer

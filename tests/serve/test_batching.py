@@ -2,10 +2,8 @@
 
 import pytest
 
-from locret.serve.answers import Answer, Reading
-from locret.serve.jobs import LONG, AskJob, ReadJob, next_batch
-from locret.serve.requests import Ask
-from locret.serve.texts import TextOf
+from locret.serve.requests import Answer, Ask, Reading, TextOf
+from locret.serve.worker import LONG, AskJob, ReadJob, next_batch
 
 
 def job(prompt=(7, 8, 9), shared=0, units=0, **asked):

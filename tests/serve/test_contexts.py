@@ -212,7 +212,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, read, monkeypatch):
         raise OSError(28, "No space left on device")
 
     contexts = Contexts(tmp_path)
-    monkeypatch.setattr("locret.serve.context_files.os.utime", full)
+    monkeypatch.setattr("locret.serve.contexts.os.utime", full)
     with pytest.raises(OSError, match="No space"):
         contexts.put(read())
     assert [*tmp_path.iterdir()] == [] and contexts.count == 0

@@ -3,8 +3,8 @@
 import pytest
 
 import locret
-from locret.serve.limits import Limits
 from locret.serve.requests import TooLong
+from locret.serve.service import Limits
 from tests.serve.conftest import SMALL
 from tests.tiny_models import tiny_heads, tiny_model
 
@@ -73,5 +73,5 @@ def test_memory_comes_from_the_plan():
 
 def test_requests_that_keep_unequal_heads_take_what_these_hold_on_average():
     of = limits(budget=[10, 30])
-    assert (of.needed(3, 50, 4), of.mean_needed(3, 50, 4)) == (37, 27)
-    assert (of.needed(60, None, 4), of.mean_needed(60, None, 4)) == (39, 29)
+    assert (of.needed(3, 50, 4), of.needed(3, 50, 4, mean=True)) == (37, 27)
+    assert (of.needed(60, None, 4), of.needed(60, None, 4, mean=True)) == (39, 29)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from locret.serve.errors import Refused
-from locret.serve.messages import PLACE, Prompts
+from locret.serve.fields import PLACE, Prompts
+from locret.serve.replies import Refused
 from tests.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 USER = [{"role": "user", "content": "A quiet otter."}]

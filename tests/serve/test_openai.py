@@ -18,7 +18,7 @@ import locret
 from locret.model.loading import load_model
 from locret.serve.app import make_app
 from locret.serve.contexts import Contexts
-from locret.serve.messages import Prompts
+from locret.serve.fields import Prompts
 from locret.serve.service import Service
 from tests.serve.command import ROOT, Command
 from tests.serve.live import running, until

@@ -13,7 +13,7 @@ import torch
 from locret import cli
 from locret.serve.app import make_app
 from locret.serve.contexts import Contexts
-from locret.serve.messages import Prompts
+from locret.serve.fields import Prompts
 from locret.serve.page import passage, shares_of, strip, words
 from tests.serve.command import ROOT
 from tests.serve.live import running

@@ -6,8 +6,7 @@ import threading
 import httpx2 as httpx
 import pytest
 
-from locret.serve.app import make_app
-from locret.serve.server import bound
+from locret.serve.app import bound, make_app
 from tests.serve.fake import FakeService
 from tests.serve.live import running, until
 from tests.tiny_tokenizer import tiny_tokenizer

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from locret import cli
-from locret.commands import others
 from locret.heads.heads import RetainingHeads
 from tests.trainers.runs import tiny_run
 
@@ -35,7 +34,7 @@ def test_adapt_trains_an_adapter(backbones, rows, tmp_path):
     assert (tmp_path / "heads" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", others.TRAININGS)
+@pytest.mark.parametrize("name", cli.TRAININGS)
 def test_a_config_that_is_not_there_is_told_in_a_line(name, capsys):
     assert cli.main([name, "--config", "nosuch"]) == 2
     assert (
@@ -43,7 +42,7 @@ def test_a_config_that_is_not_there_is_told_in_a_line(name, capsys):
     )
 
 
-@pytest.mark.parametrize("name", others.TRAININGS)
+@pytest.mark.parametrize("name", cli.TRAININGS)
 def test_their_help_is_the_training_s(name, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])
