@@ -11,8 +11,8 @@ from huggingface_hub import CommitOperationAdd, constants
 from locret.commands.shared import size_of
 from locret.heads import files as artifact
 from locret.heads import hub
-from locret.heads.card import quota_words
 from locret.heads.heads import RetainingHeads
+from locret.heads.hub import quota_words
 
 CARD_LINES = 16  # of the card, shown before a push
 ODD_RATIO = 10  # norms further than this from the layers' median are remarked on
@@ -118,7 +118,7 @@ def _upload_plan(
     given: argparse.Namespace, files: list[CommitOperationAdd], left_out: dict[str, str]
 ) -> str:
     visibility = "private" if given.private else "public"
-    own = artifact.has_own_card(given.folder)
+    own = hub.has_own_card(given.folder)
     sizes = {file.path_in_repo: size_of(file.upload_info.size) for file in files}
     lines = [
         f"would go to {constants.ENDPOINT}/{given.repo_id} in one commit ({visibility} if it is "
