@@ -22,9 +22,16 @@ import torch
 from torch import Tensor
 
 from locret.quantization.base import Scheme, Tensors
-from locret.quantization.blocks import FRESH, REPACKED, Blocks, aligned, arrange
+from locret.quantization.blocks import (
+    FRESH,
+    REPACKED,
+    Blocks,
+    aligned,
+    arrange,
+    block_limit,
+    costs_of,
+)
 from locret.quantization.codes import Outliers, find_outliers, ragged
-from locret.quantization.costs import block_limit, costs_of
 
 SLAB = 16384
 """Units that are decoded at a time, so that float32 copies stay small."""
@@ -215,7 +222,7 @@ def select_keys(
         index: long [K]: u < N is unit u of `packed`, N + i is unit i of `fresh`. Sequence by
             sequence, in slot order: the packed ones of a sequence before its fresh ones.
         new_lengths: how many of the K each sequence has.
-        tight: have few thin blocks (`costs.block_limit`).
+        tight: have few thin blocks (`blocks.block_limit`).
 
     Raises:
         ValueError: a value that is to be encoded cannot be stored.
