@@ -263,7 +263,7 @@ def model_card(record: Mapping[str, Any], facts: Facts | None = None) -> str:
         figures=_cells(record.get("metrics") or {}),
         facts=facts,
         files=", ".join(f"[{escape(file)}]({quote(file)})" for file in facts.files),
-        sources="\n".join(map(_source_line, _sources(trained_on))),
+        sources="\n".join(_source_line(*source) for source in _sources(trained_on)),
         repeat=repeat_command(facts.command),
         plot=quote(facts.plot or ""),
     )
@@ -354,23 +354,22 @@ def _cells(rows: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(escape(name), escape(value)) for name, value in shown.items() if value is not None]
 
 
-def _sources(node: Any) -> Iterator[Mapping[str, Any]]:
-    """Everything with a class path in a piece of config, however deep, outer ones first."""
+def _sources(node: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Class name and arguments of everything with a class path in a piece of config, however deep,
+    outer ones first."""
     if isinstance(node, Mapping):
         if isinstance(node.get("class_path"), str):
-            yield node
-        for value in node.values():
-            yield from _sources(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _sources(value)
+            arguments = node.get("init_args")
+            name = node["class_path"].rpartition(".")[2]
+            yield name, arguments if isinstance(arguments, Mapping) else {}
+        node = list(node.values())
+    for value in node if isinstance(node, list) else ():
+        yield from _sources(value)
 
 
-def _source_line(source: Mapping[str, Any]) -> str:
-    shown = [
-        f"{escape(name)} {words}" for name, v in _arguments(source).items() if (words := _words(v))
-    ]
-    return f"- {escape(_class_name(source))}{': ' if shown else ''}{'; '.join(shown)}"
+def _source_line(kind: str, arguments: Mapping[str, Any]) -> str:
+    shown = [f"{escape(name)} {words}" for name, v in arguments.items() if (words := _words(v))]
+    return f"- {escape(kind)}{': ' if shown else ''}{'; '.join(shown)}"
 
 
 def _words(value: Any) -> str:
@@ -382,19 +381,10 @@ def _words(value: Any) -> str:
 
 def _datasets(trained_on: Any) -> Iterator[str]:
     """Hub ids of the data sets among the training data."""
-    for source in _sources(trained_on):
-        name = _arguments(source).get("name")
-        if _class_name(source).startswith("Hub") and _HUB_ID.fullmatch(str(name)):
-            yield str(name)
-
-
-def _class_name(source: Mapping[str, Any]) -> str:
-    return source["class_path"].rpartition(".")[2]
-
-
-def _arguments(source: Mapping[str, Any]) -> Mapping[str, Any]:
-    arguments = source.get("init_args")
-    return arguments if isinstance(arguments, Mapping) else {}
+    for kind, arguments in _sources(trained_on):
+        name = str(arguments.get("name"))
+        if kind.startswith("Hub") and _HUB_ID.fullmatch(name):
+            yield name
 
 
 def _digest(text: str) -> str:

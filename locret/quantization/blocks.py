@@ -60,19 +60,6 @@ class Blocks:
         return Blocks(*(x.to(device, non_blocking=True) for x in (self.sizes, self.kept)))
 
 
-def aligned(units: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Full blocks and then one of what is left, of each of R stretches of units.
-
-    Args:
-        units: long [R], of each stretch.
-
-    Returns:
-        Sizes of the blocks, long, and the stretch of each.
-    """
-    sizes, stretch = _aligned(units.numpy(), group)
-    return torch.from_numpy(sizes), torch.from_numpy(stretch)
-
-
 def arrange(
     survivors: Tensor, sequence: Tensor, fresh: Tensor, limits: Tensor, group: int
 ) -> Blocks:
@@ -101,6 +88,8 @@ def arrange(
 
 
 def _aligned(units: Array, group: int) -> tuple[Array, Array]:
+    """Sizes of full blocks and one of what is left, of each of R stretches of `units` [R]; and the
+    stretch of each block."""
     count = (units + group - 1) // group
     stretch = np.repeat(np.arange(len(units)), count)
     place = np.arange(len(stretch)) - _before(count)[stretch]

@@ -26,7 +26,6 @@ from locret.quantization.blocks import (
     FRESH,
     REPACKED,
     Blocks,
-    aligned,
     arrange,
     block_limit,
     costs_of,
@@ -177,8 +176,8 @@ _P = TypeVar("_P", bound=Packed)
 def pack_keys(scheme: Scheme, x: Tensor, lengths: Sequence[int]) -> PackedKeys:
     """Pack keys [N, D] of sequences of these lengths, each in blocks of `scheme.group` units from
     its first on. ValueError: a value is not finite, or too large to be stored."""
-    sizes, _ = aligned(torch.tensor(lengths, dtype=torch.long), scheme.group)
-    blocks = Blocks(sizes, torch.full_like(sizes, FRESH))
+    none, fresh = torch.tensor([], dtype=torch.long), torch.tensor(lengths, dtype=torch.long)
+    blocks = arrange(none, none, fresh, fresh, scheme.group)
     starts, sizes, former = (
         each.to(x.device, non_blocking=True)
         for each in (blocks.starts, blocks.sizes, blocks.kept.int())

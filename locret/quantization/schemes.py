@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from locret.kernels import (
+    E4M3,
     PackedKV,
     RotatedKV,
-    expand_floats,
     expand_rotated,
     expand_units,
     fetch_rotated,
@@ -243,7 +243,7 @@ class Fp8Scheme(Scheme):
         self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
     ) -> bool:
         if takes_triton(out):
-            expand_floats(packed, out, starts, at)
+            expand_units(packed, E4M3, out.shape[-1], out, starts, at)
         return takes_triton(out)
 
 
