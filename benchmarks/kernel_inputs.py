@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from locret.kernels import PackedKV, Plain, RotatedKV, decode_shares
-from locret.quantization.rotated import POSITIVE_LEVELS
+from locret.quantization.codes import POSITIVE_LEVELS
 
 
 def uneven(heads: int, count: int) -> list[int]:

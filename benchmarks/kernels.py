@@ -42,12 +42,10 @@ from locret.kernels import (
     select_sequences,
     store_units,
 )
-from locret.kernels.decode import store_units_reference
-from locret.kernels.decode_packed import decode_packed_reference
+from locret.kernels.decode import decode_packed_reference
 from locret.kernels.evict import gather_sequences_reference
-from locret.kernels.packed import expand_units_reference
-from locret.kernels.packed_rotated import expand_rotated_reference
-from locret.kernels.rotate import rotate_at_slots_reference
+from locret.kernels.packed import expand_rotated_reference, expand_units_reference
+from locret.kernels.rotate import rotate_at_slots_reference, store_units_reference
 
 
 @dataclass

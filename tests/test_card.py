@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from locret import RetainingHeads
 from locret.heads import files as artifact
-from locret.heads.card import Facts, escape, is_generated, model_card, repeat_command
+from locret.heads.hub import Facts, escape, is_generated, model_card, repeat_command
 from tests.tiny_models import tiny_heads, tiny_model
 
 TRAINING = {

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import locret
-from locret.heads.files import CUSTOM_FILES
+from locret.heads.hub import CUSTOM_FILES
 from locret.model.loading import load_model
 
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import locret
 from locret import RetainingHeads
 from locret.cli import main
-from locret.heads.card import model_card
+from locret.heads.hub import model_card
 from locret.model.backbone import Backbone
 from locret.training.distill import Distillation
 from locret.training.segments import Segment

@@ -33,7 +33,7 @@ from locret.policies import POLICIES
 from locret.policies.base import Eviction
 from locret.policies.plain import KNormPolicy
 from locret.quantization import NO_SCHEME, make_scheme
-from locret.quantization.costs import costs_of
+from locret.quantization.blocks import costs_of
 from tests.tiny_models import tiny_heads, tiny_model
 
 TABLE = [[1.0, 3.0], [0.5, 1.5]]

@@ -1,6 +1,6 @@
 """Bytes of a cache, told from how it is stored, and the units that fit into bytes.
 
-Counted are keys and values (codes, tables and residual, `locret.quantization.costs`), source
+Counted are keys and values (codes, tables and residual, `locret.quantization.blocks`), source
 positions and weights; scores where answers evict too, since else they are dropped when a prompt is
 read, and source positions take less from then on (`locret.cache.context`). Outliers depend on
 the data and are not.
@@ -15,7 +15,7 @@ from typing import Any
 from locret.cache.context import positions_bytes
 from locret.heads.heads import Geometry
 from locret.quantization import Scheme
-from locret.quantization.costs import most_bytes, most_bytes_shared
+from locret.quantization.blocks import most_bytes, most_bytes_shared
 
 BESIDE_BYTES = 4
 """Of a unit in a KV head beside key and value: its source position (int32), until its prompt is

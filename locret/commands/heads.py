@@ -19,8 +19,8 @@ from locret.commands import shared
 from locret.commands.progress import Progress
 from locret.heads import files as artifact
 from locret.heads import hub
-from locret.heads.card import quota_words
 from locret.heads.heads import RetainingHeads
+from locret.heads.hub import quota_words
 from locret.heads.quotas import COMPRESSIONS, checked_sharpness, in_words
 from locret.model.loading import load_config, load_tokenizer
 from locret.policies import POLICIES, LocretPolicy, policy_in_words
@@ -133,7 +133,7 @@ def _upload_plan(
     given: argparse.Namespace, files: list[CommitOperationAdd], left_out: dict[str, str]
 ) -> str:
     visibility = "private" if given.private else "public"
-    own = artifact.has_own_card(given.folder)
+    own = hub.has_own_card(given.folder)
     sizes = {file.path_in_repo: shared.size_of(file.upload_info.size) for file in files}
     lines = [
         f"would go to {constants.ENDPOINT}/{given.repo_id} in one commit ({visibility} if it is "

@@ -25,7 +25,7 @@ from locret.heads.quotas import Quotas, in_words
 from locret.model.backbone import Backbone
 from locret.quantities import MOST, format_bytes
 from locret.quantization import NO_SCHEME, SCHEMES, Scheme
-from locret.quantization.costs import costs_of
+from locret.quantization.blocks import costs_of
 
 PLANNED: tuple[Scheme, ...] = tuple(
     scheme(bits=bits)

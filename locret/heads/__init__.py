@@ -2,7 +2,6 @@
 
 `heads` is all of them with their record, `kinds` what a head reads and computes, `targets` the
 labels and losses that it learns from; to add one of these, write the function and give it a name in
-the table of its file. `quotas` says which heads keep more units than others. `files` writes
-artifacts, `hub` pushes and loads them, `card` describes them to people. `peers` reads heads of
-other methods.
+the table of its file. `quotas` says which heads keep more units than others. `files` reads and
+writes artifacts, those of other methods too; `hub` fetches and uploads them, and has their card.
 """

@@ -1,10 +1,18 @@
-"""Files of a heads artifact: our folder, the released `.bin`, and the Hub. Tensors in, tensors out.
+"""Files of a heads artifact: our folder, the released `.bin`, those of other methods, and all of
+them on the Hub. Tensors in, tensors out.
 
 Ours is a folder with `heads.safetensors` (`layers.{i}.fc1.weight`, `layers.{i}.fc2.weight`; other
 kinds of heads: the names of their parameters), `config.json` (`locret.heads.heads.HeadsConfig`) and
 a model card, and `custom_generate/` for stock `generate`; beside them may lie `training.yaml`,
 `training.png` and small files with figures, which are published too. The released format is a torch
 file with `model.layers.{i}.self_attn.fc1.weight` and `fc2.weight`, alone or in a whole-model dict.
+
+KVzap (arXiv 2601.07891) writes `config.json` of model type "kvzap" and `model.safetensors`: a
+matrix or an MLP with GELU a layer, with biases. Fast KVzip (arXiv 2601.17668) writes a torch file
+that has the parameters of each layer's gate (`locret.heads.kinds.GateHead`) in a list "module".
+Both read `hidden` and keep positions as they were. What surrounds them in these methods are
+settings of ours: the last tokens that are always kept are `stabilizers` and `local_tokens`, a
+threshold is a budget.
 
 Loading never executes code. Saving writes aside and renames: a failed save changes nothing.
 """
@@ -21,61 +29,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import CommitOperationAdd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from locret.heads import hub, peers
-from locret.heads.card import Facts, is_generated, model_card
+from locret.heads import hub
+from locret.heads.hub import CARD, CUSTOM, CUSTOM_FILES, TRAINING, Facts, has_own_card, model_card
 from locret.system.files import as_json
 
 WEIGHTS = "heads.safetensors"
 RECORD = "config.json"
-CARD = "README.md"
-TRAINING = "training.yaml"
-PLOT = "training.png"
 FIGURES = (".png", ".json", ".csv")
 MAX_FIGURE_BYTES = 4 * 2**20
 
-CUSTOM = "custom_generate"
-"""The folder that tells stock `generate` to use the heads: transformers copies `generate.py` into a
-cache of its own and calls it. So it says little: `locret.integrations.custom_generate` answers."""
+KVZAP = "kvzap"
+FAST_KVZIP = "fast_kvzip"
+KVZAP_WEIGHTS = "model.safetensors"
 
-CODE = '''"""Stock `generate` within a bounded KV cache, by the retaining heads of this repository:
+_KVZAP_TENSOR = re.compile(r"layers\.(\d+)\.(?:(\d+)\.)?(weight|bias)")
+_KVZAP_MATRIX = {None: "fc", "0": "fc1", "2": "fc2"}
+"""Our name of a matrix by its place in their layer; None where the layer is the matrix."""
 
-    model.generate(**inputs, custom_generate="OWNER/NAME", trust_remote_code=True)
-
-Settings of `locret.Engine` are arguments too, such as budget="8x". With a copy of this folder in a
-model's own repository, every `generate` of that model goes through here; then HEADS must say where
-the heads are.
-"""
-
-from locret.integrations import custom_generate
-
-HEADS = None  # a Hub id or a folder; None: the repository that generate() was told of
-
-
-# The model comes by keyword: model.generate(inputs) works where this is bound to a model, too.
-def generate(inputs=None, *, model, heads=HEADS, **kwargs):
-    return custom_generate.generate(model, inputs, heads=heads, loaded_from=__file__, **kwargs)
-'''
-
-CUSTOM_FILES = {f"{CUSTOM}/generate.py": CODE, f"{CUSTOM}/requirements.txt": "locret\n"}
+_OF_BOTH = {"tap": "hidden", "positions": "original", "license": "other"}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OURS = re.compile(r"layers\.(\d+)\.(fc[12])\.weight")
 _RELEASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.(fc[12])\.weight")
 _FILE_ON_HUB = re.compile(r"([^/]+/[^/]+)/(.+\.pt)")
-_COMMAND = re.compile(r"^# command: (.+)$", re.MULTILINE)
 
 
 def load(
     source: str | Path, *, revision: str | None = None, token: str | None = None
 ) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """Read an artifact folder, a released `.bin`, heads of `locret.heads.peers`, or a Hub
-    repository with any of them.
+    """Read an artifact folder, a released `.bin`, heads of other methods, or a Hub repository
+    with any of them.
 
     Returns:
         The record (None for torch files, which have none) and the tensors; KVzap's are both as it
@@ -87,7 +75,7 @@ def load(
     path = locate(source, revision=revision, token=token)
     if path.is_file():
         return None, _load_released(path)
-    weights = peers.KVZAP_WEIGHTS if _is_kvzap(path) else WEIGHTS
+    weights = _weights_in(path)
     if (path / weights).is_file():
         try:
             return _load_record(path / RECORD), load_file(path / weights)
@@ -112,10 +100,15 @@ def locate(source: str | Path, *, revision: str | None = None, token: str | None
         return hub.download(file[1], patterns=[file[2]], revision=revision, token=token) / file[2]
     patterns = [WEIGHTS, RECORD, "*.bin"]
     folder = hub.download(str(source), patterns=patterns, revision=revision, token=token)
-    if not _is_kvzap(folder):  # only then: elsewhere a file of this name may be a whole model
+    if _weights_in(folder) != KVZAP_WEIGHTS:  # elsewhere a file of this name may be a whole model
         return folder
-    patterns = [peers.KVZAP_WEIGHTS, RECORD]
+    patterns = [KVZAP_WEIGHTS, RECORD]
     return hub.download(str(source), patterns=patterns, revision=revision, token=token)
+
+
+def _weights_in(folder: Path) -> str:
+    record = folder / RECORD
+    return KVZAP_WEIGHTS if record.is_file() and is_kvzap(_load_record(record)) else WEIGHTS
 
 
 def check_tensors(
@@ -173,7 +166,7 @@ def save_record(folder: str | Path, record: Mapping[str, Any]) -> None:
     with written_aside(folder) as aside:
         (aside / RECORD).write_text(_record_text(record), encoding="utf-8")
         if not has_own_card(folder):
-            card = model_card(record, _facts(folder, None))
+            card = model_card(record, _facts(folder))
             (aside / CARD).write_text(card, encoding="utf-8")
 
 
@@ -186,12 +179,10 @@ def _record_text(record: Mapping[str, Any]) -> str:
 def save_released(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
     """Write the released format: a torch dict of `model.layers.{i}.self_attn.fc{1,2}.weight`."""
     path = Path(path)
-    named = {}
-    for name, tensor in tensors.items():
-        match = _OURS.fullmatch(name)
-        assert match, name
-        key = f"model.layers.{match[1]}.self_attn.{match[2]}.weight"
-        named[key] = tensor.detach().cpu().contiguous()
+    named = {
+        _OURS.sub(r"model.layers.\1.self_attn.\2.weight", name): tensor.detach().cpu().contiguous()
+        for name, tensor in tensors.items()
+    }
     with written_aside(path.parent) as aside:
         try:
             torch.save(named, aside / path.name)
@@ -199,12 +190,6 @@ def save_released(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
             reason = str(error).partition("\n")[0]
             raise OSError(f"could not write {path}: {reason}") from error
     return path
-
-
-def has_own_card(folder: Path) -> bool:
-    """Whether a folder's card was written or edited by somebody, and is theirs to change."""
-    card = folder / CARD
-    return card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace"))
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> None:
@@ -241,10 +226,8 @@ def publishable(
         elif path.name not in (CARD, CUSTOM):
             files.append(CommitOperationAdd(path.name, path))
     for name, text in CUSTOM_FILES.items():  # artifacts of earlier versions lack them
-        own_file = folder / name
-        files.append(
-            CommitOperationAdd(name, own_file if own_file.is_file() else text.encode("utf-8"))
-        )
+        has_own = (folder / name).is_file()
+        files.append(CommitOperationAdd(name, folder / name if has_own else text.encode("utf-8")))
     own = has_own_card(folder)
     card = (folder / CARD).read_bytes() if own else _card(folder, repo_id).encode("utf-8")
     return [CommitOperationAdd(CARD, card), *files], left_out
@@ -331,36 +314,10 @@ def _card(folder: Path, repo_id: str | None) -> str:
     return model_card(_load_record(folder / RECORD), _facts(folder, repo_id))
 
 
-def _facts(folder: Path, repo_id: str | None) -> Facts:
-    training, command = _load_training(folder / TRAINING)
-    figures = (
-        path.name
-        for path in sorted(folder.iterdir())
-        if path.name not in (RECORD, PLOT) and _reason_to_stay(path) is None
-    )
-    return Facts(
-        repo_id=repo_id,
-        training=training,
-        command=command,
-        plot=PLOT if (folder / PLOT).is_file() else None,
-        files=tuple(name for name in figures if Path(name).suffix in FIGURES),
-    )
-
-
-def _load_training(path: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """The resolved config of the training run and the command that started it, where known.
-
-    The command is a line `# command: ...` of the file.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        training = yaml.safe_load(text)
-    except FileNotFoundError:
-        return None, None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    command = _COMMAND.search(text)
-    return (training if isinstance(training, dict) else None), (command[1] if command else None)
+def _facts(folder: Path, repo_id: str | None = None) -> Facts:
+    published = (path.name for path in sorted(folder.iterdir()) if _reason_to_stay(path) is None)
+    figures = (name for name in published if name.endswith(FIGURES) and name != RECORD)
+    return Facts.beside(folder, repo_id, tuple(figures))
 
 
 def _load_record(path: Path) -> dict[str, Any]:
@@ -375,10 +332,6 @@ def _load_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _is_kvzap(folder: Path) -> bool:
-    return (folder / RECORD).is_file() and peers.is_kvzap(_load_record(folder / RECORD))
-
-
 def _load_released(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -389,7 +342,7 @@ def _load_released(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds {type(state).__name__}; expected a dict of tensors")
-    gates = peers.gates_in(state)
+    gates = gates_in(state)
     if gates is not None:
         return gates
     heads: dict[str, Tensor] = {}
@@ -403,3 +356,84 @@ def _load_released(path: Path) -> dict[str, Tensor]:
             f"its first names: {list(state)[:3]}"
         )
     return heads
+
+
+# ---- other methods -------------------------------------------------------------------------------
+
+
+def is_kvzap(record: Mapping[str, Any]) -> bool:
+    """Whether this `config.json` is KVzap's."""
+    return record.get("model_type") == KVZAP
+
+
+def kvzap(
+    record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What KVzap's files say, in our terms: the fields of `locret.heads.heads.HeadsConfig`, and the
+    tensors under our names. ValueError if the record lacks a field."""
+    needed = ("n_modules", "input_dim", "output_dim")
+    missing = [name for name in needed if name not in record]
+    if missing:
+        raise ValueError(f"KVzap's config.json lacks {missing}; expected {list(needed)}")
+    width = record.get("hidden_dim")
+    fields = _OF_BOTH | {
+        "origin": KVZAP,
+        "num_layers": record["n_modules"],
+        "num_kv_heads": record["output_dim"],
+        "input_width": record["input_dim"],
+        "hidden_size": record["input_dim"],
+        "kind": "linear" if width is None else "mlp",
+        "width": width,
+        "bias": True,
+        "activation": "gelu",
+        "label": "log_value_share",
+    }
+    return fields, {_kvzap_name(name): tensor for name, tensor in tensors.items()}
+
+
+def _kvzap_name(name: str) -> str:
+    """Our name of a tensor; its own if it is none that belongs there."""
+    match = _KVZAP_TENSOR.fullmatch(name)
+    if match is None or match[2] not in _KVZAP_MATRIX:
+        return name
+    return f"layers.{match[1]}.{_KVZAP_MATRIX[match[2]]}.{match[3]}"
+
+
+def gates_in(state: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors of Fast KVzip's gates in a torch file, as `layers.{i}.{parameter}`; None if it
+    holds none."""
+    layers = state.get("module")
+    if not isinstance(layers, list) or not all(isinstance(layer, Mapping) for layer in layers):
+        return None
+    return {
+        f"layers.{i}.{name}": tensor
+        for i, layer in enumerate(layers)
+        for name, tensor in layer.items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def fast_kvzip(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The fields of `HeadsConfig` that the gates' shapes tell; None for tensors of other heads.
+    ValueError if the first layer's tensors have not the shapes of a gate's."""
+    base, projection = tensors.get("layers.0.k_base"), tensors.get("layers.0.q_proj.weight")
+    if base is None or projection is None:
+        return None
+    if base.dim() != 4 or projection.dim() != 2 or not base.numel():
+        raise ValueError(
+            f"gates have k_base {tuple(base.shape)} and q_proj.weight {tuple(projection.shape)}; "
+            "expected [KV heads, 1, sinks, width] and [query heads * width, hidden size]"
+        )
+    heads, _, sinks, width = base.shape
+    return _OF_BOTH | {
+        "origin": FAST_KVZIP,
+        "num_layers": 1 + max(int(name.split(".")[1]) for name in tensors),
+        "num_query_heads": projection.shape[0] // width,
+        "num_kv_heads": heads,
+        "input_width": projection.shape[1],
+        "hidden_size": projection.shape[1],
+        "kind": "gate",
+        "width": width,
+        "sinks": sinks,
+        "label": "max_prob",
+    }

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from locret.heads import files as artifact
-from locret.heads import hub, peers
-from locret.heads.card import DEFAULT_LICENSE
+from locret.heads import hub
+from locret.heads.hub import DEFAULT_LICENSE
 from locret.heads.kinds import FEATURES, GateHead, LinearHead, MLPHead, RetainingHead
 from locret.heads.quotas import quotas_of
 from locret.heads.targets import LABELS
@@ -40,7 +40,7 @@ CHOICES: dict[str, Collection[str]] = {
     "kind": (*get_args(HeadKind), "gate"),
     "label": LABELS,
     "longrope": get_args(LongRopeRule),
-    "origin": ("locret", peers.KVZAP, peers.FAST_KVZIP),
+    "origin": ("locret", artifact.KVZAP, artifact.FAST_KVZIP),
     "positions": ("compact", "original"),
     "tap": FEATURES,
 }
@@ -108,7 +108,7 @@ class HeadsConfig:
         kind: what a head computes: "mlp", "linear" or "gate" (`locret.heads.kinds`).
         bias: whether the matrices of an MLP or a linear head have biases.
         sinks: learned keys of a gate; None for others.
-        origin: whose method the heads are of (`locret.heads.peers`). Others than locret's choose
+        origin: whose method the heads are of (`locret.heads.files`). Others than locret's choose
             their activation whatever the backbone's is.
         backbone, backbone_revision, model_type: what the heads were trained on.
         backbone_sha256: of the backbone's weights, where they are one file.
@@ -316,7 +316,7 @@ class RetainingHeads(nn.Module):
     ) -> "RetainingHeads":
         """Load heads from a folder, a Hub id, or a released `.bin` file. Runs no code from it.
 
-        Heads of other methods are read from their own files (`locret.heads.peers`): KVzap's from a
+        Heads of other methods are read from their own files (`locret.heads.files`): KVzap's from a
         folder or Hub id, Fast KVzip's from a `.pt` file, here or on the Hub as OWNER/NAME/FILE.
 
         Args:
@@ -329,10 +329,10 @@ class RetainingHeads(nn.Module):
         """
         record, tensors = artifact.load(source, revision=revision, token=token)
         if record is None:
-            gates = peers.fast_kvzip(tensors)
+            gates = artifact.fast_kvzip(tensors)
             config = HeadsConfig(**gates) if gates else _released_config(tensors)
-        elif peers.is_kvzap(record):
-            fields, tensors = peers.kvzap(record, tensors)
+        elif artifact.is_kvzap(record):
+            fields, tensors = artifact.kvzap(record, tensors)
             config = HeadsConfig(**fields)
         else:
             config = HeadsConfig.from_dict(record)

@@ -10,55 +10,35 @@ the lowest layer: it imports torch and, if there, triton.
 Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 """
 
-from locret.kernels.decode import Plain, decode_sequences, decode_shares, store_units
-from locret.kernels.decode_packed import decode_packed, packed_shares
-from locret.kernels.dense import add_norm, gated, gated_products, products
-from locret.kernels.evict import gather_sequences, select_sequences
-from locret.kernels.labels import highest_logits, highest_shares
-from locret.kernels.pack_rotated import fetch_rotated, pack_rotated_keys, pack_rotated_values
-from locret.kernels.packed import PackedKV, PackedShares, expand_floats, expand_units
-from locret.kernels.packed_rotated import RotatedKV, expand_rotated
-from locret.kernels.rotate import (
-    HeadNorms,
-    NewUnit,
-    Tables,
-    rotate_at_slots,
-    rotate_units,
-    store_rotated,
-)
-from locret.kernels.splits import Shares, merge_attention, share_out
-
-__all__ = [
-    "HeadNorms",
-    "NewUnit",
-    "PackedKV",
-    "PackedShares",
-    "Plain",
-    "RotatedKV",
-    "Shares",
-    "Tables",
-    "add_norm",
-    "decode_packed",
-    "decode_sequences",
-    "decode_shares",
-    "expand_floats",
-    "expand_rotated",
-    "expand_units",
-    "fetch_rotated",
-    "gated",
-    "gated_products",
-    "gather_sequences",
-    "highest_logits",
-    "highest_shares",
-    "merge_attention",
-    "pack_rotated_keys",
-    "pack_rotated_values",
-    "packed_shares",
-    "products",
-    "rotate_at_slots",
-    "rotate_units",
-    "select_sequences",
-    "share_out",
-    "store_rotated",
-    "store_units",
-]
+from locret.kernels.decode import Plain as Plain
+from locret.kernels.decode import decode_packed as decode_packed
+from locret.kernels.decode import decode_sequences as decode_sequences
+from locret.kernels.decode import decode_shares as decode_shares
+from locret.kernels.decode import packed_shares as packed_shares
+from locret.kernels.decode_general import PackedShares as PackedShares
+from locret.kernels.dense import add_norm as add_norm
+from locret.kernels.dense import gated as gated
+from locret.kernels.dense import gated_products as gated_products
+from locret.kernels.dense import products as products
+from locret.kernels.evict import gather_sequences as gather_sequences
+from locret.kernels.evict import select_sequences as select_sequences
+from locret.kernels.labels import highest_logits as highest_logits
+from locret.kernels.labels import highest_shares as highest_shares
+from locret.kernels.pack_rotated import fetch_rotated as fetch_rotated
+from locret.kernels.pack_rotated import pack_rotated_keys as pack_rotated_keys
+from locret.kernels.pack_rotated import pack_rotated_values as pack_rotated_values
+from locret.kernels.packed import E4M3 as E4M3
+from locret.kernels.packed import PackedKV as PackedKV
+from locret.kernels.packed import RotatedKV as RotatedKV
+from locret.kernels.packed import expand_rotated as expand_rotated
+from locret.kernels.packed import expand_units as expand_units
+from locret.kernels.rotate import HeadNorms as HeadNorms
+from locret.kernels.rotate import NewUnit as NewUnit
+from locret.kernels.rotate import Tables as Tables
+from locret.kernels.rotate import rotate_at_slots as rotate_at_slots
+from locret.kernels.rotate import rotate_units as rotate_units
+from locret.kernels.rotate import store_rotated as store_rotated
+from locret.kernels.rotate import store_units as store_units
+from locret.kernels.splits import Shares as Shares
+from locret.kernels.splits import merge_attention as merge_attention
+from locret.kernels.splits import share_out as share_out

@@ -1,20 +1,34 @@
-"""A decoding step of one or a few new tokens: their units are written into tails in place, then
-they attend to contexts and tails, of whose filled length only the device knows.
+"""Attention of one or a few new tokens, a decoding step, to contexts and tails, of whose filled
+length only the device knows.
 
 Split-KV flash decoding: the units of a sequence are divided among programs that each read their
 keys and values once, for all query heads of the group, with an online softmax in float32; a second
 kernel merges what they leave (`splits.py`). How many programs share a tail is fixed by shapes, what
 each of them covers by the current length: a captured CUDA graph stays right and balanced while the
 length grows.
+
+A context may be packed, all but the last units of each sequence. Packed units are expanded in
+registers or not at all. Their tiles, those of the plain units and the tails leave their states in
+one buffer for one merge.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from locret.kernels.decode_general import PROGRAMS, PackedShares, attend_packed
+from locret.kernels.decode_kivi import PROGRAMS as SMALL_PROGRAMS
+from locret.kernels.decode_kivi import attend_small, takes_small
+from locret.kernels.decode_rotated import PROGRAMS as SMALL_ROTATED_PROGRAMS
+from locret.kernels.decode_rotated import (
+    attend_small_rotated,
+    rotate_queries,
+    takes_small_rotated,
+)
 from locret.kernels.dispatch import (
     INTERPRETED,
     check_tensors,
@@ -30,6 +44,7 @@ from locret.kernels.dispatch import (
     units_at,
     wait_for_last,
 )
+from locret.kernels.packed import PackedKV, RotatedKV
 from locret.kernels.splits import (
     Shares,
     States,
@@ -45,6 +60,7 @@ from locret.kernels.splits import (
 _PROGRAMS = 2  # programs that share a multiprocessor
 _QUERIES = 128  # queries of a KV head (G * T) that one program holds
 _START = 32  # units in whose time a program begins and ends
+_PACKED_START = 64  # packed units, likewise
 
 
 class Plain(NamedTuple):
@@ -282,70 +298,104 @@ def _attend(  # type: ignore[no-untyped-def]
     leave_average(states[0], to, which, d, in_size, total, summed, QUERIES, SIZE)
 
 
-def store_units(
-    storage_keys: Tensor, storage_values: Tensor, key: Tensor, value: Tensor, slot: Tensor
-) -> None:
-    """Write T new units at the slots slot .. slot + T - 1, in place, in one launch.
+# ---- packed units --------------------------------------------------------------------------------
+
+
+def decode_packed(
+    query: Tensor, packed: PackedKV | RotatedKV, shares: PackedShares, plain: Plain, scaling: float
+) -> Tensor:
+    """softmax(scaling q k) v over each sequence's packed units, its plain ones and its tail.
+
+    Tokens are causal as of `decode_sequences`, and see all that comes before the tail.
 
     Args:
-        storage_keys, storage_values: [B, H, C, D], any strides.
-        key, value: [B, H, T, D], of the storage's dtypes; T is small, 1 while decoding.
-        slot: [1] int32 or int64, on the same device. All slots must lie in the storage: this
-            cannot be checked without waiting for the device. A GPU drops what lies outside.
+        query, plain, scaling: as of `decode_sequences`.
+        packed: N units, keys rotated, of the B*H sequences one after the other; any of them may be
+            empty.
+        shares: of their lengths, as `packed_shares` gives them.
+
+    Returns:
+        [B, H*G, T, D] in query's dtype; zeros where a token sees nothing.
     """
-    _check_store(storage_keys, storage_values, key, value, slot)
-    if not takes_triton(storage_keys, storage_values, key, value, slot):
-        store_units_reference(storage_keys, storage_values, key, value, slot)
-    elif key.numel():
-        batch, heads, new, size = key.shape
-        with on_device(key):
-            _store[(new, heads, batch)](
-                *((storage_keys, storage_values), (key, value), slot, storage_keys.shape[2]),
-                (storage_keys.stride(), storage_values.stride()),
-                (key.stride(), value.stride()),
-                SIZES=(size, value.shape[3]),
-                BLOCK=padded(max(size, value.shape[3])),
-                num_warps=1,
-            )
+    plain.check(query)
+    packed.check(query.shape[3])
+    if len(shares.lengths) != len(plain.shares.lengths) or shares.units != packed.count:
+        raise ValueError(
+            f"shares are of {len(shares.lengths)} sequences of {shares.units} units; expected "
+            f"{len(plain.shares.lengths)}, of {packed.count}"
+        )
+    if not takes_triton(query, packed.starts, shares.tiles, plain.keys):
+        return decode_packed_reference(query, packed, shares, plain, scaling)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if not out.numel():
+        return out
+    states = plain.states(query, shares.count)
+    if shares.count:
+        _attend_packed(query, packed, shares, scaling, states)
+    attend_sequences(query, plain, scaling, states, shares.count)
+    rotated = shares.count > 0 and isinstance(packed, RotatedKV)
+    states.merge(out, [shares, plain.shares], rotated)
+    return out
 
 
-def store_units_reference(
-    storage_keys: Tensor, storage_values: Tensor, key: Tensor, value: Tensor, slot: Tensor
+def _attend_packed(
+    query: Tensor,
+    packed: PackedKV | RotatedKV,
+    shares: PackedShares,
+    scaling: float,
+    states: States,
 ) -> None:
-    slots = slot.long() + torch.arange(key.shape[2], device=slot.device)
-    storage_keys.index_copy_(2, slots, key)
-    storage_values.index_copy_(2, slots, value)
+    """Leave the attention over packed units in the first of `states`, by the kernel that fits."""
+    rotated = rotate_queries(query) if isinstance(packed, RotatedKV) else None
+    if not _programs_if_small(packed, states.weights.shape[1], query.dtype):
+        attend_packed(query, rotated, packed, shares, scaling, states)
+    elif isinstance(packed, PackedKV):
+        attend_small(query, packed, shares, scaling, states)
+    else:
+        assert rotated is not None
+        attend_small_rotated(query, rotated, packed, shares, scaling, states)
 
 
-def _check_store(
-    storage_keys: Tensor, storage_values: Tensor, key: Tensor, value: Tensor, slot: Tensor
-) -> None:
-    expected = {}
-    for name, units, storage in (("key", key, storage_keys), ("value", value, storage_values)):
-        shape = (*storage.shape[:2], key.shape[2], *storage.shape[3:])
-        expected[name] = (units, storage.dtype, shape)
-    check_tensors(expected, contiguous=False)
-    if slot.shape != (1,) or slot.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"slot is {tuple(slot.shape)} {slot.dtype}; expected [1], int32 or int64")
+def _programs_if_small(
+    packed: PackedKV | RotatedKV, queries: int, dtype: torch.dtype
+) -> int | None:
+    """How many programs of the kernel for small queries share a multiprocessor; None = it does not
+    cover so many queries a KV head of this dtype, or these units."""
+    if isinstance(packed, PackedKV):
+        return SMALL_PROGRAMS if takes_small(queries, dtype, packed) else None
+    return SMALL_ROTATED_PROGRAMS if takes_small_rotated(queries, dtype, packed) else None
 
 
-@triton.jit
-def _store(  # type: ignore[no-untyped-def]
-    storage, new, slot, capacity, storage_strides, new_strides,
-    SIZES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    d = tl.arange(0, BLOCK)
-    at = tl.load(slot).to(tl.int64) + t + 0 * d
-    inside = (at >= 0) & (at < capacity)
-    units = ()  # type: tuple
-    for i in tl.static_range(len(new)):
-        strides = new_strides[i]
-        of_unit = units_at(new[i], strides, b, h, t) + d * strides[3]
-        units += (tl.load(of_unit, mask=d < SIZES[i]),)
-    for i in tl.static_range(len(new)):
-        strides = storage_strides[i]
-        to = units_at(storage[i], strides, b, h, at) + d * strides[3]
-        tl.store(to, units[i], mask=inside & (d < SIZES[i]))
+def packed_shares(
+    packed: PackedKV | RotatedKV, lengths: Sequence[int], queries: int, dtype: torch.dtype
+) -> PackedShares:
+    """How `decode_packed` divides packed units among its programs.
+
+    Args:
+        lengths: packed units of each sequence.
+        queries: of a KV head, G*T, and dtype: those of the steps to come. Others get what is right
+            too, but not as soon.
+    """
+    device = packed.starts.device
+    programs = _programs_if_small(packed, queries, dtype) or PROGRAMS
+    shares = share_out(lengths, programs * multiprocessors(device), device, start=_PACKED_START)
+    return PackedShares.along(packed.starts, shares)
+
+
+def decode_packed_reference(
+    query: Tensor, packed: PackedKV | RotatedKV, shares: PackedShares, plain: Plain, scaling: float
+) -> Tensor:
+    lengths = (shares.lengths, plain.shares.lengths)
+    pairs = zip(packed.expanded(query.shape[3]), plain[:2], strict=True)
+    keys, values = (_interleaved(x.to(query.dtype), rest, *lengths) for x, rest in pairs)
+    both = tuple(map(sum, zip(*lengths, strict=True)))
+    whole = plain._replace(keys=keys, values=values, shares=replace(plain.shares, lengths=both))
+    return decode_sequences_reference(query, whole, scaling)
+
+
+def _interleaved(
+    first: Tensor, second: Tensor, lengths: Sequence[int], others: Sequence[int]
+) -> Tensor:
+    """Each sequence of `first` [N, D], of these lengths, followed by that of `second`."""
+    pairs = zip(first.split([*lengths]), second.split([*others]), strict=True)
+    return torch.cat([units for pair in pairs for units in pair])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from locret.kernels.dispatch import check_tensors, on_device, padded, tl, triton
-from locret.kernels.packed_rotated import bits_of, check_rotated, level_of
+from locret.kernels.packed import check_rotated
+from locret.kernels.rotated_levels import bits_of, level_of
 
 _ELEMENTS = 4096  # that a program holds at a time
 

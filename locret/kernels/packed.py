@@ -3,18 +3,20 @@
 KIVI (arXiv 2402.02750): keys per channel of a block of units, values per unit and group of
 channels. A chunk of a prompt attends to a layer that was expanded for it, one launch a tensor.
 Products of a scale (float16) and a code are exact in float32, so that the kernel rounds once for
-the sum and once for the output, as its twin does: both give the same bits.
+the sum and once for the output, as its twin does: both give the same bits. That holds of 8-bit
+floats (`E4M3`) too: a code has 4 significant bits and a scale 11.
 
-Or 8-bit floats, x = mean + scale * code (`expand_floats`): a code has 4 significant bits and a
-scale 11, so that their product is exact too.
+`rotated`: a unit is H x, with H a Hadamard matrix (orthonormal, symmetric: its own inverse), or
+H (x - mean) for keys, the mean over its block. Its elements are scale * level[code], with a scale
+of its own. A head size that is no power of two is cut into blocks of the largest that divides it,
+each rotated for itself. No table of H is stored: its elements are signs, computed where they are
+needed.
 
-N units of flat sequences, G blocks, D head size.
+N units of flat sequences, G blocks, D head size, of `rotated` a multiple of 8.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +30,24 @@ from locret.kernels.dispatch import (
     tl,
     triton,
 )
-from locret.kernels.splits import Shares, States
+from locret.kernels.rotated_levels import (
+    Levels,
+    bits_of,
+    chunk_assembly,
+    chunks_of,
+    hadamard_at,
+    levels_at,
+    load_codes,
+)
 
-STEP = 64  # most units of a block that kernels take at a time
-PROGRAMS = 3  # programs that share a multiprocessor
-_REGISTERS = 168  # of a thread, so that PROGRAMS of 128 threads fit
+E4M3 = 0
+"""Instead of a number of bits: codes are 8-bit floats, x = scale * code, and of keys plus a mean in
+place of a minimum; values have one scale a unit: their group is the head size."""
+
 _ELEMENTS = 4096  # codes' bytes that a program expands
 _UNITS = 128  # most units whose codes these are
+_ROTATED_UNITS = 64  # units that a program rotates back
+_CHANNELS = 128  # channels of them
 
 
 @dataclass(frozen=True)
@@ -89,31 +102,33 @@ class PackedKV(Packed):
 
 
 @dataclass(frozen=True)
-class PackedShares(Shares):
-    """Which program attends to which packed units.
+class RotatedKV(Packed):
+    """x = H (scale * level[code]), of keys plus their mean.
+
+    Codes are planar as those of `PackedKV`; a code of 3 bits is in two planes, its lower 2 bits in
+    the first D / 4 bytes, its highest in the D / 8 after them.
 
     Attributes:
-        blocks: int32 [P] on the device: the block that each tile's first unit is in.
+        keys: codes uint8 [N, D * bits / 8], scale float16 [N, 1], mean bfloat16 [G, D].
+        values: codes and scale like those of keys.
+        key_levels, value_levels: the upper half of the 4, 8, 16 or 256 levels, ascending; the lower
+            half mirrors them. 256 levels are code - 127.5.
+        group: the most units of a block.
     """
 
-    blocks: Tensor
+    key_levels: Levels
+    value_levels: Levels
+    group: int
 
-    @classmethod
-    def along(cls, starts: Tensor, shares: Shares) -> "PackedShares":
-        """`shares` of units in blocks that begin at `starts`, int32 [G + 1].
+    def check(self, size: int) -> None:
+        """Refuse what does not fit a head size."""
+        check_rotated(self.keys, self.key_levels, (self.count, size), self.starts, "key_")
+        check_rotated(self.values, self.value_levels, (self.count, size), None, "value_")
 
-        A program takes its units in steps, which end with a block. So the borders of tiles move,
-        by at most half a step, to where a step ends: else both neighbours had a step of few units.
-        """
-        border = shares.tiles[:, 1:].contiguous()
-        block = blocks_at(starts, border)
-        start, stop = starts[block], starts[block + 1]
-        before = border - (border - start) % STEP
-        after = torch.minimum(before + STEP, stop)
-        moved = torch.where(border - before < after - border, before, after)
-        tiles = torch.cat([shares.tiles[:, :1], moved], 1)
-        blocks = blocks_at(starts, moved[:, 0].contiguous()).int()
-        return cls(tiles, shares.firsts, shares.lengths, blocks)
+    def expanded(self, size: int) -> tuple[Tensor, Tensor]:
+        """Keys and values float32 [N, D = size], in plain PyTorch."""
+        keys = expand_rotated_reference(self.keys, self.key_levels, size, self.starts)
+        return keys, expand_rotated_reference(self.values, self.value_levels, size)
 
 
 def blocks_at(starts: Tensor, unit: Tensor) -> Tensor:
@@ -132,7 +147,8 @@ def expand_units(
     """Write minimum + scale * code, for the keys or the values of N packed units.
 
     Args:
-        packed, bits, group: `keys` or `values` of `PackedKV`, and how they are packed.
+        packed, bits, group: `keys` or `values` of `PackedKV`, and how they are packed; or `E4M3`
+            for bits. Values without minima have none.
         out: [R, D], floating, any strides.
         starts: of the blocks of keys; None = these are values.
         at: long [N], the row of `out` that each unit goes to; no two to one row. All must be
@@ -147,16 +163,17 @@ def expand_units(
             packed, bits, group, size, starts
         ).to(out.dtype)
     elif count:
-        nbytes = packed[0].shape[1]
-        byte_block = padded(nbytes)
+        byte_block = padded(packed[0].shape[1])
         units = min(_UNITS, max(1, _ELEMENTS // byte_block))
         with on_device(out):
             _expand[(triton.cdiv(count, units),)](
                 *(tuple(packed), starts, out, at),
                 *(count, 0 if starts is None else len(starts) - 1, out.stride()),
                 SIZE=size,
-                BITS=bits,
+                BITS=bits or 8,
                 GROUP=group,
+                FLOATS=bits == E4M3,
+                LOW=len(packed) > 2,
                 BYTE_BLOCK=byte_block,
                 UNITS=units,
                 num_warps=4,
@@ -167,14 +184,19 @@ def expand_units_reference(
     packed: Sequence[Tensor], bits: int, group: int, size: int, starts: Tensor | None = None
 ) -> Tensor:
     """The twin of `expand_units`, in plain PyTorch: float32 [N, D = size]."""
-    codes, scale, minimum = packed
-    planes = [(codes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-    x = torch.cat(planes, dim=-1)[:, :size].float()
+    codes, *tables = packed
+    if bits == E4M3:
+        x = codes.view(torch.float8_e4m3fn).float()
+    else:
+        planes = [(codes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+        x = torch.cat(planes, dim=-1)[:, :size].float()
     if starts is None:
         channel = torch.arange(size, device=codes.device) // group
-        return minimum[:, channel].float() + scale[:, channel].float() * x
-    block = blocks_at(starts, torch.arange(len(codes), device=starts.device).int())
-    return minimum[block].float() + scale[block].float() * x
+        scale, *low = (table[:, channel].float() for table in tables)
+    else:
+        block = blocks_at(starts, torch.arange(len(codes), device=starts.device).int())
+        scale, *low = (table[block].float() for table in tables)
+    return low[0] + scale * x if low else scale * x
 
 
 def check_rows(count: int, out: Tensor, at: Tensor | None) -> int:
@@ -198,30 +220,18 @@ def check_packed(
 ) -> None:
     """Refuse what does not fit keys or values [N, D] = `shape`; arguments as of `expand_units`,
     `name` before what they are called in the error."""
-    if bits not in (2, 4, 8):
+    if bits not in (E4M3, 2, 4, 8):
         raise ValueError(f"bits is {bits}; expected 2, 4 or 8")
-    (codes, scale, minimum), (count, size) = packed, shape
+    (codes, scale, *low), (count, size) = packed, shape
     table = (count, -(-size // group)) if starts is None else (len(scale), size)
     check_tensors(
         {
-            f"{name}codes": (codes, torch.uint8, (count, -(-size * bits // 8))),
+            f"{name}codes": (codes, torch.uint8, (count, -(-size * (bits or 8) // 8))),
             f"{name}scale": (scale, torch.float16, table),
-            f"{name}minimum": (minimum, torch.float16, table),
+            f"{name}minimum": (low[0] if low else None, torch.float16, table),
             f"{name}starts": (starts, torch.int32, (len(scale) + 1,)),
         }
     )
-
-
-def step_arguments(
-    query: Tensor, packed: Packed, shares: PackedShares, scaling: float, states: States
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a kernel that leaves the attention over packed units in `states` takes: by order, and by
-    name."""
-    heads = len(shares.lengths) // len(query)
-    tensors = (*packed.keys, *packed.values), (packed.starts, shares.tiles, shares.blocks)
-    numbers = scaling * math.log2(math.e), heads, len(packed.starts) - 1, query.stride()
-    sizes = {"NEW": query.shape[2], "QUERIES": states.weights.shape[1], "SIZE": query.shape[3]}
-    return (query, *tensors, (states.values, states.weights), *numbers), sizes
 
 
 def is_wide(query: Tensor) -> bool:
@@ -229,41 +239,11 @@ def is_wide(query: Tensor) -> bool:
     return query.dtype == torch.float32 or torch.version.hip is not None
 
 
-def launch_options(query: Tensor, queries: int) -> dict[str, Any]:
-    """How programs that hold `queries` queries expand units, and with how many threads and
-    registers so that `PROGRAMS` fit."""
-    wide, block = is_wide(query), padded(queries, least=16)
-    return {
-        "QUERY_BLOCK": block,
-        "UPCAST": INTERPRETED or wide,
-        "num_warps": 8 if wide else 4,
-        "maxnreg": None if wide or block > 16 else _REGISTERS,
-    }
-
-
-def power_of_two_in(*numbers: int) -> int:
-    """The largest power of two that divides all `numbers`."""
-    common = math.gcd(*numbers)
-    return common & -common
-
-
-@triton.jit
-def next_step(at, end, after, block, blocks, UNITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where a step after that at `at` begins, the end of its block, and the block.
-
-    A step takes the units at .. end - 1 of one block, UNITS of them at most; `after` is where the
-    next block ends. Everything that a step needs is asked for before any of it is used.
-    """
-    is_done = at + UNITS >= end
-    block = tl.minimum(tl.where(is_done, block + 1, block), blocks - 1)
-    return tl.minimum(at + UNITS, end), tl.where(is_done, after, end), block
-
-
 @triton.jit(do_not_specialize=["count", "blocks"])
 def _expand(  # type: ignore[no-untyped-def]
     packed, starts, out, rows, count, blocks, out_strides,
-    SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BYTE_BLOCK: tl.constexpr,
-    UNITS: tl.constexpr,
+    SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, FLOATS: tl.constexpr,
+    LOW: tl.constexpr, BYTE_BLOCK: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     BYTES: tl.constexpr = (SIZE * BITS + 7) // 8
     first = tl.program_id(0) * UNITS
@@ -282,10 +262,21 @@ def _expand(  # type: ignore[no-untyped-def]
         channel = (plane * BYTES + byte)[None, :]
         mask = in_bytes & (channel < SIZE)
         d = channel if starts is not None else channel // GROUP
-        step = tl.load(packed[1] + entry + d, mask=mask, other=0.0)
-        low = tl.load(packed[2] + entry + d, mask=mask, other=0.0)
-        code = ((bits >> (plane * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
-        x = low.to(tl.float32) + step.to(tl.float32) * code
+        if LOW:
+            step = tl.load(packed[1] + entry + d, mask=mask, other=0.0)
+        else:
+            step = tl.load(packed[1] + entry, mask=there[:, None], other=0.0)
+        if FLOATS:
+            # With three bits of exponent more in front these are the bits of a float16, 2 ** 8
+            # times as small, numbers below the normal ones included; not every GPU knows e4m3.
+            half = ((bits & 128) << 8) | ((bits & 127) << 7)
+            code = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        else:
+            code = ((bits >> (plane * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+        x = step.to(tl.float32) * code
+        if LOW:
+            low = tl.load(packed[2] + entry + d, mask=mask, other=0.0)
+            x = low.to(tl.float32) + x
         at = out + at_out + channel * out_strides[1]
         tl.store(at, x.to(out.dtype.element_ty), mask=mask)
 
@@ -319,84 +310,131 @@ def blocks_of(starts, first, UNITS: tl.constexpr, blocks):  # type: ignore[no-un
     return block + tl.sum((ends[None, :] <= (first + i)[:, None]).to(tl.int32), 1)
 
 
-def expand_floats(
-    packed: Sequence[Tensor], out: Tensor, starts: Tensor | None = None, at: Tensor | None = None
+def expand_rotated(
+    packed: tuple[Tensor, ...],
+    levels: Levels,
+    out: Tensor,
+    starts: Tensor | None = None,
+    at: Tensor | None = None,
 ) -> None:
-    """Write the keys or the values of N units.
+    """Write H (scale * level[code]), of keys plus their mean, for N packed units.
 
     Args:
-        packed: of keys, the bits of e4m3 codes uint8 [N, D], scale and mean float16 [G, D]; of
-            values, codes and scale float16 [N, 1]. All contiguous.
-        out: [R, D], floating, any strides.
-        starts: of the blocks of keys, int32 [G + 1]; None = these are values.
-        at: long [N], the row of `out` that each unit goes to, as of `expand_units`; None = all R =
-            N rows, in order.
+        packed, levels: `keys` or `values` of `RotatedKV`, and theirs.
+        out, starts, at: as of `expand_units`.
     """
     count = packed[0].shape[0]
     size = check_rows(count, out, at)
-    _check_floats(packed, (count, size), starts)
+    check_rotated(packed, levels, (count, size), starts)
     if not takes_triton(*packed, out, starts, at):
-        x = expand_floats_reference(packed, starts)
-        out[slice(None) if at is None else at] = x.to(out.dtype)
+        out[slice(None) if at is None else at] = expand_rotated_reference(
+            packed, levels, size, starts
+        ).to(out.dtype)
     elif count:
-        wide = padded(size)
-        units = min(_UNITS, max(1, _ELEMENTS // wide))
+        bits = bits_of(levels)
+        upcast = INTERPRETED or is_wide(out)
+        units = _ROTATED_UNITS // 4 if upcast else _ROTATED_UNITS
+        channels = min(_CHANNELS // 2 if upcast else _CHANNELS, padded(size, least=16))
         with on_device(out):
-            _expand_floats[(triton.cdiv(count, units),)](
+            _rotate_back[(triton.cdiv(count, units), triton.cdiv(size, channels))](
                 *(tuple(packed), starts, out, at),
                 *(count, 0 if starts is None else len(starts) - 1, out.stride()),
                 SIZE=size,
-                SIZE_BLOCK=wide,
+                BITS=bits,
+                LEVELS=levels if bits < 8 else (),
+                CHANNELS=channels,
+                CHUNK_BLOCK=padded(size // chunks_of(bits), least=16),
                 UNITS=units,
-                num_warps=4,
+                ASSEMBLY=None if upcast else chunk_assembly(levels),
+                num_warps=8 if upcast else 4,
             )
 
 
-def expand_floats_reference(packed: Sequence[Tensor], starts: Tensor | None = None) -> Tensor:
-    """The twin of `expand_floats`, in plain PyTorch: float32 [N, D]."""
-    codes = packed[0].view(torch.float8_e4m3fn).float()
+def expand_rotated_reference(
+    packed: tuple[Tensor, ...], levels: Levels, size: int, starts: Tensor | None = None
+) -> Tensor:
+    """The twin of `expand_rotated`, in plain PyTorch: float32 [N, D = size]."""
+    table = torch.tensor([-level for level in reversed(levels)] + list(levels))
+    codes = _unpacked(packed[0], bits_of(levels), size)
+    x = table.to(codes.device)[codes.int()] * packed[1].float() @ hadamard(size, codes.device)
     if starts is None:
-        return codes * packed[1].float()
-    block = blocks_at(starts, torch.arange(len(codes), device=starts.device).int())
-    return codes * packed[1][block].float() + packed[2][block].float()
+        return x
+    unit = torch.arange(len(codes), device=starts.device).int()
+    return x + packed[2].float()[blocks_at(starts, unit)]
 
 
-def _check_floats(packed: Sequence[Tensor], shape: tuple[int, int], starts: Tensor | None) -> None:
-    codes, scale, mean = (*packed, None) if starts is None else packed
-    assert codes is not None and scale is not None
-    table = (shape[0], 1) if starts is None else (len(scale), shape[1])
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """H, float32 [size, size]."""
+    part = torch.ones(1, 1, device=device)
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device)
+    while size % (2 * len(part)) == 0:
+        part = torch.kron(part, pair)
+    return torch.block_diag(*[part * len(part) ** -0.5] * (size // len(part)))
+
+
+def _unpacked(packed: Tensor, bits: int, size: int) -> Tensor:
+    if bits == 3:
+        low, high = packed.split([size // 4, size // 8], 1)
+        return _unpacked(low, 2, size) | _unpacked(high, 1, size) << 2
+    return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)], 1)
+
+
+def check_rotated(
+    packed: tuple[Tensor, ...],
+    levels: Levels,
+    shape: tuple[int, int],
+    starts: Tensor | None,
+    name: str = "",
+) -> None:
+    """Refuse what does not fit keys or values [N, D] = `shape`; arguments as of `expand_rotated`,
+    `name` before what they are called in the error."""
+    count, size = shape
+    if len(levels) not in (2, 4, 8, 128) or size % 8:
+        raise ValueError(
+            f"{name}levels are {2 * len(levels)} and the head size is {size}; "
+            "expected 4, 8, 16 or 256, and a multiple of 8"
+        )
+    codes, scale, mean = packed if starts is not None else (*packed, None)
+    blocks = 0 if mean is None else len(mean)
     check_tensors(
         {
-            "codes": (codes, torch.uint8, shape),
-            "scale": (scale, torch.float16, table),
-            "mean": (mean, torch.float16, table),
-            "starts": (starts, torch.int32, (len(scale) + 1,)),
+            f"{name}codes": (codes, torch.uint8, (count, size * bits_of(levels) // 8)),
+            f"{name}scale": (scale, torch.float16, (count, 1)),
+            f"{name}mean": (mean, torch.bfloat16, (blocks, size)),
+            f"{name}starts": (starts, torch.int32, (blocks + 1,)),
         }
     )
 
 
 @triton.jit(do_not_specialize=["count", "blocks"])
-def _expand_floats(  # type: ignore[no-untyped-def]
+def _rotate_back(  # type: ignore[no-untyped-def]
     packed, starts, out, rows, count, blocks, out_strides,
-    SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, UNITS: tl.constexpr,
+    SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, CHANNELS: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr, UNITS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
+    CHUNKS: tl.constexpr = 8 // (BITS - BITS % 2)
+    CHUNK: tl.constexpr = SIZE // CHUNKS
     first = tl.program_id(0) * UNITS
     unit = first + tl.arange(0, UNITS)
     there = unit < count
-    d = tl.arange(0, SIZE_BLOCK)[None, :]
-    mask = there[:, None] & (d < SIZE)
-    at = unit.to(tl.int64)[:, None]
-    code = tl.load(packed[0] + at * SIZE + d, mask=mask, other=0).to(tl.int32)
-    # With three bits of exponent more in front these are the bits of a float16, 2 ** 8 times as
-    # small, numbers below the normal ones included; not every GPU knows e4m3.
-    bits = ((code & 128) << 8) | ((code & 127) << 7)
-    x = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    byte = tl.arange(0, CHUNK_BLOCK)
+    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    at = packed[0] + unit.to(tl.int64)[:, None] * (SIZE * BITS // 8)
+    mask = there[:, None] & (byte < CHUNK)[None, :]
+    codes = load_codes(at, byte[None, :], mask, BITS, CHUNK, ASSEMBLY)
+    x = tl.zeros((UNITS, CHANNELS), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        level = levels_at(codes, chunk, BITS, LEVELS, ASSEMBLY)
+        # Elements of H are 1 or -1 here, which float16 holds; what comes of padding is zero.
+        channel = tl.where(byte < CHUNK, chunk * CHUNK + byte, -1)
+        signs = hadamard_at(channel[:, None], d[None, :], SIZE).to(level.dtype)
+        x = tl.dot(level, signs, acc=x, input_precision="ieee")
+    scale = tl.load(packed[1] + unit, mask=there, other=0.0).to(tl.float32)
+    x *= scale[:, None] * (SIZE & -SIZE) ** -0.5
+    mask = there[:, None] & (d < SIZE)[None, :]
     if starts is not None:
-        entry = blocks_of(starts, first, UNITS, blocks).to(tl.int64)[:, None] * SIZE + d
-        scale = tl.load(packed[1] + entry, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(packed[2] + entry, mask=mask, other=0.0).to(tl.float32)
-        x = x * scale + mean
-    else:
-        x *= tl.load(packed[1] + at, mask=there[:, None], other=0.0).to(tl.float32)
-    to = out + row_of(rows, unit, there)[:, None] * out_strides[0] + d * out_strides[1]
-    tl.store(to, x.to(out.dtype.element_ty), mask=mask)
+        block = blocks_of(starts, first, UNITS, blocks).to(tl.int64)
+        mean = tl.load(packed[2] + block[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
+        x += mean.to(tl.float32)
+    at = out + row_of(rows, unit, there)[:, None] * out_strides[0] + d[None, :] * out_strides[1]
+    tl.store(at, x.to(out.dtype.element_ty), mask=mask)

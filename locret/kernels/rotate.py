@@ -1,11 +1,11 @@
-"""Rotate queries or keys at their slots in one pass: one read and one write of x.
+"""Rotate queries or keys at their slots in one pass, and store new units in tails.
 
 Any rotary embedding whose rotation turns pairs of dimensions fits: the caller gives the tables of
 its slots. cos and sin are read once for several heads.
 
-Of a step, query and key are rotated and key and value stored in the tail in one launch
-(`store_rotated`), with the norms of queries and keys where an architecture has them; the slot is
-read on the device, and cos and sin are looked up there.
+Of a step, key and value are stored in one launch at a slot that is read on the device: as they are
+(`store_units`), or with query and key rotated by tables that are looked up there, after the norms
+of queries and keys where an architecture has them (`store_rotated`).
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from locret.kernels.decode import store_units_reference
 from locret.kernels.dense import norm_reference
 from locret.kernels.dispatch import (
     check_tensors,
@@ -35,7 +34,6 @@ def rotate_at_slots(
     x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing = "half", out: Tensor | None = None
 ) -> Tensor:
     """out[d] = x[d] cos[d] + x[partner(d)] sin[d] for d < R; the other dimensions are copied.
-
     Computed in float32 and rounded once.
 
     Args:
@@ -210,6 +208,73 @@ def _pairs(block):  # type: ignore[no-untyped-def]
     return tl.split(tl.reshape(block, (block.shape[0], block.shape[1] // 2, 2)))
 
 
+def store_units(
+    storage_keys: Tensor, storage_values: Tensor, key: Tensor, value: Tensor, slot: Tensor
+) -> None:
+    """Write T new units at the slots slot .. slot + T - 1, in place, in one launch.
+
+    Args:
+        storage_keys, storage_values: [B, H, C, D], any strides.
+        key, value: [B, H, T, D], of the storage's dtypes; T is small, 1 while decoding.
+        slot: [1] int32 or int64, on the same device. All slots must lie in the storage: this
+            cannot be checked without waiting for the device. A GPU drops what lies outside.
+    """
+    _check_store(storage_keys, storage_values, key, value, slot)
+    if not takes_triton(storage_keys, storage_values, key, value, slot):
+        store_units_reference(storage_keys, storage_values, key, value, slot)
+    elif key.numel():
+        batch, heads, new, size = key.shape
+        with on_device(key):
+            _store[(new, heads, batch)](
+                *((storage_keys, storage_values), (key, value), slot, storage_keys.shape[2]),
+                (storage_keys.stride(), storage_values.stride()),
+                (key.stride(), value.stride()),
+                SIZES=(size, value.shape[3]),
+                BLOCK=padded(max(size, value.shape[3])),
+                num_warps=1,
+            )
+
+
+def store_units_reference(
+    storage_keys: Tensor, storage_values: Tensor, key: Tensor, value: Tensor, slot: Tensor
+) -> None:
+    slots = slot.long() + torch.arange(key.shape[2], device=slot.device)
+    storage_keys.index_copy_(2, slots, key)
+    storage_values.index_copy_(2, slots, value)
+
+
+def _check_store(
+    storage_keys: Tensor, storage_values: Tensor, key: Tensor, value: Tensor, slot: Tensor
+) -> None:
+    for name, units, storage in (("key", key, storage_keys), ("value", value, storage_values)):
+        shape = (*storage.shape[:2], key.shape[2], *storage.shape[3:])
+        check_tensors({name: (units, storage.dtype, shape)}, contiguous=False)
+    if slot.shape != (1,) or slot.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"slot is {tuple(slot.shape)} {slot.dtype}; expected [1], int32 or int64")
+
+
+@triton.jit
+def _store(  # type: ignore[no-untyped-def]
+    storage, new, slot, capacity, storage_strides, new_strides,
+    SIZES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    at = tl.load(slot).to(tl.int64) + t + 0 * d
+    inside = (at >= 0) & (at < capacity)
+    units = ()  # type: tuple
+    for i in tl.static_range(len(new)):
+        strides = new_strides[i]
+        of_unit = units_at(new[i], strides, b, h, t) + d * strides[3]
+        units += (tl.load(of_unit, mask=d < SIZES[i]),)
+    for i in tl.static_range(len(new)):
+        strides = storage_strides[i]
+        to = units_at(storage[i], strides, b, h, at) + d * strides[3]
+        tl.store(to, units[i], mask=inside & (d < SIZES[i]))
+
+
 class Tables(NamedTuple):
     """cos and sin [1 or B, C, R] of the tail's slots, as `rotate_at_slots` takes them, its partners
     being R / 2 apart ("half")."""
@@ -244,7 +309,6 @@ def store_rotated(
     norms: HeadNorms | None = None,
 ) -> Tensor:
     """Write the rotated key and the value at a slot of the tail, and return the rotated query.
-
     Rotations are computed in float32 and rounded once.
 
     Args:
@@ -252,8 +316,7 @@ def store_rotated(
         tail_keys, tail_values: [B, H, C, D], the last dimension contiguous.
         slot: [1] int32, on the same device, in 0 .. C - 1: this cannot be checked without waiting
             for the device. A GPU stores nothing elsewhere.
-        tables: None = nothing is rotated.
-        norms: None = there are none.
+        tables, norms: None = nothing is rotated; there are no norms.
 
     Returns:
         [B, H*G, 1, D], contiguous.
@@ -321,8 +384,7 @@ def _check_new(
         contiguous=False,
     )
     if norms is not None:
-        weights = {"query norm": norms.query, "key norm": norms.key}
-        check_tensors({name: (x, dtype, (size,)) for name, x in weights.items()})
+        check_tensors({f"{n} norm": (getattr(norms, n), dtype, (size,)) for n in ("query", "key")})
     if any(x.stride(-1) != 1 for x in (*new, tail_keys, tail_values)):
         raise ValueError("channels are not contiguous; expected a stride of 1 in each tensor")
     if tables is not None:
@@ -332,10 +394,7 @@ def _check_new(
                 f"cos is {tuple(tables.cos.shape)}; expected [1 or {batch}, {capacity} or more, "
                 f"an even number up to {size}]"
             )
-        check_tensors(
-            {n: (x, x.dtype, tables.cos.shape) for n, x in tables._asdict().items()},
-            contiguous=True,
-        )
+        check_tensors({n: (x, x.dtype, tables.cos.shape) for n, x in tables._asdict().items()})
 
 
 @triton.jit(do_not_specialize=["capacity", "table_stride"])

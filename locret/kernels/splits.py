@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +27,12 @@ from locret.kernels.dispatch import (
     units_at,
     wait_for_last,
 )
+from locret.kernels.rotated_levels import turned
 
 _LEAST_SPLIT = 128  # units of the capacity that are worth a program of their own
 _SLICE = 32  # channels that a program merges
 _STATES = 64  # states of tiles that it reads at a time
+_ROTATED_STATES = (128, 32)  # of rotated tiles, since it waits for each time, and of others
 _ROUNDS = 4  # most rounds of programs that tiles are made for
 _TOKENS = 32  # tokens of one head of which a program merges two attentions
 
@@ -166,34 +167,32 @@ class States:
         values = torch.empty(*shape, size, dtype=torch.float32, device=query.device)
         return cls(values, torch.empty_like(values[..., 0]), tail_splits)
 
-    def merge(self, out: Tensor, shares: Sequence[Shares]) -> None:
+    def merge(self, out: Tensor, shares: Sequence[Shares], rotated: bool = False) -> None:
         """Write the attention of all states together to `out` [B, H*G, T, D]; zeros of no units.
 
         Args:
             shares: one or two, whose tiles together are the P, in this order.
+            rotated: the averages of the first shares' tiles are to be rotated back by H.
         """
         queries, size = self.values.shape[1:]
         batch, q_heads, new, _ = out.shape
-        slice_size = min(_SLICE, padded(size))
+        first, second = shares[0], shares[1] if len(shares) > 1 else None
+        slice_size = padded(size, least=16) if rotated else min(_SLICE, padded(size))
         with on_device(out):
             _merge_states[(queries * -(-size // slice_size), q_heads * new // queries, batch)](
-                *self.merge_arguments(out, shares),
+                *((self.values, self.weights), out, first.firsts, second and second.firsts),
+                *(first.count, sum(share.count for share in shares), self.tail_splits),
+                out.stride(),
                 NEW=new,
                 QUERIES=queries,
                 SIZE=size,
                 SLICE=slice_size,
-                STEP=_STATES,
-                num_warps=4,
+                STEP=_ROTATED_STATES[0] if rotated else _STATES,
+                OTHERS=_ROTATED_STATES[1],
+                ROTATED=rotated,
+                num_warps=16 if rotated else 4,
                 **early(out),
             )
-
-    def merge_arguments(self, out: Tensor, shares: Sequence[Shares]) -> tuple[Any, ...]:
-        """What a kernel that merges takes first."""
-        first, second = shares[0], shares[1] if len(shares) > 1 else None
-        return (
-            *((self.values, self.weights), out, first.firsts, second and second.firsts),
-            *(first.count, sum(share.count for share in shares), self.tail_splits, out.stride()),
-        )
 
 
 def merge_states_reference(states: States, out: Tensor, shares: Sequence[Shares]) -> None:
@@ -261,22 +260,42 @@ def leave_average(  # type: ignore[no-untyped-def]
 def _merge_states(  # type: ignore[no-untyped-def]
     states, out, firsts, second_firsts, second_at, tail_at, tail_splits, strides,
     NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, SLICE: tl.constexpr,
-    STEP: tl.constexpr, EARLY: tl.constexpr,
+    STEP: tl.constexpr, OTHERS: tl.constexpr, ROTATED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     start_next(EARLY)
-    which = tl.program_id(0) % QUERIES
-    d = tl.program_id(0) // QUERIES * SLICE + tl.arange(0, SLICE)
+    which = tl.program_id(0)
+    d = tl.arange(0, SLICE)
+    if not ROTATED:
+        d += which // QUERIES * SLICE
+        which = which % QUERIES
     sequence = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     tiles = states_of(firsts, sequence, 0)
     others = states_of(second_firsts, sequence, second_at)
     tail = (tail_at + sequence * tail_splits, tail_splits)
     wait_for_last(EARLY)
-    _, total, summed = merged_states(
-        states, tiles, others, tail, which, d, QUERIES, SIZE, SLICE, STEP
-    )
+    if ROTATED:
+        none = (0, 0)
+        highest, total, rotated = merged_states(
+            states, tiles, none, none, which, d, QUERIES, SIZE, SLICE, STEP
+        )
+        other_highest, other_total, plain = merged_states(
+            states, others, tail, none, which, d, QUERIES, SIZE, SLICE, OTHERS
+        )
+        base = tl.maximum(highest, other_highest)
+        base = tl.where(base == float("-inf"), 0.0, base)
+        shrink = tl.exp2(highest - base)
+        other_shrink = tl.exp2(other_highest - base)
+        total = total * shrink + other_total * other_shrink
+        inverse = 1.0 / tl.where(total > 0.0, total, 1.0)
+        merged = turned(rotated * (shrink * inverse), SIZE, SLICE)
+        merged += plain * (other_shrink * inverse)
+    else:
+        _, total, summed = merged_states(
+            states, tiles, others, tail, which, d, QUERIES, SIZE, SLICE, STEP
+        )
+        merged = summed / tl.where(total > 0.0, total, 1.0)
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     to = queries_at(out, strides, b, h, which, NEW, QUERIES) + d * strides[3]
-    merged = summed / tl.where(total > 0.0, total, 1.0)
     tl.store(to, merged.to(out.dtype.element_ty), mask=d < SIZE)
 
 

@@ -1,21 +1,9 @@
 """Quantized storage of keys and values. `docs/quantization.md` has the formulas and the layout."""
 
-from locret.quantization.base import Scheme
-from locret.quantization.schemes import (
-    NO_SCHEME,
-    SCHEMES,
-    Quantization,
-    describe_scheme,
-    make_scheme,
-    scheme_of,
-)
-
-__all__ = [
-    "NO_SCHEME",
-    "SCHEMES",
-    "Quantization",
-    "Scheme",
-    "describe_scheme",
-    "make_scheme",
-    "scheme_of",
-]
+from locret.quantization.base import Scheme as Scheme
+from locret.quantization.schemes import NO_SCHEME as NO_SCHEME
+from locret.quantization.schemes import SCHEMES as SCHEMES
+from locret.quantization.schemes import Quantization as Quantization
+from locret.quantization.schemes import describe_scheme as describe_scheme
+from locret.quantization.schemes import make_scheme as make_scheme
+from locret.quantization.schemes import scheme_of as scheme_of

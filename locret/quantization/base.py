@@ -103,19 +103,18 @@ class Scheme:
         """float32 [..., D] from what `encode_values` returned."""
         raise NotImplementedError(f"{type(self).__name__} must implement decode_values()")
 
+    # Where kernels can do a layer at once. What they cannot, the methods above are asked for.
+
     def expand(
         self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
     ) -> bool:
-        """Write all keys or values of a layer at once, where a kernel can.
+        """Whether a kernel wrote all keys or values of a layer.
 
         Args:
             packed: what each unit needs [N, *] and, of keys, the tables [M, *].
             starts: of the blocks of keys (`locret.quantization.packed.PackedKeys`); None = values.
             out: [*, D], floating.
             at: rows of `out` that the units go to, [N] long; None = all, in order.
-
-        Returns:
-            Whether it did; False = the methods above are to be asked.
         """
         return False
 
@@ -128,20 +127,9 @@ class Scheme:
         kept: Tensor,
         starts: Tensor,
     ) -> tuple[Tensors, Tensors] | None:
-        """What `encode_keys` would return for all blocks at once, where a kernel can: what each
-        unit needs [K, *], and the tables [M, *]. None = the methods above are to be asked.
-
-        Args:
-            packed: what each of N packed units needs [N, *], and their tables; None = N is 0.
-            block: long [K], the block of each unit that is packed.
-            fresh: [F, D], other keys.
-            index: long [K], the units: u < N is packed, N + i is unit i of `fresh`.
-            kept: int32 [M], the former block whose entry a new block keeps; below 0, encode.
-            starts: int32 [M + 1], of the new blocks.
-
-        Raises:
-            ValueError: a key that is to be encoded cannot be stored.
-        """
+        """What `encode_keys` would return for all blocks at once: what each unit needs [K, *], and
+        the tables [M, *]; None = no kernel can. Arguments are those of
+        `locret.kernels.pack_rotated_keys`. ValueError: a key cannot be stored."""
         return None
 
     def values_at(self, packed: Tensors | None, fresh: Tensor, index: Tensor) -> Tensors | None:
@@ -151,7 +139,7 @@ class Scheme:
     def units_at(
         self, packed: Tensors, block: Tensor | None, fresh: Tensor, index: Tensor
     ) -> Tensor | None:
-        """float32 [K, D], keys (with `block`) or values in full, where a kernel can; else None."""
+        """float32 [K, D], keys (with `block`) or values in full; None = no kernel can."""
         return None
 
     def decodes_packed(self, head_size: int) -> bool:
@@ -159,14 +147,8 @@ class Scheme:
         return False
 
     def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> Any:
-        """Packed units as `locret.kernels.decode_packed` takes them, of a scheme that
-        `decodes_packed`.
-
-        Args:
-            keys: what each unit needs [N, *], and the tables [M, *].
-            starts: of the blocks of keys.
-            values: what each unit needs [N, *].
-        """
+        """Packed units as `locret.kernels.decode_packed` takes them: keys, what each needs [N, *]
+        and the tables [M, *], the starts of their blocks, and values [N, *]."""
         raise NotImplementedError(f"{type(self).__name__} must implement kernel_form()")
 
 

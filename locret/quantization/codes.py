@@ -1,5 +1,4 @@
-"""Values as small codes: groups quantized by one scale each, codes packed in bytes, and outliers
-kept beside them.
+"""Values as small codes: groups with one scale each, rotated units, codes in bytes, outliers.
 
 **Groups**, x ~ minimum + scale * code (KIVI, arXiv 2402.02750, section 3.1). For a group with
 smallest value `low` and largest value `high`, and Q = 2 ** bits - 1:
@@ -22,19 +21,35 @@ from w than that, is what w rounds to. The same holds of every code, with half a
 distance. Float16 has twice the spacing above a power of two as below, so a scale that is one can
 miss on the wide side; its second derivation, from y, lands beside it and stays (`_stable_scale`).
 
+**Rotated units.** A rotation by a Hadamard matrix H (orthonormal, its own inverse) spreads what is
+large in a few channels over all of them, so that the elements of z = H x are nearly normal, and one
+table of levels fits every model, layer and head: z ~ zq = scale * level[code], with the code whose
+level is nearest to z / r.
+
+- 2, 3, 4 bits: r = root mean square of z, and levels are those of Lloyd and Max for N(0, 1), which
+  lose 11.7 %, 3.45 % and 0.95 % of the energy.
+- 8 bits: r = max |z| / 127.5 and levels are code - 127.5. An even grid up to a unit's own largest
+  element needs no table and loses about what the 256 levels of Lloyd and Max do: 0.82 of it at
+  D = 64, 0.98 at 128, 1.15 at 256.
+- scale = <z, level> / <level, level>, a float16 a unit: it makes <z, zq> = <zq, zq>, the least
+  error that these codes allow, so that an inner product with zq is, on average, that with z. Codes
+  are then chosen once more, with r = scale.
+
 **Bytes**, planar. `size` codes take `packed_size(size, bits)` bytes; plane i of
 byte j, its bits [i * bits, (i + 1) * bits), holds code j + i * packed_size. So the low halves of
 the bytes are the first half of a head's channels in order, the high halves the second: a kernel
 unpacks with a shift and a mask, and needs no interleaving. Codes that are missing from the last
-plane are zero.
+plane are zero. Codes of 3 bits are 2 bits and then 1, packed one after the other.
 
 **Outliers** (KVQuant, arXiv 2401.18079, section 3.4) are kept as they are, so that they do not
 stretch the steps of all others: of each unit how many, and their channels and values.
-N units, D head size, O outliers in all.
+
+N units, D head size, d packed size, O outliers in all. "..." is any shape.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -53,6 +68,23 @@ LARGEST = 2.0**15
 
 STORAGE_ERROR = 2.0**-25
 """Half of float16's smallest step: what storing the minimum of a group of tiny values may cost."""
+
+FLOAT16_LAST = 65504.0
+SMALLEST = 2.0**-100  # keeps a unit of zeros from dividing by zero
+
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+"""Bits of the planes that a code of so many bits is cut into, the lowest bits first."""
+
+POSITIVE_LEVELS = {
+    2: (0.4527800346, 1.5104176085),
+    3: (0.2450941789, 0.7560052813, 1.3439092785, 2.1519457045),
+    4: (
+        *(0.1283950299, 0.3880482995, 0.6567591185, 0.9423404565),
+        *(1.2562311973, 1.6180463860, 2.0690172265, 2.7325895710),
+    ),
+    8: tuple(step + 0.5 for step in range(128)),
+}
+"""The levels of the upper half of the codes; those of the lower half mirror them."""
 
 
 def smallest_scale(bits: int) -> float:
@@ -165,6 +197,60 @@ def _extremes(x: Tensor, dim: int, usable: Tensor | None) -> tuple[Tensor, Tenso
     return low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
 
 
+def hadamard(x: Tensor) -> Tensor:
+    """H x, like `x` [..., D]: an orthonormal Walsh-Hadamard transform, its own inverse.
+
+    A D that is no power of two is cut into blocks of the largest that divides it (80: five of 16).
+    ValueError: D is odd.
+    """
+    size = x.shape[-1] & -x.shape[-1]
+    if size < 2:
+        raise ValueError(f"quantization 'rotated' needs an even head size; it is {x.shape[-1]}")
+    y = x.float()
+    step = 1
+    while step < size:
+        one, other = y.unflatten(-1, (-1, 2, step)).unbind(-2)
+        y = torch.stack([one + other, one - other], -2).flatten(-3)
+        step *= 2
+    return (y * size**-0.5).to(x.dtype)
+
+
+@lru_cache
+def levels(bits: int, device: torch.device | None = None) -> Tensor:
+    """float32 [2 ** bits], ascending: what a code stands for, before the scale."""
+    upper = POSITIVE_LEVELS[bits]
+    return torch.tensor([-level for level in reversed(upper)] + list(upper), device=device)
+
+
+def encode_rotated(z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [..., d] and scale float16 [..., 1] of rotated units, float32 [..., D].
+    ValueError: a scale is beyond float16."""
+    level = levels(bits, z.device)
+    if bits == 8:
+        size = z.abs().amax(-1, keepdim=True) / level[-1]
+    else:
+        size = z.square().mean(-1, keepdim=True).sqrt()
+    codes, scale = _nearest(z, size, level)
+    codes, scale = _nearest(z, scale, level)  # a unit is not quite normal
+    refuse_unstorable(scale * (LARGEST / FLOAT16_LAST))
+    return pack_planes(codes.to(torch.uint8), bits), scale.half()
+
+
+def _nearest(z: Tensor, size: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the levels nearest to z / size, and the scale of least error for them."""
+    between = (level[1:] + level[:-1]) / 2
+    codes = torch.bucketize(z / size.clamp(min=SMALLEST), between, out_int32=True)
+    chosen = level[codes]
+    return codes, (z * chosen).sum(-1, keepdim=True) / chosen.square().sum(-1, keepdim=True)
+
+
+def decode_rotated(units: Sequence[Tensor], bits: int, head_size: int) -> Tensor:
+    """scale * level[code], rotated units float32 [..., D], from what `encode_rotated`
+    returned."""
+    codes, scale = units
+    return levels(bits, codes.device)[unpack_planes(codes, bits, head_size).int()] * scale.float()
+
+
 def packed_size(size: int, bits: int) -> int:
     """Bytes that `size` codes of `bits` bits take."""
     return -(-size * bits // 8)
@@ -193,6 +279,26 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
         return packed
     planes = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
     return torch.cat(planes, -1)[..., :size]
+
+
+def pack_planes(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [..., D] as bytes [..., d], plane after plane."""
+    planes, shift = [], 0
+    for width in PLANES[bits]:
+        planes.append(pack((codes >> shift) & (2**width - 1), width))
+        shift += width
+    return torch.cat(planes, -1) if len(planes) > 1 else planes[0]
+
+
+def unpack_planes(packed: Tensor, bits: int, size: int) -> Tensor:
+    """The codes [..., `size`] that `pack_planes` was given."""
+    widths = PLANES[bits]
+    planes = packed.split([packed_size(size, width) for width in widths], -1)
+    codes, shift = unpack(planes[0], widths[0], size), widths[0]
+    for plane, width in zip(planes[1:], widths[1:], strict=True):
+        codes = codes | (unpack(plane, width, size) << shift)
+        shift += width
+    return codes
 
 
 @dataclass(frozen=True)

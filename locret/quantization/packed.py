@@ -22,9 +22,15 @@ import torch
 from torch import Tensor
 
 from locret.quantization.base import Scheme, Tensors
-from locret.quantization.blocks import FRESH, REPACKED, Blocks, aligned, arrange
+from locret.quantization.blocks import (
+    FRESH,
+    REPACKED,
+    Blocks,
+    arrange,
+    block_limit,
+    costs_of,
+)
 from locret.quantization.codes import Outliers, find_outliers, ragged
-from locret.quantization.costs import block_limit, costs_of
 
 SLAB = 16384
 """Units that are decoded at a time, so that float32 copies stay small."""
@@ -170,8 +176,8 @@ _P = TypeVar("_P", bound=Packed)
 def pack_keys(scheme: Scheme, x: Tensor, lengths: Sequence[int]) -> PackedKeys:
     """Pack keys [N, D] of sequences of these lengths, each in blocks of `scheme.group` units from
     its first on. ValueError: a value is not finite, or too large to be stored."""
-    sizes, _ = aligned(torch.tensor(lengths, dtype=torch.long), scheme.group)
-    blocks = Blocks(sizes, torch.full_like(sizes, FRESH))
+    none, fresh = torch.tensor([], dtype=torch.long), torch.tensor(lengths, dtype=torch.long)
+    blocks = arrange(none, none, fresh, fresh, scheme.group)
     starts, sizes, former = (
         each.to(x.device, non_blocking=True)
         for each in (blocks.starts, blocks.sizes, blocks.kept.int())
@@ -215,7 +221,7 @@ def select_keys(
         index: long [K]: u < N is unit u of `packed`, N + i is unit i of `fresh`. Sequence by
             sequence, in slot order: the packed ones of a sequence before its fresh ones.
         new_lengths: how many of the K each sequence has.
-        tight: have few thin blocks (`costs.block_limit`).
+        tight: have few thin blocks (`blocks.block_limit`).
 
     Raises:
         ValueError: a value that is to be encoded cannot be stored.

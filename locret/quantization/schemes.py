@@ -19,7 +19,9 @@
   2 ** -4 of |x| or, near zero, 2 ** -10 of the scale. Of keys the block's mean is subtracted first:
   an error that is relative to a large bias (Qwen2.5: some channels are hundreds high) would take
   away what tells keys apart.
-- `rotated`: `locret.quantization.rotated`.
+- `rotated`: 2, 3, 4 or 8 bits, nearly lossless from 3 on. Keys less their block's mean, and values,
+  are rotated, with a scale a unit (`locret.quantization.codes`). Nobody has to rotate a unit back:
+  <q, x> = <H q, zq> + <q, mean>, and a weighted sum of values is H (sum of weights * zq).
 """
 
 from collections.abc import Mapping
@@ -30,22 +32,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from locret.kernels import PackedKV, expand_floats, expand_units
+from locret.kernels import (
+    E4M3,
+    PackedKV,
+    RotatedKV,
+    expand_rotated,
+    expand_units,
+    fetch_rotated,
+    pack_rotated_keys,
+    pack_rotated_values,
+)
 from locret.kernels.dispatch import takes_triton
 from locret.quantities import check_whole
 from locret.quantization.base import NoScheme, Scheme, Tensors
+from locret.quantization.blocks import most_bytes, units_within
 from locret.quantization.codes import (
+    PLANES,
+    POSITIVE_LEVELS,
     as_stored,
     block_mean,
     block_median,
+    decode_rotated,
     dequantize,
+    encode_rotated,
+    hadamard,
     pack,
     quantize,
+    refuse_where,
     storable,
     unpack,
 )
-from locret.quantization.costs import most_bytes, units_within
-from locret.quantization.rotated import RotatedScheme
 
 E4M3_LAST = 448.0
 SMALLEST_SCALE = 2.0**-14  # float16's smallest normal: below it a scale would lose precision
@@ -227,7 +243,7 @@ class Fp8Scheme(Scheme):
         self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
     ) -> bool:
         if takes_triton(out):
-            expand_floats(packed, out, starts, at)
+            expand_units(packed, E4M3, out.shape[-1], out, starts, at)
         return takes_triton(out)
 
 
@@ -242,6 +258,97 @@ def _decode_e4m3(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn).float() * scale.float()
 
 
+@dataclass(frozen=True)
+class RotatedScheme(Scheme):
+    """Of a key: codes uint8 [d], scale float16 [1] | mean bfloat16 [D] a block.
+    Of a value: codes uint8 [d], scale float16 [1].
+
+    Attributes:
+        bits: a short form of both below; afterwards the larger of them.
+        key_bits, value_bits: of a code: 2, 3, 4 or 8; 0 = `bits`.
+    """
+
+    name = "rotated"
+    widths = tuple(PLANES)
+    residual: int = 0  # so near to full precision, no unit is worth five of its size
+    bits: int = 3
+    key_bits: int = 0
+    value_bits: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_width("bits")
+        for option in ("key_bits", "value_bits"):
+            object.__setattr__(self, option, getattr(self, option) or self.bits)
+            self._check_width(option)
+        object.__setattr__(self, "bits", max(self.key_bits, self.value_bits))
+        super().__post_init__()
+
+    def encode_keys(self, x: Tensor, usable: Tensor | None) -> tuple[Tensors, Tensors]:
+        x = storable(x)
+        mean = block_mean(x).bfloat16()
+        return encode_rotated(hadamard(x - mean.float()), self.key_bits), (mean.squeeze(-2),)
+
+    def decode_keys(self, units: Tensors, tables: Tensors, head_size: int) -> Tensor:
+        return hadamard(decode_rotated(units, self.key_bits, head_size)) + tables[0].float()
+
+    def encode_values(self, x: Tensor, usable: Tensor | None) -> Tensors:
+        return encode_rotated(hadamard(storable(x)), self.value_bits)
+
+    def decode_values(self, units: Tensors, head_size: int) -> Tensor:
+        return hadamard(decode_rotated(units, self.value_bits, head_size))
+
+    def expand(
+        self, packed: Tensors, starts: Tensor | None, out: Tensor, at: Tensor | None = None
+    ) -> bool:
+        bits = self.value_bits if starts is None else self.key_bits
+        fused = self._fused(out)
+        if fused:
+            expand_rotated(packed, POSITIVE_LEVELS[bits], out, starts, at)
+        return fused
+
+    def keys_at(
+        self,
+        packed: Tensors | None,
+        block: Tensor | None,
+        fresh: Tensor,
+        index: Tensor,
+        kept: Tensor,
+        starts: Tensor,
+    ) -> tuple[Tensors, Tensors] | None:
+        if not self._fused(fresh):
+            return None
+        levels = POSITIVE_LEVELS[self.key_bits]
+        new, bad = pack_rotated_keys(packed, block, fresh, index, kept, starts, levels)
+        refuse_where(bad)
+        return new[:2], new[2:]
+
+    def values_at(self, packed: Tensors | None, fresh: Tensor, index: Tensor) -> Tensors | None:
+        if not self._fused(fresh):
+            return None
+        new, bad = pack_rotated_values(packed, fresh, index, POSITIVE_LEVELS[self.value_bits])
+        refuse_where(bad)
+        return new
+
+    def units_at(
+        self, packed: Tensors, block: Tensor | None, fresh: Tensor, index: Tensor
+    ) -> Tensor | None:
+        if not self._fused(fresh):
+            return None
+        bits = self.value_bits if block is None else self.key_bits
+        return fetch_rotated(packed, block, fresh, index, POSITIVE_LEVELS[bits])
+
+    def _fused(self, x: Tensor) -> bool:
+        """Whether kernels read or write units [*, D] like `x`."""
+        return takes_triton(x) and self.decodes_packed(x.shape[-1])
+
+    def decodes_packed(self, head_size: int) -> bool:
+        return head_size % 8 == 0
+
+    def kernel_form(self, keys: Tensors, starts: Tensor, values: Tensors) -> RotatedKV:
+        both = POSITIVE_LEVELS[self.key_bits], POSITIVE_LEVELS[self.value_bits]
+        return RotatedKV(keys, starts, values, *both, self.group)
+
+
 Quantization = str | Mapping[str, Any] | Scheme | None
 """How a user names a scheme: its name; a mapping of `name` and options, {"name": "kivi", "bits":
 2}; a scheme; None = no quantization."""
@@ -251,8 +358,7 @@ NO_SCHEME = NoScheme()
 SCHEMES: dict[str, type[Scheme]] = {
     scheme.name: scheme
     for scheme in (
-        *(NoScheme, KiviScheme, KVQuantScheme, LayerQuantScheme, Fp8Scheme),
-        RotatedScheme,
+        *(NoScheme, KiviScheme, KVQuantScheme, LayerQuantScheme, Fp8Scheme, RotatedScheme),
     )
 }
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from locret.kernels.packed import PackedKV, PackedShares
+from locret.kernels.decode_general import PackedShares
+from locret.kernels.packed import PackedKV
 from locret.kernels.splits import share_out
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from locret.kernels.packed_rotated import RotatedKV
+from locret.kernels.packed import RotatedKV
 from tests.kernels.packed import random_starts
 
 LEVELS = {

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from locret.kernels import decode_kivi_small, packed_rotated, rotated_levels
-from locret.kernels.decode_kivi import _assembly
+from locret.kernels import decode_kivi, rotated_levels
+from locret.kernels.decode_general import _assembly
 from tests.kernels.rotated import LEVELS
 
 
@@ -75,7 +75,7 @@ def test_each_plane_gives_minimum_plus_scale_times_code(bits):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_of_small_queries_lie_below_the_normal_range(bits):
     random = np.random.default_rng(0)
-    *planes, low, high = decode_kivi_small.assembly(bits)
+    *planes, low, high = decode_kivi.assembly(bits)
     for i, assembly in enumerate(planes):
         plane, parity = divmod(i, 2)
         packed = random.integers(0, 256, 4, dtype=np.uint8)
@@ -147,7 +147,7 @@ def level_of(packed, high, bits, chunk):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_of_rotated_units_become_their_levels(bits):
     random = np.random.default_rng(0)
-    chunks = packed_rotated.assembly(LEVELS[bits])[: 8 // (bits - bits % 2)]
+    chunks = rotated_levels.chunk_assembly(LEVELS[bits])[: 8 // (bits - bits % 2)]
     for chunk, assembly in enumerate(chunks):
         for _ in range(20):
             low, high = random.integers(0, 256, (2, 4), dtype=np.uint8)
@@ -156,7 +156,7 @@ def test_codes_of_rotated_units_become_their_levels(bits):
 
 
 def test_highest_bits_are_moved_to_those_of_their_chunks():
-    random, assembly = np.random.default_rng(0), packed_rotated.assembly(LEVELS[3])[-1]
+    random, assembly = np.random.default_rng(0), rotated_levels.chunk_assembly(LEVELS[3])[-1]
     for _ in range(20):
         packed, stays = random.integers(0, 256, 4, dtype=np.uint8), random.random(4) < 0.5
         mask = np.where(stays, 255, 0).astype(np.uint8)

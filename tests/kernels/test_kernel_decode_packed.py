@@ -1,9 +1,14 @@
 import pytest
 import torch
 
-from locret.kernels.decode import Plain, decode_shares
-from locret.kernels.decode_kivi_small import takes_small
-from locret.kernels.decode_packed import decode_packed, decode_packed_reference, packed_shares
+from locret.kernels.decode import (
+    Plain,
+    decode_packed,
+    decode_packed_reference,
+    decode_shares,
+    packed_shares,
+)
+from locret.kernels.decode_kivi import takes_small
 from tests.kernels.close import assert_near
 from tests.kernels.packed import random_shares, random_units
 
@@ -103,7 +108,7 @@ def test_small_queries_equal_the_twin(lengths, rows, size, group, bits, dtype, d
 
 @pytest.mark.parametrize("units", [16, 32])
 def test_small_queries_in_smaller_steps(units, device, monkeypatch):
-    monkeypatch.setattr("locret.kernels.decode_kivi_small.STEP", units)
+    monkeypatch.setattr("locret.kernels.decode_kivi.STEP", units)
     packed = random_units([150, 60], 128, 4, 64, device)
     compare(torch.randn(1, 8, 1, 128, device=device).bfloat16(), packed, [150, 60])
 

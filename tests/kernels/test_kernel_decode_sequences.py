@@ -7,9 +7,9 @@ from locret.kernels.decode import (
     decode_sequences,
     decode_sequences_reference,
     decode_shares,
-    store_units,
 )
 from locret.kernels.dispatch import multiprocessors
+from locret.kernels.rotate import store_units
 from locret.kernels.splits import Shares, States, share_out
 from tests.kernels.close import assert_near
 

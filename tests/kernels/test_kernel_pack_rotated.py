@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from locret.quantization.codes import unpack_planes
 from locret.quantization.packed import (
     PackedKeys,
     fetch,
@@ -11,13 +12,13 @@ from locret.quantization.packed import (
     select_keys,
     select_values,
 )
-from locret.quantization.rotated import RotatedScheme, unpack_planes
+from locret.quantization.schemes import RotatedScheme
 
 
 def plain(function, *arguments):
     """The same by the plain twin."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("locret.quantization.rotated.takes_triton", lambda *_: False)
+        patch.setattr("locret.quantization.schemes.takes_triton", lambda *_: False)
         return function(*arguments)
 
 

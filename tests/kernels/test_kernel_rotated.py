@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from locret.kernels.decode_packed import packed_shares
-from locret.kernels.decode_rotated_small import takes_small_rotated
-from locret.kernels.packed_rotated import expand_rotated, expand_rotated_reference
+from locret.kernels.decode import packed_shares
+from locret.kernels.decode_rotated import takes_small_rotated
+from locret.kernels.packed import expand_rotated, expand_rotated_reference
 from tests.kernels.close import assert_near
 from tests.kernels.rotated import random_rotated
 from tests.kernels.test_kernel_decode_packed import compare
@@ -94,7 +94,7 @@ def test_small_queries_of_several_new_tokens(device):
 
 @pytest.mark.parametrize("units", [16, 32])
 def test_small_queries_in_smaller_steps(units, device, monkeypatch):
-    monkeypatch.setattr("locret.kernels.decode_rotated_small.STEP", units)
+    monkeypatch.setattr("locret.kernels.decode_rotated.STEP", units)
     packed = random_rotated([150, 60], 128, 3, 3, device)
     compare(torch.randn(1, 8, 1, 128, device=device).bfloat16(), packed, [150, 60])
 

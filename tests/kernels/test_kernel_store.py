@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from locret.kernels.decode import store_units
+from locret.kernels.rotate import store_units
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locret.kernels.packed import STEP, PackedShares
+from locret.kernels.decode_general import STEP, PackedShares
 from locret.kernels.splits import share_out
 from tests.kernels.packed import random_starts
 

@@ -33,8 +33,7 @@ from locret.kernels import (
 )
 from locret.kernels.evict import select_sequences_reference
 from locret.quantization.packed import pack_keys, pack_values, select_keys, select_values
-from locret.quantization.rotated import RotatedScheme
-from locret.quantization.schemes import KiviScheme
+from locret.quantization.schemes import KiviScheme, RotatedScheme
 
 
 def angles(slots, size):

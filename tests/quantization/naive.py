@@ -2,7 +2,7 @@
 
 import torch
 
-from locret.quantization.costs import block_limit, costs_of
+from locret.quantization.blocks import block_limit, costs_of
 
 
 def affine(x, bits):

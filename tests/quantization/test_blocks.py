@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.quantization.blocks import FRESH, REPACKED, aligned, arrange
+from locret.quantization.blocks import FRESH, REPACKED, arrange
 
 
 @st.composite
@@ -73,6 +73,7 @@ def test_sequences_within_the_limit_are_left_alone():
     assert found == [[(4, REPACKED), (4, REPACKED)], [(4, 0), (3, 2)]]
 
 
-def test_aligned_blocks_are_full_but_the_last():
-    sizes, owner = aligned(torch.tensor([10, 8, 0, 1]), 4)
-    assert sizes.tolist() == [4, 4, 2, 4, 4, 1] and owner.tolist() == [0, 0, 0, 1, 1, 3]
+def test_blocks_of_fresh_units_are_full_but_the_last():
+    blocks = arranged([([], units, units) for units in (10, 8, 0, 1)], 4)
+    sizes = [[size for size, _ in of_sequence] for of_sequence in blocks]
+    assert sizes == [[4, 4, 2], [4, 4], [], [1]]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locret.quantization import SCHEMES, describe_scheme, make_scheme, scheme_of
-from locret.quantization.costs import (
+from locret.quantization.blocks import (
     block_limit,
     costs_of,
     most_bytes,

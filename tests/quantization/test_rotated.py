@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locret.quantization import describe_scheme, make_scheme, scheme_of
-from locret.quantization.codes import block_mean
-from locret.quantization.rotated import (
-    DISTORTION,
+from locret.quantization.codes import (
     PLANES,
-    attend,
-    encode,
+    block_mean,
+    decode_rotated,
+    encode_rotated,
     hadamard,
     levels,
     pack_planes,
@@ -22,6 +21,8 @@ from locret.quantization.rotated import (
 from tests.quantization.rectangles import Layer, quantize_keys, quantize_values
 
 BITS = sorted(PLANES)
+DISTORTION = {2: 0.1174818478, 3: 0.0345477608, 4: 0.0095010080}
+"""Mean square error of the levels of Lloyd and Max, of N(0, 1)."""
 LLOYD_MAX = sorted(DISTORTION)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NORMAL = torch.distributions.Normal(torch.tensor(0.0).double(), 1.0)
@@ -189,7 +190,7 @@ def test_a_scale_beyond_float16_is_refused():
     z = torch.zeros(1, 128)
     z[0, 0] = 40000.0 * 128**0.5
     with pytest.raises(ValueError, match="cannot quantize"):
-        encode(z, 3)
+        encode_rotated(z, 3)
 
 
 def test_large_biases_of_a_channel_cost_the_keys_nothing():
@@ -208,6 +209,25 @@ def test_a_large_channel_costs_less_than_a_minimum_and_a_maximum_do():
         for name in ("rotated", "kivi")
     )
     assert rotated < kivi / 2
+
+
+def attend(scheme, query, keys, tables, values, scaling):
+    """Attention over codes, no unit rotated back: the plain twin of kernels that do so.
+
+    Args:
+        query: floating [..., R, D].
+        keys, values: what each unit needs, tensors [..., S, *].
+        tables: each unit's entry of the key tables, tensors [..., S, *].
+
+    Returns:
+        Outputs float32 [..., R, D], and the logarithm of the sum of the weights' exponentials
+        float32 [..., R], for a merge with attention over other units.
+    """
+    query, size = query.float(), query.shape[-1]
+    turned = hadamard(query) @ decode_rotated(keys, scheme.key_bits, size).mT
+    logits = (turned + query @ tables[0].float().mT) * scaling
+    summed = logits.softmax(-1) @ decode_rotated(values, scheme.value_bits, size)
+    return hadamard(summed), logits.logsumexp(-1)
 
 
 @pytest.mark.parametrize(("size", "key_bits", "value_bits"), [(64, 3, 3), (80, 4, 2), (128, 8, 8)])
