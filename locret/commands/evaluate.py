@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from locret.commands.progress import Progress
 
 if TYPE_CHECKING:
+    from locret.evaluation.ask import Ranks
     from locret.evaluation.config import EvalConfig
-    from locret.evaluation.processes import Ranks
     from locret.evaluation.questions import Prepared
 
 NAME = "evaluate"
@@ -45,7 +45,7 @@ def add_to(commands: Any) -> None:
 
 def run(args: Sequence[str]) -> None:
     """Run an evaluation, or the part of it that falls to this process."""
-    from locret.evaluation.processes import Ranks
+    from locret.evaluation.ask import Ranks
     from locret.evaluation.questions import prepare
 
     args = [_with_underscores(text) for text in args]
@@ -159,8 +159,8 @@ def _report(given: argparse.Namespace) -> None:
 
 
 def _reproduce(given: argparse.Namespace) -> None:
-    from locret.evaluation import reproduce as again
-    from locret.evaluation.reproduce import Comparison, as_table
+    from locret.evaluation import evaluate as again
+    from locret.evaluation.evaluate import Comparison, as_table
 
     changes = {"data_dir": given.data_dir, "limit": given.limit}
     changes = {name: value for name, value in changes.items() if value is not None}

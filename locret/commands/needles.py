@@ -217,8 +217,8 @@ def _ask(
 def _asked(given: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any]:
     """The result, written to `--json-out` and shown."""
     from locret.evaluation import tables
+    from locret.evaluation.ask import Ranks
     from locret.evaluation.config import EvalConfig
-    from locret.evaluation.processes import Ranks
     from locret.system.files import write_whole
 
     made = EvalConfig.from_dict(config)

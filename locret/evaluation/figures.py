@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from locret.evaluation.setups import FULL, in_words
+from locret.evaluation.config import FULL, in_words
 from locret.evaluation.tables import MIB, Result, budget_text, cells_of, full_of
 from locret.system.files import check_file
 

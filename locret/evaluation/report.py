@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from locret.evaluation import figures, tables
+from locret.evaluation.config import FULL, in_words
 from locret.evaluation.report_blocks import (
     Block,
     Figure,
@@ -31,7 +32,6 @@ from locret.evaluation.report_blocks import (
     as_markdown,
 )
 from locret.evaluation.results import FORMAT, KIND
-from locret.evaluation.setups import FULL, in_words
 from locret.evaluation.tables import MIB, Result
 
 # ---- evaluations ---------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locret.evaluation.config import FULL
 from locret.evaluation.questions import Question
 from locret.evaluation.records import OUT_OF_MEMORY, Record
-from locret.evaluation.setups import FULL
 
 KIND = "evaluation"
 FORMAT = 2

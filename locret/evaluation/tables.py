@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from locret.evaluation.setups import FULL, in_words
+from locret.evaluation.config import FULL, in_words
 
 Result = Mapping[str, Any]
 Cell = Mapping[str, Any]

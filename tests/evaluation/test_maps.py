@@ -3,7 +3,7 @@
 import pytest
 
 from locret.evaluation import figures
-from locret.evaluation.setups import Setup
+from locret.evaluation.config import Setup
 from tests.evaluation.result_data import asked, result_of
 
 pytest.importorskip("matplotlib")

@@ -9,9 +9,9 @@ import pytest
 
 from locret.cli import main
 from locret.evaluation import tables
+from locret.evaluation.config import Setup
 from locret.evaluation.report import HEADER, make_report
 from locret.evaluation.report_blocks import Table, as_html, as_markdown
-from locret.evaluation.setups import Setup
 from tests.evaluation.result_data import asked, result_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import pytest
 from locret import cli
 from locret.evaluation import evaluate
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.reproduce import (
+from locret.evaluation.evaluate import (
     Comparison,
     as_table,
     compare,

@@ -34,19 +34,10 @@ from tqdm import tqdm
 from locret.cache.cache import RetainedCache
 from locret.engine.arguments import filler
 from locret.engine.engine import Engine
-from locret.evaluation.processes import Ranks
-from locret.evaluation.prompts import Protocol
-from locret.evaluation.provenance import commit, source, versions
-from locret.evaluation.questions import check_adapter
-from locret.evaluation.setups import (
-    FULL,
-    Engines,
-    Setup,
-    are_query_aware,
-    check_setup,
-    expand,
-    sizes_of,
-)
+from locret.evaluation.ask import Engines, Ranks, sizes_of
+from locret.evaluation.config import FULL, Protocol, Setup, are_query_aware, expand
+from locret.evaluation.questions import check_adapter, source
+from locret.evaluation.records import commit, versions
 from locret.heads.heads import RetainingHeads
 from locret.integrations.lm_eval.reading import (
     ContextFinder,
@@ -116,7 +107,7 @@ class LocretLM(HFLM):
             self.setup = Setup(**{**vars(self.setup), "quantization": quantization})
         settings = {"chunk_size": chunk_size, "stabilizers": stabilizers, "positions": positions}
         settings = {name: None if v in NOTHING else v for name, v in settings.items()}
-        check_setup(self.setup, settings | {"local_tokens": local_tokens})
+        self.setup.check(settings | {"local_tokens": local_tokens})
         own = _checked_heads(self.setup, heads)
         check_adapter(adapter)
         self._ranks = Ranks.of_environment()

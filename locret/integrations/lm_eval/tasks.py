@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from locret.evaluation.asking import before_stop
+from locret.evaluation.ask import before_stop
 from locret.evaluation.config import CACHE
-from locret.evaluation.prompts import Renderer
+from locret.evaluation.questions import Renderer
 from locret.model.loading import load_tokenizer
 from locret.tasks import GROUPS, TASKS, Sample, Task, TaskSettings
 from locret.tasks.base import SizedTask
