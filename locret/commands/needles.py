@@ -47,7 +47,7 @@ def _add_needle(commands: Any) -> None:
 
 
 def needle(given: argparse.Namespace) -> None:
-    from locret.evaluation.figures import needle_map
+    from locret.evaluation.report import needle_map
 
     if given.plot and not given.grid:
         raise ValueError("--plot draws a map: give --grid and --json-out too, or leave --plot out")
@@ -86,7 +86,7 @@ def _add_grid(commands: Any) -> None:
 
 
 def grid(given: argparse.Namespace) -> None:
-    from locret.evaluation.figures import against_bytes
+    from locret.evaluation.report import against_bytes
 
     options = {"group": given.group, "residual": given.residual}
     schemes = [
@@ -188,12 +188,12 @@ def _ask(
 ) -> None:
     """Ask a configuration, print its table, and write the files that were asked for; `draw` makes
     the figure of `--plot`."""
-    from locret.evaluation import figures
+    from locret.evaluation.report import check_figure, save_figure
     from locret.system.files import check_file
 
     check_file(given.json_out, "--json-out")
     if given.plot:
-        figures.check(given.plot)
+        check_figure(given.plot)
     if given.minutes is not None and given.json_out is None:
         raise ValueError("--minutes needs --json-out FILE: answers are kept beside it")
     with tempfile.TemporaryDirectory() as temporary:
@@ -202,7 +202,7 @@ def _ask(
         result = _asked(given, config | {"output": str(folder)})
     if given.plot:
         assert draw is not None
-        print(f"figure   {figures.save(draw(result), given.plot).resolve()}")
+        print(f"figure   {save_figure(draw(result), given.plot).resolve()}")
     commands = []
     if given.heads:
         named = [(f"--{name}", getattr(given, name)) for name in GENERATE if getattr(given, name)]

@@ -154,11 +154,6 @@ def commit() -> str | None:
     return f"{head} with changes" if changed else head
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Commit, hardware and versions of a run."""
-    return {"commit": commit(), "hardware": hardware(device), "versions": versions()}
-
-
 def _git(root: Path, *args: str) -> str | None:
     try:
         done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, timeout=60)
