@@ -317,7 +317,8 @@ def prepare(config: EvalConfig) -> Prepared:
     for setup in setups:
         setup.check(config.engine)
     model = load_config(config.model)
-    check_adapter(config.adapter, model)
+    if config.adapter:
+        Adapter.find(config.adapter).check_fit(model)
     heads = _load_heads(config, setups)
     renderer = Renderer(load_tokenizer(config.model), config.chat_template, config.answer_prefix)
     data = {task.label: task.origins() for task in tasks}
@@ -365,14 +366,6 @@ def changes_of(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
         name: {**(getattr(model, name) or {}), **value} if isinstance(value, Mapping) else value
         for name, value in given.items()
     }
-
-
-def check_adapter(name: str | None, model: Any = None) -> None:
-    """Refuse an adapter that is not there or, given the config of a model, is not one of it
-    (ValueError of `locret.model.adapters`)."""
-    adapter = Adapter.find(name) if name else None
-    if adapter and model is not None:
-        adapter.check_fit(model)
 
 
 def _load_heads(config: EvalConfig, setups: Sequence[Setup]) -> dict[str, RetainingHeads]:

@@ -6,8 +6,8 @@ import json
 import huggingface_hub
 import pytest
 
-from locret.integrations.lm_eval import tasks as harness_tasks
-from locret.integrations.lm_eval.tasks import write_task_files
+from locret.integrations import lm_eval_tasks as harness_tasks
+from locret.integrations.lm_eval_tasks import write_task_files
 from locret.tasks import documents
 
 
