@@ -184,6 +184,7 @@ class Asker:
         self.model: Any = loaded.model
         self.tokenizer: Any = loaded.tokenizer
         self.engines = engines
+        self._end_tokens = end_tokens(self.model, self.tokenizer)
         self._in_turn = in_turn
 
     def ask(self, batch: Sequence[Question]) -> Iterator[list[Record]]:
@@ -271,22 +272,13 @@ class Asker:
             max_new_tokens=task.max_new_tokens,
             do_sample=False,
             stopping_criteria=criteria,
-            **self._ends(),
+            eos_token_id=self._end_tokens or None,
+            pad_token_id=filler(self.model, self.tokenizer),
         )
         return output[:, ids.shape[1] :]
 
-    def _ends(self) -> dict[str, Any]:
-        """The end of the turn, and what a finished row of a batch is filled with."""
-        pad = filler(self.model, self.tokenizer)
-        return {"eos_token_id": self.end_tokens or None, "pad_token_id": pad}
-
-    @property
-    def end_tokens(self) -> list[int]:
-        """Tokens that end an answer: the model's, else the tokenizer's."""
-        return end_tokens(self.model, self.tokenizer)
-
     def _record(self, question: Question, new: Tensor, sizes: dict[str, Any]) -> Record:
-        tokens, ends = new.tolist(), set(self.end_tokens)
+        tokens, ends = new.tolist(), set(self._end_tokens)
         length = next((i for i, token in enumerate(tokens) if token in ends), None)
         tokens = tokens[:length]
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -7,10 +7,11 @@ Everything that can be checked without the model is checked here.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -260,30 +261,6 @@ def _heads_of(setup: Setup, sources: dict[str, Any], default: str | None) -> Any
     return found["records"], (found["sha256"] or found["source"]) if ranks else None
 
 
-def _questions(
-    config: EvalConfig,
-    setup: Setup,
-    task: Task,
-    rendered: Callable[[int | None], list[tuple[Sample, Prompt]]],
-    sources: dict[str, Any],
-    window: int | None,
-) -> Iterator[Question]:
-    """The samples of a task under a setup.
-
-    Args:
-        rendered: given a limit of tokens, the task's samples with their prompts.
-        sources: what model, adapter, heads and this task's data are, by content.
-        window: of the model.
-    """
-    settings, budget = settings_of(config, setup, task, sources), setup.engine_budget(task.length)
-    # The window is the limit where every token keeps a position of its own.
-    own = setup.keeps_all or {**config.engine, **setup.engine}.get("positions") == "original"
-    longest = config.max_length or (window if own else None)
-    limit = None if longest is None else longest - task.max_new_tokens
-    for sample, prompt in rendered(limit):
-        yield Question(setup, task, sample, prompt, budget, settings)
-
-
 # ---- a run, ready to be asked --------------------------------------------------------------------
 
 
@@ -327,31 +304,40 @@ def prepare(config: EvalConfig) -> Prepared:
     sources |= {"model_config": changes} if changes else {}
     own = getattr(model, "max_position_embeddings", None)
     window = changes.get("max_position_embeddings", own)
-    prompts = []
-    for task in tasks:
-        samples = task.samples(config.limit, renderer)
-        if not samples:
-            files = ", ".join(map(str, task.files())) or "no file"
-            raise ValueError(f"task {task.label} has no samples: there are none in {files}")
-        prompts.append(cache(partial(_rendered, samples, renderer)))
-    asked = [
-        question
-        for setup in setups
-        for task, rendered in zip(tasks, prompts, strict=True)
-        for question in _questions(
-            config, setup, task, rendered, sources | {"data": data[task.label]}, window
-        )
-    ]
+    samples = {task.label: _samples(task, config.limit, renderer) for task in tasks}
+
+    @cache
+    def prompts(task: Task, limit: int | None) -> list[Prompt]:
+        return [renderer.render(sample, limit) for sample in samples[task.label]]
+
+    asked = []
+    for setup, task in itertools.product(setups, tasks):
+        settings = settings_of(config, setup, task, sources | {"data": data[task.label]})
+        budget, limit = setup.engine_budget(task.length), _limit(config, setup, task, window)
+        asked += [
+            Question(setup, task, sample, prompt, budget, settings)
+            for sample, prompt in zip(samples[task.label], prompts(task, limit), strict=True)
+        ]
     sources["data"] = dict(sorted(pair for hashes in data.values() for pair in hashes.items()))
     quotas = filter(None, (_quotas_file(config, setup) for setup in setups))
     sources["quotas"] = {path: file_hash(Path(path)) for path in sorted(set(quotas))}
     return Prepared(config, heads, sources, asked)
 
 
-def _rendered(
-    samples: Sequence[Sample], renderer: Renderer, limit: int | None
-) -> list[tuple[Sample, Prompt]]:
-    return [(sample, renderer.render(sample, limit)) for sample in samples]
+def _samples(task: Task, limit: int | None, renderer: Renderer) -> list[Sample]:
+    samples = task.samples(limit, renderer)
+    if not samples:
+        files = ", ".join(map(str, task.files())) or "no file"
+        raise ValueError(f"task {task.label} has no samples: there are none in {files}")
+    return samples
+
+
+def _limit(config: EvalConfig, setup: Setup, task: Task, window: int | None) -> int | None:
+    """Tokens of a prompt. The model's window is the limit where every token keeps a position of its
+    own."""
+    own = setup.keeps_all or {**config.engine, **setup.engine}.get("positions") == "original"
+    longest = config.max_length or (window if own else None)
+    return None if longest is None else longest - task.max_new_tokens
 
 
 def changes_of(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -411,9 +397,7 @@ def source(name: str | None) -> dict[str, Any] | None:
     if name is None:
         return None
     path = Path(name)
-    if (
-        not path.exists()
-    ):  # a repository that was fetched before, in a folder named after its commit
+    if not path.exists():  # of the Hub, fetched before: in a folder named after its commit
         try:
             path = Path(snapshot_download(name, local_files_only=True))
         except (OSError, ValueError):

@@ -21,20 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from locret.evaluation import tables
 from locret.evaluation.config import FULL, in_words
 from locret.evaluation.results import FORMAT, KIND, Result, cells_of, full_of
-from locret.evaluation.tables import (
-    MIB,
-    Block,
-    Figure,
-    Heading,
-    Paragraph,
-    Table,
-    budget_text,
-    evaluation_blocks,
-    html_of,
-    markdown_of,
-)
 from locret.system.files import check_file
 
 Picture = tuple[str, str, Any]
@@ -123,7 +112,7 @@ def against(result: Result, bytes: bool) -> Any:
         for setup in _scored(result)
         if setup["setup"] != FULL and (bytes or setup["quantization"] is None)
     ]
-    key, unit = ("bytes", MIB) if bytes else ("units", 1)
+    key, unit = ("bytes", tables.MIB) if bytes else ("units", 1)
     figure, axis = plotting().subplots(figsize=(8.5, 4.2), layout="constrained")
     _draw(axis, _lines(setups, bytes), lambda setup: setup[key]["mean"] / unit)
     full = full_of(result)
@@ -212,7 +201,7 @@ def _panel(
     values = [[found.get((n, row), float("nan")) for n in lengths] for row in range(depths)]
     axis.set_facecolor("lightgrey")
     image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    budget = "" if setup["budget"] is None else f", {budget_text(setup)}"
+    budget = "" if setup["budget"] is None else f", {tables.budget_text(setup)}"
     stored = f", {in_words(setup['quantization'])}" if setup["quantization"] else ""
     axis.set_title(f"{setup['name']}{budget}{stored}", fontsize=9)
     ticks = [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in lengths]
@@ -253,20 +242,20 @@ SPEEDS = {
 }
 
 
-def benchmark_blocks(record: Mapping[str, Any]) -> Iterator[Block]:
+def benchmark_blocks(record: Mapping[str, Any]) -> Iterator[tables.Block]:
     """Where the figures come from, and their table."""
     settings, found = record["settings"], record["figures"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    yield Paragraph(f"{record['hardware']}; {versions}.")
+    yield tables.Paragraph(f"{record['hardware']}; {versions}.")
     short = (
         f"{name} {value}"
         for name, value in settings.items()
         if isinstance(value, str | int | float | list) and len(str(value)) < 60
     )
-    yield Paragraph(", ".join(short) + ".")
+    yield tables.Paragraph(", ".join(short) + ".")
     numbers = [[name, _text(v)] for name, v in found.items() if isinstance(v, int | float)]
     if numbers:
-        yield Table(["figure", "value"], numbers)
+        yield tables.Table(["figure", "value"], numbers)
     systems = _systems_of(found)
     if systems:
         yield _systems(systems)
@@ -297,12 +286,12 @@ def _rows(name: str, value: Any) -> list[Mapping[str, Any]]:
     return [row for row in value if isinstance(row, Mapping)]
 
 
-def _plain(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _plain(rows: Sequence[Mapping[str, Any]]) -> tables.Table:
     """All numbers and short texts of the rows, a column a name."""
     names = dict.fromkeys(
         name for row in rows for name, value in row.items() if isinstance(value, int | float | str)
     )
-    return Table(list(names), [[_text(row.get(name)) for name in names] for row in rows])
+    return tables.Table(list(names), [[_text(row.get(name)) for name in names] for row in rows])
 
 
 def _text(value: Any) -> str:
@@ -313,12 +302,12 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value).strip()
 
 
-def _systems(results: Sequence[Mapping[str, Any]]) -> Table:
+def _systems(results: Sequence[Mapping[str, Any]]) -> tables.Table:
     rows = sorted(results, key=lambda row: (row["length"], row["batch"], row["system"] != FULL))
     if not any(row["system"] == FULL for row in rows):
         rows.insert(0, {"system": FULL, "length": 0, "batch": 0, "status": "not in this run"})
     header = ["system", "tokens", "rows", *(heading for heading, _, _ in COLUMNS)]
-    return Table(header, [_system(row) for row in rows])
+    return tables.Table(header, [_system(row) for row in rows])
 
 
 def _system(row: Mapping[str, Any]) -> list[str]:
@@ -358,8 +347,10 @@ def _over_lengths(rows: Sequence[Mapping[str, Any]]) -> Any:
 MARKDOWN, PAGE, FIGURES = "report.md", "report.html", "figures"
 
 
-KINDS: dict[str, tuple[Callable[[Any], Iterator[Block]], Callable[[Any], Iterator[Picture]]]] = {
-    "Benchmarks of quality": (evaluation_blocks, evaluation_figures),
+KINDS: dict[
+    str, tuple[Callable[[Any], Iterator[tables.Block]], Callable[[Any], Iterator[Picture]]]
+] = {
+    "Benchmarks of quality": (tables.evaluation_blocks, evaluation_figures),
     "Speed and memory": (benchmark_blocks, benchmark_figures),
 }
 """The kinds of results by title, in the order of the report: what makes the text and tables of one,
@@ -379,9 +370,9 @@ def make_report(paths: Sequence[str | Path], out: str | Path, title: str = "Resu
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
         folder = Path(aside)
-        blocks = [Heading(1, title), *_all_blocks(sources, folder)]
-        (folder / MARKDOWN).write_text(markdown_of(blocks), encoding="utf-8")
-        (folder / PAGE).write_text(html_of(blocks, folder), encoding="utf-8")
+        blocks = [tables.Heading(1, title), *_all_blocks(sources, folder)]
+        (folder / MARKDOWN).write_text(tables.markdown_of(blocks), encoding="utf-8")
+        (folder / PAGE).write_text(tables.html_of(blocks, folder), encoding="utf-8")
         shutil.copytree(folder, out, dirs_exist_ok=True)
     return out / PAGE
 
@@ -408,28 +399,28 @@ def _kind_of(content: Mapping[str, Any]) -> str | None:
     return speed if {"settings", "figures", "hardware", "versions"} <= content.keys() else None
 
 
-def _all_blocks(sources: Sequence[Source], folder: Path) -> Iterator[Block]:
+def _all_blocks(sources: Sequence[Source], folder: Path) -> Iterator[tables.Block]:
     for kind in KINDS:
         of_kind = [(i, source) for i, source in enumerate(sources) if source[1] == kind]
         if of_kind:
-            yield Heading(2, kind)
+            yield tables.Heading(2, kind)
         for number, source in of_kind:
             yield from _source_blocks(source, folder, number)
 
 
-def _source_blocks(source: Source, folder: Path, number: int) -> Iterator[Block]:
+def _source_blocks(source: Source, folder: Path, number: int) -> Iterator[tables.Block]:
     path, kind, content = source
     blocks, figures = KINDS[kind]
-    yield Heading(3, content.get("name") or path.stem)
+    yield tables.Heading(3, content.get("name") or path.stem)
     try:
         yield from list(blocks(content))
         for name, caption, figure in figures(content):
             file = Path(FIGURES) / f"{number:02d}-{path.stem}-{name}.png"
             save_figure(figure, folder / file)
-            yield Figure(file, caption)
+            yield tables.Figure(file, caption)
     except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{path} looks like a result of '{kind}', but is not whole ({what})"
         ) from error
-    yield Paragraph(f"From {path.name}.")
+    yield tables.Paragraph(f"From {path.name}.")
