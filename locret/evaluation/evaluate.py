@@ -19,6 +19,7 @@ out, and said.
 """
 
 import fcntl
+import itertools
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ from locret.evaluation.ask import Asker, Engines, Ranks, batches
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.questions import Prepared, prepare
 from locret.evaluation.records import Records, Session, manifest
-from locret.evaluation.results import FORMAT, KIND, RESAMPLES, interval
+from locret.evaluation.results import FORMAT, KIND, interval, resampled_means
 from locret.model.loading import load_model
 from locret.quantities import check_between, check_whole
 from locret.system import interrupts
@@ -296,20 +298,9 @@ def compare(table: str, setup: str, pairs: Sequence[tuple[Scores, Scores]]) -> C
         now.append(sum(b for _, b in known) / len(known))
         equal += sum(abs(a - b) < 1e-6 for a, b in known)
         answered = [score for score in old["scores"] if score is not None]
-        draws.append(drawn_means(answered, len(known), seed))
+        draws.append(resampled_means(answered, seed=seed, count=len(known)))
     low, high = interval(torch.stack(draws).mean(0))
-    return Comparison(table, setup, count, _mean(same), _mean(now), low, high, equal)
-
-
-def drawn_means(scores: Sequence[float], count: int, seed: int = 0) -> torch.Tensor:
-    """Means of `count` draws from the scores, [RESAMPLES] float64."""
-    values = torch.tensor(scores, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    return values[torch.randint(len(values), (RESAMPLES, count), generator=generator)].mean(1)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return Comparison(table, setup, count, fmean(same), fmean(now), low, high, equal)
 
 
 def as_table(compared: Sequence[Comparison]) -> str:
@@ -378,7 +369,8 @@ def reproduce(
     if not here:
         return Reproduction((), left_out)
     config = replace(config, tasks=here)
-    asked = _labels(config)
+    pairs = itertools.product(config.all_setups(), config.make_tasks())
+    asked = {(setup.label, task.label) for setup, task in pairs}
     if not asked & {(cell["setup"], cell["task"]) for cell in result["cells"]}:
         slice_of = ", ".join(sorted({task for _, task in asked}))
         return Reproduction((), (*left_out, f"its slice ({slice_of}) is not among its results"))
@@ -386,12 +378,6 @@ def reproduce(
     assert made is not None
     again = json.loads(made.read_text(encoding="utf-8"))
     return Reproduction(tuple(_compared(name_of(path), result, again)), left_out)
-
-
-def _labels(config: EvalConfig) -> set[tuple[str, str]]:
-    """Setups and tasks that a configuration asks."""
-    tasks = [task.label for task in config.make_tasks()]
-    return {(setup.label, task) for setup in config.all_setups() for task in tasks}
 
 
 def name_of(path: Path) -> str:

@@ -348,10 +348,14 @@ Z = 1.959964  # standard deviations of a normal distribution that hold 95 %
 
 
 def resampled_means(
-    values: Sequence[float], groups: Sequence[str] | None = None, seed: int = 0
+    values: Sequence[float],
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+    count: int | None = None,
 ) -> Tensor:
-    """Means of resampled scores, [RESAMPLES] float64. Samples of one group are drawn together:
-    questions about one text are no independent draws. None = each sample is drawn on its own."""
+    """Means of `count` draws from scores (None = as many as there are), [RESAMPLES] float64.
+    Samples of one group are drawn together: questions about one text are no independent draws.
+    None = each sample is drawn on its own."""
     scores = torch.tensor(values, dtype=torch.float64)
     if groups is None:
         sums, sizes = scores, torch.ones_like(scores)
@@ -361,7 +365,7 @@ def resampled_means(
         sums = torch.zeros(len(order), dtype=torch.float64).index_add(0, index, scores)
         sizes = torch.bincount(index, minlength=len(order)).double()
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(sums), (RESAMPLES, len(sums)), generator=generator)
+    drawn = torch.randint(len(sums), (RESAMPLES, count or len(sums)), generator=generator)
     return sums[drawn].sum(1) / sizes[drawn].sum(1)
 
 

@@ -11,18 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from locret.evaluation import results
 from locret.evaluation.config import FULL, in_words
-from locret.evaluation.results import (
-    Line,
-    Result,
-    cells_of,
-    full_of,
-    has_shares,
-    lines_of,
-    others_of,
-    stored_name,
-    tasks_of,
-)
+from locret.evaluation.results import Line, Result
 
 MIB = 2**20
 WIDTH = 100
@@ -130,17 +121,19 @@ def _html(block: Block, folder: Path) -> str:
 
 def as_markdown(result: Result) -> str:
     """A line for each setup, a column for each task, in per cent."""
-    tasks = tasks_of(result)
-    scores = [(task, metric) for task in tasks for metric in (None, *others_of(result, task))]
-    short, shares = _short_names(tasks), has_shares(result)
+    tasks = results.tasks_of(result)
+    scores = [
+        (task, metric) for task in tasks for metric in (None, *results.others_of(result, task))
+    ]
+    short, shares = _short_names(tasks), results.has_shares(result)
     head = ["policy", "budget", "protocol", "mean", "to full", *["share of full"] * shares]
     head += ["units", "MiB", *(" ".join(filter(None, (short[t], m))) for t, m in scores)]
     lines = []
     for setup in result["setups"]:
-        cells = {cell["task"]: cell for cell in cells_of(result, setup)}
+        cells = {cell["task"]: cell for cell in results.cells_of(result, setup)}
         lines.append(
             [
-                stored_name(setup),
+                results.stored_name(setup),
                 budget_text(setup),
                 setup["protocol"],
                 *scores_of(setup, shares),
@@ -234,13 +227,13 @@ def evaluation_blocks(result: Result) -> Iterator[Block]:
     yield Paragraph(_origin(result["manifest"]))
     yield _setups_table(result)
     said = notes(result)
-    if full_of(result) is None:
+    if results.full_of(result) is None:
         said.append("The full cache was not run, so that there is nothing to compare with.")
     yield Paragraph(" ".join(said))
-    tasks = tasks_of(result)
-    if len(tasks) > 1 or others_of(result, tasks[0]):
+    tasks = results.tasks_of(result)
+    if len(tasks) > 1 or results.others_of(result, tasks[0]):
         yield _tasks_table(result)
-        if has_shares(result):
+        if results.has_shares(result):
             yield Paragraph("Shares of what the full cache finds on the same samples, in per cent.")
             yield _tasks_table(result, "share", "share_interval")
 
@@ -263,10 +256,10 @@ def _ordered(result: Result) -> list[Mapping[str, Any]]:
 
 
 def _setups_table(result: Result) -> Table:
-    shares = has_shares(result)
+    shares = results.has_shares(result)
     header = [*HEADER[:6], *["share of full"] * shares, *HEADER[6:]]
     lines = [_line(setup, shares) for setup in _ordered(result)]
-    if full_of(result) is None:
+    if results.full_of(result) is None:
         missing = [FULL, in_words(None), "all", "any", "not in this run"]
         lines.insert(0, missing + ["-"] * (len(header) - len(missing)))
     return Table(header, lines)
@@ -292,13 +285,15 @@ def _tasks_table(result: Result, figure: str = "score", interval: str = "interva
     """A line for each score of a task, a column for each setup."""
     setups = _ordered(result)
     cells = {
-        (cell["task"], setup["setup"]): cell for setup in setups for cell in cells_of(result, setup)
+        (cell["task"], setup["setup"]): cell
+        for setup in setups
+        for cell in results.cells_of(result, setup)
     }
     lines = []
-    for task in tasks_of(result):
+    for task in results.tasks_of(result):
         found: list[Any] = [cells.get((task, setup["setup"])) for setup in setups]
         first = next(cell for cell in found if cell)
-        for metric in (first["metric"], *others_of(result, task)):
+        for metric in (first["metric"], *results.others_of(result, task)):
             of = [c and (c if metric == first["metric"] else c["others"][metric]) for c in found]
             scores = [with_interval(c.get(figure), c.get(interval)) if c else "-" for c in of]
             lines.append([task, metric, str(first["count"]), *scores])
@@ -335,7 +330,7 @@ EQUAL_BYTES: list[Column] = [
 
 def as_text(result: Result) -> str:
     """Needles for a terminal: over lengths, at equal bytes, or what one length took."""
-    lines = lines_of(result)
+    lines = results.lines_of(result)
     if len({cell["length"] for cell in result["cells"]}) > 1:
         table, legend = _over_lengths(result), _legend(result)[:2]
     elif any(" bytes" in budget_text(setup) for setup in result["setups"]):
@@ -364,7 +359,7 @@ def _over_lengths(result: Result) -> str:
     lines = {}
     for length in lengths:
         cells = [cell for cell in result["cells"] if cell["length"] == length]
-        of_length = lines_of({"cells": cells, "setups": result["setups"]})
+        of_length = results.lines_of({"cells": cells, "setups": result["setups"]})
         lines[length] = {(line.name, line.asked): line for line in of_length}
     names = dict.fromkeys(name for each in lines.values() for name in each)
 
@@ -382,7 +377,7 @@ def _over_lengths(result: Result) -> str:
 
 
 def _legend(result: Result) -> list[tuple[str, str]]:
-    with_full = full_of(result) is not None
+    with_full = results.full_of(result) is not None
     whole = "cache MiB of policy full" if with_full else "MiB of the keys and values of all tokens"
     return [
         ("asked", "tokens of the prompt for every unit of the budget"),
@@ -398,7 +393,7 @@ def _legend(result: Result) -> list[tuple[str, str]]:
 
 
 def _legend_of_bytes(result: Result) -> list[tuple[str, str]]:
-    asked = full_of(result) is not None
+    asked = results.full_of(result) is not None
     whole = "bytes of the context under policy full" if asked else "those of all keys and values"
     said = [
         (

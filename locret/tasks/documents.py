@@ -213,19 +213,10 @@ LEVAL: dict[str, Kind] = {
     "sci_fi": JUDGEMENT,
     "topic_retrieval_longchat": TOPIC,
     "tpo": OPTIONS,
-    "financial_qa": F1,
-    "legal_contract_qa": F1,
-    "multidoc_qa": F1,
-    "narrative_qa": F1,
-    "natural_question": F1,
-    "scientific_qa": F1,
-    "gov_report_summ": ROUGE,
-    "meeting_summ": ROUGE,
-    "news_summ": ROUGE,
-    "paper_assistant": ROUGE,
-    "patent_summ": ROUGE,
-    "review_summ": ROUGE,
-    "tv_show_summ": ROUGE,
+    **dict.fromkeys(("financial_qa", "legal_contract_qa", "multidoc_qa", "narrative_qa"), F1),
+    **dict.fromkeys(("natural_question", "scientific_qa"), F1),
+    **dict.fromkeys(("gov_report_summ", "meeting_summ", "news_summ", "paper_assistant"), ROUGE),
+    **dict.fromkeys(("patent_summ", "review_summ", "tv_show_summ"), ROUGE),
 }
 """The tasks by L-Eval's names, closed-ended ones first."""
 
@@ -364,14 +355,6 @@ class LEvalTask(Task):
 
 
 for _of, _kind in LEVAL.items():
-    type(
-        f"LEval_{_of}",
-        (LEvalTask,),
-        {
-            "__doc__": f"L-Eval's {_of}.",
-            "of": _of,
-            "name": f"leval_{_of}",
-            "metrics": _kind.metrics,
-            "max_new_tokens": _kind.max_new_tokens,
-        },
-    )
+    _values = {"of": _of, "name": f"leval_{_of}", "__doc__": f"L-Eval's {_of}."}
+    _answers = {"metrics": _kind.metrics, "max_new_tokens": _kind.max_new_tokens}
+    type(f"LEval_{_of}", (LEvalTask,), _values | _answers)
