@@ -58,6 +58,15 @@ OF_SETUPS = {
 """Engine settings that are values of a setup, which the table tells of."""
 
 
+KINDS: dict[str, tuple[Any, str]] = {
+    "policy": (str, "a policy's name"),
+    "heads": ((str, NoneType), "a folder or Hub id"),
+    "name": (str, "a name"),
+    "engine": (Mapping, "settings by name"),
+    "policy_args": (Mapping, "arguments by name"),
+}
+
+
 @dataclass(frozen=True)
 class Setup:
     """One way to bound the cache.
@@ -84,6 +93,19 @@ class Setup:
     engine: Mapping[str, Any] = field(default_factory=dict)
     policy_args: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.quantization == "none":
+            object.__setattr__(self, "quantization", None)
+        for key, (kind, expected) in KINDS.items():
+            if not isinstance(getattr(self, key), kind):
+                raise ValueError(f"setups: {key} is {getattr(self, key)!r}; expected {expected}")
+        for key, known in {"policy": sorted(POLICIES), "protocol": get_args(Protocol)}.items():
+            if getattr(self, key) not in known:
+                raise ValueError(
+                    f"setups: {key} {getattr(self, key)!r} is unknown; expected one of {known}"
+                )
+        budget_of(self.budget, f"setups: budget of {self.policy}")
 
     @property
     def keeps_all(self) -> bool:
@@ -166,15 +188,6 @@ def expand(entries: Sequence[Mapping[str, Any]], with_full: bool = True) -> list
     return setups
 
 
-KINDS: dict[str, tuple[Any, str]] = {
-    "policy": (str, "a policy's name"),
-    "heads": ((str, NoneType), "a folder or Hub id"),
-    "name": (str, "a name"),
-    "engine": (Mapping, "settings by name"),
-    "policy_args": (Mapping, "arguments by name"),
-}
-
-
 def _combinations(entry: Mapping[str, Any]) -> list[Setup]:
     known = set(Setup.__dataclass_fields__)
     if not isinstance(entry, Mapping) or "policy" not in entry or set(entry) - known:
@@ -186,27 +199,9 @@ def _combinations(entry: Mapping[str, Any]) -> list[Setup]:
         raise ValueError(f"setups: {entry} has an empty list; expected at least one value")
     keys = [key for key in CROSSED if key in entry]
     return [
-        _checked(Setup(**{**entry, **dict(zip(keys, values, strict=True))}))
+        Setup(**{**entry, **dict(zip(keys, values, strict=True))})
         for values in itertools.product(*lists)
     ]
-
-
-def _checked(setup: Setup) -> Setup:
-    if setup.quantization == "none":
-        setup = replace(setup, quantization=None)
-    for key, (kind, expected) in KINDS.items():
-        if not isinstance(getattr(setup, key), kind):
-            raise ValueError(f"setups: {key} is {getattr(setup, key)!r}; expected {expected}")
-    if setup.policy not in POLICIES:
-        raise ValueError(
-            f"setups: policy {setup.policy!r} is unknown; expected one of {sorted(POLICIES)}"
-        )
-    if setup.protocol not in get_args(Protocol):
-        raise ValueError(
-            f"setups: protocol {setup.protocol!r} is unknown; expected one of {get_args(Protocol)}"
-        )
-    budget_of(setup.budget, f"setups: budget of {setup.policy}")
-    return setup
 
 
 def are_query_aware(setup: Setup, heads: RetainingHeads | None) -> bool:

@@ -3,7 +3,7 @@
 The JSON holds
 
     kind, format, name    "evaluation", 2, the output folder's name
-    manifest              where the figures come from (`locret.evaluation.evaluate`)
+    manifest              where the figures come from (`locret.evaluation.records`)
     cells                 one for a setup and task: scores, their interval, units and bytes, ...
     setups                one for a setup: the mean over tasks
 
