@@ -272,10 +272,14 @@ class Asker:
             max_new_tokens=task.max_new_tokens,
             do_sample=False,
             stopping_criteria=criteria,
-            eos_token_id=self._end_tokens or None,
-            pad_token_id=filler(self.model, self.tokenizer),
+            **self._ends(),
         )
         return output[:, ids.shape[1] :]
+
+    def _ends(self) -> dict[str, Any]:
+        """The end of the turn, and what a finished row of a batch is filled with."""
+        pad = filler(self.model, self.tokenizer)
+        return {"eos_token_id": self._end_tokens or None, "pad_token_id": pad}
 
     def _record(self, question: Question, new: Tensor, sizes: dict[str, Any]) -> Record:
         tokens, ends = new.tolist(), set(self._end_tokens)
