@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def write_model_and_prompts(given: argparse.Namespace, folder: Path) -> None:
     """What both are given: float32 weights with the adapter in them, and tokens."""
-    from locret.evaluation.prompts import Renderer
+    from locret.evaluation.questions import Renderer
     from locret.model.loading import load_model
     from locret.tasks import TASKS, TaskSettings
     from locret.tasks.synthetic import FIRST_SEED, HAYSTACK

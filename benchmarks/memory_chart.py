@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from benchmarks.shapes import SHAPES
 from locret.engine.plan import SchemePlan, make_plan
-from locret.evaluation.figures import plotting, save
+from locret.evaluation.report import plotting, save_figure
 from locret.quantities import parse_tokens
 
 GIB = 2**30
@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> Path:
     axis.set(xlabel="context, K tokens", ylabel="cache, GiB", ylim=(0, None), title=given.shape)
     axis.grid(alpha=0.3)
     axis.legend()
-    return save(figure, given.out)
+    return save_figure(figure, given.out)
 
 
 def bytes_of(schemes: Sequence[SchemePlan], name: str, bits: int) -> int:

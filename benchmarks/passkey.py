@@ -18,7 +18,7 @@ import torch
 from benchmarks import record
 from benchmarks.answer_clock import AnswerClock, OutOfTime
 from locret import Engine, RetainingHeads
-from locret.evaluation.prompts import Renderer
+from locret.evaluation.questions import Renderer
 from locret.model.hooks import cache_of
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import POLICIES, LocretPolicy

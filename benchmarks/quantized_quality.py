@@ -22,7 +22,7 @@ from transformers import QuantizedCache
 from benchmarks import record
 from benchmarks.transformers_backends import transformers_backends
 from locret import Engine
-from locret.evaluation.prompts import Renderer
+from locret.evaluation.questions import Renderer
 from locret.evaluation.results import wilson
 from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model

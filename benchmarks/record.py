@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from locret.evaluation.provenance import commit, versions
+from locret.evaluation.records import commit, versions
 from locret.system.files import write_whole
 
 PACKAGES = (

@@ -18,7 +18,7 @@ from datamodules.conversations import Conversation, exchange
 from datamodules.sources import lengths
 from datamodules.texts import count, fit
 from locret.quantities import check_bounds
-from locret.tasks import wording
+from locret.tasks.haystack import listing, random_key, random_number
 from locret.tasks.synthetic import ADJECTIVES, NOUNS
 
 QUESTIONS = 4  # about one list
@@ -35,8 +35,8 @@ def _uuid(rng: Random) -> str:
 
 _NAMES: dict[str, Callable[[Random], str]] = {
     "uuid": _uuid,
-    "number": lambda rng: wording.number(rng, rng.choice((5, 7, 9))),
-    "words": lambda rng: wording.key(rng, ADJECTIVES, NOUNS),
+    "number": lambda rng: random_number(rng, rng.choice((5, 7, 9))),
+    "words": lambda rng: random_key(rng, ADJECTIVES, NOUNS),
     "hex": lambda rng: f"{rng.getrandbits(48):012x}",
 }
 _LINES = (
@@ -83,7 +83,7 @@ def counts(rng: Random, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tupl
         size = int(len(drawn) * min(tokens / found, 1) * 0.998)
     asked = sorted(words[:often], key=drawn.index)
     what = f"{often} words occur" if often > 1 else "word occurs"
-    return text, [(f"Which {what} most often in the list above?", f"{wording.listing(asked)}.")]
+    return text, [(f"Which {what} most often in the list above?", f"{listing(asked)}.")]
 
 
 def _drawn(words: Sequence[str], often: int, size: int, share: float) -> list[str]:

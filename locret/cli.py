@@ -38,7 +38,7 @@ TRAININGS = {
 """Commands of the package `trainers`: the only way from here to Lightning, which is imported when
 one of them runs."""
 HARNESS = "lm_eval"
-PLUGIN = Path(__file__).parent / "integrations" / "lm_eval" / "locret.yaml"
+PLUGIN = Path(__file__).parent / "integrations" / "lm_eval.yaml"
 INCLUDE = "--include_path"
 
 
@@ -112,7 +112,7 @@ def harness(args: Sequence[str]) -> None:
         raise ValueError("lm_eval needs the package lm-eval: pip install 'locret[eval]'")
     from lm_eval.__main__ import cli_evaluate
 
-    import locret.integrations.lm_eval.model  # noqa: F401 - registers the model
+    import locret.integrations.lm_eval  # noqa: F401 - registers the model
 
     with tempfile.TemporaryDirectory(prefix="locret-tasks-") as folder:
         own, sys.argv = sys.argv, ["lm_eval", *with_our_tasks(args, folder)]  # where it looks
@@ -128,6 +128,6 @@ def with_our_tasks(args: Sequence[str], folder: str) -> list[str]:
     named = any(arg.partition("=")[0] == INCLUDE for arg in args)
     if named or not args or {"-h", "--help"} & set(args):
         return [*args]
-    from locret.integrations.lm_eval.tasks import write_task_files
+    from locret.integrations.lm_eval_tasks import write_task_files
 
     return [*args, INCLUDE, str(write_task_files(Path(folder)))]

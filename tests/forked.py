@@ -70,6 +70,6 @@ def _command(arguments, log, environment, session, cwd):
 
 
 def fork_ranks(arguments, rank, count, log):
-    """What `locret.evaluation.processes` starts, forked: for a test to put in its place."""
+    """What `locret.evaluation.evaluate` starts, forked: for a test to put in its place."""
     about = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     return Forked(arguments, log, about)

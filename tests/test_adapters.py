@@ -399,7 +399,7 @@ def test_a_training_of_heads_refuses_it(folder, tmp_path):
 
 def test_lm_eval_refuses_it(folder, tmp_path):
     pytest.importorskip("lm_eval")
-    from locret.integrations.lm_eval.model import LocretLM
+    from locret.integrations.lm_eval import LocretLM
 
     saved(tmp_path, num_hidden_layers=4)
     with pytest.raises(ValueError, match="does not fit the model: extra"):

@@ -11,7 +11,7 @@ import locret
 from locret.cli import main
 from locret.commands import shared
 from locret.commands.shared import read_text, replace_unprintable
-from locret.evaluation.setups import Setup, check_setup
+from locret.evaluation.config import Setup
 from locret.model.loading import find_device, load_model
 from locret.quantities import ByteShare, Memory, parse_budget
 from tests.tiny_models import prompt, tiny_config, tiny_heads, tiny_model
@@ -206,15 +206,15 @@ def test_a_plan_of_what_cannot_be_is_one_sentence(name, text, says, folder, caps
 def test_engine_settings_of_an_evaluation_are_checked_without_a_model(settings, says, own):
     setup = Setup("streaming_llm", 32, engine=settings if own else {})
     with pytest.raises(ValueError) as error:
-        check_setup(setup, {} if own else settings)
+        setup.check({} if own else settings)
     assert str(error.value).startswith(f"setup streaming_llm 32 query_agnostic: {says}")
 
 
 def test_engine_settings_that_can_be_pass():
     words = {"chunk_size": "auto", "stabilizers": "auto", "positions": "auto"}
     for setup in (Setup("full"), Setup("streaming_llm", "8x"), Setup("streaming_llm", 0.25)):
-        check_setup(setup, words)
-    check_setup(Setup("full"), {"stabilizers": 99})
+        setup.check(words)
+    Setup("full").check({"stabilizers": 99})
 
 
 # --- where and in what a model computes ---

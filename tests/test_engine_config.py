@@ -8,7 +8,7 @@ import pytest
 
 import locret
 from locret.engine.config import DEFAULTS, Compute, EngineConfig, Reading, Storage
-from locret.evaluation.setups import Setup, check_setup
+from locret.evaluation.config import Setup
 from locret.policies.compose import AdaptiveHeads
 from locret.quantities import ByteShare, Memory, budget_of
 from tests.tiny_models import tiny_heads, tiny_model
@@ -70,7 +70,7 @@ def test_what_works_with_no_model_is_refused_without_one(settings, message):
         others = {name: value for name, value in settings.items() if name != "quantization"}
         setup = Setup("random", "8x", quantization=settings.get("quantization"))
         with pytest.raises(ValueError, match=f"setup random 8x query_agnostic.*: .*{message}"):
-            check_setup(setup, others)
+            setup.check(others)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_is_a_setups_own_is_no_setting_of_all(settings):
         (Setup("random", engine=settings), {}),
     ):
         with pytest.raises(ValueError, match=f"engine settings hold {next(iter(settings))}; give"):
-            check_setup(setup, all_of)
+            setup.check(all_of)
 
 
 def test_heads_that_read_the_question_need_no_switch():

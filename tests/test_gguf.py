@@ -333,7 +333,7 @@ def test_evaluate_records_the_hash_and_asks_a_changed_file_again(file, tmp_path)
 
 def test_lm_eval(file):
     pytest.importorskip("lm_eval")
-    from locret.integrations.lm_eval.model import LocretLM
+    from locret.integrations.lm_eval import LocretLM
 
     model = LocretLM(str(file), policy="keydiff", budget=32, device="cpu", dtype="float32")
     info = model.get_model_info()

@@ -10,7 +10,8 @@ import locret
 from datamodules.branches import BranchEncoder, Branching
 from datamodules.conversations import Conversation, exchange
 from locret.engine.calibration import Calibration
-from locret.evaluation.setups import Engines, expand
+from locret.evaluation.ask import Engines
+from locret.evaluation.config import expand
 from locret.model.backbone import Backbone
 from locret.model.loading import LoadedModel
 from locret.policies import POLICIES, Policy

@@ -10,7 +10,8 @@ from locret import Recall, RetainedCache
 from locret.cache.host_blocks import HostBlocks
 from locret.cache.merging import Merging
 from locret.cache.recall import block_relevance, mean_logits
-from locret.evaluation.setups import Engines, expand
+from locret.evaluation.ask import Engines
+from locret.evaluation.config import expand
 from locret.model.attend import attend
 from locret.model.hooks import cache_of
 from locret.model.loading import LoadedModel

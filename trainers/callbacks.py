@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import distributed
 
 from locret.commands.progress import Progress
-from locret.evaluation.provenance import source
+from locret.evaluation.questions import source
 from locret.heads.files import save_record, write_card, written_aside
 from locret.heads.heads import RetainingHeads
 from locret.system.files import as_json

@@ -27,8 +27,8 @@ from locret.tasks import GROUPS, TASKS
 from locret.tasks.synthetic import FIRST_SEED, HAYSTACK
 
 if TYPE_CHECKING:
+    from locret.evaluation.ask import Ranks
     from locret.evaluation.config import EvalConfig
-    from locret.evaluation.processes import Ranks
     from locret.evaluation.questions import Prepared
 
 NAME = "evaluate"
@@ -63,7 +63,7 @@ def add_to(commands: Any) -> None:
 
 def run(args: Sequence[str]) -> None:
     """Run an evaluation, or the part of it that falls to this process."""
-    from locret.evaluation.processes import Ranks
+    from locret.evaluation.ask import Ranks
     from locret.evaluation.questions import prepare
 
     args = [_with_underscores(text) for text in args]
@@ -175,8 +175,8 @@ def _report(given: argparse.Namespace) -> None:
 
 
 def _reproduce(given: argparse.Namespace) -> None:
-    from locret.evaluation import reproduce as again
-    from locret.evaluation.reproduce import Comparison, as_table
+    from locret.evaluation import evaluate as again
+    from locret.evaluation.evaluate import Comparison, as_table
 
     changes = {"data_dir": given.data_dir, "limit": given.limit}
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -256,7 +256,7 @@ def _add_needle(commands: Any) -> None:
 
 
 def needle(given: argparse.Namespace) -> None:
-    from locret.evaluation.figures import needle_map
+    from locret.evaluation.report import needle_map
 
     if given.plot and not given.grid:
         raise ValueError("--plot draws a map: give --grid and --json-out too, or leave --plot out")
@@ -295,7 +295,7 @@ def _add_grid(commands: Any) -> None:
 
 
 def grid(given: argparse.Namespace) -> None:
-    from locret.evaluation.figures import against_bytes
+    from locret.evaluation.report import against_bytes
 
     options = {"group": given.group, "residual": given.residual}
     schemes = [
@@ -387,20 +387,20 @@ def _ask(
 ) -> None:
     """Ask a configuration, print its table, and write the files that were asked for; `draw` makes
     the figure of `--plot`."""
-    from locret.evaluation import figures
     from locret.evaluation.config import EvalConfig
+    from locret.evaluation.report import check_figure, save_figure
 
     out: Path | None = given.json_out
     check_file(out, "--json-out")
     if given.plot:
-        figures.check(given.plot)
+        check_figure(given.plot)
     if given.minutes is not None and out is None:
         raise ValueError("--minutes needs --json-out FILE: answers are kept beside it")
     with tempfile.TemporaryDirectory() as temporary:
         folder = out.with_name(f"{out.stem}.answers") if out else Path(temporary)
         result = _shown(given, EvalConfig.from_dict(config | {"output": str(folder)}))
     if given.plot:
-        print(f"figure   {figures.save(draw(result), given.plot).resolve()}")
+        print(f"figure   {save_figure(draw(result), given.plot).resolve()}")
     commands = []
     if given.heads:
         named = [(f"--{name}", getattr(given, name)) for name in GENERATE if getattr(given, name)]
@@ -414,7 +414,7 @@ def _ask(
 def _shown(given: argparse.Namespace, config: "EvalConfig") -> dict[str, Any]:
     """The result, asked, shown, and written to `--json-out`."""
     from locret.evaluation import tables
-    from locret.evaluation.processes import Ranks
+    from locret.evaluation.ask import Ranks
 
     path = _asked(config, given, Ranks.of_environment())
     if path is None:

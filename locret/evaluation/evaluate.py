@@ -1,36 +1,50 @@
 """`python -m locret evaluate`: ask what was not asked yet, then write the results.
 
     python -m locret evaluate --config eval/ruler_smollm2.yaml --data-dir data --processes 8
+    python -m locret reproduce docs/results --data-dir data
 
 A run is prepared without its model: unknown tasks, missing data and missing heads show at once.
 Answers are kept as they come; a run that was killed goes on where it was. Processes of `torchrun`
-or `--processes` share the questions; whichever ends last writes the results:
+or `--processes` share the questions; the last one to finish writes the results:
 
     OUTPUT/config.yaml           what was asked
     OUTPUT/predictions/*.jsonl   every answer (`locret.evaluation.records`)
     OUTPUT/result.json           figures and where they come from (`locret.evaluation.results`)
     OUTPUT/result.md             the table
+
+`reproduce` runs of every result of an evaluation the slice that its configuration calls `smoke`
+again, from scratch, on the same samples. A setup is reproduced if its mean over the slice lies
+within what so many draws of the committed scores give (95 %). Tasks whose data is not here are left
+out, and said.
 """
 
 import fcntl
+import itertools
 import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import torch
 import yaml
 
-from locret.evaluation import provenance, results, tables
-from locret.evaluation.asking import Asker
+from locret.evaluation import results, tables
+from locret.evaluation.ask import Asker, Engines, Ranks, batches
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.processes import Ranks, run_together
-from locret.evaluation.questions import Prepared, Question, batches, prepare, share
-from locret.evaluation.records import Record, Records
-from locret.evaluation.setups import Engines
+from locret.evaluation.questions import Prepared, prepare
+from locret.evaluation.records import Records, Session, manifest
+from locret.evaluation.results import FORMAT, KIND, interval, resampled_means
 from locret.model.loading import load_model
 from locret.quantities import check_between, check_whole
+from locret.system import interrupts
 from locret.system.files import as_json, write_whole
+from locret.tasks import task_names
 
 ANSWERS = ".answers"
 """Ends the name of a folder that lies beside its result."""
@@ -100,7 +114,7 @@ def ask(
     records = Records(prepared.output, str(ranks.rank))
     done = records.read().keys()
     all_batches = batches(prepared.asked, prepared.config.batch_size)
-    dealt = share(all_batches, ranks.rank, ranks.world)
+    dealt = ranks.share(all_batches)
     left = [[question for question in batch if question.key not in done] for batch in dealt]
     # Batches of one engine stand together.
     left = sorted(filter(None, left), key=lambda of: (of[0].setup.label, str(of[0].budget)))
@@ -111,7 +125,7 @@ def ask(
     if not left:
         return
     asker = _load(prepared, ranks)
-    session = Session(prepared.output, ranks.rank, ranks.world, asker)
+    session = Session(prepared.output, ranks.rank, ranks.world, asker.loaded, asker.engines.used)
     last = time.monotonic() + 60 * (minutes if minutes is not None else float("inf"))
     for batch in left:
         if time.monotonic() > last:
@@ -151,8 +165,8 @@ def finish(prepared: Prepared, command: str = "") -> Path | None:
         if len(answered) < len(prepared.asked):
             return None
         result = {
-            "kind": results.KIND,
-            "format": results.FORMAT,
+            "kind": KIND,
+            "format": FORMAT,
             "name": prepared.output.name.removesuffix(ANSWERS),
             "manifest": manifest(prepared, answered, command),
             **results.figures(answered),
@@ -163,114 +177,236 @@ def finish(prepared: Prepared, command: str = "") -> Path | None:
         return path
 
 
-# ---- where the figures come from -----------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
-SHOWN = 700  # characters of a prompt's beginning and end
-OF_ONE_PROCESS = ("rank", "world", "started", "ended", "engines")
-FOLDER = "sessions"
-
-
-def manifest(
-    prepared: Prepared, answered: Sequence[tuple[Question, Record]], command: str
-) -> dict[str, Any]:
-    """The manifest of a run that is complete."""
-    sessions = read_sessions(prepared.output)
-    facts = [{k: v for k, v in s.items() if k not in OF_ONE_PROCESS} for s in sessions]
-    tasks = {question.task.label: question.task for question, _ in answered}
-    records = [record for _, record in answered]
-    return {
-        "command": command,
-        "config": prepared.config.to_dict(),
-        "sources": prepared.sources,
-        "computed": [fact for i, fact in enumerate(facts) if fact not in facts[:i]],
-        "engines": {setup: made for s in sessions for setup, made in s["engines"].items()},
-        "processes": max((session["world"] for session in sessions), default=0),
-        "protocols": {
-            "query_agnostic": "the context is compressed before the question is read",
-            "query_aware": "the policy sees the question before the final eviction; query-aware "
-            "heads get it in front of the context",
-        },
-        "decoding": "greedy",
-        "stop_rules": {
-            label: {"max_new_tokens": task.max_new_tokens, "strings": list(task.stop)}
-            for label, task in tasks.items()
-        },
-        "first_prompts": _first_prompts(answered),
-        "truncation": {
-            "prompts_cut": sum(record.cut > 0 for record in records),
-            "tokens_cut": sum(record.cut for record in records),
-            "answer_cut": sum(record.answer_cut for record in records),
-        },
-        "setups": {q.setup.label: q.setup.to_dict() for q, _ in answered},
-        "wall_seconds": wall_seconds(sessions),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+POLL_SECONDS = 1.0
+PATIENCE_SECONDS = 10.0  # for processes that are asked to end
+TOLD = 2000  # characters of what a failed process said
 
 
-def _first_prompts(answered: Sequence[tuple[Question, Record]]) -> dict[str, Any]:
-    first: dict[str, Any] = {}
-    for question, _ in answered:
-        prompt = question.prompt
-        if question.task.label not in first:
-            text, left_out = prompt.text, len(prompt.text) - 2 * SHOWN
-            short = f"{text[:SHOWN]} [... {left_out} characters ...] {text[-SHOWN:]}"
-            first[question.task.label] = {
-                "text": text if left_out <= 0 else short,
-                "tokens": len(prompt.ids),
-                "context_tokens": prompt.context_end,
-                "question_tokens": prompt.question_end - prompt.context_end,
-                "sha256_of_tokens": prompt.key,
-            }
-    return first
+def run_together(
+    arguments: Sequence[str], count: int, folder: Path, tell: Callable[[], None]
+) -> None:
+    """Run `python -m locret ARGUMENTS` in so many processes, which know their ranks, and call
+    `tell` now and then. What they say goes into the folder, a file each. SIGTERM, which schedulers
+    send, and SIGINT end them too, and this process (`locret.system.interrupts`).
 
-
-class Session:
-    """One process's part in a run. Its file in the run's folder says how far it came, should it be
-    killed."""
-
-    def __init__(self, folder: Path, rank: int, world: int, asker: Asker) -> None:
-        started = time.time()
-        self._path = folder / FOLDER / f"{started:.3f}-{rank}.json"
-        model = asker.model
-        self._facts = {
-            "rank": rank,
-            "world": world,
-            "started": started,
-            "model_revision": asker.loaded.revision,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "attention": model.config._attn_implementation,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "generation_config": model.generation_config.to_diff_dict(),
-            "end_tokens": asker.end_tokens,
-            "hardware": provenance.hardware(model.device),
-            "versions": provenance.versions(),
-            "commit": provenance.commit(),
-        }
-        self._asker = asker
-        self.beat()
-
-    def beat(self) -> None:
-        """Still at work."""
-        now = {"ended": time.time(), "engines": self._asker.engines.used}
-        write_whole(self._path, json.dumps(self._facts | now, indent=1, default=str))
-
-
-def read_sessions(folder: Path) -> list[dict[str, Any]]:
-    """What the processes of a run wrote, earliest first."""
-    files = (folder / FOLDER).glob("*.json")
-    found = []
-    for path in files:
+    Raises:
+        ValueError: one of them failed; says what it said. The others are ended.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    logs = [folder / f"{rank}.txt" for rank in range(count)]
+    running: list[subprocess.Popen[bytes]] = []
+    with interrupts.raised():
         try:
-            found.append(json.loads(path.read_text(encoding="utf-8")))
+            for rank, log in enumerate(logs):
+                with interrupts.delayed():  # a process that is started must also be in the list
+                    running.append(_start(arguments, rank, count, log))
+            while any(process.poll() is None for process in running):
+                _refuse_failed(running, logs)
+                tell()
+                time.sleep(POLL_SECONDS)
+            _refuse_failed(running, logs)
+            tell()
+        finally:
+            with interrupts.delayed():
+                _end(running)
+
+
+def _end(running: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """End processes, whatever they are doing."""
+    for process in running:
+        process.terminate()
+    last = time.monotonic() + PATIENCE_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0.0, last - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()  # such as one that waits for a device, and handles no signals meanwhile
+            process.wait()
+
+
+def _start(arguments: Sequence[str], rank: int, count: int, log: Path) -> subprocess.Popen[bytes]:
+    threads = max(1, (os.cpu_count() or 1) // count)
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }
+    command = [sys.executable, "-m", "locret", *arguments]
+    with log.open("wb") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+
+
+def _refuse_failed(running: Sequence["subprocess.Popen[bytes]"], logs: Sequence[Path]) -> None:
+    for process, log in zip(running, logs, strict=True):
+        if process.poll():
+            said = log.read_text(encoding="utf-8", errors="replace").strip()[-TOLD:]
+            raise ValueError(f"a process ended with status {process.returncode} ({log}):\n{said}")
+
+
+# ---- again ---------------------------------------------------------------------------------------
+
+ON_A_CPU = {"device": "cpu", "dtype": "float32", "batch_size": 1}
+
+Scores = Mapping[str, Any]
+"""`samples`, their ids, and `scores`, one each."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A setup of a table, again.
+
+    Attributes:
+        table, setup: which.
+        count: samples of the slice.
+        committed: their mean in the file; again: their mean now.
+        low, high: where the mean of so many samples may lie by the committed figures.
+        equal: samples with the very same score.
+    """
+
+    table: str
+    setup: str
+    count: int
+    committed: float
+    again: float
+    low: float
+    high: float
+    equal: int
+
+    @property
+    def reproduced(self) -> bool:
+        return self.low <= self.again <= self.high
+
+
+def compare(table: str, setup: str, pairs: Sequence[tuple[Scores, Scores]]) -> Comparison:
+    """A setup of a table, again. `pairs` are for every task the committed scores, and those of the
+    slice; samples that were not committed are left out, and a task with no others is a
+    ValueError."""
+    same, now, draws = [], [], []
+    equal = count = 0
+    for seed, (old, new) in enumerate(pairs):
+        by_sample = dict(zip(old["samples"], old["scores"], strict=True))
+        asked = zip(new["samples"], new["scores"], strict=True)
+        known = [(by_sample[sample], score) for sample, score in asked if sample in by_sample]
+        known = [(a, b) for a, b in known if a is not None and b is not None]
+        if not known:
+            raise ValueError(f"{table}, {setup}: none of the samples asked was committed")
+        count += len(known)
+        same.append(sum(a for a, _ in known) / len(known))
+        now.append(sum(b for _, b in known) / len(known))
+        equal += sum(abs(a - b) < 1e-6 for a, b in known)
+        answered = [score for score in old["scores"] if score is not None]
+        draws.append(resampled_means(answered, seed=seed, count=len(known)))
+    low, high = interval(torch.stack(draws).mean(0))
+    return Comparison(table, setup, count, fmean(same), fmean(now), low, high, equal)
+
+
+def as_table(compared: Sequence[Comparison]) -> str:
+    """A line a setup, in per cent."""
+    wide = max([36, *(len(one.setup) + 2 for one in compared)])
+    head = (
+        f"{'table':<24}{'setup':<{wide}}{'samples':>8}{'committed':>11}{'again':>8}{'allowed':>14}"
+    )
+    lines = [head]
+    for one in compared:
+        allowed = f"{100 * one.low:.1f}-{100 * one.high:.1f}"
+        lines.append(
+            f"{one.table:<24}{one.setup:<{wide}}{one.count:>8}{100 * one.committed:>11.1f}"
+            f"{100 * one.again:>8.1f}{allowed:>14}  "
+            + ("reproduced" if one.reproduced else "NOT reproduced")
+            + f", {one.equal} of {one.count} alike"
+        )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What was run again, and what was not for which reason."""
+
+    compared: tuple[Comparison, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def reproduced(self) -> bool:
+        return bool(self.compared) and all(setup.reproduced for setup in self.compared)
+
+
+def result_files(places: Sequence[Path]) -> list[Path]:
+    """JSON files that can be run again, of files and folders; ValueError if there are none."""
+    files = [sorted(place.glob("*.json")) if place.is_dir() else [place] for place in places]
+    found = [path for those in files for path in those if _is_evaluation(path)]
+    if not found:
+        raise ValueError(f"{', '.join(map(str, places))}: no results of `evaluate` there")
+    return found
+
+
+def _is_evaluation(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    named = isinstance(found, dict) and found.get("kind") == KIND
+    if named and found.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is of format {found.get('format')}; expected {FORMAT}: ask again, with "
+            "`python -m locret evaluate`"
+        )
+    return named
+
+
+def reproduce(
+    path: Path, output: Path, changes: Mapping[str, Any], progress: Progress | None = None
+) -> Reproduction:
+    """Run the slice of one file again, in the folder `output`, with changes of the configuration,
+    such as `data_dir`."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    values = result["manifest"]["config"]
+    values = {**values, "limit": 1, **(values.get("smoke") or {}), **ON_A_CPU, **changes}
+    config = EvalConfig.from_dict({**values, "output": str(output)})
+    here, left_out = _with_data(config)
+    if not here:
+        return Reproduction((), left_out)
+    config = replace(config, tasks=here)
+    pairs = itertools.product(config.all_setups(), config.make_tasks())
+    asked = {(setup.label, task.label) for setup, task in pairs}
+    if not asked & {(cell["setup"], cell["task"]) for cell in result["cells"]}:
+        slice_of = ", ".join(sorted({task for _, task in asked}))
+        return Reproduction((), (*left_out, f"its slice ({slice_of}) is not among its results"))
+    made = run(config, "python -m locret reproduce", progress=progress)
+    assert made is not None
+    again = json.loads(made.read_text(encoding="utf-8"))
+    return Reproduction(tuple(_compared(name_of(path), result, again)), left_out)
+
+
+def name_of(path: Path) -> str:
+    """What a result is called: by its file, or its folder, if the file is `evaluate`'s own."""
+    return path.resolve().parent.name if path.name == RESULT else path.stem
+
+
+def _with_data(config: EvalConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tasks whose data is here, and why the others are left out."""
+    here, left_out = [], []
+    for name in task_names(tuple(config.tasks)):
+        try:
+            replace(config, tasks=(name,)).make_tasks()
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}; remove it") from error
-    return sorted(found, key=lambda session: session["started"])
+            left_out.append(f"{name}: {error}")
+        else:
+            here.append(name)
+    return tuple(here), tuple(left_out)
 
 
-def wall_seconds(sessions: list[dict[str, Any]]) -> float:
-    """Time during which any process was at work."""
-    total, until = 0.0, 0.0
-    for session in sorted(sessions, key=lambda session: session["started"]):
-        total += max(0.0, session["ended"] - max(session["started"], until))
-        until = max(until, session["ended"])
-    return round(total, 1)
+def _compared(
+    table: str, committed: Mapping[str, Any], again: Mapping[str, Any]
+) -> Iterator[Comparison]:
+    before = {(cell["setup"], cell["task"]): cell for cell in committed["cells"]}
+    for setup in dict.fromkeys(cell["setup"] for cell in again["cells"]):
+        pairs = [
+            (before[setup, cell["task"]], cell)
+            for cell in again["cells"]
+            if cell["setup"] == setup and (setup, cell["task"]) in before
+        ]
+        if pairs:
+            yield compare(table, setup, pairs)

@@ -1,33 +1,170 @@
-"""What there is to ask in a run: every sample under every setup, dealt into batches.
+"""What there is to ask in a run: every sample as a prompt under every setup.
+
+The whole prompt is tokenized at once and then cut, so that both protocols and a full cache read the
+very same tokens. A token that reaches over a cut belongs to what follows.
 
 Everything that can be checked without the model is checked here.
-
-Batches are a function of the configuration alone, whatever was answered before, so that all
-processes of a run, and a run that goes on, agree on who asks what.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 
-from locret.evaluation.config import EvalConfig
-from locret.evaluation.prompts import Prompt, Renderer
-from locret.evaluation.provenance import source
-from locret.evaluation.setups import Setup, are_query_aware, check_setup
+from locret.evaluation.config import EvalConfig, Setup, are_query_aware
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import quotas_of
 from locret.model.adapters import Adapter
 from locret.model.loading import file_revision, find_device, load_config, load_tokenizer
 from locret.policies import LocretPolicy
 from locret.quantities import Budget
-from locret.system.files import file_hash
+from locret.system.files import file_hash, folder_hash
 from locret.tasks import Sample, Task
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt.
+
+    Attributes:
+        text: all of it.
+        ids: its tokens.
+        context_end: tokens before the question; at least one token comes after.
+        question_end: tokens before the end of the user's turn; likewise.
+        cut: tokens that were taken out of the context to fit a limit.
+        answer_cut: an answer stood in what was taken out and stands in the context no more.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    context_end: int
+    question_end: int
+    cut: int = 0
+    answer_cut: bool = False
+
+    @cached_property
+    def key(self) -> str:
+        """Recognises the prompt's tokens and cuts."""
+        cuts = f"{self.context_end} {self.question_end} "
+        return hashlib.sha256((cuts + " ".join(map(str, self.ids))).encode()).hexdigest()[:16]
+
+
+class Renderer:
+    """Renders samples for one tokenizer.
+
+    Args:
+        tokenizer: a fast one: it must tell where its tokens stand in the text.
+        chat: put the user's turn into the tokenizer's chat template.
+        answer_prefix: let prompts end with the first words of the answer, where samples have them.
+
+    Raises:
+        ValueError: the tokenizer is no fast one, or has no chat template to apply.
+    """
+
+    def __init__(self, tokenizer: Any, chat: bool, answer_prefix: bool = True) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"the tokenizer is a {type(tokenizer).__name__}, which does not tell where its "
+                "tokens stand in the text; a fast tokenizer is needed"
+            )
+        if chat and not tokenizer.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template; set chat_template to false for raw prompts"
+            )
+        self.tokenizer = tokenizer
+        self.chat = chat
+        self.answer_prefix = answer_prefix
+
+    @property
+    def fingerprint(self) -> str:
+        """Recognises the tokenizer and its template."""
+        both = (
+            self.tokenizer.backend_tokenizer.to_str(),
+            str(self.chat and self.tokenizer.chat_template),
+        )
+        return hashlib.sha256("\n".join(both).encode()).hexdigest()[:16]
+
+    def measure(self, sample: Sample) -> int:
+        """Tokens of the rendered prompt."""
+        text = self._text(sample)[0]
+        return len(self._encode(text)["input_ids"])
+
+    def render(self, sample: Sample, limit: int | None = None) -> Prompt:
+        """The prompt of a sample, its context cut in the middle to fit `limit` tokens. ValueError
+        if the chat template changes the user's text, or the limit leaves no room."""
+        text, context_end, question_end = self._text(sample)
+        encoded = self._encode(text, return_offsets_mapping=True)
+        ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+        prompt = Prompt(
+            text=text,
+            ids=tuple(ids),
+            context_end=min(_tokens_before(ends, context_end), len(ids) - 1),
+            question_end=min(_tokens_before(ends, question_end), len(ids) - 1),
+        )
+        return prompt if limit is None else self._cut(prompt, sample, limit)
+
+    def _text(self, sample: Sample) -> tuple[str, int, int]:
+        """The text, and the characters at which context and question end."""
+        turn = sample.context + sample.question
+        prefix = sample.answer_prefix if self.answer_prefix else ""
+        if not self.chat:
+            text = turn + prefix
+            return text, len(sample.context), len(turn)
+        # Templates may strip the turn, so that it is stripped here.
+        lead = len(turn) - len(turn.lstrip())
+        turn = turn.strip()
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True
+        )
+        start = text.find(turn)
+        if start < 0:
+            raise ValueError("the chat template changes the user's text: question cannot be found")
+        context = max(0, min(len(sample.context) - lead, len(turn)))
+        return text + prefix.lstrip(), start + context, start + len(turn)
+
+    def _encode(self, text: str, **wanted: Any) -> Any:
+        # verbose=False: a text above model_max_length is meant, and no reason for a warning.
+        return self.tokenizer(text, add_special_tokens=not self.chat, verbose=False, **wanted)
+
+    def _cut(self, prompt: Prompt, sample: Sample, limit: int) -> Prompt:
+        over = len(prompt.ids) - limit
+        if over <= 0:
+            return prompt
+        if over >= prompt.context_end:
+            raise ValueError(
+                f"sample {sample.id} has a prompt of {len(prompt.ids)} tokens, "
+                f"{prompt.context_end} of them context; it cannot be cut to {limit} tokens: raise "
+                "max_length"
+            )
+        start = (prompt.context_end - over) // 2
+        ids = prompt.ids[:start] + prompt.ids[start + over :]
+        left = self.tokenizer.decode(ids[: prompt.context_end - over]).casefold()
+        lost = [a for a in sample.answers if a.casefold() in sample.context.casefold()]
+        return Prompt(
+            text=self.tokenizer.decode(ids),
+            ids=ids,
+            context_end=prompt.context_end - over,
+            question_end=prompt.question_end - over,
+            cut=over,
+            answer_cut=any(answer.casefold() not in left for answer in lost),
+        )
+
+
+def _tokens_before(ends: list[int], character: int) -> int:
+    """Tokens that end at or before a character."""
+    return next((i for i, end in enumerate(ends) if end > character), len(ends))
+
+
+# ---- questions -----------------------------------------------------------------------------------
 
 NOT_OF_ANSWERS = frozenset(
     ("setups", "only", "full", "tasks", "output", "batch_size", "limit", "lengths", "depths")
@@ -124,64 +261,7 @@ def _heads_of(setup: Setup, sources: dict[str, Any], default: str | None) -> Any
     return found["records"], (found["sha256"] or found["source"]) if ranks else None
 
 
-def _questions(
-    config: EvalConfig,
-    setup: Setup,
-    task: Task,
-    rendered: Callable[[int | None], list[tuple[Sample, Prompt]]],
-    sources: dict[str, Any],
-    window: int | None,
-) -> Iterator[Question]:
-    """The samples of a task under a setup.
-
-    Args:
-        rendered: given a limit of tokens, the task's samples with their prompts.
-        sources: what model, adapter, heads and this task's data are, by content.
-        window: of the model.
-    """
-    settings, budget = settings_of(config, setup, task, sources), setup.engine_budget(task.length)
-    # The window is the limit where every token keeps a position of its own.
-    own = setup.keeps_all or {**config.engine, **setup.engine}.get("positions") == "original"
-    longest = config.max_length or (window if own else None)
-    limit = None if longest is None else longest - task.max_new_tokens
-    for sample, prompt in rendered(limit):
-        yield Question(setup, task, sample, prompt, budget, settings)
-
-
-def batches(asked: Iterable[Question], batch_size: int) -> list[list[Question]]:
-    """Questions that one call can answer: of one setup, task and budget.
-
-    With a batch size of 1, a batch is the samples about one context, which share its prefill. With
-    a larger one, contexts may have any length; questions that the policy sees must be equally long.
-    """
-    groups: dict[tuple[Any, ...], list[Question]] = {}
-    for question in asked:
-        key: tuple[Any, ...] = (question.setup.label, question.task.label, question.budget)
-        if batch_size == 1:
-            key += (question.group, question.prompt.ids[: question.compressed], question.query)
-        else:
-            key += (len(question.query),)
-        groups.setdefault(key, []).append(question)
-    if batch_size == 1:
-        return [*groups.values()]
-    by_length = (
-        sorted(group, key=lambda question: question.compressed) for group in groups.values()
-    )
-    return [
-        group[start : start + batch_size]
-        for group in by_length
-        for start in range(0, len(group), batch_size)
-    ]
-
-
-def share(all_batches: list[list[Question]], rank: int, world: int) -> list[list[Question]]:
-    """The batches of one process of many: alike in number and length."""
-
-    def cost(batch: list[Question]) -> int:
-        new = sum(question.rest + question.task.max_new_tokens for question in batch)
-        return batch[0].compressed + new
-
-    return sorted(all_batches, key=cost, reverse=True)[rank::world]
+# ---- a run, ready to be asked --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -212,9 +292,10 @@ def prepare(config: EvalConfig) -> Prepared:
     find_device(config.device)
     setups, tasks = config.all_setups(), config.make_tasks()
     for setup in setups:
-        check_setup(setup, config.engine)
+        setup.check(config.engine)
     model = load_config(config.model)
-    check_adapter(config.adapter, model)
+    if config.adapter:
+        Adapter.find(config.adapter).check_fit(model)
     heads = _load_heads(config, setups)
     renderer = Renderer(load_tokenizer(config.model), config.chat_template, config.answer_prefix)
     data = {task.label: task.origins() for task in tasks}
@@ -223,31 +304,40 @@ def prepare(config: EvalConfig) -> Prepared:
     sources |= {"model_config": changes} if changes else {}
     own = getattr(model, "max_position_embeddings", None)
     window = changes.get("max_position_embeddings", own)
-    prompts = []
-    for task in tasks:
-        samples = task.samples(config.limit, renderer)
-        if not samples:
-            files = ", ".join(map(str, task.files())) or "no file"
-            raise ValueError(f"task {task.label} has no samples: there are none in {files}")
-        prompts.append(cache(partial(_rendered, samples, renderer)))
-    asked = [
-        question
-        for setup in setups
-        for task, rendered in zip(tasks, prompts, strict=True)
-        for question in _questions(
-            config, setup, task, rendered, sources | {"data": data[task.label]}, window
-        )
-    ]
+    samples = {task.label: _samples(task, config.limit, renderer) for task in tasks}
+
+    @cache
+    def prompts(task: Task, limit: int | None) -> list[Prompt]:
+        return [renderer.render(sample, limit) for sample in samples[task.label]]
+
+    asked = []
+    for setup, task in itertools.product(setups, tasks):
+        settings = settings_of(config, setup, task, sources | {"data": data[task.label]})
+        budget, limit = setup.engine_budget(task.length), _limit(config, setup, task, window)
+        asked += [
+            Question(setup, task, sample, prompt, budget, settings)
+            for sample, prompt in zip(samples[task.label], prompts(task, limit), strict=True)
+        ]
     sources["data"] = dict(sorted(pair for hashes in data.values() for pair in hashes.items()))
     quotas = filter(None, (_quotas_file(config, setup) for setup in setups))
     sources["quotas"] = {path: file_hash(Path(path)) for path in sorted(set(quotas))}
     return Prepared(config, heads, sources, asked)
 
 
-def _rendered(
-    samples: Sequence[Sample], renderer: Renderer, limit: int | None
-) -> list[tuple[Sample, Prompt]]:
-    return [(sample, renderer.render(sample, limit)) for sample in samples]
+def _samples(task: Task, limit: int | None, renderer: Renderer) -> list[Sample]:
+    samples = task.samples(limit, renderer)
+    if not samples:
+        files = ", ".join(map(str, task.files())) or "no file"
+        raise ValueError(f"task {task.label} has no samples: there are none in {files}")
+    return samples
+
+
+def _limit(config: EvalConfig, setup: Setup, task: Task, window: int | None) -> int | None:
+    """Tokens of a prompt. The model's window is the limit where every token keeps a position of its
+    own."""
+    own = setup.keeps_all or {**config.engine, **setup.engine}.get("positions") == "original"
+    longest = config.max_length or (window if own else None)
+    return None if longest is None else longest - task.max_new_tokens
 
 
 def changes_of(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -262,14 +352,6 @@ def changes_of(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
         name: {**(getattr(model, name) or {}), **value} if isinstance(value, Mapping) else value
         for name, value in given.items()
     }
-
-
-def check_adapter(name: str | None, model: Any = None) -> None:
-    """Refuse an adapter that is not there or, given the config of a model, is not one of it
-    (ValueError of `locret.model.adapters`)."""
-    adapter = Adapter.find(name) if name else None
-    if adapter and model is not None:
-        adapter.check_fit(model)
 
 
 def _load_heads(config: EvalConfig, setups: Sequence[Setup]) -> dict[str, RetainingHeads]:
@@ -308,3 +390,17 @@ def _sources(
         },
         "tokenizer": renderer.fingerprint,
     }
+
+
+def source(name: str | None) -> dict[str, Any] | None:
+    """What an adapter or heads were: the name, the commit on the Hub, the hash of the files."""
+    if name is None:
+        return None
+    path = Path(name)
+    if not path.exists():  # of the Hub, fetched before: in a folder named after its commit
+        try:
+            path = Path(snapshot_download(name, local_files_only=True))
+        except (OSError, ValueError):
+            return {"source": name, "sha256": None}
+    found = {"source": name, "sha256": folder_hash(path) if path.is_dir() else file_hash(path)}
+    return found if path == Path(name) else found | {"revision": path.name}

@@ -3,7 +3,7 @@
 The JSON holds
 
     kind, format, name    "evaluation", 2, the output folder's name
-    manifest              where the figures come from (`locret.evaluation.evaluate`)
+    manifest              where the figures come from (`locret.evaluation.records`)
     cells                 one for a setup and task: scores, their interval, units and bytes, ...
     setups                one for a setup: the mean over tasks
 
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locret.evaluation.config import FULL, in_words
 from locret.evaluation.questions import Question
 from locret.evaluation.records import OUT_OF_MEMORY, Record
-from locret.evaluation.setups import FULL
 
 KIND = "evaluation"
 FORMAT = 2
@@ -233,6 +233,113 @@ def _spread(numbers: Sequence[int]) -> dict[str, float] | None:
     return {"mean": _mean(numbers), "max": max(numbers)} if numbers else None
 
 
+# ---- reading a result ----------------------------------------------------------------------------
+
+Result = Mapping[str, Any]
+"""What the JSON holds."""
+Part = Mapping[str, Any]
+"""A setup or a cell of it."""
+
+
+def tasks_of(result: Result) -> list[str]:
+    """Labels of the tasks, in the order of the table."""
+    return list(dict.fromkeys(cell["task"] for cell in result["cells"]))
+
+
+def cells_of(result: Result, setup: Part) -> list[Part]:
+    """The cells of a setup, one for each task."""
+    return [cell for cell in result["cells"] if cell["setup"] == setup["setup"]]
+
+
+def others_of(result: Result, task: str) -> list[str]:
+    """Names of the scores of a task beside its main one, where the result tells their figures."""
+    cell = next(cell for cell in result["cells"] if cell["task"] == task)
+    return list(cell.get("others", {}))
+
+
+def has_shares(result: Result) -> bool:
+    """Whether a setup tells its share of the full cache's score: old results do not."""
+    return any("share" in setup for setup in result["setups"])
+
+
+def full_of(result: Result) -> Part | None:
+    """The setup of the full cache, if it was asked."""
+    return next((setup for setup in result["setups"] if setup["setup"] == FULL), None)
+
+
+def stored_name(setup: Part) -> str:
+    """The policy, and how keys and values are stored, if not as they are."""
+    stored = f" {in_words(setup['quantization'])}" if setup["quantization"] else ""
+    return f"{setup['name']}{stored}"
+
+
+class Line:
+    """What a setup found over all its samples, and the most tokens, units and bytes of one.
+
+    `of_full`: found among those that the full cache finds. `real`: bytes of the full cache for one
+    byte of this one; without the full cache, bytes of its keys and values. `units`: of a head on
+    average. `heads`: of the head that holds fewest, and most; empty where all hold equally many.
+    """
+
+    def __init__(
+        self,
+        setup: Part,
+        cells: Sequence[Part],
+        of_full: Sequence[Part] | None,
+    ) -> None:
+        def most(name: str, of: Sequence[Part] = cells) -> float:
+            return max(cell[name]["max"] for cell in of)
+
+        def context(of: Sequence[Part] = cells) -> float:
+            return most("bytes", of) - most("room_bytes", of)
+
+        aware = ", query-aware" if setup["protocol"] == "query_aware" else ""
+        self.name = f"{stored_name(setup)}{aware}"
+        budget = "1x" if setup["budget"] is None else str(setup["budget"])
+        self.asked = budget.removesuffix(" bytes")
+        found, by_full = _found(cells), None if of_full is None else _found(of_full)
+        self.found = len(found)
+        self.of_full = "-" if by_full is None else f"{len(found & by_full)}/{len(by_full)}"
+        self.asked_of = sum(cell["count"] - cell["failed"] for cell in cells)
+        full = most("bytes_after", of_full) if of_full else most("full_cache_bytes")
+        self.real = full / max(1, most("bytes_after"))
+        full = context(of_full) if of_full else most("full_cache_bytes")
+        self.real_context = full / max(1, context())
+        unequal = [cell["units"] for cell in cells if "most" in cell["units"]]
+        fewest, largest = ([spread[name] for spread in unequal] for name in ("fewest", "most"))
+        self.heads = f"{min(fewest):,}-{max(largest):,}" if unequal else ""
+        mean = max(cell["units"]["mean"] for cell in cells)
+        self.units = int(mean if unequal else most("units"))
+        self.context_tokens = int(most("compressed_tokens"))
+        self.rest_tokens = int(most("rest_tokens"))
+        self.context_bytes = context()
+        self.bytes = most("bytes_after")
+        self.seconds = sum(cell["seconds"] for cell in cells)
+
+
+def lines_of(result: Result) -> list[Line]:
+    """One for each setup that has an answer."""
+    full = full_of(result)
+    of_full = None if full is None else _with_answers(result, full)
+    answered = ((setup, _with_answers(result, setup)) for setup in result["setups"])
+    return [Line(setup, cells, of_full) for setup, cells in answered if cells]
+
+
+def _with_answers(result: Result, setup: Part) -> list[Part]:
+    """The cells of a setup that have an answer."""
+    return [cell for cell in cells_of(result, setup) if cell["units"] is not None]
+
+
+def _found(cells: Sequence[Part]) -> set[tuple[str, str]]:
+    """Task and sample of everything that was found."""
+    return {
+        (cell["task"], sample)
+        for cell in cells
+        for sample, score in zip(cell["samples"], cell["scores"], strict=True)
+        if score == 1.0
+    }
+
+
 # ---- intervals -----------------------------------------------------------------------------------
 
 RESAMPLES = 2000
@@ -241,10 +348,14 @@ Z = 1.959964  # standard deviations of a normal distribution that hold 95 %
 
 
 def resampled_means(
-    values: Sequence[float], groups: Sequence[str] | None = None, seed: int = 0
+    values: Sequence[float],
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+    count: int | None = None,
 ) -> Tensor:
-    """Means of resampled scores, [RESAMPLES] float64. Samples of one group are drawn together:
-    questions about one text are no independent draws. None = each sample is drawn on its own."""
+    """Means of `count` draws from scores (None = as many as there are), [RESAMPLES] float64.
+    Samples of one group are drawn together: questions about one text are no independent draws.
+    None = each sample is drawn on its own."""
     scores = torch.tensor(values, dtype=torch.float64)
     if groups is None:
         sums, sizes = scores, torch.ones_like(scores)
@@ -254,7 +365,7 @@ def resampled_means(
         sums = torch.zeros(len(order), dtype=torch.float64).index_add(0, index, scores)
         sizes = torch.bincount(index, minlength=len(order)).double()
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(sums), (RESAMPLES, len(sums)), generator=generator)
+    drawn = torch.randint(len(sums), (RESAMPLES, count or len(sums)), generator=generator)
     return sums[drawn].sum(1) / sizes[drawn].sum(1)
 
 

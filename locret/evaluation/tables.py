@@ -1,33 +1,139 @@
-"""Results as text: a Markdown table of any evaluation, and plain ones of needles for a terminal."""
+"""Results as tables: in Markdown and HTML for files, in plain text for a terminal.
 
+A report (`locret.evaluation.report`) is made of blocks, which are written either way.
+"""
+
+import base64
+import html
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from locret.evaluation.setups import FULL, in_words
+from locret.evaluation import results
+from locret.evaluation.config import FULL, in_words
+from locret.evaluation.results import Line, Result
 
-Result = Mapping[str, Any]
-Cell = Mapping[str, Any]
 MIB = 2**20
 WIDTH = 100
 INDENT = 14
 
-# ---- Markdown ------------------------------------------------------------------------------------
+# ---- blocks --------------------------------------------------------------------------------------
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto; }
+th, td { border: 1px solid #ccc; padding: 0.25em 0.6em; white-space: nowrap; }
+th { background: #f3f3f3; } td + td { text-align: right; } img { max-width: 100%; }
+"""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading; level 1 is the report's title."""
+
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Plain text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of plain text under a header; numbers stand to the right of the first columns, `texts`
+    of them."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    texts: int = 1
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture: its file, within the report's folder, and what it shows."""
+
+    file: Path
+    caption: str
+
+
+Block = Heading | Paragraph | Table | Figure
+
+
+def markdown_of(blocks: Sequence[Block]) -> str:
+    """The report with links to its pictures."""
+    return "\n\n".join(map(_markdown, blocks)) + "\n"
+
+
+def html_of(blocks: Sequence[Block], folder: Path) -> str:
+    """The report as one file that needs no other: pictures, read from `folder`, are inlined."""
+    title = next((b.text for b in blocks if isinstance(b, Heading)), "Report")
+    body = "\n".join(_html(block, folder) for block in blocks)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"{body}\n</body>\n</html>\n"
+    )
+
+
+def _markdown(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"{'#' * block.level} {block.text}"
+    if isinstance(block, Paragraph):
+        return block.text
+    if isinstance(block, Figure):
+        return f"![{block.caption}]({block.file.as_posix()})"
+    aligned = ["---"] * block.texts + ["---:"] * (len(block.header) - block.texts)
+    lines = [block.header, aligned, *block.rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _html(block: Block, folder: Path) -> str:
+    if isinstance(block, Heading):
+        return f"<h{block.level}>{html.escape(block.text)}</h{block.level}>"
+    if isinstance(block, Paragraph):
+        return f"<p>{html.escape(block.text)}</p>"
+    if isinstance(block, Figure):
+        data = base64.b64encode((folder / block.file).read_bytes()).decode()
+        caption = html.escape(block.caption)
+        return (
+            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
+    rows = "\n".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in block.rows
+    )
+    return f"<table>\n<tr>{head}</tr>\n{rows}\n</table>"
+
+
+# ---- the table of an evaluation, and its part of a report ----------------------------------------
 
 
 def as_markdown(result: Result) -> str:
     """A line for each setup, a column for each task, in per cent."""
-    tasks = tasks_of(result)
-    scores = [(task, metric) for task in tasks for metric in (None, *others_of(result, task))]
-    short, shares = _short_names(tasks), has_shares(result)
+    tasks = results.tasks_of(result)
+    scores = [
+        (task, metric) for task in tasks for metric in (None, *results.others_of(result, task))
+    ]
+    short, shares = _short_names(tasks), results.has_shares(result)
     head = ["policy", "budget", "protocol", "mean", "to full", *["share of full"] * shares]
     head += ["units", "MiB", *(" ".join(filter(None, (short[t], m))) for t, m in scores)]
-    lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
+    lines = []
     for setup in result["setups"]:
-        cells = {cell["task"]: cell for cell in cells_of(result, setup)}
+        cells = {cell["task"]: cell for cell in results.cells_of(result, setup)}
         lines.append(
             [
-                _name(setup),
+                results.stored_name(setup),
                 budget_text(setup),
                 setup["protocol"],
                 *scores_of(setup, shares),
@@ -36,40 +142,7 @@ def as_markdown(result: Result) -> str:
                 *(_score(cells.get(task), metric) for task, metric in scores),
             ]
         )
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n{' '.join(notes(result, mark=True))}\n"
-
-
-def tasks_of(result: Result) -> list[str]:
-    """Labels of the tasks, in the order of the table."""
-    return list(dict.fromkeys(cell["task"] for cell in result["cells"]))
-
-
-def cells_of(result: Result, setup: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The cells of a setup, one for each task."""
-    return [cell for cell in result["cells"] if cell["setup"] == setup["setup"]]
-
-
-def others_of(result: Result, task: str) -> list[str]:
-    """Names of the scores of a task beside its main one, where the result tells their figures."""
-    cell = next(cell for cell in result["cells"] if cell["task"] == task)
-    return list(cell.get("others", {}))
-
-
-def has_shares(result: Result) -> bool:
-    """Whether a setup tells its share of the full cache's score: old results do not."""
-    return any("share" in setup for setup in result["setups"])
-
-
-def full_of(result: Result) -> Mapping[str, Any] | None:
-    """The setup of the full cache, if it was asked."""
-    return next((setup for setup in result["setups"] if setup["setup"] == FULL), None)
-
-
-def _name(setup: Mapping[str, Any]) -> str:
-    """The policy, and how keys and values are stored, if not as they are."""
-    stored = f" {in_words(setup['quantization'])}" if setup["quantization"] else ""
-    return f"{setup['name']}{stored}"
+    return markdown_of([Table(head, lines, texts=3), Paragraph(" ".join(notes(result, mark=True)))])
 
 
 def budget_text(setup: Mapping[str, Any]) -> str:
@@ -145,69 +218,89 @@ def notes(result: Result, mark: bool = False) -> list[str]:
     return said
 
 
-# ---- plain text ----------------------------------------------------------------------------------
+PROTOCOLS = {"any": "any", "query_agnostic": "query-agnostic", "query_aware": "query-aware"}
+HEADER = ["policy", "cache", "budget", "protocol", "score", "to full", "units", "MiB", "of full"]
 
 
-class Line:
-    """What a setup found over all its samples, and the most tokens, units and bytes of one.
-
-    `of_full`: found among those that the full cache finds. `real`: bytes of the full cache for one
-    byte of this one; without the full cache, bytes of its keys and values. `units`: of a head on
-    average. `heads`: of the head that holds fewest, and most; empty where all hold equally many.
-    """
-
-    def __init__(self, setup: Cell, cells: Sequence[Cell], of_full: Sequence[Cell] | None) -> None:
-        def most(name: str, of: Sequence[Cell] = cells) -> float:
-            return max(cell[name]["max"] for cell in of)
-
-        def context(of: Sequence[Cell] = cells) -> float:
-            return most("bytes", of) - most("room_bytes", of)
-
-        aware = ", query-aware" if setup["protocol"] == "query_aware" else ""
-        self.name = f"{_name(setup)}{aware}"
-        budget = "1x" if setup["budget"] is None else str(setup["budget"])
-        self.asked = budget.removesuffix(" bytes")
-        found, by_full = _found(cells), None if of_full is None else _found(of_full)
-        self.found = len(found)
-        self.of_full = "-" if by_full is None else f"{len(found & by_full)}/{len(by_full)}"
-        self.asked_of = sum(cell["count"] - cell["failed"] for cell in cells)
-        full = most("bytes_after", of_full) if of_full else most("full_cache_bytes")
-        self.real = full / max(1, most("bytes_after"))
-        full = context(of_full) if of_full else most("full_cache_bytes")
-        self.real_context = full / max(1, context())
-        unequal = [cell["units"] for cell in cells if "most" in cell["units"]]
-        fewest, largest = ([spread[name] for spread in unequal] for name in ("fewest", "most"))
-        self.heads = f"{min(fewest):,}-{max(largest):,}" if unequal else ""
-        mean = max(cell["units"]["mean"] for cell in cells)
-        self.units = int(mean if unequal else most("units"))
-        self.context_tokens = int(most("compressed_tokens"))
-        self.rest_tokens = int(most("rest_tokens"))
-        self.context_bytes = context()
-        self.bytes = most("bytes_after")
-        self.seconds = sum(cell["seconds"] for cell in cells)
+def evaluation_blocks(result: Result) -> Iterator[Block]:
+    """Where the figures come from, the table of setups, the table of tasks."""
+    yield Paragraph(_origin(result["manifest"]))
+    yield _setups_table(result)
+    said = notes(result)
+    if results.full_of(result) is None:
+        said.append("The full cache was not run, so that there is nothing to compare with.")
+    yield Paragraph(" ".join(said))
+    tasks = results.tasks_of(result)
+    if len(tasks) > 1 or results.others_of(result, tasks[0]):
+        yield _tasks_table(result)
+        if results.has_shares(result):
+            yield Paragraph("Shares of what the full cache finds on the same samples, in per cent.")
+            yield _tasks_table(result, "share", "share_interval")
 
 
-def lines_of(result: Result) -> list[Line]:
-    """One for each setup that has an answer."""
-    full = full_of(result)
-    of_full = None if full is None else _answered(result, full)
-    answered = ((setup, _answered(result, setup)) for setup in result["setups"])
-    return [Line(setup, cells, of_full) for setup, cells in answered if cells]
+def _origin(manifest: Mapping[str, Any]) -> str:
+    config = manifest["config"]
+    named = [f"Model {config['model']}"]
+    named += [f"{name} {config[name]}" for name in ("adapter", "heads") if config.get(name)]
+    machines = [
+        (facts.get("hardware", {}).get("accelerator") or "CPU")
+        + (f", commit {facts['commit']}" if facts.get("commit") else "")
+        for facts in manifest.get("computed", [])
+    ]
+    return "; ".join([", ".join(named), *dict.fromkeys(machines)]) + "."
 
 
-def _answered(result: Result, setup: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The cells of a setup that have an answer."""
-    return [cell for cell in cells_of(result, setup) if cell["units"] is not None]
+def _ordered(result: Result) -> list[Mapping[str, Any]]:
+    """The setups, the full cache first."""
+    return sorted(result["setups"], key=lambda setup: setup["setup"] != FULL)
 
 
-def _found(cells: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
-    """Task and sample of everything that was found."""
-    return {
-        (cell["task"], sample)
-        for cell in cells
-        for sample, score in zip(cell["samples"], cell["scores"], strict=True)
-        if score == 1.0
+def _setups_table(result: Result) -> Table:
+    shares = results.has_shares(result)
+    header = [*HEADER[:6], *["share of full"] * shares, *HEADER[6:]]
+    lines = [_line(setup, shares) for setup in _ordered(result)]
+    if results.full_of(result) is None:
+        missing = [FULL, in_words(None), "all", "any", "not in this run"]
+        lines.insert(0, missing + ["-"] * (len(header) - len(missing)))
+    return Table(header, lines)
+
+
+def _line(setup: Mapping[str, Any], shares: bool) -> list[str]:
+    share = "-"
+    if setup["bytes"] is not None:
+        share = f"{setup['bytes']['mean'] / setup['full_cache_bytes']['mean']:.3f}"
+    return [
+        setup["name"],
+        in_words(setup["quantization"]),
+        budget_text(setup),
+        PROTOCOLS[setup["protocol"]],
+        *scores_of(setup, shares),
+        units_text(setup["units"], "{:,.0f}"),
+        mean_of(setup["bytes"], "{:,.1f}", MIB),
+        share,
+    ]
+
+
+def _tasks_table(result: Result, figure: str = "score", interval: str = "interval") -> Table:
+    """A line for each score of a task, a column for each setup."""
+    setups = _ordered(result)
+    cells = {
+        (cell["task"], setup["setup"]): cell
+        for setup in setups
+        for cell in results.cells_of(result, setup)
     }
+    lines = []
+    for task in results.tasks_of(result):
+        found: list[Any] = [cells.get((task, setup["setup"])) for setup in setups]
+        first = next(cell for cell in found if cell)
+        for metric in (first["metric"], *results.others_of(result, task)):
+            of = [c and (c if metric == first["metric"] else c["others"][metric]) for c in found]
+            scores = [with_interval(c.get(figure), c.get(interval)) if c else "-" for c in of]
+            lines.append([task, metric, str(first["count"]), *scores])
+    return Table(["task", "metric", "n", *(setup["setup"] for setup in setups)], lines)
+
+
+# ---- plain text ----------------------------------------------------------------------------------
 
 
 Column = tuple[str, int, Callable[[Line], str]]
@@ -237,7 +330,7 @@ EQUAL_BYTES: list[Column] = [
 
 def as_text(result: Result) -> str:
     """Needles for a terminal: over lengths, at equal bytes, or what one length took."""
-    lines = lines_of(result)
+    lines = results.lines_of(result)
     if len({cell["length"] for cell in result["cells"]}) > 1:
         table, legend = _over_lengths(result), _legend(result)[:2]
     elif any(" bytes" in budget_text(setup) for setup in result["setups"]):
@@ -266,7 +359,7 @@ def _over_lengths(result: Result) -> str:
     lines = {}
     for length in lengths:
         cells = [cell for cell in result["cells"] if cell["length"] == length]
-        of_length = lines_of({"cells": cells, "setups": result["setups"]})
+        of_length = results.lines_of({"cells": cells, "setups": result["setups"]})
         lines[length] = {(line.name, line.asked): line for line in of_length}
     names = dict.fromkeys(name for each in lines.values() for name in each)
 
@@ -284,7 +377,7 @@ def _over_lengths(result: Result) -> str:
 
 
 def _legend(result: Result) -> list[tuple[str, str]]:
-    with_full = full_of(result) is not None
+    with_full = results.full_of(result) is not None
     whole = "cache MiB of policy full" if with_full else "MiB of the keys and values of all tokens"
     return [
         ("asked", "tokens of the prompt for every unit of the budget"),
@@ -300,7 +393,7 @@ def _legend(result: Result) -> list[tuple[str, str]]:
 
 
 def _legend_of_bytes(result: Result) -> list[tuple[str, str]]:
-    asked = full_of(result) is not None
+    asked = results.full_of(result) is not None
     whole = "bytes of the context under policy full" if asked else "those of all keys and values"
     said = [
         (

@@ -1,30 +1,29 @@
-"""Evaluation tasks by name."""
+"""Tasks of evaluations by name. Every file here that defines a `Task` with a name adds it, and
+nothing else need be edited."""
 
+import importlib
+import pkgutil
 from collections.abc import Sequence
 
-from locret.tasks.base import Prompts, Sample, Task, TaskSettings
-from locret.tasks.code import CodeTask
-from locret.tasks.document_qa import FairytaleQATask, QMSumTask
-from locret.tasks.leval import LEVAL_TASKS
-from locret.tasks.ruler import RULER_TASKS
-from locret.tasks.synthetic import HAYSTACK, NEEDLE_TASKS
+from locret.tasks.base import NAMED, Prompts, Sample, Task, TaskSettings
 
 __all__ = ["DATA", "GROUPS", "TASKS", "Prompts", "Sample", "Task", "TaskSettings", "task_names"]
 
-_DOCUMENTS: tuple[type[Task], ...] = (FairytaleQATask, QMSumTask, CodeTask)
+FIRST = ("ruler", "synthetic", "documents")
+"""Files whose tasks are listed before those of the others, which follow by name."""
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (*RULER_TASKS, *NEEDLE_TASKS, *_DOCUMENTS, *LEVAL_TASKS)
-}
+for _name in (*FIRST, *(file.name for file in pkgutil.iter_modules(__path__))):
+    importlib.import_module(f"{__name__}.{_name}")
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in NAMED}
 """A task's class by the name of the task."""
 
-DATA = ("squad", "hotpotqa", "haystack", "words", HAYSTACK, "fairytaleqa", "qmsum", "leval")
+DATA: tuple[str, ...] = tuple(dict.fromkeys(name for task in NAMED for name in task.data))
 """Names that data files are given by."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "ruler": tuple(task.name for task in RULER_TASKS),
-    "needles": tuple(task.name for task in NEEDLE_TASKS),
-    "leval": tuple(task.name for task in LEVAL_TASKS),
+    group: tuple(task.name for task in NAMED if task.group == group)
+    for group in dict.fromkeys(task.group for task in NAMED if task.group)
 }
 """Names that stand for several tasks."""
 

@@ -9,15 +9,16 @@ with their questions are rows `{"id", "context", "qa": [{"question", "answers"}]
 """
 
 import gzip
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from locret.system.files import file_hash
+from locret.system.files import file_hash, write_whole
 from locret.tasks.metrics import check_rouge
 
 
@@ -109,11 +110,20 @@ class TaskSettings:
         return given
 
 
+NAMED: "list[type[Task]]" = []
+"""Every class of a task that has a name, as they are defined."""
+
+
 class Task(ABC):
     """A named set of samples and how an answer is scored.
 
+    A class with a `name`, in any file of this folder, is asked for by that name.
+
     Attributes:
         name: as asked for.
+        group: a name that stands for all tasks that give it, if they are several.
+        data: usual names of its data files in `data_dir`, by the names that other ones are given
+            by; "" = none is needed.
         metrics: names of the scores of a sample, the main one first; higher = better, 0 to 1.
         max_new_tokens: of an answer.
         stop: an answer ends before the first of these strings, or at the end of the turn.
@@ -122,11 +132,17 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
+    group: ClassVar[str] = ""
+    data: ClassVar[Mapping[str, str]] = {}
     metrics: ClassVar[tuple[str, ...]]
     max_new_tokens: int
     stop: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1
     length: int | None = None
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            NAMED.append(cls)
 
     def __init__(self, settings: TaskSettings) -> None:
         self.settings = settings
@@ -141,7 +157,7 @@ class Task(ABC):
     def files(self) -> list[Path]:
         """The data files that are read; ValueError where one is missing: which, and where to put
         it."""
-        return []
+        return [self.settings.file(name, usual) for name, usual in self.data.items() if usual]
 
     def origins(self) -> dict[str, str]:
         """What samples are made of, by name: the data files, each with the hash of its content."""
@@ -174,6 +190,57 @@ class SizedTask(Task):
     def __init__(self, settings: TaskSettings) -> None:
         super().__init__(settings)
         self.length = settings.length or self.length
+
+
+DEFAULT_SAMPLES = 500
+
+
+class MadeTask(SizedTask):
+    """A task whose prompt, chat template and answer fit `length` tokens; made samples are kept."""
+
+    @abstractmethod
+    def made(self, count: int, prompts: Prompts) -> list[Sample]:
+        """The first `count` samples, or as many as there are."""
+
+    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
+        assert prompts is not None
+        count = DEFAULT_SAMPLES if limit is None else limit
+        if self.settings.cache_dir is None:
+            return self.made(count, prompts)
+        path = self._path(self.settings.cache_dir, prompts.fingerprint)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ["0"]
+        if int(lines[0]) >= count:
+            return [_sample(line) for line in lines[1:]][:count]
+        samples = self.made(count, prompts)
+        rows = [str(count), *(json.dumps(asdict(sample)) for sample in samples)]
+        write_whole(path, "\n".join(rows) + "\n")
+        return samples
+
+    def _path(self, folder: Path, fingerprint: str) -> Path:
+        depends_on: dict[str, Any] = {
+            "version": self.version,
+            "seed": self.settings.seed,
+            "tokenizer": fingerprint,
+            "files": list(self.origins().values()),
+        }
+        if self.settings.max_new_tokens is not None:
+            depends_on["max_new_tokens"] = self.settings.max_new_tokens  # a part of the length
+        key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
+        return folder / "samples" / f"{self.name}-{self.length}-{key}.jsonl"
+
+    def does_not_fit(self) -> ValueError:
+        return ValueError(
+            f"{self.name} does not fit {self.length} tokens with {self.max_new_tokens} for the "
+            "answer; ask for a larger length"
+        )
+
+
+def _sample(line: str) -> Sample:
+    row = json.loads(line)
+    return Sample(**row | {"answers": tuple(row["answers"])})
+
+
+# ---- data files ----------------------------------------------------------------------------------
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:

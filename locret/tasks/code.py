@@ -21,9 +21,8 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-from locret.tasks.base import Prompts, Sample
+from locret.tasks.base import MadeTask, Prompts, Sample
 from locret.tasks.metrics import code_match
-from locret.tasks.ruler_base import MadeTask
 
 PACKAGES = (
     *("asyncio", "collections", "concurrent", "curses", "dbm", "email", "html", "http"),

@@ -3,36 +3,109 @@
 Wording, task settings, steps of length and scores are the benchmark's. The running text is a file
 of the user's or the language reference of CPython instead of essays from the web; the words are
 those of the package wonderwords, as in RULER.
+
+A task drafts a sample around so many units of haystack (words, sentences, documents). How many fit
+is found on the first sample; a sample that turns out too long gets fewer. Sample number i depends
+on the seed and i alone, so the first samples are the same however many are asked for.
 """
 
 import math
 import string
 import uuid
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import ClassVar, Literal
 
-from locret.tasks import wording
-from locret.tasks.base import Sample, read_contexts
-from locret.tasks.haystack import (
-    NOISE,
-    essay_files,
-    essay_words,
-    read_words,
-    sentences_of,
-    word_files,
+from locret.tasks import haystack
+from locret.tasks.base import MadeTask, Prompts, Sample, read_contexts
+from locret.tasks.metrics import (
+    exact_match,
+    string_match_all,
+    string_match_part,
+    token_f1,
+    without_controls,
 )
-from locret.tasks.metrics import exact_match, string_match_part, token_f1
-from locret.tasks.ruler_base import RulerTask
+
+# ---- a haystack cut to a length ------------------------------------------------------------------
+
+SHRINK = 0.01  # of the haystack, where a sample is longer than the first one
+
+
+class RulerTask(MadeTask):
+    """A task made of so many units of haystack, `least` to `most` of them; None = as many as
+    fit."""
+
+    group = "ruler"
+    metrics: ClassVar[tuple[str, ...]] = ("string_match",)
+    match: ClassVar[Callable[..., float]] = staticmethod(string_match_all)
+    least: int = 1
+    most: int | None = None
+
+    def prepare(self) -> None:
+        """Read the data files."""
+
+    @abstractmethod
+    def draft(self, rng: Random, index: int, size: int) -> Sample:
+        """Sample number `index` with `size` units of haystack."""
+
+    def available(self) -> int | None:
+        """How many samples there can be; None = any number."""
+        return None
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        return {"string_match": type(self).match(without_controls(answer), sample.answers)}
+
+    def made(self, count: int, prompts: Prompts) -> list[Sample]:
+        self.prepare()
+        size, available = self._size(prompts), self.available()
+        indices = range(count if available is None else available)
+        made = (self._longest(index, size, prompts) for index in indices)
+        found = list(islice((sample for sample in made if sample is not None), count))
+        if not found:
+            raise self.does_not_fit()
+        return found
+
+    def _size(self, prompts: Prompts) -> int:
+        """The most units of haystack that fit the first sample; `least` if none do."""
+        fits, beyond = self.least, self.least + 1
+        while self.most is None or beyond <= self.most:
+            if self._fitting(0, beyond, prompts) is None:
+                break
+            fits, beyond = beyond, 2 * beyond
+        beyond = beyond if self.most is None else min(beyond, self.most + 1)
+        while beyond - fits > 1:
+            middle = (fits + beyond) // 2
+            if self._fitting(0, middle, prompts) is None:
+                beyond = middle
+            else:
+                fits = middle
+        return fits
+
+    def _longest(self, index: int, size: int, prompts: Prompts) -> Sample | None:
+        """The sample with as much haystack as fits; None if it does not fit at all."""
+        step = max(1, int(size * SHRINK))
+        sizes = (max(fewer, self.least) for fewer in range(size, self.least - step, -step))
+        drafts = (self._fitting(index, fewer, prompts) for fewer in sizes)
+        return next((sample for sample in drafts if sample is not None), None)
+
+    def _fitting(self, index: int, size: int, prompts: Prompts) -> Sample | None:
+        """The sample, if it fits."""
+        rng = Random(f"ruler {self.name} {self.settings.seed} {index}")
+        sample = self.draft(rng, index, size)
+        return sample if prompts.measure(sample) + self.max_new_tokens <= self.length else None
+
 
 # ---- needles: special magic numbers or UUIDs of keys, hidden in a haystack -----------------------
 
 Kind = Literal["numbers", "words", "uuids"]
 
-NEEDLES_CONTEXT = wording.NEEDLE_INTRO + "\n{text}"
-NEEDLES_QUESTION = f"\n{wording.NEEDLE_QUESTION}"
-NEEDLES_ANSWER = f" {wording.NEEDLE_ANSWER}"
+NEEDLES_CONTEXT = haystack.NEEDLE_INTRO + "\n{text}"
+NEEDLES_QUESTION = f"\n{haystack.NEEDLE_QUESTION}"
+NEEDLES_ANSWER = f" {haystack.NEEDLE_ANSWER}"
 
 DEPTHS = [round(100 * i / 39) for i in range(40)]  # per cent: where needles may stand in prose
 
@@ -52,22 +125,29 @@ class Needles:
 class NeedleTask(RulerTask):
     """Name the values of the keys asked for."""
 
+    data = {"haystack": "", "words": ""}
     max_new_tokens = 128
     needles: ClassVar[Needles]
 
     def files(self) -> list[Path]:
-        essay = essay_files(self.settings) if self.needles.haystack == "essay" else []
-        return [*essay, *self._word_files()]
+        return [
+            *(haystack.essay_files(self.settings) if self._in_prose else []),
+            *self._word_files(),
+        ]
+
+    @property
+    def _in_prose(self) -> bool:
+        return self.needles.haystack == "essay"
 
     def _word_files(self) -> list[Path]:
         if "words" not in (self.needles.key, self.needles.value):
             return []
-        return [word_files(self.settings)[kind] for kind in ("adjective", "noun")]
+        return [haystack.word_files(self.settings)[kind] for kind in ("adjective", "noun")]
 
     def prepare(self) -> None:
         self.least = self.needles.keys * self.needles.values
-        self._lists = [read_words(path) for path in self._word_files()]
-        self._essay = essay_words(self.settings) if self.needles.haystack == "essay" else []
+        self._lists = [haystack.read_words(path) for path in self._word_files()]
+        self._essay = haystack.essay_words(self.settings) if self._in_prose else []
 
     def draft(self, rng: Random, index: int, size: int) -> Sample:
         given = self.needles
@@ -82,7 +162,7 @@ class NeedleTask(RulerTask):
         text = self._prose(rng, size, needles) if self._essay else self._lines(rng, size, needles)
         asked = rng.sample(range(given.keys), given.queries)
         single = given.queries * given.values == 1
-        words = wording.needle_words(given.value, [keys[i] for i in asked], single)
+        words = haystack.needle_words(given.value, [keys[i] for i in asked], single)
         return Sample(
             id=str(index),
             context=NEEDLES_CONTEXT.format(text=text, it="it", **words),
@@ -92,18 +172,18 @@ class NeedleTask(RulerTask):
         )
 
     def _needle(self, key: str, value: str) -> str:
-        return wording.NEEDLE.format(kind=self.needles.value, key=key, value=value)
+        return haystack.NEEDLE.format(kind=self.needles.value, key=key, value=value)
 
     def _draw(self, rng: Random, kind: Kind) -> str:
         if kind == "numbers":
-            return wording.number(rng, 7)
+            return haystack.random_number(rng, 7)
         if kind == "uuids":
             return str(uuid.UUID(int=rng.getrandbits(128), version=4))
         adjectives, nouns = self._lists
-        return wording.key(rng, adjectives, nouns)
+        return haystack.random_key(rng, adjectives, nouns)
 
     def _prose(self, rng: Random, size: int, needles: list[str]) -> str:
-        sentences = sentences_of(self._essay, size)
+        sentences = haystack.sentences_of(self._essay, size)
         depths = sorted(rng.sample(DEPTHS, len(needles)))
         # A place is a share of the text with the needles behind it.
         for depth, needle in reversed(list(zip(depths, needles, strict=True))):
@@ -113,13 +193,13 @@ class NeedleTask(RulerTask):
     def _lines(self, rng: Random, size: int, needles: list[str]) -> str:
         given = self.needles
         lines = [
-            " ".join(NOISE)
+            " ".join(haystack.NOISE)
             if given.haystack == "noise"
             else self._needle(self._draw(rng, given.key), self._draw(rng, given.value))
             for _ in range(size)
         ]
         places = sorted(rng.sample(range(size), len(needles)))
-        wording.insert_all(lines, places, needles[::-1])  # the last needle stands first
+        haystack.insert_all(lines, places, needles[::-1])  # the last needle stands first
         return "\n".join(lines)
 
 
@@ -133,13 +213,15 @@ NEEDLES = {
     "niah_multivalue": Needles("essay", values=4),
     "niah_multiquery": Needles("essay", keys=4, queries=4),
 }
+for _name, _needles in NEEDLES.items():
+    type(_name, (NeedleTask,), {"name": f"ruler_{_name}", "needles": _needles})
 
 
 # ---- vt: which variables got one value, along a chain of assignments -----------------------------
 
-CHAIN_CONTEXT = wording.CHAIN_INTRO.format(this="the following") + "\n\n{text}"
-CHAIN_QUESTION = f"\nQuestion: {wording.CHAIN_QUESTION}"
-CHAIN_ANSWER = f" Answer: {wording.CHAIN_ANSWER}"
+VT_CONTEXT = haystack.CHAIN_INTRO.format(this="the following") + "\n\n{text}"
+VT_QUESTION = f"\nQuestion: {haystack.CHAIN_QUESTION}"
+VT_ANSWER = f" Answer: {haystack.CHAIN_ANSWER}"
 MISSPELT = "assgined"  # by the benchmark
 EXAMPLE_NOISES = 10
 LETTERS, EXAMPLE_LETTERS = 5, 3
@@ -153,25 +235,25 @@ class VariableTracking(RulerTask):
 
     def draft(self, rng: Random, index: int, size: int) -> Sample:
         text, names, words = _chain(rng, EXAMPLE_NOISES, EXAMPLE_LETTERS)
-        worked = (CHAIN_CONTEXT + CHAIN_QUESTION + CHAIN_ANSWER).format(text=text, **words)
+        worked = (VT_CONTEXT + VT_QUESTION + VT_ANSWER).format(text=text, **words)
         worked += f" {' '.join(names)}\n"
         text, names, words = _chain(rng, size, LETTERS)
         return Sample(
             id=str(index),
-            context=worked + CHAIN_CONTEXT.format(text=text),
-            question=CHAIN_QUESTION.format(**words),
+            context=worked + VT_CONTEXT.format(text=text),
+            question=VT_QUESTION.format(**words),
             answers=tuple(names),
-            answer_prefix=CHAIN_ANSWER.format(**words),
+            answer_prefix=VT_ANSWER.format(**words),
         )
 
 
 def _chain(rng: Random, noises: int, letters: int) -> tuple[str, list[str], dict[str, str]]:
     """The text, the names of the chain, and what question and answer are filled with."""
-    names = wording.made_up_words(rng, wording.VARIABLES, letters)
-    value = wording.number(rng, 5)
-    lines = [" ".join(NOISE)] * noises
+    names = haystack.made_up_words(rng, haystack.VARIABLES, letters)
+    value = haystack.random_number(rng, 5)
+    lines = [" ".join(haystack.NOISE)] * noises
     places = sorted(rng.choices(range(noises + 1), k=len(names)))
-    wording.insert_all(lines, places, wording.assignments(names, value))
+    haystack.insert_all(lines, places, haystack.assignments(names, value))
     words = {"value": value, "count": str(len(names)), "assigned": MISSPELT}
     return "\n".join(lines), names, words
 
@@ -209,14 +291,15 @@ class CommonWords(RulerTask):
     """Ten words stand more often in the list than the others; one worked example comes first."""
 
     name = "ruler_cwe"
+    data = {"words": ""}
     max_new_tokens = 120
     least = COMMON
 
     def files(self) -> list[Path]:
-        return list(dict.fromkeys(word_files(self.settings).values()))
+        return list(dict.fromkeys(haystack.word_files(self.settings).values()))
 
     def prepare(self) -> None:
-        self._words = sorted({word for path in self.files() for word in read_words(path)})
+        self._words = sorted({word for path in self.files() for word in haystack.read_words(path)})
         self.most = len(self._words)
 
     def draft(self, rng: Random, index: int, size: int) -> Sample:
@@ -254,7 +337,7 @@ class FrequentWords(RulerTask):
         count = max(self.length // 50 - 1, ASKED)
         vocabulary = [
             NOISE_WORD,
-            *wording.made_up_words(rng, count, MADE_UP_LETTERS, string.ascii_lowercase),
+            *haystack.made_up_words(rng, count, MADE_UP_LETTERS, string.ascii_lowercase),
         ]
         words = [
             word
@@ -292,11 +375,6 @@ class DocumentTask(RulerTask):
     metrics = ("string_match", "f1", "exact_match")
     max_new_tokens = 32
     match = staticmethod(string_match_part)
-    data: ClassVar[str]
-    file: ClassVar[str]
-
-    def files(self) -> list[Path]:
-        return [self.settings.file(self.data, self.file)]
 
     def prepare(self) -> None:
         self._questions = [
@@ -340,26 +418,13 @@ class DocumentTask(RulerTask):
 
 class Squad(DocumentTask):
     name = "ruler_qa_1"
-    data, file = "squad", "squad_dev_short.jsonl.gz"
+    data = {"squad": "squad_dev_short.jsonl.gz"}
 
 
 class HotpotQA(DocumentTask):
     name = "ruler_qa_2"
-    data, file = "hotpotqa", "hotpotqa_dev.jsonl.gz"
+    data = {"hotpotqa": "hotpotqa_dev.jsonl.gz"}
 
     def documents_of(self, context: str) -> list[str]:
         """Paragraphs, each under its title, with a blank line between them."""
         return [text.strip() for text in context.split("\n\n") if text.strip()]
-
-
-RULER_TASKS: tuple[type[RulerTask], ...] = (
-    *(
-        type(name, (NeedleTask,), {"name": f"ruler_{name}", "needles": needles})
-        for name, needles in NEEDLES.items()
-    ),
-    VariableTracking,
-    CommonWords,
-    FrequentWords,
-    Squad,
-    HotpotQA,
-)

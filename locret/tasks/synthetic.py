@@ -3,8 +3,8 @@ train on, and with other seeds to evaluate.
 
 Every sample is a pure function of (task, tokens, rng_seed, depth, tokenizer, haystack), in this
 process and in any other: heads were trained on them, so that they may not change. The needle and
-variable tasks are worded as RULER's (`locret.tasks.wording`), so that scores can be compared in
-kind; the haystack (`locret.tasks.haystack`) is CPython's language reference or a text file.
+variable tasks are worded as RULER's, so that scores can be compared in kind; the haystack
+(`locret.tasks.haystack`) is CPython's language reference or a text file.
 
     sample = make_sample("niah_single", tokens=4096, tokenizer=tokenizer, rng_seed=0)
     prompt_text(sample), sample.answer, sample.score("... 7301942")
@@ -20,7 +20,7 @@ from random import Random
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from locret.tasks import wording
+from locret.tasks import haystack
 from locret.tasks.base import Prompts, Sample, SizedTask
 from locret.tasks.haystack import Haystack, load_haystack
 from locret.tasks.metrics import whole_words_found
@@ -119,7 +119,7 @@ def _depths(rng: Random, n: int, depth: float | None) -> list[float]:
 
 
 def _passkey(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
-    key, (place,) = wording.number(rng, 5), _depths(rng, 1, depth)
+    key, (place,) = haystack.random_number(rng, 5), _depths(rng, 1, depth)
     return _Quiz(
         intro="There is an important info hidden inside a lot of irrelevant text. Find it and "
         "memorize it. I will quiz you about the important information there.",
@@ -136,22 +136,22 @@ def _niah(
     rng: Random, hay: Haystack, depth: float | None, keys: int, values: int, queries: int
 ) -> _Quiz:
     """`keys` keys with `values` numbers each; the question asks for the first `queries` keys."""
-    names = wording.distinct(lambda: wording.key(rng, ADJECTIVES, NOUNS), keys)
-    numbers = wording.distinct(lambda: wording.number(rng, 7), keys * values)
+    names = haystack.distinct(lambda: haystack.random_key(rng, ADJECTIVES, NOUNS), keys)
+    numbers = haystack.distinct(lambda: haystack.random_number(rng, 7), keys * values)
     n_asked = queries * values
     places = _depths(rng, n_asked, depth) + [rng.random() for _ in numbers[n_asked:]]
     needles = [
-        (wording.NEEDLE.format(kind="numbers", key=names[i // values], value=value), places[i])
+        (haystack.NEEDLE.format(kind="numbers", key=names[i // values], value=value), places[i])
         for i, value in enumerate(numbers)
     ]
     expected = numbers[:n_asked]
-    words = wording.needle_words("numbers", names[:queries], single=n_asked == 1)
-    answer = wording.NEEDLE_ANSWER.format(**words)
+    words = haystack.needle_words("numbers", names[:queries], single=n_asked == 1)
+    answer = haystack.NEEDLE_ANSWER.format(**words)
     return _Quiz(
-        intro=wording.NEEDLE_INTRO.format(**wording.MANY, kind="numbers", it="them"),
+        intro=haystack.NEEDLE_INTRO.format(**haystack.MANY, kind="numbers", it="them"),
         needles=tuple(sorted(needles, key=lambda needle: needle[1])),
-        question=wording.NEEDLE_QUESTION.format(**words),
-        answer=f"{answer} {wording.listing(expected)}.",
+        question=haystack.NEEDLE_QUESTION.format(**words),
+        answer=f"{answer} {haystack.listing(expected)}.",
         expected=tuple(expected),
         depth=places[0],
         anchor=rng.randrange(len(hay)),
@@ -159,15 +159,15 @@ def _niah(
 
 
 def _variable_tracking(rng: Random, hay: Haystack, depth: float | None) -> _Quiz:
-    value, places = wording.number(rng, 5), _depths(rng, wording.VARIABLES, depth)
-    names = wording.made_up_words(rng, wording.VARIABLES, letters=5)
-    needles = [f"{assigned}." for assigned in wording.assignments(names, value)]
-    answer = wording.CHAIN_ANSWER.format(count=wording.VARIABLES, assigned="assigned", value=value)
+    value, places = haystack.random_number(rng, 5), _depths(rng, haystack.VARIABLES, depth)
+    names = haystack.made_up_words(rng, haystack.VARIABLES, letters=5)
+    needles = [f"{assigned}." for assigned in haystack.assignments(names, value)]
+    words = {"count": haystack.VARIABLES, "assigned": "assigned", "value": value}
     return _Quiz(
-        intro=wording.CHAIN_INTRO.format(this="this"),
+        intro=haystack.CHAIN_INTRO.format(this="this"),
         needles=tuple(zip(needles, places, strict=True)),
-        question=wording.CHAIN_QUESTION.format(value=value),
-        answer=f"{answer} {wording.listing(names)}.",
+        question=haystack.CHAIN_QUESTION.format(value=value),
+        answer=f"{haystack.CHAIN_ANSWER.format(**words)} {haystack.listing(names)}.",
         expected=tuple(names),
         depth=places[0],
         anchor=rng.randrange(len(hay)),
@@ -243,7 +243,7 @@ def _sample(task: str, quiz: _Quiz, hay: Haystack, n: int) -> SyntheticSample:
     """The sample with n sentences of filler."""
     filler = [hay[i] for i in _filler(quiz, len(hay), n)]
     places = [round(depth * n) for _, depth in quiz.needles]
-    wording.insert_all(filler, places, [text for text, _ in quiz.needles])
+    haystack.insert_all(filler, places, [text for text, _ in quiz.needles])
     context = f"{quiz.intro}\n\n{' '.join(filler)}"
     return SyntheticSample(task, context, quiz.question, quiz.answer, quiz.expected, quiz.depth)
 
@@ -332,6 +332,8 @@ class NeedleTask(SizedTask):
     template and answer come on top.
     """
 
+    group = "needles"
+    data = {HAYSTACK: ""}
     metrics = ("found", "part")
     max_new_tokens = 32
 
@@ -387,6 +389,5 @@ def depth_of(number: int, depths: int) -> float:
     return (row + within) / depths
 
 
-NEEDLE_TASKS: tuple[type[NeedleTask], ...] = tuple(
-    type(f"{name.title().replace('_', '')}Needle", (NeedleTask,), {"name": name}) for name in TASKS
-)
+for _name in TASKS:
+    type(f"{_name.title().replace('_', '')}Needle", (NeedleTask,), {"name": _name})

@@ -20,8 +20,7 @@ from pathlib import Path
 from random import Random
 from uuid import UUID
 
-from locret.tasks import wording
-from locret.tasks.haystack import load_haystack
+from locret.tasks.haystack import load_haystack, made_up_words, random_number
 from locret.tasks.synthetic import ADJECTIVES, NOUNS
 
 TextKind = Callable[[Random, int], str]
@@ -90,10 +89,10 @@ _FIELDS: dict[str, Callable[[Random], str | int | float]] = {
     "date": lambda rng: _time(rng).date().isoformat(),
     "amount": lambda rng: round(rng.lognormvariate(4, 1.5), 2),
     "quantity": lambda rng: rng.randrange(1, 500),
-    "phone": lambda rng: f"+{rng.randrange(1, 99)} {wording.number(rng, 9)}",
+    "phone": lambda rng: f"+{rng.randrange(1, 99)} {random_number(rng, 9)}",
     "status": lambda rng: rng.choice(_STATES),
-    "code": lambda rng: wording.made_up_words(rng, 1, 3)[0] + wording.number(rng, 4),
-    "number": lambda rng: wording.number(rng, rng.randint(4, 9)),
+    "code": lambda rng: made_up_words(rng, 1, 3)[0] + random_number(rng, 4),
+    "number": lambda rng: random_number(rng, rng.randint(4, 9)),
     "uuid": _uuid,
     "email": lambda rng: f"{rng.choice(_FIRST).lower()}@{rng.choice(NOUNS)}.example",
     "share": lambda rng: f"{rng.random() * 100:.1f}%",
@@ -144,7 +143,7 @@ def _words(rng: Random) -> Iterator[str]:
 def _repeated_words(rng: Random) -> Iterator[str]:
     """A few words many times among many words a few times."""
     if rng.random() < 0.4:  # each word a little rarer than the one before it
-        drawn = wording.made_up_words(rng, 300, 6, string.ascii_lowercase)
+        drawn = made_up_words(rng, 300, 6, string.ascii_lowercase)
         weights = [1 / (rank + 1) for rank in range(300)]
     else:
         drawn, often = rng.sample(_vocabulary(), 300), rng.randint(3, 12)
@@ -157,8 +156,8 @@ def _numbers(rng: Random) -> Iterator[str]:
     digits, wide = rng.randint(1, 9), rng.randint(1, 8)
     decimal = rng.random() < 0.3
     for i in count(1):
-        number = wording.number(rng, digits)
-        number = f"{number}.{wording.number(rng, 2)}" if decimal else number
+        number = random_number(rng, digits)
+        number = f"{number}.{random_number(rng, 2)}" if decimal else number
         yield number + ("\n" if i % wide == 0 else " ")
 
 
@@ -190,7 +189,7 @@ def _keys(rng: Random) -> Iterator[str]:
     """Keys and values that nothing tells but the text: identifiers, codes, numbers."""
     form = rng.choice(("{}: {}\n", "{} = {}\n", '"{}": "{}",\n', "{} -> {}\n"))
     key = rng.choice((_uuid, lambda rng: _thing(rng).replace(" ", "_"), _FIELDS["code"]))
-    value = rng.choice((_uuid, _uuid, lambda rng: wording.number(rng, 7), _thing))
+    value = rng.choice((_uuid, _uuid, lambda rng: random_number(rng, 7), _thing))
     return (form.format(key(rng), value(rng)) for _ in count())
 
 

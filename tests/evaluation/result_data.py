@@ -4,10 +4,9 @@ import json
 from typing import Any
 
 from locret.evaluation import results
-from locret.evaluation.prompts import Prompt
-from locret.evaluation.questions import Question
+from locret.evaluation.config import Setup
+from locret.evaluation.questions import Prompt, Question
 from locret.evaluation.records import OUT_OF_MEMORY, Record
-from locret.evaluation.setups import Setup
 from locret.tasks import TASKS, Sample, TaskSettings
 
 HELD: dict[str, Any] = {

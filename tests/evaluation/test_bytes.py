@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 import locret
 from locret.engine.engine import Engine
 from locret.evaluation import evaluate
-from locret.evaluation.config import EvalConfig
-from locret.evaluation.processes import Ranks
+from locret.evaluation.ask import Ranks
+from locret.evaluation.config import EvalConfig, Setup
 from locret.evaluation.records import Records
-from locret.evaluation.setups import Setup
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.quantities import ByteShare
 from tests.evaluation.eval_data import DATA, write_data

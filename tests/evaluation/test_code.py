@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from locret.evaluation.prompts import Renderer
+from locret.evaluation.questions import Renderer
 from locret.tasks import TASKS, TaskSettings, code
 from locret.tasks.code import SourceFile, definitions, library_files, library_origin
 from locret.tasks.metrics import code_match

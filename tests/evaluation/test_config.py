@@ -132,7 +132,7 @@ def test_some_of_the_setups_are_asked_by_name():
 
 
 def test_no_data_is_named_for_nothing():
-    with pytest.raises(ValueError, match="data has needle_haystak; expected some of squad"):
+    with pytest.raises(ValueError, match="data has needle_haystak; expected some of haystack"):
         EvalConfig.from_dict(LEAST | {"data": {"needle_haystak": "noise"}})
     with pytest.raises(ValueError, match="output is empty"):
         EvalConfig.from_dict(LEAST | {"output": " "})

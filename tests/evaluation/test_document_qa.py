@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from locret.evaluation.prompts import Renderer
+from locret.evaluation.questions import Renderer
 from locret.tasks import TASKS, TaskSettings
 from tests.evaluation.eval_data import DATA, write_data
 

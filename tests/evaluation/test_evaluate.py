@@ -14,10 +14,10 @@ import torch
 import yaml
 
 from locret import cli
-from locret.evaluation import evaluate, processes
+from locret.evaluation import evaluate
+from locret.evaluation.ask import Ranks, batches
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.processes import Ranks
-from locret.evaluation.questions import batches, prepare, share
+from locret.evaluation.questions import prepare
 from locret.evaluation.records import Records
 from locret.evaluation.report import make_report
 from locret.heads.heads import RetainingHeads
@@ -370,7 +370,7 @@ def test_the_number_of_processes_changes_no_answer(config, once):
 @pytest.mark.parametrize("size", [1, 4])
 def test_every_question_is_dealt_once(world, size, config):
     asked = prepare(config).asked
-    dealt = [share(batches(asked, size), rank, world) for rank in range(world)]
+    dealt = [Ranks(rank, world).share(batches(asked, size)) for rank in range(world)]
     keys = [question.key for batch in sum(dealt, []) for question in batch]
     assert len(keys) == len(set(keys)) == len(asked)
     for batch in sum(dealt, []):
@@ -469,7 +469,7 @@ def test_an_evaluation_imports_only_what_it_needs():
     code = (
         "import sys, transformers.generation.utils\n"
         "there = {name.split('.')[0] for name in sys.modules}\n"  # some versions bring their own
-        "from locret.evaluation import evaluate, questions, processes\n"
+        "from locret.evaluation import evaluate\n"
         "loaded = {name.split('.')[0] for name in sys.modules} - there\n"
         f"print(set({heavy.split()!r}) & loaded or '')"
     )
@@ -479,7 +479,7 @@ def test_an_evaluation_imports_only_what_it_needs():
 
 def test_a_killed_run_goes_on_in_two_processes(config, once, tmp_path, monkeypatch):
     config = replace(config, tasks=("fairytaleqa",))
-    monkeypatch.setattr(processes, "_start", fork_ranks)
+    monkeypatch.setattr(evaluate, "_start", fork_ranks)
     command = ["evaluate", "--config", written(config, tmp_path)]
     killed = Forked(command, tmp_path / "killed.txt")
     while len(answers(config)) < 3:

@@ -22,11 +22,10 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from locret import cli  # noqa: E402
 from locret.cli import PLUGIN, with_our_tasks  # noqa: E402
 from locret.engine.engine import Engine  # noqa: E402
-from locret.evaluation.asking import Asker  # noqa: E402
-from locret.evaluation.setups import Engines  # noqa: E402
-from locret.integrations.lm_eval import model as harness  # noqa: E402
-from locret.integrations.lm_eval.model import LocretLM  # noqa: E402
-from locret.integrations.lm_eval.tasks import harness_name, write_task_files  # noqa: E402
+from locret.evaluation.ask import Asker, Engines  # noqa: E402
+from locret.integrations import lm_eval as harness  # noqa: E402
+from locret.integrations.lm_eval import LocretLM  # noqa: E402
+from locret.integrations.lm_eval_tasks import harness_name, write_task_files  # noqa: E402
 from locret.model.hooks import as_argument  # noqa: E402
 from locret.model.loading import load_model  # noqa: E402
 from locret.tasks import TASKS  # noqa: E402

@@ -7,7 +7,7 @@ import time
 import pytest
 import yaml
 
-from locret.evaluation import processes
+from locret.evaluation import evaluate
 from tests.evaluation.eval_data import DATA, write_artifacts, write_data
 from tests.forked import Forked, fork_ranks
 
@@ -63,7 +63,7 @@ def grid(folder, out):
 
 @pytest.fixture(autouse=True)
 def _forked(monkeypatch):
-    monkeypatch.setattr(processes, "_start", fork_ranks)
+    monkeypatch.setattr(evaluate, "_start", fork_ranks)
 
 
 ASKED = {evaluation: 36, grid: 24}

@@ -6,9 +6,9 @@ import json
 import huggingface_hub
 import pytest
 
-from locret.integrations.lm_eval import tasks as harness_tasks
-from locret.integrations.lm_eval.tasks import write_task_files
-from locret.tasks import leval
+from locret.integrations import lm_eval_tasks as harness_tasks
+from locret.integrations.lm_eval_tasks import write_task_files
+from locret.tasks import documents
 
 
 def write(path, *rows):
@@ -56,14 +56,14 @@ def row(*pairs, **fields):
     ],
 )  # fmt: skip
 def test_scores_by_hand(task, answer, reference, scores):
-    found = leval.TASKS[task].score(answer.strip(), [reference])
+    found = documents.LEVAL[task].score(answer.strip(), [reference])
     assert found == pytest.approx(scores)
-    assert tuple(found) == leval.TASKS[task].metrics
+    assert tuple(found) == documents.LEVAL[task].metrics
 
 
 def test_there_are_twenty_tasks():
-    assert len(leval.TASKS) == 20
-    closed = [name for name, kind in leval.TASKS.items() if kind.metrics == ("exact_match",)]
+    assert len(documents.LEVAL) == 20
+    closed = [name for name, kind in documents.LEVAL.items() if kind.metrics == ("exact_match",)]
     assert len(closed) == 7
 
 
@@ -77,8 +77,8 @@ def test_both_forms_of_rows_ask_the_same(tmp_path):
         ],
     }
     zipped = write(tmp_path / "ours.jsonl.gz", ours)
-    questions = leval.load_questions("natural_question", own)
-    assert questions == leval.load_questions("natural_question", zipped)
+    questions = documents.load_questions("natural_question", own)
+    assert questions == documents.load_questions("natural_question", zipped)
     assert [q.answers for q in questions] == [("A fox",), ("At dawn",)]
     assert len({q.id for q in questions}) == 2
     assert len({q.group for q in questions}) == 1
@@ -86,25 +86,25 @@ def test_both_forms_of_rows_ask_the_same(tmp_path):
 
 def test_the_question_stands_after_the_context(tmp_path):
     data = write(tmp_path / "a.jsonl", row(("Who came?", "The old red fox")))
-    (asked,) = leval.load_questions("multidoc_qa", data)
+    (asked,) = documents.load_questions("multidoc_qa", data)
     assert asked.context.endswith("A long tale.\n\n")
     assert "Who came?" not in asked.context
     assert asked.question == "Who came?\nUse about 4 words."
-    (exam,) = leval.load_questions("tpo", data)
+    (exam,) = documents.load_questions("tpo", data)
     assert "words" not in exam.question  # closed-ended: nothing about the reference is told
 
 
 def test_science_fiction_is_asked_by_the_text_and_by_the_world(tmp_path):
     question = "Can one travel in time, based on the world described in the document."
     data = write(tmp_path / "a.jsonl", row((question, "True [fact: False]")))
-    by_text, fact = leval.load_questions("sci_fi", data)
+    by_text, fact = documents.load_questions("sci_fi", data)
     assert (by_text.answers, fact.answers) == (("True",), ("False",))
     assert by_text.context and not fact.context
     assert "described in the document" in by_text.question
     assert "described in the document" not in fact.question
     bad = write(tmp_path / "b.jsonl", row((question, "True")))
     with pytest.raises(ValueError, match="expected the form"):
-        leval.load_questions("sci_fi", bad)
+        documents.load_questions("sci_fi", bad)
 
 
 def test_questions_for_judges_are_left_out(tmp_path):
@@ -113,7 +113,7 @@ def test_questions_for_judges_are_left_out(tmp_path):
         row(("Who?", "A fox"), evaluation="f1"),
         row(("Who?", "A fox"), ("When?", "At dawn"), evaluation="LLM"),
     )
-    assert len(leval.load_questions("financial_qa", data)) == 1
+    assert len(documents.load_questions("financial_qa", data)) == 1
 
 
 def test_a_folder_is_searched_for_the_task(tmp_path):
@@ -121,10 +121,10 @@ def test_a_folder_is_searched_for_the_task(tmp_path):
     deep.mkdir(parents=True)
     write(deep / "tpo.jsonl", row(("Who?", "A")))
     write(tmp_path / "leval_quality.jsonl.gz", row(("Who?", "B")))
-    assert leval.find_data("tpo", tmp_path) == deep / "tpo.jsonl"
-    assert leval.load_questions("quality", tmp_path)[0].answers == ("B",)
+    assert documents.find_data("tpo", tmp_path) == deep / "tpo.jsonl"
+    assert documents.load_questions("quality", tmp_path)[0].answers == ("B",)
     with pytest.raises(ValueError, match=r"no file for L-Eval gsm100; expected gsm100\.jsonl"):
-        leval.find_data("gsm100", tmp_path)
+        documents.find_data("gsm100", tmp_path)
 
 
 def test_a_hub_repository_is_searched_too(tmp_path, monkeypatch):
@@ -136,7 +136,7 @@ def test_a_hub_repository_is_searched_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     write(tmp_path / "tpo.jsonl", row(("Who?", "A")))
-    assert leval.find_data("tpo", "L4NLP/LEval") == tmp_path / "tpo.jsonl"
+    assert documents.find_data("tpo", "L4NLP/LEval") == tmp_path / "tpo.jsonl"
     assert (asked["repo_id"], asked["repo_type"]) == ("L4NLP/LEval", "dataset")
 
 
@@ -158,19 +158,19 @@ def test_bad_rows_name_file_and_line(line, says, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row(("Who?", "A"))) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=says):
-        leval.load_questions("tpo", path)
+        documents.load_questions("tpo", path)
 
 
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="no file, folder or Hub id"):
-        leval.load_questions("tpo", tmp_path / "nosuch.jsonl")
+        documents.load_questions("tpo", tmp_path / "nosuch.jsonl")
     empty = tmp_path / "tpo.jsonl"
     empty.write_text("")
     with pytest.raises(ValueError, match="holds no questions"):
-        leval.load_questions("tpo", empty)
+        documents.load_questions("tpo", empty)
     (tmp_path / "broken.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(ValueError, match="broken.jsonl.gz cannot be read"):
-        leval.load_questions("tpo", tmp_path / "broken.jsonl.gz")
+        documents.load_questions("tpo", tmp_path / "broken.jsonl.gz")
 
 
 @pytest.fixture(scope="module")
@@ -180,20 +180,20 @@ def tasks(tmp_path_factory):
     from lm_eval.tasks import TaskManager
 
     folder = tmp_path_factory.mktemp("leval")
-    for task in leval.TASKS:
+    for task in documents.LEVAL:
         answer = "True [fact: True]" if task == "sci_fi" else "A"
         write(folder / f"{task}.jsonl", row(("Who?", answer)))
     files = write_task_files(tmp_path_factory.mktemp("harness"))
     manager = TaskManager(
         include_path=str(files), include_defaults=False, metadata={"leval_data": str(folder)}
     )
-    return manager.load([f"leval_{task}" for task in leval.TASKS])["tasks"]
+    return manager.load([f"leval_{task}" for task in documents.LEVAL])["tasks"]
 
 
 def test_the_harness_reads_every_task_file(tasks):
-    assert set(tasks) == {f"leval_{task}" for task in leval.TASKS}
+    assert set(tasks) == {f"leval_{task}" for task in documents.LEVAL}
     for name, task in tasks.items():
-        kind = leval.TASKS[name.removeprefix("leval_")]
+        kind = documents.LEVAL[name.removeprefix("leval_")]
         assert task.config.generation_kwargs["max_gen_toks"] == kind.max_new_tokens, name
         assert tuple(metric["metric"] for metric in task.config.metric_list) == kind.metrics
         doc = task.test_docs()[0]

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from locret.evaluation import evaluate
+from locret.evaluation.ask import Ranks
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.processes import Ranks
 from locret.evaluation.questions import changes_of, prepare
 from tests.tiny_gguf import write_gguf
 from tests.tiny_models import tiny_model

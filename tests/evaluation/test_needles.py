@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from locret.evaluation import evaluate
+from locret.evaluation.ask import Ranks
 from locret.evaluation.config import EvalConfig, read_values
-from locret.evaluation.figures import shares
-from locret.evaluation.processes import Ranks
-from locret.evaluation.prompts import Renderer
-from locret.evaluation.questions import prepare
+from locret.evaluation.questions import Renderer, prepare
 from locret.evaluation.records import OUT_OF_MEMORY, Records
+from locret.evaluation.report import shares
 from locret.heads.heads import RetainingHeads
 from locret.model.loading import load_tokenizer
 from locret.tasks import GROUPS, TASKS, Sample, TaskSettings

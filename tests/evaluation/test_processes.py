@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from locret.evaluation import processes
-from locret.evaluation.processes import Ranks
+from locret.evaluation import evaluate
+from locret.evaluation.ask import Ranks
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -24,15 +24,15 @@ def children(monkeypatch):
         started.append(subprocess.Popen([sys.executable, "-c", *arguments]))
         return started[-1]
 
-    monkeypatch.setattr(processes, "_start", start)
-    monkeypatch.setattr(processes, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(evaluate, "_start", start)
+    monkeypatch.setattr(evaluate, "POLL_SECONDS", 0.01)
     return started
 
 
 def test_sigterm_ends_the_children_too(children, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
-        processes.run_together([SLEEP], 2, tmp_path, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        evaluate.run_together([SLEEP], 2, tmp_path, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert left.value.code == 128 + signal.SIGTERM
     assert [child.returncode for child in children] == [-signal.SIGTERM] * 2
     assert signal.getsignal(signal.SIGTERM) is before
@@ -40,7 +40,7 @@ def test_sigterm_ends_the_children_too(children, tmp_path):
 
 def test_a_thread_that_gets_no_signals_runs_them_as_well(children, tmp_path):
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(processes.run_together, ["pass"], 2, tmp_path, lambda: None).result()
+        pool.submit(evaluate.run_together, ["pass"], 2, tmp_path, lambda: None).result()
     assert [child.returncode for child in children] == [0, 0]
 
 

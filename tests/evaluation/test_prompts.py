@@ -2,7 +2,7 @@
 
 import pytest
 
-from locret.evaluation.prompts import Renderer
+from locret.evaluation.questions import Renderer
 from locret.tasks import Sample
 from tests.tiny_tokenizer import tiny_tokenizer
 

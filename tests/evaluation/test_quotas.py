@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from locret.evaluation import evaluate, tables
-from locret.evaluation.config import EvalConfig
+from locret.evaluation.config import EvalConfig, Setup
 from locret.evaluation.records import Records
-from locret.evaluation.setups import Setup
 from tests.evaluation.eval_data import write_artifacts
 from tests.evaluation.result_data import asked as by_hand
 from tests.evaluation.result_data import result_of

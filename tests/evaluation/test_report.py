@@ -9,9 +9,9 @@ import pytest
 
 from locret.cli import main
 from locret.evaluation import tables
-from locret.evaluation.report import HEADER, make_report
-from locret.evaluation.report_blocks import Table, as_html, as_markdown
-from locret.evaluation.setups import Setup
+from locret.evaluation.config import Setup
+from locret.evaluation.report import make_report
+from locret.evaluation.tables import HEADER, Table, html_of, markdown_of
 from tests.evaluation.result_data import asked, result_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -340,5 +340,5 @@ def test_a_report_is_replaced_and_other_files_stay(report, tmp_path):
 
 def test_cells_are_escaped(tmp_path):
     table = Table(["a", "b"], [["x|y", "<i>"]])
-    assert "| x\\|y | <i> |" in as_markdown([table])
-    assert "<td>x|y</td><td>&lt;i&gt;</td>" in as_html([table], tmp_path)
+    assert "| x\\|y | <i> |" in markdown_of([table])
+    assert "<td>x|y</td><td>&lt;i&gt;</td>" in html_of([table], tmp_path)

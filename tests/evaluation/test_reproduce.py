@@ -8,14 +8,14 @@ import pytest
 from locret import cli
 from locret.evaluation import evaluate
 from locret.evaluation.config import EvalConfig
-from locret.evaluation.reproduce import (
+from locret.evaluation.evaluate import (
     Comparison,
     as_table,
     compare,
-    drawn_means,
     reproduce,
     result_files,
 )
+from locret.evaluation.results import resampled_means
 from tests.evaluation.eval_data import DATA, write_artifacts, write_data
 
 
@@ -223,7 +223,7 @@ def test_samples_that_both_have_are_compared():
 
 
 def test_what_is_allowed_is_what_so_many_draws_give():
-    means = drawn_means([0.0, 1.0], 4)
+    means = resampled_means([0.0, 1.0], count=4)
     assert sorted(set(means.tolist())) == [0, 0.25, 0.5, 0.75, 1]
     inside = Comparison("t", "setup", 4, 0.5, 0.75, 0.1, 0.9, 3)
     assert inside.reproduced and not replace(inside, again=0.95).reproduced

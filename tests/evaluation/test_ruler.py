@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from locret.evaluation.prompts import Renderer
+from locret.evaluation.questions import Renderer
 from locret.tasks import GROUPS, TASKS, TaskSettings, task_names
 from locret.tasks.haystack import essay_words, sentences_of
 from tests.evaluation.eval_data import DATA, write_data

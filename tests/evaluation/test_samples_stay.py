@@ -13,7 +13,7 @@ import json
 
 import pytest
 
-from locret.evaluation.prompts import Renderer
+from locret.evaluation.questions import Renderer
 from locret.tasks import GROUPS, TASKS, TaskSettings, synthetic
 from locret.tasks.haystack import load_haystack
 from tests.evaluation.eval_data import DATA, NOUNS, TRAITS, write_data

@@ -2,7 +2,7 @@
 
 import pytest
 
-from locret.evaluation.setups import Setup, expand
+from locret.evaluation.config import Setup, expand
 from locret.quantities import ByteShare, Memory
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from locret.evaluation import tables
-from locret.evaluation.setups import Setup
+from locret.evaluation import results, tables
+from locret.evaluation.config import Setup
 from tests.evaluation.result_data import asked, result_of
 
 FULL = Setup("full")
@@ -25,7 +25,7 @@ def test_a_line_tells_tasks_and_ratios_apart():
         asked(EIGHT, [False, None], one),
         asked(EIGHT, [False, True], two),
     )
-    full, four, eight = tables.lines_of(made)
+    full, four, eight = results.lines_of(made)
     assert [(line.name, line.asked) for line in (full, four, eight)] == [
         ("full", "1x"),
         ("locret", "4x"),
@@ -58,7 +58,7 @@ def test_the_table_has_a_line_a_setup():
 
 
 def test_the_rest_is_the_question_and_the_answer():
-    (line,) = tables.lines_of(result_of(asked(FULL, [True], prompt_tokens=60, new_tokens=5)))
+    (line,) = results.lines_of(result_of(asked(FULL, [True], prompt_tokens=60, new_tokens=5)))
     assert (line.context_tokens, line.rest_tokens) == (48, 60 - 48 + 5)
 
 
@@ -154,7 +154,7 @@ def test_a_setup_without_an_answer_is_told_and_counts_in_no_mean():
     markdown = tables.as_markdown(made)
     assert markdown.splitlines()[2].split("|")[4:9] == [" - "] * 5
     assert "3 samples did not fit into the device's memory" in markdown
-    (line,) = tables.lines_of(made)  # one that has an answer
+    (line,) = results.lines_of(made)  # one that has an answer
     assert (line.found, line.asked_of) == (1, 2)
 
 

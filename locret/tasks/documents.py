@@ -1,14 +1,13 @@
-"""L-Eval (An et al., 2023, arXiv 2307.11088): 20 tasks over long documents, and how each is scored.
+"""Questions about documents: FairytaleQA (Xu et al., 2022), QMSum (Zhong et al., 2021), and the 20
+tasks of L-Eval (An et al., 2023, arXiv 2307.11088).
 
-Seven tasks are closed-ended, exams graded by exact match; thirteen are open-ended, scored by token
-F1 or ROUGE. The questions of the latter say how long the reference is (the paper's length
-instruction), because overlap scores punish any other length.
+People asked the questions of the first two and answered them in their own words. Of L-Eval, seven
+tasks are closed-ended, exams graded by exact match; thirteen are open-ended, scored by token F1 or
+ROUGE. Their questions say how long the reference is (the paper's length instruction), because
+overlap scores punish any other length.
 
-A question is asked in two parts, `context` and `question`: a query-agnostic policy compresses the
-first before it sees the second.
-
-Data: JSON Lines, a file or a folder with one file a task, or a Hub repository that has such files
-(L-Eval's own is `L4NLP/LEval`). Rows are L-Eval's `{"input", "instructions", "outputs"}` or
+L-Eval's data: JSON Lines, a file or a folder with one file a task, or a Hub repository that has
+such files (L-Eval's own is `L4NLP/LEval`). Rows are its `{"input", "instructions", "outputs"}` or
 `{"context", "qa": [{"question", "answers"}]}`.
 
 Where this differs from the released scorer: the instructions are worded anew; an answer without any
@@ -24,7 +23,81 @@ from typing import Any, ClassVar
 
 from locret.heads import hub
 from locret.tasks import metrics
-from locret.tasks.base import Prompts, Sample, Task, are_texts, in_turns, read_rows
+from locret.tasks.base import (
+    Prompts,
+    Sample,
+    Task,
+    are_texts,
+    in_turns,
+    read_contexts,
+    read_rows,
+)
+
+
+class DocumentQATask(Task):
+    """The rows of one file. The scores are ROUGE-L F1 and token F1, the best over the references.
+
+    Attributes:
+        before: stands in front of the document.
+        asked: between the document and the question; the context ends where it begins.
+        after: behind the question.
+    """
+
+    metrics = ("rouge_l", "f1")
+    before: ClassVar[str] = ""
+    asked: ClassVar[str] = "\n\n"
+    after: ClassVar[str] = ""
+
+    def samples(self, limit: int | None, prompts: Prompts | None) -> list[Sample]:
+        """Questions go round the documents."""
+        samples = (
+            Sample(
+                id=f"{row['id']}/{turn}",
+                context=self.before + row["context"].strip(),
+                question=self.asked + asked["question"].strip() + self.after,
+                answers=tuple(dict.fromkeys(asked["answers"])),
+                group=str(row["id"]),
+            )
+            for row in read_contexts(self.files()[0])
+            for turn, asked in enumerate(row["qa"])
+        )
+        return in_turns(samples)[:limit]
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        return {
+            "rouge_l": metrics.rouge(answer, sample.answers)["rougeL"],
+            "f1": metrics.token_f1(answer, sample.answers),
+        }
+
+
+class FairytaleQATask(DocumentQATask):
+    """Questions that experts asked about whole fairy tales: the validation stories."""
+
+    name = "fairytaleqa"
+    data = {"fairytaleqa": "fairytaleqa_val.jsonl.gz"}
+    max_new_tokens = 32
+    stop = ("\n",)
+
+
+class QMSumTask(DocumentQATask):
+    """Queries about meetings, on the stretch of the transcript that answers them: the validation
+    meetings. Worded as in LongBench (Bai et al., 2023), which asks about whole meetings."""
+
+    name = "qmsum"
+    data = {"qmsum": "qmsum_windowed_val.jsonl.gz"}
+    before = (
+        "You are given a meeting transcript and a query containing a question or instruction. "
+        "Answer the query in one or more sentences.\n\nTranscript:\n"
+    )
+    asked = (
+        "\n\nNow, answer the query based on the above meeting transcript in one or more "
+        "sentences.\n\nQuery: "
+    )
+    after = "\nAnswer:"
+    max_new_tokens = 160  # 9 in 10 references have at most 100 words
+
+
+# ---- L-Eval: how questions are put and scored ----------------------------------------------------
 
 JUDGED = ("human", "LLM")
 """Values of `evaluation` in rows that people or language models are to judge."""
@@ -132,7 +205,7 @@ F1 = Kind(
 )
 ROUGE = Kind(DOCUMENT, LENGTH, 512, metrics.ROUGE, metrics.rouge)
 
-TASKS: dict[str, Kind] = {
+LEVAL: dict[str, Kind] = {
     "codeU": CODE,
     "coursera": SEVERAL_OPTIONS,
     "gsm100": NUMBER,
@@ -140,25 +213,16 @@ TASKS: dict[str, Kind] = {
     "sci_fi": JUDGEMENT,
     "topic_retrieval_longchat": TOPIC,
     "tpo": OPTIONS,
-    "financial_qa": F1,
-    "legal_contract_qa": F1,
-    "multidoc_qa": F1,
-    "narrative_qa": F1,
-    "natural_question": F1,
-    "scientific_qa": F1,
-    "gov_report_summ": ROUGE,
-    "meeting_summ": ROUGE,
-    "news_summ": ROUGE,
-    "paper_assistant": ROUGE,
-    "patent_summ": ROUGE,
-    "review_summ": ROUGE,
-    "tv_show_summ": ROUGE,
+    **dict.fromkeys(("financial_qa", "legal_contract_qa", "multidoc_qa", "narrative_qa"), F1),
+    **dict.fromkeys(("natural_question", "scientific_qa"), F1),
+    **dict.fromkeys(("gov_report_summ", "meeting_summ", "news_summ", "paper_assistant"), ROUGE),
+    **dict.fromkeys(("patent_summ", "review_summ", "tv_show_summ"), ROUGE),
 }
 """The tasks by L-Eval's names, closed-ended ones first."""
 
 
 def load_questions(task: str, data: str | Path) -> list[Sample]:
-    """The questions of a task of `TASKS`, but for those that judges are to score. Data: see the
+    """The questions of a task of `LEVAL`, but for those that judges are to score. Data: see the
     file's head; `find_data` tells which file is taken."""
     questions: list[Sample] = []
     for number, (place, row) in enumerate(read_rows(find_data(task, data))):
@@ -236,7 +300,7 @@ def _worded(task: str, asked: Sample) -> Iterator[Sample]:
     """A document and question of the data as they are put; in science fiction there are two
     questions, by the story and, without it, by what is so.
     """
-    kind = TASKS[task]
+    kind = LEVAL[task]
     context = f"{kind.instruction}\n\n{asked.context}\n\n"
     ending = kind.ending.format(words=len(asked.answers[0].split()))
     text = _with_ending(asked.question, ending)
@@ -272,6 +336,8 @@ class LEvalTask(Task):
     """One of L-Eval's tasks; its data is `leval_TASK.jsonl` or the like in the data folder, or
     what `data.leval` names: a file or folder."""
 
+    group = "leval"
+    data = {"leval": ""}
     of: ClassVar[str]
 
     def files(self) -> list[Path]:
@@ -285,18 +351,10 @@ class LEvalTask(Task):
         return in_turns(load_questions(self.of, self.files()[0]))[:limit]
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
-        return TASKS[self.of].score(answer.strip(), sample.answers)
+        return LEVAL[self.of].score(answer.strip(), sample.answers)
 
 
-def _task(of: str, kind: Kind) -> type[LEvalTask]:
-    values = {
-        "__doc__": f"L-Eval's {of}.",
-        "of": of,
-        "name": f"leval_{of}",
-        "metrics": kind.metrics,
-        "max_new_tokens": kind.max_new_tokens,
-    }
-    return type(f"LEval_{of}", (LEvalTask,), values)
-
-
-LEVAL_TASKS: tuple[type[LEvalTask], ...] = tuple(_task(of, kind) for of, kind in TASKS.items())
+for _of, _kind in LEVAL.items():
+    _values = {"of": _of, "name": f"leval_{_of}", "__doc__": f"L-Eval's {_of}."}
+    _answers = {"metrics": _kind.metrics, "max_new_tokens": _kind.max_new_tokens}
+    type(f"LEval_{_of}", (LEvalTask,), _values | _answers)

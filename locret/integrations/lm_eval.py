@@ -20,40 +20,28 @@ is scored over its chunk and what was kept of the text before.
 Importing this file registers the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
+from transformers import StoppingCriteria
 
 from locret.cache.cache import RetainedCache
 from locret.engine.arguments import filler
 from locret.engine.engine import Engine
-from locret.evaluation.processes import Ranks
-from locret.evaluation.prompts import Protocol
-from locret.evaluation.provenance import commit, source, versions
-from locret.evaluation.questions import check_adapter
-from locret.evaluation.setups import (
-    FULL,
-    Engines,
-    Setup,
-    are_query_aware,
-    check_setup,
-    expand,
-    sizes_of,
-)
+from locret.evaluation.ask import Engines, Ranks, sizes_of
+from locret.evaluation.config import FULL, Protocol, Setup, are_query_aware, expand
+from locret.evaluation.questions import source
+from locret.evaluation.records import commit, versions
 from locret.heads.heads import RetainingHeads
-from locret.integrations.lm_eval.reading import (
-    ContextFinder,
-    HarnessStops,
-    text_log_likelihood,
-    tokens_after,
-)
+from locret.model.adapters import Adapter
 from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import LocretPolicy
@@ -66,6 +54,44 @@ UNLIMITED = 2**30
 
 NOTHING = ("none", "None", "")
 Scored = tuple[float, bool]
+
+
+def context_end(
+    prompt: str, document: Mapping[str, Any], field: str, marker: str | None
+) -> int | None:
+    """The character at which the context of a prompt ends: where the text of the document's field
+    ends, else where the marker, with which questions begin, stands last. None if neither stands in
+    the prompt."""
+    text = document.get(field)
+    if isinstance(text, str) and text.strip():
+        start = prompt.rfind(text.strip())
+        if start >= 0:
+            return start + len(text.strip())
+    start = prompt.rfind(marker) if marker else -1
+    return None if start < 0 else start
+
+
+def tokens_after(tokenizer: Any, text: str, character: int) -> int:
+    """Tokens of `text` that end after a character of it."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return sum(end > character for _, end in encoded["offset_mapping"])
+
+
+class HarnessStops(StoppingCriteria):
+    """Ends a batch once every row has one of the strings, as the harness's `hf` model does."""
+
+    def __init__(self, strings: Sequence[str], tokenizer: Any) -> None:
+        self._strings = list(strings)
+        self._tokenizer = tokenizer
+        self._criteria: Any = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        if self._criteria is None:  # the first call comes after the answer's first token
+            rows, length = input_ids.shape
+            self._criteria = stop_sequences_criteria(
+                self._tokenizer, self._strings, length - 1, rows
+            )
+        return self._criteria(input_ids, scores, **kwargs)
 
 
 @register_model("locret")
@@ -111,14 +137,16 @@ class LocretLM(HFLM):
         batch_size: int | str = 1,
         **kwargs: Any,
     ) -> None:
-        self.setup = _setup(policy or (LocretPolicy.name if heads else FULL), budget, protocol)
-        if quantization is not None:
-            self.setup = Setup(**{**vars(self.setup), "quantization": quantization})
+        policy = policy or (LocretPolicy.name if heads else FULL)
+        budget = None if budget in NOTHING else budget
+        entry = {"policy": policy, "budget": budget, "protocol": protocol}
+        self.setup = expand([entry | {"quantization": quantization}])[-1]
         settings = {"chunk_size": chunk_size, "stabilizers": stabilizers, "positions": positions}
         settings = {name: None if v in NOTHING else v for name, v in settings.items()}
-        check_setup(self.setup, settings | {"local_tokens": local_tokens})
+        self.setup.check(settings | {"local_tokens": local_tokens})
         own = _checked_heads(self.setup, heads)
-        check_adapter(adapter)
+        if adapter:
+            Adapter.find(adapter)
         self._ranks = Ranks.of_environment()
         if isinstance(pretrained, str):
             chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
@@ -139,7 +167,7 @@ class LocretLM(HFLM):
             **kwargs,
         )
         self._engines = Engines(pretrained, own, heads, settings)
-        self._finder = ContextFinder(context_field, question_marker)
+        self._context_field, self._question_marker = context_field, question_marker
         self._local_tokens = local_tokens
         self._loaded = pretrained
         self._heads_source, self._adapter_source = source(heads), source(adapter)
@@ -190,11 +218,19 @@ class LocretLM(HFLM):
         self._context_ends = {}
         for request in requests:
             prompt = request.args[0]
-            end = self._finder.end(prompt, request.doc) if prompt else None
+            if not prompt:
+                continue
+            end = context_end(prompt, request.doc, self._context_field, self._question_marker)
             if end is not None:
                 self._context_ends[prompt] = end
-            elif prompt and self.setup.protocol == "query_agnostic" and not self.setup.keeps_all:
-                self._finder.refuse(request.doc, str(request.task_name))
+            elif self.setup.protocol == "query_agnostic" and not self.setup.keeps_all:
+                raise ValueError(
+                    f"task {request.task_name}: the context cannot be told from the question, "
+                    f"because its documents have no {self._context_field!r} whose text stands in "
+                    f"the prompt (they have {', '.join(sorted(request.doc))}); give context_field, "
+                    "or question_marker: the text with which questions begin; or "
+                    "protocol=query_aware"
+                )
 
     def _rest_of(self, prompt: str, text: str | None = None) -> int:
         """Tokens at the end of a prompt that are not compressed, at least 1; of `text`, where no
@@ -342,11 +378,6 @@ class LocretLM(HFLM):
         }
 
 
-def _setup(policy: str, budget: Any, protocol: Any) -> Setup:
-    entry = {"policy": policy, "budget": None if budget in NOTHING else budget}
-    return expand([entry | {"protocol": protocol}])[-1]
-
-
 def _checked_heads(setup: Setup, name: str | None) -> dict[str, RetainingHeads]:
     """The heads by their name."""
     if name is None:
@@ -380,3 +411,33 @@ def _summary(prompts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         "bytes_mean": round(sum(sizes) / len(sizes)),
         "bytes_max": max(sizes),
     }
+
+
+@torch.no_grad()
+def text_log_likelihood(engine: Engine, ids: Tensor) -> tuple[float, RetainedCache]:
+    """Sum of the log-probabilities of all tokens but the first.
+
+    Every token is predicted from its chunk and what was kept of the chunks before, so that the
+    memory is bounded however long the text is.
+
+    Args:
+        engine: with a budget; says how the text is read.
+        ids: [1, n] long.
+
+    Returns:
+        The sum, and the cache after the last token but one.
+    """
+    model: Any = engine.model
+    length = ids.shape[1]
+    cache, counts = engine.new_cache(length)
+    assert counts is not None, "without a budget the text is scored as it stands"
+    cache.prompt_lengths = (length,)
+    total, size = 0.0, engine.config.reading.chunk or length
+    with engine, engine.reading_into(cache, counts):
+        for start in range(0, length - 1, size):
+            chunk = ids[:, start : min(start + size, length - 1)]
+            following = ids[0, start + 1 : start + 1 + chunk.shape[1]]
+            logits = model(input_ids=chunk, use_cache=True, **as_argument(model, cache)).logits[0]
+            logs = log_softmax(logits.float(), dim=-1)
+            total += float(logs.gather(1, following[:, None]).sum())
+    return total, cache

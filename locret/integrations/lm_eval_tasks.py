@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
-from locret.evaluation.asking import before_stop
+from locret.evaluation.ask import before_stop
 from locret.evaluation.config import CACHE
-from locret.evaluation.prompts import Renderer
+from locret.evaluation.questions import Renderer
 from locret.model.loading import load_tokenizer
 from locret.tasks import GROUPS, TASKS, Sample, Task, TaskSettings
+from locret.tasks.base import SizedTask
 
 
 def harness_name(task: str) -> str:
@@ -36,7 +37,7 @@ def write_task_files(folder: Path) -> Path:
 
 
 def _task(task: type[Task]) -> str:
-    tag = "tag: leval\n" if task.name in GROUPS["leval"] else ""
+    tag = "tag: leval\n" if task.group == "leval" else ""
     scores = "".join(
         f"  - metric: {name}\n    aggregation: mean\n    higher_is_better: true\n"
         for name in task.metrics
@@ -51,7 +52,7 @@ test_split: test
 custom_dataset: !function {__name__}.dataset
 doc_to_text: "{{{{context}}}}{{{{question}}}}"
 doc_to_target: "{{{{answers[0]}}}}"
-{prefix if task.name in (*GROUPS["ruler"], *GROUPS["needles"], "code") else ""}\
+{prefix if issubclass(task, SizedTask) else ""}\
 process_results: !function {__name__}.process_results
 generation_kwargs:
   do_sample: false
