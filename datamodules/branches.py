@@ -16,8 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.chat_format import Span
-from datamodules.conversations import Conversation, SkippedRow, exchange
+from datamodules.conversations import Conversation, SkippedRow, Span, exchange
 from datamodules.encoder import (
     ConversationEncoder,
     Cut,

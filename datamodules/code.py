@@ -7,7 +7,6 @@ standard library, about which the task `code` asks in evaluations (`locret.tasks
       init_args: {tokens: [512, 4096], size: 10000}
 """
 
-import copy
 import os
 import re
 import sysconfig
@@ -20,9 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.code_questions import Code, parse, questions
 from datamodules.conversations import Conversation, SkippedRow, exchange
-from datamodules.sources import lengths
+from datamodules.sources import MadeSource
 from datamodules.texts import count, fit
-from locret.quantities import check_bounds
 from locret.tasks.code import SourceFile
 
 PACKAGES = ("torch", "transformers", "lightning")
@@ -58,8 +56,8 @@ _DEFINITION = re.compile(
 """Where a run of lines may begin and end: before a definition and its decorators."""
 
 
-class CodeSource(Sequence[Conversation]):
-    """Code with questions, put together when asked for and the same for one index everywhere.
+class CodeSource(MadeSource):
+    """Code with questions.
 
     A context has whole files, and runs of lines of those that are too long, each under a line with
     its path. Answers are lines of the code and default values of parameters. Files that are not
@@ -95,12 +93,8 @@ class CodeSource(Sequence[Conversation]):
         default = PACKAGES if path is None else ()
         self.packages = list(default if packages is None else packages)
         self.path = path
-        self.tokens = lengths(tokens, size)
-        check_bounds("tokens", self.tokens, LEAST)
-        self.size = size
-        self.seed = seed
+        super().__init__(tokens, size, seed, LEAST)
         self._files: list[tuple[str, str]] = []
-        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def __str__(self) -> str:
         return f"CodeSource({self.path or ', '.join(self.packages)}, seed {self.seed})"
@@ -112,8 +106,8 @@ class CodeSource(Sequence[Conversation]):
             ValueError: a package that is not installed, files of the standard library, no files, or
                 none about which anything can be asked.
         """
-        loaded = copy.copy(self)  # another tokenizer cuts other runs of lines
-        loaded._tokenizer = tokenizer
+        loaded = super().load(tokenizer)
+        assert isinstance(loaded, CodeSource)
         loaded._files = find_code(self.packages, self.path)
         if not any(map(loaded._is_usable, range(min(self.size, PROBES)))):
             raise ValueError(
@@ -123,16 +117,11 @@ class CodeSource(Sequence[Conversation]):
             )
         return loaded
 
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, i: int) -> Conversation:  # type: ignore[override]
-        i = range(len(self))[i]
-        assert self._tokenizer is not None
+    def make(self, i: int, tokenizer: PreTrainedTokenizerBase) -> Conversation:
         rng, name = Random(f"locret code {self.seed} {i}"), f"code:{self.seed}:{i}"
         tokens = rng.randint(*self.tokens)
         for _ in range(_ATTEMPTS):
-            context, pieces = make_context(rng, self._files, self._tokenizer, tokens)
+            context, pieces = make_context(rng, self._files, tokenizer, tokens)
             if asked := questions(rng, pieces, context, QUESTIONS):
                 told = tuple((f"\n\n{question}", answer) for question, answer in asked)
                 messages = exchange(context + told[0][0], told[0][1])

@@ -20,8 +20,7 @@ import torch
 from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.chat_format import ChatFormat, Span
-from datamodules.conversations import Conversation, Message, SkippedRow, Tool
+from datamodules.conversations import ChatFormat, Conversation, Message, SkippedRow, Span, Tool
 
 Cut = Literal["middle", "left", "right"]
 
@@ -63,7 +62,7 @@ class Sample:
 
 
 class ConversationEncoder:
-    """Turns conversations into samples. `chat_format.py` says which tokens, `cut_window` which go.
+    """Turns conversations into samples. `ChatFormat` says which tokens, `cut_window` which go.
 
     Every answer of the assistant labels the tokens before it. Prompt and last answer have a bound
     each, and the prompt is cut before the answer is appended; earlier answers belong to the prompt.

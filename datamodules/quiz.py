@@ -18,8 +18,7 @@ from random import Random
 import torch
 from jsonargparse import auto_cli
 
-from datamodules.chat_format import ChatFormat
-from datamodules.conversations import Conversation, SkippedRow, exchange
+from datamodules.conversations import ChatFormat, Conversation, SkippedRow, exchange
 from datamodules.sources import Source
 from locret.commands.progress import Progress
 from locret.engine.arguments import end_tokens, padded

@@ -11,9 +11,10 @@ from datamodules.branches import (
     Branching,
 )
 from datamodules.cache import CachedEncoder
-from datamodules.conversations import Conversation, SkippedRow, exchange, parse_row
+from datamodules.conversations import Conversation, SkippedRow, exchange
 from datamodules.datamodule import ConversationDataModule
 from datamodules.encoder import ConversationEncoder
+from datamodules.rows import parse_row
 from datamodules.sources import SyntheticSource
 from locret.training.segments import Segment
 from tests.datamodules.test_datamodule import Numbers
