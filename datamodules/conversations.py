@@ -109,6 +109,13 @@ def exchange(prompt: str, answer: str) -> tuple[Message, Message]:
     return {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
 
 
+def about(context: str, asked: Sequence[tuple[str, str]], source: str, name: str) -> Conversation:
+    """A context with questions about it and their answers, the first of which is the prompt's."""
+    questions = tuple((f"\n\n{question}", answer) for question, answer in asked)
+    messages = exchange(context + questions[0][0], questions[0][1])
+    return Conversation(messages, source, name, context=context, questions=questions)
+
+
 _CALL, _RESULT, _TOOL = "locretcall", "locretresult", "locrettool"
 """Names and texts that no conversation holds; a number follows."""
 

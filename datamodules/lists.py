@@ -13,7 +13,7 @@ from uuid import UUID
 
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.conversations import Conversation, exchange
+from datamodules.conversations import Conversation, about
 from datamodules.sources import MadeSource
 from datamodules.texts import count, fit
 from locret.tasks import wording
@@ -127,7 +127,4 @@ class ListSource(MadeSource):
         rng = Random(f"locret list {self.seed} {i}")
         kind = self.kinds[i % len(self.kinds)]
         text, asked = KINDS[kind](rng, tokenizer, rng.randint(*self.tokens))
-        questions = tuple((f"\n\n{question}", answer) for question, answer in asked)
-        messages = exchange(text + questions[0][0], questions[0][1])
-        name = f"{kind}:{self.seed}:{i}"
-        return Conversation(messages, f"lists/{kind}", name, context=text, questions=questions)
+        return about(text, asked, f"lists/{kind}", f"{kind}:{self.seed}:{i}")

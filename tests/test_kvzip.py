@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import locret
-from datamodules.branches import BranchEncoder, Branching
 from datamodules.conversations import Conversation, exchange
+from datamodules.encoder import BranchEncoder, Branching
 from locret.engine.calibration import Calibration
 from locret.evaluation.setups import Engines, expand
 from locret.model.backbone import Backbone
