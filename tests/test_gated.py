@@ -9,8 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from locret.model.attend import attend
 from locret.model.backbone import Backbone
 from locret.training import gated
-from locret.training.branch_reading import BranchAttention, Trunks, stored, ways_of
-from locret.training.gated import FLOOR, GatedLoss, thresholds_for
+from locret.training.branches import FLOOR, BranchAttention, Trunks, stored, thresholds_for
+from locret.training.gated import GatedLoss
+from locret.training.segments import ways_of
 from tests.test_branches import alone, branched, shifted
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 

@@ -2,7 +2,7 @@
 
 A small model loses needles beyond one or two thousand tokens; no eviction policy can give back what
 the full cache does not find. Given heads, the model learns instead to answer from what they keep of
-a context: contexts are whole, or what eviction leaves of them (`locret.training.evicted`). See
+a context: contexts are whole, or what eviction leaves of them (`locret.training.gated`). See
 `trainers.cli` for the options every training shares.
 """
 
@@ -26,9 +26,8 @@ with ends_at_once():
     from locret.model.backbone import Backbone
     from locret.model.loading import Dtype, load_model
     from locret.quantities import check_bounds
-    from locret.training.divergence import MeanOver
-    from locret.training.evicted import EvictedLoss
-    from locret.training.gated import Threshold, check_tunable
+    from locret.training.branches import MeanOver
+    from locret.training.gated import EvictedLoss, Threshold, check_tunable
     from locret.training.row_loss import PackedAttention
     from trainers import cli
     from trainers.callbacks import ExportAdapter
@@ -58,7 +57,7 @@ class AdapterModule(TrainingModule):
             their record names an adapter, the training goes on from it, whatever `rank`, `alpha`,
             `dropout` and `target_modules` say, and the teacher is the model with it.
         compressions: the least and the most that a sample draws, log-uniformly.
-        threshold: "global" or "quotas": which units stay (`locret.training.evicted.EvictedLoss`).
+        threshold: "global" or "quotas": which units stay (`locret.training.gated.EvictedLoss`).
         mean_over: "tokens", "branches" or "both": what counts alike in the mean of KL.
         recompute: layers keep their input alone for the backward pass, given heads.
 

@@ -33,8 +33,7 @@ with ends_at_once():
     from locret.model.backbone import Backbone
     from locret.model.loading import Dtype, Quantization, load_model, weights_sha256
     from locret.model.rotary import LongRopeRule
-    from locret.training.distill import Distillation
-    from locret.training.evicted_features import EvictedReading, evicted_features
+    from locret.training.distill import Distillation, EvictedReading, evicted_features
     from locret.training.row_loss import Distilled, Features, Share
     from locret.training.segments import Segment, with_query_in_front
     from trainers import cli, tune
@@ -100,7 +99,7 @@ class HeadsModule(HeadsTraining):
             a folder or a Hub id; None = random ones.
         features: what heads see in training: "full", a model that reads with its whole context, or
             "evicted", one that reads in chunks and evicts by the heads' own scores
-            (`locret.training.evicted_features`). Labels are of the whole context.
+            (`locret.training.distill`). Labels are of the whole context.
         evicted_compressions: the least and the most tokens for a unit kept; a batch draws.
         evicted_chunk: the least and the most tokens read at a time; a batch draws.
         evicted_share: of the batches that are read so; the others are read whole.

@@ -25,7 +25,7 @@ with ends_at_once():
     from locret.quantities import check_bounds
     from locret.quantization import scheme_of
     from locret.system.files import find_config
-    from locret.training.divergence import MeanOver
+    from locret.training.branches import MeanOver
     from locret.training.gated import (
         Gated,
         GatedLoss,

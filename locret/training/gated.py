@@ -1,9 +1,10 @@
-"""Heads tuned by what is lost without the units that they would evict: KL(full || gated).
+"""Losses on what answers lose of their context: KL(full || gated) for heads, KL(full || evicted)
+for an adapter, in rows of trunks with branches.
 
-The teacher is the model that sees everything. The student is the same frozen model, but each branch
-sees the units of its trunk through soft gates, which the heads' scores open and close; of the two
-predictions of every token of an answer the divergence is the loss. What gates cannot show, that
-another unit would have done as well, regression on labels never could.
+The teacher is the model that sees everything. For heads, the student is the same frozen model, but
+each branch sees the units of its trunk through soft gates, which the heads' scores open and close;
+of the two predictions of every token of an answer the divergence is the loss. What gates cannot
+show, that another unit would have done as well, regression on labels never could.
 
 The row is read once, by the teacher, which leaves keys, values and scores of the trunks: no gate
 changes them, as a trunk never sees its branches. So the student reads the branches' tokens alone,
@@ -11,45 +12,55 @@ and gradients flow through these alone, to the gates, and from there through the
 that the teacher left. Nothing of a trunk is computed twice or in the backward pass; features of the
 trunks stay in memory, 115 KB a token for Qwen2.5-Coder-1.5B in 16 bits (28 layers of 2,048).
 
-    gate = sigmoid((score - threshold) / temperature)
+For an adapter, the teacher is the model without it, and the student the model with it, where each
+branch sees of its trunk the best units alone, by the scores of frozen heads. Here trunks change as
+well, so that gradients flow through the whole row; and a unit is there or not, as scores learn
+nothing. A row is read three times: by the teacher, by the student for scores (the best units of the
+whole model are known after its last layer), and by the student with gradients.
 
-A score at its threshold has gate 1/2; far above it 1, the unit is kept; far below it 0, the unit is
-gone. The colder, the fewer units are in between. Thresholds are such that so many scores are above
-them as a cache of that compression would keep.
-
-A unit's gate is added as log(gate) to its logits, by further channels of its key, so that attention
-is the fused one. Layers are computed again in the backward pass, and only answers meet the
-vocabulary, a block of tokens at a time.
+Layers are computed again in the backward pass, and only answers meet the vocabulary.
 
 L layers with heads, H KV heads, P units of a trunk. Scores are [L, H, P]; higher = keep.
 """
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from locret.heads.heads import RetainingHeads, is_logarithm
-from locret.heads.quotas import Quotas, quotas_of, unit_counts
+from locret.heads.quotas import quotas_of
 from locret.heads.targets import BoundaryLoss, Loss
+from locret.model.attend import Backend
 from locret.model.backbone import Backbone
-from locret.model.hooks import LayerCall, LayerFunction
+from locret.model.hooks import LayerCall, LayerFunction, without_autocast
+from locret.model.past import Past
+from locret.model.varlen import Text, attend_texts
 from locret.quantization import Quantization, scheme_of
-from locret.training.branch_reading import BranchAttention, Trunks, Way, ways_of
+from locret.training.branches import (
+    BranchAttention,
+    Divergence,
+    MeanOver,
+    Trunks,
+    check_mean,
+    divergence,
+    log_gates,
+    log_mask,
+    recomputing,
+    thresholds_for,
+    unbiased,
+)
 from locret.training.distill import Distillation
-from locret.training.divergence import Divergence, MeanOver, check_mean, divergence, recomputing
 from locret.training.row_loss import Distilled, PackedAttention, RowLoss
-from locret.training.segments import Segment, check_segments
+from locret.training.segments import Segment, Way, check_segments, slots_of, ways_of
 
 Threshold = Literal["global", "quotas"]
 """One for all units of the model, or one a head, such that it keeps its quota."""
-
-FLOOR = -20.0
-"""Of a gate's logarithm: 2e-9 of the weight, and no infinity in any dtype."""
 
 
 @dataclass
@@ -213,6 +224,148 @@ class GatedLoss:
             return divergence(backbone, full, hidden, counts, self.mean_over, parameters)
 
 
+class EvictedLoss:
+    """Divergence of answers that see what heads keep of their context, for rows of trunks with
+    branches.
+
+    Args:
+        backbone: the student, a model that carries an adapter.
+        heads: frozen, in float32 and on the backbone's device.
+        teacher: until its block ends, the backbone is the teacher.
+        threshold, mean_over: as of `GatedLoss`.
+        recompute: layers keep their input alone for the backward pass; nothing may drop out then.
+
+    Raises:
+        ValueError: heads or a backbone that `GatedLoss` would refuse, an unknown name, or an
+            adapter on the output layer, which teacher and student share.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: RetainingHeads,
+        teacher: Callable[[], AbstractContextManager[object]],
+        *,
+        threshold: Threshold = "global",
+        mean_over: MeanOver = "tokens",
+        recompute: bool = True,
+    ) -> None:
+        check_tunable(heads, threshold)
+        check_mean(mean_over)
+        check_gates(backbone.config)
+        if any(p.requires_grad for p in backbone.model.get_output_embeddings().parameters()):
+            raise ValueError(
+                "the adapter is on the output layer too, which teacher and student share; leave it "
+                "out of target_modules"
+            )
+        dtype = next(heads.parameters()).dtype
+        recipe = Distillation(backbone, heads, alpha=0.0).recipe
+        # In 16 bits many scores would be equal, and the first layers' would stay.
+        self.recipe = replace(recipe, features=lambda call: recipe.features(call).to(dtype))
+        self.backbone = backbone
+        self.teacher = teacher
+        self.quotas = quotas_of(heads.config.quotas if threshold == "quotas" else None)
+        self.mean_over = mean_over
+        self.recompute = recompute
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        segments: Sequence[Segment],
+        compressions: Sequence[float],
+        parameters: Sequence[nn.Parameter] = (),
+    ) -> Divergence:
+        """One row of samples.
+
+        Args:
+            input_ids: [1, N] long.
+            segments: the samples in the row, in order, without gaps, each with branches.
+            compressions: of each sample's trunk, at least 1 (all units stay).
+            parameters: what gradients are taken of; none = no gradients.
+
+        Raises:
+            ValueError: as of `GatedLoss`.
+        """
+        check_segments(segments, input_ids.shape[1])
+        check_samples(segments, compressions)
+        asking = [way.asking for way in ways_of(segments)]
+        at, counts = [token for each in asking for token in each], [len(each) for each in asking]
+        with torch.no_grad():
+            with self.teacher():
+                full = self._read(input_ids, PackedAttention(segments, self.recipe.backend))[at]
+            masks = self._masks(input_ids, segments, compressions)
+        evicted = EvictedAttention(segments, masks, self.recipe.backend)
+        layers = self.backbone.decoder.layers
+        again = recomputing(layers) if self.recompute and parameters else contextlib.nullcontext()
+        # Gradients are taken in here: layers that are computed again need what is attached.
+        with again, self.backbone.attached(evicted), torch.set_grad_enabled(bool(parameters)):
+            hidden = self._decoded(input_ids)[at]
+            return divergence(self.backbone, full, hidden, counts, self.mean_over, parameters)
+
+    def _masks(
+        self, input_ids: Tensor, segments: Sequence[Segment], compressions: Sequence[float]
+    ) -> list[Tensor]:
+        """Which units the student keeps of each trunk, [L, H, P] as of `log_mask`."""
+        trunks = Trunks(self.recipe, segments, learning=False)
+        plain = PackedAttention(segments, self.recipe.backend)
+
+        def layer(call: LayerCall) -> Tensor:
+            trunks.add(call)
+            return plain(call)
+
+        with without_autocast(input_ids.device):
+            self._read(input_ids, layer)
+        pairs = zip(trunks.scores_of_segments(), compressions, strict=True)
+        return [log_mask(each, r, self.quotas) for each, r in pairs]
+
+    def _read(self, input_ids: Tensor, layer: LayerFunction) -> Tensor:
+        with self.backbone.attached(layer):
+            return self._decoded(input_ids)
+
+    def _decoded(self, input_ids: Tensor) -> Tensor:
+        """The decoder's output [N, hidden size]."""
+        read = self.backbone.decoder(input_ids=input_ids, use_cache=False)
+        hidden: Tensor = read.last_hidden_state
+        return hidden[0]
+
+
+class EvictedAttention:
+    """A layer function: trunks attend to themselves, branches to themselves and to what is left of
+    their trunk; gradients flow.
+
+    Args:
+        segments: what stands in the row, in order, without gaps.
+        masks: for each segment, what is added to the logits of its trunk's units, [L, H, P].
+        backend: `eager` or `sdpa`.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], masks: Sequence[Tensor], backend: Backend
+    ) -> None:
+        self.stretches = [stretch for segment in segments for stretch in segment.stretches]
+        # Of the whole row, as that is one tensor: nobody sees a branch through a mask.
+        rest = [segment.end - segment.last_prompt_end for segment in segments]
+        self.mask = torch.cat(
+            [pad(mask, (0, n)) for mask, n in zip(masks, rest, strict=True)], dim=-1
+        )
+        self.slots = slots_of(segments)
+        self.backend = backend
+
+    def __call__(self, call: LayerCall) -> Tensor:
+        query, key = (call.rotate_ranges(x, self.slots) for x in (call.query, call.key))
+        past = Past(key, call.value)
+        if call.retained_idx is not None:
+            past = past._replace(bias=self.mask[call.retained_idx][None])
+        query, masked, new = unbiased(query, past, (key, call.value), call.scaling)
+        texts = []
+        for stretch in self.stretches:
+            own, trunk = slice(stretch.start, stretch.end), slice(*stretch.trunk)
+            pieces = ((m[:, :, trunk], n[:, :, own]) for m, n in zip(masked, new, strict=True))
+            texts.append(Text(stretch.end - stretch.start, *pieces))
+        output = attend_texts(query, texts, call.scaling, self.backend, call.weighting)
+        return output[..., : call.query.shape[3]]
+
+
 def check_tunable(heads: RetainingHeads, threshold: Threshold) -> None:
     """Refuse heads that cannot be tuned through gates. ValueError: says why not, and what to do."""
     config = heads.config
@@ -264,71 +417,3 @@ def check_samples(segments: Sequence[Segment], compressions: Sequence[float]) ->
             f"compressions are {list(compressions)} for {len(segments)} samples; expected a number "
             "of at least 1 for each"
         )
-
-
-def thresholds_for(scores: Tensor, compression: float, quotas: Quotas | None = None) -> Tensor:
-    """Between the scores of the units that stay and those of the others.
-
-    Args:
-        scores: without gradients.
-        compression: 1 / so much of all units stays, at least one; 1 = all.
-        quotas: how many units each head keeps; None = the best of all heads and layers.
-
-    Returns:
-        [1, 1, 1] or, with quotas, [L, H, 1]; -inf where all units stay.
-    """
-    best_first = _compared(scores, quotas).sort(dim=-1, descending=True).values
-    kept = _kept(scores, compression, quotas)
-    last = best_first.shape[-1] - 1
-    # The middle of the last score that is kept and the first that is not.
-    middle = (best_first.gather(-1, kept - 1) + best_first.gather(-1, kept.clamp(max=last))) / 2
-    return middle.masked_fill(kept > last, -torch.inf)
-
-
-def log_mask(scores: Tensor, compression: float, quotas: Quotas | None = None) -> Tensor:
-    """Logarithms of gates that are as cold as can be: 0 where a unit stays, `FLOOR` elsewhere, like
-    the scores. Of equal scores the first stay: the same tokens have the same in a first layer.
-
-    Args: as of `thresholds_for`.
-    """
-    compared = _compared(scores, quotas)
-    place = compared.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    gone = place >= _kept(scores, compression, quotas)
-    return torch.zeros_like(compared).masked_fill(gone, FLOOR).view_as(scores)
-
-
-def _compared(scores: Tensor, quotas: Quotas | None) -> Tensor:
-    """Scores with those of which the best stay along the last axis: a head's, or all, [1, 1, *]."""
-    return scores.reshape(1, 1, -1) if quotas is None else scores
-
-
-def _kept(scores: Tensor, compression: float, quotas: Quotas | None) -> Tensor:
-    """How many of them stay, [1, 1, 1] or [L, H, 1]."""
-    if quotas is None:
-        kept = max(1, round(scores.numel() / compression))
-        return torch.tensor([[[kept]]], device=scores.device)
-    units = scores.shape[-1]
-    budget = max(1, round(units / compression))
-    counts = unit_counts(quotas.at(compression), budget, units)
-    return torch.tensor(counts, device=scores.device)[..., None]
-
-
-def log_gates(scores: Tensor, thresholds: Tensor, temperature: float) -> Tensor:
-    """Logarithms of gates, from `FLOOR` to 0.
-
-    The threshold follows the scores near it: how many units stay is given, so a change that lifts
-    all scores of a threshold alike opens no gate, and its gradient is zero. Without this, what all
-    heads have in common, to keep more, would hide in what they differ.
-
-    Args:
-        scores: with gradients.
-        thresholds: as of `thresholds_for`.
-        temperature: above 0, in the scores' unit.
-    """
-    with torch.no_grad():
-        gates = ((scores - thresholds) / temperature).sigmoid()
-        near = gates * (1 - gates)
-        total = near.sum_to_size(thresholds.shape).clamp(min=torch.finfo(near.dtype).tiny)
-    mean = (near / total * scores).sum_to_size(thresholds.shape)
-    moving = thresholds + (mean - mean.detach())
-    return logsigmoid((scores - moving) / temperature).clamp(min=FLOOR)

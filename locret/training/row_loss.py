@@ -4,18 +4,26 @@ In every layer the answer's queries and the prompt's keys give the labels, the p
 give the predictions, and the layer's loss and its gradients are taken on the spot: nothing of a
 layer is kept after its loss. `PackedAttention` is the same row without heads or labels.
 
+A row longer than memory is read in chunks of tokens. They go through one layer before the next
+layer begins, so what is kept is the row's hidden states, and of a single layer its keys, values and
+features: about 24 KB a token of Llama-3.1-8B in bfloat16, where reading the row at once takes about
+120 KB. The other order, every chunk through all layers against a KV cache of the backbone, holds
+the keys and values of all layers instead (131 KB a token there, 393 KB in a model without GQA) and,
+since labels need the answer, which comes last, either the features of all layers or a second
+forward. Heads predict chunk by chunk too, and once more when gradients are taken.
+
 B batch (1), H KV heads, G query heads a KV head, T tokens, D head size, P prompt tokens, A answer
 tokens.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from typing import Any, Literal
+from functools import partial, reduce
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from locret.heads.heads import RetainingHeads
 from locret.heads.kinds import LayerTensors, RetainingHead
@@ -23,7 +31,7 @@ from locret.heads.targets import Label, Loss, smoothness
 from locret.model.attend import Backend, attend
 from locret.model.hooks import LayerCall
 from locret.model.varlen import Text, attend_texts
-from locret.training.segments import Segment
+from locret.training.segments import Segment, Stretch, slots_of
 
 PromptKeys = Literal["rotated", "unrotated"]
 Share = Callable[[Sequence[Tensor]], Callable[[], None]]
@@ -103,10 +111,6 @@ class RowLoss:
         self.smoothness: list[Tensor] = []
         self.predictions: list[Tensor] = []
         self.targets: list[Tensor] = []
-
-    def reading(self, decoder: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Entered while `decoder` reads the row."""
-        return contextlib.nullcontext()
 
     def layer(self, call: LayerCall) -> Tensor:
         """The layer function: a layer's loss on the way, and its plain causal attention."""
@@ -229,6 +233,107 @@ class RowLoss:
         return torch.cat(outputs, dim=1)
 
 
+@dataclass(eq=False)
+class ChunkedRowLoss(RowLoss):
+    """`RowLoss` of a row of which a layer reads `chunk_size` tokens at a time."""
+
+    chunk_size: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.length = self.segments[-1].end
+        self._read_so_far: _LayerOfRow | None = None
+
+    def layer(self, call: LayerCall) -> Tensor:
+        """The layer function, for one chunk after the other; a layer's loss with its last."""
+        features = self.recipe.features(call)
+        read = self._read_so_far or _LayerOfRow(call, features, self.length, len(self.segments))
+        start, end = read.seen, read.seen + call.query.shape[2]
+        pieces = [
+            _Piece(i, stretch, max(start, stretch.start), min(end, stretch.end))
+            for i, segment in enumerate(self.segments)
+            for stretch in segment.stretches
+            if stretch.start < end and start < stretch.end
+        ]
+        ranges = [piece.stretch.slots(piece.start, piece.end) for piece in pieces]
+        query, key = (call.rotate_ranges(x, ranges) for x in (call.query, call.key))
+        read.key[:, :, start:end] = key
+        read.value[:, :, start:end] = call.value
+        read.features[:, start:end] = features
+        outputs = [self._read_piece(read, call, query, piece) for piece in pieces]
+        read.seen = end
+        self._read_so_far = read
+        if end == self.length:
+            self._read_so_far = None
+            if call.retained_idx is not None:
+                self.learn(call.retained_idx, read.features, read.targets)
+        return torch.cat(outputs, dim=1)
+
+    def predict(self, head: RetainingHead, features: Tensor) -> Tensor:
+        read = partial(checkpoint, head, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([*map(read, features.split(self.chunk_size, dim=1))], dim=-1)
+
+    def _read_piece(
+        self, read: "_LayerOfRow", call: LayerCall, query: Tensor, piece: "_Piece"
+    ) -> Tensor:
+        """Attention output of a piece's tokens, whose chunk has the rotated queries `query`.
+
+        Takes the labels of the answers that end here.
+        """
+        which, stretch, start, end = piece
+        keys, values = (stretch.seen(x, end) for x in (read.key, read.value))
+        for first, last in stretch.answers:
+            here = slice(max(first, start) - read.seen, min(last, end) - read.seen)
+            if here.start >= here.stop or call.retained_idx is None:
+                continue
+            read.asking.append((query[:, :, here], norms_of(call.hidden[:, here])))
+            if last <= end:
+                queries, norms = zip(*read.asking, strict=True)
+                asked = torch.cat(queries, dim=2), torch.cat(norms, dim=1)
+                read.asking = []
+                seen = slice(keys.shape[2] - (end - last))
+                labels = self.label(call, *asked, keys[:, :, seen], values[:, :, seen])
+                read.targets[which].append(labels)
+        return self.attend(call, query[:, :, start - read.seen : end - read.seen], keys, values)
+
+
+class _Piece(NamedTuple):
+    """Tokens of a chunk that are of one stretch.
+
+    Attributes:
+        which: number of the stretch's segment.
+        stretch: what they are of.
+        start, end: the tokens, by their offsets in the row.
+    """
+
+    which: int
+    stretch: Stretch
+    start: int
+    end: int
+
+
+class _LayerOfRow:
+    """What is kept of a layer while it reads the row's chunks.
+
+    Attributes:
+        seen: tokens read.
+        key, value: [B, H, row, D], keys rotated.
+        features: [B, row, input width].
+        asking: rotated queries and norms (see `AnswerView`) of the answer that is being read, chunk
+            by chunk.
+        targets: the labels of each segment's answers.
+    """
+
+    def __init__(self, call: LayerCall, features: Tensor, length: int, segments: int) -> None:
+        batch, heads, _, size = call.key.shape
+        self.seen = 0
+        self.key = call.key.new_empty(batch, heads, length, size)
+        self.value = call.value.new_empty(batch, heads, length, call.value.shape[-1])
+        self.features = features.new_empty(batch, length, features.shape[-1])
+        self.asking: list[tuple[Tensor, Tensor]] = []
+        self.targets: list[list[Tensor]] = [[] for _ in range(segments)]
+
+
 @dataclass(frozen=True)
 class PackedAttention:
     """A layer function: every segment attends to itself, from slot 0 on, and each of its branches
@@ -266,12 +371,6 @@ def _attend_row(
 def norms_of(hidden: Tensor) -> Tensor:
     """Euclidean norms, float32 [B, T], of hidden states [B, T, hidden size]."""
     return hidden.norm(dim=-1, dtype=torch.float32)
-
-
-def slots_of(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
-    """Slots of a row's tokens, as `Rotary.rotate_ranges` takes them."""
-    stretches = [stretch for segment in segments for stretch in segment.stretches]
-    return [stretch.slots(stretch.start, stretch.end) for stretch in stretches]
 
 
 def _of_trunk(segment: Segment, labels: Sequence[Tensor]) -> Sequence[Tensor]:

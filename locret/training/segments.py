@@ -112,6 +112,48 @@ class Segment(NamedTuple):
         return [Stretch(*trunk, nothing, (), reach), *of_branches]
 
 
+def slots_of(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
+    """Slots of a row's tokens, as `Rotary.rotate_ranges` takes them."""
+    stretches = [stretch for segment in segments for stretch in segment.stretches]
+    return [stretch.slots(stretch.start, stretch.end) for stretch in stretches]
+
+
+class Way(NamedTuple):
+    """A branch in the row of branches.
+
+    Attributes:
+        segment: its trunk's, counted in the row.
+        stretch: the branch in the row that it comes from.
+        shift: from an offset in that row to one in the row of branches.
+    """
+
+    segment: int
+    stretch: Stretch
+    shift: int
+
+    @property
+    def own(self) -> Span:
+        """Its tokens in the row of branches."""
+        return self.stretch.start + self.shift, self.stretch.end + self.shift
+
+    @property
+    def asking(self) -> range:
+        """Tokens of the row that it comes from which predict one of its answer, the branch's own
+        alone: the trunk's last token predicts the same in both rows."""
+        ((start, end),) = self.stretch.answers
+        return range(max(start - 1, self.stretch.start), end - 1)
+
+
+def ways_of(segments: Sequence[Segment]) -> list[Way]:
+    """All branches of a row, one after the other."""
+    ways, at = [], 0
+    for number, segment in enumerate(segments):
+        for stretch in segment.stretches[1:]:
+            ways.append(Way(number, stretch, at - stretch.start))
+            at += stretch.end - stretch.start
+    return ways
+
+
 def check_segments(segments: Sequence[Segment], length: int) -> None:
     """Refuse segments that a row of `length` tokens cannot hold. ValueError: segments that do not
     fill the row one after the other, or a segment whose answers are none, empty, out of order,
