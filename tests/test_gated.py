@@ -68,7 +68,7 @@ def hidden_of_branches(loss, gates):
     """The decoder's output for all branches through the given gates."""
     ways, backbone = ways_of(ROW), loss.backbone
     trunks = Trunks(loss.distillation.recipe, ROW)
-    loss._teach(IDS, ROW, ways, trunks)
+    loss._teach(IDS, trunks, ways)
     ids = torch.cat([IDS[:, way.stretch.start : way.stretch.end] for way in ways], dim=1)
     with torch.no_grad(), backbone.attached(BranchAttention(ways, trunks, gates, "sdpa")):
         return backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state[0], trunks
@@ -128,7 +128,7 @@ def test_the_divergence_is_that_of_the_two_predictions():
     result = loss(IDS, ROW, HALF, 0.5)
     ways = ways_of(ROW)
     trunks = Trunks(loss.distillation.recipe, ROW)
-    loss._teach(IDS, ROW, ways, trunks)
+    loss._teach(IDS, trunks, ways)
     gates, _ = loss._gates(trunks, HALF, 0.5)
     hidden, _ = hidden_of_branches(loss, gates)
     total, count, at = 0.0, 0, 0

@@ -21,10 +21,10 @@ D head size. Scores are [L, H, P]; higher = keep.
 """
 
 import contextlib
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from locret.heads.quotas import Quotas, unit_counts
 from locret.model.attend import Backend
 from locret.model.backbone import Backbone
-from locret.model.hooks import LayerCall, without_autocast, without_compiling
+from locret.model.hooks import LayerCall, LayerFunction, without_autocast, without_compiling
 from locret.model.past import Past, with_bias_in_channels
 from locret.model.varlen import Text, attend_texts
 from locret.quantization import NO_SCHEME, Scheme
@@ -48,7 +48,6 @@ MeanOver = Literal["tokens", "branches", "both"]
 FLOOR = -20.0
 """Of a gate's logarithm: 2e-9 of the weight, and no infinity in any dtype."""
 
-_checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 _LOGITS = 2**27  # of a block of tokens that meets the vocabulary: 512 MiB
 
 
@@ -93,6 +92,15 @@ class Trunks:
                 scores = head(features)[0]
                 self.scores[i] = scores.to(torch.promote_types(scores.dtype, torch.float32))
         self.units[call.layer_idx] = key, value
+
+    def collecting(self, read: LayerFunction) -> LayerFunction:
+        """`read`, and each layer that it reads is collected."""
+
+        def layer(call: LayerCall) -> Tensor:
+            self.add(call)
+            return read(call)
+
+        return layer
 
     def scores_of_segments(self) -> list[Tensor]:
         """[L, H, P] of each trunk."""
@@ -254,12 +262,6 @@ class Divergence(NamedTuple):
     agreement: Tensor
 
 
-def check_mean(mean_over: str) -> None:
-    """Refuse (ValueError) an unknown name."""
-    if mean_over not in get_args(MeanOver):
-        raise ValueError(f"mean_over is {mean_over!r}; expected one of {get_args(MeanOver)}")
-
-
 def divergence(
     backbone: Backbone,
     teacher: Tensor,
@@ -330,17 +332,16 @@ def recomputing(layers: Iterable[Any]) -> Iterator[None]:
         layers: stock decoder layers, in evaluation mode.
     """
     given: dict[str, Any] = {"gradient_checkpointing": True, "training": True}
-    given["_gradient_checkpointing_func"] = _checkpoint
+    given["_gradient_checkpointing_func"] = partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=False
+    )
     with contextlib.ExitStack() as stack:
         for layer in map(without_compiling, layers):
             own = vars(layer)
-            before = {name: own[name] for name in given if name in own}
-            stack.callback(_put_back, own, given, before)
-            own.update(given)
+            for name, value in given.items():
+                if name in own:
+                    stack.callback(own.__setitem__, name, own[name])
+                else:
+                    stack.callback(own.pop, name)
+                own[name] = value
         yield
-
-
-def _put_back(own: dict[str, Any], given: dict[str, Any], before: dict[str, Any]) -> None:
-    for name in given:
-        own.pop(name, None)
-    own.update(before)

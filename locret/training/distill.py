@@ -19,6 +19,7 @@ layer after the other.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from random import Random
 from typing import Any, get_args
@@ -128,8 +129,9 @@ class Distillation:
         if self.recipe.prompt_keys == "unrotated" and any(each.branches for each in segments):
             raise ValueError("prompt_keys is 'unrotated', which samples with branches do not take")
         given, decoder = (self.recipe, segments, share, features), self.backbone.decoder
+        reading: AbstractContextManager[None] = contextlib.nullcontext()
         if self.chunk_size is None or length <= self.chunk_size:
-            row, reading = RowLoss(*given), contextlib.nullcontext()
+            row = RowLoss(*given)
         else:
             row = ChunkedRowLoss(*given, chunk_size=self.chunk_size)
             reading = _in_chunks(decoder.layers, self.chunk_size)

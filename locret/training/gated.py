@@ -47,7 +47,6 @@ from locret.training.branches import (
     Divergence,
     MeanOver,
     Trunks,
-    check_mean,
     divergence,
     log_gates,
     log_mask,
@@ -82,7 +81,58 @@ class Gated:
     regression: Tensor
 
 
-class GatedLoss:
+class _BranchLoss:
+    """What the losses of rows of trunks with branches share; arguments as of `GatedLoss`."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: RetainingHeads,
+        threshold: Threshold,
+        mean_over: MeanOver,
+        recompute: bool,
+        **of_labels: Any,
+    ) -> None:
+        check_tunable(heads, threshold)
+        if mean_over not in get_args(MeanOver):
+            raise ValueError(f"mean_over is {mean_over!r}; expected one of {get_args(MeanOver)}")
+        check_gates(backbone.config)
+        self.backbone = backbone
+        self.heads = heads
+        self.distillation = Distillation(backbone, heads, alpha=0.0, **of_labels)
+        self.recipe = self.distillation.recipe
+        self.quotas = quotas_of(heads.config.quotas if threshold == "quotas" else None)
+        self.mean_over = mean_over
+        self.recompute = recompute
+
+    def _read(self, input_ids: Tensor, layer: LayerFunction, at: Sequence[int] = ()) -> Tensor:
+        """The decoder's output [A, hidden size] of the tokens `at`."""
+        with self.backbone.attached(layer):
+            read = self.backbone.decoder(input_ids=input_ids, use_cache=False)
+        hidden: Tensor = read.last_hidden_state
+        return hidden[0, list(at)]
+
+    def _compare(
+        self,
+        input_ids: Tensor,
+        layer: LayerFunction,
+        asking: Sequence[Sequence[int]],
+        full: Tensor,
+        parameters: Sequence[nn.Parameter],
+    ) -> Divergence:
+        """What the student predicts at the tokens `asking` of each answer, next to the teacher's
+        output of these, `full`."""
+        at, counts = [token for each in asking for token in each], [len(each) for each in asking]
+        layers = self.backbone.decoder.layers
+        again = recomputing(layers) if self.recompute and parameters else contextlib.nullcontext()
+        # Gradients are taken in here: layers that are computed again need what is attached.
+        with again, self.backbone.attached(layer), torch.set_grad_enabled(bool(parameters)):
+            read = self.backbone.decoder(input_ids=input_ids, use_cache=False)
+            hidden = read.last_hidden_state[0, at]
+            return divergence(self.backbone, full, hidden, counts, self.mean_over, parameters)
+
+
+class GatedLoss(_BranchLoss):
     """Divergence of answers that see their context through gates, for rows of trunks with branches.
 
     Args:
@@ -118,21 +168,12 @@ class GatedLoss:
         quantization: Quantization = None,
         recompute: bool = True,
     ) -> None:
-        check_tunable(heads, threshold)
-        check_mean(mean_over)
+        of_labels: dict[str, Any] = {"loss": loss, "boundary_weight": boundary_weight}
+        super().__init__(backbone, heads, threshold, mean_over, recompute, **of_labels)
         if not regression_weight >= 0:
             raise ValueError(f"regression_weight is {regression_weight}; expected 0 or more")
-        check_gates(backbone.config)
-        self.distillation = Distillation(
-            backbone, heads, alpha=0.0, loss=loss, boundary_weight=boundary_weight
-        )
-        self.backbone = backbone
-        self.heads = heads
-        self.quotas = quotas_of(heads.config.quotas if threshold == "quotas" else None)
-        self.mean_over = mean_over
         self.regression_weight = regression_weight
         self.scheme = scheme_of(quantization)
-        self.recompute = recompute
 
     def __call__(
         self,
@@ -157,13 +198,16 @@ class GatedLoss:
         check_samples(segments, compressions)
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; expected a number above 0")
-        ways = ways_of(segments)
-        trunks = Trunks(self.distillation.recipe, segments, self.scheme, self.heads.training)
-        full, on_labels = self._teach(input_ids, segments, ways, trunks)
-        with torch.set_grad_enabled(self.heads.training):
+        ways, learning = ways_of(segments), self.heads.training
+        trunks = Trunks(self.recipe, segments, self.scheme, learning)
+        full, on_labels = self._teach(input_ids, trunks, ways)
+        ids = torch.cat([input_ids[:, way.stretch.start : way.stretch.end] for way in ways], dim=1)
+        asking = [[token + way.shift for token in way.asking] for way in ways]
+        parameters = [p for p in self.heads.parameters() if learning and p.requires_grad]
+        with torch.set_grad_enabled(learning):
             gates, opened = self._gates(trunks, compressions, temperature)
-            attention = BranchAttention(ways, trunks, gates, self.backbone.backend)
-            lost = self._compare(input_ids, ways, attention, full)
+            attention = BranchAttention(ways, trunks, gates, self.recipe.backend)
+            lost = self._compare(ids, attention, asking, full, parameters)
             loss, regression = lost.loss, lost.loss.new_zeros(())
             if on_labels is not None:
                 regression = on_labels.regression
@@ -171,30 +215,20 @@ class GatedLoss:
         return Gated(loss, lost.loss.detach(), lost.agreement, opened, regression)
 
     def _teach(
-        self, input_ids: Tensor, segments: Sequence[Segment], ways: Sequence[Way], trunks: Trunks
+        self, input_ids: Tensor, trunks: Trunks, ways: Sequence[Way]
     ) -> tuple[Tensor, Distilled | None]:
-        """Read the row with everything in sight, and collect its trunks.
-
-        Returns:
-            The decoder's output [A, hidden size] of the tokens that predict answers, and the loss
-            on labels.
-        """
-        recipe, decoder = self.distillation.recipe, self.backbone.decoder
-        of_labels = RowLoss(recipe, segments) if self.regression_weight else None
-        read: LayerFunction = PackedAttention(segments, recipe.backend)
+        """Read the row with everything in sight, and collect its trunks: the decoder's output of
+        the tokens that predict answers, and the loss on labels."""
+        of_labels = RowLoss(self.recipe, trunks.segments) if self.regression_weight else None
+        read: LayerFunction = PackedAttention(trunks.segments, self.recipe.backend)
         if of_labels is not None:
             read = of_labels.layer
-
-        def layer(call: LayerCall) -> Tensor:
-            trunks.add(call)
-            return read(call)
-
-        with torch.no_grad(), self.backbone.attached(layer):
-            hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state[0]
-        if isinstance(recipe.loss, BoundaryLoss):
-            recipe.loss.end_row()
         at = [token for way in ways for token in way.asking]
-        return hidden[at], None if of_labels is None else of_labels.result()
+        with torch.no_grad():
+            full = self._read(input_ids, trunks.collecting(read), at)
+        if isinstance(self.recipe.loss, BoundaryLoss):
+            self.recipe.loss.end_row()
+        return full, None if of_labels is None else of_labels.result()
 
     def _gates(
         self, trunks: Trunks, compressions: Sequence[float], temperature: float
@@ -208,23 +242,8 @@ class GatedLoss:
             opened.append(gates[-1].detach().exp().mean() * compression)
         return gates, torch.stack(opened).mean()
 
-    def _compare(
-        self, input_ids: Tensor, ways: Sequence[Way], attention: BranchAttention, full: Tensor
-    ) -> Divergence:
-        """Read the branches through the gates, next to what they were without them."""
-        backbone, learning = self.backbone, self.heads.training
-        ids = torch.cat([input_ids[:, way.stretch.start : way.stretch.end] for way in ways], dim=1)
-        at = [token + way.shift for way in ways for token in way.asking]
-        counts = [len(way.asking) for way in ways]
-        again = recomputing(backbone.decoder.layers) if self.recompute and learning else None
-        parameters = [p for p in self.heads.parameters() if learning and p.requires_grad]
-        # Gradients are taken in here: layers that are computed again need what is attached.
-        with again or contextlib.nullcontext(), backbone.attached(attention):
-            hidden = backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, at]
-            return divergence(backbone, full, hidden, counts, self.mean_over, parameters)
 
-
-class EvictedLoss:
+class EvictedLoss(_BranchLoss):
     """Divergence of answers that see what heads keep of their context, for rows of trunks with
     branches.
 
@@ -250,23 +269,16 @@ class EvictedLoss:
         mean_over: MeanOver = "tokens",
         recompute: bool = True,
     ) -> None:
-        check_tunable(heads, threshold)
-        check_mean(mean_over)
-        check_gates(backbone.config)
+        super().__init__(backbone, heads, threshold, mean_over, recompute)
         if any(p.requires_grad for p in backbone.model.get_output_embeddings().parameters()):
             raise ValueError(
                 "the adapter is on the output layer too, which teacher and student share; leave it "
                 "out of target_modules"
             )
-        dtype = next(heads.parameters()).dtype
-        recipe = Distillation(backbone, heads, alpha=0.0).recipe
+        dtype, features = next(heads.parameters()).dtype, self.recipe.features
         # In 16 bits many scores would be equal, and the first layers' would stay.
-        self.recipe = replace(recipe, features=lambda call: recipe.features(call).to(dtype))
-        self.backbone = backbone
+        self.recipe = replace(self.recipe, features=lambda call: features(call).to(dtype))
         self.teacher = teacher
-        self.quotas = quotas_of(heads.config.quotas if threshold == "quotas" else None)
-        self.mean_over = mean_over
-        self.recompute = recompute
 
     def __call__(
         self,
@@ -289,18 +301,13 @@ class EvictedLoss:
         check_segments(segments, input_ids.shape[1])
         check_samples(segments, compressions)
         asking = [way.asking for way in ways_of(segments)]
-        at, counts = [token for each in asking for token in each], [len(each) for each in asking]
+        plain = PackedAttention(segments, self.recipe.backend)
         with torch.no_grad():
             with self.teacher():
-                full = self._read(input_ids, PackedAttention(segments, self.recipe.backend))[at]
+                full = self._read(input_ids, plain, [token for each in asking for token in each])
             masks = self._masks(input_ids, segments, compressions)
         evicted = EvictedAttention(segments, masks, self.recipe.backend)
-        layers = self.backbone.decoder.layers
-        again = recomputing(layers) if self.recompute and parameters else contextlib.nullcontext()
-        # Gradients are taken in here: layers that are computed again need what is attached.
-        with again, self.backbone.attached(evicted), torch.set_grad_enabled(bool(parameters)):
-            hidden = self._decoded(input_ids)[at]
-            return divergence(self.backbone, full, hidden, counts, self.mean_over, parameters)
+        return self._compare(input_ids, evicted, asking, full, parameters)
 
     def _masks(
         self, input_ids: Tensor, segments: Sequence[Segment], compressions: Sequence[float]
@@ -308,25 +315,10 @@ class EvictedLoss:
         """Which units the student keeps of each trunk, [L, H, P] as of `log_mask`."""
         trunks = Trunks(self.recipe, segments, learning=False)
         plain = PackedAttention(segments, self.recipe.backend)
-
-        def layer(call: LayerCall) -> Tensor:
-            trunks.add(call)
-            return plain(call)
-
         with without_autocast(input_ids.device):
-            self._read(input_ids, layer)
+            self._read(input_ids, trunks.collecting(plain))
         pairs = zip(trunks.scores_of_segments(), compressions, strict=True)
-        return [log_mask(each, r, self.quotas) for each, r in pairs]
-
-    def _read(self, input_ids: Tensor, layer: LayerFunction) -> Tensor:
-        with self.backbone.attached(layer):
-            return self._decoded(input_ids)
-
-    def _decoded(self, input_ids: Tensor) -> Tensor:
-        """The decoder's output [N, hidden size]."""
-        read = self.backbone.decoder(input_ids=input_ids, use_cache=False)
-        hidden: Tensor = read.last_hidden_state
-        return hidden[0]
+        return [log_mask(scores, r, self.quotas) for scores, r in pairs]
 
 
 class EvictedAttention:
