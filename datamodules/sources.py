@@ -77,7 +77,11 @@ class TableSource(ABC):
 
     @abstractmethod
     def tables(self) -> Iterator[Table]:
-        """The tables to read, in order, each made when the ones before it have been read."""
+        """The tables to read, in order, each made when the ones before it have been read.
+
+        Raises:
+            ValueError: if no file is there, or one cannot be read as asked for.
+        """
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
         """Read the tables through; see `Source.load`. Broken rows are counted in `report`.
@@ -97,11 +101,7 @@ class TableSource(ABC):
         return ConcatDataset(found)  # type: ignore[return-value,arg-type]
 
     def count(self, row: Mapping[str, Any]) -> int:
-        """How many conversations a row holds.
-
-        Raises:
-            ValueError: it is broken; the message is one of a few fixed texts.
-        """
+        """How many conversations a row holds. ValueError: it is broken, in one of a few texts."""
         return len(parse_row(row))
 
     def conversations(
@@ -152,7 +152,18 @@ class TableSource(ABC):
         )
 
 
-class JsonlSource(TableSource):
+class FileSource(TableSource):
+    """What sources of files share: `path` is for `find_files`."""
+
+    def __init__(self, path: str, limit: int | None) -> None:
+        super().__init__(limit)
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.path})"
+
+
+class JsonlSource(FileSource):
     """Files of JSON lines in UTF-8, gzipped if their names end so.
 
     Args:
@@ -165,24 +176,15 @@ class JsonlSource(TableSource):
     """
 
     def __init__(self, path: str, limit: int | None = None, streaming: bool = False) -> None:
-        super().__init__(limit)
-        self.path = path
+        super().__init__(path, limit)
         self.streaming = streaming
 
-    def __str__(self) -> str:
-        return f"JsonlSource({self.path})"
-
     def tables(self) -> Iterator[Table]:
-        """See `TableSource.tables`.
-
-        Raises:
-            ValueError: if no file is there, or a gzipped one is to be streamed.
-        """
         for path in find_files(self.path, (".jsonl", ".jsonl.gz")):
             yield Lines(path, stem(path), self.streaming)
 
 
-class ParquetSource(TableSource):
+class ParquetSource(FileSource):
     """Parquet files. Needs `pyarrow`, which comes with `datasets`.
 
     Args:
@@ -191,18 +193,9 @@ class ParquetSource(TableSource):
     """
 
     def __init__(self, path: str, limit: int | None = None) -> None:
-        super().__init__(limit)
-        self.path = path
-
-    def __str__(self) -> str:
-        return f"ParquetSource({self.path})"
+        super().__init__(path, limit)
 
     def tables(self) -> Iterator[Table]:
-        """See `TableSource.tables`.
-
-        Raises:
-            ValueError: if no file is there.
-        """
         for path in find_files(self.path, (".parquet",)):
             yield ParquetTable(path, stem(path))
 
@@ -285,11 +278,7 @@ def stem(path: str) -> str:
 
 
 def lengths(tokens: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
-    """The (least, most) tokens of a source.
-
-    Raises:
-        ValueError: the first is below `least`, or above the second.
-    """
+    """The (least, most) tokens of a source. ValueError: they are below `least` or out of order."""
     bounds = (tokens, tokens) if isinstance(tokens, int) else tokens
     check_bounds("tokens", bounds, least)
     return bounds[0], bounds[1]
@@ -373,11 +362,7 @@ class SyntheticSource(MadeSource):
         return f"SyntheticSource({', '.join(self.tasks)}, seed {self.seed})"
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
-        """See `Source.load`.
-
-        Raises:
-            ValueError: an unusable haystack, or a least length that is too short for a task.
-        """
+        """And try each task: ValueError for a haystack or a least length that does not do."""
         least, _ = self.tokens
         for task in dict.fromkeys(self.tasks):
             for seed in range(PROBES):

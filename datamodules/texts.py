@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.conversations import Conversation, SkippedRow, exchange
 from datamodules.encoder import is_unicode
 from datamodules.rows import MAX_CHARACTERS, Lines, ParquetTable, Table, TableConversations
-from datamodules.sources import HubSource, MadeSource, TableSource, find_files, lengths, stem
+from datamodules.sources import FileSource, HubSource, MadeSource, find_files, lengths, stem
 from locret.tasks.texts import TEXTS
 
 _BLOCK = 2**20  # bytes of a file that are one document: what is read to draw a window
@@ -78,7 +78,7 @@ class TextFiles(Table):
         return f"{path}:{offset}" if offset else path
 
 
-class TextSource(TableSource):
+class TextSource(FileSource):
     """Windows of documents: text files, or a field of JSON lines and Parquet files.
 
     A document gives about as many windows as it has times `most` tokens, at places that are drawn,
@@ -105,22 +105,13 @@ class TextSource(TableSource):
         seed: int = 0,
         limit: int | None = None,
     ) -> None:
-        super().__init__(limit)
-        self.path = path
+        super().__init__(path, limit)
         self.tokens = lengths(tokens)
         self.field = field
         self.seed = seed
         self.expected = f"files of text in UTF-8, or rows with a text under {field!r}"
 
-    def __str__(self) -> str:
-        return f"TextSource({self.path})"
-
     def tables(self) -> Iterator[Table]:
-        """See `TableSource.tables`.
-
-        Raises:
-            ValueError: if no file is there.
-        """
         found = [path for path in find_files(self.path) if not self._is_hidden(path)]
         rows = [path for path in found if path.endswith((".jsonl", ".jsonl.gz", ".parquet"))]
         if texts := sorted({*found} - {*rows}):
@@ -132,11 +123,7 @@ class TextSource(TableSource):
                 yield Lines(path, stem(path))
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
-        """Read the tables through; see `Source.load`. What is broken is counted in `report`.
-
-        Raises:
-            ValueError: if there is no file, or no text in any of them.
-        """
+        """And refuse files without any text (ValueError)."""
         found = super().load(tokenizer)
         if not len(found):
             super().refuse(Counter())

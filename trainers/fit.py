@@ -51,6 +51,7 @@ with ends_at_once():
         RankCorrelation,
         SaveDtype,
         TopOverlap,
+        detached,
         looked_at,
         top_overlap,
     )
@@ -272,7 +273,7 @@ class HeadsModule(HeadsTraining):
         # Where batches are accumulated, their sum is averaged over processes, not each of them.
         at_once = self._averages_gradients and self.trainer.accumulate_grad_batches == 1
         result = self._step(batch, batch_idx, start_average if at_once else None)
-        figures = _losses(result)
+        figures = detached(result)
         if looked_at(self.trainer):
             self.layer_overlap = self._overlap_by_layer(result)
             figures["top10_overlap"] = self.layer_overlap.mean()
@@ -281,7 +282,7 @@ class HeadsModule(HeadsTraining):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         result = self._step(batch, batch_idx)
-        self.log_validation(_losses(result), batch)
+        self.log_validation(detached(result), batch)
         for predictions, targets in zip(result.predictions, result.targets, strict=True):
             self.val_scores.update(predictions.to(self.device), targets.to(self.device))
 
@@ -351,14 +352,6 @@ class HeadsModule(HeadsTraining):
             for predictions, targets in zip(result.predictions, result.targets, strict=True)
         ]
         return torch.stack(overlaps).view(len(self.heads.layers), -1).mean(dim=1)
-
-
-def _losses(result: Distilled) -> dict[str, Tensor]:
-    return {
-        "loss": result.loss.detach(),
-        "regression": result.regression,
-        "smoothness": result.smoothness,
-    }
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -181,6 +181,12 @@ class HeadsTraining(TrainingModule):
         return RetainingHeads.from_tensors(config, tensors)
 
 
+def detached(result: object) -> dict[str, Tensor]:
+    """The figures of what a step gave, by name."""
+    found = vars(result).items()
+    return {name: value.detach() for name, value in found if isinstance(value, Tensor)}
+
+
 def looked_at(trainer: Trainer) -> bool:
     """Whether the trainer logs the step that is being taken, or it is the last one. The figures of
     the others are not worth their time."""

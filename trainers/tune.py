@@ -27,7 +27,6 @@ with ends_at_once():
     from locret.system.files import find_config
     from locret.training.branches import MeanOver
     from locret.training.gated import (
-        Gated,
         GatedLoss,
         Threshold,
         check_gates,
@@ -36,7 +35,7 @@ with ends_at_once():
     )
     from trainers import cli
     from trainers.callbacks import ExportTunedHeads
-    from trainers.module import HeadsTraining, SaveDtype
+    from trainers.module import HeadsTraining, SaveDtype, detached
 
 STARTED_FROM = "started_from"
 """Where a checkpoint tells which heads its training started from."""
@@ -157,7 +156,7 @@ class GatedModule(HeadsTraining):
         self.note_prompts(segments)
         compressions = self.compressions(len(segments), batch_idx)
         result = self._loss()(batch["input_ids"], segments, compressions, self.temperature)
-        self.log_step(_figures(result), batch)
+        self.log_step(detached(result), batch)
         return result.loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -165,7 +164,7 @@ class GatedModule(HeadsTraining):
         compressions = self.compressions(len(segments), None)
         temperature = self.hparams["temperatures"][1]
         result = self._loss()(batch["input_ids"], segments, compressions, temperature)
-        self.log_validation(_figures(result), batch)
+        self.log_validation(detached(result), batch)
 
     @property
     def backbone(self) -> Backbone:
@@ -203,16 +202,6 @@ def fingerprint(heads: RetainingHeads) -> str:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _figures(result: Gated) -> dict[str, Tensor]:
-    return {
-        "loss": result.loss.detach(),
-        "divergence": result.divergence,
-        "agreement": result.agreement,
-        "regression": result.regression,
-        "opened": result.opened,
-    }
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -137,7 +137,6 @@ class BranchAttention:
         ways: what stands in the row, in order, without gaps.
         trunks: what they see.
         gates: for each segment, logarithms of its gates [L, H, P]; None = all units are seen.
-        backend: `eager` or `sdpa`.
     """
 
     def __init__(
@@ -170,10 +169,7 @@ def unbiased(
     query: Tensor, past: Past, new: tuple[Tensor, Tensor], scaling: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Queries, past and new keys and values, with channels that carry the past's bias if it has
-    one: any attention takes them, and gradients flow to the bias.
-
-    Args: as of `locret.model.past.with_bias_in_channels`, for one rectangle that is past.
-    """
+    one (`with_bias_in_channels`): any attention takes them, and gradients flow to the bias."""
     if past.bias is None:
         return query, (past.keys, past.values), new
     query, (past,), fresh = with_bias_in_channels(query, [past], new, scaling)
@@ -237,7 +233,6 @@ def log_gates(scores: Tensor, thresholds: Tensor, temperature: float) -> Tensor:
 
     Args:
         scores: with gradients.
-        thresholds: as of `thresholds_for`.
         temperature: above 0, in the scores' unit.
     """
     with torch.no_grad():

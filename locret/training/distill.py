@@ -8,13 +8,11 @@ over the whole row, attention and labels segment by segment, so that no mask is 
 sees a stranger. A conversation may go on from its context in several ways that do not see each
 other, its branches. A row that does not fit in memory is read in chunks.
 
-That forward shows heads a model that sees all of its context. In use they score units of a model
-that reads in chunks, with most of its context gone. `evicted_features` are what heads meet then:
-the engine reads each trunk as it does in use, with the heads as they are now, and what they read of
-every chunk is kept; `Distillation` compares their scores of it with the labels of the whole
-context. In memory are the features of all layers and trunks of a row, 115 KB a token for
-Qwen2.5-Coder-1.5B in 16 bits (28 layers of 2,048). The forward that takes the labels gives up a
-layer after the other.
+In use heads score units of a model that reads in chunks, with most of its context gone.
+`evicted_features` are what they meet then: the engine reads each trunk as in use, with the heads as
+they are now; `Distillation` compares their scores of it with the labels of the whole context. In
+memory are the features of all layers and trunks of a row, 115 KB a token for Qwen2.5-Coder-1.5B in
+16 bits (28 layers of 2,048). The forward that takes the labels gives up a layer after the other.
 """
 
 import contextlib
@@ -251,11 +249,8 @@ class EvictedReading:
 
 
 class _RecordingPolicy(LocretPolicy):
-    """Scores with heads, and keeps what they read.
-
-    Attributes:
-        read: by layer, features [B, T, input width] of every chunk.
-    """
+    """Scores with heads, and keeps what they read: `read` has, by layer, features [B, T, input
+    width] of every chunk."""
 
     def __init__(self, heads: RetainingHeads) -> None:
         super().__init__(heads)
@@ -276,16 +271,9 @@ def evicted_features(
     chunk_size: int,
     quantization: Quantization = None,
 ) -> Features:
-    """What heads read of each segment's labelled tokens while an engine reads and evicts them, with
-    the quotas and the proportion of stabilizers that the heads record.
-
-    Args:
-        backbone: attached to nothing.
-        heads: on the backbone's device.
-        input_ids: [B, N] long, a row.
-        segments: what stands in it.
-        compression, chunk_size, quantization: see `EvictedReading`.
-    """
+    """What heads read of the labelled tokens of each segment in a row [B, N] while an engine reads
+    and evicts them, with the quotas and the proportion of stabilizers that the heads record. The
+    other arguments are those of `EvictedReading`."""
     features: Features = [[] for _ in heads.layers]
     for segment in segments:
         trunk = input_ids[:, segment.start : segment.last_prompt_end]

@@ -18,8 +18,6 @@ well, so that gradients flow through the whole row; and a unit is there or not, 
 nothing. A row is read three times: by the teacher, by the student for scores (the best units of the
 whole model are known after its last layer), and by the student with gradients.
 
-Layers are computed again in the backward pass, and only answers meet the vocabulary.
-
 L layers with heads, H KV heads, P units of a trunk. Scores are [L, H, P]; higher = keep.
 """
 
@@ -70,15 +68,15 @@ class Gated:
         loss: scalar; its backward gives the heads their gradients, once.
         divergence: scalar, KL(full || gated) in nats, mean over the answers' tokens.
         agreement: scalar, for how many of these tokens both find the same one most likely, 0 to 1.
-        opened: scalar, sum of all gates next to the units that stay: near 1 when they are cold.
         regression: scalar, the loss on labels; 0 where none are taken.
+        opened: scalar, sum of all gates next to the units that stay: near 1 when they are cold.
     """
 
     loss: Tensor
     divergence: Tensor
     agreement: Tensor
-    opened: Tensor
     regression: Tensor
+    opened: Tensor
 
 
 class _BranchLoss:
@@ -212,7 +210,7 @@ class GatedLoss(_BranchLoss):
             if on_labels is not None:
                 regression = on_labels.regression
                 loss = loss + self.regression_weight * on_labels.loss
-        return Gated(loss, lost.loss.detach(), lost.agreement, opened, regression)
+        return Gated(loss, lost.loss.detach(), lost.agreement, regression, opened)
 
     def _teach(
         self, input_ids: Tensor, trunks: Trunks, ways: Sequence[Way]
@@ -287,16 +285,10 @@ class EvictedLoss(_BranchLoss):
         compressions: Sequence[float],
         parameters: Sequence[nn.Parameter] = (),
     ) -> Divergence:
-        """One row of samples.
+        """One row of samples, as of `GatedLoss`.
 
         Args:
-            input_ids: [1, N] long.
-            segments: the samples in the row, in order, without gaps, each with branches.
-            compressions: of each sample's trunk, at least 1 (all units stay).
             parameters: what gradients are taken of; none = no gradients.
-
-        Raises:
-            ValueError: as of `GatedLoss`.
         """
         check_segments(segments, input_ids.shape[1])
         check_samples(segments, compressions)
@@ -328,7 +320,6 @@ class EvictedAttention:
     Args:
         segments: what stands in the row, in order, without gaps.
         masks: for each segment, what is added to the logits of its trunk's units, [L, H, P].
-        backend: `eager` or `sdpa`.
     """
 
     def __init__(

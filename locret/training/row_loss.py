@@ -44,18 +44,9 @@ Features = list[list[Tensor]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How heads learn.
-
-    Attributes:
-        heads: what is trained.
-        features: what a head reads of a layer's tokens.
-        label: label definition.
-        loss: main loss, of predictions and labels.
-        alpha: weight of the smoothness loss.
-        backend: attention of the backbone.
-        keep_scores: keep predictions and labels of every layer.
-        prompt_keys: how the answer meets the prompt's keys.
-    """
+    """How heads learn: by `loss` on labels, and by smoothness, which weighs `alpha`. `features` is
+    what a head reads of a layer's tokens; `keep_scores` keeps predictions and labels of every
+    layer; `prompt_keys` is how the answer meets the prompt's keys."""
 
     heads: RetainingHeads
     features: Callable[[LayerTensors], Tensor]
@@ -104,7 +95,7 @@ class RowLoss:
     features: Features | None = None
 
     def __post_init__(self) -> None:
-        self.ranges = slots_of(self.segments)
+        self.plain = PackedAttention(self.segments, self.recipe.backend)
         self.shared: list[Callable[[], None]] = []
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.regression: list[Tensor] = []
@@ -114,13 +105,13 @@ class RowLoss:
 
     def layer(self, call: LayerCall) -> Tensor:
         """The layer function: a layer's loss on the way, and its plain causal attention."""
-        query, key = (call.rotate_ranges(x, self.ranges) for x in (call.query, call.key))
+        query, key = self.plain.rotated(call)
         if call.retained_idx is not None and self.recipe.prompt_keys == "unrotated":
             return self._layer_as_released(call, query, key)
         if call.retained_idx is not None:
             targets = [self._labels(call, query, key, segment) for segment in self.segments]
             self.learn(call.retained_idx, self.recipe.features(call), targets)
-        return _attend_row(call, query, key, self.segments, self.recipe.backend)
+        return self.plain.attend(call, query, key)
 
     def learn(
         self, retained_idx: int, features: Tensor, targets: Sequence[Sequence[Tensor]]
@@ -135,7 +126,10 @@ class RowLoss:
         head, layers = self.recipe.heads[retained_idx], len(self.recipe.heads.layers)
         main, smooth, samples = [], [], len(self.segments)
         device = next(head.parameters()).device  # not always that of the layer
-        each = self._read_by_heads(retained_idx, features)
+        if self.features is None:
+            each = [features[:, s.start : s.last_prompt_end] for s in self.segments]
+        else:
+            each, self.features[retained_idx] = self.features[retained_idx], []
         with torch.set_grad_enabled(self.recipe.heads.training):
             for segment, read, labels in zip(self.segments, each, targets, strict=True):
                 predictions = self.predict(head, read.to(device)).float()
@@ -158,14 +152,6 @@ class RowLoss:
         self.regression.append(regression.detach())
         self.smoothness.append(differences.detach())
 
-    def _read_by_heads(self, retained_idx: int, features: Tensor) -> list[Tensor]:
-        """What the layer's head reads of each segment, of the row's `features` if it has no
-        others."""
-        if self.features is None:
-            return [features[:, s.start : s.last_prompt_end] for s in self.segments]
-        others, self.features[retained_idx] = self.features[retained_idx], []
-        return others
-
     def predict(self, head: RetainingHead, features: Tensor) -> Tensor:
         """Scores [B, H, T] of features [B, T, input width]."""
         return head(features)
@@ -186,14 +172,8 @@ class RowLoss:
     def label(
         self, call: LayerCall, query: Tensor, norms: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        """An answer's labels [B, H, P].
-
-        Args:
-            call: of the layer.
-            query: [B, H*G, A, D], the answer's, rotated.
-            norms: [B, A], see `AnswerView`.
-            key, value: [B, H, P + A, D], of prompt and answer, keys rotated.
-        """
+        """An answer's labels [B, H, P]: of its queries [B, H*G, A, D] and norms [B, A], and of keys
+        and values [B, H, P + A, D] of prompt and answer; queries and keys are rotated."""
         return self.recipe.label(call.seen_by(query, key, value, norms))
 
     def attend(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -298,13 +278,7 @@ class ChunkedRowLoss(RowLoss):
 
 
 class _Piece(NamedTuple):
-    """Tokens of a chunk that are of one stretch.
-
-    Attributes:
-        which: number of the stretch's segment.
-        stretch: what they are of.
-        start, end: the tokens, by their offsets in the row.
-    """
+    """Tokens of a chunk that are of one stretch, of segment number `which`; offsets of the row."""
 
     which: int
     stretch: Stretch
@@ -348,24 +322,24 @@ class PackedAttention:
     backend: Backend
 
     def __call__(self, call: LayerCall) -> Tensor:
+        return self.attend(call, *self.rotated(call))
+
+    def rotated(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their slots."""
         ranges = slots_of(self.segments)
-        query, key = (call.rotate_ranges(x, ranges) for x in (call.query, call.key))
-        return _attend_row(call, query, key, self.segments, self.backend)
+        return call.rotate_ranges(call.query, ranges), call.rotate_ranges(call.key, ranges)
 
-
-def _attend_row(
-    call: LayerCall, query: Tensor, key: Tensor, segments: Sequence[Segment], backend: Backend
-) -> Tensor:
-    """Attention output [B, T, H*G, D] of a whole row; query and key are rotated already."""
-    texts = [
-        Text(
-            stretch.end - stretch.start,
-            *(stretch.pieces(x, stretch.end) for x in (key, call.value)),
-        )
-        for segment in segments
-        for stretch in segment.stretches
-    ]
-    return attend_texts(query, texts, call.scaling, backend, call.weighting)
+    def attend(self, call: LayerCall, query: Tensor, key: Tensor) -> Tensor:
+        """Attention output [B, T, H*G, D] of a whole row; query and key are rotated already."""
+        texts = [
+            Text(
+                stretch.end - stretch.start,
+                *(stretch.pieces(x, stretch.end) for x in (key, call.value)),
+            )
+            for segment in self.segments
+            for stretch in segment.stretches
+        ]
+        return attend_texts(query, texts, call.scaling, self.backend, call.weighting)
 
 
 def norms_of(hidden: Tensor) -> Tensor:

@@ -195,15 +195,8 @@ def _check_branches(segment: Segment) -> None:
 def with_query_in_front(
     input_ids: Tensor, segments: Sequence[Segment], query_tokens: int
 ) -> tuple[Tensor, list[Segment]]:
-    """Repeat the end of each segment's last prompt, the question, at its start (Locret-Q).
-
-    Args:
-        input_ids: [1, N] long, a packed row.
-        segments: what stands in it.
-        query_tokens: how many tokens to repeat at most.
-
-    Returns:
-        The longer row and its segments.
+    """Repeat the end of each segment's last prompt in a row [1, N], its question of at most
+    `query_tokens`, at the segment's start (Locret-Q): the longer row and its segments.
 
     Raises:
         ValueError: a segment has branches: a trunk has no question.
