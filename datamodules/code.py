@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from itertools import chain, zip_longest
 from pathlib import Path
 from random import Random
+from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -170,8 +171,7 @@ class CodeSource(MadeSource):
         seed: another seed, other contexts.
 
     Raises:
-        ValueError: for both packages and path, lengths that are not 256 <= least <= most, or
-            size < 1.
+        ValueError: for both packages and path, lengths below 256 or out of order, or size < 1.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class CodeSource(MadeSource):
     def __str__(self) -> str:
         return f"CodeSource({self.path or ', '.join(self.packages)}, seed {self.seed})"
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> Self:
         """Find the files, without reading them; see `datamodules.sources.Source.load`.
 
         Raises:
@@ -204,7 +204,6 @@ class CodeSource(MadeSource):
                 none about which anything can be asked.
         """
         loaded = super().load(tokenizer)
-        assert isinstance(loaded, CodeSource)
         loaded._files = find_code(self.packages, self.path)
         if not any(map(loaded._is_usable, range(min(self.size, PROBES)))):
             raise ValueError(
@@ -233,7 +232,7 @@ def make_context(
     rng: Random, files: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> tuple[str, list[Code]]:
     """Some of the files, (path as it is written, path to read) each, in one text of at most so many
-    tokens, intro and paths included; and what of them is in it."""
+    tokens; and what of them is in it."""
     intro, form = rng.choice(INTROS), rng.choice(FORMS)
     largest = tokens // rng.randint(1, min(4, tokens // LEAST))
     texts, pieces = [intro], list[Code]()

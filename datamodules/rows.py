@@ -80,9 +80,9 @@ def _parse_qa(row: Mapping[str, Any]) -> list[Conversation]:
     context, qa = _text(row.get("context"), "context"), row["qa"]
     if not context.strip():
         raise ValueError("empty context")
-    if not isinstance(qa, list) or not qa or not all(isinstance(item, Mapping) for item in qa):
+    questions = tuple(map(_parse_question, _objects(qa, "qa", "questions")))
+    if not questions:
         raise ValueError("qa is not a list of questions")
-    questions = tuple(map(_parse_question, qa))
     return [
         replace(
             _conversation(row, exchange(context + question, answer), f"#{i}"),
@@ -104,9 +104,7 @@ def _parse_question(item: Mapping[str, Any]) -> tuple[str, str]:
 
 def _parse_chat(row: Mapping[str, Any]) -> list[Conversation]:
     turns = row["messages"] if row.get("messages") is not None else row["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise ValueError("messages is not a list of turns")
-    messages = [_parse_turn(turn) for turn in turns]
+    messages = [_parse_turn(turn) for turn in _objects(turns, "messages", "turns")]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()  # a last question that nobody answered
     if not messages:
@@ -164,12 +162,12 @@ def _parse_instruction(row: Mapping[str, Any]) -> list[Conversation]:
     return [_conversation(row, exchange(prompt, _text(row.get("output"), "output")))]
 
 
-def _objects(value: Any, field: str) -> list[Mapping[str, Any]]:
+def _objects(value: Any, field: str, what: str = "objects") -> list[Mapping[str, Any]]:
     """A field's list of objects; none for None."""
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
-        raise ValueError(f"{field} is not a list of objects")
+        raise ValueError(f"{field} is not a list of {what}")
     return value
 
 

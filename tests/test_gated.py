@@ -102,7 +102,8 @@ def test_a_closed_gate_is_as_if_its_unit_were_not_there(kv_heads):
             outputs = []
             for way in self.ways:
                 units = (x.split([23, 17], dim=2) for x in trunks.units[call.layer_idx])
-                own, (keys, values) = slice(*way.own), (x[way.segment] for x in units)
+                own = slice(way.stretch.start + way.shift, way.stretch.end + way.shift)
+                keys, values = (x[way.segment] for x in units)
                 heads = []
                 for head in range(kv_heads):
                     group = query.shape[1] // kv_heads

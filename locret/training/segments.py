@@ -132,11 +132,6 @@ class Way(NamedTuple):
     shift: int
 
     @property
-    def own(self) -> Span:
-        """Its tokens in the row of branches."""
-        return self.stretch.start + self.shift, self.stretch.end + self.shift
-
-    @property
     def asking(self) -> range:
         """Tokens of the row that it comes from which predict one of its answer, the branch's own
         alone: the trunk's last token predicts the same in both rows."""
