@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from itertools import chain, zip_longest
 from pathlib import Path
 from random import Random
-from typing import Self
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -196,14 +196,14 @@ class CodeSource(MadeSource):
     def __str__(self) -> str:
         return f"CodeSource({self.path or ', '.join(self.packages)}, seed {self.seed})"
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> Self:
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
         """Find the files, without reading them; see `datamodules.sources.Source.load`.
 
         Raises:
             ValueError: a package that is not installed, files of the standard library, no files, or
                 none about which anything can be asked.
         """
-        loaded = super().load(tokenizer)
+        loaded: Any = super().load(tokenizer)
         loaded._files = find_code(self.packages, self.path)
         if not any(map(loaded._is_usable, range(min(self.size, PROBES)))):
             raise ValueError(

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase
@@ -308,7 +308,7 @@ class MadeSource(Sequence[Conversation], ABC):
     def make(self, i: int, tokenizer: PreTrainedTokenizerBase) -> Conversation:
         """Conversation `i`; SkippedRow if there is none."""
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> Self:
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
         """See `Source.load`."""
         loaded = copy.copy(self)  # another tokenizer makes others
         loaded._tokenizer = tokenizer
@@ -361,7 +361,7 @@ class SyntheticSource(MadeSource):
     def __str__(self) -> str:
         return f"SyntheticSource({', '.join(self.tasks)}, seed {self.seed})"
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> Self:
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
         """And try each task: ValueError for a haystack or a least length that does not do."""
         least, _ = self.tokens
         for task in dict.fromkeys(self.tasks):
