@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.shapes import SHAPES, random_model
-from datamodules.branches import LEAD_TOKENS
+from datamodules.encoder import LEAD_TOKENS
 from locret.heads.heads import HeadsConfig, RetainingHeads
 from locret.model.backbone import Backbone
 from locret.training.distill import Distillation

@@ -1,32 +1,36 @@
-"""Files of code with questions about them, put together on the spot.
+"""Files of code with questions about them, whose answers are copied from the code.
 
 They are of packages that are installed wherever trainings run, or of a folder; never of Python's
-standard library, about which the task `code` asks in evaluations (`locret.tasks.code`).
+standard library, about which the task `code` asks in evaluations (`locret.tasks.code`). What a
+question names is in the context once: a line, a piece of a line, or a function's definition.
 
     - class_path: datamodules.code.CodeSource
       init_args: {tokens: [512, 4096], size: 10000}
 """
 
-import copy
+import ast
+import contextlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain, zip_longest
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.code_questions import Code, parse, questions
-from datamodules.conversations import Conversation, SkippedRow, exchange
-from datamodules.sources import lengths
+from datamodules.conversations import Conversation, SkippedRow, about
+from datamodules.sources import MadeSource
 from datamodules.texts import count, fit
-from locret.quantities import check_bounds
-from locret.tasks.code import SourceFile
+from locret.tasks.code import LINE_CHARS, Function, default_values, defines, first_line
 
 PACKAGES = ("torch", "transformers", "lightning")
-QUESTIONS = 4  # about one context
+ASKED = 4  # questions about one context
 LEAST = 256  # tokens of a context
 PROBES = 8  # contexts that are tried when a source is loaded
 _TRIES = 24  # files that are drawn for a context
@@ -57,9 +61,101 @@ _DEFINITION = re.compile(
 )
 """Where a run of lines may begin and end: before a definition and its decorators."""
 
+_PIECE_CHARS = 8  # of a name that is asked for, at least
+_NAME = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
 
-class CodeSource(Sequence[Conversation]):
-    """Code with questions, put together when asked for and the same for one index everywhere.
+QUESTIONS = {
+    "after": (
+        "Which line of code comes right after the line `{of}`?",
+        "In the file {path}, what is the line that follows `{of}`? Reply with this line alone.",
+        "What is the next line of code after this one?\n\n{of}",
+    ),
+    "before": (
+        "Which line of code comes right before the line `{of}`?",
+        "In {path}, what is the line just above `{of}`? Give this line and nothing else.",
+        "Which line stands directly before this one?\n\n{of}",
+    ),
+    "first": (
+        "What is the first line of the body of the function `{function}`?",
+        "In the file {path}, which line is the first one inside `{function}`?",
+        "Give the line of code that follows the `def` line of `{function}`.",
+    ),
+    "signature": (
+        "Which line defines the function `{function}`?",
+        "Give the `def` line of `{function}` in {path}, as it is written there.",
+        "What is the signature line of the function `{function}`? Reply with this line alone.",
+    ),
+    "default": (
+        "What is the default value of the parameter `{of}` of the function `{function}`?",
+        "In {path}, which value does `{of}` of `{function}` have by default? Reply with the value "
+        "alone, as it is in the code.",
+        "The function `{function}` has a parameter `{of}`. What is its default?",
+    ),
+    "assigned": (
+        "In the function `{function}`, which line assigns `{of}`?",
+        "Give the line of `{function}` in {path} that sets `{of}`.",
+        "Where does the function `{function}` assign `{of}`? Reply with the line of code alone.",
+    ),
+    "contains": (
+        "Which line of the code contains `{of}`?",
+        "In the file {path}, one line has `{of}` in it. Which one?",
+        "Give the whole line in which `{of}` occurs.",
+    ),
+}
+_ANSWERS = ("{}", "`{}`")
+
+
+@dataclass(frozen=True)
+class Code:
+    """Code that was parsed: a file, or whole lines of it.
+
+    Attributes:
+        tree: its syntax; line numbers are those of `lines`.
+        lines: of the text, the first one a line of ours where the text begins within a class.
+    """
+
+    path: str
+    text: str
+    tree: ast.Module
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a question is made from.
+
+    Attributes:
+        kind: a name in `QUESTIONS`.
+        path: of the file.
+        function: its name, `Class.__init__` of a class; empty where the question is about lines.
+        of: the line, the name, the parameter or the piece that the question names.
+        answer: copied from the code, without the spaces around it.
+    """
+
+    kind: str
+    path: str
+    function: str
+    of: str
+    answer: str
+
+    def is_unique(self, context: str) -> bool:
+        """Whether just one answer is right, and asked for by what the context has once."""
+        answered = self.kind == "default" or context.count(self.answer) == 1
+        if not self.function:
+            return answered and context.count(self.of) == 1
+        of, _, method = self.function.partition(".")
+        times = len(re.findall(rf"\bclass {of}\b", context)) if method else defines(context, of)
+        return answered and times == 1
+
+    def told(self, rng: Random) -> tuple[str, str]:
+        """The question and the answer, in words that are drawn."""
+        words = rng.choice(QUESTIONS[self.kind])
+        question = words.format(path=self.path, function=self.function, of=self.of)
+        return question, rng.choice(_ANSWERS).format(self.answer)
+
+
+class CodeSource(MadeSource):
+    """Code with questions.
 
     A context has whole files, and runs of lines of those that are too long, each under a line with
     its path. Answers are lines of the code and default values of parameters. Files that are not
@@ -75,8 +171,7 @@ class CodeSource(Sequence[Conversation]):
         seed: another seed, other contexts.
 
     Raises:
-        ValueError: for both packages and path, lengths that are not 256 <= least <= most, or
-            size < 1.
+        ValueError: for both packages and path, lengths below 256 or out of order, or size < 1.
     """
 
     def __init__(
@@ -95,12 +190,8 @@ class CodeSource(Sequence[Conversation]):
         default = PACKAGES if path is None else ()
         self.packages = list(default if packages is None else packages)
         self.path = path
-        self.tokens = lengths(tokens, size)
-        check_bounds("tokens", self.tokens, LEAST)
-        self.size = size
-        self.seed = seed
+        super().__init__(tokens, size, seed, LEAST)
         self._files: list[tuple[str, str]] = []
-        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def __str__(self) -> str:
         return f"CodeSource({self.path or ', '.join(self.packages)}, seed {self.seed})"
@@ -112,8 +203,7 @@ class CodeSource(Sequence[Conversation]):
             ValueError: a package that is not installed, files of the standard library, no files, or
                 none about which anything can be asked.
         """
-        loaded = copy.copy(self)  # another tokenizer cuts other runs of lines
-        loaded._tokenizer = tokenizer
+        loaded: Any = super().load(tokenizer)
         loaded._files = find_code(self.packages, self.path)
         if not any(map(loaded._is_usable, range(min(self.size, PROBES)))):
             raise ValueError(
@@ -123,41 +213,26 @@ class CodeSource(Sequence[Conversation]):
             )
         return loaded
 
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, i: int) -> Conversation:  # type: ignore[override]
-        i = range(len(self))[i]
-        assert self._tokenizer is not None
+    def make(self, i: int, tokenizer: PreTrainedTokenizerBase) -> Conversation:
         rng, name = Random(f"locret code {self.seed} {i}"), f"code:{self.seed}:{i}"
         tokens = rng.randint(*self.tokens)
         for _ in range(_ATTEMPTS):
-            context, pieces = make_context(rng, self._files, self._tokenizer, tokens)
-            if asked := questions(rng, pieces, context, QUESTIONS):
-                told = tuple((f"\n\n{question}", answer) for question, answer in asked)
-                messages = exchange(context + told[0][0], told[0][1])
-                return Conversation(messages, "code", name, context=context, questions=told)
+            context, pieces = make_context(rng, self._files, tokenizer, tokens)
+            if asked := questions(rng, pieces, context):
+                return about(context, asked, "code", name)
         raise SkippedRow("no code to ask about", name)
 
     def _is_usable(self, i: int) -> bool:
-        try:
-            self[i]
-        except SkippedRow:
-            return False
-        return True
+        with contextlib.suppress(SkippedRow):
+            return bool(self[i])
+        return False
 
 
 def make_context(
     rng: Random, files: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> tuple[str, list[Code]]:
-    """Files in one text of at most so many tokens; and what of them is in it.
-
-    Args:
-        rng: draws the files, how long they may be, and how their paths are written.
-        files: (path as it is written, path to read) of each.
-        tokenizer: counts the tokens.
-        tokens: of the text, intro and paths included.
-    """
+    """Some of the files, (path as it is written, path to read) each, in one text of at most so many
+    tokens; and what of them is in it."""
     intro, form = rng.choice(INTROS), rng.choice(FORMS)
     largest = tokens // rng.randint(1, min(4, tokens // LEAST))
     texts, pieces = [intro], list[Code]()
@@ -178,27 +253,23 @@ def _piece(
     rng: Random, path: str, place: str, tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> Code | None:
     """A file, or a run of its lines; None if it is too short, or not code."""
-    text = read(place) if tokens > 0 else ""
+    text = _read(place) if tokens > 0 else ""
     if len(text) >= _CHARS:
-        text = whole_lines(rng, text, tokenizer, tokens)
-    return parse(SourceFile(path, text)) if len(text) >= _CHARS else None
+        text = _whole_lines(rng, text, tokenizer, tokens)
+    return parse(path, text) if len(text) >= _CHARS else None
 
 
-def read(place: str) -> str:
+def _read(place: str) -> str:
     """The text of a file, without blank lines around it; empty if it cannot be read."""
-    try:
-        if Path(place).stat().st_size > _FILE_BYTES:
-            return ""
-        return Path(place).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if Path(place).stat().st_size <= _FILE_BYTES:
+            return Path(place).read_text(encoding="utf-8").strip()
+    return ""
 
 
-def whole_lines(rng: Random, text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
-    """A text of at most so many tokens, or a run of lines between definitions; empty if none fits.
-
-    Where a run begins is drawn.
-    """
+def _whole_lines(rng: Random, text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
+    """A text of at most so many tokens, or a run of lines between definitions that begins where is
+    drawn; empty if none fits."""
     most = tokens * _TOKEN_CHARS
     if len(text) <= most and count(text, tokenizer) <= tokens:
         return text
@@ -211,9 +282,6 @@ def whole_lines(rng: Random, text: str, tokenizer: PreTrainedTokenizerBase, toke
     return text[start : ends[-1]].rstrip() if ends else ""
 
 
-# ---- where files are -----------------------------------------------------------------------------
-
-
 def find_code(packages: Sequence[str], path: str | None) -> list[tuple[str, str]]:
     """The `.py` files of packages or of a folder: (path as it is written, path to read), sorted by
     what is written, which is the same wherever they are installed.
@@ -222,8 +290,7 @@ def find_code(packages: Sequence[str], path: str | None) -> list[tuple[str, str]
         ValueError: a package that is not installed, files of the standard library, or no files.
     """
     given = [(root, root.parent) for name in packages for root in _folders(name)]
-    if path is not None:
-        given.append((Path(path), Path(path)))
+    given += [] if path is None else [(Path(path), Path(path))]
     found = {
         file.relative_to(above).as_posix(): str(file)
         for root, above in given
@@ -260,3 +327,124 @@ def _refuse_standard(places: Iterable[str]) -> None:
                 f"{place} is of Python's standard library, about which the task `code` asks in "
                 "evaluations; expected other code, so name a package or a folder without it"
             )
+
+
+# ---- questions -----------------------------------------------------------------------------------
+
+
+def parse(path: str, text: str) -> Code | None:
+    """A file, or a run of its lines, that begins in a class or outside; None if it is not code."""
+    whole = f"if True:\n{text}" if text.startswith(" ") else text
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in strings
+            tree = ast.parse(whole)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return Code(path, text, tree, tuple(whole.split("\n")))
+
+
+def questions(rng: Random, pieces: Sequence[Code], context: str) -> list[tuple[str, str]]:
+    """At most `ASKED` questions about a context, with their answers: two of default values, where
+    there are any, and others of all kinds in turn.
+
+    Args:
+        rng: draws what is asked, and in which words.
+        pieces: all the code of the context.
+    """
+    by_kind: dict[str, list[Asked]] = {kind: [] for kind in QUESTIONS}
+    for asked in chain.from_iterable(map(askable, pieces)):
+        by_kind[asked.kind].append(asked)
+    drawn = {
+        kind: (one for one in rng.sample(asked, len(asked)) if one.is_unique(context))
+        for kind, asked in by_kind.items()
+    }
+    defaults = drawn.pop("default")
+    turns = [defaults, defaults, *rng.sample([*drawn.values()], len(drawn))]
+    found: dict[str, Asked] = {}  # by answer
+    for asked in filter(None, chain.from_iterable(zip_longest(*turns))):
+        found.setdefault(asked.answer, asked)
+        if len(found) == ASKED:
+            break
+    return [asked.told(rng) for asked in found.values()]
+
+
+def askable(code: Code) -> Iterator[Asked]:
+    """All that can be asked about code, but for what its context has more than once."""
+    nodes = [*ast.walk(code.tree)]
+    functions = [node for node in nodes if isinstance(node, Function)]
+    inside = _inside(code, nodes, functions)
+    found = [_of_lines(code, inside), *(_of_function(code, node) for node in functions)]
+    found += [_of_class(code, node) for node in nodes if isinstance(node, ast.ClassDef)]
+    for asked in chain.from_iterable(found):
+        if "`" not in asked.of + asked.answer:
+            yield asked
+
+
+def _of_function(code: Code, node: Function) -> Iterator[Asked]:
+    for found in default_values(node, code.lines):
+        yield Asked("default", code.path, node.name, found.of, found.answer)
+    for found in first_line(node, code.lines):
+        yield Asked("first", code.path, node.name, "", found.answer)
+    head = code.lines[node.lineno - 1].strip()
+    whole = node.body[0].lineno > node.lineno and head.endswith(":")
+    if whole and "," in head and _is_line(head):  # of one parameter it may be guessed
+        yield Asked("signature", code.path, node.name, "", head)
+    for name, line in _assigned(node, code.lines):
+        yield Asked("assigned", code.path, node.name, name, line)
+
+
+def _of_class(code: Code, node: ast.ClassDef) -> Iterator[Asked]:
+    """Default values of what makes its objects."""
+    functions = (each for each in node.body if isinstance(each, ast.FunctionDef))
+    made = [each for each in functions if each.name == "__init__"]
+    if len(made) == 1:  # others are overloads
+        for found in default_values(made[0], code.lines):
+            yield Asked("default", code.path, f"{node.name}.__init__", found.of, found.answer)
+
+
+def _assigned(node: Function, lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and attributes that a function assigns once, in one line; and the line."""
+    every = [*ast.walk(node)]
+    named = (each for each in every if isinstance(each, ast.Name | ast.Attribute))
+    stored = [ast.unparse(each) for each in named if isinstance(each.ctx, ast.Store)]
+    known = {each.arg for each in every if isinstance(each, ast.arg)}
+    for each in every:
+        if isinstance(each, ast.Assign) and each.lineno == each.end_lineno:
+            name, line = ast.unparse(each.targets[0]), lines[each.lineno - 1].strip()
+            once = stored.count(name) == 1 and name not in known
+            if once and line.startswith(f"{name} = ") and _is_line(line):
+                yield name, line
+
+
+def _of_lines(code: Code, inside: Mapping[int, str]) -> Iterator[Asked]:
+    """Lines beside each other, and pieces of lines; `inside` has lines by number."""
+    for number, line in inside.items():
+        for piece in _NAME.findall(line):
+            if _PIECE_CHARS <= len(piece) <= len(line) // 2:
+                yield Asked("contains", code.path, "", piece, line)
+        if number + 1 in inside:
+            yield Asked("after", code.path, "", line, inside[number + 1])
+            yield Asked("before", code.path, "", inside[number + 1], line)
+
+
+def _inside(code: Code, nodes: Sequence[ast.AST], functions: Sequence[Function]) -> dict[int, str]:
+    """Lines of functions by number, but for comments, long texts, and what is hard to ask about."""
+    numbers = {n for node in functions for n in _numbers(node)}
+    for node in nodes:
+        if isinstance(node, ast.Constant | ast.JoinedStr) and node.end_lineno != node.lineno:
+            numbers.difference_update(_numbers(node))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            numbers.discard(node.lineno)
+    stripped = ((n, code.lines[n - 1].strip()) for n in sorted(numbers))
+    return {n: line for n, line in stripped if _is_line(line)}
+
+
+def _numbers(node: ast.stmt | ast.expr) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
+def _is_line(line: str) -> bool:
+    """Whether a line is neither short nor long, and no comment."""
+    low, high = LINE_CHARS
+    return low <= len(line) <= high and "#" not in line

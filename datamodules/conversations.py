@@ -1,34 +1,27 @@
-"""Conversations, and the rows of known schemas that hold them.
+"""Conversations, and how a tokenizer writes them: by its chat template, or else as plain text.
 
 Tools that a conversation offers and calls are in the form that chat templates take:
 
     a tool     {"type": "function", "function": {"name", "description", "parameters"}}
     a call     {"type": "function", "id", "function": {"name", "arguments"}}
     a result   {"role": "tool", "tool_call_id", "content"}
+
+The tokens of a conversation are those that the model will meet in use: the template over all
+messages but the last, with the generation prompt, then the last answer and the token that ends a
+turn. Earlier answers are found again in these tokens, never re-tokenised into them. An answer that
+calls tools is what the template writes for it. Many templates write a conversation with tools and
+leave the tools out, without an error: so what a template writes is tried on the conversation
+itself.
 """
 
-import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
-SCHEMAS = (
-    '{"context", "qa": [{"question", "answers": [..]}]}, '
-    '{"messages": [{"role", "content"}][, "tools"]}, '
-    '{"conversations": [{"from", "value"}]} or {"instruction", "output"[, "input"]}'
-)
-FIELDS = (
-    *("id", "source", "context", "qa", "messages", "conversations"),
-    *("instruction", "input", "output", "tools"),
-)
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-PARTS = ("image", "image_url", "audio", "input_audio", "video", "file", "refusal")
-"""Kinds of content parts that are known and not text."""
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
-# A hundred times any context window: tokenising such a text takes seconds and gigabytes, once each
-# time that it is drawn.
-MAX_CHARACTERS = 16 * 2**20
-
+Span = tuple[int, int]  # start and exclusive end
 
 Tool = dict[str, Any]
 """A function that the assistant may call, as chat templates take it."""
@@ -111,212 +104,241 @@ class SkippedRow(ValueError):
         return type(self), (self.reason, self.where)
 
 
-def parse_row(row: Mapping[str, Any]) -> list[Conversation]:
-    """The conversations of one row, of any schema in `SCHEMAS`; for "qa" rows one a question.
-
-    A row's own "source" and "id" are taken over. A question without an answer gives a conversation
-    whose answer is empty, which the encoder then skips and counts.
-
-    Raises:
-        ValueError: if the row has no schema that is known, a field of the wrong kind, or a text
-            above `MAX_CHARACTERS`. The message is one of a few fixed texts.
-    """
-    if not isinstance(row, Mapping):
-        raise ValueError("not an object")
-    for key, parse in _PARSERS.items():
-        if row.get(key) is not None:
-            return parse(row)
-    raise ValueError("unknown schema")
-
-
-def messages_to_conversation(
-    row: Mapping[str, Any], messages: Iterable[Message], number: str = ""
-) -> Conversation:
-    """A conversation with the row's "source", "id" and "tools"; `number` is appended to the id."""
-    source, name = (_name(row.get(key)) for key in ("source", "id"))
-    tools = tools_of(row.get("tools"))
-    _text(json.dumps(tools), "tools")
-    return Conversation(tuple(messages), source, name + number, tools=tools)
-
-
 def exchange(prompt: str, answer: str) -> tuple[Message, Message]:
     """One question of the user and the answer to it."""
     return {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
 
 
-def _name(value: Any) -> str:
-    # Names are printed and stored, so half a surrogate pair must not stay in them.
-    return "" if value is None else str(value)[:200].encode(errors="replace").decode()
+def about(context: str, asked: Sequence[tuple[str, str]], source: str, name: str) -> Conversation:
+    """A context with questions about it and their answers, the first of which is the prompt's."""
+    questions = tuple((f"\n\n{question}", answer) for question, answer in asked)
+    messages = exchange(context + questions[0][0], questions[0][1])
+    return Conversation(messages, source, name, context=context, questions=questions)
 
 
-def _text(value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{field} is not text")
-    if len(value) > MAX_CHARACTERS:
-        raise ValueError(f"{field} is over {MAX_CHARACTERS} characters")
-    return value
+_CALL, _RESULT, _TOOL = "locretcall", "locretresult", "locrettool"
+"""Names and texts that no conversation holds; a number follows."""
+
+_BEGIN, _END = "locretbegin", "locretend"
+"""Where the texts of a prompt begin and end."""
+
+_TAKES_NO = {_CALL: "tool calls", _RESULT: "tool results", _TOOL: "tools"}
+
+# Beside their own errors, templates fail as Python does: on a missing key, on adding to None.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError)
 
 
-def _parse_qa(row: Mapping[str, Any]) -> list[Conversation]:
-    context, qa = _text(row.get("context"), "context"), row["qa"]
-    if not context.strip():
-        raise ValueError("empty context")
-    if not isinstance(qa, list) or not qa or not all(isinstance(item, Mapping) for item in qa):
-        raise ValueError("qa is not a list of questions")
-    questions = tuple(map(_parse_question, qa))
-    return [
-        replace(
-            messages_to_conversation(row, exchange(context + question, answer), f"#{i}"),
-            context=context,
-            questions=questions,
-        )
-        for i, (question, answer) in enumerate(questions)
-    ]
+class ChatFormat:
+    """Tokens of prompts and answers.
 
+    Args:
+        tokenizer: of the backbone. Without a chat template a prompt is the plain text of its
+            messages, with blank lines between.
 
-def _parse_question(item: Mapping[str, Any]) -> tuple[str, str]:
-    """What follows the context, and the answer."""
-    question, answers = _text(item.get("question") or "", "question"), item.get("answers") or [""]
-    if not isinstance(answers, list):
-        raise ValueError("answers is not a list")
-    # Without a question the context is the whole prompt, and holds it already.
-    return f"\n\n{question}" if question.strip() else "", _text(answers[0], "answer")
-
-
-def _parse_chat(row: Mapping[str, Any]) -> list[Conversation]:
-    turns = row["messages"] if row.get("messages") is not None else row["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise ValueError("messages is not a list of turns")
-    messages = [_parse_turn(turn) for turn in turns]
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()  # a last question that nobody answered
-    if not messages:
-        raise ValueError("no message of the assistant")
-    return [messages_to_conversation(row, messages)]
-
-
-def _parse_turn(turn: Mapping[str, Any]) -> Message:
-    role = _text(turn.get("role") or turn.get("from"), "role").lower()
-    if turn.get("function_call") is not None:
-        raise ValueError("function_call is there; expected tool_calls")
-    # Parquet knows no missing fields: those of the other schema are null.
-    content = turn["content"] if turn.get("content") is not None else turn.get("value")
-    calls = calls_of(turn.get("tool_calls"))
-    if calls and content is None:
-        content = ""  # a turn may be nothing but calls
-    message: Message = {"role": ROLES.get(role, role), "content": _content(content)}
-    if calls:
-        _text(json.dumps(calls), "tool_calls")
-        message["tool_calls"] = calls
-    if message["role"] == "tool":
-        _add_names(message, turn)
-    return message
-
-
-def _content(value: Any) -> str:
-    """The text of a message; text parts stand on lines of their own, as servers join them."""
-    if not isinstance(value, list):
-        return _text(value, "content")
-    return _text("\n".join(map(_part, value)), "content")
-
-
-def _part(part: Any) -> str:
-    if not isinstance(part, Mapping):
-        raise ValueError("content is not text")
-    kind = part.get("type")
-    if kind != "text":
-        known = isinstance(kind, str) and kind in PARTS
-        raise ValueError(f"content has {kind if known else 'a part that is unknown'}, not text")
-    return _text(part.get("text"), "text of a content part")
-
-
-def _add_names(message: Message, turn: Mapping[str, Any]) -> None:
-    """Which call a tool's result answers, if the row says it."""
-    if turn.get("tool_call_id") is not None:
-        message["tool_call_id"] = _text(turn["tool_call_id"], "tool_call_id")
-    if turn.get("name") is not None:
-        message["name"] = _text(turn["name"], "name")
-
-
-def _parse_instruction(row: Mapping[str, Any]) -> list[Conversation]:
-    extra = _text(row.get("input") or "", "input")
-    instruction = _text(row["instruction"], "instruction")
-    prompt = instruction + (f"\n\n{extra}" if extra.strip() else "")
-    return [messages_to_conversation(row, exchange(prompt, _text(row.get("output"), "output")))]
-
-
-def tools_of(value: Any) -> tuple[Tool, ...]:
-    """The tools of a row, which may be JSON text; none for None.
-
-    Raises:
-        ValueError: they are not a list of objects with a name.
+    Attributes:
+        end_of_turn_id: the token that ends an answer, None if there is none.
     """
-    value = _from_text(value, "tools are not JSON") if isinstance(value, str) else value
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise ValueError("tools is not a list of objects")
-    tools = tuple(_plain(dict(tool)) for tool in value)
-    if not all(isinstance(_function(tool).get("name"), str) for tool in tools):
-        raise ValueError("a tool has no name")
-    return tools
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.end_of_turn_id = end_of_turn_id(tokenizer)
+
+    def check_tools(self, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
+        """Refuse a conversation whose tools the format would leave out.
+
+        Raises:
+            SkippedRow: says whether the template takes no tools, no calls or no results.
+        """
+        if not tools and not any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
+            return
+        if self.tokenizer.chat_template is None:
+            raise SkippedRow("no chat template, which tools need")
+        probed, offered, probes = _probed(messages, tools)
+        try:
+            text = str(self._applied(probed, offered, tokenize=False))
+        except SkippedRow:
+            text = ""
+        lost = [probe for probe in probes if probe not in text]
+        if lost:
+            what = _TAKES_NO[lost[0].rstrip("-0123456789")]
+            raise SkippedRow(f"the chat template takes no {what}")
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+        """Tokens of the messages, up to where the assistant begins to speak.
+
+        Raises:
+            SkippedRow: if the chat template refuses the messages.
+        """
+        if self.tokenizer.chat_template is None:
+            text = "".join(m["content"] + "\n\n" for m in messages)
+            ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+            # Some tokenizers close every text with eos; here the text goes on with the answer.
+            return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        return self._template_ids(messages, tools, add_generation_prompt=True)
+
+    def split_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    ) -> tuple[str, str, str]:
+        """A prompt in three texts: its opening, what is said, and what ends the last turn.
+
+        Args:
+            messages: as in `prompt_ids`, whose text the three are, one after the other.
+
+        Returns:
+            opening: all that stands before the first text that is not the system's.
+            said: from there to the end of the last text, and what the template puts between.
+            ending: the end of the last turn, up to where the assistant begins to speak.
+
+        Raises:
+            SkippedRow: if the chat template refuses the messages or leaves a text out.
+        """
+        if self.tokenizer.chat_template is None:
+            bos = self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]
+            opening = str(self.tokenizer.bos_token) if bos else ""
+            return opening, "\n\n".join(m["content"] for m in messages), "\n\n"
+        marked = [m.copy() for m in messages]
+        first = next((i for i, m in enumerate(marked) if m["role"] != "system"), len(marked) - 1)
+        marked[first]["content"] = _BEGIN + marked[first]["content"]
+        marked[-1]["content"] += _END
+        text = self._applied(marked, tools, tokenize=False, add_generation_prompt=True)
+        opening, begun, rest = str(text).partition(_BEGIN)
+        said, ended, ending = rest.rpartition(_END)
+        if not begun or not ended:
+            raise SkippedRow("the chat template leaves a text out")
+        return opening, said, ending
+
+    def answer_ids(
+        self, messages: Sequence[Message], tools: Sequence[Tool], prompt: Sequence[int]
+    ) -> list[int]:
+        """Tokens of the last message, an answer, with the end of the turn.
+
+        Args:
+            prompt: tokens of what stands before it (`prompt_ids`).
+
+        Raises:
+            SkippedRow: the answer calls tools, and the template writes it in another way behind a
+                prompt than in a conversation.
+        """
+        if not messages[-1].get("tool_calls"):
+            return self._answer_ids(messages[-1]["content"])
+        whole = self._template_ids(messages, tools, add_generation_prompt=False)
+        if whole[: len(prompt)] != list(prompt):
+            raise SkippedRow("tool call not written behind its prompt")
+        answer = whole[len(prompt) :]
+        special = special_ids(self.tokenizer)
+        # Behind the end of the turn many templates write a line break, which nobody generates.
+        last = max((i for i, token in enumerate(answer) if token in special), default=len(answer))
+        return answer[: last + 1]
+
+    def find_answer(
+        self,
+        messages: Sequence[Message],
+        index: int,
+        ids: Sequence[int],
+        tools: Sequence[Tool] = (),
+    ) -> Span | None:
+        """Where the answer `messages[index]` lies in `ids`, the tokens of a longer conversation.
+
+        It is found if the prompt before it is a prefix of `ids` and its own tokens come next, with
+        the end of the turn where there is a template. Otherwise the template writes a conversation
+        in another way once it has gone on, or tokens merge across the border: None.
+        """
+        try:
+            prompt = self.prompt_ids(messages[:index], tools)
+            start = len(prompt)
+            if not prompt or list(ids[:start]) != prompt:
+                return None
+            for answer in self._ways_to_write(messages[: index + 1], tools, prompt):
+                if answer and list(ids[start : start + len(answer)]) == answer:
+                    return start, start + len(answer)
+        except SkippedRow:
+            pass  # a conversation that may not stop here, though it may go on
+        return None
+
+    def _ways_to_write(
+        self, messages: Sequence[Message], tools: Sequence[Tool], prompt: Sequence[int]
+    ) -> list[list[int]]:
+        """Tokens that the last message, an earlier answer, may have in a longer conversation."""
+        if messages[-1].get("tool_calls"):
+            return [self.answer_ids(messages, tools, prompt)]
+        text = messages[-1]["content"]
+        texts = dict.fromkeys((text, text.strip()))  # many templates strip
+        has_template = self.tokenizer.chat_template is not None
+        return [self._answer_ids(t) if has_template else self.text_ids(t) for t in texts]
+
+    def _answer_ids(self, text: str) -> list[int]:
+        ids = self.text_ids(text)
+        return ids if self.end_of_turn_id is None else [*ids, self.end_of_turn_id]
+
+    def _template_ids(
+        self, messages: Sequence[Message], tools: Sequence[Tool], **options: Any
+    ) -> list[int]:
+        quiet = {"verbose": False}
+        found = self._applied(messages, tools, tokenizer_kwargs=quiet, **options)
+        return list(found["input_ids"])
+
+    def _applied(self, messages: Sequence[Message], tools: Sequence[Tool], **options: Any) -> Any:
+        """What the chat template makes of messages; SkippedRow if it refuses them."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages], tools=list(tools) or None, **options
+            )
+        except _TEMPLATE_ERRORS as error:
+            raise SkippedRow("refused by the chat template") from error
+
+    def text_ids(self, text: str) -> list[int]:
+        """Tokens of a piece of text, without any that a tokenizer puts around a whole one."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def calls_of(value: Any) -> list[Any]:
-    """The `tool_calls` of a message, each with "type", "function" and, if it has one, "id".
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an answer: what the chat template puts after one, else eos, else None.
 
-    Arguments that are JSON text, as many services return them, become the object that templates
-    write out.
-
-    Raises:
-        ValueError: they are not a list of calls, or a call has no name or unreadable arguments.
+    The two differ in some families: Phi-3 ends a turn with `<|end|>`, a text with `<|endoftext|>`.
     """
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(call, Mapping) for call in value):
-        raise ValueError("tool_calls is not a list of objects")
-    return [_call(call) for call in value]
+    if tokenizer.chat_template is not None:
+        marker = "locretanswer"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except _TEMPLATE_ERRORS:
+            text = ""  # a template of an unusual shape: eos is the best guess left
+        tail = tokenizer(text.rpartition(marker)[2], add_special_tokens=False)["input_ids"]
+        special = special_ids(tokenizer)
+        if found := [i for i in tail if i in special]:
+            return int(found[0])
+    return tokenizer.eos_token_id
 
 
-def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = _function(call)
-    name, arguments = function.get("name"), function.get("arguments")
-    if not isinstance(name, str) or not name:
-        raise ValueError("a tool call has no name")
-    if isinstance(arguments, str):
-        arguments = _from_text(arguments, "arguments of a tool call are not JSON")
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, Mapping):
-        raise ValueError("arguments of a tool call are not an object")
-    named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    called = {"name": name, "arguments": _plain(dict(arguments))}
-    return {**named, "type": "function", "function": called}
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that stand for no text of their own: ends of turns, roles and the like."""
+    return {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
 
 
-def _function(holder: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The function in a tool or call; some rows leave the wrapping out."""
-    inner = holder.get("function")
-    return inner if isinstance(inner, Mapping) else holder
+def _probed(
+    messages: Sequence[Message], tools: Sequence[Tool]
+) -> tuple[list[Message], list[Tool], list[str]]:
+    """The conversation with a probe for each call, result and tool, and these in that order."""
+    probes: dict[str, list[str]] = {_CALL: [], _RESULT: [], _TOOL: []}
+
+    def probe(kind: str) -> str:
+        probes[kind].append(f"{kind}-{len(probes[kind])}-")
+        return probes[kind][-1]
+
+    made: list[Message] = []
+    for message in messages:
+        copy = message.copy()
+        if message["role"] == "tool":
+            copy["content"] = probe(_RESULT)
+        if message.get("tool_calls"):
+            copy["tool_calls"] = [_renamed(call, probe(_CALL)) for call in message["tool_calls"]]
+        made.append(copy)
+    offered = [_renamed(tool, probe(_TOOL)) for tool in tools]
+    return made, offered, [name for names in probes.values() for name in names]
 
 
-def _from_text(text: str, says: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(says) from error
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it: Parquet also holds dates and bytes."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError("a tool is not JSON") from error
-
-
-_PARSERS: dict[str, Callable[[Mapping[str, Any]], list[Conversation]]] = {
-    "qa": _parse_qa,
-    "messages": _parse_chat,
-    "conversations": _parse_chat,
-    "instruction": _parse_instruction,
-}
+def _renamed(holder: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A tool or call under another name."""
+    if isinstance(holder.get("function"), Mapping):
+        return {**holder, "function": {**holder["function"], "name": name}}
+    return {**holder, "name": name}

@@ -12,11 +12,9 @@ from torch import LongTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.branches import BranchEncoder, Branching, Kind
-from datamodules.cache import CachedEncoder
 from datamodules.conversations import Conversation
-from datamodules.dataset import ConversationDataset, Encode, Tally, collate
-from datamodules.encoder import ConversationEncoder, Cut
+from datamodules.dataset import CachedEncoder, ConversationDataset, Encode, Tally, collate
+from datamodules.encoder import BranchEncoder, Branching, ConversationEncoder, Cut, Kind
 from datamodules.epochs import (
     Epochs,
     InOrder,
@@ -54,7 +52,7 @@ class ConversationDataModule(lightning.LightningDataModule):
             long as it takes to see the source of the largest weight once.
         cache_dir: folder to keep tokenised samples in, also for other runs; None keeps none.
         branches: what goes on from a context, each a branch of its own: "answer" (question and
-            answer), "replay" (the context once more), see `datamodules.branches`; None reads each
+            answer), "replay" (the context once more), see `datamodules.encoder`; None reads each
             conversation as one sequence. The settings below are for branches.
         max_answers: the most questions about one context.
         copy_tokens: the most tokens of the context that one branch copies.

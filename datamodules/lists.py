@@ -7,17 +7,15 @@ may be asked for, or all of them count.
       init_args: {tokens: [512, 4096], size: 10000}
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from random import Random
 from uuid import UUID
 
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.conversations import Conversation, exchange
-from datamodules.sources import lengths
+from datamodules.conversations import Conversation, about
+from datamodules.sources import MadeSource
 from datamodules.texts import count, fit
-from locret.quantities import check_bounds
 from locret.tasks.haystack import listing, random_key, random_number
 from locret.tasks.synthetic import ADJECTIVES, NOUNS
 
@@ -96,8 +94,8 @@ def _drawn(words: Sequence[str], often: int, size: int, share: float) -> list[st
 KINDS = {"records": records, "counts": counts}
 
 
-class ListSource(Sequence[Conversation]):
-    """Lists with questions, made when asked for and the same for one index everywhere.
+class ListSource(MadeSource):
+    """Lists with questions.
 
     Args:
         tokens: of a list, at least 128, or the (least, most) to draw from evenly; a list has a few
@@ -120,31 +118,13 @@ class ListSource(Sequence[Conversation]):
         if not kinds or set(kinds) - set(KINDS):
             raise ValueError(f"kinds is {list(kinds)}, expected some of {', '.join(KINDS)}")
         self.kinds = list(kinds)
-        self.tokens = lengths(tokens, size)
-        check_bounds("tokens", self.tokens, LEAST)
-        self.size = size
-        self.seed = seed
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        super().__init__(tokens, size, seed, LEAST)
 
     def __str__(self) -> str:
         return f"ListSource({', '.join(self.kinds)}, seed {self.seed})"
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
-        """See `datamodules.sources.Source.load`."""
-        loaded = copy.copy(self)  # another tokenizer cuts other lists
-        loaded._tokenizer = tokenizer
-        return loaded
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, i: int) -> Conversation:  # type: ignore[override]
-        i = range(len(self))[i]
-        assert self._tokenizer is not None
+    def make(self, i: int, tokenizer: PreTrainedTokenizerBase) -> Conversation:
         rng = Random(f"locret list {self.seed} {i}")
         kind = self.kinds[i % len(self.kinds)]
-        text, asked = KINDS[kind](rng, self._tokenizer, rng.randint(*self.tokens))
-        questions = tuple((f"\n\n{question}", answer) for question, answer in asked)
-        messages = exchange(text + questions[0][0], questions[0][1])
-        name = f"{kind}:{self.seed}:{i}"
-        return Conversation(messages, f"lists/{kind}", name, context=text, questions=questions)
+        text, asked = KINDS[kind](rng, tokenizer, rng.randint(*self.tokens))
+        return about(text, asked, f"lists/{kind}", f"{kind}:{self.seed}:{i}")

@@ -12,14 +12,14 @@ and adapters learn what is asked for in texts to which nobody wrote questions. E
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import torch
 from jsonargparse import auto_cli
 
-from datamodules.chat_format import ChatFormat
-from datamodules.conversations import Conversation, SkippedRow, exchange
+from datamodules.conversations import ChatFormat, Conversation, SkippedRow, exchange
 from datamodules.sources import Source
 from locret.commands.progress import Progress
 from locret.engine.arguments import end_tokens, padded
@@ -30,6 +30,7 @@ ASK = "Write one question that the text above answers. Write the question and no
 NOTE = "stopped; the same command goes on with the next text"
 
 
+@dataclass
 class Quiz:
     """Asks a model about texts.
 
@@ -41,28 +42,24 @@ class Quiz:
         seed: another seed, other passages.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        questions: int,
-        passage_tokens: int,
-        max_question_tokens: int,
-        max_answer_tokens: int,
-        seed: int,
-    ) -> None:
-        self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.format = ChatFormat(loaded.tokenizer)
-        self.questions = questions
-        self.passage_tokens = passage_tokens
-        self.most = max_question_tokens, max_answer_tokens
-        self.seed = seed
+    loaded: LoadedModel
+    questions: int
+    passage_tokens: int
+    max_question_tokens: int
+    max_answer_tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.format = ChatFormat(self.loaded.tokenizer)
 
     def about(self, text: str) -> list[dict[str, object]]:
         """Questions, each with an answer, as a row's "qa"."""
-        asked = self._said([f"{each}\n\n{ASK}" for each in self._passages(text)], self.most[0])
+        asked = self._said(
+            [f"{each}\n\n{ASK}" for each in self._passages(text)], self.max_question_tokens
+        )
         lines = [each.strip().partition("\n")[0].strip() for each in asked]
         questions = [*dict.fromkeys(filter(_is_question, lines))]
-        answers = self._said([f"{text}\n\n{each}" for each in questions], self.most[1])
+        answers = self._said([f"{text}\n\n{each}" for each in questions], self.max_answer_tokens)
         pairs = zip(questions, answers, strict=True)
         return [{"question": q, "answers": [a.strip()]} for q, a in pairs if a.strip()]
 
@@ -71,7 +68,7 @@ class Quiz:
         last = max(0, len(ids) - self.passage_tokens)
         places = ((i + rng.random()) / self.questions for i in range(self.questions))
         starts = (min(int(place * len(ids)), last) for place in places)
-        return [self.tokenizer.decode(ids[at : at + self.passage_tokens]) for at in starts]
+        return [self.loaded.tokenizer.decode(ids[at : at + self.passage_tokens]) for at in starts]
 
     @torch.no_grad()
     def _said(self, prompts: Sequence[str], most: int) -> list[str]:
@@ -79,9 +76,10 @@ class Quiz:
         if not prompts:
             return []
         rows = [self.format.prompt_ids(exchange(prompt, "")[:1]) for prompt in prompts]
-        ids, mask = padded(rows, self.model.device)
-        ends = end_tokens(self.model, self.tokenizer)
-        output = self.model.generate(
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        ids, mask = padded(rows, model.device)
+        ends = end_tokens(model, tokenizer)
+        output = model.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=most,
@@ -90,7 +88,7 @@ class Quiz:
             eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else 0,
         )
-        return self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 def _is_question(line: str) -> bool:

@@ -10,6 +10,7 @@ The constructor arguments of a source are its configuration; yaml fills them by 
           init_args: {tasks: [niah_single, passkey], tokens: [1024, 8192], size: 1000}
 """
 
+import copy
 import glob
 import zlib
 from abc import ABC, abstractmethod
@@ -23,13 +24,15 @@ from typing import Any, Protocol, runtime_checkable
 from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.conversations import SCHEMAS, Conversation, SkippedRow, exchange, parse_row
-from datamodules.tables import (
+from datamodules.conversations import Conversation, SkippedRow, exchange
+from datamodules.rows import (
+    SCHEMAS,
     Lines,
     ObjectTable,
     ParquetTable,
     Table,
     TableConversations,
+    parse_row,
 )
 from locret.quantities import check_bounds, check_whole
 from locret.tasks.synthetic import TASKS, make_sample, prompt_text
@@ -74,7 +77,11 @@ class TableSource(ABC):
 
     @abstractmethod
     def tables(self) -> Iterator[Table]:
-        """The tables to read, in order, each made when the ones before it have been read."""
+        """The tables to read, in order, each made when the ones before it have been read.
+
+        Raises:
+            ValueError: if no file is there, or one cannot be read as asked for.
+        """
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
         """Read the tables through; see `Source.load`. Broken rows are counted in `report`.
@@ -94,11 +101,7 @@ class TableSource(ABC):
         return ConcatDataset(found)  # type: ignore[return-value,arg-type]
 
     def count(self, row: Mapping[str, Any]) -> int:
-        """How many conversations a row holds.
-
-        Raises:
-            ValueError: it is broken; the message is one of a few fixed texts.
-        """
+        """How many conversations a row holds. ValueError: it is broken, in one of a few texts."""
         return len(parse_row(row))
 
     def conversations(
@@ -149,37 +152,39 @@ class TableSource(ABC):
         )
 
 
-class JsonlSource(TableSource):
+class FileSource(TableSource):
+    """What sources of files share: `path` is for `find_files`."""
+
+    def __init__(self, path: str, limit: int | None) -> None:
+        super().__init__(limit)
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.path})"
+
+
+class JsonlSource(FileSource):
     """Files of JSON lines in UTF-8, gzipped if their names end so.
 
     Args:
         path: a `.jsonl` or `.jsonl.gz` file, a pattern with `*`, or a folder, of which all such
             files are taken, also those further down; in the order of their paths. Each row has one
-            of the schemas in `datamodules.conversations.SCHEMAS`.
+            of the schemas in `datamodules.rows.SCHEMAS`.
         limit: the most conversations to take, from the start; None takes all.
         streaming: leave the rows on disk and read each when it is drawn, for files that are larger
             than the memory. They are still read through once at the start. Not for gzipped files.
     """
 
     def __init__(self, path: str, limit: int | None = None, streaming: bool = False) -> None:
-        super().__init__(limit)
-        self.path = path
+        super().__init__(path, limit)
         self.streaming = streaming
 
-    def __str__(self) -> str:
-        return f"JsonlSource({self.path})"
-
     def tables(self) -> Iterator[Table]:
-        """See `TableSource.tables`.
-
-        Raises:
-            ValueError: if no file is there, or a gzipped one is to be streamed.
-        """
         for path in find_files(self.path, (".jsonl", ".jsonl.gz")):
             yield Lines(path, stem(path), self.streaming)
 
 
-class ParquetSource(TableSource):
+class ParquetSource(FileSource):
     """Parquet files. Needs `pyarrow`, which comes with `datasets`.
 
     Args:
@@ -188,18 +193,9 @@ class ParquetSource(TableSource):
     """
 
     def __init__(self, path: str, limit: int | None = None) -> None:
-        super().__init__(limit)
-        self.path = path
-
-    def __str__(self) -> str:
-        return f"ParquetSource({self.path})"
+        super().__init__(path, limit)
 
     def tables(self) -> Iterator[Table]:
-        """See `TableSource.tables`.
-
-        Raises:
-            ValueError: if no file is there.
-        """
         for path in find_files(self.path, (".parquet",)):
             yield ParquetTable(path, stem(path))
 
@@ -281,23 +277,59 @@ def stem(path: str) -> str:
     return Path(path).name.partition(".")[0]
 
 
-def lengths(tokens: int | tuple[int, int], size: int = 1) -> tuple[int, int]:
-    """The (least, most) tokens of a source of `size` samples.
+def lengths(tokens: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
+    """The (least, most) tokens of a source. ValueError: they are below `least` or out of order."""
+    bounds = (tokens, tokens) if isinstance(tokens, int) else tokens
+    check_bounds("tokens", bounds, least)
+    return bounds[0], bounds[1]
+
+
+class MadeSource(Sequence[Conversation], ABC):
+    """Conversations that are made when asked for, the same for one index everywhere.
+
+    Args:
+        tokens: of one, or the (least, most) to draw from evenly.
+        size: number of conversations.
+        seed: another seed, other conversations.
+        least: bound on the tokens.
 
     Raises:
-        ValueError: they are not 1 <= least <= most, or the size is below 1.
+        ValueError: for lengths that are not `least` <= least <= most, or size < 1.
     """
-    least, most = (tokens, tokens) if isinstance(tokens, int) else tokens
-    check_bounds("tokens", (least, most), 1)
-    check_whole("size", size, 1)
-    return least, most
+
+    def __init__(self, tokens: int | tuple[int, int], size: int, seed: int, least: int = 1) -> None:
+        self.tokens = lengths(tokens, least)
+        check_whole("size", size, 1)
+        self.size = size
+        self.seed = seed
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @abstractmethod
+    def make(self, i: int, tokenizer: PreTrainedTokenizerBase) -> Conversation:
+        """Conversation `i`; SkippedRow if there is none."""
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
+        """See `Source.load`."""
+        loaded = copy.copy(self)  # another tokenizer makes others
+        loaded._tokenizer = tokenizer
+        return loaded
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> Conversation:  # type: ignore[override]
+        i = range(len(self))[i]
+        assert self._tokenizer is not None
+        return self.make(i, self._tokenizer)
 
 
 PROBES = 8  # samples of a task tried at the least length: how much text they need differs
 
 
-class SyntheticSource:
-    """Synthetic tasks, made when asked for and the same for one index everywhere.
+class SyntheticSource(MadeSource):
+    """Synthetic tasks, a few milliseconds each.
+
+    A rare sample that needs more tokens than all that were tried raises SkippedRow.
 
     Args:
         tasks: names in `locret.tasks.synthetic.TASKS`, taken in turn.
@@ -322,21 +354,15 @@ class SyntheticSource:
         unknown = [task for task in tasks if task not in TASKS]
         if unknown or not tasks:
             raise ValueError(f"tasks is {tasks}, expected some of {', '.join(TASKS)}")
+        super().__init__(tokens, size, seed)
         self.tasks = list(tasks)
-        self.tokens = lengths(tokens, size)
-        self.size = size
-        self.seed = seed
         self.haystack = haystack
 
     def __str__(self) -> str:
         return f"SyntheticSource({', '.join(self.tasks)}, seed {self.seed})"
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
-        """See `Source.load`.
-
-        Raises:
-            ValueError: an unusable haystack, or a least length that is too short for a task.
-        """
+        """And try each task: ValueError for a haystack or a least length that does not do."""
         least, _ = self.tokens
         for task in dict.fromkeys(self.tasks):
             for seed in range(PROBES):
@@ -344,32 +370,15 @@ class SyntheticSource:
                     make_sample(task, least, tokenizer, seed, haystack=self.haystack)
                 except ValueError as error:
                     raise ValueError(f"{self}: no sample of {task} can be made: {error}") from error
-        return SyntheticConversations(self, tokenizer)
+        return super().load(tokenizer)
 
-
-class SyntheticConversations(Sequence[Conversation]):
-    """The samples of a `SyntheticSource` for one tokenizer, a few milliseconds each.
-
-    A rare one that needs more tokens than all that were tried raises SkippedRow.
-    """
-
-    def __init__(self, source: SyntheticSource, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._source = source
-        self._tokenizer = tokenizer
-
-    def __len__(self) -> int:
-        return self._source.size
-
-    def __getitem__(self, i: int) -> Conversation:  # type: ignore[override]
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        source = self._source
-        rng = Random(f"locret source {source.seed} {i}")
-        task, tokens = source.tasks[i % len(source.tasks)], rng.randint(*source.tokens)
+    def make(self, i: int, tokenizer: PreTrainedTokenizerBase) -> Conversation:
+        rng = Random(f"locret source {self.seed} {i}")
+        task, tokens = self.tasks[i % len(self.tasks)], rng.randint(*self.tokens)
         seed = rng.getrandbits(63)
-        name = f"{task}:{source.seed}:{i}"
+        name = f"{task}:{self.seed}:{i}"
         try:
-            sample = make_sample(task, tokens, self._tokenizer, seed, haystack=source.haystack)
+            sample = make_sample(task, tokens, tokenizer, seed, haystack=self.haystack)
         except ValueError as error:
             raise SkippedRow("tokens too few for the task", name) from error
         messages = exchange(prompt_text(sample), sample.answer)

@@ -22,10 +22,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.conversations import MAX_CHARACTERS, Conversation, SkippedRow, exchange
+from datamodules.conversations import Conversation, SkippedRow, exchange
 from datamodules.encoder import is_unicode
-from datamodules.sources import HubSource, TableSource, find_files, lengths, stem
-from datamodules.tables import Lines, ParquetTable, Table
+from datamodules.rows import MAX_CHARACTERS, Lines, ParquetTable, Table, TableConversations
+from datamodules.sources import FileSource, HubSource, MadeSource, find_files, lengths, stem
 from locret.tasks.texts import TEXTS
 
 _BLOCK = 2**20  # bytes of a file that are one document: what is read to draw a window
@@ -78,7 +78,7 @@ class TextFiles(Table):
         return f"{path}:{offset}" if offset else path
 
 
-class TextSource(TableSource):
+class TextSource(FileSource):
     """Windows of documents: text files, or a field of JSON lines and Parquet files.
 
     A document gives about as many windows as it has times `most` tokens, at places that are drawn,
@@ -105,22 +105,13 @@ class TextSource(TableSource):
         seed: int = 0,
         limit: int | None = None,
     ) -> None:
-        super().__init__(limit)
-        self.path = path
+        super().__init__(path, limit)
         self.tokens = lengths(tokens)
         self.field = field
         self.seed = seed
         self.expected = f"files of text in UTF-8, or rows with a text under {field!r}"
 
-    def __str__(self) -> str:
-        return f"TextSource({self.path})"
-
     def tables(self) -> Iterator[Table]:
-        """See `TableSource.tables`.
-
-        Raises:
-            ValueError: if no file is there.
-        """
         found = [path for path in find_files(self.path) if not self._is_hidden(path)]
         rows = [path for path in found if path.endswith((".jsonl", ".jsonl.gz", ".parquet"))]
         if texts := sorted({*found} - {*rows}):
@@ -132,11 +123,7 @@ class TextSource(TableSource):
                 yield Lines(path, stem(path))
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
-        """Read the tables through; see `Source.load`. What is broken is counted in `report`.
-
-        Raises:
-            ValueError: if there is no file, or no text in any of them.
-        """
+        """And refuse files without any text (ValueError)."""
         found = super().load(tokenizer)
         if not len(found):
             super().refuse(Counter())
@@ -155,7 +142,7 @@ class TextSource(TableSource):
     def conversations(
         self, table: Table, index: "array[int]", tokenizer: PreTrainedTokenizerBase
     ) -> Sequence[Conversation]:
-        return Windows(self, table, index, tokenizer)
+        return _Windows(self, table, index, tokenizer)
 
     def text(self, row: Mapping[str, Any]) -> str:
         """The document of a row.
@@ -211,15 +198,8 @@ class HubTextSource(TextSource):
         return self._hub.tables()
 
 
-class Windows(Sequence[Conversation]):
-    """The windows of a `TextSource`, cut for one tokenizer when asked for.
-
-    Args:
-        source: says which text and how long.
-        table: scanned.
-        index: row numbers of the windows, and their numbers within the row, alternating.
-        tokenizer: counts the tokens.
-    """
+class _Windows(TableConversations):
+    """The windows of a `TextSource`, cut for one tokenizer when asked for."""
 
     def __init__(
         self,
@@ -228,20 +208,14 @@ class Windows(Sequence[Conversation]):
         index: "array[int]",
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
+        super().__init__(table, index)
         self._source = source
-        self._table = table
-        self._index = index
         self._tokenizer = tokenizer
 
-    def __len__(self) -> int:
-        return len(self._index) // 2
-
-    def __getitem__(self, i: int) -> Conversation:  # type: ignore[override]
-        i = range(len(self))[i]
-        row, number = self._index[2 * i], self._index[2 * i + 1]
-        place = f"{self._table.place(row)}#{number}"
+    def conversation(self, row: int, number: int) -> Conversation:
+        place = f"{self.table.place(row)}#{number}"
         try:
-            document = self._source.text(self._table.row(self._table.raw(row)))
+            document = self._source.text(self.table.row(self.table.raw(row)))
         except (ValueError, OSError) as error:
             raise SkippedRow("changed while in use", place) from error
         least, most = self._source.tokens
@@ -252,13 +226,12 @@ class Windows(Sequence[Conversation]):
         text, tokens = fit(piece, size, self._tokenizer)
         if tokens < least and text == piece:
             raise SkippedRow("text shorter than the least length", place)
-        return text_conversation(
-            text, self._table.name, f"{self._table.name}:{row}#{number}", place
-        )
+        name = self.table.name
+        return _conversation(text, name, f"{name}:{row}#{number}", place)
 
 
-class GeneratedTexts:
-    """Texts of `locret.tasks.texts`, made when asked for and the same for one index everywhere.
+class GeneratedTexts(MadeSource):
+    """Texts of `locret.tasks.texts`.
 
     Args:
         tokens: of a text, or the (least, most) to draw from evenly; a text has a few fewer.
@@ -280,40 +253,21 @@ class GeneratedTexts:
         self.kinds = list(TEXTS) if kinds is None else list(kinds)
         if not self.kinds or set(self.kinds) - set(TEXTS):
             raise ValueError(f"kinds is {kinds}, expected some of {', '.join(TEXTS)}")
-        self.tokens = lengths(tokens, size)
-        self.size = size
-        self.seed = seed
+        super().__init__(tokens, size, seed)
 
     def __str__(self) -> str:
         kinds = "all kinds" if self.kinds == list(TEXTS) else ", ".join(self.kinds)
         return f"GeneratedTexts({kinds}, seed {self.seed})"
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Conversation]:
-        """See `datamodules.sources.Source.load`."""
-        return _Generated(self, tokenizer)
-
-
-class _Generated(Sequence[Conversation]):
-    """The texts of a `GeneratedTexts` for one tokenizer."""
-
-    def __init__(self, source: GeneratedTexts, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._source = source
-        self._tokenizer = tokenizer
-
-    def __len__(self) -> int:
-        return self._source.size
-
-    def __getitem__(self, i: int) -> Conversation:  # type: ignore[override]
-        i = range(len(self))[i]
-        source = self._source
-        rng = Random(f"locret text {source.seed} {i}")
-        kind, size = source.kinds[i % len(source.kinds)], rng.randint(*source.tokens)
+    def make(self, i: int, tokenizer: PreTrainedTokenizerBase) -> Conversation:
+        rng = Random(f"locret text {self.seed} {i}")
+        kind, size = self.kinds[i % len(self.kinds)], rng.randint(*self.tokens)
         # Vocabularies differ: some need fewer tokens than the text was made for.
-        text, _ = fit(TEXTS[kind](rng, size * 14 // 10), size, self._tokenizer)
-        return text_conversation(text, f"texts/{kind}", f"{kind}:{source.seed}:{i}")
+        text, _ = fit(TEXTS[kind](rng, size * 14 // 10), size, tokenizer)
+        return _conversation(text, f"texts/{kind}", f"{kind}:{self.seed}:{i}")
 
 
-def text_conversation(text: str, source: str, name: str, place: str = "") -> Conversation:
+def _conversation(text: str, source: str, name: str, place: str = "") -> Conversation:
     """A text as a conversation that asks nothing about it."""
     return Conversation(exchange(text, ""), source, name, place, context=text)
 

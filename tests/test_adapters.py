@@ -390,7 +390,7 @@ def test_an_evaluation_refuses_it_before_a_question_is_made(folder, tmp_path):
 
 
 def test_a_training_of_heads_refuses_it(folder, tmp_path):
-    module = pytest.importorskip("trainers.module")
+    module = pytest.importorskip("trainers.fit")
     saved(tmp_path, num_hidden_layers=4)
     training = module.HeadsModule(str(folder / "backbone"), adapter=str(tmp_path / "lora"))
     with pytest.raises(ValueError, match="does not fit the model: extra"):

@@ -8,7 +8,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from locret.model.backbone import Backbone
-from locret.training.evicted import EvictedLoss
+from locret.training.gated import EvictedLoss
 from tests.test_branches import branched
 from tests.test_gated import HALF, IDS, ROW, made, norm_of_any_dtype
 from tests.tiny_models import prompt, tiny_model

@@ -7,8 +7,7 @@ import torch
 
 import locret
 from locret.model.backbone import Backbone
-from locret.training.distill import Distillation
-from locret.training.evicted_features import EvictedReading, evicted_features
+from locret.training.distill import Distillation, EvictedReading, evicted_features
 from tests.test_branches import IDS, ROW, assert_close
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 

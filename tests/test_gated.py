@@ -9,8 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from locret.model.attend import attend
 from locret.model.backbone import Backbone
 from locret.training import gated
-from locret.training.branch_reading import BranchAttention, Trunks, stored, ways_of
-from locret.training.gated import FLOOR, GatedLoss, thresholds_for
+from locret.training.branches import FLOOR, BranchAttention, Trunks, stored, thresholds_for
+from locret.training.gated import GatedLoss
+from locret.training.segments import ways_of
 from tests.test_branches import alone, branched, shifted
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 
@@ -67,7 +68,7 @@ def hidden_of_branches(loss, gates):
     """The decoder's output for all branches through the given gates."""
     ways, backbone = ways_of(ROW), loss.backbone
     trunks = Trunks(loss.distillation.recipe, ROW)
-    loss._teach(IDS, ROW, ways, trunks)
+    loss._teach(IDS, trunks, ways)
     ids = torch.cat([IDS[:, way.stretch.start : way.stretch.end] for way in ways], dim=1)
     with torch.no_grad(), backbone.attached(BranchAttention(ways, trunks, gates, "sdpa")):
         return backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state[0], trunks
@@ -101,7 +102,8 @@ def test_a_closed_gate_is_as_if_its_unit_were_not_there(kv_heads):
             outputs = []
             for way in self.ways:
                 units = (x.split([23, 17], dim=2) for x in trunks.units[call.layer_idx])
-                own, (keys, values) = slice(*way.own), (x[way.segment] for x in units)
+                own = slice(way.stretch.start + way.shift, way.stretch.end + way.shift)
+                keys, values = (x[way.segment] for x in units)
                 heads = []
                 for head in range(kv_heads):
                     group = query.shape[1] // kv_heads
@@ -127,7 +129,7 @@ def test_the_divergence_is_that_of_the_two_predictions():
     result = loss(IDS, ROW, HALF, 0.5)
     ways = ways_of(ROW)
     trunks = Trunks(loss.distillation.recipe, ROW)
-    loss._teach(IDS, ROW, ways, trunks)
+    loss._teach(IDS, trunks, ways)
     gates, _ = loss._gates(trunks, HALF, 0.5)
     hidden, _ = hidden_of_branches(loss, gates)
     total, count, at = 0.0, 0, 0

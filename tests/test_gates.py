@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from locret.heads.quotas import quotas_of
-from locret.training.gated import FLOOR, log_gates, log_mask, thresholds_for
+from locret.training.branches import FLOOR, log_gates, log_mask, thresholds_for
 
 
 @pytest.mark.parametrize("compression", [1.0, 1.3, 4.0, 1000.0])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import locret
-from datamodules.branches import BranchEncoder, Branching
 from datamodules.conversations import Conversation, exchange
+from datamodules.encoder import BranchEncoder, Branching
 from locret.engine.calibration import Calibration
 from locret.evaluation.ask import Engines
 from locret.evaluation.config import expand

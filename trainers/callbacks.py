@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -28,13 +29,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import distributed
 
 from locret.commands.progress import Progress
+from locret.engine.calibration import Calibration, why_not
 from locret.evaluation.questions import source
 from locret.heads.files import save_record, write_card, written_aside
 from locret.heads.heads import RetainingHeads
+from locret.policies import LocretPolicy
 from locret.system.files import as_json
 from locret.system.interrupts import Repeats, Stopped, handlers, stop_behind
-from trainers.figures import draw
-from trainers.quotas import measured_quotas
 
 EVICTION = "eviction.json"
 TRAINING_CONFIG = "training.yaml"
@@ -98,7 +99,8 @@ class Export(SaveConfigCallback):
                 rank_zero_warn("no picture of the run: pip install matplotlib")
             else:
                 layers = getattr(pl_module, "layer_overlap", None)
-                draw(aside / TRAINING_PLOT, self.history, () if layers is None else layers.tolist())
+                overlaps = () if layers is None else layers.tolist()
+                _draw(aside / TRAINING_PLOT, self.history, overlaps)
         self.finish(trainer, pl_module, self.folder)
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
@@ -122,7 +124,7 @@ class ExportHeads(Export):
         write_card(folder)  # once more, now that it can tell of the training
         # Last: the heads are safe by now, should this be stopped or run out of memory.
         heads = RetainingHeads.from_pretrained(folder)
-        quotas = measured_quotas(trainer, pl_module, heads)
+        quotas = _measured_quotas(trainer, pl_module, heads)
         if quotas is not None:
             save_record(folder, replace(heads.config, quotas=quotas).to_dict())
 
@@ -158,6 +160,78 @@ class ExportAdapter(Export):
                 record = {"heads": source(pl_module.hparams["heads"])}
                 record |= {name: pl_module.hparams[name] for name in names}
                 (aside / EVICTION).write_text(as_json(record), encoding="utf-8")
+
+
+def _measured_quotas(
+    trainer: Trainer, module: Any, heads: RetainingHeads
+) -> dict[str, list[list[float]]] | None:
+    """Quotas by compression, of mean 1, [layers][KV heads]: what the heads just trained keep of
+    training contexts; None where none are wanted or none can be measured.
+
+    Scores of different heads can be compared where all heads learned a logarithm of attention, so
+    only then; `python -m locret calibrate` measures quotas of any heads, on any texts.
+    """
+    count = module.hparams["quota_contexts"]
+    if not count or not heads.config.learns_logarithm:
+        return None
+    reason = why_not(LocretPolicy(heads))
+    if module.shards is not None:
+        reason = (
+            "the backbone is sharded over processes; python -m locret calibrate does it with the "
+            "whole one"
+        )
+    if reason is not None:
+        rank_zero_warn(f"no head quotas were measured: {reason}")
+        return None
+    backbone = module.backbone
+    device = next(backbone.decoder.parameters()).device
+    calibration = Calibration(backbone, LocretPolicy(heads.to(device, backbone.model.dtype)))
+    contexts = trainer.datamodule.contexts(count)  # type: ignore[attr-defined]
+    with Progress("measuring head quotas", "contexts") as progress:
+        for done, ids in enumerate(contexts):
+            progress(done, count)
+            calibration.add(ids[None].to(device))
+        progress(count, count)
+    return calibration.quotas(module.hparams["quota_sharpness"])
+
+
+def _draw(path: Path, history: Mapping[str, Sequence[float]], layers: Sequence[float]) -> None:
+    """Write a PNG.
+
+    Args:
+        path: where to.
+        history: `step`, and the values of each metric at these steps.
+        layers: the overlap of each layer at the end; empty = no such panel.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed, and none may be there
+    from matplotlib import pyplot
+
+    metrics = [name for name in history if name != "step"]
+    panels = len(metrics) + bool(layers)
+    figure, axes = pyplot.subplots(1, panels, figsize=(4 * panels, 3), squeeze=False)
+    for axis, name in zip(axes[0], metrics, strict=False):
+        axis.plot(history["step"], history[name], linewidth=0.8, alpha=0.4)
+        axis.plot(history["step"], _smooth(history[name]), linewidth=1.5)
+        axis.set(title=name, xlabel="step")
+    if layers:
+        axes[0][-1].bar(range(len(layers)), layers)
+        axes[0][-1].set(title="top-10% overlap at the end", xlabel="layer", ylim=(0, 1))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
+    """Exponential moving average."""
+    smooth: list[float] = []
+    for value in values:
+        smooth.append(value if not smooth else weight * smooth[-1] + (1 - weight) * value)
+    return smooth
+
+
+# ---- how it is stopped, how far it is ------------------------------------------------------------
 
 
 class StopBetweenSteps(Callback):

@@ -1,408 +1,261 @@
-"""LightningModule that trains retaining heads on a frozen backbone (paper section 3.2).
+"""What the modules of all trainings share: optimizer, figures, and what trained heads are.
 
-Thin: the loss, its gradients and the labels are `locret.training.distill`'s. The backbone is not
-registered: Lightning neither flips its mode nor moves, optimizes or saves it.
+A backbone is never registered with a module: Lightning neither flips its mode nor moves, optimizes
+or saves it.
 """
 
 import dataclasses
-import os
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from random import Random
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torchmetrics import MetricCollection
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
-from locret.cache.cache import Positions
-from locret.engine.config import EngineConfig
-from locret.heads.heads import HeadKind, HeadsConfig, RetainingHeads
-from locret.heads.targets import make_loss
+from locret.heads.heads import RetainingHeads
+from locret.heads.quotas import checked_sharpness
+from locret.heads.targets import Loss, make_loss
 from locret.model.backbone import Backbone
-from locret.model.loading import (
-    Dtype,
-    Quantization,
-    load_model,
-    load_tokenizer,
-    weights_sha256,
-)
-from locret.model.rotary import LongRopeRule
-from locret.training.distill import Distillation
-from locret.training.evicted_features import EvictedReading, evicted_features
-from locret.training.row_loss import Distilled, Features, Share
-from locret.training.segments import Segment, with_query_in_front
-from trainers.distributed import (
-    average,
-    make_equal,
-    shard_backbone,
-    shards_of,
-    start_average,
-    takes_over,
-)
-from trainers.figures import RankCorrelation, TopOverlap, averaged, looked_at, top_overlap
-from trainers.optimizer import adamw, restart_schedule
-from trainers.quotas import check_measuring
+from locret.model.loading import load_tokenizer
+from locret.training.segments import Segment
+from trainers.distributed import average
 
 SaveDtype = Literal["float32", "bfloat16", "float16"]
-Seen = Literal["full", "evicted"]
-ENGINE_SETTINGS = ("budget", "chunk_size", "stabilizers", "local_tokens")
-SHAPE_AND_LABEL = ("adapter", "bias", "kind", "label", "longrope", "query_tokens", "tap")
-"""What heads must have been trained with, where a training starts from them; and their width."""
-RECALL_AT = (0.05, 0.1, 0.25)  # budgets in validation, as fractions of the prompt
+Schedule = Callable[[torch.optim.Optimizer, int, int], LambdaLR]
+"""(optimizer, warm-up steps, all steps) -> learning rates, one an optimizer step."""
 
 
-class HeadsModule(LightningModule):
-    """Trains retaining heads.
+class TrainingModule(LightningModule):
+    """Trains with AdamW, and logs figures that are means over processes.
 
-    Args:
-        model: the backbone: a Hub id, a folder, or `embedded:smollm2`.
-        adapter: a PEFT adapter of the backbone, merged into its weights unless they are quantized.
-        quantization: of the backbone's weights: "int8", "nf4" (`locret.model.loading`).
-        width: hidden width of a head (the paper's d_R); linear heads have none.
-        kind: what a head computes: "mlp", the paper's, or "linear", one matrix.
-        bias: give its matrices biases. Heads that learn a logarithm need them: their scores then
-            start at the labels' mean (`locret.heads.heads.LOG_SCORE`), not at 0.
-        tap: what a head reads (`locret.heads.heads.FEATURES`).
-        label: label definition (`locret.heads.targets.LABELS`).
-        loss: main loss (`locret.heads.targets.LOSSES`).
-        boundary_weight: of the boundary term of the loss "smooth_l1_boundary".
-        alpha: weight of the smoothness loss.
-        query_tokens: Locret-Q: repeat so many of the question's tokens in front of the prompt.
-        lr: peak learning rate of AdamW.
-        betas: of AdamW.
-        weight_decay: of AdamW.
-        warmup_steps: steps of linear warm-up; the rate then falls linearly to zero.
-        positions: cache positions that the artifact recommends.
-        longrope: LongRoPE rule in training and, recorded, in inference.
-        train_chunk_size: tokens that a layer reads at a time in training, for rows that do not fit
-            in memory; None reads a row at once.
-        dtype: of the backbone; the heads train in float32.
-        save_dtype: of the exported heads.
-        attn_implementation: of the backbone: "sdpa" or "eager".
-        revision: of the backbone on the Hub.
-        budget, chunk_size, stabilizers, local_tokens: engine settings that the artifact recommends.
-        quota_contexts: contexts of the training data by which head quotas are measured when
-            training ends (`trainers.quotas`); 0 for none. Only where the label is a logarithm.
-        quota_sharpness: power that shares are raised to; above 1 = more unequal than measured.
-        heads: where to start from: heads of the same shape and label, as `trainers.fit` makes them,
-            a folder or a Hub id; None = random ones.
-        features: what heads see in training: "full", a model that reads with its whole context, or
-            "evicted", one that reads in chunks and evicts by the heads' own scores
-            (`locret.training.evicted_features`). Labels are of the whole context.
-        evicted_compressions: the least and the most tokens for a unit kept; a batch draws.
-        evicted_chunk: the least and the most tokens read at a time; a batch draws.
-        evicted_share: of the batches that are read so; the others are read whole.
-        evicted_quantization: how keys and values are stored meanwhile, as of an engine: None, a
-            name, or a mapping such as {name: rotated, bits: 3}.
+    Of the hyperparameters `model`, `revision`, `lr`, `betas`, `weight_decay` and `warmup_steps` are
+    used, and `compressions` where some are drawn.
 
-    Raises:
-        ValueError: engine settings that no engine would take, bounds in the wrong order or out of
-            range, heads that read a question in front of evicted contexts, or contexts below 0.
+    Attributes:
+        figures: of the step, by name, if they are looked at.
     """
 
-    def __init__(
-        self,
-        model: str,
-        adapter: str | None = None,
-        quantization: Quantization | None = None,
-        width: int = 1024,
-        kind: HeadKind = "mlp",
-        bias: bool = False,
-        tap: str = "qkv",
-        label: str = "max_logit",
-        loss: str = "smooth_l1",
-        boundary_weight: float = 0.2,
-        alpha: float = 0.0025,
-        query_tokens: int = 0,
-        lr: float = 5e-4,
-        betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.01,
-        warmup_steps: int = 2000,
-        positions: Positions = "compact",
-        longrope: LongRopeRule = "long",
-        train_chunk_size: int | None = None,
-        dtype: Dtype = "auto",
-        save_dtype: SaveDtype = "float32",
-        attn_implementation: str = "sdpa",
-        revision: str | None = None,
-        budget: int = 16384,
-        chunk_size: int = 3072,
-        stabilizers: int = 2500,
-        local_tokens: int = 100,
-        quota_contexts: int = 60,
-        quota_sharpness: float = 1.0,
-        heads: str | None = None,
-        features: Seen = "full",
-        evicted_compressions: tuple[float, float] = (2.0, 16.0),
-        evicted_chunk: tuple[int, int] = (512, 2048),
-        evicted_share: float = 1.0,
-        evicted_quantization: str | dict[str, Any] | None = None,
-    ) -> None:
+    schedule: ClassVar[Schedule] = staticmethod(get_linear_schedule_with_warmup)
+
+    def __init__(self) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        self._evicted = self._evicted_reading()
-        self._check_engine_settings()
-        check_measuring(quota_contexts, quota_sharpness)
-        self.heads: RetainingHeads | None = None
-        self.figures: dict[str, Tensor] = {}  # of the step, by name, if they are looked at
-        self.layer_overlap: Tensor | None = None  # of each layer, when last looked at
-        self.val_scores = MetricCollection(
-            {f"recall_at_{fraction:.0%}": TopOverlap(fraction) for fraction in RECALL_AT}
-            | {"rank_correlation": RankCorrelation()},
-            prefix="val/",
-            compute_groups=False,  # else those that agree on the first batch are taken for one
-        )
-        self.register_buffer("longest_prompt", torch.zeros((), dtype=torch.long))
-        # One with a state is ours, so that checkpoints hold it.
-        self.loss = make_loss(loss, boundary_weight)
-        # DDP would write the first process's values over the others'; the largest prompt counts,
-        # and thresholds are each process's own.
-        ours = ["longest_prompt", "loss.thresholds", "loss.rows"]
-        self._ddp_params_and_buffers_to_ignore = ours
-        self._distillation: Distillation | None = None
-        self._averages_gradients = False
-        # Past nn.Module's bookkeeping, so that the backbone is no submodule.
-        object.__setattr__(self, "backbone_model", None)
+        self.figures: dict[str, Tensor] = {}
 
-    def _evicted_reading(self) -> EvictedReading | None:
-        """How contexts are read for what heads see of them; None = whole."""
-        given = self.hparams
-        if given["features"] not in get_args(Seen):
-            raise ValueError(f"features is {given['features']!r}; expected one of {get_args(Seen)}")
-        if given["features"] == "full":
-            return None
-        if given["query_tokens"]:
-            raise ValueError(
-                f"query_tokens is {given['query_tokens']} with features 'evicted', which are of "
-                "contexts without a question; set query_tokens to 0, or features to 'full'"
-            )
-        names = ("compressions", "chunk", "share", "quantization")
-        return EvictedReading(*(given[f"evicted_{name}"] for name in names))
-
-    def _check_engine_settings(self) -> None:
-        given, quantization = self.hparams, None
-        if self._evicted is not None:
-            quantization = self._evicted.quantization
-        settings = {name: given[name] for name in (*ENGINE_SETTINGS, "positions", "longrope")}
-        EngineConfig.of(None, None, given["query_tokens"], **settings, quantization=quantization)
+    @abstractmethod
+    def trained(self) -> Iterable[nn.Parameter]:
+        """The parameters that are trained."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The backbone's; the data module asks for it before the backbone is loaded."""
         return load_tokenizer(self.hparams["model"], revision=self.hparams["revision"])
 
+    def configure_optimizers(self) -> Any:
+        given = self.hparams
+        # Not fused: Lightning clips none of those in mixed precision.
+        optimizer = torch.optim.AdamW(
+            self.trained(),
+            lr=given["lr"],
+            betas=tuple(given["betas"]),
+            weight_decay=given["weight_decay"],
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = self.schedule(optimizer, given["warmup_steps"], steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Start the schedule from `lr`, if a LearningRateFinder has changed it since the optimizer
+        was made: the finder tells the optimizer, and a schedule would take it back."""
+        trainer = self.trainer
+        if not any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):
+            return
+        for config in trainer.lr_scheduler_configs:
+            schedule, groups = config.scheduler, config.scheduler.optimizer.param_groups
+            schedule.base_lrs = [self.hparams["lr"]] * len(groups)
+            for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+                group["initial_lr"] = self.hparams["lr"]
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+
+    def log_step(self, figures: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Log a training step, if it is looked at: one collective, and no barrier, for all."""
+        self.figures = {}
+        if looked_at(self.trainer):
+            values = torch.stack([value.detach().float() for value in figures.values()])
+            if self.trainer.world_size > 1:
+                average([values])
+            names = [f"train/{name}" for name in figures]
+            self.figures = dict(zip(names, values, strict=True))
+        self.log_dict(self.figures, prog_bar=True, batch_size=len(batch["segments"]))
+
+    def log_validation(self, figures: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        named = {f"val/{name}": value for name, value in figures.items()}
+        self.log_dict(named, prog_bar=True, batch_size=len(batch["segments"]), sync_dist=True)
+
+    def compressions(self, count: int, batch_idx: int | None) -> list[float]:
+        """How much of each trunk is gone in a step, log-uniformly: what is drawn follows from the
+        step alone, so that a training that goes on from a checkpoint draws what it would have
+        drawn. Without a step, in validation, the middle."""
+        least, most = self.hparams["compressions"]
+        if batch_idx is None:
+            return [math.sqrt(least * most)] * count
+        where = f"{self.trainer.global_step} {batch_idx} {self.trainer.global_rank}"
+        rng = Random(f"locret compressions {where}")
+        return [least * (most / least) ** rng.random() for _ in range(count)]
+
+
+class HeadsTraining(TrainingModule):
+    """Trains heads on a frozen backbone. `save_dtype` is a hyperparameter, too.
+
+    Args:
+        loss, boundary_weight: of the loss on labels (`locret.heads.targets.LOSSES`).
+        quota_contexts, quota_sharpness: by which quotas are measured at the end.
+
+    Attributes:
+        heads: in float32, once `configure_model` has made them.
+        came_in: the dtype of heads that training starts from; they leave in it where `save_dtype`
+            says none.
+        longest_prompt: that heads were trained on, in tokens.
+
+    Raises:
+        ValueError: settings by which no quotas can be measured, or an unknown loss.
+    """
+
+    longest_prompt: Tensor
+    came_in = torch.float32
+
+    def __init__(
+        self, loss: str, boundary_weight: float, quota_contexts: int, quota_sharpness: float
+    ) -> None:
+        super().__init__()
+        if quota_contexts < 0:
+            raise ValueError(f"quota_contexts is {quota_contexts}; expected 0 (none) or more")
+        checked_sharpness(quota_sharpness)
+        self.heads: RetainingHeads | None = None
+        self.register_buffer("longest_prompt", torch.zeros((), dtype=torch.long))
+        # One with a state is ours, so that checkpoints hold it.
+        self.loss: Loss = make_loss(loss, boundary_weight)
+        # DDP would write the first process's values over the others'; the largest prompt counts,
+        # and thresholds are each process's own.
+        ours = ["longest_prompt", "loss.thresholds", "loss.rows"]
+        self._ddp_params_and_buffers_to_ignore = ours
+        # Past nn.Module's bookkeeping, so that the backbone is no submodule.
+        object.__setattr__(self, "backbone_model", None)
+
     @property
     def shards(self) -> DeviceMesh | None:
         """The processes over which the backbone is sharded; None if each has all of it."""
-        return None if self.device_mesh is None else shards_of(self.device_mesh)
-
-    def configure_model(self) -> None:
-        """Load the backbone and make the heads, once.
-
-        Raises:
-            ValueError: a quantized backbone or one that evicts is to be sharded, a backbone split,
-                or heads to start from are not of the shape and label that are trained.
-        """
-        if self.heads is not None:
-            return
-        given, shards = self.hparams, self.shards
-        if given["quantization"] and shards is not None:
-            raise ValueError(
-                f"a backbone in {given['quantization']} cannot be sharded: use --trainer.strategy "
-                "ddp, or leave model.quantization out"
-            )
-        if self._evicted is not None and shards is not None:
-            raise ValueError(
-                "a sharded backbone has features 'full' alone, as its processes read in step: use "
-                "--trainer.strategy ddp, or --model.features full"
-            )
-        loaded = load_model(
-            given["model"],
-            dtype=given["dtype"],
-            device=self.trainer.strategy.root_device if given["quantization"] else "cpu",
-            revision=given["revision"],
-            adapter=given["adapter"],
-            quantization=given["quantization"],
-            attn_implementation=given["attn_implementation"],
-        )
-        model = loaded.model.requires_grad_(False)
-        object.__setattr__(self, "backbone_model", model)
-        config = HeadsConfig.for_geometry(
-            Backbone(model).geometry,
-            None if given["kind"] == "linear" else given["width"],
-            backbone=loaded.name,
-            backbone_revision=loaded.revision,
-            backbone_sha256=weights_sha256(given["model"]),
-            model_type=model.config.model_type,
-            defaults={name: given[name] for name in ENGINE_SETTINGS},
-            **{name: given[name] for name in ("positions", *SHAPE_AND_LABEL)},
-        )
-        with torch.device("cpu"):  # the same heads from a seed, whatever strategy and device
-            fresh = given["heads"] is None
-            self.heads = RetainingHeads(config) if fresh else self._started(config)
-        if shards is not None:  # last: whatever sharding does to the random state
-            shard_backbone(model.get_decoder(), shards)
-
-    def _started(self, config: HeadsConfig) -> RetainingHeads:
-        """The heads to start from, in float32, with their quotas."""
-        source = self.hparams["heads"]
-        trained = RetainingHeads.from_pretrained(source)
-        pairs = {
-            name: (getattr(trained.config, name), getattr(config, name))
-            for name in (*SHAPE_AND_LABEL, "width")
-        }
-        others = [
-            f"{name}: heads {theirs!r}, model.{name} {ours!r}"
-            for name, (theirs, ours) in pairs.items()
-            if theirs != ours
-        ]
-        if others:
-            raise ValueError(
-                f"heads of {source} were not trained with the settings given: {'; '.join(others)}"
-            )
-        self.longest_prompt.fill_(trained.config.trained_tokens or 0)  # type: ignore[operator]
-        config = dataclasses.replace(config, quotas=trained.config.quotas)
-        tensors = trained.float().state_dict()
-        return RetainingHeads.from_tensors(config, tensors, source).requires_grad_(True)
-
-    def setup(self, stage: str) -> None:
-        self._averages_gradients = False
-
-    def on_fit_start(self) -> None:
-        restart_schedule(self)
-
-    def on_train_start(self) -> None:
-        assert self.heads is not None
-        # The search for a learning rate is a training of its own: this may be the second.
-        if not self._averages_gradients and takes_over(self.trainer.strategy):
-            self._averages_gradients = True
-            make_equal(self.heads.parameters())
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        # Where batches are accumulated, their sum is averaged over processes, not each of them.
-        at_once = self._averages_gradients and self.trainer.accumulate_grad_batches == 1
-        result = self._step(batch, batch_idx, start_average if at_once else None)
-        self.figures = self._figures(result) if looked_at(self.trainer) else {}
-        self.log_dict(self.figures, prog_bar=True, batch_size=len(batch["segments"]))
-        return result.loss
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        result = self._step(batch, batch_idx)
-        losses = {f"val/{name}": value for name, value in _losses(result).items()}
-        samples = len(batch["segments"])
-        self.log_dict(losses, prog_bar=True, batch_size=samples, sync_dist=True)
-        for predictions, targets in zip(result.predictions, result.targets, strict=True):
-            self.val_scores.update(predictions.to(self.device), targets.to(self.device))
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.val_scores.compute(), prog_bar=True)
-        self.val_scores.reset()
-
-    def configure_optimizers(self) -> Any:
-        assert self.heads is not None
-        return adamw(self, self.heads.parameters(), get_linear_schedule_with_warmup)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._averages_gradients and self.trainer.accumulate_grad_batches > 1:
-            assert self.heads is not None
-            average([p.grad for p in self.heads.parameters() if p.grad is not None])
-
-    def trained_heads(self) -> RetainingHeads:
-        """The heads in `save_dtype`, with the run's figures and longest prompt in their record."""
-        assert self.heads is not None
-        dtype = getattr(torch, self.hparams["save_dtype"])
-        return as_exported(self, self.heads, int(self.longest_prompt), dtype)  # type: ignore[arg-type]
+        return None
 
     @property
+    @abstractmethod
     def backbone(self) -> Backbone:
         """The frozen backbone, where this process trains."""
-        return self._distill().backbone
 
-    def _step(self, batch: dict[str, Any], batch_idx: int, share: Share | None = None) -> Distilled:
-        ids, segments = batch["input_ids"], batch["segments"]
-        if self.training:
-            longest = max(s.last_prompt_end - s.start for s in segments)
-            self.longest_prompt.clamp_(min=longest)  # type: ignore[operator]
-        if self.hparams["query_tokens"]:
-            ids, segments = with_query_in_front(ids, segments, self.hparams["query_tokens"])
-        distill = self._distill()
-        return distill(ids, segments, share, self._features(ids, segments, batch_idx))
-
-    def _features(self, ids: Tensor, segments: list[Segment], batch_idx: int) -> Features | None:
-        """What heads read of a model that evicts; None where they see the whole context. How it
-        reads follows from seed and step alone, so that it is the same in all processes and in a
-        training that goes on from a checkpoint."""
-        reading = self._evicted
-        if reading is None:
-            return None
-        how: tuple[float, int] | None = reading.middle
-        if self.training:
-            seed = os.environ.get("PL_GLOBAL_SEED", "")
-            where = f"{seed} {self.trainer.global_step} {batch_idx}"
-            how = reading.drawn(Random(f"locret evicted {where}"))
-        if how is None:
-            return None
+    def trained(self) -> Iterable[nn.Parameter]:
         assert self.heads is not None
-        return evicted_features(
-            self.backbone, self.heads, ids, segments, *how, reading.quantization
-        )
+        return self.heads.parameters()
 
-    def _distill(self) -> Distillation:
-        """Made at the first step, when the strategy has decided on which device we are."""
-        if self._distillation is None:
-            if self.shards is None and not self.hparams["quantization"]:
-                self.backbone_model.to(self.device)
-            backbone = Backbone(self.backbone_model, self.hparams["longrope"])
-            assert self.heads is not None
-            self._distillation = Distillation(
-                backbone,
-                self.heads,
-                alpha=self.hparams["alpha"],
-                loss=self.loss,
-                keep_scores=True,
-                chunk_size=self.hparams["train_chunk_size"],
-            )
-        return self._distillation
+    def note_prompts(self, segments: list[Segment]) -> None:
+        """Remember the longest prompt that heads were trained on."""
+        longest = max(segment.last_prompt_end - segment.start for segment in segments)
+        self.longest_prompt.clamp_(min=longest)
 
-    def _figures(self, result: Distilled) -> dict[str, Tensor]:
-        """What is logged of a training step: means over processes."""
-        self.layer_overlap = self._overlap_by_layer(result)
-        figures = {**_losses(result), "top10_overlap": self.layer_overlap.mean()}
-        named = {f"train/{name}": value for name, value in figures.items()}
-        return averaged(named, self.trainer)
-
-    def _overlap_by_layer(self, result: Distilled) -> Tensor:
-        """Top-10% overlap of each layer [layers], over the row's answers; on our device."""
+    def trained_heads(self) -> RetainingHeads:
+        """The heads on the CPU in `save_dtype`, with the run's figures and longest prompt in their
+        record."""
         assert self.heads is not None
-        overlaps = [
-            top_overlap(predictions, targets, 0.1).mean().to(self.device)
-            for predictions, targets in zip(result.predictions, result.targets, strict=True)
-        ]
-        return torch.stack(overlaps).view(len(self.heads.layers), -1).mean(dim=1)
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        longest, name = int(self.longest_prompt), self.hparams["save_dtype"]
+        config = dataclasses.replace(self.heads.config, trained_tokens=longest, metrics=metrics)
+        dtype = self.came_in if name is None else getattr(torch, name)
+        tensors = {name: t.to("cpu", dtype) for name, t in self.heads.state_dict().items()}
+        return RetainingHeads.from_tensors(config, tensors)
 
 
-def as_exported(
-    module: LightningModule, heads: RetainingHeads, trained_tokens: int, dtype: torch.dtype
-) -> RetainingHeads:
-    """Heads on the CPU in `dtype`, with the run's figures and longest prompt in their record.
+def detached(result: object) -> dict[str, Tensor]:
+    """The figures of what a step gave, by name."""
+    found = vars(result).items()
+    return {name: value.detach() for name, value in found if isinstance(value, Tensor)}
+
+
+def looked_at(trainer: Trainer) -> bool:
+    """Whether the trainer logs the step that is being taken, or it is the last one. The figures of
+    the others are not worth their time."""
+    step = trainer.global_step + 1
+    last = trainer.estimated_stepping_batches
+    return step % max(1, trainer.log_every_n_steps) == 0 or step == last
+
+
+class _MeanOverHeads(MeanMetric):
+    """Mean over updates, batch rows and heads, in float64."""
+
+    higher_is_better = True
+
+    def __init__(self) -> None:
+        super().__init__(nan_strategy="disable")  # a mean with a NaN is one
+        self.set_dtype(torch.float64)
+
+
+class TopOverlap(_MeanOverHeads):
+    """Share of the truly highest units that are among the predicted highest, 0 to 1.
+
+    Top-k recall at a budget of `fraction` of the units. A random prediction gets `fraction`.
 
     Args:
-        module: that was trained.
-        heads: its own.
-        trained_tokens: the longest prompt.
+        fraction: how many of the units count as highest.
     """
-    metrics = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
-    config = dataclasses.replace(heads.config, trained_tokens=trained_tokens, metrics=metrics)
-    tensors = {name: t.to("cpu", dtype) for name, t in heads.state_dict().items()}
-    return RetainingHeads.from_tensors(config, tensors)
+
+    def __init__(self, fraction: float = 0.1) -> None:
+        super().__init__()
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction is {fraction}; expected a number above 0 and at most 1")
+        self.fraction = fraction
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add scores and labels, both [B, H, P]."""
+        super().update(top_overlap(predictions, targets, self.fraction))
 
 
-def _losses(result: Distilled) -> dict[str, Tensor]:
-    return {
-        "loss": result.loss.detach(),
-        "regression": result.regression,
-        "smoothness": result.smoothness,
-    }
+class RankCorrelation(_MeanOverHeads):
+    """Spearman's correlation of predicted and true scores over the units of a head, -1 to 1.
+
+    Equal scores are ranked in the order in which they stand.
+    """
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add scores and labels, both [B, H, P]."""
+        ranks = [_ranks(x) for x in (predictions, targets)]
+        centred = [x - x.mean(dim=-1, keepdim=True) for x in ranks]
+        norms = centred[0].norm(dim=-1) * centred[1].norm(dim=-1)
+        super().update((centred[0] * centred[1]).sum(dim=-1) / norms.clamp_min(1e-12))
+
+
+def top_overlap(predictions: Tensor, targets: Tensor, fraction: float) -> Tensor:
+    """Share of the truly highest `fraction` of units that are among the predicted highest.
+
+    Scores and labels [..., P] -> [...].
+    """
+    top = max(1, round(fraction * targets.shape[-1]))
+    return (_top_mask(predictions, top) & _top_mask(targets, top)).sum(dim=-1) / top
+
+
+def _top_mask(scores: Tensor, top: int) -> Tensor:
+    indices = scores.topk(top, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices, True)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    order = scores.argsort(dim=-1, stable=True)
+    ranks = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.float64)
+    return torch.zeros_like(scores, dtype=torch.float64).scatter_(
+        -1, order, ranks.expand_as(scores)
+    )

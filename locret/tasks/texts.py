@@ -2,7 +2,7 @@
 
     TEXTS["logs"](Random(0), 2000)      # a log of about 2,000 tokens
 
-Heads that are trained on replay (`datamodules.branches`) learn from any text what a model needs to
+Heads that are trained on replay (`datamodules.encoder`) learn from any text what a model needs to
 say it again; they should have met what people put into prompts: lists, tables, JSON, identifiers,
 code, logs, dialogues and prose. Every text is a pure function of the generator's state and the
 number of tokens; code and prose come from CPython's standard library and differ with its version.

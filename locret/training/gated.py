@@ -1,9 +1,10 @@
-"""Heads tuned by what is lost without the units that they would evict: KL(full || gated).
+"""Losses on what answers lose of their context: KL(full || gated) for heads, KL(full || evicted)
+for an adapter, in rows of trunks with branches.
 
-The teacher is the model that sees everything. The student is the same frozen model, but each branch
-sees the units of its trunk through soft gates, which the heads' scores open and close; of the two
-predictions of every token of an answer the divergence is the loss. What gates cannot show, that
-another unit would have done as well, regression on labels never could.
+The teacher is the model that sees everything. For heads, the student is the same frozen model, but
+each branch sees the units of its trunk through soft gates, which the heads' scores open and close;
+of the two predictions of every token of an answer the divergence is the loss. What gates cannot
+show, that another unit would have done as well, regression on labels never could.
 
 The row is read once, by the teacher, which leaves keys, values and scores of the trunks: no gate
 changes them, as a trunk never sees its branches. So the student reads the branches' tokens alone,
@@ -11,45 +12,52 @@ and gradients flow through these alone, to the gates, and from there through the
 that the teacher left. Nothing of a trunk is computed twice or in the backward pass; features of the
 trunks stay in memory, 115 KB a token for Qwen2.5-Coder-1.5B in 16 bits (28 layers of 2,048).
 
-    gate = sigmoid((score - threshold) / temperature)
-
-A score at its threshold has gate 1/2; far above it 1, the unit is kept; far below it 0, the unit is
-gone. The colder, the fewer units are in between. Thresholds are such that so many scores are above
-them as a cache of that compression would keep.
-
-A unit's gate is added as log(gate) to its logits, by further channels of its key, so that attention
-is the fused one. Layers are computed again in the backward pass, and only answers meet the
-vocabulary, a block of tokens at a time.
+For an adapter, the teacher is the model without it, and the student the model with it, where each
+branch sees of its trunk the best units alone, by the scores of frozen heads. Here trunks change as
+well, so that gradients flow through the whole row; and a unit is there or not, as scores learn
+nothing. A row is read three times: by the teacher, by the student for scores (the best units of the
+whole model are known after its last layer), and by the student with gradients.
 
 L layers with heads, H KV heads, P units of a trunk. Scores are [L, H, P]; higher = keep.
 """
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from locret.heads.heads import RetainingHeads, is_logarithm
-from locret.heads.quotas import Quotas, quotas_of, unit_counts
+from locret.heads.quotas import quotas_of
 from locret.heads.targets import BoundaryLoss, Loss
+from locret.model.attend import Backend
 from locret.model.backbone import Backbone
-from locret.model.hooks import LayerCall, LayerFunction
+from locret.model.hooks import LayerCall, LayerFunction, without_autocast
+from locret.model.past import Past
+from locret.model.varlen import Text, attend_texts
 from locret.quantization import Quantization, scheme_of
-from locret.training.branch_reading import BranchAttention, Trunks, Way, ways_of
+from locret.training.branches import (
+    BranchAttention,
+    Divergence,
+    MeanOver,
+    Trunks,
+    divergence,
+    log_gates,
+    log_mask,
+    recomputing,
+    thresholds_for,
+    unbiased,
+)
 from locret.training.distill import Distillation
-from locret.training.divergence import Divergence, MeanOver, check_mean, divergence, recomputing
 from locret.training.row_loss import Distilled, PackedAttention, RowLoss
-from locret.training.segments import Segment, check_segments
+from locret.training.segments import Segment, Way, check_segments, slots_of, ways_of
 
 Threshold = Literal["global", "quotas"]
 """One for all units of the model, or one a head, such that it keeps its quota."""
-
-FLOOR = -20.0
-"""Of a gate's logarithm: 2e-9 of the weight, and no infinity in any dtype."""
 
 
 @dataclass
@@ -60,18 +68,69 @@ class Gated:
         loss: scalar; its backward gives the heads their gradients, once.
         divergence: scalar, KL(full || gated) in nats, mean over the answers' tokens.
         agreement: scalar, for how many of these tokens both find the same one most likely, 0 to 1.
-        opened: scalar, sum of all gates next to the units that stay: near 1 when they are cold.
         regression: scalar, the loss on labels; 0 where none are taken.
+        opened: scalar, sum of all gates next to the units that stay: near 1 when they are cold.
     """
 
     loss: Tensor
     divergence: Tensor
     agreement: Tensor
-    opened: Tensor
     regression: Tensor
+    opened: Tensor
 
 
-class GatedLoss:
+class _BranchLoss:
+    """What the losses of rows of trunks with branches share; arguments as of `GatedLoss`."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: RetainingHeads,
+        threshold: Threshold,
+        mean_over: MeanOver,
+        recompute: bool,
+        **of_labels: Any,
+    ) -> None:
+        check_tunable(heads, threshold)
+        if mean_over not in get_args(MeanOver):
+            raise ValueError(f"mean_over is {mean_over!r}; expected one of {get_args(MeanOver)}")
+        check_gates(backbone.config)
+        self.backbone = backbone
+        self.heads = heads
+        self.distillation = Distillation(backbone, heads, alpha=0.0, **of_labels)
+        self.recipe = self.distillation.recipe
+        self.quotas = quotas_of(heads.config.quotas if threshold == "quotas" else None)
+        self.mean_over = mean_over
+        self.recompute = recompute
+
+    def _read(self, input_ids: Tensor, layer: LayerFunction, at: Sequence[int] = ()) -> Tensor:
+        """The decoder's output [A, hidden size] of the tokens `at`."""
+        with self.backbone.attached(layer):
+            read = self.backbone.decoder(input_ids=input_ids, use_cache=False)
+        hidden: Tensor = read.last_hidden_state
+        return hidden[0, list(at)]
+
+    def _compare(
+        self,
+        input_ids: Tensor,
+        layer: LayerFunction,
+        asking: Sequence[Sequence[int]],
+        full: Tensor,
+        parameters: Sequence[nn.Parameter],
+    ) -> Divergence:
+        """What the student predicts at the tokens `asking` of each answer, next to the teacher's
+        output of these, `full`."""
+        at, counts = [token for each in asking for token in each], [len(each) for each in asking]
+        layers = self.backbone.decoder.layers
+        again = recomputing(layers) if self.recompute and parameters else contextlib.nullcontext()
+        # Gradients are taken in here: layers that are computed again need what is attached.
+        with again, self.backbone.attached(layer), torch.set_grad_enabled(bool(parameters)):
+            read = self.backbone.decoder(input_ids=input_ids, use_cache=False)
+            hidden = read.last_hidden_state[0, at]
+            return divergence(self.backbone, full, hidden, counts, self.mean_over, parameters)
+
+
+class GatedLoss(_BranchLoss):
     """Divergence of answers that see their context through gates, for rows of trunks with branches.
 
     Args:
@@ -107,21 +166,12 @@ class GatedLoss:
         quantization: Quantization = None,
         recompute: bool = True,
     ) -> None:
-        check_tunable(heads, threshold)
-        check_mean(mean_over)
+        of_labels: dict[str, Any] = {"loss": loss, "boundary_weight": boundary_weight}
+        super().__init__(backbone, heads, threshold, mean_over, recompute, **of_labels)
         if not regression_weight >= 0:
             raise ValueError(f"regression_weight is {regression_weight}; expected 0 or more")
-        check_gates(backbone.config)
-        self.distillation = Distillation(
-            backbone, heads, alpha=0.0, loss=loss, boundary_weight=boundary_weight
-        )
-        self.backbone = backbone
-        self.heads = heads
-        self.quotas = quotas_of(heads.config.quotas if threshold == "quotas" else None)
-        self.mean_over = mean_over
         self.regression_weight = regression_weight
         self.scheme = scheme_of(quantization)
-        self.recompute = recompute
 
     def __call__(
         self,
@@ -146,44 +196,37 @@ class GatedLoss:
         check_samples(segments, compressions)
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; expected a number above 0")
-        ways = ways_of(segments)
-        trunks = Trunks(self.distillation.recipe, segments, self.scheme, self.heads.training)
-        full, on_labels = self._teach(input_ids, segments, ways, trunks)
-        with torch.set_grad_enabled(self.heads.training):
+        ways, learning = ways_of(segments), self.heads.training
+        trunks = Trunks(self.recipe, segments, self.scheme, learning)
+        full, on_labels = self._teach(input_ids, trunks, ways)
+        ids = torch.cat([input_ids[:, way.stretch.start : way.stretch.end] for way in ways], dim=1)
+        asking = [[token + way.shift for token in way.asking] for way in ways]
+        parameters = [p for p in self.heads.parameters() if learning and p.requires_grad]
+        with torch.set_grad_enabled(learning):
             gates, opened = self._gates(trunks, compressions, temperature)
-            attention = BranchAttention(ways, trunks, gates, self.backbone.backend)
-            lost = self._compare(input_ids, ways, attention, full)
+            attention = BranchAttention(ways, trunks, gates, self.recipe.backend)
+            lost = self._compare(ids, attention, asking, full, parameters)
             loss, regression = lost.loss, lost.loss.new_zeros(())
             if on_labels is not None:
                 regression = on_labels.regression
                 loss = loss + self.regression_weight * on_labels.loss
-        return Gated(loss, lost.loss.detach(), lost.agreement, opened, regression)
+        return Gated(loss, lost.loss.detach(), lost.agreement, regression, opened)
 
     def _teach(
-        self, input_ids: Tensor, segments: Sequence[Segment], ways: Sequence[Way], trunks: Trunks
+        self, input_ids: Tensor, trunks: Trunks, ways: Sequence[Way]
     ) -> tuple[Tensor, Distilled | None]:
-        """Read the row with everything in sight, and collect its trunks.
-
-        Returns:
-            The decoder's output [A, hidden size] of the tokens that predict answers, and the loss
-            on labels.
-        """
-        recipe, decoder = self.distillation.recipe, self.backbone.decoder
-        of_labels = RowLoss(recipe, segments) if self.regression_weight else None
-        read: LayerFunction = PackedAttention(segments, recipe.backend)
+        """Read the row with everything in sight, and collect its trunks: the decoder's output of
+        the tokens that predict answers, and the loss on labels."""
+        of_labels = RowLoss(self.recipe, trunks.segments) if self.regression_weight else None
+        read: LayerFunction = PackedAttention(trunks.segments, self.recipe.backend)
         if of_labels is not None:
             read = of_labels.layer
-
-        def layer(call: LayerCall) -> Tensor:
-            trunks.add(call)
-            return read(call)
-
-        with torch.no_grad(), self.backbone.attached(layer):
-            hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state[0]
-        if isinstance(recipe.loss, BoundaryLoss):
-            recipe.loss.end_row()
         at = [token for way in ways for token in way.asking]
-        return hidden[at], None if of_labels is None else of_labels.result()
+        with torch.no_grad():
+            full = self._read(input_ids, trunks.collecting(read), at)
+        if isinstance(self.recipe.loss, BoundaryLoss):
+            self.recipe.loss.end_row()
+        return full, None if of_labels is None else of_labels.result()
 
     def _gates(
         self, trunks: Trunks, compressions: Sequence[float], temperature: float
@@ -197,20 +240,113 @@ class GatedLoss:
             opened.append(gates[-1].detach().exp().mean() * compression)
         return gates, torch.stack(opened).mean()
 
-    def _compare(
-        self, input_ids: Tensor, ways: Sequence[Way], attention: BranchAttention, full: Tensor
+
+class EvictedLoss(_BranchLoss):
+    """Divergence of answers that see what heads keep of their context, for rows of trunks with
+    branches.
+
+    Args:
+        backbone: the student, a model that carries an adapter.
+        heads: frozen, in float32 and on the backbone's device.
+        teacher: until its block ends, the backbone is the teacher.
+        threshold, mean_over: as of `GatedLoss`.
+        recompute: layers keep their input alone for the backward pass; nothing may drop out then.
+
+    Raises:
+        ValueError: heads or a backbone that `GatedLoss` would refuse, an unknown name, or an
+            adapter on the output layer, which teacher and student share.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: RetainingHeads,
+        teacher: Callable[[], AbstractContextManager[object]],
+        *,
+        threshold: Threshold = "global",
+        mean_over: MeanOver = "tokens",
+        recompute: bool = True,
+    ) -> None:
+        super().__init__(backbone, heads, threshold, mean_over, recompute)
+        if any(p.requires_grad for p in backbone.model.get_output_embeddings().parameters()):
+            raise ValueError(
+                "the adapter is on the output layer too, which teacher and student share; leave it "
+                "out of target_modules"
+            )
+        dtype, features = next(heads.parameters()).dtype, self.recipe.features
+        # In 16 bits many scores would be equal, and the first layers' would stay.
+        self.recipe = replace(self.recipe, features=lambda call: features(call).to(dtype))
+        self.teacher = teacher
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        segments: Sequence[Segment],
+        compressions: Sequence[float],
+        parameters: Sequence[nn.Parameter] = (),
     ) -> Divergence:
-        """Read the branches through the gates, next to what they were without them."""
-        backbone, learning = self.backbone, self.heads.training
-        ids = torch.cat([input_ids[:, way.stretch.start : way.stretch.end] for way in ways], dim=1)
-        at = [token + way.shift for way in ways for token in way.asking]
-        counts = [len(way.asking) for way in ways]
-        again = recomputing(backbone.decoder.layers) if self.recompute and learning else None
-        parameters = [p for p in self.heads.parameters() if learning and p.requires_grad]
-        # Gradients are taken in here: layers that are computed again need what is attached.
-        with again or contextlib.nullcontext(), backbone.attached(attention):
-            hidden = backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, at]
-            return divergence(backbone, full, hidden, counts, self.mean_over, parameters)
+        """One row of samples, as of `GatedLoss`.
+
+        Args:
+            parameters: what gradients are taken of; none = no gradients.
+        """
+        check_segments(segments, input_ids.shape[1])
+        check_samples(segments, compressions)
+        asking = [way.asking for way in ways_of(segments)]
+        plain = PackedAttention(segments, self.recipe.backend)
+        with torch.no_grad():
+            with self.teacher():
+                full = self._read(input_ids, plain, [token for each in asking for token in each])
+            masks = self._masks(input_ids, segments, compressions)
+        evicted = EvictedAttention(segments, masks, self.recipe.backend)
+        return self._compare(input_ids, evicted, asking, full, parameters)
+
+    def _masks(
+        self, input_ids: Tensor, segments: Sequence[Segment], compressions: Sequence[float]
+    ) -> list[Tensor]:
+        """Which units the student keeps of each trunk, [L, H, P] as of `log_mask`."""
+        trunks = Trunks(self.recipe, segments, learning=False)
+        plain = PackedAttention(segments, self.recipe.backend)
+        with without_autocast(input_ids.device):
+            self._read(input_ids, trunks.collecting(plain))
+        pairs = zip(trunks.scores_of_segments(), compressions, strict=True)
+        return [log_mask(scores, r, self.quotas) for scores, r in pairs]
+
+
+class EvictedAttention:
+    """A layer function: trunks attend to themselves, branches to themselves and to what is left of
+    their trunk; gradients flow.
+
+    Args:
+        segments: what stands in the row, in order, without gaps.
+        masks: for each segment, what is added to the logits of its trunk's units, [L, H, P].
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], masks: Sequence[Tensor], backend: Backend
+    ) -> None:
+        self.stretches = [stretch for segment in segments for stretch in segment.stretches]
+        # Of the whole row, as that is one tensor: nobody sees a branch through a mask.
+        rest = [segment.end - segment.last_prompt_end for segment in segments]
+        self.mask = torch.cat(
+            [pad(mask, (0, n)) for mask, n in zip(masks, rest, strict=True)], dim=-1
+        )
+        self.slots = slots_of(segments)
+        self.backend = backend
+
+    def __call__(self, call: LayerCall) -> Tensor:
+        query, key = (call.rotate_ranges(x, self.slots) for x in (call.query, call.key))
+        past = Past(key, call.value)
+        if call.retained_idx is not None:
+            past = past._replace(bias=self.mask[call.retained_idx][None])
+        query, masked, new = unbiased(query, past, (key, call.value), call.scaling)
+        texts = []
+        for stretch in self.stretches:
+            own, trunk = slice(stretch.start, stretch.end), slice(*stretch.trunk)
+            pieces = ((m[:, :, trunk], n[:, :, own]) for m, n in zip(masked, new, strict=True))
+            texts.append(Text(stretch.end - stretch.start, *pieces))
+        output = attend_texts(query, texts, call.scaling, self.backend, call.weighting)
+        return output[..., : call.query.shape[3]]
 
 
 def check_tunable(heads: RetainingHeads, threshold: Threshold) -> None:
@@ -264,71 +400,3 @@ def check_samples(segments: Sequence[Segment], compressions: Sequence[float]) ->
             f"compressions are {list(compressions)} for {len(segments)} samples; expected a number "
             "of at least 1 for each"
         )
-
-
-def thresholds_for(scores: Tensor, compression: float, quotas: Quotas | None = None) -> Tensor:
-    """Between the scores of the units that stay and those of the others.
-
-    Args:
-        scores: without gradients.
-        compression: 1 / so much of all units stays, at least one; 1 = all.
-        quotas: how many units each head keeps; None = the best of all heads and layers.
-
-    Returns:
-        [1, 1, 1] or, with quotas, [L, H, 1]; -inf where all units stay.
-    """
-    best_first = _compared(scores, quotas).sort(dim=-1, descending=True).values
-    kept = _kept(scores, compression, quotas)
-    last = best_first.shape[-1] - 1
-    # The middle of the last score that is kept and the first that is not.
-    middle = (best_first.gather(-1, kept - 1) + best_first.gather(-1, kept.clamp(max=last))) / 2
-    return middle.masked_fill(kept > last, -torch.inf)
-
-
-def log_mask(scores: Tensor, compression: float, quotas: Quotas | None = None) -> Tensor:
-    """Logarithms of gates that are as cold as can be: 0 where a unit stays, `FLOOR` elsewhere, like
-    the scores. Of equal scores the first stay: the same tokens have the same in a first layer.
-
-    Args: as of `thresholds_for`.
-    """
-    compared = _compared(scores, quotas)
-    place = compared.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    gone = place >= _kept(scores, compression, quotas)
-    return torch.zeros_like(compared).masked_fill(gone, FLOOR).view_as(scores)
-
-
-def _compared(scores: Tensor, quotas: Quotas | None) -> Tensor:
-    """Scores with those of which the best stay along the last axis: a head's, or all, [1, 1, *]."""
-    return scores.reshape(1, 1, -1) if quotas is None else scores
-
-
-def _kept(scores: Tensor, compression: float, quotas: Quotas | None) -> Tensor:
-    """How many of them stay, [1, 1, 1] or [L, H, 1]."""
-    if quotas is None:
-        kept = max(1, round(scores.numel() / compression))
-        return torch.tensor([[[kept]]], device=scores.device)
-    units = scores.shape[-1]
-    budget = max(1, round(units / compression))
-    counts = unit_counts(quotas.at(compression), budget, units)
-    return torch.tensor(counts, device=scores.device)[..., None]
-
-
-def log_gates(scores: Tensor, thresholds: Tensor, temperature: float) -> Tensor:
-    """Logarithms of gates, from `FLOOR` to 0.
-
-    The threshold follows the scores near it: how many units stay is given, so a change that lifts
-    all scores of a threshold alike opens no gate, and its gradient is zero. Without this, what all
-    heads have in common, to keep more, would hide in what they differ.
-
-    Args:
-        scores: with gradients.
-        thresholds: as of `thresholds_for`.
-        temperature: above 0, in the scores' unit.
-    """
-    with torch.no_grad():
-        gates = ((scores - thresholds) / temperature).sigmoid()
-        near = gates * (1 - gates)
-        total = near.sum_to_size(thresholds.shape).clamp(min=torch.finfo(near.dtype).tiny)
-    mean = (near / total * scores).sum_to_size(thresholds.shape)
-    moving = thresholds + (mean - mean.detach())
-    return logsigmoid((scores - moving) / temperature).clamp(min=FLOOR)

@@ -4,18 +4,26 @@ In every layer the answer's queries and the prompt's keys give the labels, the p
 give the predictions, and the layer's loss and its gradients are taken on the spot: nothing of a
 layer is kept after its loss. `PackedAttention` is the same row without heads or labels.
 
+A row longer than memory is read in chunks of tokens. They go through one layer before the next
+layer begins, so what is kept is the row's hidden states, and of a single layer its keys, values and
+features: about 24 KB a token of Llama-3.1-8B in bfloat16, where reading the row at once takes about
+120 KB. The other order, every chunk through all layers against a KV cache of the backbone, holds
+the keys and values of all layers instead (131 KB a token there, 393 KB in a model without GQA) and,
+since labels need the answer, which comes last, either the features of all layers or a second
+forward. Heads predict chunk by chunk too, and once more when gradients are taken.
+
 B batch (1), H KV heads, G query heads a KV head, T tokens, D head size, P prompt tokens, A answer
 tokens.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from typing import Any, Literal
+from functools import partial, reduce
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from locret.heads.heads import RetainingHeads
 from locret.heads.kinds import LayerTensors, RetainingHead
@@ -23,7 +31,7 @@ from locret.heads.targets import Label, Loss, smoothness
 from locret.model.attend import Backend, attend
 from locret.model.hooks import LayerCall
 from locret.model.varlen import Text, attend_texts
-from locret.training.segments import Segment
+from locret.training.segments import Segment, Stretch, slots_of
 
 PromptKeys = Literal["rotated", "unrotated"]
 Share = Callable[[Sequence[Tensor]], Callable[[], None]]
@@ -36,18 +44,9 @@ Features = list[list[Tensor]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How heads learn.
-
-    Attributes:
-        heads: what is trained.
-        features: what a head reads of a layer's tokens.
-        label: label definition.
-        loss: main loss, of predictions and labels.
-        alpha: weight of the smoothness loss.
-        backend: attention of the backbone.
-        keep_scores: keep predictions and labels of every layer.
-        prompt_keys: how the answer meets the prompt's keys.
-    """
+    """How heads learn: by `loss` on labels, and by smoothness, which weighs `alpha`. `features` is
+    what a head reads of a layer's tokens; `keep_scores` keeps predictions and labels of every
+    layer; `prompt_keys` is how the answer meets the prompt's keys."""
 
     heads: RetainingHeads
     features: Callable[[LayerTensors], Tensor]
@@ -96,7 +95,7 @@ class RowLoss:
     features: Features | None = None
 
     def __post_init__(self) -> None:
-        self.ranges = slots_of(self.segments)
+        self.plain = PackedAttention(self.segments, self.recipe.backend)
         self.shared: list[Callable[[], None]] = []
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.regression: list[Tensor] = []
@@ -104,19 +103,15 @@ class RowLoss:
         self.predictions: list[Tensor] = []
         self.targets: list[Tensor] = []
 
-    def reading(self, decoder: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Entered while `decoder` reads the row."""
-        return contextlib.nullcontext()
-
     def layer(self, call: LayerCall) -> Tensor:
         """The layer function: a layer's loss on the way, and its plain causal attention."""
-        query, key = (call.rotate_ranges(x, self.ranges) for x in (call.query, call.key))
+        query, key = self.plain.rotated(call)
         if call.retained_idx is not None and self.recipe.prompt_keys == "unrotated":
             return self._layer_as_released(call, query, key)
         if call.retained_idx is not None:
             targets = [self._labels(call, query, key, segment) for segment in self.segments]
             self.learn(call.retained_idx, self.recipe.features(call), targets)
-        return _attend_row(call, query, key, self.segments, self.recipe.backend)
+        return self.plain.attend(call, query, key)
 
     def learn(
         self, retained_idx: int, features: Tensor, targets: Sequence[Sequence[Tensor]]
@@ -131,7 +126,10 @@ class RowLoss:
         head, layers = self.recipe.heads[retained_idx], len(self.recipe.heads.layers)
         main, smooth, samples = [], [], len(self.segments)
         device = next(head.parameters()).device  # not always that of the layer
-        each = self._read_by_heads(retained_idx, features)
+        if self.features is None:
+            each = [features[:, s.start : s.last_prompt_end] for s in self.segments]
+        else:
+            each, self.features[retained_idx] = self.features[retained_idx], []
         with torch.set_grad_enabled(self.recipe.heads.training):
             for segment, read, labels in zip(self.segments, each, targets, strict=True):
                 predictions = self.predict(head, read.to(device)).float()
@@ -154,14 +152,6 @@ class RowLoss:
         self.regression.append(regression.detach())
         self.smoothness.append(differences.detach())
 
-    def _read_by_heads(self, retained_idx: int, features: Tensor) -> list[Tensor]:
-        """What the layer's head reads of each segment, of the row's `features` if it has no
-        others."""
-        if self.features is None:
-            return [features[:, s.start : s.last_prompt_end] for s in self.segments]
-        others, self.features[retained_idx] = self.features[retained_idx], []
-        return others
-
     def predict(self, head: RetainingHead, features: Tensor) -> Tensor:
         """Scores [B, H, T] of features [B, T, input width]."""
         return head(features)
@@ -182,14 +172,8 @@ class RowLoss:
     def label(
         self, call: LayerCall, query: Tensor, norms: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        """An answer's labels [B, H, P].
-
-        Args:
-            call: of the layer.
-            query: [B, H*G, A, D], the answer's, rotated.
-            norms: [B, A], see `AnswerView`.
-            key, value: [B, H, P + A, D], of prompt and answer, keys rotated.
-        """
+        """An answer's labels [B, H, P]: of its queries [B, H*G, A, D] and norms [B, A], and of keys
+        and values [B, H, P + A, D] of prompt and answer; queries and keys are rotated."""
         return self.recipe.label(call.seen_by(query, key, value, norms))
 
     def attend(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -229,6 +213,101 @@ class RowLoss:
         return torch.cat(outputs, dim=1)
 
 
+@dataclass(eq=False)
+class ChunkedRowLoss(RowLoss):
+    """`RowLoss` of a row of which a layer reads `chunk_size` tokens at a time."""
+
+    chunk_size: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.length = self.segments[-1].end
+        self._read_so_far: _LayerOfRow | None = None
+
+    def layer(self, call: LayerCall) -> Tensor:
+        """The layer function, for one chunk after the other; a layer's loss with its last."""
+        features = self.recipe.features(call)
+        read = self._read_so_far or _LayerOfRow(call, features, self.length, len(self.segments))
+        start, end = read.seen, read.seen + call.query.shape[2]
+        pieces = [
+            _Piece(i, stretch, max(start, stretch.start), min(end, stretch.end))
+            for i, segment in enumerate(self.segments)
+            for stretch in segment.stretches
+            if stretch.start < end and start < stretch.end
+        ]
+        ranges = [piece.stretch.slots(piece.start, piece.end) for piece in pieces]
+        query, key = (call.rotate_ranges(x, ranges) for x in (call.query, call.key))
+        read.key[:, :, start:end] = key
+        read.value[:, :, start:end] = call.value
+        read.features[:, start:end] = features
+        outputs = [self._read_piece(read, call, query, piece) for piece in pieces]
+        read.seen = end
+        self._read_so_far = read
+        if end == self.length:
+            self._read_so_far = None
+            if call.retained_idx is not None:
+                self.learn(call.retained_idx, read.features, read.targets)
+        return torch.cat(outputs, dim=1)
+
+    def predict(self, head: RetainingHead, features: Tensor) -> Tensor:
+        read = partial(checkpoint, head, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([*map(read, features.split(self.chunk_size, dim=1))], dim=-1)
+
+    def _read_piece(
+        self, read: "_LayerOfRow", call: LayerCall, query: Tensor, piece: "_Piece"
+    ) -> Tensor:
+        """Attention output of a piece's tokens, whose chunk has the rotated queries `query`.
+
+        Takes the labels of the answers that end here.
+        """
+        which, stretch, start, end = piece
+        keys, values = (stretch.seen(x, end) for x in (read.key, read.value))
+        for first, last in stretch.answers:
+            here = slice(max(first, start) - read.seen, min(last, end) - read.seen)
+            if here.start >= here.stop or call.retained_idx is None:
+                continue
+            read.asking.append((query[:, :, here], norms_of(call.hidden[:, here])))
+            if last <= end:
+                queries, norms = zip(*read.asking, strict=True)
+                asked = torch.cat(queries, dim=2), torch.cat(norms, dim=1)
+                read.asking = []
+                seen = slice(keys.shape[2] - (end - last))
+                labels = self.label(call, *asked, keys[:, :, seen], values[:, :, seen])
+                read.targets[which].append(labels)
+        return self.attend(call, query[:, :, start - read.seen : end - read.seen], keys, values)
+
+
+class _Piece(NamedTuple):
+    """Tokens of a chunk that are of one stretch, of segment number `which`; offsets of the row."""
+
+    which: int
+    stretch: Stretch
+    start: int
+    end: int
+
+
+class _LayerOfRow:
+    """What is kept of a layer while it reads the row's chunks.
+
+    Attributes:
+        seen: tokens read.
+        key, value: [B, H, row, D], keys rotated.
+        features: [B, row, input width].
+        asking: rotated queries and norms (see `AnswerView`) of the answer that is being read, chunk
+            by chunk.
+        targets: the labels of each segment's answers.
+    """
+
+    def __init__(self, call: LayerCall, features: Tensor, length: int, segments: int) -> None:
+        batch, heads, _, size = call.key.shape
+        self.seen = 0
+        self.key = call.key.new_empty(batch, heads, length, size)
+        self.value = call.value.new_empty(batch, heads, length, call.value.shape[-1])
+        self.features = features.new_empty(batch, length, features.shape[-1])
+        self.asking: list[tuple[Tensor, Tensor]] = []
+        self.targets: list[list[Tensor]] = [[] for _ in range(segments)]
+
+
 @dataclass(frozen=True)
 class PackedAttention:
     """A layer function: every segment attends to itself, from slot 0 on, and each of its branches
@@ -243,35 +322,29 @@ class PackedAttention:
     backend: Backend
 
     def __call__(self, call: LayerCall) -> Tensor:
+        return self.attend(call, *self.rotated(call))
+
+    def rotated(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their slots."""
         ranges = slots_of(self.segments)
-        query, key = (call.rotate_ranges(x, ranges) for x in (call.query, call.key))
-        return _attend_row(call, query, key, self.segments, self.backend)
+        return call.rotate_ranges(call.query, ranges), call.rotate_ranges(call.key, ranges)
 
-
-def _attend_row(
-    call: LayerCall, query: Tensor, key: Tensor, segments: Sequence[Segment], backend: Backend
-) -> Tensor:
-    """Attention output [B, T, H*G, D] of a whole row; query and key are rotated already."""
-    texts = [
-        Text(
-            stretch.end - stretch.start,
-            *(stretch.pieces(x, stretch.end) for x in (key, call.value)),
-        )
-        for segment in segments
-        for stretch in segment.stretches
-    ]
-    return attend_texts(query, texts, call.scaling, backend, call.weighting)
+    def attend(self, call: LayerCall, query: Tensor, key: Tensor) -> Tensor:
+        """Attention output [B, T, H*G, D] of a whole row; query and key are rotated already."""
+        texts = [
+            Text(
+                stretch.end - stretch.start,
+                *(stretch.pieces(x, stretch.end) for x in (key, call.value)),
+            )
+            for segment in self.segments
+            for stretch in segment.stretches
+        ]
+        return attend_texts(query, texts, call.scaling, self.backend, call.weighting)
 
 
 def norms_of(hidden: Tensor) -> Tensor:
     """Euclidean norms, float32 [B, T], of hidden states [B, T, hidden size]."""
     return hidden.norm(dim=-1, dtype=torch.float32)
-
-
-def slots_of(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
-    """Slots of a row's tokens, as `Rotary.rotate_ranges` takes them."""
-    stretches = [stretch for segment in segments for stretch in segment.stretches]
-    return [stretch.slots(stretch.start, stretch.end) for stretch in stretches]
 
 
 def _of_trunk(segment: Segment, labels: Sequence[Tensor]) -> Sequence[Tensor]:

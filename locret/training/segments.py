@@ -112,6 +112,43 @@ class Segment(NamedTuple):
         return [Stretch(*trunk, nothing, (), reach), *of_branches]
 
 
+def slots_of(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
+    """Slots of a row's tokens, as `Rotary.rotate_ranges` takes them."""
+    stretches = [stretch for segment in segments for stretch in segment.stretches]
+    return [stretch.slots(stretch.start, stretch.end) for stretch in stretches]
+
+
+class Way(NamedTuple):
+    """A branch in the row of branches.
+
+    Attributes:
+        segment: its trunk's, counted in the row.
+        stretch: the branch in the row that it comes from.
+        shift: from an offset in that row to one in the row of branches.
+    """
+
+    segment: int
+    stretch: Stretch
+    shift: int
+
+    @property
+    def asking(self) -> range:
+        """Tokens of the row that it comes from which predict one of its answer, the branch's own
+        alone: the trunk's last token predicts the same in both rows."""
+        ((start, end),) = self.stretch.answers
+        return range(max(start - 1, self.stretch.start), end - 1)
+
+
+def ways_of(segments: Sequence[Segment]) -> list[Way]:
+    """All branches of a row, one after the other."""
+    ways, at = [], 0
+    for number, segment in enumerate(segments):
+        for stretch in segment.stretches[1:]:
+            ways.append(Way(number, stretch, at - stretch.start))
+            at += stretch.end - stretch.start
+    return ways
+
+
 def check_segments(segments: Sequence[Segment], length: int) -> None:
     """Refuse segments that a row of `length` tokens cannot hold. ValueError: segments that do not
     fill the row one after the other, or a segment whose answers are none, empty, out of order,
@@ -153,15 +190,8 @@ def _check_branches(segment: Segment) -> None:
 def with_query_in_front(
     input_ids: Tensor, segments: Sequence[Segment], query_tokens: int
 ) -> tuple[Tensor, list[Segment]]:
-    """Repeat the end of each segment's last prompt, the question, at its start (Locret-Q).
-
-    Args:
-        input_ids: [1, N] long, a packed row.
-        segments: what stands in it.
-        query_tokens: how many tokens to repeat at most.
-
-    Returns:
-        The longer row and its segments.
+    """Repeat the end of each segment's last prompt in a row [1, N], its question of at most
+    `query_tokens`, at the segment's start (Locret-Q): the longer row and its segments.
 
     Raises:
         ValueError: a segment has branches: a trunk has no question.

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import training
-from datamodules.branches import LEAD_TOKENS
+from datamodules.encoder import LEAD_TOKENS
 
 TINY = ["--shape", "tiny", "--width", "8", "--device", "cpu", "--repeats", "1"]
 

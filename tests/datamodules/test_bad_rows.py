@@ -7,10 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datamodules import conversations, tables
-from datamodules.conversations import FIELDS, Conversation, SkippedRow, parse_row
+from datamodules import rows
+from datamodules.conversations import Conversation, SkippedRow
 from datamodules.datamodule import ConversationDataModule
 from datamodules.encoder import ConversationEncoder
+from datamodules.rows import FIELDS, parse_row
 from datamodules.sources import JsonlSource, ParquetSource
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -138,8 +139,8 @@ def turns_of(answer: str) -> list[dict[str, str]]:
 
 
 def test_a_row_that_is_too_long_is_not_even_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "_MAX_LINE", 100)
-    monkeypatch.setattr(conversations, "MAX_CHARACTERS", 30)
+    monkeypatch.setattr(rows, "_MAX_LINE", 100)
+    monkeypatch.setattr(rows, "MAX_CHARACTERS", 30)
     path = tmp_path / "rows.jsonl"
     long, longer = ({**GOOD, "output": "x" * n} for n in (31, 1000))
     path.write_text("\n".join(map(json.dumps, (GOOD, long, longer, GOOD, longer))))

@@ -3,17 +3,18 @@ import dataclasses
 import pytest
 import torch
 
-from datamodules.branches import (
+from datamodules.conversations import Conversation, SkippedRow, exchange
+from datamodules.datamodule import ConversationDataModule
+from datamodules.dataset import CachedEncoder
+from datamodules.encoder import (
     ASKING_TOKENS,
     REPEAT,
     REPEAT_AFTER,
     BranchEncoder,
     Branching,
+    ConversationEncoder,
 )
-from datamodules.cache import CachedEncoder
-from datamodules.conversations import Conversation, SkippedRow, exchange, parse_row
-from datamodules.datamodule import ConversationDataModule
-from datamodules.encoder import ConversationEncoder
+from datamodules.rows import parse_row
 from datamodules.sources import SyntheticSource
 from locret.training.segments import Segment
 from tests.datamodules.test_datamodule import Numbers

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from datamodules import cache
-from datamodules.cache import CachedEncoder
+from datamodules import dataset
 from datamodules.conversations import Conversation, SkippedRow
+from datamodules.dataset import CachedEncoder
 from datamodules.encoder import ConversationEncoder
 from tests.datamodules.test_multiturn import conversation
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -105,7 +105,7 @@ def test_a_full_disk_warns_once_and_changes_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     row, encode = conversation(), cached(tmp_path)
-    monkeypatch.setattr(cache.os, "replace", full)
+    monkeypatch.setattr(dataset.os, "replace", full)
     with pytest.warns(UserWarning, match="No space left") as warned:
         assert same(encode(row), encode(row))
     assert len(warned) == 1

@@ -11,10 +11,8 @@ from random import Random
 import pytest
 from torch.utils.data import DataLoader
 
-from datamodules.code import CodeSource, find_code
-from datamodules.code_questions import QUESTIONS, askable, parse, questions
+from datamodules.code import QUESTIONS, CodeSource, askable, find_code, parse, questions
 from datamodules.sources import Source
-from locret.tasks.code import SourceFile
 from tests.datamodules.test_branches import set_up
 
 FILE = '''
@@ -198,7 +196,7 @@ class Twice:
 
 
 def test_what_can_be_asked_about_lines_that_begin_within_a_class():
-    code = parse(SourceFile("a.py", TEXT.strip("\n")))
+    code = parse("a.py", TEXT.strip("\n"))
     found = {(each.kind, each.function, each.of, each.answer) for each in askable(code)}
     assert {each for each in found if each[0] != "contains"} == {
         ("default", "method", "two", "22"),
@@ -209,7 +207,7 @@ def test_what_can_be_asked_about_lines_that_begin_within_a_class():
         ("after", "", "value = one * two", "other = self.of(value)"),
         ("before", "", "other = self.of(value)", "value = one * two"),
     }
-    asked = questions(Random(0), [code], f"a.py {TEXT}", 4)
+    asked = questions(Random(0), [code], f"a.py {TEXT}")
     kinds = [check(f"a.py {TEXT}", f"\n\n{question}", answer) for question, answer in asked]
     assert kinds.count("default") == 1 and len(kinds) == 4
 

@@ -3,8 +3,7 @@ import pickle
 import pytest
 import torch
 
-from datamodules.chat_format import end_of_turn_id
-from datamodules.conversations import Conversation, SkippedRow
+from datamodules.conversations import Conversation, SkippedRow, end_of_turn_id
 from datamodules.encoder import ConversationEncoder, cut_window
 from tests.tiny_tokenizer import tiny_tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from datamodules import quiz
-from datamodules.branches import BranchEncoder, Branching
+from datamodules.encoder import BranchEncoder, Branching
 from datamodules.sources import JsonlSource
 from datamodules.texts import GeneratedTexts
 from locret.model.loading import load_model

@@ -6,7 +6,8 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from datamodules import sources
-from datamodules.conversations import FIELDS, SkippedRow, parse_row
+from datamodules.conversations import SkippedRow
+from datamodules.rows import FIELDS, parse_row
 from datamodules.sources import HubSource, JsonlSource, ParquetSource, Source, SyntheticSource
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from datamodules.cache import CachedEncoder
-from datamodules.conversations import SkippedRow, parse_row
+from datamodules.conversations import SkippedRow
+from datamodules.dataset import CachedEncoder
 from datamodules.encoder import ConversationEncoder
+from datamodules.rows import parse_row
 from datamodules.sources import JsonlSource, ParquetSource
 from tests.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 

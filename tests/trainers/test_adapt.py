@@ -10,7 +10,7 @@ from locret.model.loading import load_model
 from tests.tiny_models import tiny_heads
 from tests.trainers.runs import logged, run_forked, source, tiny_run
 from trainers import adapt, fit
-from trainers.adapter import AdapterModule
+from trainers.adapt import AdapterModule
 from trainers.callbacks import ExportAdapter
 from trainers.cli import build, status
 

@@ -11,7 +11,7 @@ from locret.model.loading import load_model
 from tests.tiny_models import prompt, tiny_heads
 from tests.trainers.killer import kill_at
 from tests.trainers.runs import callbacks, logged, run_forked, source, tiny_run, weights
-from trainers import module
+from trainers import fit
 from trainers.callbacks import ExportHeads
 from trainers.cli import build, status
 from trainers.fit import main
@@ -57,13 +57,13 @@ def test_heads_go_on_from_others_and_get_quotas_anew(backbones, heads, rows, tmp
 
 
 def test_every_batch_draws_and_validation_does_not(backbones, heads, rows, tmp_path, monkeypatch):
-    seen, real = [], module.evicted_features
+    seen, real = [], fit.evicted_features
 
     def watched(backbone, heads, ids, segments, *how):
         seen.append((heads.training, heads.config.quotas, *how))
         return real(backbone, heads, ids, segments, *how)
 
-    monkeypatch.setattr(module, "evicted_features", watched)
+    monkeypatch.setattr(fit, "evicted_features", watched)
     monkeypatch.setattr(ExportHeads, "on_train_end", lambda *_: None)
     more = [
         source(rows, "val"),
@@ -74,7 +74,7 @@ def test_every_batch_draws_and_validation_does_not(backbones, heads, rows, tmp_p
         '--model.evicted_quantization={"name": "rotated", "bits": 3}',
     ]
     cli = build(
-        module.HeadsModule,
+        fit.HeadsModule,
         ExportHeads,
         arguments(backbones, heads, rows, tmp_path, *more, steps=8),
     )

@@ -23,8 +23,7 @@ from tests.trainers.runs import (
 )
 from trainers.callbacks import ExportHeads
 from trainers.cli import build, status
-from trainers.fit import main
-from trainers.module import HeadsModule
+from trainers.fit import HeadsModule, main
 
 FAMILY_OF_CONFIG = {  # configs of heads
     "llama31.yaml": "llama",

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from trainers.figures import TopOverlap
-from trainers.module import RECALL_AT, HeadsModule
+from trainers.fit import RECALL_AT, HeadsModule
+from trainers.module import TopOverlap
 
 
 def naive_overlap(predictions, targets, fraction):

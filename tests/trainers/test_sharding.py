@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainers.adapter import AdapterModule
-from trainers.module import HeadsModule
+from trainers.adapt import AdapterModule
+from trainers.fit import HeadsModule
 
 
 class Mesh:

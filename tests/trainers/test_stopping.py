@@ -17,8 +17,7 @@ from tests.trainers.runs import ROOT, callbacks, run_forked, source, tiny_run, w
 from trainers import adapt, fit
 from trainers.callbacks import ExportHeads, StopBetweenSteps, signal_behind
 from trainers.cli import build, status
-from trainers.fit import main
-from trainers.module import HeadsModule
+from trainers.fit import HeadsModule, main
 
 
 def last_line(capfd):

@@ -17,7 +17,7 @@ from tests.trainers.runs import callbacks, logged, run_forked, source, tiny_run,
 from trainers import tune
 from trainers.callbacks import ExportTunedHeads
 from trainers.cli import build, status
-from trainers.gated import GatedModule
+from trainers.tune import GatedModule
 
 CONFIG = "qwen25_coder_kl.yaml"
 
