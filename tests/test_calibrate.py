@@ -16,9 +16,9 @@ from locret.engine.calibration import Calibration, why_not
 from locret.heads.quotas import quotas_of
 from locret.heads.targets import LABELS
 from locret.policies import POLICIES, Policy
+from locret.policies.base import LocretPolicy
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.policies.kvzip import Wording
-from locret.policies.locret import LocretPolicy
 from locret.system.interrupts import Stopped
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer

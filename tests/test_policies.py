@@ -8,11 +8,14 @@ import torch
 
 import locret
 from locret.policies import POLICIES, LayerChunk, Policy
-from locret.policies.attention import H2OPolicy
-from locret.policies.expected_attention import ExpectedAttentionPolicy
-from locret.policies.plain import StreamingLLMPolicy
-from locret.policies.sirllm import SirLLMPolicy
-from locret.policies.snapkv import PyramidKVPolicy, SnapKVPolicy, pyramid
+from locret.policies.attention import (
+    ExpectedAttentionPolicy,
+    H2OPolicy,
+    PyramidKVPolicy,
+    SnapKVPolicy,
+    pyramid,
+)
+from locret.policies.plain import SirLLMPolicy, StreamingLLMPolicy
 from tests import policy_reference
 from tests.kept import kept_of, stacked
 from tests.policy_reference import RULES

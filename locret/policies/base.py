@@ -1,7 +1,7 @@
 """What a policy is: a rule that says which cache units to keep. One method makes a policy.
 
-`LayerChunk` is what it sees, `Eviction` how many units stay, `highest_of_all` what stays where
-heads or layers share what they have. How the units with the highest scores are chosen:
+`LayerChunk` is what it sees, `LocretPolicy` the simplest and the paper's, `Eviction` how many units
+stay, `highest_of_all` what stays where heads or layers share what they have. How the units with the highest scores are chosen:
 `locret.kernels.select_sequences` (paper, section 3.3: after a chunk every KV head keeps its highest
 scores; the last units, the stabilizers, are kept whatever they scored; kept units stay in order).
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from locret.cache.merging import Merging
+from locret.heads.heads import FEATURES, RetainingHeads
 from locret.heads.targets import AnswerView
 
 HIGHEST = torch.finfo(torch.float32).max
@@ -275,6 +276,23 @@ class Policy:
         """How many units of `context` tokens each layer that is not bounded by a window keeps,
         `budget` on average."""
         return [budget] * num_layers
+
+
+class LocretPolicy(Policy):
+    """Scores are the retaining heads'. Cost: one small MLP a layer and token.
+
+    Args:
+        heads: the heads, on the backbone's device.
+    """
+
+    name = "locret"
+
+    def __init__(self, heads: RetainingHeads) -> None:
+        self.heads = heads
+
+    def score(self, chunk: LayerChunk) -> Tensor:
+        features = FEATURES[self.heads.config.tap]
+        return self.heads.layers[chunk.layer_idx](features(chunk))
 
 
 @dataclass(frozen=True)
