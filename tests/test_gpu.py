@@ -7,10 +7,12 @@ import locret
 from locret.cache.sequences import sequences_of
 from locret.engine.engine import Engine
 from locret.engine.steps import EAGER_STEPS
-from locret.model import ragged, varlen
-from locret.model.attend import PLAIN, attend, attend_past, available
+from locret.model import attend as attention
+from locret.model import varlen
+from locret.model.attend import Past, attend_past
 from locret.model.backbone import PRENORM
-from locret.model.past import Past
+from locret.model.backends import attend, available
+from locret.model.hooks import PLAIN
 from locret.model.prenorm import why_not_fused
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
@@ -230,7 +232,7 @@ def test_backends_agree(new, held, group, size):
 @pytest.mark.parametrize("most", [0, 2**38])
 @pytest.mark.parametrize("new", [1, 20, 128, 257])
 def test_backends_agree_over_sequences_of_different_lengths(monkeypatch, most, new, group, size):
-    monkeypatch.setattr(ragged, "_MOST_WORK", most)
+    monkeypatch.setattr(attention, "_MOST_WORK", most)
     torch.manual_seed(0)
     counts = ((700, 3), (0, 129))
     sequences = sequences_of(counts, torch.device("cuda", 0))

@@ -16,8 +16,8 @@ from locret.cache.merging import (
 from locret.cache.sequences import sequences_of
 from locret.cache.store import Store
 from locret.cache.tail import NewTokens
-from locret.model.attend import PLAIN, attend_past
-from locret.model.past import Past, with_bias_in_channels
+from locret.model.attend import Past, attend_past, with_bias_in_channels
+from locret.model.hooks import PLAIN
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from tests import policy_reference
 from tests.policy_reference import Unit, merge

@@ -11,7 +11,7 @@ from locret.cache.host_blocks import HostBlocks
 from locret.cache.merging import Merging
 from locret.cache.recall import block_relevance, mean_logits
 from locret.evaluation.setups import Engines, expand
-from locret.model.attend import attend
+from locret.model.backends import attend
 from locret.model.hooks import cache_of
 from locret.model.loading import LoadedModel
 from locret.policies import POLICIES, Policy

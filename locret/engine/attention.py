@@ -15,7 +15,7 @@ from locret.cache.sequences import alike, sequences_of
 from locret.cache.tail import NewTokens
 from locret.engine.passes import AnswerPass, Pass, ReadPass, Stored, Surprise, own_positions
 from locret.engine.rereading import FirstPass
-from locret.model.attend import Backend, attend
+from locret.model.backends import Backend, attend
 from locret.model.hooks import LayerCall, without_autocast
 from locret.model.rotary import Rotary
 from locret.policies.base import Eviction, Policy

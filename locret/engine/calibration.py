@@ -22,8 +22,8 @@ from torch import Tensor
 from locret.engine.passes import chunk_of
 from locret.engine.rereading import keep_highest
 from locret.heads.quotas import COMPRESSIONS, averaged, measured
-from locret.model.attend import Backend, attend
 from locret.model.backbone import Backbone
+from locret.model.backends import Backend, attend
 from locret.model.hooks import LayerCall
 from locret.policies import LocretPolicy, Policy
 

@@ -25,8 +25,8 @@ from locret.engine.graphs import why_not_graphed
 from locret.engine.recorded import RECORDED, Auto, Recorded
 from locret.heads.heads import HeadsConfig
 from locret.heads.quotas import Quotas, quotas_of
-from locret.model.attend import Backend, available, check_backend, fastest
 from locret.model.backbone import Backbone
+from locret.model.backends import Backend, available, check_backend, fastest
 from locret.model.rotary import LongRopeRule
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.policies.base import Eviction

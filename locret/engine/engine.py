@@ -38,8 +38,8 @@ from locret.engine.recorded import Auto
 from locret.engine.steps import StepCounts
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import QuotasChoice
-from locret.model.attend import Backend
 from locret.model.backbone import Backbone
+from locret.model.backends import Backend
 from locret.model.rotary import LongRopeRule
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.quantities import BudgetChoice

@@ -22,9 +22,9 @@ from locret.cache.layer import RetainedLayer
 from locret.cache.sequences import sent
 from locret.cache.tail import NewTokens
 from locret.engine.choosing import Choice, Scores
-from locret.model.attend import Backend, attend, attend_past
+from locret.model.attend import Past, attend_past
+from locret.model.backends import Backend, attend
 from locret.model.hooks import LayerCall, without_autocast
-from locret.model.past import Past
 from locret.model.rotary import Rotary
 from locret.policies.base import Context, Eviction, LayerChunk, Policy
 

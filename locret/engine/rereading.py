@@ -16,7 +16,8 @@ from locret.cache.cache import RetainedCache
 from locret.cache.layer import RetainedLayer
 from locret.cache.tail import NewTokens
 from locret.engine.passes import Pass, next_slots, own_positions, pasts_of, rectangle_of
-from locret.model.attend import Backend, attend_past
+from locret.model.attend import attend_past
+from locret.model.backends import Backend
 from locret.model.hooks import LayerCall, without_autocast
 from locret.policies.base import Policy
 

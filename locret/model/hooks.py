@@ -25,11 +25,41 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from locret.cache.cache import RetainedCache
 from locret.cache.sequences import Sequences
 from locret.heads.targets import AnswerView
-from locret.model.attend import PLAIN, Weighting
 from locret.model.rotary import Rotary, identity_tables
 
 IMPLEMENTATION = "locret"
 """The name under which transformers knows our attention function."""
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """What else decides a layer's attention weights, beside the softmax scale.
+
+    Attributes:
+        window: a query sees its own slot and the window - 1 before it; None = all.
+        softcap: logits become softcap * tanh(logit / softcap); None = they stay as they are.
+        sinks: [H*G], a logit for each query head that takes weight and gives no value; None = none.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.window is None and not self.bends
+
+    def of_heads(self, which: slice) -> "Weighting":
+        """That of some query heads."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[which])
+
+    @property
+    def bends(self) -> bool:
+        """The softmax itself is another one, which fused attention does not compute."""
+        return self.softcap is not None or self.sinks is not None
+
+
+PLAIN = Weighting()
 
 
 @dataclass(frozen=True)
@@ -173,9 +203,11 @@ class AttentionLayer:
 LayerFunction = Callable[[LayerCall], Tensor]
 """Computes a layer's attention output [B, T, H*G, D] from its call."""
 
+
 Rotation = Callable[[int, Tensor, Any, Rotary | None], tuple[Tensor, Tensor] | None]
 """Given layer index, hidden states, cache and rotary: the tables with which the layer may rotate by
 itself, or None if it must hand over queries and keys unrotated."""
+
 
 Finish = Callable[[Any, Tensor, Tensor], None]
 """Given the cache, input_ids [B, T] and the decoder's output [B, T, hidden size]."""

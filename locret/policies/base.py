@@ -1,9 +1,10 @@
 """What a policy is: a rule that says which cache units to keep. One method makes a policy.
 
 `LayerChunk` is what it sees, `LocretPolicy` the simplest and the paper's, `Eviction` how many units
-stay, `highest_of_all` what stays where heads or layers share what they have. How the units with the highest scores are chosen:
-`locret.kernels.select_sequences` (paper, section 3.3: after a chunk every KV head keeps its highest
-scores; the last units, the stabilizers, are kept whatever they scored; kept units stay in order).
+stay, `highest_of_all` what stays where heads or layers share what they have. How the
+units with the highest scores are chosen: `locret.kernels.select_sequences` (paper, section 3.3:
+after a chunk every KV head keeps its highest scores; the last units, the stabilizers, are kept
+whatever they scored; kept units stay in order).
 
 B batch, H KV heads, G query heads a KV head, S units held, T new tokens, W queries, D head size.
 """

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from locret.model.attend import Backend
+from locret.model.attend import Past, with_bias_in_channels
+from locret.model.backends import Backend
 from locret.model.hooks import LayerCall, without_autocast
-from locret.model.past import Past, with_bias_in_channels
 from locret.model.varlen import Text, attend_texts
 from locret.quantization import NO_SCHEME, Scheme
 from locret.quantization.packed import pack_keys, pack_values
@@ -172,7 +172,7 @@ def unbiased(
     """Queries, past and new keys and values, with channels that carry the past's bias if it has
     one: any attention takes them, and gradients flow to the bias.
 
-    Args: as of `locret.model.past.with_bias_in_channels`, for one rectangle that is past.
+    Args: as of `locret.model.attend.with_bias_in_channels`, for one rectangle that is past.
     """
     if past.bias is None:
         return query, (past.keys, past.values), new

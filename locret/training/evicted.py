@@ -21,10 +21,10 @@ from torch.nn.functional import pad
 
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import quotas_of
-from locret.model.attend import Backend
+from locret.model.attend import Past
 from locret.model.backbone import Backbone
+from locret.model.backends import Backend
 from locret.model.hooks import LayerCall, LayerFunction, without_autocast
-from locret.model.past import Past
 from locret.model.varlen import Text, attend_texts
 from locret.training.branch_reading import Trunks, unbiased, ways_of
 from locret.training.distill import Distillation
