@@ -12,7 +12,7 @@ import locret
 from locret import RetainingHeads
 from locret.cli import main
 from locret.commands import calibrate
-from locret.engine.calibration import Calibration, why_not
+from locret.engine.budgets import Calibration, why_not_calibrated
 from locret.heads.quotas import quotas_of
 from locret.heads.targets import LABELS
 from locret.policies import POLICIES, Policy
@@ -133,7 +133,10 @@ def test_policies_without_an_opinion_are_refused(policy, message):
 
 
 def test_all_other_policies_can_be_calibrated():
-    assert {name for name, policy in POLICIES.items() if why_not(policy)} == {"full", "sirllm"}
+    assert {name for name, policy in POLICIES.items() if why_not_calibrated(policy)} == {
+        "full",
+        "sirllm",
+    }
 
 
 # ---- the command ---------------------------------------------------------------------------------

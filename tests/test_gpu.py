@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import locret
-from locret.cache.sequences import sequences_of
+from locret.cache.context import sequences_of
+from locret.engine.answering import EAGER_STEPS
 from locret.engine.engine import Engine
-from locret.engine.steps import EAGER_STEPS
 from locret.model import attend as attention
 from locret.model import varlen
 from locret.model.attend import Past, attend_past
@@ -51,7 +51,7 @@ def test_fused_chunks_leave_what_the_stock_forward_does(family, monkeypatch):
     engine.prefill(prompt(2000, batch=2).cuda())  # compiles, and makes tables
     held, peaks = [], []
     for reason in (why_not_fused, lambda *_: "it is compared"):
-        monkeypatch.setattr("locret.engine.forward.why_not_fused", reason)
+        monkeypatch.setattr("locret.engine.reading.why_not_fused", reason)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         cache = engine.prefill(prompt(2000, batch=2).cuda())

@@ -9,7 +9,7 @@ import torch
 import locret
 from datamodules.branches import BranchEncoder, Branching
 from datamodules.conversations import Conversation, exchange
-from locret.engine.calibration import Calibration
+from locret.engine.budgets import Calibration
 from locret.evaluation.setups import Engines, expand
 from locret.model.backbone import Backbone
 from locret.model.loading import LoadedModel

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import locret
-from locret.cache.sequences import sequences_of
+from locret.cache.context import sequences_of
 from locret.model import attend, varlen
 from locret.model.attend import Past, are_few, attend_past
 from tests.tiny_models import prompt, tiny_heads, tiny_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import locret
-from locret.cache.sequences import sequences_of
+from locret.cache.context import sequences_of
 from locret.model.hooks import as_argument, cache_of
 from locret.policies.attention import ExpectedAttentionPolicy
 from locret.policies.compose import AdaptiveHeads

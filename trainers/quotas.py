@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from locret.commands.progress import Progress
-from locret.engine.calibration import Calibration, why_not
+from locret.engine.budgets import Calibration, why_not_calibrated
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import checked_sharpness
 from locret.policies import LocretPolicy
@@ -61,4 +61,4 @@ def _why_not(module: Any, heads: RetainingHeads) -> str | None:
             "the backbone is sharded over processes; python -m locret calibrate does it with the "
             "whole one"
         )
-    return why_not(LocretPolicy(heads))
+    return why_not_calibrated(LocretPolicy(heads))

@@ -104,7 +104,7 @@ def run(given: argparse.Namespace) -> None:
     """Measure quotas, and write them."""
     import torch
 
-    from locret.engine.calibration import Calibration
+    from locret.engine.budgets import Calibration
     from locret.engine.engine import Engine
 
     heads = shared.load_heads(given)
@@ -149,7 +149,7 @@ def run(given: argparse.Namespace) -> None:
 
 def _checked(given: argparse.Namespace, heads: RetainingHeads | None) -> str:
     """The policy's name, once what is cheap to get wrong was looked at."""
-    from locret.engine.calibration import why_not
+    from locret.engine.budgets import why_not_calibrated
 
     policy = given.policy or (LocretPolicy.name if heads else None)
     if policy is None:
@@ -159,7 +159,7 @@ def _checked(given: argparse.Namespace, heads: RetainingHeads | None) -> str:
     if policy == LocretPolicy.name and heads is None:
         raise ValueError(f"policy {policy!r} scores with heads; give --heads")
     made = LocretPolicy(heads) if heads and policy == LocretPolicy.name else POLICIES[policy]
-    reason = why_not(made)
+    reason = why_not_calibrated(made)
     if reason is not None:
         raise ValueError(f"policy {policy!r} cannot be calibrated: {reason}")
     if given.out is None and policy != LocretPolicy.name:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from locret.cache.sequences import Sequences
+from locret.cache.context import Sequences
 from locret.heads.quotas import is_on_grid
 from locret.kernels import merge_attention
 from locret.model.backends import CUDNN_CHANNELS, Backend, attend, multiplies_fast

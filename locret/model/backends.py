@@ -32,7 +32,6 @@ from locret.model.hooks import PLAIN, Weighting
 
 Backend = Literal["eager", "sdpa", "cudnn", "flash_attn", "minference"]
 
-
 CUDNN_CHANNELS = 128  # of a head, at most
 
 _BLOCK_ELEMENTS = 2**28  # of the logits that the eager backend has in memory at a time

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from locret.cache.cache import RetainedCache
-from locret.cache.sequences import Sequences
+from locret.cache.context import Sequences
 from locret.heads.targets import AnswerView
 from locret.model.rotary import Rotary, identity_tables
 
@@ -203,11 +203,9 @@ class AttentionLayer:
 LayerFunction = Callable[[LayerCall], Tensor]
 """Computes a layer's attention output [B, T, H*G, D] from its call."""
 
-
 Rotation = Callable[[int, Tensor, Any, Rotary | None], tuple[Tensor, Tensor] | None]
 """Given layer index, hidden states, cache and rotary: the tables with which the layer may rotate by
 itself, or None if it must hand over queries and keys unrotated."""
-
 
 Finish = Callable[[Any, Tensor, Tensor], None]
 """Given the cache, input_ids [B, T] and the decoder's output [B, T, hidden size]."""

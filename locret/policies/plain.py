@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from locret.cache.tail import unscored
+from locret.cache.store import unscored
 from locret.policies.base import HIGHEST, LayerChunk, Policy
 from locret.quantities import check_between, check_whole
 

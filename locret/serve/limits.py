@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from locret.cache.sequences import Counts
+from locret.cache.context import Counts
 from locret.engine.engine import Engine
 from locret.engine.plan import make_plan
 from locret.policies import LocretPolicy
