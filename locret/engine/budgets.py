@@ -43,8 +43,6 @@ from locret.model.hooks import LayerCall
 from locret.policies.base import Eviction, LocretPolicy, Policy, with_protected
 from locret.quantities import Budget, ByteShare, Memory, format_bytes
 
-BYTES_IN_16_BITS = 2
-
 ON_CPU, ON_GPU = 512, 4096
 """The fastest sizes (of several that are about as fast, the smallest on a GPU, since memory is
 dearer there, and the largest on a CPU)."""
@@ -103,26 +101,21 @@ def head_counts(
     )
 
 
-def full_bytes(sizing: Sizing, tokens: int) -> int:
-    """Keys and values of so many tokens in 16 bits, in the layers without a window."""
-    elements = 2 * sizing.head_size * sizing.num_kv_heads * sizing.num_layers
-    return tokens * elements * BYTES_IN_16_BITS
-
-
 def _units_within(
     budget: Memory | ByteShare, sizing: Sizing, context: int, needed: Callable[[int], int]
 ) -> int:
     """Units on average that fit, at least 1.
 
-    A share of the full cache's bytes is that of the layers without a window, and one unit in every
-    head is kept where not even that is a share of them.
+    A share of the full cache's bytes, in 16 bits, is that of the layers without a window, and one
+    unit in every head is kept where not even that is a share of them.
 
     Args:
         needed: bytes where heads keep so many units on average.
     """
     most, windows = range(1, max(context, 1) + 1), sizing.window_bytes(context)
     if isinstance(budget, ByteShare):
-        nbytes = int(budget.share * full_bytes(sizing, context))
+        elements = 2 * sizing.head_size * sizing.num_kv_heads * sizing.num_layers
+        nbytes = int(budget.share * (context * elements * 2))  # bytes of 16 bits
         return max(1, bisect_right(most, nbytes, key=needed))
     units = bisect_right(most, budget.nbytes - windows, key=needed)
     if not units:
@@ -303,7 +296,7 @@ class Calibration:
         backbone: of the model, attached to nothing.
         policy: ranks units.
         compressions: for which quotas are measured, at least 1 each.
-        backend: of attention (`locret.model.attend`); None = as the model was loaded.
+        backend: of attention (`locret.model.backends`); None = as the model was loaded.
 
     Raises:
         ValueError: the policy's scores do not tell heads apart, or need what a context has not.
@@ -437,7 +430,8 @@ def chunk_bytes(geometry: Geometry, config: Any, dtype: torch.dtype, head_width:
     queries = geometry.num_query_heads * geometry.head_size
     # queries before and after rotation, the output, the heads' features and hidden layer twice
     features = geometry.feature_width("qkv") if head_width else 0
-    attention = _layer_elements(geometry) + 3 * queries + features + 2 * head_width
+    keys_and_values = 2 * geometry.num_kv_heads * geometry.head_size
+    attention = keys_and_values + 3 * queries + features + 2 * head_width
     mlp = 3 * _mlp_width(config)  # gate, up and their product
     residuals = 2 * geometry.hidden_size  # the residual stream and its normed copy
     return (residuals + max(attention, mlp)) * dtype.itemsize + working_slot(geometry, dtype)
@@ -445,11 +439,7 @@ def chunk_bytes(geometry: Geometry, config: Any, dtype: torch.dtype, head_width:
 
 def working_slot(geometry: Geometry, dtype: torch.dtype) -> int:
     """Bytes a slot takes in the layer at work: grown storage, rotated keys, what is gathered."""
-    return _layer_elements(geometry) * dtype.itemsize * 5 // 2
-
-
-def _layer_elements(geometry: Geometry) -> int:
-    return 2 * geometry.num_kv_heads * geometry.head_size
+    return 2 * geometry.num_kv_heads * geometry.head_size * dtype.itemsize * 5 // 2
 
 
 def _mlp_width(config: Any) -> int:

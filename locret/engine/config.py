@@ -86,8 +86,7 @@ class Recorded:
     def stabilizers_for(self, budget: int | None) -> int:
         """The recorded stabilizers, fewer in proportion where the budget is smaller."""
         most = self.settings["budget"]
-        least = most if budget is None else min(budget, most)
-        return self.settings["stabilizers"] * least // most
+        return self.settings["stabilizers"] * min(budget or most, most) // most
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,8 @@ class EngineConfig:
         """
         given = DEFAULTS | _renamed(flat)
         evicts = _policy_or_class(policy).evicts  # of a composed one, what its own says
-        scores = _scores_with_heads(policy)
+        core = policy.core if isinstance(policy, Policy) else policy
+        scores = isinstance(core, LocretPolicy) or core == LocretPolicy.name
         if query_tokens is None:
             query_tokens = heads.query_tokens if heads and scores else 0
         recorded = Recorded.by(heads, query_tokens, scores)
@@ -231,19 +231,15 @@ class EngineConfig:
             query_tokens=self.recorded.query_tokens,
         )
 
-    def budgets(self, policy: Policy, sizing: Sizing, context: int) -> tuple[int, ...] | None:
-        """What `layer_budgets` says of a context of that many tokens."""
-        reading = self.reading
-        return layer_budgets(reading.budget, reading.quotas, policy, sizing, context)
-
     def counts(self, policy: Policy, sizing: Sizing, context: int) -> Counts | None:
         """Units that every KV head of every layer keeps of a context of that many tokens,
         [layers][KV heads]: the layers' budgets, dealt out by the quotas. None = all. ValueError:
         not one unit fits into the memory."""
-        budgets = self.budgets(policy, sizing, context)
-        if budgets is None:
-            return None
-        return head_counts(budgets, self.reading.quotas, sizing.num_kv_heads, context)
+        budget, quotas = self.reading.budget, self.reading.quotas
+        budgets = layer_budgets(budget, quotas, policy, sizing, context)
+        return (
+            None if budgets is None else head_counts(budgets, quotas, sizing.num_kv_heads, context)
+        )
 
     def answer_counts(
         self, policy: Policy, sizing: Sizing, prompt: int, last: int
@@ -308,12 +304,6 @@ def _policy_or_class(policy: str | Policy | None) -> Policy | type[Policy]:
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is unknown; expected one of {sorted(POLICIES)}")
     return POLICIES[policy]
-
-
-def _scores_with_heads(policy: str | Policy | None) -> bool:
-    if isinstance(policy, Policy):
-        return isinstance(policy.core, LocretPolicy)
-    return policy == LocretPolicy.name
 
 
 def _renamed(flat: Mapping[str, Any]) -> dict[str, Any]:

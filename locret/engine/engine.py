@@ -77,7 +77,7 @@ class Engine:
             `locret.heads.quotas`.
         budget_bytes: the old name of a budget that is memory; use budget="2GiB".
         chunk_size: tokens of the prompt read at a time; None = all at once; "auto" = the fastest on
-            the model's device that fits (`locret.engine.plan`); "recorded" = what the heads
+            the model's device that fits (`locret.engine.budgets`); "recorded" = what the heads
             record, else "auto".
         stabilizers: last units that survive every eviction but the final one.
         local_tokens: last tokens of the prompt that are read after the final eviction.
@@ -104,8 +104,8 @@ class Engine:
             for every chunk and step: a `Recall` or its options as a mapping, {} for the defaults;
             None = what is evicted is gone. What comes back is beside the budget
             (`docs/policies.md`). Not for quantized caches, and not with merging.
-        backend: "auto" or a name of `locret.model.attend`: how attention is computed. "minference"
-            needs policy="full" and chunk_size=None.
+        backend: "auto" or a name of `locret.model.backends`: how attention is computed.
+            "minference" needs policy="full" and chunk_size=None.
         graphs: run the steps of an answer from a CUDA graph; "auto" = where that works.
         progress: called after every chunk.
 

@@ -122,7 +122,7 @@ def make_plan(
         context: tokens to be read.
         dtype: of weights and unquantized cache; default the config's, else bfloat16.
         chunk_size: tokens read at a time; None = all at once; "auto" = as an engine would on a GPU
-            of that memory (`locret.engine.plan`).
+            of that memory (`locret.engine.budgets`).
         new_tokens: answer tokens to leave room for, beside the paper's local tokens.
         head_width: hidden width of the retaining heads, with tap `qkv`; 0 = no heads.
         quotas: of the heads. What they keep together does not depend on them; what the layer at
