@@ -40,12 +40,8 @@ Counts = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Sequences:
-    """The lengths of sequences. Made by `sequences_of`, so that equal ones share their tensors.
-
-    Attributes:
-        counts: units of each row and head, [B][H].
-        device: where the tensors are.
-    """
+    """The lengths of sequences: units of each row and head, [B][H]. Made by `sequences_of`, so that
+    equal ones share their tensors."""
 
     counts: Counts
     device: torch.device
@@ -127,6 +123,10 @@ class Sequences:
     def take(self, rows: Sequence[int]) -> "Sequences":
         """Some rows, which may repeat."""
         return sequences_of(tuple(self.counts[row] for row in rows), self.device)
+
+    def rows(self) -> list["Sequences"]:
+        """Each row by itself."""
+        return [self.take([row]) for row in range(len(self.counts))]
 
     def index_of(self, rows: Sequence[int]) -> Tensor:
         """Where the units of some rows are in flat tensors, [N'] long."""
@@ -246,14 +246,14 @@ class StoredContext:
             return self.exact
         return {POSITIONS: unpacked_positions(self.positions)} | self.exact
 
-    def closed(self, packed: tuple[Tensor, ...] | None = None) -> "StoredContext":
-        """The same units, their source positions in less, which may be known as `packed`: nothing
-        is evicted any more."""
+    def closed(self) -> "StoredContext":
+        """The same units, their source positions in less: nothing is evicted any more."""
         if self.positions is not None:
             return self
-        exact = {name: x for name, x in self.exact.items() if name != POSITIONS}
-        packed = packed or packed_positions(self.exact[POSITIONS], self.sequences.counts)
-        return replace(self, exact=exact, positions=packed)
+        exact, rows = dict(self.exact), self.sequences.rows()
+        each = exact.pop(POSITIONS).split([row.total for row in rows])
+        packed = [packed_positions(x, y.owner, y.shape[1]) for x, y in zip(each, rows, strict=True)]
+        return replace(self, exact=exact, positions=tuple(packed))
 
     def _whole(self, plain: Tensor, packed: PackedKeys | PackedValues | None) -> Tensor:
         if packed is None:

@@ -149,32 +149,26 @@ class Sizing:
         return bisect_right(range(1, most + 1), nbytes, key=needed)
 
 
-def packed_positions(positions: Tensor, counts: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    """A tensor for each row: bits uint8 [H, W], or its numbers int32, whichever is smaller.
+def packed_positions(positions: Tensor, owner: Tensor, heads: int) -> Tensor:
+    """Source positions of a row: bits uint8 [H, W], or its numbers int32, whichever is smaller.
 
-    The host waits for the device, to learn how many tokens a row has read.
+    The host waits for the device, to learn how many tokens the row has read.
 
     Args:
-        positions: int32 [N], ascending in each sequence, at least 0.
-        counts: units of each row and head.
+        positions: int32 [N], ascending in each head, at least 0.
+        owner: long [N], the head of each.
     """
-    rows = positions.split([sum(row) for row in counts])
-    return tuple(_packed(own, heads) for own, heads in zip(rows, counts, strict=True))
-
-
-def _packed(positions: Tensor, units: Sequence[int]) -> Tensor:
-    heads, last = len(units), int(positions.max()) if len(positions) else -1
+    last = int(positions.max()) if len(positions) else -1
     tokens = (last // BYTE + 1) * BYTE
     if not 0 < heads * tokens < BYTE * positions.nbytes:
         return positions.clone()
     bits = torch.zeros(heads, tokens, dtype=torch.uint8, device=positions.device)
-    owner = torch.arange(heads).repeat_interleave(torch.tensor(units)).to(positions.device)
     bits[owner, positions.long()] = 1
     return pack(bits, 1)
 
 
 def unpacked_positions(rows: Sequence[Tensor]) -> Tensor:
-    """The int32 [N] that `packed_positions` was given."""
+    """The int32 [N] of several rows that `packed_positions` was given."""
     return torch.cat([_unpacked(row) if row.dtype == torch.uint8 else row for row in rows])
 
 
