@@ -42,21 +42,6 @@ def attention_weights(
     return logits.masked_fill(~seen[:, :, None], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
 
 
-def attention_received(chunk: LayerChunk, block: int) -> Tensor:
-    """Attention mass that held and new units receive from the chunk's queries, [B, H, S + T]
-    float32: summed over queries, averaged over the query heads of a group.
-
-    `block` queries are computed at a time, so that no T x S matrix is kept.
-    """
-    keys, filled, before = chunk.all_keys(), chunk.filled(), chunk.context_length
-    mass = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
-    for start in range(0, chunk.rotated_query.shape[2], block):
-        query = chunk.rotated_query[:, :, start : start + block]
-        weights = attention_weights(query, keys, before + start, chunk.scaling, filled)
-        mass += weights.sum(dim=3).mean(dim=2)
-    return mass
-
-
 class H2OPolicy(Policy):
     """H2O (arXiv 2306.14048), heavy hitters: score(k) = attention mass that k received from all
     queries since it came (section 4); the last `recent_share` of the budget is kept whatever it
@@ -79,7 +64,12 @@ class H2OPolicy(Policy):
         self.block = block
 
     def rank(self, chunk: LayerChunk) -> Tensor:
-        mass = attention_received(chunk, self.block)
+        keys, filled, before = chunk.all_keys(), chunk.filled(), chunk.context_length
+        mass = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
+        for start in range(0, chunk.key.shape[2], self.block):  # so that no T x S matrix is kept
+            query = chunk.rotated_query[:, :, start : start + self.block]
+            weights = attention_weights(query, keys, before + start, chunk.scaling, filled)
+            mass += weights.sum(dim=3).mean(dim=2)
         if chunk.context is None:
             return mass
         return mass + pad(chunk.context.scores, (0, chunk.key.shape[2]))
@@ -185,8 +175,6 @@ class SnapKVPolicy(Policy):
 class PyramidKVPolicy(SnapKVPolicy):
     """Scores as SnapKV; the first layer keeps most and the last one `1 / beta` of the average, a
     straight line between (section 3.3, equations 2 to 4), with the same total as without.
-
-    Cost: SnapKV's.
 
     Args:
         window, kernel, pooling: SnapKV's; published window 8 (also 16, 32), kernel 5 or 7.

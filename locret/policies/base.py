@@ -169,12 +169,8 @@ class Policy:
 
     @classmethod
     def words(cls, tokenizer: Any, chat: bool = True) -> dict[str, Any]:
-        """Arguments of the policy that are tokens, and so depend on the model's tokenizer.
-
-        Args:
-            chat: the context stands in a user's turn of the tokenizer's chat template, if it has
-                one.
-        """
+        """Arguments of the policy that are tokens, and so depend on the model's tokenizer; the
+        context stands in a user's turn of its template, if it has one and this is a `chat`."""
         return {}
 
     @property
@@ -235,12 +231,8 @@ class Policy:
 
     def look(self, view: AnswerView) -> Tensor:
         """Finite scores [B, H, P] of a layer's units by one second reading, float32, higher = keep;
-        a unit's score is the highest of all readings.
-
-        Args:
-            view: the last tokens of the reading are its answer; the context, and what else was read
-                before these, its prompt.
-        """
+        a unit's score is the highest of all readings. The last tokens of the reading are the view's
+        answer; the context, and what else was read before these, its prompt."""
         raise NotImplementedError(f"{type(self).__name__} rereads and must implement look()")
 
     @property

@@ -127,24 +127,15 @@ class SirLLMPolicy(Policy):
 
     def reconsider(self, scores: list[Tensor], surprisal: Callable[[], Tensor]) -> list[Tensor]:
         given = surprisal().clamp(max=HIGHEST)[:, None]
-        new = given.shape[2]
-        return [
-            torch.cat(
-                [
-                    self._faded(layer[..., :-new], new),
-                    torch.maximum(layer[..., -new:], given.to(layer.device)),
-                ],
-                dim=2,
-            )
-            for layer in scores
-        ]
-
-    def _faded(self, scores: Tensor, new: int) -> Tensor:
-        """Old scores after `new` tokens came. Sinks do not fade, nor does anything by the steps of
-        an answer: a round is meant, not a token."""
-        if new == 1 or self.decay == 1:
-            return scores
-        return torch.where(scores < HIGHEST, scores * self.decay, scores)
+        new, reconsidered = given.shape[2], []
+        for layer in scores:
+            old = layer[..., :-new]
+            # Sinks do not fade, nor does anything by the steps of an answer: a round is meant.
+            if new > 1 and self.decay < 1:
+                old = torch.where(old < HIGHEST, old * self.decay, old)
+            own = torch.maximum(layer[..., -new:], given.to(layer.device))
+            reconsidered.append(torch.cat([old, own], dim=2))
+        return reconsidered
 
     def recent(self, budget: int) -> int:
         return min(self.recent_units, budget // 3)
