@@ -28,14 +28,7 @@ from locret.cache.layer import RetainedLayer
 from locret.cache.sizing import Sizing
 from locret.engine.attention import chunk_of
 from locret.heads.heads import Geometry
-from locret.heads.quotas import (
-    COMPRESSIONS,
-    Quotas,
-    averaged,
-    measured,
-    on_grid,
-    unit_counts,
-)
+from locret.heads.quotas import COMPRESSIONS, Quotas, averaged, measured, on_grid, unit_counts
 from locret.kernels import select_sequences
 from locret.model.backbone import Backbone
 from locret.model.backends import Backend, attend

@@ -2,8 +2,9 @@
 
 A prompt's last tokens are left for the call that answers; query-aware heads read some of them in
 front of it. Every chunk goes through all layers, each of which evicts at once
-(`locret.engine.attention`). Rows of different lengths are not padded to be read: chunks that begin
-and end alike are read together, and each row's last ones by themselves.
+(`locret.engine.reading`). Rows of different lengths are not padded to be read: chunks that begin
+and end alike are read together, and each row's last ones by themselves. Contexts of one row each
+may be asked `together`, with questions of any lengths.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +19,7 @@ from locret.cache.context import Counts
 from locret.cache.files import describe
 from locret.cache.sizing import Sizing
 from locret.engine.arguments import unpadded
-from locret.engine.attention import (
-    freeze,
-)
+from locret.engine.attention import freeze
 from locret.engine.config import EngineConfig
 from locret.engine.reading import ChunkForward
 from locret.model.backbone import Backbone

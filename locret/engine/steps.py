@@ -2,7 +2,7 @@
 
 While an answer is generated nothing moves any more: every step writes one unit behind those held
 and attends to them. `StepPass` keeps the number of units held on the device, so that the same
-kernel launches serve every step; `GraphedSteps` records them once and replays them.
+kernel launches serve every step; `locret.engine.answering` records them once and replays them.
 
 Python never reads the counters; it keeps its own, which move in step.
 
