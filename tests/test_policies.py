@@ -1,5 +1,6 @@
 """Every policy against its naive twin, in chunks and at once; requests, batches, long answers."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -360,3 +361,15 @@ def test_heads_that_read_the_question_in_front_need_no_switch(model):
     heads = tiny_heads(model, query_tokens=3)
     with pytest.raises(ValueError, match="already; leave it out"):
         locret.Engine(model, heads=heads, budget=20, stabilizers=3, query_aware=True)
+
+
+def test_every_class_with_a_name_in_the_package_is_a_policy():
+    named = {
+        (class_.name, statement.value.value)
+        for path in Path(locret.policies.__file__).parent.glob("*.py")
+        for class_ in ast.walk(ast.parse(path.read_text()))
+        if isinstance(class_, ast.ClassDef)
+        for statement in class_.body
+        if isinstance(statement, ast.Assign) and statement.targets[0].id == "name"
+    }
+    assert named == {(kind.__name__, name) for name, kind in POLICIES.items()}
