@@ -147,9 +147,8 @@ def _answer_of_kvpress(
 
 def answers_of_locret(folder: Path, theirs: Answers) -> Answers:
     """The same of locret, every layer with the budget that kvpress gave it."""
-    from locret.policies.expected_attention import ExpectedAttentionPolicy
+    from locret.policies.attention import ExpectedAttentionPolicy, PyramidKVPolicy, SnapKVPolicy
     from locret.policies.plain import StreamingLLMPolicy
-    from locret.policies.snapkv import PyramidKVPolicy, SnapKVPolicy
 
     policies: dict[str, Any] = {
         "expected_attention": ExpectedAttentionPolicy(FUTURE, SINKS),

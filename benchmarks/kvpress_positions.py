@@ -109,9 +109,8 @@ def kept_by_locret(
 ) -> dict[str, list[list[list[int]]]]:
     """The same of locret. PyramidKV's layers get the budgets that kvpress gave them."""
     import locret
-    from locret.policies.expected_attention import ExpectedAttentionPolicy
+    from locret.policies.attention import ExpectedAttentionPolicy, PyramidKVPolicy, SnapKVPolicy
     from locret.policies.plain import StreamingLLMPolicy
-    from locret.policies.snapkv import PyramidKVPolicy, SnapKVPolicy
 
     policies: dict[str, Any] = {
         "expected_attention": ExpectedAttentionPolicy(FUTURE, SINKS),

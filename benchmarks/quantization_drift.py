@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from locret.cache.sequences import alike
-from locret.cache.store import Store
-from locret.cache.tail import NewTokens
+from locret.cache.context import alike
+from locret.cache.store import NewTokens, Store
 from locret.quantization import make_scheme
 from locret.quantization.packed import PackedKeys, pack_keys
 

@@ -16,8 +16,8 @@ import torch
 
 import locret
 from locret.policies import POLICIES, LocretPolicy
+from locret.policies.attention import SnapKVPolicy
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
-from locret.policies.snapkv import SnapKVPolicy
 from tests.kept import kept_of
 from tests.tiny_models import distinct_prompt, tiny_heads, tiny_model
 

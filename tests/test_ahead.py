@@ -7,9 +7,9 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 import locret
-from locret.engine import ahead
-from locret.engine.answering import Answering
-from locret.engine.steps import EAGER_STEPS, StepPass
+from locret.engine import answering
+from locret.engine.answering import EAGER_STEPS, Answering, may_run_ahead
+from locret.engine.steps import StepPass
 from tests.tiny_models import FAMILIES, MIXED, prompt, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -43,20 +43,20 @@ def replays(monkeypatch):
 
     monkeypatch.setattr(Answering, "fast_steps", property(lambda self: True))
     monkeypatch.setattr("locret.engine.config.why_not_graphed", lambda backbone: None)
-    monkeypatch.setattr("locret.engine.steps.StepPass", Known)
-    monkeypatch.setattr("locret.engine.steps.record", record)
+    monkeypatch.setattr("locret.engine.answering.StepPass", Known)
+    monkeypatch.setattr("locret.engine.answering.record", record)
 
 
 def run_ahead(monkeypatch, on):
     """Whether steps run ahead; if not, they are the twin."""
     monkeypatch.setattr(
-        "locret.engine.answering.may_run_ahead", ahead.may_run_ahead if on else lambda *_: False
+        "locret.engine.answering.may_run_ahead", may_run_ahead if on else lambda *_: False
     )
 
 
 @pytest.fixture
 def both(monkeypatch, replays):
-    """Run something with and without steps ahead."""
+    """Run something with and without steps answering."""
 
     def run(work):
         results = []
@@ -138,7 +138,7 @@ def test_answers_end_anywhere_and_may_be_of_other_tokens(both, rows, given, used
 
 
 def test_a_processor_that_was_not_foreseen_takes_one_step_back(both, monkeypatch):
-    monkeypatch.setattr(ahead, "CHANGING", ())
+    monkeypatch.setattr(answering, "CHANGING", ())
     engine = locret.Engine(tiny_model("llama"), "random", graphs=True, **SMALL)
     given = {"logits_processor": LogitsProcessorList([Reversed()])}
     assert_same(*both(lambda: answer(engine, prompt(60), **given)), 66 - 60 - EAGER_STEPS - 1)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.model.attend import PLAIN, Weighting, attend
-from locret.model.past import attend_by_products
+from locret.model.backends import attend, attend_by_products
+from locret.model.hooks import PLAIN, Weighting
 
 
 def naive(query, key, value, scaling, weighting=PLAIN, empty=None):
@@ -107,7 +107,7 @@ def test_windows_softcaps_sinks_and_empty_slots(
 
 
 def test_many_queries_in_blocks(monkeypatch):
-    from locret.model import attend as backends
+    from locret.model import backends
 
     inputs = random_inputs(2, 2, 2, 9, 20)
     whole = attend(*inputs, 0.5, "eager")

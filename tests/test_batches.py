@@ -212,7 +212,7 @@ def test_rows_that_chunks_are_read_with_change_nothing(monkeypatch):
     ids, mask = padded((60, 59, 33, 33, 5))
     together = engine.generate(ids, mask, **GREEDY)
     assert len(chunks) < 20
-    monkeypatch.setattr("locret.engine.reading.TOGETHER", 1)
+    monkeypatch.setattr("locret.engine.contexts.TOGETHER", 1)
     chunks.clear()
     assert torch.equal(engine.generate(ids, mask, **GREEDY), together)
     assert len(chunks) == 8 + 8 + 4 + 4
@@ -220,7 +220,7 @@ def test_rows_that_chunks_are_read_with_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_many_rows_of_one_length_are_read_a_few_at_a_time(monkeypatch, positions):
-    monkeypatch.setattr("locret.engine.reading.TOGETHER", 2 * SMALL["chunk_size"])
+    monkeypatch.setattr("locret.engine.contexts.TOGETHER", 2 * SMALL["chunk_size"])
     model = tiny_model("llama")
     engine = locret.Engine(model, heads=tiny_heads(model), positions=positions, **SMALL)
     read = []

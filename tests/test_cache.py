@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import locret
 from locret import RetainedCache
+from locret.cache.context import sequences_of
+from locret.cache.files import lengths_of, named_tensors, take_tensors
 from locret.cache.layer import RetainedLayer
-from locret.cache.sequences import sequences_of
-from locret.cache.store import Store
-from locret.cache.tail import NewTokens
+from locret.cache.store import NewTokens, Store
 from locret.model.hooks import as_argument, cache_in
 from locret.policies import Policy
 from tests.kept import kept, stacked
@@ -413,8 +413,8 @@ def test_units_behave_like_lists(steps, batch, heads):
             model.select_rows(chosen)
             rows = len(chosen)
         elif step == "save":
-            named, lengths, store = store.named_tensors(), store.lengths(), Store()
-            store.take_tensors(named, lengths)
+            named, lengths, store = named_tensors(store), lengths_of(store), Store()
+            take_tensors(store, named, lengths)
         elif step == "restore":
             # To what was seen last, if anything was; then this is seen.
             if views:

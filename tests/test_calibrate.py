@@ -12,13 +12,13 @@ import locret
 from locret import RetainingHeads
 from locret.cli import main
 from locret.commands import heads as commands
-from locret.engine.calibration import Calibration, why_not
+from locret.engine.budgets import Calibration, why_not_calibrated
 from locret.heads.quotas import quotas_of
 from locret.heads.targets import LABELS
 from locret.policies import POLICIES, Policy
+from locret.policies.base import LocretPolicy
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.policies.kvzip import Wording
-from locret.policies.locret import LocretPolicy
 from locret.system.interrupts import Stopped
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -133,7 +133,10 @@ def test_policies_without_an_opinion_are_refused(policy, message):
 
 
 def test_all_other_policies_can_be_calibrated():
-    assert {name for name, policy in POLICIES.items() if why_not(policy)} == {"full", "sirllm"}
+    assert {name for name, policy in POLICIES.items() if why_not_calibrated(policy)} == {
+        "full",
+        "sirllm",
+    }
 
 
 # ---- the command ---------------------------------------------------------------------------------

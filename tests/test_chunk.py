@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import locret
-from locret.engine.chunk import ON_CPU, ON_GPU, SMALLEST, chosen_chunk
+from locret.engine.budgets import ON_CPU, ON_GPU, SMALLEST, chosen_chunk
 from locret.engine.plan import make_plan
 from tests.test_plan import GIB, shape
 from tests.tiny_models import prompt, tiny_heads, tiny_model

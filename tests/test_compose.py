@@ -5,8 +5,8 @@ import torch
 
 import locret
 from locret.policies import POLICIES, LocretPolicy
+from locret.policies.attention import SnapKVPolicy
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
-from locret.policies.snapkv import SnapKVPolicy
 from tests import policy_reference
 from tests.kept import kept_of
 from tests.test_batches import assert_each_row_as_alone

@@ -9,9 +9,9 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import locret
-from locret.engine.chunk import ON_CPU
+from locret.engine.budgets import ON_CPU
+from locret.engine.config import PAPER
 from locret.engine.engine import DEFAULT_NEW_TOKENS
-from locret.engine.recorded import PAPER
 from locret.heads.heads import FEATURES
 from locret.model.backbone import Backbone
 from locret.model.hooks import as_argument, cache_of
@@ -747,7 +747,7 @@ def test_out_of_memory_in_the_first_layer_leaves_the_context_as_it_was(model, mo
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr("locret.engine.passes.attend_past", out_of_memory)
+        patch.setattr("locret.engine.attention.attend_past", out_of_memory)
         engine.generate(prompt(5, seed=3), cache=cache, **GREEDY)
     assert torch.equal(engine.generate(prompt(5, seed=3), cache=cache, **GREEDY), expected)
 

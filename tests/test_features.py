@@ -5,8 +5,8 @@ import torch
 
 import locret
 from locret.heads.heads import FEATURES
-from locret.model.attend import attend
 from locret.model.backbone import Backbone
+from locret.model.backends import attend
 from locret.policies import LocretPolicy
 from locret.training.distill import Distillation
 from locret.training.segments import Segment

@@ -7,7 +7,7 @@ from torch import nn
 
 import locret
 from locret.engine.answering import Answering
-from locret.engine.forward import ChunkCounts
+from locret.engine.reading import ChunkCounts
 from locret.model.backbone import PRENORM
 from locret.model.prenorm import why_not_fused
 from locret.policies.compose import AdaptiveHeads
@@ -35,7 +35,7 @@ def both(monkeypatch):
     def read(model, policy="random", ids=None, mask=None, **settings):
         ids, given = prompt(60, batch=2) if ids is None else ids, []
         for reason in (why_not_fused, lambda *_: "it is compared"):
-            monkeypatch.setattr("locret.engine.forward.why_not_fused", reason)
+            monkeypatch.setattr("locret.engine.reading.why_not_fused", reason)
             given.append(read_by(locret.Engine(model, policy, **SMALL | settings), ids, mask))
         (fused, of_fused), (stock, of_stock) = given
         assert fused.fused == fused.read == stock.read and not stock.fused
@@ -125,18 +125,18 @@ def test_models_in_other_states(change, fused):
     assert engine.last_chunks == ChunkCounts(4, 0)
 
 
-def test_hooks_that_come_and_go_are_seen_at_the_next_chunk():
-    model, seen, counts = tiny_model("llama"), [], []
-
-    def look(*_):
-        counts.append(engine.last_chunks.fused)
-        if len(counts) == 1:
-            model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
-
-    engine = locret.Engine(model, "random", **SMALL, progress=look)
-    engine.prefill(prompt(60))
-    assert counts == [1, 1, 1, 1]
-    assert len(seen) == 3
+def test_hooks_that_come_and_go_are_seen_by_the_next_request():
+    model, seen = tiny_model("llama"), []
+    engine = locret.Engine(model, "random", **SMALL)
+    for hooked in (False, True, False):
+        if hooked:
+            mlp = model.model.layers[0].mlp
+            handle = mlp.register_forward_hook(lambda *_: seen.append(1))
+        engine.prefill(prompt(60))
+        assert engine.last_chunks == ChunkCounts(4, 0 if hooked else 4)
+        if hooked:
+            handle.remove()
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("family", ["qwen3", "smollm3"])
@@ -145,7 +145,7 @@ def test_questions_are_read_fused_in_front_of_fast_steps(family, monkeypatch):
     model, answers = with_norms(tiny_model(family)), []
     engine = locret.Engine(model, heads=tiny_heads(model), **SMALL)
     for reason, fused in ((why_not_fused, 5), (lambda *_: "it is compared", 0)):
-        monkeypatch.setattr("locret.engine.forward.why_not_fused", reason)
+        monkeypatch.setattr("locret.engine.reading.why_not_fused", reason)
         answers.append(engine.generate(prompt(60, batch=2), **GREEDY, **LOGITS))
         assert engine.last_chunks == ChunkCounts(5, fused)
     assert all(map(torch.equal, answers[0].logits, answers[1].logits))

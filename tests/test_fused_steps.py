@@ -27,7 +27,7 @@ def both(monkeypatch):
         given = []
         for fused in expected:
             reason = why_not_fused if fused else lambda *_: "it is compared"
-            monkeypatch.setattr("locret.engine.steps.why_not_fused", reason)
+            monkeypatch.setattr("locret.engine.answering.why_not_fused", reason)
             engine = locret.Engine(model, "random", **SMALL | settings)
             output = engine.generate(prompt(60, batch=batch), **GREEDY, **LOGITS)
             assert engine.last_steps == StepCounts(taken=7, fast=7, fused=fused)

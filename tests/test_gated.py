@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from locret.model.attend import attend
 from locret.model.backbone import Backbone
+from locret.model.backends import attend
 from locret.training import gated
 from locret.training.branches import FLOOR, BranchAttention, Trunks, stored, thresholds_for
 from locret.training.gated import GatedLoss

@@ -16,12 +16,12 @@ import locret
 from locret.cli import main
 from locret.evaluation.config import EvalConfig
 from locret.evaluation.questions import prepare
-from locret.model.gguf import parsed_once
 from locret.model.loading import (
     file_revision,
     load_config,
     load_model,
     load_tokenizer,
+    parsed_once,
     weights_sha256,
 )
 from tests.evaluation.eval_data import DATA, write_data

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 import locret
-from locret.cache.sequences import sequences_of
+from locret.cache.context import sequences_of
+from locret.engine.answering import EAGER_STEPS
 from locret.engine.engine import Engine
-from locret.engine.steps import EAGER_STEPS
-from locret.model import ragged, varlen
-from locret.model.attend import PLAIN, attend, attend_past, available
+from locret.model import attend as attention
+from locret.model import varlen
+from locret.model.attend import Past, attend_past
 from locret.model.backbone import PRENORM
-from locret.model.past import Past
+from locret.model.backends import attend, available
+from locret.model.hooks import PLAIN
 from locret.model.prenorm import why_not_fused
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
@@ -49,7 +51,7 @@ def test_fused_chunks_leave_what_the_stock_forward_does(family, monkeypatch):
     engine.prefill(prompt(2000, batch=2).cuda())  # compiles, and makes tables
     held, peaks = [], []
     for reason in (why_not_fused, lambda *_: "it is compared"):
-        monkeypatch.setattr("locret.engine.forward.why_not_fused", reason)
+        monkeypatch.setattr("locret.engine.reading.why_not_fused", reason)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         cache = engine.prefill(prompt(2000, batch=2).cuda())
@@ -230,7 +232,7 @@ def test_backends_agree(new, held, group, size):
 @pytest.mark.parametrize("most", [0, 2**38])
 @pytest.mark.parametrize("new", [1, 20, 128, 257])
 def test_backends_agree_over_sequences_of_different_lengths(monkeypatch, most, new, group, size):
-    monkeypatch.setattr(ragged, "_MOST_WORK", most)
+    monkeypatch.setattr(attention, "_MOST_WORK", most)
     torch.manual_seed(0)
     counts = ((700, 3), (0, 129))
     sequences = sequences_of(counts, torch.device("cuda", 0))

@@ -9,7 +9,7 @@ import torch
 import locret
 from datamodules.conversations import Conversation, exchange
 from datamodules.encoder import BranchEncoder, Branching
-from locret.engine.calibration import Calibration
+from locret.engine.budgets import Calibration
 from locret.evaluation.ask import Engines
 from locret.evaluation.config import expand
 from locret.model.backbone import Backbone

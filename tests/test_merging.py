@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locret
+from locret.cache.context import sequences_of
 from locret.cache.merging import (
     Mergeable,
     Merging,
@@ -13,11 +14,9 @@ from locret.cache.merging import (
     merge_evicted,
     merging_of,
 )
-from locret.cache.sequences import sequences_of
-from locret.cache.store import Store
-from locret.cache.tail import NewTokens
-from locret.model.attend import PLAIN, attend_past
-from locret.model.past import Past, with_bias_in_channels
+from locret.cache.store import NewTokens, Store
+from locret.model.attend import Past, attend_past, with_bias_in_channels
+from locret.model.hooks import PLAIN
 from locret.policies.compose import AdaptiveHeads, SharedLayers
 from tests import policy_reference
 from tests.policy_reference import Unit, merge
@@ -373,7 +372,7 @@ def test_bias_in_channels_is_a_bias_on_logits(family, positions, attn, monkeypat
             keys, values = (torch.cat(x, dim=2)[0, 0] for x in zip(*each, strict=True))
             bias = torch.zeros(len(keys))
             if pasts and pasts[0].bias is not None:
-                own = pasts[0].sequences.split(pasts[0].bias)[0][head // group]
+                own = pasts[0].bias.split(pasts[0].sequences.flat)[head // group]
                 bias[: len(own)] = own
             logits = query[0, head] @ keys.T * scaling + bias
             slot = torch.arange(len(keys))
@@ -384,7 +383,7 @@ def test_bias_in_channels_is_a_bias_on_logits(family, positions, attn, monkeypat
             outputs.append(logits.softmax(dim=-1)[:, : len(keys)] @ values)
         return torch.stack(outputs, dim=1)[None]
 
-    monkeypatch.setattr("locret.engine.passes.attend_past", plain)
+    monkeypatch.setattr("locret.engine.attention.attend_past", plain)
     expected = engine.generate(prompt(60), **GREEDY, **SCORES)
     assert torch.equal(found.sequences, expected.sequences)
     for ours, theirs in zip(found.scores, expected.scores, strict=True):

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import locret
-from locret.cache.sequences import sequences_of
-from locret.model import attend, ragged
-from locret.model.attend import attend_past
-from locret.model.past import Past, are_few
+from locret.cache.context import sequences_of
+from locret.model import attend, varlen
+from locret.model.attend import Past, are_few, attend_past
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 
 RAGGED = ((4, 0, 9), (3, 70, 1))
@@ -94,10 +93,10 @@ def at_once(monkeypatch):
     """Ragged pasts take one call, wherever they are; how often they did, at the end."""
     calls = []
     monkeypatch.setattr(
-        ragged, "varlen_attn", lambda *a, **k: calls.append(1) or varlen_attn(*a, **k)
+        varlen, "varlen_attn", lambda *a, **k: calls.append(1) or varlen_attn(*a, **k)
     )
-    monkeypatch.setattr(ragged, "_GROUPED", {})
-    monkeypatch.setattr(ragged, "fits", lambda query, backend: backend == "sdpa")
+    monkeypatch.setattr(varlen, "_GROUPED", {})
+    monkeypatch.setattr(attend, "fits", lambda query, backend: backend == "sdpa")
     monkeypatch.setattr(attend, "SPLIT_FROM", 2)
     return calls
 
@@ -139,7 +138,7 @@ def test_an_engine_reads_unequal_heads_in_one_call_a_layer_and_chunk(
     engine = locret.Engine(model, heads=tiny_heads(model), backend="sdpa", **settings)
     caches = [engine.prefill(prompt(100))]
     assert len(at_once) == 5  # chunks behind the first; nobody asks for the last layer's output
-    monkeypatch.setattr(ragged, "_MOST_WORK", 0)
+    monkeypatch.setattr(attend, "_MOST_WORK", 0)
     caches.append(engine.prefill(prompt(100)))
     assert len(at_once) == 5
     for mine, plain in zip(*(cache.layers for cache in caches), strict=True):

@@ -14,7 +14,7 @@ from torch import nn
 import locret
 from locret import RetainingHeads
 from locret.cli import main
-from locret.engine.calibration import Calibration
+from locret.engine.budgets import Calibration
 from locret.heads.targets import LABELS
 from locret.model.backbone import Backbone
 from locret.policies import LocretPolicy

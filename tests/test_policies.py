@@ -1,5 +1,6 @@
 """Every policy against its naive twin, in chunks and at once; requests, batches, long answers."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import torch
 
 import locret
 from locret.policies import POLICIES, LayerChunk, Policy
-from locret.policies.attention import H2OPolicy
-from locret.policies.expected_attention import ExpectedAttentionPolicy
-from locret.policies.plain import StreamingLLMPolicy
-from locret.policies.sirllm import SirLLMPolicy
-from locret.policies.snapkv import PyramidKVPolicy, SnapKVPolicy, pyramid
+from locret.policies.attention import (
+    ExpectedAttentionPolicy,
+    H2OPolicy,
+    PyramidKVPolicy,
+    SnapKVPolicy,
+    pyramid,
+)
+from locret.policies.plain import SirLLMPolicy, StreamingLLMPolicy
 from tests import policy_reference
 from tests.kept import kept_of, stacked
 from tests.policy_reference import RULES
@@ -357,3 +361,15 @@ def test_heads_that_read_the_question_in_front_need_no_switch(model):
     heads = tiny_heads(model, query_tokens=3)
     with pytest.raises(ValueError, match="already; leave it out"):
         locret.Engine(model, heads=heads, budget=20, stabilizers=3, query_aware=True)
+
+
+def test_every_class_with_a_name_in_the_package_is_a_policy():
+    named = {
+        (class_.name, statement.value.value)
+        for path in Path(locret.policies.__file__).parent.glob("*.py")
+        for class_ in ast.walk(ast.parse(path.read_text()))
+        if isinstance(class_, ast.ClassDef)
+        for statement in class_.body
+        if isinstance(statement, ast.Assign) and statement.targets[0].id == "name"
+    }
+    assert named == {(kind.__name__, name) for name, kind in POLICIES.items()}

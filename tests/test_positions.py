@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import locret
 from locret.cache.cache import RetainedCache
-from locret.cache.context import packed_positions, positions_bytes, unpacked_positions
-from locret.cache.sequences import sequences_of
+from locret.cache.context import sequences_of
+from locret.cache.sizing import packed_positions, positions_bytes, unpacked_positions
 from tests.tiny_models import prompt, tiny_model
 
 SMALL = {"budget": 40, "chunk_size": 16, "stabilizers": 0, "local_tokens": 5}
@@ -30,9 +30,11 @@ def test_they_come_back(tokens, counts, seed):
         torch.randperm(tokens, generator=generator)[:n].sort().values for row in counts for n in row
     ]
     positions = torch.cat(every).int()
-    rows = packed_positions(positions, sequences_of(counts, positions.device))
-    assert torch.equal(unpacked_positions(rows), positions)
-    for row, count in zip(rows, counts, strict=True):
+    rows, each = sequences_of(counts, positions.device).rows(), []
+    for own, row in zip(positions.split([row.total for row in rows]), rows, strict=True):
+        each.append(packed_positions(own, row.owner, 2))
+    assert torch.equal(unpacked_positions(each), positions)
+    for row, count in zip(each, counts, strict=True):
         assert row.nbytes <= positions_bytes(sum(count), 2, tokens)
 
 

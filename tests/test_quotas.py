@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import locret
 from locret.cache.sizing import Sizing
+from locret.engine.budgets import layer_budgets
 from locret.engine.config import EngineConfig
 from locret.engine.engine import Engine
 from locret.heads.quotas import (
@@ -304,11 +305,13 @@ def test_counts(budget, context, expected):
 @pytest.mark.parametrize("policy", ["knorm", "pyramidkv"])
 def test_equal_quotas_count_as_layers_do(budget, policy):
     settings, made = {"budget": budget}, POLICIES[policy]()
-    budgets = config(policy, **settings).budgets(made, SIZING, 900)
+    reading = config(policy, **settings).reading
+    budgets = layer_budgets(reading.budget, None, made, SIZING, 900)
     expected = tuple((units, units) for units in budgets)
     for quotas in (None, [[7, 7], [7, 7]], "auto"):
         found = config(policy, quotas=quotas, **settings)
-        assert found.budgets(made, SIZING, 900) == budgets
+        given = found.reading.budget, found.reading.quotas
+        assert layer_budgets(*given, made, SIZING, 900) == budgets
         assert found.counts(made, SIZING, 900) == expected
 
 

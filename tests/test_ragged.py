@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import locret
-from locret.cache.sequences import sequences_of
+from locret.cache.context import sequences_of
 from locret.model.hooks import as_argument, cache_of
+from locret.policies.attention import ExpectedAttentionPolicy
 from locret.policies.compose import AdaptiveHeads
-from locret.policies.expected_attention import ExpectedAttentionPolicy
 from locret.policies.plain import StreamingLLMPolicy
 from tests import policy_reference
 from tests.kept import kept_of

@@ -12,7 +12,7 @@ from locret.cache.merging import Merging
 from locret.cache.recall import block_relevance, mean_logits
 from locret.evaluation.ask import Engines
 from locret.evaluation.config import expand
-from locret.model.attend import attend
+from locret.model.backends import attend
 from locret.model.hooks import cache_of
 from locret.model.loading import LoadedModel
 from locret.policies import POLICIES, Policy

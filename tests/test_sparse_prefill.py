@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import locret
-from locret.model import sparse_prefill
-from locret.model.attend import attend, available
+from locret.model import backends as sparse_prefill
+from locret.model.backends import attend, available
 from tests.tiny_models import prompt, tiny_model
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -95,7 +95,7 @@ def test_only_a_prompt_read_at_once_is_sparse(package):
 
 
 def test_an_engine_prefills_with_it(package, monkeypatch):
-    monkeypatch.setattr(sparse_prefill, "why_not", lambda *args: None)
+    monkeypatch.setattr(sparse_prefill, "why_not_sparse", lambda *args: None)
     model, ids = tiny_model("llama"), prompt(120)
     settings = {"chunk_size": None, "local_tokens": 5}
     sparse = locret.Engine(model, "full", backend="minference", **settings)

@@ -7,8 +7,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import locret
-from locret.engine.answering import Answering
-from locret.engine.steps import EAGER_STEPS, StepCounts, scratch_for
+from locret.engine.answering import EAGER_STEPS, Answering
+from locret.engine.steps import StepCounts, scratch_for
 from locret.kernels import decode_packed, decode_sequences
 from locret.model.backbone import PRENORM
 from locret.model.hooks import cache_of

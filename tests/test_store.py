@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.cache.sequences import sequences_of
-from locret.cache.store import NAMES, Store
-from locret.cache.tail import NewTokens
+from locret.cache.context import sequences_of
+from locret.cache.files import lengths_of, named_tensors, take_tensors
+from locret.cache.store import NAMES, NewTokens, Store
 from locret.quantization import NO_SCHEME, make_scheme
 from tests.store_twin import TwinStore
 
@@ -230,9 +230,9 @@ class History:
         self.twin.absorb_tail()
 
     def name(self, draw):
-        named, lengths = self.store.named_tensors(), self.store.lengths()
+        named, lengths = named_tensors(self.store), lengths_of(self.store)
         self.store = Store(self.store.scheme, self.store.weighs)
-        self.store.take_tensors({name: x.clone() for name, x in named.items()}, lengths)
+        take_tensors(self.store, {name: x.clone() for name, x in named.items()}, lengths)
 
     def drop_last(self, draw):
         count = draw(st.integers(0, self.store.tail.count))
@@ -260,7 +260,7 @@ class History:
 
     def drop_scores(self, draw):
         self.store.drop_scores()
-        assert "scores" not in self.store.named_tensors()
+        assert "scores" not in named_tensors(self.store)
 
     def clear(self, draw):
         self.store.clear()
@@ -439,7 +439,7 @@ def test_a_cleared_store_is_empty(scheme):
     store, generator = filled(scheme)
     store.clear()
     assert store.is_empty and store.nbytes == store.kv_bytes == store.full_bytes == 0
-    assert not store.tensors and not store.named_tensors() and not store.lengths()
+    assert not store.tensors and not named_tensors(store) and not lengths_of(store)
     new = generator.tokens(1, 2, 5)
     store.append(new)
     assert torch.equal(store.rectangle("keys"), new.keys)
@@ -461,9 +461,9 @@ def test_values_can_be_replaced():
 
 def test_moving_to_where_it_is_changes_nothing():
     store, _ = filled("rotated")
-    before = {name: x.clone() for name, x in store.named_tensors().items()}
+    before = {name: x.clone() for name, x in named_tensors(store).items()}
     store.move(CPU)
-    after = store.named_tensors()
+    after = named_tensors(store)
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in after)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from locret.cache.tail import Tail
+from locret.cache.store import Tail
 
 
 def units(generator, count, rows=2):
@@ -34,7 +34,7 @@ def test_units_are_appended_in_place_where_there_is_room(generator):
     assert tail.nbytes == 2 * 3 * 11 * (4 * 4 + 8)
 
 
-@pytest.mark.parametrize("what", ["append", "replace", "select_batch", "clear", "move"])
+@pytest.mark.parametrize("what", ["append", "replace", "select_batch", "move"])
 def test_what_was_held_can_be_restored(generator, what):
     tail, first = Tail(), units(generator, 6)
     tail.append(first, room=9)
@@ -43,7 +43,6 @@ def test_what_was_held_can_be_restored(generator, what):
         "append": lambda: tail.append(units(generator, 3)),
         "replace": lambda: tail.replace(0, torch.zeros(2, 3, 6, 4)),
         "select_batch": lambda: tail.select_batch(torch.tensor([1, 1])),
-        "clear": tail.clear,
         "move": lambda: tail.move(torch.device("cpu")),
     }
     acts[what]()
@@ -61,7 +60,8 @@ def test_storage_can_be_replaced_and_grown(generator):
     where = tail.tensors[1].data_ptr()
     tail.replace(0, keys)
     assert tail.tensors[0] is keys and tail.tensors[1].data_ptr() == where
-    grown = tail.with_room(4)
+    grown = Tail()
+    grown.append([*tail], room=4)
     assert grown.capacity == 10 and tail.capacity == 6
     grown.append(units(generator, 4))
     assert grown.capacity == 10 and all(map(torch.equal, tail, (x[:, :, :6] for x in grown)))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from locret.model import ragged, varlen
-from locret.model.attend import PLAIN, attend
+from locret.model import varlen
+from locret.model.backends import attend
+from locret.model.hooks import PLAIN
 
 
 def plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, **_):
@@ -39,5 +40,5 @@ def test_one_call_is_as_one_after_the_other(heads, elements, monkeypatch):
     expected = varlen.attend_texts(query, texts, 0.3, "eager")
     monkeypatch.setattr(varlen, "_ELEMENTS", elements)
     monkeypatch.setattr(varlen, "takes_varlen", lambda *_: True)
-    monkeypatch.setattr(ragged, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
     torch.testing.assert_close(varlen.attend_texts(query, texts, 0.3, "sdpa"), expected)

@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import distributed
 
 from locret.commands.progress import Progress
-from locret.engine.calibration import Calibration, why_not
+from locret.engine.budgets import Calibration, why_not_calibrated
 from locret.evaluation.questions import source
 from locret.heads.files import save_record, write_card, written_aside
 from locret.heads.heads import RetainingHeads
@@ -174,7 +174,7 @@ def _measured_quotas(
     count = module.hparams["quota_contexts"]
     if not count or not heads.config.learns_logarithm:
         return None
-    reason = why_not(LocretPolicy(heads))
+    reason = why_not_calibrated(LocretPolicy(heads))
     if module.shards is not None:
         reason = (
             "the backbone is sharded over processes; python -m locret calibrate does it with the "

@@ -10,7 +10,6 @@ Positions (`Positions`):
   original  keys are rotated once, at their source position; bounded by the backbone's window.
 """
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -24,11 +23,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from locret.cache import files
+from locret.cache.context import Counts
 from locret.cache.host_blocks import HostBlocks
 from locret.cache.layer import RetainedLayer
 from locret.cache.merging import Merging, describe_merging
 from locret.cache.recall import Recall
-from locret.cache.sequences import Counts
 from locret.cache.store import Store
 from locret.quantization import NO_SCHEME, Scheme, describe_scheme
 
@@ -161,15 +160,6 @@ class RetainedCache(Cache):
         read again, and what was evicted could not be. No other stock code asks.
         """
         return False
-
-    @contextlib.contextmanager
-    def during(self, current: Any) -> Iterator[None]:
-        """Let forwards with the cache do `current` with it, until the block ends."""
-        before, self.current = self.current, current
-        try:
-            yield
-        finally:
-            self.current = before
 
     @property
     def scored(self) -> bool:

@@ -1,26 +1,185 @@
-"""What evictions have left of a layer: flat, ragged tensors that never change where they stand.
+"""What evictions have left of a layer: flat, ragged tensors that never change where they stand, and
+the lengths of their sequences.
 
-Of a context that stays, source positions are a bit for every token read, set where a unit is held;
-a row whose heads hold few of very many tokens keeps its numbers, which are fewer bytes then.
+A *sequence* is the units of one row and KV head, in the order of their slots. A flat tensor [N, *]
+has the sequences one after the other, rows outermost; N is the sum of their lengths. So no slot is
+ever empty. Python knows all lengths: nothing waits for the device to learn one.
 
-N units of Q = B * H sequences, D head size.
+B rows, H KV heads, Q = B * H sequences, D head size.
 """
 
-import functools
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from locret.cache.sequences import Sequences, alike, sequences_of
+from locret.cache.sizing import packed_positions, unpacked_positions
+from locret.kernels import gather_sequences
 from locret.quantization import Scheme
-from locret.quantization.base import Tensors
-from locret.quantization.codes import Outliers, pack, unpack
-from locret.quantization.packed import Expansion, PackedKeys, PackedValues, join, select_keys, take
+from locret.quantization.codes import Outliers
+from locret.quantization.packed import (
+    Expansion,
+    Packed,
+    PackedKeys,
+    PackedValues,
+    fetch,
+    join,
+    select_keys,
+    select_values,
+    take,
+)
+
+Counts = tuple[tuple[int, ...], ...]
+"""Units by row and head."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The lengths of sequences: units of each row and head, [B][H]. Made by `sequences_of`, so that
+    equal ones share their tensors."""
+
+    counts: Counts
+    device: torch.device
+
+    @cached_property
+    def flat(self) -> tuple[int, ...]:
+        """The lengths of the Q sequences."""
+        return tuple(itertools.chain.from_iterable(self.counts))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, H)."""
+        return len(self.counts), len(self.counts[0])
+
+    @cached_property
+    def total(self) -> int:
+        """N."""
+        return sum(self.flat)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.flat)
+
+    @cached_property
+    def longest_of_rows(self) -> tuple[int, ...]:
+        """Of each row, over its heads."""
+        return tuple(map(max, self.counts))
+
+    @cached_property
+    def equal(self) -> bool:
+        """All have one length, so that flat tensors are rectangles too."""
+        return min(self.flat) == self.longest
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """Where each sequence begins in flat tensors, and N: Q + 1 numbers."""
+        return (0, *itertools.accumulate(self.flat))
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[B, H] long."""
+        return sent(self.counts, self.device)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """`bounds` on the device, [Q + 1] int32."""
+        return sent(self.bounds, self.device, torch.int32)
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """The sequence of each unit, [N] long."""
+        which = torch.arange(len(self.flat), device=self.device)
+        return which.repeat_interleave(self.lengths.flatten(), output_size=self.total)
+
+    @cached_property
+    def local(self) -> Tensor:
+        """The number of each unit within its sequence, [N] long."""
+        every = torch.arange(self.total, device=self.device)
+        return every - self.offsets.long()[self.owner]
+
+    @cached_property
+    def empty(self) -> Tensor | None:
+        """How many slots of a rectangle that is filled up in front stay empty, [B, H] long; None =
+        none in any."""
+        return None if self.equal else self.longest - self.lengths
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """The slot of each unit at compact positions, [N] long: its number within its sequence,
+        such that the last units of a row's heads share a slot."""
+        longest = sent(self.longest_of_rows, self.device)
+        front = (longest[:, None] - self.lengths).flatten()
+        return self.local + front[self.owner]
+
+    def plus(self, more: int) -> "Sequences":
+        """Each `more` units longer."""
+        return sequences_of(tuple(tuple(n + more for n in row) for row in self.counts), self.device)
+
+    def take(self, rows: Sequence[int]) -> "Sequences":
+        """Some rows, which may repeat."""
+        return sequences_of(tuple(self.counts[row] for row in rows), self.device)
+
+    def rows(self) -> list["Sequences"]:
+        """Each row by itself."""
+        return [self.take([row]) for row in range(len(self.counts))]
+
+    def index_of(self, rows: Sequence[int]) -> Tensor:
+        """Where the units of some rows are in flat tensors, [N'] long."""
+        heads, bounds = self.shape[1], self.bounds
+        ranges = [(bounds[row * heads], bounds[(row + 1) * heads]) for row in rows]
+        return torch.cat([torch.arange(*span, device=self.device) for span in ranges])
+
+    def rectangle(self, x: Tensor) -> Tensor:
+        """A flat tensor [N, *] as [B, H, longest, *], filled up in front with zeros where lengths
+        differ; a view where they do not."""
+        if self.equal:
+            return x.view(*self.shape, self.longest, *x.shape[1:])
+        whole = x.new_zeros(len(self.flat) * self.longest, *x.shape[1:])
+        whole.index_copy_(0, self._in_rectangle, x)
+        return whole.view(*self.shape, self.longest, *x.shape[1:])
+
+    def flattened(self, x: Tensor) -> Tensor:
+        """What `rectangle` made [B, H, longest, *], flat again."""
+        flat = x.flatten(0, 2)
+        return flat if self.equal else flat.index_select(0, self._in_rectangle)
+
+    @cached_property
+    def _in_rectangle(self) -> Tensor:
+        front = (self.longest - self.lengths).flatten()
+        return self.owner * self.longest + front[self.owner] + self.local
+
+
+_IN_USE: WeakValueDictionary[tuple[Counts, torch.device], Sequences] = WeakValueDictionary()
+"""By what makes them. Weak: their tensors are as large as what they index, and go with it."""
+
+
+def sequences_of(counts: Counts, device: torch.device) -> Sequences:
+    """The sequences of these lengths; the same object for the same ones, while it is in use."""
+    found = _IN_USE.get((counts, device))
+    if found is None:
+        found = _IN_USE[counts, device] = Sequences(counts, device)
+    return found
+
+
+def alike(rows: int, heads: Sequence[int], device: torch.device) -> Sequences:
+    """Rows whose heads hold so many units each."""
+    return sequences_of((tuple(heads),) * rows, device)
+
+
+def sent(
+    numbers: Sequence[int] | Counts, device: torch.device, dtype: torch.dtype = torch.long
+) -> Tensor:
+    """Python's numbers as a tensor on a device. `torch.tensor(numbers, device=device)` waits for
+    all that is queued there; this does not."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
 
 POSITIONS = "source_positions"
-BYTE = 8
 
 
 @dataclass(frozen=True)
@@ -58,6 +217,14 @@ class StoredContext:
         packed = [p.tensors for p in (self.packed_keys, self.packed_values) if p is not None]
         return (self.keys, self.values, *sum(packed, ()))
 
+    @cached_property
+    def plainly(self) -> tuple[Tensor, Tensor, Sequences | None]:
+        """Keys and values where nothing is packed: rectangles [B, H, S, D] and None, or if lengths
+        differ flat [N, D] and these. Every token of an answer asks."""
+        if not self.sequences.equal:
+            return self.keys, self.values, self.sequences
+        return self.sequences.rectangle(self.keys), self.sequences.rectangle(self.values), None
+
     def all_keys(self) -> Tensor:
         """[N, D] in the order of slots; packed ones are expanded."""
         return self._whole(self.keys, self.packed_keys)
@@ -79,14 +246,14 @@ class StoredContext:
             return self.exact
         return {POSITIONS: unpacked_positions(self.positions)} | self.exact
 
-    def closed(self, packed: tuple[Tensor, ...] | None = None) -> "StoredContext":
-        """The same units, their source positions in less, which may be known as `packed`: nothing
-        is evicted any more."""
+    def closed(self) -> "StoredContext":
+        """The same units, their source positions in less: nothing is evicted any more."""
         if self.positions is not None:
             return self
-        exact = {name: x for name, x in self.exact.items() if name != POSITIONS}
-        packed = packed or packed_positions(self.exact[POSITIONS], self.sequences)
-        return replace(self, exact=exact, positions=packed)
+        exact, rows = dict(self.exact), self.sequences.rows()
+        each = exact.pop(POSITIONS).split([row.total for row in rows])
+        packed = [packed_positions(x, y.owner, y.shape[1]) for x, y in zip(each, rows, strict=True)]
+        return replace(self, exact=exact, positions=tuple(packed))
 
     def _whole(self, plain: Tensor, packed: PackedKeys | PackedValues | None) -> Tensor:
         if packed is None:
@@ -129,6 +296,21 @@ class StoredContext:
         )
 
 
+def moved(x: Any, device: torch.device) -> Any:
+    """`x` with all tensors in it on `device`."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, Sequences):
+        return sequences_of(x.counts, device)
+    if isinstance(x, tuple):
+        return tuple(moved(each, device) for each in x)
+    if isinstance(x, dict):
+        return {name: moved(each, device) for name, each in x.items()}
+    if isinstance(x, StoredContext | Packed | Outliers):
+        return replace(x, **{f.name: moved(getattr(x, f.name), device) for f in fields(x)})
+    return x
+
+
 def nothing(names: Sequence[str], fresh: Sequence[Tensor]) -> StoredContext:
     """A context without units, like fresh ones: their tensors [B, H, T, *] by name, keys and values
     first."""
@@ -138,7 +320,7 @@ def nothing(names: Sequence[str], fresh: Sequence[Tensor]) -> StoredContext:
     return StoredContext(none, none, none, keys, values, dict(named), appended=(0,) * rows)
 
 
-@functools.lru_cache(maxsize=4)  # a layer's keys and values; what is kept keeps memory
+@lru_cache(maxsize=4)  # a layer's keys and values; what is kept keeps memory
 def places(whole: Sequences, some: Sequences, at_end: bool) -> Tensor:
     """Where in flat tensors of `whole` the first, or the last, units of each sequence are, of which
     there are as many as `some` has; long [units of `some`]."""
@@ -181,7 +363,7 @@ def stack(rows: Sequence[StoredContext | None]) -> StoredContext | None:
     )
 
 
-def in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: int) -> Tensor:
+def _in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: int) -> Tensor:
     """Where units are: the packed ones of the context, its plain ones, fresh ones, one after the
     other.
 
@@ -206,71 +388,63 @@ def in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: int
     return unit + shifts[torch.searchsorted(ends, unit, right=True)]
 
 
-def to_named(keys: PackedKeys | None, values: PackedValues | None) -> dict[str, Tensor]:
-    """All tensors by name, for files."""
-    if keys is None or values is None:
-        return {}
-    named = {
-        "key_units": keys.units,
-        "key_tables": keys.tables,
-        "key_outliers": keys.outliers.tensors if keys.outliers else (),
-        "value_units": values.units,
-        "value_outliers": values.outliers.tensors if values.outliers else (),
-    }
-    flat = {f"{name}.{i}": x for name, tensors in named.items() for i, x in enumerate(tensors)}
-    return flat | {"key_starts": keys.starts}
-
-
-def from_named(
-    scheme: Scheme, head_size: int, named: dict[str, Tensor]
-) -> tuple[PackedKeys | None, PackedValues | None]:
-    """What `to_named` was told of; there may be other tensors among them."""
-    if "key_starts" not in named:
-        return None, None
-
-    def tensors(name: str) -> Tensors:
-        count = sum(other.startswith(f"{name}.") for other in named)
-        return tuple(named[f"{name}.{i}"] for i in range(count))
-
-    found = [tensors(f"{side}_outliers") for side in ("key", "value")]
-    of_keys, of_values = (Outliers(*each) if each else None for each in found)
-    tables = tensors("key_tables"), named["key_starts"]
-    keys = PackedKeys(scheme, head_size, tensors("key_units"), of_keys, *tables)
-    return keys, PackedValues(scheme, head_size, tensors("value_units"), of_values)
-
-
-def packed_positions(positions: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
-    """A tensor for each row: bits uint8 [H, W], or its numbers int32, whichever is smaller.
-
-    The host waits for the device, to learn how many tokens a row has read.
+def gathered(
+    context: StoredContext,
+    names: Sequence[str],
+    fresh: Sequence[Tensor],
+    index: Tensor,
+    kept: Sequences,
+    *,
+    appended: tuple[int, ...],
+) -> StoredContext:
+    """Some units of a context and of fresh ones as a context, as they are.
 
     Args:
-        positions: int32 [N], ascending in each of the `sequences`, at least 0.
+        names, fresh: as of `nothing`.
+        index: long [K], ascending in each sequence, its units counted through both.
+        kept: how many each sequence keeps.
     """
-    rows = [sequences.take([row]) for row in range(sequences.shape[0])]
-    each = zip(positions.split([row.total for row in rows]), rows, strict=True)
-    return tuple(_packed(own, row) for own, row in each)
+    old = [context.keys, context.values, *context.in_full.values()]
+    offsets = context.sequences.offsets, kept.offsets
+    keys, values, *exact = gather_sequences(old, fresh, index, *offsets)
+    none = sequences_of(tuple((0,) * len(row) for row in kept.counts), kept.device)
+    named = dict(zip(names[2:], exact, strict=True))
+    return StoredContext(kept, none, kept, keys, values, named, appended=appended)
 
 
-def _packed(positions: Tensor, row: Sequences) -> Tensor:
-    heads, last = row.shape[1], int(positions.max()) if len(positions) else -1
-    tokens = (last // BYTE + 1) * BYTE
-    if not 0 < heads * tokens < BYTE * positions.nbytes:
-        return positions.clone()
-    bits = torch.zeros(heads, tokens, dtype=torch.uint8, device=positions.device)
-    bits[row.owner, positions.long()] = 1
-    return pack(bits, 1)
-
-
-def unpacked_positions(rows: Sequence[Tensor]) -> Tensor:
-    """The int32 [N] that `packed_positions` was given."""
-    return torch.cat([_unpacked(row) if row.dtype == torch.uint8 else row for row in rows])
-
-
-def _unpacked(bits: Tensor) -> Tensor:
-    return unpack(bits, 1, bits.shape[1] * BYTE).nonzero()[:, 1].int()
-
-
-def positions_bytes(units: int, heads: int, tokens: int) -> int:
-    """Most bytes of a row of that many units in all heads, of so many tokens read."""
-    return min(units * torch.int32.itemsize, heads * -(-tokens // BYTE))
+def repacked(
+    scheme: Scheme,
+    context: StoredContext,
+    names: Sequence[str],
+    fresh: Sequence[Tensor],
+    index: Tensor,
+    kept: Sequences,
+    packed: Sequences,
+    *,
+    appended: tuple[int, ...],
+) -> StoredContext:
+    """`gathered`, the first `packed` units of each sequence packed. ValueError: one cannot be."""
+    new_keys, new_values, *new_exact = fresh
+    offsets = context.sequences.offsets, kept.offsets
+    exact = gather_sequences([*context.in_full.values()], new_exact, index, *offsets)
+    rest = tuple(
+        tuple(n - p for n, p in zip(*row, strict=True))
+        for row in zip(kept.counts, packed.counts, strict=True)
+    )
+    plain = sequences_of(rest, kept.device)
+    # Where each unit is now: first the packed ones, then the plain ones, then the fresh ones.
+    at = _in_storage(context, index, kept.owner, new_keys.shape[2])
+    to_pack = at.index_select(0, places(kept, packed, at_end=False))
+    to_leave = at.index_select(0, places(kept, plain, at_end=True))
+    both = [x.flatten(0, 2) for x in (new_keys, new_values)]
+    if context.plain.total:
+        both = [torch.cat(x) for x in zip((context.keys, context.values), both, strict=True)]
+    old = context.packed_keys, context.packed_values
+    keys, values = None, None
+    if packed.total:
+        keys = select_keys(scheme, old[0], context.packed.flat, both[0], to_pack, packed.flat)
+        values = select_values(scheme, old[1], both[1], to_pack)
+    left = [fetch(o, x, to_leave).to(x.dtype) for o, x in zip(old, both, strict=True)]
+    named = dict(zip(names[2:], exact, strict=True))
+    made = kept, packed, plain, left[0], left[1], named, keys, values
+    return StoredContext(*made, appended=appended)

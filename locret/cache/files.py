@@ -15,19 +15,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from locret.cache.context import StoredContext, sequences_of
 from locret.cache.layer import RetainedLayer
 from locret.cache.merging import describe_merging, merging_of
 from locret.cache.recall import recall_of
+from locret.cache.store import NAMES, Store
 from locret.heads.files import written_aside
-from locret.quantization import SCHEMES, describe_scheme, scheme_of
+from locret.quantization import SCHEMES, Scheme, describe_scheme, scheme_of
+from locret.quantization.base import Tensors
+from locret.quantization.codes import Outliers
+from locret.quantization.packed import PackedKeys, PackedValues
 
 SCHEMA = 3
+
 UNITS, CONTEXT = "units.safetensors", "context.json"
 
 REQUEST = ("budget", "prompt_lengths", "longrope", "query_length", "answered", "padding")
 """What a `RetainedCache` knows of its request, beside the tokens."""
 
 _RECORDED = ("model", "positions", *REQUEST)
+
 _OF_LAYERS = {"seen": "seen", "rotated": "rotated", "windows": "window"}
 """What the record says of every layer, and the layer's attribute."""
 
@@ -110,7 +117,7 @@ def save(cache: Any, path: str | Path) -> None:
         tensors |= {f"{i}.{name}": tensor for name, tensor in _layer_tensors(layer).items()}
     record = {"schema": SCHEMA} | {name: getattr(cache, name) for name in _RECORDED}
     record |= {name: [getattr(x, own) for x in cache.layers] for name, own in _OF_LAYERS.items()}
-    record["lengths"] = [layer.store.lengths() for layer in cache.layers]
+    record["lengths"] = [lengths_of(layer.store) for layer in cache.layers]
     record |= {
         "quantization": describe_scheme(cache.scheme),
         "merging": describe_merging(cache.merging),
@@ -167,7 +174,7 @@ def _under(start: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _layer_tensors(layer: RetainedLayer) -> dict[str, Tensor]:
     """All that a layer holds, without spare room."""
-    named = layer.store.named_tensors()
+    named = named_tensors(layer.store)
     if layer.host:
         named |= {f"{EVICTED}{name}": x for name, x in layer.host.named_tensors().items()}
     return named | {f"{STATE}{name}": value for name, value in layer.state.items()}
@@ -182,7 +189,7 @@ def _take_tensors(
         name: tensor if name.startswith(f"{EVICTED}host.") else tensor.to(device)
         for name, tensor in named.items()
     }
-    layer.store.take_tensors(named, lengths)
+    take_tensors(layer.store, named, lengths)
     if layer.host:
         layer.host.take_tensors(_under(EVICTED, named))
     layer.state = _under(STATE, named)
@@ -243,3 +250,76 @@ def check_model(context: str | Path, recorded: dict[str, Any], given: dict[str, 
             f"{context} is a context of another model ({recorded.get('name') or 'not named'}; "
             f"this one is {given['name'] or 'not named'}): {'; '.join(differences)}"
         )
+
+
+def named_tensors(store: Store) -> dict[str, Tensor]:
+    """What a store holds, by name, without spare room."""
+    named = {f"tail.{name}": x for name, x in zip(store.names, store.tail, strict=False)}
+    context = store.context
+    if context is not None:
+        named |= {"keys": context.keys, "values": context.values} | context.in_full
+        named |= to_named(context.packed_keys, context.packed_values)
+    return named
+
+
+def lengths_of(store: Store) -> dict[str, Any]:
+    """How many units the context's sequences have, for `take_tensors`."""
+    context = store.context
+    if context is None:
+        return {}
+    counts = {name: getattr(context, name).counts for name in ("sequences", "packed", "plain")}
+    return counts | {"appended": context.appended, "closed": context.positions is not None}
+
+
+def take_tensors(store: Store, named: dict[str, Tensor], counts: dict[str, Any]) -> None:
+    """Let a store hold what `named_tensors` gave, which may be among other things, and
+    `lengths_of` did."""
+    store.clear()
+    if "tail.keys" in named:
+        store.names = tuple(name for name in NAMES if f"tail.{name}" in named)
+        store.tail.append([named[f"tail.{name}"] for name in store.names])
+    if not counts:
+        return
+    store.names = tuple(name for name in NAMES if name in named)
+    keys, values, device = named["keys"], named["values"], named["keys"].device
+    whole, packed, plain = (
+        sequences_of(counts[name], device) for name in ("sequences", "packed", "plain")
+    )
+    exact = {name: named[name] for name in store.names[2:]}
+    both = from_named(store.scheme, keys.shape[-1], named)
+    own = (whole, packed, plain, keys, values, exact)
+    context = StoredContext(*own, *both, appended=counts["appended"])
+    store.context = context.closed() if counts.get("closed") else context
+
+
+def to_named(keys: PackedKeys | None, values: PackedValues | None) -> dict[str, Tensor]:
+    """All tensors by name, for files."""
+    if keys is None or values is None:
+        return {}
+    named = {
+        "key_units": keys.units,
+        "key_tables": keys.tables,
+        "key_outliers": keys.outliers.tensors if keys.outliers else (),
+        "value_units": values.units,
+        "value_outliers": values.outliers.tensors if values.outliers else (),
+    }
+    flat = {f"{name}.{i}": x for name, tensors in named.items() for i, x in enumerate(tensors)}
+    return flat | {"key_starts": keys.starts}
+
+
+def from_named(
+    scheme: Scheme, head_size: int, named: dict[str, Tensor]
+) -> tuple[PackedKeys | None, PackedValues | None]:
+    """What `to_named` was told of; there may be other tensors among them."""
+    if "key_starts" not in named:
+        return None, None
+
+    def tensors(name: str) -> Tensors:
+        count = sum(other.startswith(f"{name}.") for other in named)
+        return tuple(named[f"{name}.{i}"] for i in range(count))
+
+    found = [tensors(f"{side}_outliers") for side in ("key", "value")]
+    of_keys, of_values = (Outliers(*each) if each else None for each in found)
+    tables = tensors("key_tables"), named["key_starts"]
+    keys = PackedKeys(scheme, head_size, tensors("key_units"), of_keys, *tables)
+    return keys, PackedValues(scheme, head_size, tensors("value_units"), of_values)

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from locret.cache.context import Sequences
 from locret.cache.host_blocks import HostBlocks
 from locret.cache.merging import Mergeable, Merging, merge_evicted
 from locret.cache.recall import Recall
-from locret.cache.sequences import Sequences
-from locret.cache.store import Store
-from locret.cache.tail import NewTokens
+from locret.cache.store import NewTokens, Store
 from locret.quantization import NO_SCHEME, Scheme
 
 _VALUES = ("seen", "rotated")

@@ -18,7 +18,7 @@ Where the rule comes from:
              positions is rotated at none.
   folding    with `fold`, an evicted unit j weighs exp(s_j - s_i) as much as its receiver i, by the
              scores s, and the logits of i rise by the logarithm of its weight (ToMe's log n), so
-             that i draws the attention that all its tokens would have drawn (`locret.model.past`).
+             that i draws the attention all its tokens would have drawn (`locret.model.attend`).
 Not taken over: CaM's sampling by attention, which fused attention does not give away. LoCoCo (arXiv
 2406.05317) fuses by trained convolutions.
 

@@ -2,8 +2,9 @@
 
 Counted are keys and values (codes, tables and residual, `locret.quantization.blocks`), source
 positions and weights; scores where answers evict too, since else they are dropped when a prompt is
-read, and source positions take less from then on (`locret.cache.context`). Outliers depend on
-the data and are not.
+read, and source positions take less from then on: a bit for every token read, set where a unit is
+held; a row whose heads hold few of very many tokens keeps its numbers, which are fewer bytes then
+(`packed_positions`). Outliers depend on the data and are not.
 """
 
 from bisect import bisect_right
@@ -12,14 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from locret.cache.context import positions_bytes
+import torch
+from torch import Tensor
+
 from locret.heads.heads import Geometry
 from locret.quantization import Scheme
 from locret.quantization.blocks import most_bytes, most_bytes_shared
+from locret.quantization.codes import pack, unpack
+
+BYTE = 8  # bits
 
 BESIDE_BYTES = 4
 """Of a unit in a KV head beside key and value: its source position (int32), until its prompt is
-read (`locret.cache.context`)."""
+read."""
 SCORE_BYTES = 4
 """Of a unit in a KV head while something may be evicted: its score (float32)."""
 WEIGHT_BYTES = 4
@@ -141,3 +147,35 @@ class Sizing:
             return self.cache_bytes(of_layers) + units * slot_bytes
 
         return bisect_right(range(1, most + 1), nbytes, key=needed)
+
+
+def packed_positions(positions: Tensor, owner: Tensor, heads: int) -> Tensor:
+    """Source positions of a row: bits uint8 [H, W], or its numbers int32, whichever is smaller.
+
+    The host waits for the device, to learn how many tokens the row has read.
+
+    Args:
+        positions: int32 [N], ascending in each head, at least 0.
+        owner: long [N], the head of each.
+    """
+    last = int(positions.max()) if len(positions) else -1
+    tokens = (last // BYTE + 1) * BYTE
+    if not 0 < heads * tokens < BYTE * positions.nbytes:
+        return positions.clone()
+    bits = torch.zeros(heads, tokens, dtype=torch.uint8, device=positions.device)
+    bits[owner, positions.long()] = 1
+    return pack(bits, 1)
+
+
+def unpacked_positions(rows: Sequence[Tensor]) -> Tensor:
+    """The int32 [N] of several rows that `packed_positions` was given."""
+    return torch.cat([_unpacked(row) if row.dtype == torch.uint8 else row for row in rows])
+
+
+def _unpacked(bits: Tensor) -> Tensor:
+    return unpack(bits, 1, bits.shape[1] * BYTE).nonzero()[:, 1].int()
+
+
+def positions_bytes(units: int, heads: int, tokens: int) -> int:
+    """Most bytes of a row of that many units in all heads, of so many tokens read."""
+    return min(units * torch.int32.itemsize, heads * -(-tokens // BYTE))

@@ -1,36 +1,36 @@
 """The units of one layer: a flat, ragged context that never changes, and a tail that grows.
 
-The *context* is what evictions have left: keys, values, scores and source positions of all
-sequences, one after the other, as many in each as it keeps (`locret.cache.sequences`). Where a
-scheme packs (`locret.quantization`), all but the last `residual` units of each sequence are packed.
-It is never changed where it stands: snapshots share it. The *tail* is a rectangle of what came
-after, as it came. An eviction chooses among both and makes a new context.
+The *context* is what evictions have left (`locret.cache.context`): as many units in each sequence
+as it keeps. Where a scheme packs (`locret.quantization`), all but the last `residual` of each are
+packed. The *tail* is a rectangle of what came after, as it came: equally many in all sequences.
+Appending writes behind it, all else makes new tensors. An eviction chooses among both and makes a
+new context. That is why a view, and so a snapshot of a cache, costs nothing.
 
 B rows, H KV heads, Q = B * H sequences, N units of the context, T units of the tail, D head size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from locret.cache.context import (
     POSITIONS,
+    Sequences,
     StoredContext,
-    from_named,
-    in_storage,
+    alike,
+    gathered,
+    moved,
     nothing,
     places,
+    repacked,
+    sequences_of,
     stack,
-    to_named,
 )
-from locret.cache.sequences import Sequences, alike, sequences_of
-from locret.cache.tail import NewTokens, Tail, TailView
-from locret.kernels import gather_sequences
 from locret.quantization import NO_SCHEME, Scheme
-from locret.quantization.packed import fetch, pack_keys, select_keys, select_values
+from locret.quantization.packed import pack_keys
 
 NAMES = ("keys", "values", POSITIONS, "scores", "weights")
 """What a unit has: its score until nothing is evicted any more, a weight where evicted values are
@@ -41,8 +41,113 @@ STEPS = 256
 CUDA graph: packing makes new tensors, and so a new graph."""
 
 
-StoreView = tuple[StoredContext | None, TailView, tuple[str, ...]]
-"""What a store held at some moment: context, tail and names."""
+class Tail:
+    """Tensors [B, H, T] or [B, H, T, D], parallel to each other.
+
+    Storage may be larger than the units in it (`room`), so that units are appended in place.
+
+    Attributes:
+        tensors: the storage, spare room included.
+        count: T.
+    """
+
+    tensors: tuple[Tensor, ...]
+    count: int
+
+    def __init__(self, storage: Sequence[Tensor] = ()) -> None:
+        self.tensors, self._room_is_ours = tuple(storage), True
+        self.count = storage[0].shape[2] if storage else 0
+
+    def __getitem__(self, which: int) -> Tensor:
+        return self.tensors[which][:, :, : self.count]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (tensor[:, :, : self.count] for tensor in self.tensors)
+
+    @property
+    def capacity(self) -> int:
+        """Units that there is room for."""
+        if not self.tensors or not self._room_is_ours:
+            return self.count
+        if self.tensors[0].is_inference() and not torch.is_inference_mode_enabled():
+            return self.count  # what was made in inference mode cannot be written outside it
+        return self.tensors[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage, spare room included."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def append(self, new: Sequence[Tensor], room: int = 0) -> None:
+        """Add units after the others, tensors parallel to those here; when the storage must grow,
+        it takes `room` more units than needed."""
+        end = self.count + new[0].shape[2]
+        if end > self.capacity or not self.tensors:
+            grown = tuple(x.new_empty(*x.shape[:2], end + room, *x.shape[3:]) for x in new)
+            for whole, old in zip(grown, self, strict=False):
+                whole[:, :, : self.count] = old
+            self.tensors, self._room_is_ours = grown, True
+        for stored, fresh in zip(self.tensors, new, strict=True):
+            stored[:, :, self.count : end] = fresh
+        self.count = end
+
+    def replace(self, which: int, tensor: Tensor) -> None:
+        """Hold `tensor` in place of one of the tensors, for the same units."""
+        if self.tensors[0].shape[2] > self.count:  # there may be room behind the units
+            whole = self.tensors[which].clone()
+            whole[:, :, : self.count] = tensor
+            tensor = whole
+        self.tensors = (*self.tensors[:which], tensor, *self.tensors[which + 1 :])
+
+    def view(self) -> Any:
+        """What is held now, for `restore`."""
+        return self.tensors, self.count
+
+    def restore(self, view: Any) -> None:
+        """Hold again what was held when `view` was taken.
+
+        What came after it may be in the spare room, and in another view: the room is not used.
+        """
+        self.tensors, self.count = view
+        self._room_is_ours = False
+
+    def select_batch(self, rows: Tensor) -> None:
+        """Hold only the batch rows `rows` [B'] (long); rows may repeat."""
+        self.tensors = tuple(tensor.index_select(0, rows) for tensor in self.tensors)
+        self._room_is_ours = True
+
+    def move(self, device: torch.device) -> None:
+        """Be on `device`."""
+        self.tensors = tuple(tensor.to(device) for tensor in self.tensors)
+        self._room_is_ours = True
+
+
+class NewTokens(NamedTuple):
+    """Units to be added, as they are stored: keys and values [B, H, T, D], scores [B, H, T] float32
+    (higher = keep), source positions [B, H, T] int32, above all that are there."""
+
+    keys: Tensor
+    values: Tensor
+    scores: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(
+        cls, keys: Tensor, values: Tensor, positions: Tensor, scores: Tensor | None = None
+    ) -> "NewTokens":
+        """Units with positions [T], or [1 or B, 1 or H, T], and scores [B, H, T]; None = those of
+        units that are not to be evicted."""
+        scores = unscored(keys) if scores is None else scores.float()
+        return cls(keys, values, scores, positions.int().expand(keys.shape[:3]))
+
+    def first(self, count: int) -> "NewTokens":
+        """The first `count` of them."""
+        return NewTokens(*(x[:, :, :count] for x in self))
+
+
+def unscored(keys: Tensor) -> Tensor:
+    """Scores [B, H, T] for units that no policy has scored and that are not to be evicted."""
+    return torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
 
 
 class Store:
@@ -137,21 +242,16 @@ class Store:
 
     def split(self, name: str) -> list[list[Tensor]]:
         """What each row and head has of `name`, context and tail together, [B][H]."""
-        tail = [[*row] for row in self.tail[self.names.index(name)]] if self.tail.count else []
-        if self.context is None:
-            return tail
-        own = self.context.sequences.split(self.context.flat(name))
-        if not tail:
-            return own
-        rows = zip(own, tail, strict=True)
-        return [[torch.cat(pair) for pair in zip(*row, strict=True)] for row in rows]
+        if self.is_empty:
+            return []
+        whole, counts = self.rectangle(name), self.sequences.counts
+        return [
+            [x[len(x) - n :] for x, n in zip(*row, strict=True)]
+            for row in zip(whole, counts, strict=True)
+        ]
 
     def append(self, new: NewTokens, room: int = 0) -> None:
-        """Add units to the tail.
-
-        Args:
-            room: units that are expected to come.
-        """
+        """Add units to the tail; `room` more are expected to come."""
         if self.scheme.packs:
             room = min(room, self.scheme.residual + self.scheme.group)
         self.tail.append(self._tensors(new), room)
@@ -163,24 +263,15 @@ class Store:
         return (new.keys, new.values, new.positions, *scores, *weights)
 
     def retain(self, index: Tensor, kept: Sequences, new: NewTokens | None = None) -> None:
-        """Hold some of the units of context, tail and `new` ones, as a context.
-
-        Args:
-            index: long [K], ascending in each sequence, its units counted through all three.
-            kept: how many each sequence keeps of them.
-
-        Raises:
-            ValueError: a key or value cannot be packed; nothing has changed then.
-        """
-        fresh = self._fresh(new)
+        """Hold some of the units of context, tail and `new` ones, as a context: those at `index`,
+        long [K], ascending in each sequence, its units counted through all three, of which it keeps
+        as many as `kept` says. ValueError: one cannot be packed; nothing has changed then."""
+        most, packed = self.scheme.residual, None
         if self.scheme.packs:
-            most = self.scheme.residual
-            packed = tuple(tuple(max(n - most, 0) for n in row) for row in kept.counts)
-            self._repack(index, kept, sequences_of(packed, kept.device), fresh)
-        else:
-            self._gather(index, kept, fresh)
-        assert self.context is not None
-        self.context = replace(self.context, appended=(0,) * len(kept.counts))
+            counts = tuple(tuple(max(n - most, 0) for n in row) for row in kept.counts)
+            packed = sequences_of(counts, kept.device)
+        made = self._remade(index, kept, packed, self._fresh(new))
+        self.context, self.tail = replace(made, appended=(0,) * len(kept.counts)), Tail()
 
     def pack(self, tight: bool = False) -> None:
         """What was appended has been attended to: pack it as far as it fills blocks; if `tight`,
@@ -198,15 +289,12 @@ class Store:
 
         packed = tuple(tuple(map(packed_of, *row)) for row in zip(whole.counts, done, strict=True))
         if packed != done or tight:
-            self._repack(whole.local, whole, sequences_of(packed, whole.device), fresh)
+            made = self._remade(whole.local, whole, sequences_of(packed, whole.device), fresh)
+            self.context, self.tail = made, Tail()
 
     def _before(self, fresh: tuple[Tensor, ...]) -> StoredContext:
         """The context; before the first eviction, one like fresh units that holds none."""
         return nothing(self.names, fresh) if self.context is None else self.context
-
-    def _appended(self, context: StoredContext) -> tuple[int, ...]:
-        """`StoredContext.appended` once the tail is context."""
-        return tuple(count + self.tail.count for count in context.appended)
 
     def _fresh(self, new: NewTokens | None) -> tuple[Tensor, ...]:
         """Tail and new units, put side by side only where there are both."""
@@ -217,53 +305,19 @@ class Store:
         pairs = zip(self.tail, self._tensors(new), strict=True)
         return tuple(torch.cat(pair, dim=2) for pair in pairs)
 
-    def _gather(self, index: Tensor, kept: Sequences, fresh: tuple[Tensor, ...]) -> None:
-        """Hold units as they are."""
+    def _remade(
+        self, index: Tensor, kept: Sequences, packed: Sequences | None, fresh: tuple[Tensor, ...]
+    ) -> StoredContext:
+        """The units at `index` of context and fresh ones as a context, closed if that was; the
+        first `packed` of each sequence are packed, None = none."""
         context = self._before(fresh)
-        old, offsets = [*context.in_full.values()], context.sequences.offsets
-        old = [context.keys, context.values, *old]
-        keys, values, *exact = gather_sequences(old, fresh, index, offsets, kept.offsets)
-        none = sequences_of(tuple((0,) * len(row) for row in kept.counts), kept.device)
-        made = kept, none, kept, keys, values, self._named(exact)
-        self._hold(StoredContext(*made, appended=self._appended(context)), context)
-
-    def _repack(
-        self, index: Tensor, kept: Sequences, packed: Sequences, fresh: tuple[Tensor, ...]
-    ) -> None:
-        """Hold units of which the first `packed` of each sequence are packed."""
-        context, (new_keys, new_values, *new_exact) = self._before(fresh), fresh
-        old_exact, offsets = [*context.in_full.values()], context.sequences.offsets
-        exact = gather_sequences(old_exact, new_exact, index, offsets, kept.offsets)
-        rest = tuple(
-            tuple(n - p for n, p in zip(*row, strict=True))
-            for row in zip(kept.counts, packed.counts, strict=True)
-        )
-        plain = sequences_of(rest, kept.device)
-        # Where each unit is now: first the packed ones, then the plain ones, then the fresh ones.
-        at = in_storage(context, index, kept.owner, new_keys.shape[2])
-        to_pack = at.index_select(0, places(kept, packed, at_end=False))
-        to_leave = at.index_select(0, places(kept, plain, at_end=True))
-        both = [x.flatten(0, 2) for x in (new_keys, new_values)]
-        if context.plain.total:
-            both = [torch.cat(x) for x in zip((context.keys, context.values), both, strict=True)]
-        old = context.packed_keys, context.packed_values
-        keys, values = None, None
-        if packed.total:
-            keys = select_keys(
-                self.scheme, old[0], context.packed.flat, both[0], to_pack, packed.flat
-            )
-            values = select_values(self.scheme, old[1], both[1], to_pack)
-        left = [fetch(o, x, to_leave).to(x.dtype) for o, x in zip(old, both, strict=True)]
-        made = kept, packed, plain, left[0], left[1], self._named(exact), keys, values
-        self._hold(StoredContext(*made, appended=self._appended(context)), context)
-
-    def _hold(self, made: StoredContext, before: StoredContext) -> None:
-        """Hold a context in place of another, closed if that was, and of the tail."""
-        self.context = made if before.positions is None else made.closed()
-        self.tail = Tail()
-
-    def _named(self, exact: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.names[2:], exact, strict=True))
+        appended = tuple(count + self.tail.count for count in context.appended)
+        how = context, self.names, fresh, index, kept
+        if packed is None:
+            made = gathered(*how, appended=appended)
+        else:
+            made = repacked(self.scheme, *how, packed, appended=appended)
+        return made if context.positions is None else made.closed()
 
     def freeze(
         self,
@@ -271,15 +325,13 @@ class Store:
         rotate_tail: Callable[[Tensor], Tensor],
         room: int,
     ) -> None:
-        """Hold the same units with rotated keys: slots do not move any more.
+        """Hold the same units with rotated keys: slots do not move any more. ValueError: a key
+        cannot be packed; nothing has changed then.
 
         Args:
             rotate_context: of all keys of the context, flat [N, D].
             rotate_tail: of the tail's keys [B, H, T, D].
             room: units that are expected to come.
-
-        Raises:
-            ValueError: a key cannot be packed; nothing has changed then.
         """
         context = self.context
         if context is not None:
@@ -304,7 +356,9 @@ class Store:
             self.pack()
             room = min(room, STEPS)
         if self.tail.capacity - self.tail.count < (room if self.scheme.packs else 1):
-            self.tail = self._tail_like().with_room(room)
+            tail = Tail()
+            tail.append([*self._tail_like()], room)
+            self.tail = tail
         spare = [tensor[:, :, self.tail.count :] for tensor in self.tail.tensors]
         last, device = first_position + spare[2].shape[2], spare[2].device
         spare[2][:] = torch.arange(first_position, last, dtype=torch.int32, device=device)
@@ -339,8 +393,8 @@ class Store:
         if self.context is not None:
             exact = {name: x for name, x in self.context.exact.items() if name != "scores"}
             self.context = replace(self.context, exact=exact)
-        if self.tail.tensors:
-            self.tail.drop(which)
+        tail = self.tail.tensors
+        self.tail.tensors = (*tail[:which], *tail[which + 1 :])
         self.names = (*self.names[:which], *self.names[which + 1 :])
 
     def replace_values(self, values: Tensor, weights: Tensor) -> None:
@@ -356,11 +410,11 @@ class Store:
             self.tail = Tail()
             self.tail.append(left)
 
-    def view(self) -> StoreView:
+    def view(self) -> Any:
         """What is held now, for `restore`. Nothing is copied."""
         return self.context, self.tail.view(), self.names
 
-    def restore(self, view: StoreView) -> None:
+    def restore(self, view: Any) -> None:
         """Hold again what was held when `view` was taken."""
         self.context, tail, self.names = view
         self.tail.restore(tail)
@@ -374,13 +428,8 @@ class Store:
 
     def move(self, device: torch.device) -> None:
         """Be on `device`."""
-        if self.is_empty:
-            return
-        positions = None if self.context is None else self.context.positions
-        moved = {name: tensor.to(device) for name, tensor in self.named_tensors().items()}
-        self.take_tensors(moved, {n: x for n, x in self.lengths().items() if n != "closed"})
-        if self.context is not None and positions is not None:
-            self.context = self.context.closed(tuple(x.to(device) for x in positions))
+        self.context = moved(self.context, device)
+        self.tail.move(device)
 
     @staticmethod
     def of_rows(rows: "Sequence[Store]") -> "Store":
@@ -396,47 +445,6 @@ class Store:
         """All units as a context, those of the tail as they are; None = there are none."""
         if self.is_empty or not self.tail.count:
             return self.context
-        absorbed = Store(self.scheme, self.weighs)
-        absorbed.context, absorbed.tail, absorbed.names = self.context, self.tail, self.names
         whole, fresh = self.sequences, self._fresh(None)
-        if self.scheme.packs:
-            absorbed._repack(whole.local, whole, self._before(fresh).packed, fresh)
-        else:
-            absorbed._gather(whole.local, whole, fresh)
-        return absorbed.context
-
-    def lengths(self) -> dict[str, Any]:
-        """How many units the context's sequences have, for `take_tensors`."""
-        context = self.context
-        if context is None:
-            return {}
-        counts = {name: getattr(context, name).counts for name in ("sequences", "packed", "plain")}
-        return counts | {"appended": context.appended, "closed": context.positions is not None}
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        """What is held, by name, without spare room."""
-        named = {f"tail.{name}": x for name, x in zip(self.names, self.tail, strict=False)}
-        context = self.context
-        if context is not None:
-            named |= {"keys": context.keys, "values": context.values} | context.in_full
-            named |= to_named(context.packed_keys, context.packed_values)
-        return named
-
-    def take_tensors(self, named: dict[str, Tensor], counts: dict[str, Any]) -> None:
-        """Hold what `named_tensors` gave, which may be among other things, and `lengths` did."""
-        self.clear()
-        if "tail.keys" in named:
-            self.names = tuple(name for name in NAMES if f"tail.{name}" in named)
-            self.tail.append([named[f"tail.{name}"] for name in self.names])
-        if not counts:
-            return
-        self.names = tuple(name for name in NAMES if name in named)
-        keys, values, device = named["keys"], named["values"], named["keys"].device
-        whole, packed, plain = (
-            sequences_of(counts[name], device) for name in ("sequences", "packed", "plain")
-        )
-        exact = {name: named[name] for name in self.names[2:]}
-        both = from_named(self.scheme, keys.shape[-1], named)
-        own = (whole, packed, plain, keys, values, exact)
-        context = StoredContext(*own, *both, appended=counts["appended"])
-        self.context = context.closed() if counts.get("closed") else context
+        packed = self._before(fresh).packed if self.scheme.packs else None
+        return self._remade(whole.local, whole, packed, fresh)

@@ -1,7 +1,7 @@
 """`python -m locret calibrate`, `convert`, `inspect` and `push`: what is done with trained heads.
 
 `locret.heads.files` counts what `inspect` shows and chooses what `push` uploads;
-`locret.engine.calibration` measures quotas.
+`locret.engine.budgets` measures quotas.
 """
 
 import argparse
@@ -237,7 +237,7 @@ def calibrate(given: argparse.Namespace) -> None:
     """Measure quotas, and write them."""
     import torch
 
-    from locret.engine.calibration import Calibration
+    from locret.engine.budgets import Calibration
     from locret.engine.engine import Engine
 
     heads = shared.load_heads(given)
@@ -282,7 +282,7 @@ def calibrate(given: argparse.Namespace) -> None:
 
 def _checked(given: argparse.Namespace, heads: RetainingHeads | None) -> str:
     """The policy's name, once what is cheap to get wrong was looked at."""
-    from locret.engine.calibration import why_not
+    from locret.engine.budgets import why_not_calibrated
 
     policy = given.policy or (LocretPolicy.name if heads else None)
     if policy is None:
@@ -292,7 +292,7 @@ def _checked(given: argparse.Namespace, heads: RetainingHeads | None) -> str:
     if policy == LocretPolicy.name and heads is None:
         raise ValueError(f"policy {policy!r} scores with heads; give --heads")
     made = LocretPolicy(heads) if heads and policy == LocretPolicy.name else POLICIES[policy]
-    reason = why_not(made)
+    reason = why_not_calibrated(made)
     if reason is not None:
         raise ValueError(f"policy {policy!r} cannot be calibrated: {reason}")
     if given.out is None and policy != LocretPolicy.name:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from locret.commands.progress import Progress
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import Quotas, quotas_of
-from locret.model.attend import Backend
+from locret.model.backends import Backend
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import POLICIES, policy_in_words
 from locret.quantities import BUDGET_TEXTS, parse_budget

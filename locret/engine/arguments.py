@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from locret.cache.cache import DECODE_ROOM, RetainedCache
+from locret.cache.files import check_model, describe
+from locret.engine.config import EngineConfig
+from locret.model.backbone import Backbone
 
 BRANCHING = ("num_beams", "num_return_sequences")
 """Arguments that let stock `generate` run several sequences for one prompt."""
@@ -133,6 +136,71 @@ def _repeated(context: Tensor, question: Tensor) -> int:
     """Tokens of a context, if a question begins with all of them; else 0."""
     count = len(context)
     return count if count <= len(question) and torch.equal(question[:count], context) else 0
+
+
+def checked_query(
+    config: EngineConfig, backbone: Backbone, query_ids: Tensor | None, input_ids: Tensor
+) -> Tensor | None:
+    """The query to read in front of a context, or behind it, if any."""
+    tokens, aware = config.recorded.query_tokens, config.reading.query_aware
+    evicts = config.reading.budget is not None
+    if query_ids is None:
+        if aware and evicts:
+            raise ValueError(
+                "the engine is query_aware, so that a context is compressed for a question: "
+                "pass query_ids, or leave query_aware out"
+            )
+        if tokens and evicts:
+            raise ValueError(
+                f"these heads are query-aware (they learned with {tokens} tokens of the "
+                "question in front): pass query_ids, or use heads with query_tokens 0"
+            )
+        return None
+    check_ids(query_ids)
+    if not tokens and not aware:
+        raise ValueError(
+            "query_ids given, but the policy's heads are not query-aware, nor was the engine "
+            "made with query_aware=True"
+        )
+    if query_ids.shape[0] != input_ids.shape[0]:
+        raise ValueError(
+            f"query_ids has {query_ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they "
+            "must match"
+        )
+    if not evicts or not backbone.retained:
+        return None
+    # All of it behind the context, as much as the heads learned with in front.
+    return query_ids[:, -tokens:].to(input_ids.device)
+
+
+def context_ids(cache: RetainedCache, backbone: Backbone, input_ids: Tensor) -> Tensor:
+    """Tokens that the cache has seen or was answered, for stock generate's bookkeeping."""
+    layers, had = len(backbone.layers), len(getattr(cache, "layers", ()))
+    if not isinstance(cache, RetainedCache) or had != layers:
+        raise ValueError(
+            f"cache is a {type(cache).__name__} of {had} layers; expected one of "
+            f"engine.prefill for this model, of {layers}"
+        )
+    ids = cache.token_ids
+    if ids is None and not cache.seen:
+        raise ValueError("the cache has read nothing yet; make one with engine.prefill")
+    if ids is None or ids.shape[1] != cache.seen:
+        known = 0 if ids is None else ids.shape[1]
+        raise ValueError(
+            f"the cache has seen {cache.seen} tokens but knows the ids of {known}: it was "
+            "advanced outside the engine, or by beams; make a fresh one with engine.prefill"
+        )
+    if ids.shape[0] != input_ids.shape[0]:
+        raise ValueError(
+            f"the cache has {ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they must match"
+        )
+    check_model("the cache", cache.model, describe(backbone.model))
+    if cache.longrope != backbone.longrope:
+        raise ValueError(
+            f"the cache was read with longrope={cache.longrope!r} and this engine has "
+            f"{backbone.longrope!r}; use one with the same"
+        )
+    return torch.cat([ids, cache.unread_ids], dim=1).to(input_ids.device)
 
 
 def left_mask(ids: Tensor, padding: Sequence[int]) -> Tensor:

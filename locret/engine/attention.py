@@ -1,49 +1,46 @@
-"""The layer function of inference: runs the pass that a request's cache is in.
+"""What a layer does with new tokens: the layer function of inference, which runs the pass that a
+request's cache is in. A pass is chosen when a forward begins, and attends for one layer after the
+other:
+
+  answering (`AnswerPass`) slots do not move any more: keys are rotated once, and new units are
+            appended in place.
+  reading   (`locret.engine.reading`) keep the best units.
+  stepping  (`locret.engine.steps`) answer one token, with counters on the device.
 
 Layers with a sliding window bound their cache by themselves, whatever the pass: they hold the last
 units of a window, and no policy is asked.
 """
 
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from locret.cache.cache import RetainedCache
+from locret.cache.cache import DECODE_ROOM, RetainedCache
+from locret.cache.context import alike, sent, sequences_of
 from locret.cache.layer import RetainedLayer
-from locret.cache.sequences import alike, sequences_of
-from locret.cache.tail import NewTokens
-from locret.engine.passes import AnswerPass, Pass, ReadPass, Stored, Surprise, own_positions
-from locret.engine.rereading import FirstPass
-from locret.model.attend import Backend, attend
+from locret.cache.store import NewTokens
+from locret.model.attend import Past, attend_past
+from locret.model.backends import Backend, attend
 from locret.model.hooks import LayerCall, without_autocast
 from locret.model.rotary import Rotary
-from locret.policies.base import Eviction, Policy
+from locret.policies.base import LayerChunk
 
 
 class RetainedAttention:
     """The layer function of inference: runs the pass that a request's cache is in.
 
     Args:
-        policy: ranks units.
-        backend: see `locret.model.attend`.
-        surprise: the backbone's, for policies that wait.
+        backend: see `locret.model.backends`.
     """
 
-    def __init__(self, policy: Policy, backend: Backend, surprise: Surprise) -> None:
-        self.policy = policy
+    def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.surprise = surprise
         self._default = AnswerPass(backend)
-
-    def reading(self, eviction: Eviction | None, stores_only: bool = False) -> Pass:
-        """The pass that reads a chunk; without an eviction, all of it stays, as it does until a
-        policy that rereads has done so."""
-        if eviction is None:
-            return AnswerPass(self.backend, stores_only=stores_only)
-        if self.policy.rereads:
-            return FirstPass(self.backend, eviction.drop, stores_only)
-        return ReadPass(self.policy, self.backend, self.surprise, eviction, stores_only)
 
     def __call__(self, call: LayerCall) -> Tensor:
         cache = call.cache
@@ -57,7 +54,7 @@ class RetainedAttention:
         current: Pass = cache.current or self._default
         wanted = not (current.stores_only and call.layer_idx == len(cache.layers) - 1)
         own = call.value.dtype
-        call = call.to(_dtype_of(layer, own, isinstance(current, ReadPass)))
+        call = call.to(_dtype_of(layer, own, current.ranks))
         if layer.window is None:
             output = current.attend(call, layer, wanted)
         else:
@@ -80,10 +77,102 @@ class RetainedAttention:
         return current.rotation(layer_idx, hidden, cache, rotary)
 
     def finish(self, cache: Any, input_ids: Tensor, hidden: Tensor) -> None:
-        """After a chunk went through all layers of the backbone, which was given `cache`."""
-        current = cache.current if isinstance(cache, RetainedCache) else None
-        if isinstance(current, ReadPass) and self.policy.waits:
-            current.finish(cache, input_ids, hidden)
+        """`Pass.finish`, after layers that were given `cache`."""
+        if isinstance(cache, RetainedCache) and cache.current is not None:
+            cache.current.finish(cache, input_ids, hidden)
+
+
+class Stored(Exception):
+    """Raised by the last layer when it has stored a chunk of a context: what would follow is the
+    chunk's output, which nobody asks for."""
+
+
+class Pass:
+    """What a forward does with the cache of its request, one layer after the other.
+
+    Attributes:
+        drop: last tokens that are given up again.
+        stores_only: nobody asks for the output, so that the last layer need not attend.
+    """
+
+    drop: int = 0
+    stores_only: bool = False
+    ranks: ClassVar[bool] = False
+    """Units held are compared with new ones."""
+
+    @contextlib.contextmanager
+    def during(self, cache: RetainedCache) -> Iterator[None]:
+        """Let forwards with the cache do this with it, until the block ends."""
+        before, cache.current = cache.current, self
+        try:
+            yield
+        finally:
+            cache.current = before
+
+    def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
+        """Store the new units of a layer without a window, and the attention output [B, T, H*G, D]
+        if it is wanted."""
+        raise NotImplementedError
+
+    def rotation(
+        self, layer_idx: int, hidden: Tensor, cache: RetainedCache, rotary: Rotary
+    ) -> tuple[Tensor, Tensor] | None:
+        """Tables with which a layer may rotate by itself: slots do not move any more, and nobody
+        asks for queries and keys before RoPE. None: it must hand them over unrotated."""
+        return None
+
+    def finish(self, cache: RetainedCache, input_ids: Tensor, hidden: Tensor) -> None:
+        """After the tokens [B, T] went through all layers: [B, T, hidden size], the decoder's
+        output."""
+
+
+@dataclass(frozen=True)
+class AnswerPass(Pass):
+    """Attend to the units held and to the new ones, all of which stay; `room` units are expected to
+    come, for which storage is made at once."""
+
+    backend: Backend
+    room: int = DECODE_ROOM
+    stores_only: bool = False
+
+    def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
+        with without_autocast(call.key.device):
+            return self._attend(call, layer, wanted)
+
+    def _attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
+        cache, store = call.cache, layer.store
+        cache.answered = cache.budget is not None
+        layer.state = {}  # the policy does not see these tokens, so what it remembers goes stale
+        lengths, starts = cache.prompt_lengths, next_slots(layer, cache)
+        freeze(layer, call.rotary, lengths, self.room)
+        query, key = call.query, call.key
+        if not call.rotated:
+            query = call.rotate(query, starts, lengths)
+            key = call.rotate(key, starts, lengths)
+        store.append(NewTokens.of(key, call.value, own_positions(call, layer)), self.room)
+        output = self._output(call, layer, query) if wanted else None
+        store.pack()
+        return output
+
+    def _output(self, call: LayerCall, layer: RetainedLayer, query: Tensor) -> Tensor:
+        """Attention to all units held, of which the last are the queries' own."""
+        pasts, new = pasts_of(call, layer), query.shape[2]
+        how = call.scaling, self.backend, call.weighting
+        if layer.host is not None:
+            keys, values, empty = _recalled(layer, query, pasts, layer.store.sequences.empty)
+            return attend(query, keys, values, call.scaling, self.backend, empty, call.weighting)
+        if new == 1:
+            return attend_past(query, pasts, None, *how)
+        tail = pasts.pop()
+        before = Past(tail.keys[:, :, :-new], tail.values[:, :, :-new])
+        own = tail.keys[:, :, -new:], tail.values[:, :, -new:]
+        return attend_past(query, [*pasts, before], own, *how)
+
+    def rotation(
+        self, layer_idx: int, hidden: Tensor, cache: RetainedCache, rotary: Rotary
+    ) -> tuple[Tensor, Tensor] | None:
+        starts = next_slots(cache.layers[layer_idx], cache)
+        return rotary.cos_sin(starts, hidden.shape[1], cache.prompt_lengths, hidden)
 
 
 def _slide(
@@ -128,3 +217,108 @@ def _dtype_of(layer: RetainedLayer, new: torch.dtype, ranks: bool) -> torch.dtyp
             "evicted"
         )
     return stored
+
+
+def chunk_of(call: LayerCall, query: Tensor, key: Tensor, **more: Any) -> LayerChunk:
+    """What a policy sees of a call whose queries and keys are rotated to these; `more` fields."""
+    assert call.retained_idx is not None
+    return LayerChunk(
+        layer_idx=call.retained_idx,
+        query=call.query,
+        key=call.key,
+        value=call.value,
+        hidden=call.hidden,
+        scaling=call.scaling,
+        rotated_query=query,
+        rotated_key=key,
+        **more,
+    )
+
+
+def own_positions(call: LayerCall, layer: RetainedLayer) -> Tensor:
+    """Positions of the new tokens counted from each row's own first one, [1 or B, 1, T] int32."""
+    device = call.key.device
+    positions = _range(layer.seen, layer.seen + call.key.shape[2], device)
+    if call.cache.padding is None:
+        return positions[None, None]
+    return (positions - sent(call.cache.padding, device, torch.int32)[:, None])[:, None]
+
+
+@functools.lru_cache(maxsize=4)
+def _range(start: int, end: int, device: torch.device) -> Tensor:
+    """int32; the same for all layers of a chunk."""
+    return torch.arange(start, end, dtype=torch.int32, device=device)
+
+
+def next_slots(layer: RetainedLayer, cache: RetainedCache) -> tuple[int, ...]:
+    """Where the first new token goes, in each row or in all of them."""
+    return cache.shifted(layer.seen) if cache.positions == "original" else layer.next_slots()
+
+
+def freeze(
+    layer: RetainedLayer, rotary: Rotary | None, lengths: Sequence[int], room: int = DECODE_ROOM
+) -> None:
+    """From here on slots do not move: rotate the keys once, where they stand.
+
+    Args:
+        rotary: the layer's rotation; None for a layer without RoPE.
+        lengths: tokens of each row's prompt.
+        room: units expected to come, for which storage is made at once.
+    """
+    if layer.rotated:
+        return
+    store, context = layer.store, layer.store.context
+
+    def of_context(keys: Tensor) -> Tensor:
+        if rotary is None or context is None:
+            return keys
+        return rotary.rotate_sequences(keys, context.sequences, lengths)
+
+    def of_tail(keys: Tensor) -> Tensor:
+        return keys if rotary is None else rotary.rotate(keys, layer.first_tail_slots(), lengths)
+
+    store.freeze(of_context, of_tail, room)
+    layer.rotated = True
+
+
+def pasts_of(call: LayerCall, layer: RetainedLayer) -> list[Past]:
+    """Context and tail of a layer, keys rotated. Units count for what was folded into them."""
+    store, lengths, pasts = layer.store, call.cache.prompt_lengths, []
+    context, merging = store.context, call.cache.merging
+    folds = merging is not None and merging.fold
+    if context is not None and layer.rotated and not folds and context.packed_keys is None:
+        pasts.append(Past(*context.plainly))
+    elif context is not None:
+        keys = context.all_keys()
+        if not layer.rotated:
+            keys = call.rotate_context(keys, context.sequences, lengths)
+        bias = context.exact["weights"].log() if folds else None
+        pasts.append(Past(keys, context.all_values(), context.sequences, bias))
+    if store.tail.count:
+        keys = store.tail[0]
+        if not layer.rotated:
+            keys = call.rotate(keys, layer.first_tail_slots(), lengths)
+        pasts.append(Past(keys, store.tail[1]))
+    return pasts
+
+
+def rectangle_of(layer: RetainedLayer, pasts: Sequence[Past], name: str) -> Tensor:
+    """What a layer holds as a rectangle (`Store.rectangle`), keys and values from `pasts`."""
+    if name not in ("keys", "values"):
+        return layer.store.rectangle(name)
+    each = [
+        getattr(past, name)
+        if past.sequences is None
+        else past.sequences.rectangle(getattr(past, name))
+        for past in pasts
+    ]
+    return each[0] if len(each) == 1 else torch.cat(each, dim=2)
+
+
+def _recalled(
+    layer: RetainedLayer, query: Tensor, pasts: Sequence[Past], empty: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`HostBlocks.in_front` of what a layer holds."""
+    assert layer.host is not None
+    keys, values = (rectangle_of(layer, pasts, name) for name in ("keys", "values"))
+    return layer.host.in_front(query, keys, values, empty)

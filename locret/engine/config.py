@@ -12,21 +12,25 @@ first, so that a mistake is told before a model is loaded.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from locret.cache.cache import Positions, check_storage
+from locret.cache.context import Counts
 from locret.cache.merging import Merging, merging_of
 from locret.cache.recall import Recall, recall_of
-from locret.cache.sequences import Counts
 from locret.cache.sizing import Sizing
-from locret.engine.budgets import head_counts, layer_budgets
-from locret.engine.chunk import chosen_chunk, chunk_bytes, memory_beside_weights
-from locret.engine.graphs import why_not_graphed
-from locret.engine.recorded import RECORDED, Auto, Recorded
+from locret.engine.budgets import (
+    chosen_chunk,
+    chunk_bytes,
+    head_counts,
+    layer_budgets,
+    memory_beside_weights,
+)
+from locret.engine.steps import why_not_graphed
 from locret.heads.heads import HeadsConfig
 from locret.heads.quotas import Quotas, quotas_of
-from locret.model.attend import Backend, available, check_backend, fastest
 from locret.model.backbone import Backbone
+from locret.model.backends import Backend, available, check_backend, fastest
 from locret.model.rotary import LongRopeRule
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.policies.base import Eviction
@@ -40,6 +44,49 @@ from locret.quantities import (
     parse_bytes,
 )
 from locret.quantization import Scheme, scheme_of
+
+Auto = Literal["auto"]
+
+PAPER = {"budget": 16384, "stabilizers": 2500, "local_tokens": 100}
+"""The engine settings of the paper, where neither the user nor the heads say otherwise."""
+
+RECORDED: Literal["recorded"] = "recorded"
+"""The size of chunks that the heads record, or else "auto"."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the heads record, or else the paper: "auto" stands for these values."""
+
+    settings: Mapping[str, int]
+    """Those of `PAPER`, and `chunk_size` where the heads record it."""
+    positions: Any = "compact"
+    longrope: Any = "long"
+    query_tokens: int = 0
+    """Tokens of the question that the heads read in front of the prompt (Locret-Q); 0 = none."""
+    quotas: Quotas | None = None
+    """Of the heads, where they score; None = equal."""
+
+    @classmethod
+    def by(cls, heads: HeadsConfig | None, query_tokens: int, scores: bool) -> "Recorded":
+        """What these heads record.
+
+        Args:
+            query_tokens: of the heads that score; heads may be given for their settings alone.
+            scores: these heads score.
+        """
+        if heads is None:
+            return cls(PAPER, query_tokens=query_tokens)
+        settings = PAPER | heads.defaults
+        if "stabilizers" not in heads.defaults and settings["budget"] < PAPER["budget"]:
+            settings["stabilizers"] = PAPER["stabilizers"] * settings["budget"] // PAPER["budget"]
+        quotas = quotas_of(heads.quotas) if scores else None
+        return cls(settings, heads.positions, heads.longrope, query_tokens, quotas)
+
+    def stabilizers_for(self, budget: int | None) -> int:
+        """The recorded stabilizers, fewer in proportion where the budget is smaller."""
+        most = self.settings["budget"]
+        return self.settings["stabilizers"] * min(budget or most, most) // most
 
 
 @dataclass(frozen=True)
@@ -129,7 +176,8 @@ class EngineConfig:
         """
         given = DEFAULTS | _renamed(flat)
         evicts = _policy_or_class(policy).evicts  # of a composed one, what its own says
-        scores = _scores_with_heads(policy)
+        core = policy.core if isinstance(policy, Policy) else policy
+        scores = isinstance(core, LocretPolicy) or core == LocretPolicy.name
         if query_tokens is None:
             query_tokens = heads.query_tokens if heads and scores else 0
         recorded = Recorded.by(heads, query_tokens, scores)
@@ -183,19 +231,15 @@ class EngineConfig:
             query_tokens=self.recorded.query_tokens,
         )
 
-    def budgets(self, policy: Policy, sizing: Sizing, context: int) -> tuple[int, ...] | None:
-        """What `layer_budgets` says of a context of that many tokens."""
-        reading = self.reading
-        return layer_budgets(reading.budget, reading.quotas, policy, sizing, context)
-
     def counts(self, policy: Policy, sizing: Sizing, context: int) -> Counts | None:
         """Units that every KV head of every layer keeps of a context of that many tokens,
         [layers][KV heads]: the layers' budgets, dealt out by the quotas. None = all. ValueError:
         not one unit fits into the memory."""
-        budgets = self.budgets(policy, sizing, context)
-        if budgets is None:
-            return None
-        return head_counts(budgets, self.reading.quotas, sizing.num_kv_heads, context)
+        budget, quotas = self.reading.budget, self.reading.quotas
+        budgets = layer_budgets(budget, quotas, policy, sizing, context)
+        return (
+            None if budgets is None else head_counts(budgets, quotas, sizing.num_kv_heads, context)
+        )
 
     def answer_counts(
         self, policy: Policy, sizing: Sizing, prompt: int, last: int
@@ -260,12 +304,6 @@ def _policy_or_class(policy: str | Policy | None) -> Policy | type[Policy]:
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is unknown; expected one of {sorted(POLICIES)}")
     return POLICIES[policy]
-
-
-def _scores_with_heads(policy: str | Policy | None) -> bool:
-    if isinstance(policy, Policy):
-        return isinstance(policy.core, LocretPolicy)
-    return policy == LocretPolicy.name
 
 
 def _renamed(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from locret.cache.cache import Positions, RetainedCache
+from locret.cache.context import Counts
 from locret.cache.merging import MergingChoice
 from locret.cache.recall import Recall
-from locret.cache.sequences import Counts
 from locret.engine.answering import Answering
 from locret.engine.arguments import (
     ShowingPrompt,
@@ -25,21 +25,21 @@ from locret.engine.arguments import (
     check_decoding,
     check_ids,
     check_not_repeated,
+    checked_query,
+    context_ids,
     inferred_mask,
     left_padding,
     setting,
 )
 from locret.engine.attention import RetainedAttention
-from locret.engine.config import EngineConfig
-from locret.engine.forward import ChunkCounts, ChunkForward
-from locret.engine.questions import read_questions, together
-from locret.engine.reading import Progress, Reader
-from locret.engine.recorded import Auto
+from locret.engine.config import Auto, EngineConfig
+from locret.engine.contexts import Progress, Reader, read_questions, together
+from locret.engine.reading import ChunkCounts, ChunkForward
 from locret.engine.steps import StepCounts
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import QuotasChoice
-from locret.model.attend import Backend
 from locret.model.backbone import Backbone
+from locret.model.backends import Backend
 from locret.model.rotary import LongRopeRule
 from locret.policies import POLICIES, LocretPolicy, Policy
 from locret.quantities import BudgetChoice
@@ -77,7 +77,7 @@ class Engine:
             `locret.heads.quotas`.
         budget_bytes: the old name of a budget that is memory; use budget="2GiB".
         chunk_size: tokens of the prompt read at a time; None = all at once; "auto" = the fastest on
-            the model's device that fits (`locret.engine.chunk`); "recorded" = what the heads
+            the model's device that fits (`locret.engine.budgets`); "recorded" = what the heads
             record, else "auto".
         stabilizers: last units that survive every eviction but the final one.
         local_tokens: last tokens of the prompt that are read after the final eviction.
@@ -104,8 +104,8 @@ class Engine:
             for every chunk and step: a `Recall` or its options as a mapping, {} for the defaults;
             None = what is evicted is gone. What comes back is beside the budget
             (`docs/policies.md`). Not for quantized caches, and not with merging.
-        backend: "auto" or a name of `locret.model.attend`: how attention is computed. "minference"
-            needs policy="full" and chunk_size=None.
+        backend: "auto" or a name of `locret.model.backends`: how attention is computed.
+            "minference" needs policy="full" and chunk_size=None.
         graphs: run the steps of an answer from a CUDA graph; "auto" = where that works.
         progress: called after every chunk.
 
@@ -166,10 +166,10 @@ class Engine:
         self.config = config = config.for_model(self.backbone)
         self.sizing = sizing = config.sizing(self.backbone)
         chosen: Any = config.compute.backend  # "auto" no more
-        self._attention = RetainedAttention(self.policy, chosen, self.backbone.surprise)
-        self._forward = forward = ChunkForward(self.backbone, self._attention)
-        self._reader = Reader(self.backbone, self._attention, forward, config, sizing, progress)
-        self._answering = Answering(model, self.backbone, self._attention, forward, config, sizing)
+        self._attention = RetainedAttention(chosen)
+        self._forward = forward = ChunkForward(self.backbone, self._attention, self.policy)
+        self._reader = Reader(self.backbone, forward, config, sizing, progress)
+        self._answering = Answering(model, self.backbone, forward, config, sizing)
         self._attached: contextlib.ExitStack | None = None
         self._depth = 0
 
@@ -184,18 +184,13 @@ class Engine:
 
     @property
     def last_chunks(self) -> ChunkCounts:
-        """How the chunks that the last `prefill` or `generate` read ran."""
+        """How the chunks that the last call read ran."""
         return self._forward.counts
 
     @property
     def last_steps(self) -> StepCounts | None:
         """How the one-token steps of the last answer ran; None before the first."""
         return self._answering.last_steps
-
-    @property
-    def fast_steps(self) -> bool:
-        """Whether one-token steps run with counters on the device (`locret.engine.steps`)."""
-        return self._answering.fast_steps
 
     @property
     def asks_together(self) -> bool:
@@ -238,7 +233,7 @@ class Engine:
                 f"policy {self.policy.name!r} scores a context by reading it again, so that it "
                 "cannot evict while the model's outputs are asked for; choose another policy"
             )
-        return cache.during(self._attention.reading(self.config.eviction(counts)))
+        return self._forward.reading(self.config.eviction(counts)).during(cache)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -271,9 +266,9 @@ class Engine:
         if attention_mask is None:
             attention_mask = inferred_mask(self.model, {}, input_ids)
         padding = left_padding(attention_mask, input_ids)
-        query_ids = self._reader.checked_query(query_ids, input_ids)
-        self._forward.counts = ChunkCounts()
+        query_ids = checked_query(self.config, self.backbone, query_ids, input_ids)
         with self:
+            self._forward.begin()
             return self._reader.read_context(input_ids, padding, query_ids)
 
     @torch.compiler.disable
@@ -294,6 +289,7 @@ class Engine:
         """
         rows = [cache.fork() for cache in caches]
         with self:
+            self._forward.begin()
             return together(self._reader, rows, questions)
 
     @torch.compiler.disable
@@ -331,7 +327,9 @@ class Engine:
                 that needs to roll back the cache.
         """
         check_ids(input_ids)
-        context = input_ids[:, :0] if cache is None else self._reader.context_ids(cache, input_ids)
+        context = (
+            input_ids[:, :0] if cache is None else context_ids(cache, self.backbone, input_ids)
+        )
         if attention_mask is None:
             attention_mask = inferred_mask(self.model, kwargs, input_ids)
         padding = left_padding(attention_mask, input_ids, context.shape[1])
@@ -346,8 +344,8 @@ class Engine:
             kwargs["max_new_tokens"] = DEFAULT_NEW_TOKENS
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = ShowingPrompt(kwargs["streamer"], input_ids.shape[1])
-        self._forward.counts = ChunkCounts()
         with self:
+            self._forward.begin()
             if cache is None:
                 return self._answer_prompt(input_ids, padding, kwargs)
             untouched = cache.snapshot()

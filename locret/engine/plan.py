@@ -17,9 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from locret.cache.sizing import Sizing
-from locret.engine.chunk import chosen_chunk, chunk_bytes, working_slot
-from locret.engine.config import EngineConfig
-from locret.engine.recorded import PAPER, Auto
+from locret.engine.budgets import chosen_chunk, chunk_bytes, working_slot
+from locret.engine.config import PAPER, Auto, EngineConfig
 from locret.heads.heads import Geometry
 from locret.heads.quotas import Quotas, in_words
 from locret.model.backbone import Backbone
@@ -37,7 +36,9 @@ PLANNED: tuple[Scheme, ...] = tuple(
 follow from the model's shape alone and are the same in every layer."""
 
 RESERVE = 0.05  # of the memory: the device's own context, fragmentation, logits
+
 HEAD_WIDTH = 1024  # the paper's
+
 DEFAULT_NEW_TOKENS = 1024
 
 
@@ -121,7 +122,7 @@ def make_plan(
         context: tokens to be read.
         dtype: of weights and unquantized cache; default the config's, else bfloat16.
         chunk_size: tokens read at a time; None = all at once; "auto" = as an engine would on a GPU
-            of that memory (`locret.engine.chunk`).
+            of that memory (`locret.engine.budgets`).
         new_tokens: answer tokens to leave room for, beside the paper's local tokens.
         head_width: hidden width of the retaining heads, with tap `qkv`; 0 = no heads.
         quotas: of the heads. What they keep together does not depend on them; what the layer at

@@ -1,435 +1,414 @@
-"""How prompts, contexts and questions are read: which tokens, in which chunks, and how much stays.
+"""How chunks are read: rotate at the slots, attend to the units held and to the new ones, rank
+them, keep the best (`ReadPass`). A layer is compressed before the next one runs, so the peak is
+layers x budget + one chunk of one layer. Which units stay: `locret.engine.budgets`.
 
-A prompt's last tokens are left for the call that answers; query-aware heads read some of them in
-front of it. Every chunk goes through all layers, each of which evicts at once
-(`locret.engine.attention`). Rows of different lengths are not padded to be read: chunks that begin
-and end alike are read together, and each row's last ones by themselves.
+`ChunkForward` runs chunks through all layers: with fused kernels between the model's own matrix
+products where `locret.model.prenorm` knows them, else by the model's own forward.
+
+Contexts of policies that reread (`Policy.rereads`) are read to the end without an eviction
+(`FirstPass`), read again for their scores (`SecondPass`), then evicted once. While that lasts,
+every layer holds the whole context, as it came: keys unrotated at compact positions, because
+units will move to other slots, and nothing packed, because what is evicted need not be.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from locret.cache.cache import Budgets, RetainedCache
-from locret.cache.files import check_model, describe
-from locret.cache.sequences import Counts
-from locret.cache.sizing import Sizing
-from locret.engine.arguments import check_ids, unpadded
-from locret.engine.attention import RetainedAttention
-from locret.engine.choosing import Scores
-from locret.engine.config import EngineConfig
-from locret.engine.forward import ChunkForward
-from locret.engine.passes import Pass, ReadPass, Stored
-from locret.engine.rereading import scores_by_rereading
+from locret.cache.cache import DECODE_ROOM, RetainedCache
+from locret.cache.context import sent
+from locret.cache.layer import RetainedLayer
+from locret.cache.store import NewTokens
+from locret.engine.attention import (
+    AnswerPass,
+    Pass,
+    RetainedAttention,
+    Stored,
+    _recalled,
+    chunk_of,
+    next_slots,
+    own_positions,
+    pasts_of,
+    rectangle_of,
+)
+from locret.engine.budgets import Choice, Scores, keep_highest
+from locret.model.attend import Past, attend_past
 from locret.model.backbone import Backbone
-from locret.model.hooks import without_autocast
-from locret.policies.base import Eviction
-from locret.quantities import ByteShare, Memory
+from locret.model.backends import Backend, attend
+from locret.model.hooks import LayerCall, as_argument, as_output, cache_in, without_autocast
+from locret.model.prenorm import Attend, PrenormDecoder, PrenormLayer, why_not_fused
+from locret.policies.base import Context, Eviction, LayerChunk, Policy
 
-Progress = Callable[[int, int], None]
-"""Called after every chunk with the tokens read so far and the tokens to read in all."""
+Surprise = Callable[[Tensor, Tensor], Tensor]
+"""Given hidden states [B, T, hidden size] and the tokens [B, T] that came next: -log p, [B, T]."""
 
-TOGETHER = 8192
-"""Tokens of different rows that are read at a time: more does not make a device faster."""
+BLOCK = 256  # tokens whose logits over the whole vocabulary are in memory at a time
 
 
-class Planned(NamedTuple):
-    """How a context is read.
+class ChunkCounts(NamedTuple):
+    """How the chunks of a prompt were read.
 
     Attributes:
-        ids: [B, n] long, a question in front of or behind the context included.
-        prompt_length: tokens of the whole prompt.
-        counts: units that every head of every layer keeps of it; None = all.
-        query_length: tokens of the question in front.
-        drop: tokens of the question behind, which are not kept.
-        chunks: start and end of every chunk.
+        read: all of them; in front of fast steps, what they leave of a prompt, or a question, too.
+        fused: those with fused kernels between matrix products.
     """
 
-    ids: Tensor
-    prompt_length: int
-    counts: Counts | None
-    query_length: int
-    drop: int
-    chunks: tuple[tuple[int, int], ...]
+    read: int = 0
+    fused: int = 0
 
 
 @dataclass
-class Reader:
-    """Reads contexts through an attached backbone, into caches of their own.
+class ChunkForward:
+    """Reads chunks through an attached backbone.
 
     Attributes:
         attention: the layer function that the backbone is attached with.
-        forward: runs a chunk through the layers.
-        config: the engine's settings.
-        sizing: what units take.
-        progress: called after every chunk.
+        policy: ranks units.
+        counts: of the last call of the engine.
     """
 
     backbone: Backbone
     attention: RetainedAttention
-    forward: ChunkForward
-    config: EngineConfig
-    sizing: Sizing
-    progress: Progress | None = None
+    policy: Policy
+    counts: ChunkCounts = ChunkCounts()
+    _fused: PrenormDecoder | None = None
+    _whole: bool = True
+    """Every layer is let finish."""
 
-    def read_context(
-        self, input_ids: Tensor, padding: list[int], query_ids: Tensor | None
-    ) -> RetainedCache:
-        """The cache of whole contexts [B, n], for a query [B, q] if one is given."""
-        rows = unpadded(input_ids, padding)
-        lengths = [row.shape[1] for row in rows]
-        if len(set(lengths)) == 1:
-            return self.read(torch.cat(rows), lengths[0], query_ids)
-        queries = [None] * len(rows) if query_ids is None else query_ids.split(1)
-        return self.read_rows(rows, lengths, queries, input_ids.shape[1])
-
-    @property
-    def unread(self) -> int:
-        """Last tokens of a prompt that are read after the final eviction."""
-        return 1 if self.config.reading.query_aware else self.config.reading.local_tokens
-
-    def read_prompt(self, input_ids: Tensor, padding: list[int]) -> RetainedCache:
-        """The cache after all of the prompt but its local tokens, or the last one of them."""
-        width = input_ids.shape[1]
-        unread = min(self.unread, width - max(padding))
-        rows = unpadded(input_ids, padding)
-        # A row that is shorter than the local tokens has fewer to be read by the call that answers;
-        # what other rows have more, they read before.
-        before = [row.shape[1] - min(self.unread, row.shape[1]) for row in rows]
-        if not any(padding):
-            context = input_ids[:, : before[0]]
-            return self.read(context, width, self._query_of(input_ids, context))
-        contexts = [row[:, :end] for row, end in zip(rows, before, strict=True)]
-        queries = [self._query_of(row, c) for row, c in zip(rows, contexts, strict=True)]
-        in_front = {0 if query is None else query.shape[1] for query in queries}
-        if self.config.reading.decode_interval and len(in_front) > 1:
-            raise ValueError(
-                "decode_interval: some rows are too short for query-aware heads to read a question "
-                "in front, which is never evicted, and others are not; ask one row at a time"
-            )
-        lengths = [row.shape[1] for row in rows]
-        readings = self._plans(contexts, lengths, queries)
-        caches = self._read_apart(readings)
-        for i, row in enumerate(rows):
-            local = row[:, before[i] : row.shape[1] - unread]
-            caches[i] = self._with_local(caches[i], local, readings[i])
-        return self.stacked(caches, width - unread)
-
-    def _with_local(self, cache: RetainedCache, local: Tensor, reading: Planned) -> RetainedCache:
-        """The cache of one row after some of its local tokens [1, n], too. None is evicted before
-        they are all read."""
-        if not local.shape[1]:
-            return cache
-        interval, eviction = self.config.reading.decode_interval, None
-        if interval and reading.counts is not None:
-            eviction = self.config.eviction(
-                reading.counts, reading.query_length, interval + local.shape[1]
-            )
-        self.store(local, cache, eviction)
-        assert cache.token_ids is not None
-        cache.token_ids = torch.cat([cache.token_ids, local.cpu()], dim=1)
-        return cache
-
-    @property
-    def asks_together(self) -> bool:
-        """Whether questions of different lengths about contexts can be asked together: all but
-        their last tokens are read before, which is not the same to eviction and recall."""
-        return self.config.reading.decode_interval is None and self.config.storage.recall is None
-
-    def read_on(self, cache: RetainedCache, tokens: Tensor) -> None:
-        """Let a cache read tokens [B, n] too, of which it evicts none."""
-        assert cache.token_ids is not None
-        new = torch.cat([cache.unread_ids, tokens.cpu()], dim=1)
-        self.store(new.to(tokens.device), cache)
-        cache.token_ids = torch.cat([cache.token_ids, new], dim=1)
-        cache.unread_ids = new[:, :0]
-
-    def _query_of(self, prompt: Tensor, context: Tensor) -> Tensor | None:
-        """What query-aware heads read in front of a prompt's context, if there is any."""
-        tokens = self.config.recorded.query_tokens
-        if tokens and self.config.reading.budget is not None and context.shape[1]:
-            return prompt[:, -tokens:]
-        return None
-
-    def checked_query(self, query_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
-        """The query to read in front of a context, or behind it, if any."""
-        tokens, aware = self.config.recorded.query_tokens, self.config.reading.query_aware
-        evicts = self.config.reading.budget is not None
-        if query_ids is None:
-            if aware and evicts:
-                raise ValueError(
-                    "the engine is query_aware, so that a context is compressed for a question: "
-                    "pass query_ids, or leave query_aware out"
-                )
-            if tokens and evicts:
-                raise ValueError(
-                    f"these heads are query-aware (they learned with {tokens} tokens of the "
-                    "question in front): pass query_ids, or use heads with query_tokens 0"
-                )
-            return None
-        check_ids(query_ids)
-        if not tokens and not aware:
-            raise ValueError(
-                "query_ids given, but the policy's heads are not query-aware, nor was the engine "
-                "made with query_aware=True"
-            )
-        if query_ids.shape[0] != input_ids.shape[0]:
-            raise ValueError(
-                f"query_ids has {query_ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they "
-                "must match"
-            )
-        if not evicts or not self.sizing.num_layers:
-            return None
-        # All of it behind the context, as much as the heads learned with in front.
-        return query_ids[:, -tokens:].to(input_ids.device)
-
-    def context_ids(self, cache: RetainedCache, input_ids: Tensor) -> Tensor:
-        """Tokens that the cache has seen or was answered, for stock generate's bookkeeping."""
-        layers, had = len(self.backbone.layers), len(getattr(cache, "layers", ()))
-        if not isinstance(cache, RetainedCache) or had != layers:
-            raise ValueError(
-                f"cache is a {type(cache).__name__} of {had} layers; expected one of "
-                f"engine.prefill for this model, of {layers}"
-            )
-        ids = cache.token_ids
-        if ids is None and not cache.seen:
-            raise ValueError("the cache has read nothing yet; make one with engine.prefill")
-        if ids is None or ids.shape[1] != cache.seen:
-            known = 0 if ids is None else ids.shape[1]
-            raise ValueError(
-                f"the cache has seen {cache.seen} tokens but knows the ids of {known}: it was "
-                "advanced outside the engine, or by beams; make a fresh one with engine.prefill"
-            )
-        if ids.shape[0] != input_ids.shape[0]:
-            raise ValueError(
-                f"the cache has {ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they must "
-                "match"
-            )
-        check_model("the cache", cache.model, describe(self.backbone.model))
-        if cache.longrope != self.backbone.longrope:
-            raise ValueError(
-                f"the cache was read with longrope={cache.longrope!r} and this engine has "
-                f"{self.backbone.longrope!r}; use one with the same"
-            )
-        return torch.cat([ids, cache.unread_ids], dim=1).to(input_ids.device)
-
-    def read(
-        self, input_ids: Tensor, prompt_length: int, query_ids: Tensor | None = None
-    ) -> RetainedCache:
-        """The cache of contexts [B, n] of one length, after their last chunk.
-
-        Args:
-            prompt_length: tokens of the whole prompt, of which the context is the beginning.
-            query_ids: [B, q] long, read behind the context and given up where the reader is
-                `query_aware`, else in front of it and kept.
-        """
-        if input_ids.shape[0] > self._rows_at_once(input_ids.shape[1]):
-            rows = input_ids.split(1)
-            queries = [None] * len(rows) if query_ids is None else query_ids.split(1)
-            return self.read_rows(rows, [prompt_length] * len(rows), queries, input_ids.shape[1])
-        reading = self._plan(input_ids, prompt_length, query_ids)
-        cache = self._opened([reading])
-        for at in range(len(reading.chunks)):
-            self._read_chunk(cache, [reading], at)
-        return self._closed(cache, reading)
-
-    def read_rows(
-        self,
-        contexts: Sequence[Tensor],
-        prompt_lengths: Sequence[int],
-        queries: Sequence[Tensor | None],
-        width: int,
-    ) -> RetainedCache:
-        """The cache of contexts [1, n] of different lengths, each read as it would be alone; as
-        one of at least `width` tokens."""
-        readings = self._plans(contexts, prompt_lengths, queries)
-        return self.stacked(self._read_apart(readings), width)
+    def begin(self) -> None:
+        """Before a request: find out how its chunks run. Hooks and adapters come and go, so that
+        requests differ."""
+        fuses = not torch.is_grad_enabled() and why_not_fused(self.backbone) is None
+        self._fused = PrenormDecoder(self.backbone) if fuses else None
+        # Devices that share a model put layers back after use.
+        self._whole = bool(getattr(self.backbone.model, "hf_device_map", None))
+        self.counts = ChunkCounts()
 
     def store(self, chunk: Tensor, cache: RetainedCache, eviction: Eviction | None = None) -> None:
         """Run a chunk [B, n] through the layers, for what they store of it."""
-        stores_only = not self._spread and not self.attention.policy.waits
-        self._run(chunk, cache, self.attention.reading(eviction, stores_only))
+        self._run(chunk, cache, self.reading(eviction, not self._whole and not self.policy.waits))
+
+    def reading(self, eviction: Eviction | None, stores_only: bool = False) -> Pass:
+        """The pass that reads a chunk; without an eviction, all of it stays, as it does until a
+        policy that rereads has done so."""
+        backend = self.attention.backend
+        if eviction is None:
+            return AnswerPass(backend, stores_only=stores_only)
+        if self.policy.rereads:
+            return FirstPass(backend, eviction.drop, stores_only)
+        return ReadPass(self.policy, backend, self.backbone.surprise, eviction, stores_only)
+
+    def _run(self, ids: Tensor, cache: RetainedCache, current: Pass) -> None:
+        """Let `current` read ids [B, T] through the layers, to the last one's output if that is
+        wanted."""
+        decoder = self.backbone.decoder
+        with current.during(cache), contextlib.suppress(Stored):
+            fused = self._counted()
+            if fused is None:
+                decoder(input_ids=ids, use_cache=True, **as_argument(decoder, cache))
+            else:
+                current.finish(cache, ids, fused.hidden(ids, self._attending(cache)))
+
+    def reread(self, context: Tensor, cache: RetainedCache, eviction: Eviction) -> None:
+        """Score a context [B, n] that the cache holds whole by reading it again, and evict."""
+        policy, backend, layers = self.policy, self.attention.backend, cache.retained_layers
+        last = ReadPass(policy, backend, self.backbone.surprise, eviction)
+        ranked = [layer.store.rectangle("scores") for layer in layers]
+        if last.evicts(layers):
+            scores: dict[int, Tensor] = {}
+            for tokens, looking in policy.second_readings(context):
+                count, stores_only = tokens.shape[1], not self._whole
+                second = SecondPass(policy, backend, looking, scores, count, stores_only)
+                self._run(tokens, cache, second)
+            ranked = [scores[layer] for layer in sorted(scores)]
+        with without_autocast(context.device):
+            last.evict_ranked(layers, [*map(Scores.of, ranked, layers)])
+
+    def outputs(self, run: Callable[..., Any], inputs: dict[str, Any], cache: RetainedCache) -> Any:
+        """The model's outputs for `inputs`: what is left of a prompt, or a question."""
+        ids: Any = inputs.get("input_ids")
+        last = inputs.get("logits_to_keep", 0)
+        takes = ids is not None and isinstance(last, int) and asks_logits(inputs, cache)
+        fused = self._counted() if takes else None
+        if fused is None:
+            return without_mask(run, inputs)
+        return as_output(fused.logits(ids, self._attending(cache), last), cache)
+
+    def _counted(self) -> PrenormDecoder | None:
+        """What reads one chunk more with fused kernels, if anything does."""
+        fused = self._fused
+        self.counts = ChunkCounts(self.counts.read + 1, self.counts.fused + (fused is not None))
+        return fused
+
+    def _attending(self, cache: RetainedCache) -> Attend:
+        """What stores and attends for one layer after the other."""
+
+        def attend(i: int, x: Tensor, layer: PrenormLayer) -> Tensor:
+            call = self.backbone.layers[i].call(x, layer.heads(x), layer.scaling, cache)
+            return self.attention(call)
+
+        return attend
+
+
+def asks_logits(inputs: dict[str, Any], cache: RetainedCache) -> bool:
+    """Whether a call of the model is for this cache, and for nothing but logits."""
+    asked = any(inputs.get(name) for name in ("output_hidden_states", "output_attentions"))
+    return cache_in(inputs) is cache and not asked
+
+
+def without_mask(run: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """A model's outputs for `inputs` whose `attention_mask` is stock `generate`'s to know: which
+    slots of a row are empty, the cache knows."""
+    return run(**inputs | {"attention_mask": None})
+
+
+@dataclass(frozen=True)
+class ReadPass(Pass):
+    """Attend, let the policy rank, and keep no more than the eviction says; `surprise` is the
+    backbone's, for policies that wait."""
+
+    ranks = True
+
+    policy: Policy
+    backend: Backend
+    surprise: Surprise
+    eviction: Eviction
+    stores_only: bool = False
 
     @property
-    def _spread(self) -> bool:
-        """Devices that share a model put layers back after use; they must be let finish."""
-        return bool(getattr(self.backbone.model, "hf_device_map", None))
+    def drop(self) -> int:  # type: ignore[override]
+        return self.eviction.drop
 
-    def _run(self, tokens: Tensor, cache: RetainedCache, current: Pass) -> None:
-        """Let `current` read tokens [B, n] through all layers."""
-        with cache.during(current), contextlib.suppress(Stored):
-            self.forward(tokens, cache)
+    @property
+    def _choice(self) -> Choice:
+        return Choice(self.policy, self.eviction)
 
-    def _reread(self, context: Tensor, cache: RetainedCache, eviction: Eviction) -> None:
-        """Score a context [B, n] that the cache holds whole by reading it again, and evict."""
-        attention, layers = self.attention, cache.retained_layers
-        last = ReadPass(attention.policy, attention.backend, attention.surprise, eviction)
-        if last.evicts(layers):
-            scores = scores_by_rereading(
-                attention.policy, attention.backend, cache, context, self._run, not self._spread
-            )
-        else:
-            scores = [layer.store.rectangle("scores") for layer in layers]
-        with without_autocast(context.device):
-            last.evict_ranked(layers, [*map(Scores.of, scores, layers)])
+    def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
+        pasts, host = pasts_of(call, layer), layer.host
+        chunk = self._chunk(call, layer, pasts)
+        output = self._output(call, layer, chunk, pasts) if wanted else None
+        scores = self._ranked(chunk, layer)
+        if host is not None:
+            rotate = None if layer.rotated else functools.partial(_at_first_slot, call)
+            before = chunk.context.keys if chunk.context else None
+            query, key = chunk.rotated_query, chunk.rotated_key
+            host.look(query, before, key, rotate, at_once=self.policy.waits)
+        # Rotated keys of the context are not needed any more, and storing takes memory of its own.
+        del pasts
+        chunk = replace(chunk, context=None)
+        with without_autocast(call.key.device):
+            self._store(call, layer, chunk, scores)
+        if host is not None and not self.policy.waits:
+            host.forget_look()
+        return output
 
-    def stacked(self, rows: Sequence[RetainedCache], width: int) -> RetainedCache:
-        """Caches of one row each as one of at least `width` tokens."""
-        padded_to = max(width, *(row.seen for row in rows))
-        ids = [row.token_ids for row in rows if row.token_ids is not None]
-        assert len(ids) == len(rows)
-        with without_autocast(self.backbone.model.device):
-            cache = RetainedCache.stack(list(rows), padded_to)
-        cache.token_ids = torch.cat(
-            [nn.functional.pad(i, (padded_to - i.shape[1], 0)) for i in ids]
-        )
-        cache.unread_ids = cache.token_ids[:, :0]
-        return cache
+    def _chunk(self, call: LayerCall, layer: RetainedLayer, pasts: Sequence[Past]) -> LayerChunk:
+        """What the policy sees of the call."""
+        cache = call.cache
+        starts, lengths = next_slots(layer, cache), cache.prompt_lengths
+        query, key = (call.rotate(x, starts, lengths) for x in (call.query, call.key))
+        context, empty = None, None
+        if pasts:
+            sequences = layer.store.sequences
+            empty = sequences.empty
+            context = Context(sequences.longest, functools.partial(rectangle_of, layer, pasts))
 
-    def new_cache(self, context: int) -> tuple[RetainedCache, Counts | None]:
-        """An empty cache for a context of that many tokens, and what each head keeps of it."""
-        counts = self.config.counts(self.attention.policy, self.sizing, context)
-        return self._empty(counts), counts
+        def rotate(x: Tensor, offset: int) -> Tensor:
+            return call.rotate(x, tuple(start + offset for start in starts), lengths)
 
-    def _plans(
-        self,
-        contexts: Sequence[Tensor],
-        prompt_lengths: Sequence[int],
-        queries: Sequence[Tensor | None],
-    ) -> list[Planned]:
-        each = zip(contexts, prompt_lengths, queries, strict=True)
-        return [self._plan(context, length, query) for context, length, query in each]
-
-    def _plan(self, ids: Tensor, prompt_length: int, query_ids: Tensor | None) -> Planned:
-        counts = self.config.counts(self.attention.policy, self.sizing, ids.shape[1])
-        aware = self.config.reading.query_aware
-        in_last, drop, query = self.config.reading.local_tokens - 1 if aware else 0, 0, 0
-        if query_ids is not None and aware:
-            in_last = drop = query_ids.shape[1]
-            ids = torch.cat([ids, query_ids], dim=1)
-        elif query_ids is not None:
-            query = query_ids.shape[1]
-            ids = torch.cat([query_ids, ids], dim=1)
-        chunks = tuple(_chunks(ids.shape[1], self.config.reading.chunk, in_last))
-        return Planned(ids, prompt_length, counts, query, drop, chunks)
-
-    def _read_apart(self, readings: list[Planned]) -> list[RetainedCache]:
-        """A cache for each reading of one row. Chunks that begin and end alike are read together,
-        as many as make up `TOGETHER` tokens."""
-        done: dict[int, RetainedCache] = {}
-        longest = max(reading.ids.shape[1] for reading in readings)
-        groups = _together(readings, self._rows_at_once(longest))
-        left = [(self._opened([readings[i] for i in rows]), rows, 0) for rows in groups]
-        while left:
-            cache, rows, at = left.pop()
-            for alike in _alike_at(readings, rows, at):
-                whole = len(alike) == len(rows)
-                those = cache if whole else cache.rows([rows.index(i) for i in alike])
-                if at == len(readings[alike[0]].chunks):
-                    for place, i in enumerate(alike):
-                        row = those if len(alike) == 1 else those.rows([place])
-                        done[i] = self._closed(row, readings[i])
-                else:
-                    self._read_chunk(those, [readings[i] for i in alike], at)
-                    left.append((those, alike, at + 1))
-        return [done[i] for i in range(len(readings))]
-
-    def _rows_at_once(self, length: int) -> int:
-        """Rows of so many tokens whose chunks make up `TOGETHER` tokens: more would need memory for
-        their activations, and read no faster."""
-        return max(1, TOGETHER // max(1, min(self.config.reading.chunk or length, length)))
-
-    def _opened(self, readings: Sequence[Planned]) -> RetainedCache:
-        """An empty cache for readings that go together."""
-        cache = self._empty(readings[0].counts)
-        cache.model = describe(self.backbone.model)
-        cache.longrope = self.backbone.longrope
-        lengths = tuple(reading.prompt_length for reading in readings)
-        cache.prompt_lengths = lengths if len(set(lengths)) > 1 else lengths[:1]
-        cache.query_length = readings[0].query_length
-        return cache
-
-    def _read_chunk(self, cache: RetainedCache, readings: Sequence[Planned], at: int) -> None:
-        """Read the chunk number `at`, which all readings have."""
-        like, eviction = readings[0], None
-        (start, end), final = like.chunks[at], at + 1 == len(like.chunks)
-        if like.counts is not None:
-            drop = like.drop if final else 0
-            eviction = self.config.eviction(
-                like.counts, like.query_length, drop=drop, merging=cache.merging
-            )
-            if final:
-                eviction = replace(eviction, stabilizers=0)
-        chunk = torch.cat([reading.ids[:, start:end] for reading in readings])
-        self.store(chunk, cache, eviction)
-        if final and eviction is not None and self.attention.policy.rereads:
-            context = torch.cat([reading.ids[:, : end - eviction.drop] for reading in readings])
-            self._reread(context, cache, replace(eviction, drop=0))
-        if self.progress is not None:
-            self.progress(end, like.ids.shape[1])
-
-    def _closed(self, cache: RetainedCache, reading: Planned) -> RetainedCache:
-        """The cache after the last chunk, to be asked."""
-        cache.token_ids = reading.ids[:, : reading.ids.shape[1] - reading.drop].cpu()
-        cache.unread_ids = cache.token_ids[:, :0]
-        if self.config.reading.decode_interval is None:
-            in_bytes = isinstance(self.config.reading.budget, Memory | ByteShare)
-            for layer in cache.layers:
-                layer.close(tight=in_bytes)
-        return cache
-
-    def _empty(self, counts: Counts | None) -> RetainedCache:
-        windows, storage = self.backbone.windows, self.config.storage
-        return RetainedCache(
-            len(windows),
-            one_if_equal(counts),
-            self.config.reading.positions,
-            windows,
-            storage.quantization,
-            merging=storage.merging if counts else None,
-            recall=storage.recall,
+        return chunk_of(
+            call,
+            query,
+            key,
+            start=layer.seen,
+            context=context,
+            state=layer.state,
+            drop=self.drop,
+            empty=empty,
+            padding=sent(cache.padding, key.device) if cache.padding else None,
+            rotate=rotate,
         )
 
+    def _output(
+        self, call: LayerCall, layer: RetainedLayer, chunk: LayerChunk, pasts: Sequence[Past]
+    ) -> Tensor:
+        query, new = chunk.rotated_query, (chunk.rotated_key, chunk.value)
+        empty = None
+        if layer.host is not None and pasts:
+            keys, values, empty = _recalled(layer, query, pasts, chunk.empty)
+            if empty is not None:
+                keys, values = (torch.cat(x, dim=2) for x in zip((keys, values), new, strict=True))
+                how = call.scaling, self.backend, empty, call.weighting
+                return attend(query, keys, values, *how)
+            pasts = [Past(keys, values)]
+        return attend_past(query, pasts, new, call.scaling, self.backend, call.weighting)
 
-def one_if_equal(counts: Counts | None) -> Budgets:
-    """What heads keep, as `RetainedCache` has it."""
-    if counts is None or any(len(set(heads)) > 1 for heads in counts):
-        return counts
-    budgets = tuple(heads[0] for heads in counts)
-    return budgets[0] if len(set(budgets)) == 1 else budgets
+    def _ranked(self, chunk: LayerChunk, layer: RetainedLayer) -> Scores:
+        """Scores of the units held and of new ones."""
+        policy, store = self.policy, layer.store
+        if not policy.ranks_anew:
+            new, of_tail = policy.score_new(chunk), [*store.tail][3:4]
+            context = None if store.context is None else store.context.exact["scores"]
+            return Scores(context, torch.cat([*of_tail, new], dim=2) if of_tail else new)
+        scores = policy.rank(chunk)
+        expected = (*chunk.key.shape[:2], chunk.context_length + chunk.key.shape[2])
+        if tuple(scores.shape) != expected:
+            raise ValueError(
+                f"policy {type(policy).__name__} ranked {tuple(scores.shape)} units; expected "
+                f"[batch, KV heads, held and new units], {expected}"
+            )
+        return Scores.of(scores.float(), layer)
+
+    def _store(
+        self, call: LayerCall, layer: RetainedLayer, chunk: LayerChunk, scores: Scores
+    ) -> None:
+        """Hold the chunk's units and those held before, but for the lowest scores."""
+        before, eviction, store = layer.store.tail.count, self.eviction, layer.store
+        key = chunk.rotated_key if layer.rotated else call.key
+        own = scores.rest[:, :, before:]
+        new = NewTokens.of(key, call.value, own_positions(call, layer), own)
+        store.replace_scores(scores.context, scores.rest[:, :, :before])
+        if self.policy.waits:
+            store.append(new)
+            return
+        if self.drop:
+            new, rest = new.first(key.shape[2] - self.drop), scores.rest[:, :, : -self.drop]
+            scores = scores._replace(rest=rest)
+        left = self._choice.left(layer, chunk.layer_idx, new.keys.shape[2])
+        if left >= 0:
+            store.append(new, room=min(left, DECODE_ROOM) if eviction.above else 0)
+            store.pack(tight=not eviction.above)
+            return
+        ((index, kept),) = self._choice.choose([scores], [layer], [chunk.layer_idx])
+        layer.evict(index, kept, new, eviction.merging, eviction.query)
+
+    def finish(self, cache: RetainedCache, input_ids: Tensor, hidden: Tensor) -> None:
+        """Let a policy that waits evict."""
+        if not self.policy.waits:
+            return
+        layers = cache.retained_layers
+        surprisal = functools.partial(self._surprisal, cache, input_ids, hidden)
+        ranked = self.policy.reconsider(
+            [layer.store.rectangle("scores") for layer in layers], surprisal
+        )
+        last = hidden[:, -1 - self.drop]
+        device = layers[0].store.like.device
+        layers[0].state["last_hidden"] = last.to(device, copy=True)
+        with without_autocast(hidden.device):
+            scores = [Scores.of(x.float(), layer) for x, layer in zip(ranked, layers, strict=True)]
+            self.evict_ranked(layers, scores)
+
+    def evict_ranked(self, layers: Sequence[RetainedLayer], ranked: list[Scores]) -> None:
+        """Hold what a policy that waited, or reread, ranks highest."""
+        eviction = self.eviction
+        for i, (layer, scores) in enumerate(zip(layers, ranked, strict=True)):
+            layer.store.replace_scores(*scores)
+            layer.store.drop_last(self.drop)
+            if self.drop:
+                ranked[i] = scores._replace(rest=scores.rest[:, :, : -self.drop])
+        full = self._full(layers)
+        if full and self.policy.shares:  # judged together, with the layers that are not full
+            full = [*range(len(layers))]
+        for i in set(range(len(layers))) - set(full):
+            layers[i].store.pack(tight=not eviction.above)
+        if not full:
+            return
+        some = [layers[i] for i in full]
+        chosen = self._choice.choose([ranked[i] for i in full], some, full)
+        for layer, (index, kept) in zip(some, chosen, strict=True):
+            layer.evict(index, kept, None, eviction.merging, eviction.query)
+
+    def evicts(self, layers: Sequence[RetainedLayer]) -> bool:
+        """Whether `evict_ranked` gives up any of their units."""
+        return bool(self._full(layers))
+
+    def _full(self, layers: Sequence[RetainedLayer]) -> list[int]:
+        """Those layers that hold more than they keep."""
+        return [i for i, layer in enumerate(layers) if self._choice.left(layer, i, 0) < 0]
+
+    def _surprisal(self, cache: RetainedCache, input_ids: Tensor, hidden: Tensor) -> Tensor:
+        """-log p of every token given those before it, [B, T] float32; +inf where not known."""
+        layer = cache.retained_layers[0]
+        before = layer.state.get("last_hidden")
+        first = hidden[:, :1] if before is None else before[:, None].to(hidden.device)
+        predicting = torch.cat([first, hidden[:, :-1]], dim=1).split(BLOCK, dim=1)
+        following = input_ids.split(BLOCK, dim=1)
+        surprisal = torch.cat([*map(self.surprise, predicting, following)], dim=1)
+        if before is None:
+            surprisal[:, 0] = torch.inf
+        if cache.padding is not None:
+            tokens = torch.arange(layer.seen - input_ids.shape[1], layer.seen, device=hidden.device)
+            own = tokens - sent(cache.padding, hidden.device)[:, None]
+            surprisal = surprisal.masked_fill(own <= 0, torch.inf)
+        return surprisal
 
 
-def counts_of(budgets: Budgets, layers: int, heads: int) -> Counts:
-    """What `one_if_equal` was given."""
-    assert budgets is not None
-    of_layers = (budgets,) * layers if isinstance(budgets, int) else budgets
-    return tuple((of,) * heads if isinstance(of, int) else of for of in of_layers)
+def _at_first_slot(call: LayerCall, keys: Tensor) -> Tensor:
+    """Keys [B, H, any, D], all of them rotated at slot 0, where the oldest unit held is."""
+    # No angle is left there: RoPE may only scale channels, by what it makes of ones.
+    ones = keys.new_ones(keys.shape[0], 1, 1, keys.shape[3])
+    return keys * call.rotate(ones, (0,), call.cache.prompt_lengths)
 
 
-def _together(readings: Sequence[Planned], most: int) -> list[list[int]]:
-    """Which readings may begin together, `most` at a time: they keep alike, of alike questions."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for i, reading in enumerate(readings):
-        alike = reading.counts, reading.query_length, reading.drop
-        groups.setdefault(alike, []).append(i)
-    return [group[at : at + most] for group in groups.values() for at in range(0, len(group), most)]
+@dataclass(frozen=True)
+class FirstPass(Pass):
+    """Attend, and keep all new units but the last `drop`."""
+
+    backend: Backend
+    drop: int = 0
+    stores_only: bool = False
+
+    def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
+        with without_autocast(call.key.device):
+            query, key = _rotated(call, layer)
+            output = None
+            if wanted:
+                how = call.scaling, self.backend, call.weighting
+                output = attend_past(query, pasts_of(call, layer), (key, call.value), *how)
+            stored, own = key if layer.rotated else call.key, own_positions(call, layer)
+            new = NewTokens.of(stored, call.value, own)
+            layer.store.append(new.first(key.shape[2] - self.drop))
+            return output
 
 
-def _alike_at(readings: Sequence[Planned], rows: Sequence[int], at: int) -> list[list[int]]:
-    """Those of `rows` whose chunks number `at` are alike: both final or not, or there is none."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for i in rows:
-        chunks = readings[i].chunks
-        alike = chunks[at : at + 1], at + 1 == len(chunks)
-        groups.setdefault(alike, []).append(i)
-    return list(groups.values())
+@dataclass(frozen=True)
+class SecondPass(Pass):
+    """Attend, let the policy look, and keep no new unit.
+
+    Args:
+        policy: scores units by what this reading attends to.
+        looking: how many of the reading's last tokens look.
+        scores: [B, H, n] float32 by layer, of readings so far; higher = keep.
+    """
+
+    policy: Policy
+    backend: Backend
+    looking: int
+    scores: dict[int, Tensor]
+    drop: int
+    stores_only: bool
+
+    def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
+        with without_autocast(call.key.device):
+            query, key = _rotated(call, layer)
+            pasts = pasts_of(call, layer)
+            keys = torch.cat([rectangle_of(layer, pasts, "keys"), key], dim=2)
+            values = torch.cat([rectangle_of(layer, pasts, "values"), call.value], dim=2)
+            view = call.seen_by(query[:, :, -self.looking :], keys, values)
+            assert call.retained_idx is not None
+            keep_highest(self.scores, call.retained_idx, self.policy.look(view), layer.longest)
+            if not wanted:
+                return None
+            how = call.scaling, self.backend, call.weighting
+            return attend_past(query, pasts, (key, call.value), *how)
 
 
-def _chunks(total: int, size: int | None, together: int) -> list[tuple[int, int]]:
-    """Start and end of every chunk; the last `together` tokens are all in the last one."""
-    starts = [*range(0, max(total - together, 1), size or max(total, 1))] if total else []
-    return [*zip(starts, [*starts[1:], total], strict=False)]
+def _rotated(call: LayerCall, layer: RetainedLayer) -> tuple[Tensor, Tensor]:
+    """Queries and keys of the new tokens at the next slots."""
+    starts, lengths = next_slots(layer, call.cache), call.cache.prompt_lengths
+    return call.rotate(call.query, starts, lengths), call.rotate(call.key, starts, lengths)

@@ -2,7 +2,7 @@
 
 While an answer is generated nothing moves any more: every step writes one unit behind those held
 and attends to them. `StepPass` keeps the number of units held on the device, so that the same
-kernel launches serve every step; `GraphedSteps` records them once and replays them.
+kernel launches serve every step; `locret.engine.answering` records them once and replays them.
 
 Python never reads the counters; it keeps its own, which move in step.
 
@@ -14,7 +14,6 @@ every step, one layer after the other, to a scratch buffer that all layers share
 reports does not count it; it lives no longer than the answer.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +22,7 @@ from torch import Tensor
 from locret.cache.cache import RetainedCache
 from locret.cache.context import StoredContext, places
 from locret.cache.layer import RetainedLayer
-from locret.engine.ahead import StepsAhead, likeliest
-from locret.engine.forward import ChunkForward, asks_logits
-from locret.engine.graphs import record
-from locret.engine.passes import Pass
+from locret.engine.attention import Pass
 from locret.kernels import (
     PackedShares,
     Plain,
@@ -40,12 +36,10 @@ from locret.kernels import (
     store_units,
 )
 from locret.model.backbone import Backbone
-from locret.model.hooks import LayerCall, as_argument, as_output, without_autocast
-from locret.model.prenorm import PrenormDecoder, PrenormLayer, why_not_fused
+from locret.model.hooks import LayerCall, without_autocast
+from locret.model.prenorm import PrenormLayer
 from locret.model.rotary import Rotary
 from locret.quantization.packed import Expansion
-
-EAGER_STEPS = 2  # steps before the graph is recorded: they compile kernels and make workspaces
 
 
 class StepCounts(NamedTuple):
@@ -286,139 +280,6 @@ class StepPass(Pass):
             layer.seen += 1
 
 
-class GraphedSteps:
-    """Runs a model's one-token steps from a CUDA graph.
-
-    Args:
-        forward: reads what is no step, through the attached backbone.
-        cache: of the request; its prompt is read by calls that this object declines.
-        room: units expected to come, for which storage is made at once.
-        graphs: whether steps are recorded and replayed, once they have run a few times.
-        ahead: up to so many tokens of a sequence replays run ahead (`locret.engine.ahead`); 0 =
-            they do not.
-
-    Attributes:
-        fast, replayed, fused, ahead: see `StepCounts`; the last once it has ended.
-    """
-
-    def __init__(
-        self, forward: ChunkForward, cache: RetainedCache, room: int, graphs: bool, ahead: int = 0
-    ) -> None:
-        self._forward = forward
-        self._backbone = forward.backbone
-        self._cache = cache
-        self._room = room
-        self._graphs = graphs
-        self._last = ahead
-        self._ahead: StepsAhead | None = None
-        self._steps: StepPass | None = None
-        self._graph: Any = None
-        self._ids: Tensor | None = None
-        self._outputs: Any = None
-        self._eager = 0
-        self._fused: PrenormDecoder | None = None
-        self.fast = 0
-        self.replayed = 0
-        self.fused = 0
-        self.ahead = 0
-
-    def __call__(self, run: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        """The model's outputs for `inputs`, as of any model where this is no step of ours."""
-        ids = inputs.get("input_ids")
-        if not self._is_step(ids, inputs):
-            self.end()  # what it writes, the device's counters do not know
-            return self._forward.outputs(run, inputs, self._cache)
-        assert ids is not None
-        self.fast += 1
-        if self._steps is None or self._steps.left == 0:
-            self._prepare()
-        self.fused += self._fused is not None
-        if self._graph is None and (not self._graphs or self._eager < EAGER_STEPS):
-            self._eager += 1
-            return self._step(run, ids)
-        if self._graph is None:
-            self._record(run, ids)
-        else:
-            assert self._steps is not None
-            self._steps.advance()
-        assert self._ids is not None and self._steps is not None
-        self.replayed += 1
-        if self._ahead is not None:
-            more = self._steps.left > 0 and self._cache.seen < self._last - 1
-            return as_output(self._ahead(ids, more), self._cache)
-        self._ids.copy_(ids)
-        self._graph.replay()
-        return self._outputs
-
-    def end(self) -> None:
-        """Let go of what steps ran with, once nothing runs ahead any more."""
-        if self._ahead is not None:
-            self._ahead.end()
-            self.ahead += self._ahead.used
-        self._ahead = self._steps = self._graph = self._outputs = self._ids = None
-
-    def _is_step(self, ids: Tensor | None, inputs: dict[str, Any]) -> bool:
-        frozen = all(layer.rotated and not layer.is_empty for layer in self._cache.layers)
-        one = ids is not None and ids.shape[1] == 1
-        return one and frozen and asks_logits(inputs, self._cache)
-
-    def _prepare(self) -> None:
-        self.end()  # so that memory is free first
-        self._steps = StepPass(self._backbone, self._cache, self._room)
-        self._eager = 0
-        dtype = self._cache.layers[0].store.like.dtype
-        fuses = why_not_fused(self._backbone, dtype) is None
-        self._fused = PrenormDecoder(self._backbone) if fuses else None
-
-    def _step(self, run: Callable[..., Any], ids: Tensor) -> Any:
-        assert self._steps is not None
-        if self._fused is not None:
-            outputs = as_output(self._fused.logits(ids, self._steps.take), self._cache)
-            self._steps.advance()
-            self._steps.end()
-            return outputs
-        with self._cache.during(self._steps):
-            # Positions are the cache's business; the stock rotary module only needs a shape.
-            outputs = run(
-                input_ids=ids,
-                position_ids=torch.zeros_like(ids),
-                **as_argument(self._backbone.model, self._cache),
-                use_cache=True,
-                return_dict=True,
-            )
-            self._steps.end()
-        return outputs
-
-    def _record(self, run: Callable[..., Any], ids: Tensor) -> None:
-        assert self._steps is not None
-        self._ids = own = ids.clone()
-
-        def step() -> Any:
-            outputs = self._step(run, own)
-            if self._last:
-                own.copy_(likeliest(outputs.logits))
-            return outputs
-
-        with self._backbone.fixed_frequencies():
-            self._graph, self._outputs = record(step, ids.device)
-        if self._last:
-            replay, rewind = self._graph.replay, self._steps.rewind
-            self._ahead = StepsAhead(replay, rewind, own, self._outputs.logits)
-
-
-def takes_steps(layer: RetainedLayer, folds: bool) -> bool:
-    """Whether one-token steps of a layer can write in place and attend to all: nothing comes back
-    from the host, and what is packed can be read, or written out, without waiting for the device.
-
-    Args:
-        folds: units count for what was folded into them, which the kernels of steps do not know.
-    """
-    if layer.host is not None or layer.is_empty or folds:
-        return False
-    scheme, size = layer.store.scheme, layer.store.like.shape[-1]
-    return not scheme.packs or scheme.decodes_packed(size) or scheme.recordable
-
-
 def writes_out(layer: RetainedLayer) -> bool:
     """Whether steps write out a layer's packed units before they attend."""
     context = layer.store.context
@@ -433,3 +294,19 @@ def scratch_for(cache: RetainedCache) -> Tensor:
     most = max((context.sequences.total for context in some if context is not None), default=0)
     like = cache.layers[0].store.like
     return like.new_empty(2, most, like.shape[-1])
+
+
+def why_not_graphed(backbone: Backbone) -> str | None:
+    """Why the model's steps cannot be recorded as a CUDA graph; None if they can."""
+    model, config = backbone.model, backbone.config
+    if model.device.type != "cuda":
+        return f"the model is on {model.device}"
+    if len(set(map(str, getattr(model, "hf_device_map", {}).values()))) > 1:
+        return "the model is spread over several devices"
+    if not backbone.plain:
+        return "the model has sliding windows, softcaps, sinks or more than one RoPE"
+    if getattr(model, "hf_quantizer", None) is not None:
+        return "the model's weights are quantized"
+    if any(getattr(config, name, 0) for name in ("num_local_experts", "num_experts")):
+        return "mixtures of experts choose their kernels on the host"
+    return None

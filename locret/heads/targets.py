@@ -31,7 +31,7 @@ class AnswerView:
         key, value: [B, H, S, D], of prompt and answer, keys after RoPE.
         scaling: the layer's softmax scale, usually 1 / sqrt(D).
         output_weight: [hidden size, H*G * D], of the layer's output projection; None if unknown.
-        softcap, sinks: see `locret.model.attend.Weighting`.
+        softcap, sinks: see `locret.model.hooks.Weighting`.
         norms: float32 [B, A], of the answer tokens' hidden states as the layer's projections get
             them: after the norm in front of them, if there is one; None if unknown.
     """

@@ -1,181 +1,78 @@
-"""Causal attention of new tokens over slots: one interface, several ways to compute it.
-
-eager       plain PyTorch, the twin that tests compare the others with; takes T x S memory a head.
-sdpa        PyTorch's scaled_dot_product_attention, lower-right causal; runs everywhere.
-cudnn       cuDNN, the fastest on NVIDIA GPUs from Ampere on, in half precision.
-flash_attn  the flash-attn package (extra `flash`).
-minference  a whole prompt sparsely (`locret.model.sparse_prefill`), anything else by SDPA: a
-baseline.
+"""Causal attention of new tokens to themselves and to all of what is past (`attend_past`).
 
 What is past, every new token sees: with `cudnn` and `sdpa` attention to it, a sequence at a time
 where heads hold different numbers of units, is merged by log-sum-exp with that of the new tokens to
-themselves, a causal square (`attend_past`); or all sequences take one call (`locret.model.ragged`).
+themselves, a causal square; or all sequences take one call (`locret.model.varlen`), which is faster
+where there is little to compute: cuDNN makes a plan for every length it meets (about 10 ms). Few
+queries on a CPU take one softmax over all. The other backends see all units of a sequence side by
+side (`locret.model.backends`).
 
-Whatever the backend, layers with a softcap or with sinks are computed in plain PyTorch, a block of
-queries at a time, and those with a window in blocks of one window by SDPA.
-
-B batch, H KV heads, G query heads a KV head, T new tokens, S slots, D head size.
+B batch, H KV heads, G query heads a KV head, Q = B * H sequences, T new tokens, S units, R queries
+of a KV head (G * T), D head size.
 """
 
-import importlib.util
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 
+from locret.cache.context import Sequences
 from locret.heads.quotas import is_on_grid
 from locret.kernels import merge_attention
-from locret.model import sparse_prefill
-from locret.model.past import (
-    Past,
-    are_few,
-    attend_by_products,
-    attend_few,
-    multiplies_fast,
-    with_bias_in_channels,
-)
-from locret.model.ragged import attend_ragged, takes_flash, takes_ragged
-
-Backend = Literal["eager", "sdpa", "cudnn", "flash_attn", "minference"]
+from locret.model.backends import CUDNN_CHANNELS, Backend, attend, multiplies_fast
+from locret.model.hooks import PLAIN, Weighting
+from locret.model.varlen import attend_lengths, fits, takes_flash
 
 SPLIT_FROM = 128  # new tokens; below that two calls and a merge cost more than one call
 
-CUDNN_CHANNELS = 128  # of a head, at most
-
-_BLOCK_ELEMENTS = 2**28  # of the logits that the eager backend has in memory at a time
+_FEW = 32  # most queries of a KV head (R) that are few
 
 
-@dataclass(frozen=True)
-class Weighting:
-    """What else decides a layer's attention weights, beside the softmax scale.
+class Past(NamedTuple):
+    """Units that every new token sees.
 
     Attributes:
-        window: a query sees its own slot and the window - 1 before it; None = all.
-        softcap: logits become softcap * tanh(logit / softcap); None = they stay as they are.
-        sinks: [H*G], a logit for each query head that takes weight and gives no value; None = none.
+        keys, values: flat [N, D] over `sequences`, keys rotated; or rectangles [B, H, S, D] where
+            that is None.
+        sequences: how many units each row and head has.
+        bias: [N], or [B, H, S], float32, added to the logits of each unit; None = nothing.
     """
 
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
+    keys: Tensor
+    values: Tensor
+    sequences: Sequences | None = None
+    bias: Tensor | None = None
 
     @property
-    def plain(self) -> bool:
-        return self.window is None and not self.bends
-
-    def of_heads(self, which: slice) -> "Weighting":
-        """That of some query heads."""
-        return self if self.sinks is None else replace(self, sinks=self.sinks[which])
+    def heads(self) -> int:
+        return self.keys.shape[1] if self.sequences is None else self.sequences.shape[1]
 
     @property
-    def bends(self) -> bool:
-        """The softmax itself is another one, which fused attention does not compute."""
-        return self.softcap is not None or self.sinks is not None
+    def length(self) -> int:
+        """Units of the longest sequence."""
+        return self.keys.shape[2] if self.sequences is None else self.sequences.longest
+
+    def as_rectangle(self) -> "Past":
+        """The same as a rectangle, if all sequences are equally long."""
+        if self.sequences is None or not self.sequences.equal:
+            return self
+        return Past(self.sequences.rectangle(self.keys), self.sequences.rectangle(self.values))
+
+    def of(self, row: int, head: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, 1, S, D] of one sequence."""
+        if self.sequences is None:
+            return tuple(x[row : row + 1, head : head + 1] for x in self[:2])  # type: ignore[return-value]
+        at = row * self.sequences.shape[1] + head
+        units = slice(*self.sequences.bounds[at : at + 2])
+        # Strides of the whole would tell how long all sequences are together, and cuDNN would make
+        # a plan, which takes milliseconds, for every such length.
+        return self.keys[units][None, None], self.values[units][None, None]
 
 
-PLAIN = Weighting()
-
-
-def check_backend(backend: Any) -> None:
-    """Refuse (ValueError) a backend of an unknown name."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend {backend!r} is unknown; expected one of {get_args(Backend)}")
-
-
-def available(backend: Backend, device: torch.device, dtype: torch.dtype, size: int) -> str | None:
-    """Why a backend cannot run heads of `size` channels there; None if it can. ValueError: no
-    backend of that name."""
-    check_backend(backend)
-    if backend in ("eager", "sdpa"):
-        return None
-    if backend == "minference":
-        return sparse_prefill.why_not(device, dtype, size)
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return f"it needs a CUDA device and half precision, and the model is {dtype} on {device}"
-    if backend == "flash_attn":
-        found = importlib.util.find_spec("flash_attn") is not None
-        return None if found else "the package flash-attn is not installed (extra 'flash')"
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
-        return "cuDNN attention needs an NVIDIA GPU of compute capability 8.0 or newer"
-    if size % 8 or size > CUDNN_CHANNELS:
-        most = f"at most {CUDNN_CHANNELS} channels, in eights"
-        return f"cuDNN attention needs heads of {most}; these have {size}"
-    return None
-
-
-def fastest(device: torch.device, dtype: torch.dtype, size: int) -> Backend:
-    """The backend to use where nobody chose one."""
-    return "sdpa" if available("cudnn", device, dtype, size) else "cudnn"
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    backend: Backend,
-    empty: Tensor | None = None,
-    weighting: Weighting = PLAIN,
-) -> Tensor:
-    """Causal attention of the last T of S slots: [B, T, H*G, D].
-
-    Query t sees the slots 0 .. S - T + t (lower-right causal), but for the empty ones.
-
-    Args:
-        query: [B, H*G, T, D], rotated. key, value: [B, H, S, D], S >= T, rotated.
-        scaling: softmax scale.
-        backend: see the file's head.
-        empty: [B, H] long: leading slots that hold nothing. A query always sees its own slot.
-        weighting: what else decides the weights.
-    """
-    window = weighting.window
-    if window is not None and key.shape[2] <= window:
-        weighting = replace(weighting, window=None)
-    elif window is not None and query.shape[2] > window:
-        return _attend_blocks(query, key, value, scaling, backend, empty, weighting, window)
-    if backend == "eager" or weighting.bends:
-        output = _attend_eager(query, key, value, scaling, empty, weighting)
-    elif backend == "flash_attn" and empty is None and weighting.plain:
-        return _attend_flash(query, key, value, scaling)
-    elif (
-        backend == "minference"
-        and empty is None
-        and weighting.plain
-        and sparse_prefill.takes(query, key)
-    ):
-        return sparse_prefill.attend_sparsely(query, key, value, scaling)
-    elif empty is None and weighting.plain and multiplies_fast(query):
-        output = attend_by_products(query, key, value, scaling)
-    else:
-        output = _attend_sdpa(query, key, value, scaling, empty, weighting.window)
-    return output.transpose(1, 2).contiguous()
-
-
-def _attend_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    backend: Backend,
-    empty: Tensor | None,
-    weighting: Weighting,
-    window: int,
-) -> Tensor:
-    """A window's worth of queries at a time: none looks further back than another one."""
-    new, slots = query.shape[2], key.shape[2]
-    outputs = []
-    for start in range(0, new, window):
-        own = slots - new + start
-        first, last = max(own - window + 1, 0), min(own + window, slots)
-        left = None if empty is None else (empty - first).clamp(min=0)
-        queries = query[:, :, start : start + window]
-        keys, values = key[:, :, first:last], value[:, :, first:last]
-        outputs.append(attend(queries, keys, values, scaling, backend, left, weighting))
-    return torch.cat(outputs, dim=1)
+_MOST_WORK = 2**38  # FLOP of a call, half a millisecond: above that cuDNN gains more than it costs
 
 
 def attend_past(
@@ -207,10 +104,10 @@ def attend_past(
     several = query.shape[2] > 1 and weighting.plain
     if new is not None and several and takes_ragged(query, pasts, backend):
         return attend_ragged(query, pasts, new, scaling)
+    if backend == "sdpa" and weighting.plain and are_few(query, pasts, new):
+        return attend_few(query, pasts, new, scaling)
     if not (weighting.plain and _leaves_sums(query, backend)):
         return _attend_joined(query, pasts, new, scaling, backend, weighting)
-    if are_few(query, pasts, new):
-        return attend_few(query, pasts, new, scaling)
     states = [_over(query, past, scaling, backend) for past in pasts]
     if new is not None:
         states.append(_attention(query, *new, scaling, backend, causal=True))
@@ -225,6 +122,95 @@ def _leaves_sums(query: Tensor, backend: Backend) -> bool:
     if backend == "cudnn":
         return query.shape[2] >= SPLIT_FROM
     return backend == "sdpa" and query.device.type in ("cpu", "cuda") and not multiplies_fast(query)
+
+
+def with_bias_in_channels(
+    query: Tensor, pasts: Sequence[Past], new: tuple[Tensor, Tensor] | None, scaling: float
+) -> tuple[Tensor, list[Past], tuple[Tensor, Tensor] | None]:
+    """The same attention, but for further channels, of pasts without a bias: channels of the keys
+    carry it, which every fused attention takes.
+
+        (scaling q) . k + bias = scaling (q, 1, 1) . (k, high, low),  high + low = bias / scaling
+
+    Two channels hold it, because one of few bits is not exact enough. Heads are filled up to a
+    multiple of 8 channels. Arguments as of `locret.model.attend.attend_past`.
+    """
+    more = 2 + -(query.shape[3] + 2) % 8
+
+    def wider(x: Tensor, *first: Tensor) -> Tensor:
+        extra = x.new_zeros(*x.shape[:-1], more)
+        for channel, values in enumerate(first):
+            extra[..., channel] = values
+        return torch.cat([x, extra], dim=-1)
+
+    def carried(past: Past) -> Past:
+        high_low = () if past.bias is None else _split(past.bias / scaling, past.keys.dtype)
+        return Past(wider(past.keys, *high_low), wider(past.values), past.sequences)
+
+    one = query.new_ones(query.shape[:3])
+    fresh = None if new is None else (wider(new[0]), wider(new[1]))
+    return wider(query, one, one), [*map(carried, pasts)], fresh
+
+
+def _split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x`, float32, as the sum of two numbers of a dtype."""
+    high = x.to(dtype)
+    return high, (x - high.to(x.dtype)).to(dtype)
+
+
+def are_few(query: Tensor, pasts: Sequence[Past], new: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether `attend_few` is faster than fused attention to each of `pasts` and to the new tokens;
+    arguments as of `locret.model.attend.attend_past`."""
+    if query.device.type != "cpu" or query.dtype != torch.float32:
+        return False
+    heads = pasts[0].heads if new is None else new[0].shape[1]
+    return query.shape[1] // heads * query.shape[2] <= _FEW
+
+
+def attend_few(
+    query: Tensor, pasts: Sequence[Past], new: tuple[Tensor, Tensor] | None, scaling: float
+) -> Tensor:
+    """Attention of few queries by one softmax over the logits of all units: [B, T, H*G, D].
+
+    Args:
+        query: [B, H*G, T, D], rotated.
+        pasts: what they all see; at least one where `new` is None.
+        new: keys (rotated) and values [B, H, T, D], causal; None = those of a single token, which
+            are in the last past.
+        scaling: softmax scale.
+    """
+    every = [*pasts, *([] if new is None else [Past(*new)])]
+    rows, tokens, heads = query.shape[0], query.shape[2], every[0].heads
+    grouped = query.reshape(rows, heads, -1, query.shape[3]) * scaling  # [B, H, G*T, D]
+    logits = torch.cat([_logits(grouped, past) for past in every], dim=-1)
+    if tokens > 1:
+        future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        future = future.repeat(grouped.shape[2] // tokens, 1)
+        logits[..., -tokens:].masked_fill_(future, -torch.inf)
+    shares = logits.softmax(dim=-1).split([past.length for past in every], dim=-1)
+    output = functools.reduce(torch.add, map(_weighed, shares, every))
+    return output.reshape(rows, -1, tokens, output.shape[3]).transpose(1, 2).contiguous()
+
+
+def _logits(query: Tensor, past: Past) -> Tensor:
+    """[B, H, R, units of the longest sequence] of queries [B, H, R, D]; -inf where a sequence is
+    shorter."""
+    if past.sequences is None:
+        return query @ past.keys.transpose(-1, -2)
+    logits = query.new_full((*query.shape[:3], past.length), -torch.inf)
+    each = past.keys.split(past.sequences.flat)
+    for out, own, keys in zip(logits.flatten(0, 1), query.flatten(0, 1), each, strict=True):
+        out[:, : len(keys)] = own @ keys.T
+    return logits
+
+
+def _weighed(shares: Tensor, past: Past) -> Tensor:
+    """The values [B, H, R, D] by shares [B, H, R, units of the longest sequence]."""
+    if past.sequences is None:
+        return shares @ past.values
+    each = zip(shares.flatten(0, 1), past.values.split(past.sequences.flat), strict=True)
+    own = [share[:, : len(values)] @ values for share, values in each]
+    return torch.stack(own).unflatten(0, past.sequences.shape)
 
 
 def _attend_joined(
@@ -329,92 +315,49 @@ def _merged(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return output, sums
 
 
-def _attend_sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    empty: Tensor | None,
-    window: int | None,
+def takes_ragged(query: Tensor, pasts: Sequence[Past], backend: str) -> bool:
+    """Whether queries [B, H*G, T, D] see `pasts` and themselves by `attend_ragged`."""
+    ragged = any(past.sequences is not None for past in pasts)
+    if not ragged or not fits(query, backend):
+        return False
+    group = query.shape[1] // pasts[0].heads
+    work = 4 * query.shape[2] * group * sum(past.keys.numel() for past in pasts)
+    return work <= _MOST_WORK
+
+
+def attend_ragged(
+    query: Tensor, pasts: Sequence[Past], new: tuple[Tensor, Tensor], scaling: float
 ) -> Tensor:
-    new, slots = query.shape[2], key.shape[2]
-    # SDPA's own is_causal is aligned upper-left, which is right only for a square.
-    square = new == slots and new > 1
-    mask: Any = None if square or new == 1 else causal_lower_right(new, slots)
-    if empty is not None or window is not None:
-        mask, square = _visible(query, key, empty, window), False
-        if mask.dim() == 4:
-            mask = mask.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        if query.is_cuda:  # no kernel takes a mask and groups, and the fallback takes T x S memory
-            group = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=square, scale=scaling, enable_gqa=True
+    """Causal attention of new tokens to themselves and to all of what is past: the units of one row
+    and KV head, the new ones last, are a sequence, and so are the queries of its group.
+
+    Args:
+        query: [B, H*G, T, D], rotated.
+        pasts: what they all see, the oldest first, without a bias.
+        new: keys (rotated) and values [B, H, T, D].
+        scaling: softmax scale.
+
+    Returns:
+        [B, T, H*G, D].
+    """
+    (rows, heads, count, size), every = new[0].shape, [*pasts, Past(*new)]
+    keys = [*zip(*(_each(past.keys, past.sequences) for past in every), strict=True)]
+    values = [*zip(*(_each(past.values, past.sequences) for past in every), strict=True)]
+    lengths = [sum(map(len, own)) for own in keys]
+    grouped = query.reshape(rows * heads, -1, count, size).transpose(1, 2)  # [Q, T, G, D]
+    flat = grouped.reshape(rows * heads * count, -1, size)
+    output = attend_lengths(
+        flat, _cat(keys), _cat(values), [count] * len(lengths), lengths, scaling
     )
+    grouped = output.view(rows, heads, count, -1, size).transpose(1, 2)
+    return grouped.reshape(rows, count, -1, size).contiguous()
 
 
-def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    from flash_attn import flash_attn_func
-
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    output: Tensor = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True)
-    return output  # it is lower-right causal by itself
+def _each(x: Tensor, sequences: Sequences | None) -> Sequence[Tensor]:
+    """What every sequence has of keys or values of a `Past`, [units, D]."""
+    return [own for row in x for own in row] if sequences is None else x.split(sequences.flat)
 
 
-def _attend_eager(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    empty: Tensor | None,
-    weighting: Weighting = PLAIN,
-) -> Tensor:
-    """[B, H*G, T, D], so many queries at a time that their logits fit `_BLOCK_ELEMENTS`."""
-    new, slots = query.shape[2], key.shape[2]
-    rows = max(1, _BLOCK_ELEMENTS // (query[:, :, 0, 0].numel() * slots))
-    outputs = []
-    for start in range(0, new, rows):
-        end = min(start + rows, new)
-        last = slots - new + end  # later slots are the future of all of them
-        queries, keys, values = query[:, :, start:end], key[:, :, :last], value[:, :, :last]
-        outputs.append(_eager_block(queries, keys, values, scaling, empty, weighting))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-
-def _eager_block(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    empty: Tensor | None,
-    weighting: Weighting,
-) -> Tensor:
-    batch, heads, slots, size = key.shape
-    new = query.shape[2]
-    grouped = query.reshape(batch, heads, -1, new, size)
-    logits = torch.matmul(grouped, key[:, :, None].transpose(-1, -2)) * scaling
-    if weighting.softcap is not None:
-        logits = torch.tanh(logits / weighting.softcap) * weighting.softcap
-    visible = _visible(query, key, empty, weighting.window)
-    if visible.dim() == 4:
-        visible = visible[:, :, None]
-    logits = logits.masked_fill(~visible, -torch.inf)
-    if weighting.sinks is not None:
-        sinks = weighting.sinks.to(logits.dtype).reshape(1, heads, -1, 1, 1)
-        logits = torch.cat([logits, sinks.expand(*logits.shape[:-1], 1)], dim=-1)
-    weights = logits.softmax(dim=-1, dtype=torch.float32)[..., :slots]
-    output = torch.matmul(weights.to(value.dtype), value[:, :, None])
-    return output.reshape(batch, -1, new, size)
-
-
-def _visible(query: Tensor, key: Tensor, empty: Tensor | None, window: int | None) -> Tensor:
-    """Which slots each query sees: bool [T, S], or [B, H, T, S] where some are empty."""
-    new, slots = query.shape[2], key.shape[2]
-    slot = torch.arange(slots, device=key.device)
-    own = slot[slots - new :, None]
-    mask = slot <= own
-    if window is not None:
-        mask = mask & (slot > own - window)
-    if empty is not None:
-        mask = (slot == own) | (mask & (slot >= empty[:, :, None, None]))
-    return mask
+def _cat(each: Sequence[Sequence[Tensor]]) -> Tensor:
+    """What sequences have of several pasts, as `attend_lengths` takes it."""
+    return torch.cat([*chain.from_iterable(each)])[:, None]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from locret.heads.heads import Geometry
-from locret.model.attend import Backend
+from locret.model.backends import Backend
 from locret.model.hooks import (
     IMPLEMENTATION,
     AttentionLayer,

@@ -23,13 +23,43 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from locret.cache.cache import RetainedCache
-from locret.cache.sequences import Sequences
+from locret.cache.context import Sequences
 from locret.heads.targets import AnswerView
-from locret.model.attend import PLAIN, Weighting
 from locret.model.rotary import Rotary, identity_tables
 
 IMPLEMENTATION = "locret"
 """The name under which transformers knows our attention function."""
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """What else decides a layer's attention weights, beside the softmax scale.
+
+    Attributes:
+        window: a query sees its own slot and the window - 1 before it; None = all.
+        softcap: logits become softcap * tanh(logit / softcap); None = they stay as they are.
+        sinks: [H*G], a logit for each query head that takes weight and gives no value; None = none.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.window is None and not self.bends
+
+    def of_heads(self, which: slice) -> "Weighting":
+        """That of some query heads."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[which])
+
+    @property
+    def bends(self) -> bool:
+        """The softmax itself is another one, which fused attention does not compute."""
+        return self.softcap is not None or self.sinks is not None
+
+
+PLAIN = Weighting()
 
 
 @dataclass(frozen=True)

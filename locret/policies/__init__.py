@@ -1,42 +1,30 @@
-"""Eviction policies by name."""
+"""Eviction policies by name.
 
+To add one, write a class with a `name` and a `score` (`base`) in a file here: every file of this
+package is read, and every class in it that has a name is a policy.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
 from typing import Any
 
-from locret.policies.attention import H2OPolicy, TOVAPolicy
-from locret.policies.base import LayerChunk, Policy
-from locret.policies.expected_attention import ExpectedAttentionPolicy
-from locret.policies.kvzip import KVzipPolicy
-from locret.policies.locret import LocretPolicy
-from locret.policies.plain import (
-    FullPolicy,
-    KeyDiffPolicy,
-    KNormPolicy,
-    RandomPolicy,
-    StreamingLLMPolicy,
-)
-from locret.policies.sirllm import SirLLMPolicy
-from locret.policies.snapkv import PyramidKVPolicy, SnapKVPolicy
+from locret.policies.base import LayerChunk, LocretPolicy, Policy
 
-__all__ = ["POLICIES", "LayerChunk", "Policy"]
+__all__ = ["POLICIES", "LayerChunk", "LocretPolicy", "Policy", "policy_in_words"]
 
-POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy
-    for policy in (
-        ExpectedAttentionPolicy,
-        FullPolicy,
-        H2OPolicy,
-        KeyDiffPolicy,
-        KNormPolicy,
-        KVzipPolicy,
-        LocretPolicy,
-        PyramidKVPolicy,
-        RandomPolicy,
-        SirLLMPolicy,
-        SnapKVPolicy,
-        StreamingLLMPolicy,
-        TOVAPolicy,
-    )
-}
+
+def _named(kind: type[Policy]) -> Iterator[type[Policy]]:
+    for each in kind.__subclasses__():
+        if "name" in vars(each):
+            yield each
+        yield from _named(each)
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+POLICIES = {kind.name: kind for kind in sorted(_named(Policy), key=lambda kind: kind.name)}
 
 
 def policy_in_words(

@@ -1,9 +1,10 @@
 """What a policy is: a rule that says which cache units to keep. One method makes a policy.
 
-`LayerChunk` is what it sees, `Eviction` how many units stay, `highest_of_all` what stays where
-heads or layers share what they have. How the units with the highest scores are chosen:
-`locret.kernels.select_sequences` (paper, section 3.3: after a chunk every KV head keeps its highest
-scores; the last units, the stabilizers, are kept whatever they scored; kept units stay in order).
+`LayerChunk` is what it sees, `LocretPolicy` the simplest and the paper's, `Eviction` how many units
+stay, `highest_of_all` what stays where heads or layers share what they have. How the
+units with the highest scores are chosen: `locret.kernels.select_sequences` (paper, section 3.3:
+after a chunk every KV head keeps its highest scores; the last units, the stabilizers, are kept
+whatever they scored; kept units stay in order).
 
 B batch, H KV heads, G query heads a KV head, S units held, T new tokens, W queries, D head size.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from locret.cache.merging import Merging
+from locret.heads.heads import FEATURES, RetainingHeads
 from locret.heads.targets import AnswerView
 
 HIGHEST = torch.finfo(torch.float32).max
@@ -167,12 +169,8 @@ class Policy:
 
     @classmethod
     def words(cls, tokenizer: Any, chat: bool = True) -> dict[str, Any]:
-        """Arguments of the policy that are tokens, and so depend on the model's tokenizer.
-
-        Args:
-            chat: the context stands in a user's turn of the tokenizer's chat template, if it has
-                one.
-        """
+        """Arguments of the policy that are tokens, and so depend on the model's tokenizer; the
+        context stands in a user's turn of its template, if it has one and this is a `chat`."""
         return {}
 
     @property
@@ -233,12 +231,8 @@ class Policy:
 
     def look(self, view: AnswerView) -> Tensor:
         """Finite scores [B, H, P] of a layer's units by one second reading, float32, higher = keep;
-        a unit's score is the highest of all readings.
-
-        Args:
-            view: the last tokens of the reading are its answer; the context, and what else was read
-                before these, its prompt.
-        """
+        a unit's score is the highest of all readings. The last tokens of the reading are the view's
+        answer; the context, and what else was read before these, its prompt."""
         raise NotImplementedError(f"{type(self).__name__} rereads and must implement look()")
 
     @property
@@ -275,6 +269,23 @@ class Policy:
         """How many units of `context` tokens each layer that is not bounded by a window keeps,
         `budget` on average."""
         return [budget] * num_layers
+
+
+class LocretPolicy(Policy):
+    """Scores are the retaining heads'. Cost: one small MLP a layer and token.
+
+    Args:
+        heads: the heads, on the backbone's device.
+    """
+
+    name = "locret"
+
+    def __init__(self, heads: RetainingHeads) -> None:
+        self.heads = heads
+
+    def score(self, chunk: LayerChunk) -> Tensor:
+        features = FEATURES[self.heads.config.tap]
+        return self.heads.layers[chunk.layer_idx](features(chunk))
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from locret import policies
 from locret.heads.targets import AnswerView
-from locret.policies import POLICIES
+from locret.policies.attention import pyramid
 from locret.policies.base import LayerChunk, Policy, highest_of_all, raised
-from locret.policies.snapkv import pyramid
 from locret.quantities import check_between, check_whole
 
 CERTAIN = 1e30  # policies give such scores to units that they keep in any case
@@ -86,12 +86,13 @@ def _made(policy: object) -> Policy:
         return policy
     if policy == "locret":
         raise ValueError("policy 'locret' needs heads here: give LocretPolicy(heads)")
-    if not isinstance(policy, str) or policy not in POLICIES:
+    known = policies.POLICIES  # which is made of this file's classes, too
+    if not isinstance(policy, str) or policy not in known:
         raise ValueError(
             f"policy is {policy!r}; expected a Policy, or one of "
-            f"{sorted(name for name in POLICIES if name != 'locret')}"
+            f"{sorted(name for name in known if name != 'locret')}"
         )
-    return POLICIES[policy]()
+    return known[policy]()
 
 
 class PyramidLayers(Composed):

@@ -1,12 +1,15 @@
-"""Policies that look at no query: all units, random ones, the first and the last, two by keys."""
+"""Policies that look at no query: all units, random ones, the first and the last, two by keys, and
+tokens that surprised the model."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from locret.cache.tail import unscored
+from locret.cache.store import unscored
 from locret.policies.base import HIGHEST, LayerChunk, Policy
-from locret.quantities import check_whole
+from locret.quantities import check_between, check_whole
 
 
 class FullPolicy(Policy):
@@ -90,3 +93,49 @@ class KeyDiffPolicy(Policy):
             return -cosine_similarity(keys, unit.mean(dim=2, keepdim=True), dim=-1)
         total = torch.where(filled[..., None], unit, 0.0).sum(dim=2, keepdim=True)
         return -cosine_similarity(keys, total, dim=-1)  # a sum points where the mean does
+
+
+class SirLLMPolicy(Policy):
+    """score(token) = -log p(token | what was held), the "token entropy" of section 3.2; the same in
+    every layer and head. The first `sinks` tokens are always kept, and the last `recent` ones.
+
+    Cost: the language-model head on every token, in blocks; and layers can only evict after the
+    chunk has gone through all of them, so that the peak is layers x (budget + chunk).
+
+    Args:
+        sinks: first tokens kept; published 4.
+        recent: last tokens kept, but no more than a third of the budget; published 512 of 1516.
+        decay: old scores are multiplied by it with every chunk of several tokens; published 1 to
+            0.7, by task.
+    """
+
+    name = "sirllm"
+    waits = True
+
+    def __init__(self, sinks: int = 4, recent: int = 512, decay: float = 1.0) -> None:
+        check_whole("sinks", sinks, 0)
+        check_whole("recent", recent, 0)
+        check_between("decay", decay, 0, 1)
+        if not decay:
+            raise ValueError(f"decay is {decay}; expected above 0 and at most 1")
+        self.sinks = sinks
+        self.recent_units = recent
+        self.decay = decay
+
+    def score(self, chunk: LayerChunk) -> Tensor:
+        return unscored(chunk.key).masked_fill(chunk.among_first(self.sinks), HIGHEST)
+
+    def reconsider(self, scores: list[Tensor], surprisal: Callable[[], Tensor]) -> list[Tensor]:
+        given = surprisal().clamp(max=HIGHEST)[:, None]
+        new, reconsidered = given.shape[2], []
+        for layer in scores:
+            old = layer[..., :-new]
+            # Sinks do not fade, nor does anything by the steps of an answer: a round is meant.
+            if new > 1 and self.decay < 1:
+                old = torch.where(old < HIGHEST, old * self.decay, old)
+            own = torch.maximum(layer[..., -new:], given.to(layer.device))
+            reconsidered.append(torch.cat([old, own], dim=2))
+        return reconsidered
+
+    def recent(self, budget: int) -> int:
+        return min(self.recent_units, budget // 3)

@@ -32,10 +32,10 @@ from torch.nn.functional import kl_div, logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from locret.heads.quotas import Quotas, unit_counts
-from locret.model.attend import Backend
+from locret.model.attend import Past, with_bias_in_channels
 from locret.model.backbone import Backbone
+from locret.model.backends import Backend
 from locret.model.hooks import LayerCall, LayerFunction, without_autocast, without_compiling
-from locret.model.past import Past, with_bias_in_channels
 from locret.model.varlen import Text, attend_texts
 from locret.quantization import NO_SCHEME, Scheme
 from locret.quantization.packed import pack_keys, pack_values

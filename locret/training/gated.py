@@ -34,10 +34,10 @@ from torch.nn.functional import pad
 from locret.heads.heads import RetainingHeads, is_logarithm
 from locret.heads.quotas import quotas_of
 from locret.heads.targets import BoundaryLoss, Loss
-from locret.model.attend import Backend
+from locret.model.attend import Past
 from locret.model.backbone import Backbone
+from locret.model.backends import Backend
 from locret.model.hooks import LayerCall, LayerFunction, without_autocast
-from locret.model.past import Past
 from locret.model.varlen import Text, attend_texts
 from locret.quantization import Quantization, scheme_of
 from locret.training.branches import (

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from locret.heads.heads import RetainingHeads
 from locret.heads.kinds import LayerTensors, RetainingHead
 from locret.heads.targets import Label, Loss, smoothness
-from locret.model.attend import Backend, attend
+from locret.model.backends import Backend, attend
 from locret.model.hooks import LayerCall
 from locret.model.varlen import Text, attend_texts
 from locret.training.segments import Segment, Stretch, slots_of

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locret.cache.context import from_named, to_named
+from locret.cache.files import from_named, to_named
 from locret.quantization import SCHEMES, make_scheme
 from locret.quantization.packed import (
     Expansion,

@@ -7,7 +7,7 @@ import torch
 
 import locret
 from datamodules.datamodule import ConversationDataModule
-from locret.engine.calibration import Calibration
+from locret.engine.budgets import Calibration
 from locret.heads.targets import LABELS
 from locret.model.backbone import Backbone
 from locret.model.loading import load_model
