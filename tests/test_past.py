@@ -77,15 +77,16 @@ def varlen_attn(
         assert lengths.dtype == torch.int32 and lengths.is_contiguous()
         assert lengths[-1] == len(x) and lengths.diff().max() == most
         bounds.append(lengths.diff().tolist())
-    outputs = []
+    outputs, sums = [], []
     each = zip(query.split(bounds[0]), key.split(bounds[1]), value.split(bounds[1]), strict=True)
     for q, k, v in each:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         future = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
         logits = torch.einsum("thd,shd->hts", q, k) * scale
-        weights = logits.masked_fill(future, -torch.inf).softmax(dim=-1)
-        outputs.append(torch.einsum("hts,shd->thd", weights, v))
-    return torch.cat(outputs)
+        seen = logits.masked_fill(future, -torch.inf)
+        outputs.append(torch.einsum("hts,shd->thd", seen.softmax(dim=-1), v))
+        sums.append(seen.logsumexp(dim=-1))
+    return torch.cat(outputs), torch.cat(sums, dim=1)
 
 
 @pytest.fixture

@@ -8,17 +8,30 @@ from locret.model.backends import attend
 from locret.model.hooks import PLAIN
 
 
-def plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, **_):
+def plain_sums(query, key, scale):
+    """Log-sum-exps [H*G, T] of queries [1, H*G, T, D], the last of keys [1, H, S, D]."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = scale * query[0] @ key[0].mT
+    hidden = torch.ones_like(logits, dtype=torch.bool).triu(1 + key.shape[2] - query.shape[2])
+    return logits.masked_fill(hidden, -torch.inf).logsumexp(-1)
+
+
+def plain_varlen(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, **more
+):
     """PyTorch's `varlen_attn`, a sequence after the other."""
-    assert window_size == (-1, 0) and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert more["return_aux"].lse and window_size == (-1, 0)
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     bounds = [x.tolist() for x in (cu_seq_q, cu_seq_k)]
     lengths = [[b - a for a, b in zip(x, x[1:], strict=False)] for x in bounds]
     assert [max(x) for x in lengths] == [max_q, max_k]
     assert [x[-1] for x in bounds] == [len(query), len(key)]
     rows = (x.transpose(0, 1)[None] for x in (query, key, value))
     split = [x.split(n, 2) for x, n in zip(rows, [lengths[0], *[lengths[1]] * 2], strict=True)]
-    outputs = [attend(*each, scale, "eager")[0] for each in zip(*split, strict=True)]
-    return torch.cat(outputs)
+    sequences = [*zip(*split, strict=True)]
+    outputs = [attend(*each, scale, "eager")[0] for each in sequences]
+    sums = [plain_sums(query, key, scale) for query, key, _ in sequences]
+    return torch.cat(outputs), torch.cat(sums, dim=1)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -37,8 +50,13 @@ def test_one_call_is_as_one_after_the_other(heads, elements, monkeypatch):
         for i, n in enumerate(tokens)
     ]
     assert not varlen.takes_varlen(query, "sdpa", PLAIN)
-    expected = varlen.attend_texts(query, texts, 0.3, "eager")
+    expected, unknown = varlen.attend_texts(query, texts, 0.3, "eager")
+    assert unknown is None
     monkeypatch.setattr(varlen, "_ELEMENTS", elements)
     monkeypatch.setattr(varlen, "takes_varlen", lambda *_: True)
     monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
-    torch.testing.assert_close(varlen.attend_texts(query, texts, 0.3, "sdpa"), expected)
+    output, sums = varlen.attend_texts(query, texts, 0.3, "sdpa")
+    torch.testing.assert_close(output, expected)
+    queries = query.split(tokens, 2)
+    own = [plain_sums(q, torch.cat(t.keys, 2), 0.3) for q, t in zip(queries, texts, strict=True)]
+    torch.testing.assert_close(sums, torch.cat(own, dim=1)[None])

@@ -34,6 +34,8 @@ class AnswerView:
         softcap, sinks: see `locret.model.hooks.Weighting`.
         norms: float32 [B, A], of the answer tokens' hidden states as the layer's projections get
             them: after the norm in front of them, if there is one; None if unknown.
+        log_sums: float32 [B, H*G, A], the log-sum-exp of each query's logits, natural, where
+            attention has computed it; None if unknown.
     """
 
     query: Tensor
@@ -44,6 +46,7 @@ class AnswerView:
     softcap: float | None = None
     sinks: Tensor | None = None
     norms: Tensor | None = None
+    log_sums: Tensor | None = None
 
     def capped(self, logits: Tensor) -> Tensor:
         """Scaled logits, as the softmax gets them."""
@@ -169,8 +172,8 @@ def _max_over_answer(
     given = view.multiplied()
     if kernels.why_not(*given, view.scaling) is not None:
         return _max_in_blocks(view, weight, of_asking)
-    softcap, sinks = view.softcap, view.sinks
-    highest = kernels.highest_shares(*given, view.scaling, softcap, sinks, of_asking)
+    softcap, sinks, sums = view.softcap, view.sinks, view.log_sums
+    highest = kernels.highest_shares(*given, view.scaling, softcap, sinks, of_asking, sums)
     return (highest if weight is None else highest.mul_(weight)).amax(dim=2)
 
 

@@ -2,9 +2,10 @@
 largest logit over the answer's tokens. For labels (`locret.heads.targets`, which has the twins).
 
 Two launches. The first leaves the log-sum-exp of each answer query, by an online softmax over tiles
-of units. In the second a program holds a tile of the prompt's keys, and all queries of a head go
-past it: since exp2 grows with its argument, the largest probability is exp2 of the largest
-difference between logit and log-sum-exp, so that no exponential is taken there but at the end.
+of units; it is left out where attention has computed them. In the second a program holds a tile of
+the prompt's keys, and all queries of a head go past it: since exp2 grows with its argument, the
+largest probability is exp2 of the largest difference between logit and log-sum-exp, so that no
+exponential is taken there but at the end.
 Logits are never in memory. They are in units of log2, so that exp2 serves.
 
 A answer tokens, P prompt tokens, S = P + A.
@@ -53,6 +54,7 @@ def highest_shares(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     of_asking: Tensor | None = None,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """The largest attention probability of each prompt unit over the answer's tokens.
 
@@ -64,6 +66,8 @@ def highest_shares(
         softcap: the logits' bound, None = none.
         sinks: [H*G], a logit more of every softmax; None = none.
         of_asking: [B, A], positive factors of the answer tokens' probabilities; None = ones.
+        log_sums: float32 [B, H*G, A], the log-sum-exp of each query's logits as the softmax gets
+            them, natural; None = computed here.
 
     Returns:
         float32 [B, H, G, P], a query head each. Not a number where a query or a key is not.
@@ -71,8 +75,11 @@ def highest_shares(
     Raises:
         ValueError: shapes do not fit, or `why_not` says why these tensors are not taken.
     """
-    _check(query, key, scaling, sinks, of_asking)
-    sums = _log_sums(query, key, scaling, softcap, sinks)
+    _check(query, key, scaling, sinks, of_asking, log_sums)
+    if log_sums is None:
+        sums = _log_sums(query, key, scaling, softcap, sinks)
+    else:
+        sums = torch.mul(log_sums, _LOG2E).contiguous()
     if of_asking is not None:
         sums -= of_asking.float().log2()[:, None]
     return _highest(query, key, scaling, softcap, sums)
@@ -93,6 +100,7 @@ def _check(
     scaling: float,
     sinks: Tensor | None = None,
     of_asking: Tensor | None = None,
+    log_sums: Tensor | None = None,
 ) -> None:
     (batch, heads, answer, size), (_, kv_heads, units, _) = query.shape, key.shape
     if key.shape[0] != batch or key.shape[3] != size or heads % kv_heads or not 0 < answer <= units:
@@ -104,6 +112,8 @@ def _check(
         check_tensors({"sinks": (sinks, sinks.dtype, (heads,))})
     if of_asking is not None:
         check_tensors({"of_asking": (of_asking, of_asking.dtype, (batch, answer))}, False)
+    if log_sums is not None:
+        check_tensors({"log_sums": (log_sums, torch.float32, (batch, heads, answer))}, False)
     reason = why_not(query, key, scaling)
     if reason is not None:
         raise ValueError(f"the labels' kernels do not take this: {reason}")

@@ -346,7 +346,7 @@ def attend_ragged(
     lengths = [sum(map(len, own)) for own in keys]
     grouped = query.reshape(rows * heads, -1, count, size).transpose(1, 2)  # [Q, T, G, D]
     flat = grouped.reshape(rows * heads * count, -1, size)
-    output = attend_lengths(
+    output, _ = attend_lengths(
         flat, _cat(keys), _cat(values), [count] * len(lengths), lengths, scaling
     )
     grouped = output.view(rows, heads, count, -1, size).transpose(1, 2)

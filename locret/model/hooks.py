@@ -110,17 +110,23 @@ class LayerCall:
         return weight if weight.is_floating_point() and weight.device.type != "meta" else None
 
     def seen_by(
-        self, query: Tensor, keys: Tensor, values: Tensor, norms: Tensor | None = None
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        norms: Tensor | None = None,
+        log_sums: Tensor | None = None,
     ) -> AnswerView:
         """The layer as the last tokens of a text see it.
 
         Args:
             query: [B, H*G, A, D], theirs, rotated.
             keys, values: [B, H, S, D], of all they see and of themselves, keys rotated.
-            norms: [B, A], see `AnswerView`.
+            norms: [B, A], and log_sums: [B, H*G, A], see `AnswerView`.
         """
         bends = self.weighting.softcap, self.weighting.sinks
-        return AnswerView(query, keys, values, self.scaling, self.output_weight, *bends, norms)
+        weight = self.output_weight
+        return AnswerView(query, keys, values, self.scaling, weight, *bends, norms, log_sums)
 
     def between(self, start: int, end: int) -> "LayerCall":
         """The same call, for some of its tokens."""

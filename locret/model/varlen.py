@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from locret.cache.context import sent
 from locret.model.backends import Backend, attend
@@ -49,7 +49,7 @@ def attend_lengths(
     tokens: Sequence[int],
     lengths: Sequence[int],
     scaling: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Causal attention of the last tokens of each sequence to all of it (lower-right causal).
 
     Args:
@@ -59,9 +59,10 @@ def attend_lengths(
         scaling: softmax scale.
 
     Returns:
-        [sum of tokens, heads, D].
+        Output [sum of tokens, heads, D], and the log-sum-exp of each softmax, natural, float32
+        [heads, sum of tokens].
     """
-    output = varlen_attn(
+    output, sums = varlen_attn(
         query,
         keys,
         values,
@@ -71,10 +72,11 @@ def attend_lengths(
         max(lengths),
         scale=scaling,
         window_size=(-1, 0),
+        return_aux=AuxRequest(lse=True),
         **_GROUPED,
     )
-    assert isinstance(output, Tensor)
-    return output
+    assert sums.shape == (query.shape[1], len(query)), sums.shape
+    return output, sums
 
 
 @functools.lru_cache(maxsize=256)  # of all layers
@@ -109,7 +111,7 @@ def attend_texts(
     scaling: float,
     backend: Backend,
     weighting: Weighting = PLAIN,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Each text's tokens see what their text sees, up to themselves (lower-right causal).
 
     Args:
@@ -118,19 +120,21 @@ def attend_texts(
         scaling, backend, weighting: as of `locret.model.backends.attend`.
 
     Returns:
-        [B, T, H*G, D].
+        Output [B, T, H*G, D], and the log-sum-exp of each softmax, natural, float32 [B, H*G, T]:
+        what labels would compute again. None where texts do not take one call.
     """
     if takes_varlen(query, backend, weighting):
         groups = list(_groups(texts))
         queries = query[0].transpose(0, 1).split([sum(t.tokens for t in each) for each in groups])
         pairs = zip(queries, groups, strict=True)
-        return torch.cat([_attend_at_once(q, each, scaling) for q, each in pairs])[None]
+        outputs, sums = zip(*(_attend_at_once(q, each, scaling) for q, each in pairs), strict=True)
+        return torch.cat(outputs)[None], torch.cat(sums, dim=1)[None]
     queries = query.split([text.tokens for text in texts], dim=2)
-    outputs = [
+    each = [
         attend(own, _joined(text.keys), _joined(text.values), scaling, backend, weighting=weighting)
         for own, text in zip(queries, texts, strict=True)
     ]
-    return torch.cat(outputs, dim=1)
+    return torch.cat(each, dim=1), None
 
 
 def takes_varlen(query: Tensor, backend: Backend, weighting: Weighting) -> bool:
@@ -138,8 +142,8 @@ def takes_varlen(query: Tensor, backend: Backend, weighting: Weighting) -> bool:
     return len(query) == 1 and weighting.plain and fits(query, backend)
 
 
-def _attend_at_once(query: Tensor, texts: Sequence[Text], scaling: float) -> Tensor:
-    """[T, H*G, D] of queries [T, H*G, D]."""
+def _attend_at_once(query: Tensor, texts: Sequence[Text], scaling: float) -> tuple[Tensor, Tensor]:
+    """Output [T, H*G, D] of queries [T, H*G, D], and log-sum-exps [H*G, T]."""
     keys, values = (
         _joined([x for text in texts for x in getattr(text, name)])[0].transpose(0, 1)
         for name in ("keys", "values")

@@ -161,7 +161,7 @@ class BranchAttention:
             Text(length, *zip(trunks[way.segment], each, strict=True))
             for way, length, each in zip(self.ways, lengths, own, strict=True)
         ]
-        output = attend_texts(query, texts, call.scaling, self.backend, call.weighting)
+        output, _ = attend_texts(query, texts, call.scaling, self.backend, call.weighting)
         return output[..., : call.query.shape[3]]
 
 

@@ -345,7 +345,7 @@ class EvictedAttention:
             own, trunk = slice(stretch.start, stretch.end), slice(*stretch.trunk)
             pieces = ((m[:, :, trunk], n[:, :, own]) for m, n in zip(masked, new, strict=True))
             texts.append(Text(stretch.end - stretch.start, *pieces))
-        output = attend_texts(query, texts, call.scaling, self.backend, call.weighting)
+        output, _ = attend_texts(query, texts, call.scaling, self.backend, call.weighting)
         return output[..., : call.query.shape[3]]
 
 

@@ -108,10 +108,11 @@ class RowLoss:
         query, key = self.plain.rotated(call)
         if call.retained_idx is not None and self.recipe.prompt_keys == "unrotated":
             return self._layer_as_released(call, query, key)
+        output, sums = self.plain.attend(call, query, key)
         if call.retained_idx is not None:
-            targets = [self._labels(call, query, key, segment) for segment in self.segments]
+            targets = [self._labels(call, query, key, sums, segment) for segment in self.segments]
             self.learn(call.retained_idx, self.recipe.features(call), targets)
-        return self.plain.attend(call, query, key)
+        return output
 
     def learn(
         self, retained_idx: int, features: Tensor, targets: Sequence[Sequence[Tensor]]
@@ -170,11 +171,18 @@ class RowLoss:
         return Distilled(loss, regression, smoothness, self.predictions, self.targets)
 
     def label(
-        self, call: LayerCall, query: Tensor, norms: Tensor, key: Tensor, value: Tensor
+        self,
+        call: LayerCall,
+        query: Tensor,
+        norms: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_sums: Tensor | None = None,
     ) -> Tensor:
-        """An answer's labels [B, H, P]: of its queries [B, H*G, A, D] and norms [B, A], and of keys
-        and values [B, H, P + A, D] of prompt and answer; queries and keys are rotated."""
-        return self.recipe.label(call.seen_by(query, key, value, norms))
+        """An answer's labels [B, H, P]: of its queries [B, H*G, A, D], norms [B, A] and log-sum-exps
+        [B, H*G, A] if they are known, and of keys and values [B, H, P + A, D] of prompt and answer;
+        queries and keys are rotated."""
+        return self.recipe.label(call.seen_by(query, key, value, norms, log_sums))
 
     def attend(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention output [B, T, H*G, D] as the layer weighs it."""
@@ -182,9 +190,15 @@ class RowLoss:
         return attend(query, key, value, call.scaling, backend, weighting=call.weighting)
 
     def _labels(
-        self, call: LayerCall, query: Tensor, key: Tensor, segment: Segment
+        self,
+        call: LayerCall,
+        query: Tensor,
+        key: Tensor,
+        sums: Tensor | None,
+        segment: Segment,
     ) -> list[Tensor]:
-        """Labels of one segment's answers; query and key are rotated already."""
+        """Labels of one segment's answers; query and key are rotated already, `sums` are the row's
+        log-sum-exps."""
         labels = []
         for stretch in segment.stretches:
             if not stretch.answers:
@@ -193,7 +207,8 @@ class RowLoss:
             for start, end in stretch.answers:
                 seen = slice(keys.shape[2] - (stretch.end - end))
                 asked = query[:, :, start:end], norms_of(call.hidden[:, start:end])
-                labels.append(self.label(call, *asked, keys[:, :, seen], values[:, :, seen]))
+                its = None if sums is None else sums[:, :, start:end]
+                labels.append(self.label(call, *asked, keys[:, :, seen], values[:, :, seen], its))
         return labels
 
     def _layer_as_released(self, call: LayerCall, query: Tensor, key: Tensor) -> Tensor:
@@ -322,15 +337,16 @@ class PackedAttention:
     backend: Backend
 
     def __call__(self, call: LayerCall) -> Tensor:
-        return self.attend(call, *self.rotated(call))
+        return self.attend(call, *self.rotated(call))[0]
 
     def rotated(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         """Queries and keys at their slots."""
         ranges = slots_of(self.segments)
         return call.rotate_ranges(call.query, ranges), call.rotate_ranges(call.key, ranges)
 
-    def attend(self, call: LayerCall, query: Tensor, key: Tensor) -> Tensor:
-        """Attention output [B, T, H*G, D] of a whole row; query and key are rotated already."""
+    def attend(self, call: LayerCall, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Attention of a whole row, as `attend_texts` returns it; query and key are rotated
+        already."""
         texts = [
             Text(
                 stretch.end - stretch.start,

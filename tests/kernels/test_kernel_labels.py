@@ -141,6 +141,19 @@ def test_what_kernels_take_reaches_them(name, device, monkeypatch):
     LABELS[name](drawn((1, 2, 5, 30, 64), device, 1, torch.bfloat16))
 
 
+@pytest.mark.parametrize("name", ["max_prob", "log_value_share"])
+@pytest.mark.parametrize("shape", [(2, 3, 7, 150, 64), (1, 4, 131, 300, 128)])
+def test_what_attention_has_summed_is_not_summed_again(name, shape, device, monkeypatch):
+    view = drawn(shape, device, 2)
+    expected = by_twin(name, view)
+    logits = view.logits(slice(0, view.query.shape[2]))
+    wide = torch.zeros(2, view.query.shape[1], shape[2] + 5, device=device)  # a row of more tokens
+    wide[:, :, 3:-2] = logits.logsumexp(-1).flatten(1, 2)
+    monkeypatch.setattr(labels, "_log_sums", None)
+    found = LABELS[name](replace(view, log_sums=wide[:, :, 3:-2]))
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
 def test_what_is_not_taken_has_a_reason(device):
     view = drawn((1, 2, 5, 30, 64), device)
     query, key = view.query, view.key
@@ -155,6 +168,8 @@ def test_what_is_not_taken_has_a_reason(device):
         labels.highest_shares(query, key[:, :, :4], 0.1)
     with pytest.raises(ValueError, match="of_asking is"):
         labels.highest_shares(query, key, 0.1, of_asking=torch.ones(1, 4, device=device))
+    with pytest.raises(ValueError, match="log_sums is"):
+        labels.highest_shares(query, key, 0.1, log_sums=torch.ones(1, 1, 5, device=device))
 
 
 @pytest.mark.gpu
