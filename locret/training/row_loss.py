@@ -179,8 +179,8 @@ class RowLoss:
         value: Tensor,
         log_sums: Tensor | None = None,
     ) -> Tensor:
-        """An answer's labels [B, H, P]: of its queries [B, H*G, A, D], norms [B, A] and log-sum-exps
-        [B, H*G, A] if they are known, and of keys and values [B, H, P + A, D] of prompt and answer;
+        """An answer's labels [B, H, P]: of its queries [B, H*G, A, D], norms [B, A] and, if known,
+        log-sum-exps [B, H*G, A], and of keys and values [B, H, P + A, D] of prompt and answer;
         queries and keys are rotated."""
         return self.recipe.label(call.seen_by(query, key, value, norms, log_sums))
 
