@@ -7,18 +7,15 @@ import locret
 from locret.cache.context import sequences_of
 from locret.engine.answering import EAGER_STEPS
 from locret.engine.engine import Engine
-from locret.kernels import labels
 from locret.model import attend as attention
 from locret.model import varlen
 from locret.model.attend import Past, attend_past
-from locret.model.backbone import PRENORM, Backbone
+from locret.model.backbone import PRENORM
 from locret.model.backends import attend, available
 from locret.model.hooks import PLAIN
 from locret.model.prenorm import why_not_fused
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
-from locret.training.distill import Distillation
-from locret.training.segments import Segment
 from tests.test_steps import scheme_of
 from tests.tiny_models import FAMILIES, MIXED, distinct_prompt, prompt, tiny_heads, tiny_model
 
@@ -303,26 +300,6 @@ def test_memory_comes_back():
     # From the fourth on nothing is new: a tensor of a graph may take one block of 512 bytes more.
     assert levels[-1] <= levels[3]
     assert locret.RetainedCache(2).nbytes == 0
-
-
-def test_labels_take_the_sums_that_attention_left(monkeypatch):
-    model = tiny_model("llama", head_dim=64).to("cuda", torch.bfloat16)
-    ids = prompt(300).cuda()
-    row = [Segment(0, 300, ((120, 200), (203, 300)), ((110, 200), (200, 300)))]
-
-    def distilled():
-        heads = tiny_heads(model).requires_grad_(True).train()
-        made = Distillation(Backbone(model), heads, label="log_max_prob", keep_scores=True)
-        return made(ids, row)
-
-    monkeypatch.setattr(labels, "_log_sums", None)  # not asked for
-    found = distilled()
-    monkeypatch.undo()
-    highest = labels.highest_shares
-    monkeypatch.setattr(labels, "highest_shares", lambda *given: highest(*given[:-1]))
-    expected = distilled()
-    for one, other in zip(found.targets, expected.targets, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("size", [64, 136, 256])

@@ -193,6 +193,11 @@ class Engine:
         return self._answering.last_steps
 
     @property
+    def fast_steps(self) -> bool:
+        """Whether one-token steps run with counters on the device (`locret.engine.steps`)."""
+        return self._answering.fast_steps
+
+    @property
     def asks_together(self) -> bool:
         """Whether questions of different lengths can be asked together (`Reader`)."""
         return self._reader.asks_together

@@ -6,6 +6,12 @@ import torch
 from locret.heads import targets
 from locret.heads.targets import LABELS, AnswerView
 from locret.kernels import labels
+from locret.model import varlen
+from locret.model.backbone import Backbone
+from locret.training.distill import Distillation
+from locret.training.segments import Segment
+from tests.test_varlen import plain_varlen
+from tests.tiny_models import prompt, tiny_heads, tiny_model
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -152,6 +158,30 @@ def test_what_attention_has_summed_is_not_summed_again(name, shape, device, monk
     monkeypatch.setattr(labels, "_log_sums", None)
     found = LABELS[name](replace(view, log_sums=wide[:, :, 3:-2]))
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_a_row_is_summed_up_once(device, monkeypatch):
+    """Attention leaves what labels need: they are those of sums of their own."""
+    if device.type == "cpu":
+        monkeypatch.setattr(varlen, "takes_varlen", lambda *_: True)
+        monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = tiny_model("llama", head_dim=64).to(device, dtype)
+    heads = tiny_heads(model, label="log_max_prob")
+    ids = prompt(90).to(device)
+    row = [Segment(0, 90, ((46, 60), (63, 90)), ((40, 60), (60, 90)))]
+
+    def distilled():
+        return Distillation(Backbone(model), heads, keep_scores=True)(ids, row)
+
+    highest = labels.highest_shares
+    with monkeypatch.context() as patch:
+        patch.setattr(labels, "_log_sums", None)  # not asked for
+        found = distilled()
+    monkeypatch.setattr(labels, "highest_shares", lambda *given: highest(*given[:-1]))
+    expected = distilled()
+    for one, other in zip(found.targets, expected.targets, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 if dtype.itemsize > 2 else 2e-2)
 
 
 def test_what_is_not_taken_has_a_reason(device):
