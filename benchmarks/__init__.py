@@ -1,1 +1,5 @@
-"""Speed and memory, one JSON a run. Each file is a command: `python -m benchmarks.NAME --help`."""
+"""Speed and memory, one JSON a run: `python -m benchmarks.NAME --help`.
+
+Commands: `longcontext`, `ragged`, `training`, `serving` and every other file that has a `main`; the
+other files are what these share.
+"""

@@ -155,7 +155,7 @@ class Store:
 
     Args:
         scheme: how keys and values of the context are packed.
-        weighs: units hold a weight (`StoredContext.weights`): 1 for new ones.
+        weighs: units hold a weight ("weights", see `NAMES`): 1 for new ones.
 
     Attributes:
         context: None before the first eviction.

@@ -159,7 +159,7 @@ class AnswerPass(Pass):
         pasts, new = pasts_of(call, layer), query.shape[2]
         how = call.scaling, self.backend, call.weighting
         if layer.host is not None:
-            keys, values, empty = _recalled(layer, query, pasts, layer.store.sequences.empty)
+            keys, values, empty = recalled(layer, query, pasts, layer.store.sequences.empty)
             return attend(query, keys, values, call.scaling, self.backend, empty, call.weighting)
         if new == 1:
             return attend_past(query, pasts, None, *how)
@@ -315,7 +315,7 @@ def rectangle_of(layer: RetainedLayer, pasts: Sequence[Past], name: str) -> Tens
     return each[0] if len(each) == 1 else torch.cat(each, dim=2)
 
 
-def _recalled(
+def recalled(
     layer: RetainedLayer, query: Tensor, pasts: Sequence[Past], empty: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`HostBlocks.in_front` of what a layer holds."""

@@ -187,7 +187,7 @@ class Choice:
         """What layers with these scores, the retained ones at `indices`, keep: which units of each
         sequence, ascending, and how many."""
         wholes = [with_new(layer, each.rest) for layer, each in zip(layers, scores, strict=True)]
-        counts = self._allotted(scores, layers, wholes, indices)
+        counts = self._allotted(scores, wholes, indices)
         chosen = []
         for each, whole, of_layer, i in zip(scores, wholes, counts, indices, strict=True):
             kept = sequences_of(
@@ -210,7 +210,6 @@ class Choice:
     def _allotted(
         self,
         scores: Sequence[Scores],
-        layers: Sequence[RetainedLayer],
         wholes: Sequence[Sequences],
         indices: Sequence[int],
     ) -> list[Counts]:

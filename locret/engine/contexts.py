@@ -1,4 +1,5 @@
-"""How prompts, contexts and questions are read: which tokens, in which chunks, and how much stays.
+"""What of prompts, contexts and questions is read when: which tokens together, cut into which
+chunks, and how much of them stays. What a layer does with a chunk is `locret.engine.reading`.
 
 A prompt's last tokens are left for the call that answers; query-aware heads read some of them in
 front of it. Every chunk goes through all layers, each of which evicts at once

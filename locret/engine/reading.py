@@ -29,11 +29,11 @@ from locret.engine.attention import (
     Pass,
     RetainedAttention,
     Stored,
-    _recalled,
     chunk_of,
     next_slots,
     own_positions,
     pasts_of,
+    recalled,
     rectangle_of,
 )
 from locret.engine.budgets import Choice, Scores, keep_highest
@@ -240,7 +240,7 @@ class ReadPass(Pass):
         query, new = chunk.rotated_query, (chunk.rotated_key, chunk.value)
         empty = None
         if layer.host is not None and pasts:
-            keys, values, empty = _recalled(layer, query, pasts, chunk.empty)
+            keys, values, empty = recalled(layer, query, pasts, chunk.empty)
             if empty is not None:
                 keys, values = (torch.cat(x, dim=2) for x in zip((keys, values), new, strict=True))
                 how = call.scaling, self.backend, empty, call.weighting

@@ -7,6 +7,10 @@ that names what does not. What kernels are not specialized for (`do_not_speciali
 prompt to prompt, or chunk to chunk: nothing is compiled anew for it, which takes seconds. This is
 the lowest layer: it imports torch and, if there, triton.
 
+`decode` attends from one token, `packed` expands a chunk's units, `rotate` stores and rotates,
+`evict` selects and gathers, `dense` is what surrounds products, `splits` shares work out and
+merges it, `labels` are for training.
+
 Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 """
 

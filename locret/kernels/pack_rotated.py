@@ -5,7 +5,7 @@ encoded; of keys, some blocks of packed units are encoded anew, for they became 
 takes a block of keys, or a few values, and does what they need: gathers, decodes, takes the mean
 away, rotates by butterflies in registers, chooses levels twice, and packs bits by a matrix product
 with powers of two. Callers ask `dispatch.takes_triton` first; the twin is the plain path of
-`locret.quantization.packed` with `locret.quantization.rotated`.
+`locret.quantization.packed` with `locret.quantization.codes`.
 
 N packed units, F fresh ones, K units kept, M blocks, D head size, a multiple of 8.
 """

@@ -1,4 +1,9 @@
-"""Quantized storage of keys and values. `docs/quantization.md` has the formulas and the layout."""
+"""Quantized storage of keys and values. `docs/quantization.md` has the formulas and the layout.
+
+To add a scheme, edit `schemes`, which has and names all of them; `base` is what a scheme has to do,
+`codes` the arithmetic of codes, `blocks` which units share a block and what they cost, `packed` the
+keys and values of a layer that any scheme packs.
+"""
 
 from locret.quantization.base import Scheme as Scheme
 from locret.quantization.schemes import NO_SCHEME as NO_SCHEME

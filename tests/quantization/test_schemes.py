@@ -36,8 +36,7 @@ def tensors(seed, shape, dtype, spread=1.0, outliers=False):
 def cases(draw, names=PER_ELEMENT):
     name = draw(st.sampled_from(names))
     options = {"group": draw(st.sampled_from([3, 8, 64])), "residual": 0}
-    if name != "fp8":
-        options["bits"] = draw(st.sampled_from([2, 4, 8]))
+    options["bits"] = draw(st.sampled_from(SCHEMES[name].widths))
     scheme = make_scheme(name, **options).for_layer(draw(st.integers(0, 8)))
     shape = [draw(st.integers(1, n)) for n in (2, 3, 40, 70)]
     x = tensors(
