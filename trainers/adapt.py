@@ -38,9 +38,10 @@ TEACHER = "teacher"
 
 
 class AdapterModule(TrainingModule):
-    """Trains a LoRA adapter (arXiv 2106.09685) with cross entropy on the answers' tokens or, given
-    heads, with KL from what the model without it makes of the whole context to what it makes of the
-    units that the heads keep.
+    """Trains a LoRA adapter (arXiv 2106.09685) of the backbone.
+
+    By cross entropy on the answers' tokens or, given heads, by KL from what the model without the
+    adapter makes of the whole context to what it makes of the units that the heads keep.
 
     Args:
         model: the backbone: a Hub id, a folder, or `embedded:smollm2`.
