@@ -8,6 +8,7 @@ from locret.cache.context import sequences_of
 from locret.model import attend, varlen
 from locret.model.attend import Past, are_few, attend_past
 from tests.tiny_models import prompt, tiny_heads, tiny_model
+from tests.varlen_twin import varlen_attn
 
 RAGGED = ((4, 0, 9), (3, 70, 1))
 EQUAL = ((5, 5, 5), (5, 5, 5))
@@ -54,39 +55,6 @@ def test_a_step_sees_its_own_unit_in_the_tail(counts, dtype):
     apart = attend_past(query, before, tuple(x[:, :, 3:] for x in tail), 0.4, "eager")
     tolerance = 1e-5 if dtype == torch.float32 else 0.06
     torch.testing.assert_close(together, apart, rtol=0, atol=tolerance)
-
-
-def varlen_attn(
-    query,
-    key,
-    value,
-    cu_seq_q,
-    cu_seq_k,
-    max_q,
-    max_k,
-    *,
-    return_aux=None,
-    scale=None,
-    window_size=(-1, -1),
-):
-    """PyTorch 2.11's in plain operations; what its kernels refuse is refused."""
-    assert query.shape[2] == key.shape[2] and key.shape == value.shape
-    assert all(x.stride(-1) == 1 for x in (query, key, value)) and window_size == (-1, 0)
-    bounds = []
-    for lengths, most, x in ((cu_seq_q, max_q, query), (cu_seq_k, max_k, key)):
-        assert lengths.dtype == torch.int32 and lengths.is_contiguous()
-        assert lengths[-1] == len(x) and lengths.diff().max() == most
-        bounds.append(lengths.diff().tolist())
-    outputs, sums = [], []
-    each = zip(query.split(bounds[0]), key.split(bounds[1]), value.split(bounds[1]), strict=True)
-    for q, k, v in each:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        future = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
-        logits = torch.einsum("thd,shd->hts", q, k) * scale
-        seen = logits.masked_fill(future, -torch.inf)
-        outputs.append(torch.einsum("hts,shd->thd", seen.softmax(dim=-1), v))
-        sums.append(seen.logsumexp(dim=-1))
-    return torch.cat(outputs), torch.cat(sums, dim=1)
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from locret.model import varlen
-from locret.model.backends import attend
 from locret.model.hooks import PLAIN
+from tests.varlen_twin import varlen_attn
 
 
 def plain_sums(query, key, scale):
@@ -14,24 +14,6 @@ def plain_sums(query, key, scale):
     logits = scale * query[0] @ key[0].mT
     hidden = torch.ones_like(logits, dtype=torch.bool).triu(1 + key.shape[2] - query.shape[2])
     return logits.masked_fill(hidden, -torch.inf).logsumexp(-1)
-
-
-def plain_varlen(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, **more
-):
-    """PyTorch's `varlen_attn`, a sequence after the other."""
-    assert more["return_aux"].lse and window_size == (-1, 0)
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    bounds = [x.tolist() for x in (cu_seq_q, cu_seq_k)]
-    lengths = [[b - a for a, b in zip(x, x[1:], strict=False)] for x in bounds]
-    assert [max(x) for x in lengths] == [max_q, max_k]
-    assert [x[-1] for x in bounds] == [len(query), len(key)]
-    rows = (x.transpose(0, 1)[None] for x in (query, key, value))
-    split = [x.split(n, 2) for x, n in zip(rows, [lengths[0], *[lengths[1]] * 2], strict=True)]
-    sequences = [*zip(*split, strict=True)]
-    outputs = [attend(*each, scale, "eager")[0] for each in sequences]
-    sums = [plain_sums(query, key, scale) for query, key, _ in sequences]
-    return torch.cat(outputs), torch.cat(sums, dim=1)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -54,7 +36,7 @@ def test_one_call_is_as_one_after_the_other(heads, elements, monkeypatch):
     assert unknown is None
     monkeypatch.setattr(varlen, "_ELEMENTS", elements)
     monkeypatch.setattr(varlen, "takes_varlen", lambda *_: True)
-    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     output, sums = varlen.attend_texts(query, texts, 0.3, "sdpa")
     torch.testing.assert_close(output, expected)
     queries = query.split(tokens, 2)

@@ -18,7 +18,7 @@ tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -339,10 +339,15 @@ class PackedAttention:
     def __call__(self, call: LayerCall) -> Tensor:
         return self.attend(call, *self.rotated(call))[0]
 
+    @cached_property
+    def slots(self) -> list[tuple[int, int, int]]:
+        """Of the row, in every layer."""
+        return slots_of(self.segments)
+
     def rotated(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         """Queries and keys at their slots."""
-        ranges = slots_of(self.segments)
-        return call.rotate_ranges(call.query, ranges), call.rotate_ranges(call.key, ranges)
+        query, key = (call.rotate_ranges(x, self.slots) for x in (call.query, call.key))
+        return query, key
 
     def attend(self, call: LayerCall, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
         """Attention of a whole row, as `attend_texts` returns it; query and key are rotated

@@ -10,8 +10,8 @@ from locret.model import varlen
 from locret.model.backbone import Backbone
 from locret.training.distill import Distillation
 from locret.training.segments import Segment
-from tests.test_varlen import plain_varlen
 from tests.tiny_models import prompt, tiny_heads, tiny_model
+from tests.varlen_twin import varlen_attn
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -164,7 +164,7 @@ def test_a_row_is_summed_up_once(device, monkeypatch):
     """Attention leaves what labels need: they are those of sums of their own."""
     if device.type == "cpu":
         monkeypatch.setattr(varlen, "takes_varlen", lambda *_: True)
-        monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+        monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = tiny_model("llama", head_dim=64).to(device, dtype)
     heads = tiny_heads(model, label="log_max_prob")
