@@ -44,6 +44,8 @@ class Sizing:
         scored: units keep their scores, because answers evict too.
         windows: sliding windows of the layers that hold one, beside those counted above.
         query_tokens: of a question that is read in front of a context.
+        window: slots that a sequence has at compact positions; None = any number.
+        chunk: tokens that are read at a time; 0 = all at once.
     """
 
     scheme: Scheme
@@ -55,6 +57,8 @@ class Sizing:
     windows: tuple[int, ...] = ()
     scored: bool = False
     query_tokens: int = 0
+    window: int | None = None
+    chunk: int = 0
 
     @classmethod
     def of(
@@ -68,6 +72,13 @@ class Sizing:
         """What a cache of a backbone of this shape takes, which has these windows (None = none)."""
         sizes = shape.num_layers, shape.num_kv_heads, shape.head_size, element_size
         return cls(scheme, *sizes, windows=tuple(window for window in windows if window), **others)
+
+    def head_slots(self, context: int) -> int:
+        """Units that a head can hold, of a context of that many tokens: all where these fit into
+        the window, else as many as leave slots for a chunk, at least 1."""
+        if self.window is None or not 0 < self.chunk < context or context <= self.window:
+            return context
+        return max(1, self.window - self.chunk)
 
     def cache_bytes(self, budgets: Sequence[int], tokens: int | None = None) -> int:
         """Most bytes of layers that hold so many units in every KV head: of `tokens` tokens when

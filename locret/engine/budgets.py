@@ -33,7 +33,7 @@ from locret.kernels import select_sequences
 from locret.model.backbone import Backbone
 from locret.model.backends import Backend, attend
 from locret.model.hooks import LayerCall
-from locret.policies.base import Eviction, LocretPolicy, Policy, with_protected
+from locret.policies.base import Eviction, LocretPolicy, Policy, only_best, with_protected
 from locret.quantities import Budget, ByteShare, Memory, format_bytes
 
 ON_CPU, ON_GPU = 512, 4096
@@ -64,7 +64,7 @@ def layer_budgets(
         sharing = 0 if not policy.shares else 2 if policy.waits or policy.rereads else 1
 
         def needed(average: int) -> int:
-            counts = head_counts(of_layers(average), quotas, sizing.num_kv_heads, context)
+            counts = head_counts(of_layers(average), quotas, sizing, context)
             return sizing.read_bytes(counts, context, sharing)
 
         units = _units_within(budget, sizing, context, needed)
@@ -74,22 +74,24 @@ def layer_budgets(
 
 
 def head_counts(
-    budgets: Sequence[int], quotas: Quotas | None, heads: int, context: int
-) -> tuple[tuple[int, ...], ...]:
-    """Units that each of the `heads` KV heads of every layer keeps, [layers][KV heads].
+    budgets: Sequence[int], quotas: Quotas | None, sizing: Sizing, context: int
+) -> Counts:
+    """Units that each KV head of every layer keeps, [layers][KV heads].
 
     Layers' budgets are dealt out by the quotas for what all of them together leave of the context.
-    A head that may keep the whole context has its layer's budget, if that is more.
+    No head keeps more than it has slots for, nor more than the context. If it may keep that many,
+    it has its layer's budget where this is more.
     """
     if quotas is None:
-        return tuple((budget,) * heads for budget in budgets)
+        return tuple((budget,) * sizing.num_kv_heads for budget in budgets)
     context = max(context, 1)
     kept = sum(min(budget, context) for budget in budgets)
-    counts = unit_counts(quotas.at(context * len(budgets) / kept), budgets, context)
+    most = min(context, max(sizing.head_slots(context), *budgets))
+    counts = unit_counts(quotas.at(context * len(budgets) / kept), budgets, most)
     if any(len(set(layer)) > 1 for layer in counts):
-        counts = on_grid(counts, context)
+        counts = on_grid(counts, most)
     return tuple(
-        tuple(max(units, budget) if units == context else units for units in layer)
+        tuple(max(units, budget) if units == most else units for units in layer)
         for layer, budget in zip(counts, budgets, strict=True)
     )
 
@@ -224,6 +226,8 @@ class Choice:
         for each, whole, i in zip(scores, wholes, indices, strict=True):
             tail, head = self.eviction.protected(i, self.policy)[0]
             known.append(with_protected(each.rectangle(whole), tail, head, whole.empty))
+            if self.eviction.slots is not None:
+                known[-1] = only_best(known[-1], self.eviction.slots)
         allotted = self.policy.allot(known, [self.eviction.budget(i) for i in indices])
         if allotted is None:
             return static

@@ -202,9 +202,9 @@ class EngineConfig:
                 f"budget is {list(budget)}; expected one whole number of at least 1 for each of "
                 f"the {layers} layers"
             )
-        if self.reading.quotas is not None:
-            self.reading.quotas.check_shape(layers, backbone.geometry.num_kv_heads)
-        merging = self.storage.merging
+        quotas, merging = self.reading.quotas, self.storage.merging
+        if quotas is not None:
+            quotas.check_shape(layers, backbone.geometry.num_kv_heads)
         if merging is not None and merging.fold and backbone.softcapped:
             raise ValueError("merging fold adds to logits, which this model caps; leave fold out")
         backend = _backend(self.compute.backend, backbone)
@@ -229,6 +229,8 @@ class EngineConfig:
             weighs=self.storage.merging is not None,
             scored=self.reading.decode_interval is not None,
             query_tokens=self.recorded.query_tokens,
+            window=_window(self.reading, backbone.config),
+            chunk=self.reading.chunk or 0,
         )
 
     def counts(self, policy: Policy, sizing: Sizing, context: int) -> Counts | None:
@@ -237,9 +239,7 @@ class EngineConfig:
         not one unit fits into the memory."""
         budget, quotas = self.reading.budget, self.reading.quotas
         budgets = layer_budgets(budget, quotas, policy, sizing, context)
-        return (
-            None if budgets is None else head_counts(budgets, quotas, sizing.num_kv_heads, context)
-        )
+        return None if budgets is None else head_counts(budgets, quotas, sizing, context)
 
     def answer_counts(
         self, policy: Policy, sizing: Sizing, prompt: int, last: int
@@ -254,8 +254,8 @@ class EngineConfig:
         return self.counts(policy, sizing, prompt) if follows_prompt else None
 
     def eviction(self, counts: Counts, query: int = 0, above: int = 0, **others: Any) -> Eviction:
-        """The eviction of layers whose heads keep `counts`, with stabilizers, in the recorded
-        proportion if they are "auto"; arguments of `Eviction`."""
+        """The eviction of layers whose heads keep `counts`, with stabilizers, of arguments of
+        `Eviction`."""
         stabilizers, average = self.reading.stabilizers, None
         if self.reading.quotas is not None:  # layers are unequal, as heads are
             average = sum(map(sum, counts)) // sum(map(len, counts))
@@ -377,13 +377,8 @@ def _check_values(reading: Reading) -> None:
     _check_choice("query_aware", reading.query_aware, (True, False))
     if reading.chunk_size not in (None, "auto"):
         check_whole("chunk_size", reading.chunk_size, 1, ", None, 'auto' or 'recorded'")
-    check_whole(
-        "local_tokens",
-        reading.local_tokens,
-        1,
-        ": the answer starts from the last token of the prompt, which is read after the final "
-        "eviction",
-    )
+    why = ": the answer starts from the last token of the prompt, read after the final eviction"
+    check_whole("local_tokens", reading.local_tokens, 1, why)
     if reading.decode_interval is not None:
         instead = ", or None for no eviction while answering"
         check_whole("decode_interval", reading.decode_interval, 1, instead)
@@ -412,9 +407,7 @@ def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:
     model, size = backbone.model, backbone.geometry.head_size
     device = backbone.layers[0].device
     if backend == "auto":
-        if backbone.backend == "eager":
-            return "eager"
-        return fastest(device, model.dtype, size)
+        return "eager" if backbone.backend == "eager" else fastest(device, model.dtype, size)
     reason = available(backend, device, model.dtype, size)
     if reason is not None:
         raise ValueError(f"backend {backend!r} does not work here: {reason}; leave it 'auto'")
@@ -424,15 +417,20 @@ def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:
 def _chunk_size(reading: Reading, backbone: Backbone) -> int:
     config, kind = backbone.config, backbone.layers[0].device.type
     token_bytes = chunk_bytes(backbone.geometry, config, backbone.model.dtype, head_width=0)
-    memory = memory_beside_weights(backbone)
-    return chosen_chunk(kind, _room(reading, config), memory, token_bytes)
+    return chosen_chunk(kind, _room(reading, config), memory_beside_weights(backbone), token_bytes)
+
+
+def _window(reading: Reading, config: Any) -> int | None:
+    """The model's window where slots are reused; None = they are not, or it has none."""
+    compact = reading.positions == "compact"
+    return getattr(config, "max_position_embeddings", None) if compact else None
 
 
 def _room(reading: Reading, config: Any) -> int | None:
     """Slots of the window for a chunk, beside what is kept: half of all where a head may keep any
     number. None = no slot is reused, or what is kept does not fit anyway."""
-    window = getattr(config, "max_position_embeddings", None)
-    if window is None or reading.positions != "compact" or reading.budget is None:
+    window = _window(reading, config)
+    if window is None or reading.budget is None:
         return None
     most = max(reading.budget) if isinstance(reading.budget, tuple) else reading.budget
     if reading.quotas is not None or not isinstance(most, int):
@@ -441,9 +439,8 @@ def _room(reading: Reading, config: Any) -> int | None:
 
 
 def _graphs(graphs: bool | Auto, backbone: Backbone, recall: Recall | None) -> bool:
-    reason = why_not_graphed(backbone)
-    if recall is not None:
-        reason = "recall chooses blocks on the host at every step"
+    by_host = "recall chooses blocks on the host at every step"
+    reason = why_not_graphed(backbone) if recall is None else by_host
     if graphs is True and reason is not None:
         raise ValueError(f"graphs=True does not work here: {reason}; leave it 'auto'")
     return reason is None and graphs is not False

@@ -264,8 +264,9 @@ class Reader:
         (start, end), final = like.chunks[at], at + 1 == len(like.chunks)
         if like.counts is not None:
             drop = like.drop if final else 0
+            slots = self.sizing.head_slots(like.ids.shape[1])
             eviction = self.config.eviction(
-                like.counts, like.query_length, drop=drop, merging=cache.merging
+                like.counts, like.query_length, drop=drop, merging=cache.merging, slots=slots
             )
             if final:
                 eviction = replace(eviction, stabilizers=0)

@@ -297,7 +297,8 @@ class Eviction:
     if that is None, than its layer's heads on average. A layer evicts when a
     head holds more than `above` units above what it keeps. The last `drop` tokens of the chunk are
     read for the policy to see and not kept: a question that will be asked later. The values of
-    evicted units are merged into others by the rule `merging`; None = they are lost.
+    evicted units are merged into others by the rule `merging`; None = they are lost. Where the
+    policy shares units out, no head gets more than `slots`; None = any number.
     """
 
     counts: tuple[tuple[int, ...], ...]
@@ -307,6 +308,7 @@ class Eviction:
     drop: int = 0
     merging: Merging | None = None
     average: int | None = None
+    slots: int | None = None
 
     def budget(self, retained_idx: int) -> int:
         """Units a head of a layer keeps on average."""
@@ -355,6 +357,14 @@ def raised(scores: Tensor, safe: Tensor) -> Tensor:
     """Scores [B, H, S] that are +inf for each head's `safe` [B, H] highest."""
     among = highest(scores.flatten(0, 1), safe.flatten()).view_as(scores)
     return scores.masked_fill(among & (scores > -torch.inf), torch.inf)
+
+
+def only_best(scores: Tensor, count: int) -> Tensor:
+    """Scores [B, H, S] that are -inf, as of empty slots, but for each head's `count` highest."""
+    if scores.shape[-1] <= count:
+        return scores
+    best = scores.topk(count, dim=-1).indices
+    return torch.full_like(scores, -torch.inf).scatter_(-1, best, scores.gather(-1, best))
 
 
 def highest_of_all(scores: Sequence[Tensor], total: Tensor) -> list[Tensor]:
