@@ -1,5 +1,4 @@
-"""Where the context of a prompt of lm-evaluation-harness ends: what comes after it is the question.
-"""
+"""Where the context ends in a prompt of lm-evaluation-harness; what comes after is its question."""
 
 from collections.abc import Mapping
 from typing import Any
