@@ -47,6 +47,7 @@ from locret.model.adapters import Adapter
 from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import LocretPolicy
+from locret.system.files import check_named
 
 LOCAL_TOKENS = 64
 """Tokens at the end of a prompt that count as its question, where nothing tells what it is."""
@@ -126,6 +127,8 @@ class LocretLM(HFLM):
         **kwargs: Any,
     ) -> None:
         _check_known(kwargs)
+        for name, path in {"pretrained": pretrained, "heads": heads, "adapter": adapter}.items():
+            check_named(path, name)
         policy = policy or (LocretPolicy.name if heads else FULL)
         budget = None if budget in NOTHING else budget
         entry = {"policy": policy, "budget": budget, "protocol": protocol}

@@ -345,6 +345,7 @@ def test_prompts_that_were_cut_are_counted(loaded, folder):
         ({"budget": "8"}, "budget of locret is '8'"),
         ({"protocol": "blind"}, "protocol 'blind' is unknown"),
         ({"bogus": "8x", "sinks": 4}, "bogus, sinks: unknown arguments; .* budget, .*truncation"),
+        ({"heads": ""}, "heads is an empty path"),
         ({"peft": "some/adapter"}, "peft: unknown arguments; expected some of .*, adapter"),
     ],
 )
