@@ -149,6 +149,14 @@ def labels(rows, tokens):
     kernels.highest_shares(query, by_token(rows, HEADS, 2 * tokens + 1), 0.1)
 
 
+def select_of(longest):
+    one, none = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    offsets, new = torch.tensor([0, longest - 1]).int(), torch.randn(1, 1, 1)
+    kernels.select_sequences(
+        torch.randn(longest - 1), new, offsets, one, running([1]), none, none, 1, longest
+    )
+
+
 CALLS = [
     *(gather, select, merge, rotate, rotate_flat, store, store_and_rotate, decode, kivi, turned),
     *(norm, gated, labels),
@@ -173,6 +181,12 @@ def launched(monkeypatch):
         if hasattr(module, "takes_triton"):
             monkeypatch.setattr(module, "takes_triton", lambda *_: True)
     return found
+
+
+def test_a_selection_is_compiled_for_few_lengths(launched):
+    for longest in (2, 15, 300, 1025, 4096, 4097, 9000, 20_000, 32_768, 32_769, 70_000):
+        select_of(longest)
+    assert len(launched["_select"]) == 5
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
