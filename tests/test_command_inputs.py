@@ -332,3 +332,10 @@ def test_an_empty_name_is_not_the_working_directory(load, folder, monkeypatch):
     monkeypatch.chdir(folder / "backbone")
     with pytest.raises(ValueError, match="is an empty path"):
         load("")
+
+
+def test_heads_are_not_written_to_an_empty_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the folder of the heads is an empty path"):
+        tiny_heads(tiny_model("llama")).save_pretrained("")
+    assert not any(tmp_path.iterdir())

@@ -140,6 +140,7 @@ def save_folder(
     Other files in it are left alone, and so are a card that somebody wrote or edited, and
     `custom_generate/` where it is there.
     """
+    check_named(folder, "the folder of the heads")
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; expected a folder to write the heads to")
