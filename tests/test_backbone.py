@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 import locret
-from locret.model.backbone import SUPPORTED, Backbone, check_supported
+from locret.model.backbone import SUPPORTED, Backbone, check_supported, is_softcapped
 from tests.tiny_models import FAMILIES, MIXED, prompt, tiny_config, tiny_model
 
 
@@ -30,6 +30,20 @@ def test_the_table_of_tested_models_lists_every_one():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_supported_families_pass(family):
     check_supported(tiny_config(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_tells_whether_layers_cap_their_logits(family):
+    capped = []
+
+    def layer(call):
+        capped.append(call.weighting.softcap is not None)
+        return call.query.transpose(1, 2)
+
+    backbone = Backbone(tiny_model(family))
+    with torch.no_grad(), backbone.attached(layer):
+        backbone.decoder(input_ids=prompt(3), use_cache=False)
+    assert {*capped} == {backbone.softcapped} == {is_softcapped(tiny_config(family))}
 
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral", "phi3", "starcoder2"])

@@ -12,7 +12,8 @@ from locret.cli import main
 from locret.commands import shared
 from locret.commands.shared import read_text, replace_unprintable
 from locret.evaluation.config import Setup
-from locret.model.loading import find_device, load_model
+from locret.heads.heads import RetainingHeads
+from locret.model.loading import find_device, load_config, load_model
 from locret.quantities import ByteShare, Memory, parse_budget
 from tests.tiny_models import prompt, tiny_config, tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -260,3 +261,81 @@ def test_a_model_without_weights_is_refused(policy):
     heads = tiny_heads(tiny_model("llama")) if policy == "locret" else None
     with pytest.raises(ValueError, match="made on the meta device.*load it with from_pretrained"):
         locret.Engine(model, policy, heads=heads, budget=20, stabilizers=3).prefill(prompt(60))
+
+
+# --- paths ---
+
+FILE = ["--prompt-file", "p"]
+PATHS = [
+    ["generate", "--model", "", *FILE],
+    ["generate", "--model", "m", "--prompt-file", ""],
+    *(["generate", "--model", "m", *FILE, name, ""] for name in ("--heads", "--adapter")),
+    ["answer", "", "--model", "m"],
+    ["answer", "p", "--model", "m", "--output", ""],
+    ["plan", "--model", "", "--memory", "24GiB", "--context", "128K"],
+    ["convert", "", "there"],
+    ["convert", "here", ""],
+    ["inspect", ""],
+    ["push", "", "owner/name", "--dry-run"],
+    ["calibrate", "--model", "m", "--data", "synthetic", "", "--policy", "keydiff"],
+    ["calibrate", "--model", "m", "--data", "synthetic", "--policy", "keydiff", "--out", ""],
+    ["report", "", "--out", "o"],
+    ["report", "r.json", "--out", ""],
+    ["reproduce", ""],
+    *(["reproduce", "r.json", name, ""] for name in ("--output", "--data-dir")),
+    *(["needle", "--model", "m", name, ""] for name in ("--json-out", "--plot", "--haystack")),
+    ["grid", "--model", "m", "--json-out", ""],
+    ["serve", ""],
+    ["serve", "m", "--contexts", ""],
+]
+
+
+@pytest.mark.parametrize("args", PATHS, ids=" ".join)
+def test_an_empty_path_is_told(args, tmp_path, monkeypatch, capsys):
+    """It is not the working directory, into which a command would write, or which it would push."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(args)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"locret {args[0]}: error: argument ")
+    assert error.endswith(": this is an empty path; give a name (is a shell variable unset?)")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "--model", "m", *FILE, "--quotas", ""],
+        ["plan", "--model", "m", "--memory", "9GiB", "--context", "9", "--quotas="],
+    ],
+)
+def test_an_empty_path_of_quotas_is_told(args, capsys):
+    with pytest.raises(SystemExit):
+        main(args)
+    assert "argument --quotas: quotas is an empty path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model", "heads", "adapter", "data_dir", "cache_dir"])
+def test_an_empty_path_of_an_evaluation_is_told(name, capsys):
+    assert main(["evaluate", "--config", "needle_smollm2.yaml", f"--{name}=", "--dry_run"]) == 2
+    assert f"{name} is an empty path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "fit", "adapt"])
+def test_an_empty_path_of_a_config_is_told(command, capsys):
+    assert main([command, "--config", ""]) == 2
+    assert "config is an empty path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("load", [load_model, load_config, RetainingHeads.from_pretrained])
+def test_an_empty_name_is_not_the_working_directory(load, folder, monkeypatch):
+    monkeypatch.chdir(folder / "backbone")
+    with pytest.raises(ValueError, match="is an empty path"):
+        load("")
+
+
+def test_heads_are_not_written_to_an_empty_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the folder of the heads is an empty path"):
+        tiny_heads(tiny_model("llama")).save_pretrained("")
+    assert not any(tmp_path.iterdir())

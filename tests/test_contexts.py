@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import locret
 from tests.tiny_models import prompt, tiny_heads, tiny_model
@@ -59,6 +60,15 @@ def test_snapshot_of_another_cache_is_refused(engine):
         locret.RetainedCache(3).restore(snapshot)
 
 
+def test_snapshot_of_other_settings_is_refused(model, engine):
+    other = locret.Engine(model, heads=tiny_heads(model), **SMALL, positions="original")
+    cache = engine.prefill(prompt(60))
+    alone = asked(engine, cache.fork())
+    with pytest.raises(ValueError, match="'positions': 'original'.*this one has.*'compact'"):
+        cache.restore(other.prefill(prompt(60)).snapshot())
+    assert torch.equal(asked(engine, cache), alone)
+
+
 def test_forks_are_asked_apart_and_together(engine):
     """Neither leaves a trace in the context they come from."""
     cache, longer = engine.prefill(prompt(60)), engine.prefill(prompt(75, seed=1))
@@ -78,6 +88,124 @@ def test_what_cannot_stand_together_is_refused(engine):
         engine.together([])
     with pytest.raises(ValueError, match=r"got 2, with \[1, 3\] rows"):
         engine.together([engine.prefill(prompt(40)), engine.prefill(prompt(40, batch=3))])
+
+
+DIFFERENT = [
+    ({"positions": "original"}, "positions: 'compact', 'original'"),
+    ({"quantization": {"name": "kivi", "bits": 8}}, r"quantization: None, {.*'kivi'.*}"),
+    ({"merging": "similar"}, r"merging: None, {'into': 'similar'.*}"),
+    ({"recall": {"block_size": 4}}, r"recall: None, {'block_size': 4.*}"),
+]
+
+
+@pytest.mark.parametrize("questions", [(), (prompt(2), prompt(3))])
+@pytest.mark.parametrize(("settings", "says"), DIFFERENT)
+def test_contexts_of_other_settings_do_not_stand_together(model, engine, settings, says, questions):
+    other = locret.Engine(model, heads=tiny_heads(model), **SMALL | settings)
+    caches = [engine.prefill(prompt(60)), other.prefill(prompt(60, seed=1))]
+    alone = [asked(engine, caches[0].fork()), asked(other, caches[1].fork())]
+    for reads in (engine, other):
+        with pytest.raises(ValueError, match=f"the caches differ in {says}; ask them apart"):
+            reads.together(caches, questions)
+    assert torch.equal(asked(engine, caches[0]), alone[0])  # nothing is lost
+    assert torch.equal(asked(other, caches[1]), alone[1])
+
+
+def test_bits_are_settings_too(model):
+    engines = [
+        locret.Engine(model, "keydiff", quantization={"name": "kivi", "bits": bits}, **SMALL)
+        for bits in (8, 4)
+    ]
+    with pytest.raises(ValueError, match="differ in quantization: .*'bits': 8.*'bits': 4"):
+        engines[0].together([engine.prefill(prompt(60)) for engine in engines])
+
+
+def test_contexts_of_other_models_do_not_stand_together(engine):
+    other = tiny_model("llama", seed=1)
+    foreign = locret.Engine(other, heads=tiny_heads(other), **SMALL).prefill(prompt(60))
+    for caches in ([engine.prefill(prompt(60)), foreign], [foreign]):
+        with pytest.raises(ValueError, match="the cache is a context of another model"):
+            engine.together(caches)
+    deep = tiny_model("llama", num_hidden_layers=3)
+    deeper = locret.Engine(deep, "keydiff", **SMALL).prefill(prompt(60))
+    with pytest.raises(ValueError, match="of 3 layers; expected one of engine.prefill"):
+        engine.together([engine.prefill(prompt(60)), deeper])
+
+
+def test_contexts_rotated_by_another_rule_do_not_stand_together():
+    model = tiny_model("phi3")
+    rules = ("long", "by_length")
+    engines = [locret.Engine(model, "keydiff", longrope=rule, **SMALL) for rule in rules]
+    caches = [engine.prefill(prompt(60)) for engine in engines]
+    with pytest.raises(ValueError, match="longrope='by_length' and this engine has 'long'"):
+        engines[0].together(caches)
+
+
+def test_what_is_no_context_does_not_stand_with_one(engine):
+    beams = engine.prefill(prompt(60))
+    beams.token_ids = None
+    for other, says in (
+        (None, "cache is a NoneType"),
+        (DynamicCache(), "cache is a DynamicCache"),
+        (locret.RetainedCache(2), "the cache has read nothing yet"),
+        (beams, "knows the ids of 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            engine.together([engine.prefill(prompt(60)), other])
+
+
+def test_contexts_that_keep_other_numbers_of_units_stand_together(model):
+    """By whatever policy, in whatever chunks: what is held is held alike."""
+    changes = ({}, {"budget": 33}, {"budget": None}, {"budget": [20, 30]}, {"chunk_size": 30})
+    engines = [
+        *(locret.Engine(model, heads=tiny_heads(model), **SMALL | change) for change in changes),
+        *(locret.Engine(model, name, **SMALL) for name in ("snapkv", "h2o", "streaming_llm")),
+    ]
+    caches = [engine.prefill(prompt(50 + i, seed=i)) for i, engine in enumerate(engines)]
+    asked(engines[1], caches[1])
+    for reader in engines[0], engines[-1]:
+        alone = [asked(reader, cache.fork()) for cache in caches]
+        batch = reader.together(caches)
+        assert torch.equal(asked(reader, batch, rows=len(caches)), torch.cat(alone))
+        tokens = prompt(4, seed=5)
+        read_on = reader.together(caches, [tokens[:, :3]] * len(caches))
+        last = reader.generate(tokens[:, 3:].repeat(len(caches), 1), cache=read_on, **GREEDY)
+        assert torch.equal(last[:, 1:], torch.cat(alone)[:, 4:])
+
+
+@pytest.mark.parametrize("evicts", [False, True])
+def test_questions_in_front_may_differ_where_answers_do_not_evict(model, evicts):
+    heads = tiny_heads(model, query_tokens=5)
+    interval = {"decode_interval": 4} if evicts else {}
+    engine = locret.Engine(model, heads=heads, **SMALL | interval)
+    queries = [prompt(n, seed=n) for n in (5, 3)]
+    caches = [engine.prefill(prompt(60, seed=i), query_ids=q) for i, q in enumerate(queries)]
+    if evicts:
+        with pytest.raises(ValueError, match="differ in tokens of the question in front: 5, 3"):
+            engine.together(caches)
+    else:
+        alone = [asked(engine, cache.fork()) for cache in caches]
+        assert torch.equal(asked(engine, engine.together(caches), rows=2), torch.cat(alone))
+
+
+def test_a_context_without_a_budget_does_not_stand_where_answers_evict(model):
+    settings = SMALL | {"decode_interval": 4}
+    engine = locret.Engine(model, "keydiff", **settings)
+    whole = locret.Engine(model, "keydiff", **settings | {"budget": None})
+    caches = [engine.prefill(prompt(60)), whole.prefill(prompt(60))]
+    with pytest.raises(ValueError, match="differ in whether a budget holds: True, False"):
+        engine.together(caches)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_contexts_with_and_without_scores_stand_together_where_none_is_evicted(model, order):
+    engines = [locret.Engine(model, "keydiff", **SMALL | e) for e in ({}, {"decode_interval": 4})]
+    caches = [engine.prefill(prompt(60)) for engine in engines][::order]
+    batch = engines[0].together(caches)
+    alone = [asked(engines[0], cache.fork()) for cache in caches]
+    assert torch.equal(asked(engines[0], batch, rows=2), torch.cat(alone))
+    with pytest.raises(ValueError, match="decode_interval: this cache"):
+        asked(engines[1], engines[1].together(caches), rows=2)
 
 
 def test_answers_before_are_remembered_together(engine):

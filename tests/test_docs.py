@@ -117,6 +117,51 @@ def packing_by_hand():
     return {"keys": keys, "fresh": keys[:0], "index": index, **lengths}
 
 
+OURS = ("benchmarks", "datamodules", "locret", "trainers")
+TEXTS = [
+    *(path for name in ("*.md", "docs/*.md", "docs/reference/*.md") for path in ROOT.glob(name)),
+    *(path for name in OURS for path in (ROOT / name).rglob("*.py")),
+    *(path for path in (ROOT / "configs").rglob("*.yaml")),
+]
+DOTTED = re.compile(rf"(?<![\w./-])(?:{'|'.join(OURS)})(?:\.(?!md\b|py\b)\w+)+")
+FILE = re.compile(rf"(?<![\w./-])(?:{'|'.join(OURS)}|tests|configs|checkpoints)/[\w./*-]*[\w*]")
+PLACEHOLDER = "NAME"
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_and_files_that_a_text_names_are_there(path):
+    """In prose, docstrings and comments as in code: `locret.x.y`, and `locret/x.py`."""
+    text = path.read_text(encoding="utf-8")
+    names = {name for name in DOTTED.findall(text) if PLACEHOLDER not in name}
+    assert [name for name in sorted(names) if not is_there(name)] == []
+    patterns = {file: (file, f"{file}.py") for file in FILE.findall(text)}
+    found = {file: [*ROOT.glob(a), *ROOT.glob(b)] for file, (a, b) in patterns.items()}
+    assert [file for file in sorted(found) if not found[file]] == []
+
+
+def is_there(dotted):
+    """Whether a dotted name leads to a module or something in one."""
+    names = dotted.split(".")
+    within = len(names)
+    while not any(ROOT.joinpath(*names[:within]).with_suffix(s).exists() for s in ("", ".py")):
+        within -= 1
+    try:
+        owner = importlib.import_module(".".join(names[:within]))
+    except ImportError:  # of a package that is not installed
+        return True
+    for name in names[within:]:
+        if not hasattr(owner, name):
+            return name in getattr(owner, "__annotations__", {})
+        owner = getattr(owner, name)
+    return True
+
+
+def test_names_of_what_is_not_there_are_found():
+    assert is_there("locret.model.hooks.Weighting.softcap")
+    for name in ("locret.model.columns", "locret.nothing.x", "locret.engine.engine.Engine.ask"):
+        assert not is_there(name)
+
+
 def test_the_chart_of_memory_is_drawn(tmp_path):
     args = ["--shape=tiny", "--context=4K", "--budget=1024", f"--out={tmp_path / 'memory.svg'}"]
     assert "1,024 units" in memory_chart.main(args).read_text()

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.datamodule import ConversationDataModule
-from locret.system.files import find_config
+from locret.system.files import check_named, find_config
 from locret.system.interrupts import Stopped, run_command
 from trainers.callbacks import (
     Export,
@@ -158,8 +158,9 @@ def _check_checkpoint(ckpt_path: str | None) -> None:
     """Refuse a file that no training wrote.
 
     Raises:
-        ValueError: the file is there and is not a checkpoint.
+        ValueError: the path is empty, or the file is there and is not a checkpoint.
     """
+    check_named(ckpt_path, "ckpt_path")
     if ckpt_path is not None and Path(ckpt_path).is_file() and not zipfile.is_zipfile(ckpt_path):
         raise ValueError(f"checkpoint {ckpt_path} is damaged, or was never one; name another")
 

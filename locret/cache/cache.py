@@ -68,6 +68,7 @@ class Snapshot:
 
     layers: tuple[SimpleNamespace, ...]
     fields: dict[str, Any]
+    settings: dict[str, Any]
 
 
 class RetainedCache(Cache):
@@ -162,6 +163,16 @@ class RetainedCache(Cache):
         return False
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """How units are held: what rows of one batch have in common."""
+        return {
+            "positions": self.positions,
+            "quantization": describe_scheme(self.scheme) if self.scheme.packs else None,
+            "merging": describe_merging(self.merging),
+            "recall": self.recall and dataclasses.asdict(self.recall),
+        }
+
+    @property
     def scored(self) -> bool:
         """Whether all units have scores, so that they can be evicted."""
         return all(layer.store.scored for layer in self.layers if not layer.is_empty)
@@ -201,18 +212,23 @@ class RetainedCache(Cache):
         next one. Nothing is copied; the storage lives as long as the snapshot or the cache."""
         names = ("token_ids", "unread_ids", *files.REQUEST)
         fields = {name: copy.copy(getattr(self, name)) for name in names}
-        return Snapshot(tuple(layer.view() for layer in self.layers), fields)
+        return Snapshot(tuple(layer.view() for layer in self.layers), fields, self.settings)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Be again what the cache was when `snapshot` was taken of it.
 
         Raises:
-            ValueError: a snapshot of a cache with another number of layers.
+            ValueError: a snapshot of a cache with another number of layers, or of other settings.
         """
         if len(snapshot.layers) != len(self.layers):
             raise ValueError(
                 f"the snapshot is of a cache of {len(snapshot.layers)} layers; this one has "
                 f"{len(self.layers)}. Restore it where it was taken"
+            )
+        if snapshot.settings != self.settings:
+            raise ValueError(
+                f"the snapshot is of a cache of {snapshot.settings}; this one has {self.settings}. "
+                "Restore it where it was taken"
             )
         for layer, view in zip(self.layers, snapshot.layers, strict=True):
             layer.restore(view)

@@ -341,21 +341,21 @@ def stack(rows: Sequence[StoredContext | None]) -> StoredContext | None:
     heads, device = some[0].sequences.shape[1], some[0].sequences.device
 
     def joined(which: Callable[[StoredContext], Sequences]) -> Sequences:
-        none = (0,) * heads
-        counts = tuple(none if row is None else which(row).counts[0] for row in rows)
+        counts = tuple((0,) * heads if row is None else which(row).counts[0] for row in rows)
         return sequences_of(counts, device)
 
     keys = [row.packed_keys for row in some if row.packed_keys is not None]
     values = [row.packed_values for row in some if row.packed_values is not None]
     none = some[0].sequences.offsets.new_empty(0)  # int32
     positions = [(none,) if row is None else row.positions or () for row in rows]
+    names = min((row.exact for row in some), key=len)  # some rows may have no scores any more
     return StoredContext(
         joined(lambda row: row.sequences),
         joined(lambda row: row.packed),
         joined(lambda row: row.plain),
         torch.cat([row.keys for row in some]),
         torch.cat([row.values for row in some]),
-        {name: torch.cat([row.exact[name] for row in some]) for name in some[0].exact},
+        {name: torch.cat([row.exact[name] for row in some]) for name in names},
         join(keys) if keys else None,
         join(values) if values else None,
         None if some[0].positions is None else sum(positions, ()),

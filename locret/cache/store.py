@@ -438,7 +438,7 @@ class Store:
         stacked = Store(rows[0].scheme, rows[0].weighs)
         stacked.context = stack([row.as_context() for row in rows])
         if stacked.context is not None:
-            stacked.names = next(row.names for row in rows if not row.is_empty)
+            stacked.names = min((row.names for row in rows if not row.is_empty), key=len)
         return stacked
 
     def as_context(self) -> StoredContext | None:

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from locret.commands.progress import Progress
-from locret.commands.shared import Listed, add_model, argument, say_next, whole
+from locret.commands.shared import (
+    Listed,
+    add_model,
+    argument,
+    named,
+    path_of,
+    say_next,
+    whole,
+)
 from locret.policies import POLICIES
 from locret.quantities import MOST, parse_tokens
 from locret.system.files import check_file, write_whole
@@ -49,14 +57,14 @@ def add_to(commands: Any) -> None:
     _add_grid(commands)
     commands.add_parser(NAME, help="benchmarks under several policies and budgets", add_help=False)
     command = commands.add_parser("report", help="tables and figures of many results")
-    command.add_argument("results", nargs="+", help="JSON files of results")
-    command.add_argument("--out", type=Path, required=True, help="folder to write to")
+    command.add_argument("results", nargs="+", type=named, help="JSON files of results")
+    command.add_argument("--out", type=path_of, required=True, help="folder to write to")
     command.add_argument("--title", default="Results")
     command.set_defaults(run=_report)
     command = commands.add_parser("reproduce", help="run slices of committed results again")
-    command.add_argument("results", nargs="+", type=Path, help="result files, or folders of them")
-    command.add_argument("--data-dir", help="folder of the tasks' data files")
-    command.add_argument("--output", type=Path, default=Path("runs/reproduce"))
+    command.add_argument("results", nargs="+", type=path_of, help="result files, or their folders")
+    command.add_argument("--data-dir", type=named, help="folder of the tasks' data files")
+    command.add_argument("--output", type=path_of, default=Path("runs/reproduce"))
     command.add_argument("--limit", type=int, help="samples a task")
     command.set_defaults(run=_reproduce)
 
@@ -241,7 +249,7 @@ GENERATE = ("model", "adapter", "heads")
 def _add_needle(commands: Any) -> None:
     command = commands.add_parser("needle", help="needles under several policies")
     _add_arguments(command, ["full", "streaming_llm", "locret"], ratios=[8], tokens=3000)
-    command.add_argument("--json-out", type=Path, help="write the result to this file")
+    command.add_argument("--json-out", type=path_of, help="write the result to this file")
     grid = command.add_argument_group("map of lengths and depths (--json-out is needed)")
     grid.add_argument("--grid", action="store_true", help="ask at --lengths x --depths")
     grid.add_argument(
@@ -251,7 +259,7 @@ def _add_needle(commands: Any) -> None:
         help="of the prompts, such as 1024,2K; default 1K,2K,4K",
     )
     grid.add_argument("--depths", type=whole(1), help="default 10")
-    grid.add_argument("--plot", type=Path, help="write the maps to this file")
+    grid.add_argument("--plot", type=path_of, help="write the maps to this file")
     command.set_defaults(run=needle)
 
 
@@ -289,8 +297,8 @@ def _add_grid(commands: Any) -> None:
         action="store_true",
         help="read the prompt at once, not in chunks within the budget",
     )
-    command.add_argument("--json-out", type=Path, required=True, help="the result")
-    command.add_argument("--plot", type=Path, help="quality against bytes")
+    command.add_argument("--json-out", type=path_of, required=True, help="the result")
+    command.add_argument("--plot", type=path_of, help="quality against bytes")
     command.set_defaults(run=grid)
 
 
@@ -328,7 +336,9 @@ def _add_arguments(
     )
     command.add_argument("--seed", type=whole(FIRST_SEED), default=FIRST_SEED)
     command.add_argument("--max-new-tokens", type=whole(1), default=32)
-    command.add_argument("--haystack", default="noise", help="noise, reference, or a text file")
+    command.add_argument(
+        "--haystack", type=named, default="noise", help="noise, reference, or a text file"
+    )
     command.add_argument(
         "--no-answer-prefix", action="store_true", help="do not give the answer's first words"
     )
@@ -403,8 +413,8 @@ def _ask(
         print(f"figure   {save_figure(draw(result), given.plot).resolve()}")
     commands = []
     if given.heads:
-        named = [(f"--{name}", getattr(given, name)) for name in GENERATE if getattr(given, name)]
-        words = [word for pair in named for word in pair]
+        pairs = [(f"--{name}", getattr(given, name)) for name in GENERATE if getattr(given, name)]
+        words = [word for pair in pairs for word in pair]
         commands.append(["generate", *words, "--prompt-file", "FILE"])
     if out:
         commands.append(["report", str(out), "--out", str(out.with_name(f"{out.stem}-report"))])

@@ -18,6 +18,7 @@ from typing import Any
 
 from locret.commands import serve, shared
 from locret.commands.progress import Answering, Progress
+from locret.commands.shared import path_of
 from locret.heads.quotas import quotas_of
 from locret.model.hooks import cache_of
 from locret.model.loading import load_config
@@ -39,7 +40,9 @@ def add_to(commands: Any) -> None:
 def _add_generate(commands: Any) -> None:
     command = commands.add_parser("generate", help="answer a prompt within a budget")
     shared.add_model(command)
-    command.add_argument("--prompt-file", required=True, help="a text file; - for standard input")
+    command.add_argument(
+        "--prompt-file", required=True, type=shared.named, help="a text file; - for standard input"
+    )
     shared.add_engine(command)
     command.add_argument(
         "--query-aware", action="store_true", help="see the question before the final eviction"
@@ -120,11 +123,13 @@ def _prompt_ids(tokenizer: Any, text: str, raw: bool) -> Any:
 
 def _add_answer(commands: Any) -> None:
     command = commands.add_parser(ANSWER, help="answer every prompt of a JSONL file")
-    command.add_argument("prompts", help='lines such as {"prompt": TEXT}; - for standard input')
+    command.add_argument(
+        "prompts", type=shared.named, help='lines such as {"prompt": TEXT}; - for standard input'
+    )
     shared.add_model(command)
     shared.add_engine(command)
     flags: list[shared.Flag] = [
-        ("--output", Path, "answers.jsonl", "FILE", "is added to; what it answers is not asked"),
+        ("--output", path_of, "answers.jsonl", "FILE", "is added to; what it answers is not asked"),
         ("--batch", shared.whole(1), 8, "N", "prompts answered together"),
         ("--max-tokens", shared.whole(1), 256, "N", "of an answer"),
         ("--memory", shared.argument(parse_bytes), None, "SIZE", "the device's"),
@@ -332,7 +337,7 @@ def _result(answer: Any) -> Record:
 
 def _add_plan(commands: Any) -> None:
     command = commands.add_parser("plan", help="what fits into a given memory")
-    command.add_argument("--model", required=True, help=shared.MODEL)
+    command.add_argument("--model", required=True, type=shared.named, help=shared.MODEL)
     command.add_argument("--revision", help="of the Hub repository")
     command.add_argument(
         "--memory", required=True, type=shared.argument(parse_bytes), help="such as 24GiB"

@@ -35,17 +35,19 @@ ODD_RATIO = 10  # norms further than this from the layers' median are remarked o
 def add_to(commands: Any) -> None:
     _add_calibrate(commands)
     command = commands.add_parser("convert", help="artifact folder <-> released .bin")
-    command.add_argument("source", help="a folder, a .bin file, or a Hub id")
-    command.add_argument("target", type=Path, help="a .bin file to write, or else a folder")
+    command.add_argument("source", type=shared.named, help="a folder, a .bin file, or a Hub id")
+    command.add_argument(
+        "target", type=shared.path_of, help="a .bin file to write, or else a folder"
+    )
     command.set_defaults(run=_convert)
     command = commands.add_parser("inspect", help="print an artifact's record and figures")
-    command.add_argument("source", help="a folder, a .bin file, or a Hub id")
+    command.add_argument("source", type=shared.named, help="a folder, a .bin file, or a Hub id")
     command.add_argument("--revision", help="of the Hub repository")
     command.add_argument("--token", help="for a private Hub repository")
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
     command.set_defaults(run=_inspect)
     command = commands.add_parser("push", help="upload an artifact folder to the Hub")
-    command.add_argument("folder", type=Path, help="an artifact folder")
+    command.add_argument("folder", type=shared.path_of, help="an artifact folder")
     command.add_argument("repo_id", help="OWNER/NAME; made if it does not exist")
     command.add_argument("--private", action="store_true", help="make the repository private")
     command.add_argument("--dry-run", action="store_true", help="only show what would be uploaded")
@@ -186,6 +188,7 @@ def _add_calibrate(commands: Any) -> None:
         "--data",
         required=True,
         nargs="+",
+        type=shared.named,
         help=f'text files, JSON Lines with "context" or "text", or {SYNTHETIC} samples',
     )
     command.add_argument(
@@ -211,7 +214,7 @@ def _add_calibrate(commands: Any) -> None:
         help="power that heads' shares are raised to; above 1 = more unequal; default 1",
     )
     command.add_argument(
-        "--out", type=Path, help="a .json file; default, for --heads alone: the heads' folder"
+        "--out", type=shared.path_of, help="a .json file; default, for --heads alone: their folder"
     )
     command.set_defaults(run=calibrate)
 

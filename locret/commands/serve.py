@@ -9,11 +9,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from locret.commands import shared
-from locret.commands.shared import Flag, add_flags, argument, whole
+from locret.commands.shared import Flag, add_flags, argument, path_of, whole
 from locret.quantities import parse_bytes
 from locret.system import interrupts
 
@@ -54,7 +53,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     size = argument(parse_bytes)
     flags: list[Flag] = [
         ("--name", str, None, "NAME", "what clients call the model; default: MODEL"),
-        ("--contexts", Path, None, "FOLDER", "keep contexts there, so that a restart finds them"),
+        ("--contexts", path_of, None, "FOLDER", "keep contexts there, for a restart to find them"),
         ("--contexts-bytes", size, "16GiB", "SIZE", "of all contexts; who was asked last stays"),
         ("--contexts-memory", size, "4GiB", "SIZE", "of contexts on the device; others are loaded"),
         ("--ttl", whole(1), 7 * DAY, "SECONDS", "after which a context that nobody asks is gone"),

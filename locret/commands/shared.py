@@ -17,21 +17,35 @@ from locret.model.loading import LoadedModel, load_model
 from locret.policies import POLICIES, policy_in_words
 from locret.quantities import BUDGET_TEXTS, parse_budget
 from locret.quantization import SCHEMES, Scheme, scheme_of
+from locret.system.files import EMPTY
 
 DTYPES = ("float32", "bfloat16", "float16")
 BYTES_PER_MIB = 2**20
 MODEL = "Hub id, folder, .gguf file, or embedded:smollm2"
 
 
+def named(text: str) -> str:
+    """The type of an argument that names a file, a folder or a repository: any text but an empty
+    one, which as a path would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"this is {EMPTY}")
+    return text
+
+
+def path_of(text: str) -> Path:
+    """`named`, as a path."""
+    return Path(named(text))
+
+
 def add_model(command: argparse.ArgumentParser, first: bool = False) -> None:
     """Arguments that name a model, and the heads and adapter for it. If `first`, the model is the
     first argument, without --model in front of it."""
     if first:
-        command.add_argument("model", metavar="MODEL", help=MODEL)
+        command.add_argument("model", metavar="MODEL", type=named, help=MODEL)
     else:
-        command.add_argument("--model", required=True, help=MODEL)
-    command.add_argument("--heads", help="artifact folder, .bin file, or Hub id")
-    command.add_argument("--adapter", help="PEFT adapter of the model: folder or Hub id")
+        command.add_argument("--model", required=True, type=named, help=MODEL)
+    command.add_argument("--heads", type=named, help="artifact folder, .bin file, or Hub id")
+    command.add_argument("--adapter", type=named, help="PEFT adapter of the model: folder, Hub id")
     command.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     command.add_argument("--device", default=None)
 

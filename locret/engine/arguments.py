@@ -175,7 +175,42 @@ def checked_query(
 
 def context_ids(cache: RetainedCache, backbone: Backbone, input_ids: Tensor) -> Tensor:
     """Tokens that the cache has seen or was answered, for stock generate's bookkeeping."""
-    layers, had = len(backbone.layers), len(getattr(cache, "layers", ()))
+    ids = _known_ids(cache, len(backbone.layers))
+    if ids.shape[0] != input_ids.shape[0]:
+        raise ValueError(
+            f"the cache has {ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they must match"
+        )
+    _check_belong([cache], backbone)
+    return torch.cat([ids, cache.unread_ids], dim=1).to(input_ids.device)
+
+
+def check_together(caches: Sequence[RetainedCache], backbone: Backbone, evicts: bool) -> None:
+    """Refuse caches that cannot be rows of one batch, which `evicts` while it answers or does not.
+    ValueError: says in what they differ, or how many rows they have."""
+    rows = [len(_known_ids(cache, len(backbone.layers))) for cache in caches]
+    if not rows or {*rows} != {1}:
+        raise ValueError(
+            f"together takes one or more caches of one row each; got {len(rows)}, with {rows} "
+            "rows: take them apart with cache.rows"
+        )
+    _check_belong(caches, backbone)
+    settings = [cache.settings for cache in caches]
+    if evicts:
+        for each, cache in zip(settings, caches, strict=True):
+            each["tokens of the question in front"] = cache.query_length
+            each["whether a budget holds"] = cache.budget is not None
+    for name, value in settings[0].items():
+        if any(each[name] != value for each in settings):
+            found = ", ".join(dict.fromkeys(repr(each[name]) for each in settings))
+            raise ValueError(
+                f"the caches differ in {name}: {found}; ask them apart, or read their contexts "
+                "with one engine"
+            )
+
+
+def _known_ids(cache: RetainedCache, layers: int) -> Tensor:
+    """Tokens [B, n] that a cache of so many layers has seen."""
+    had = len(getattr(cache, "layers", ()))
     if not isinstance(cache, RetainedCache) or had != layers:
         raise ValueError(
             f"cache is a {type(cache).__name__} of {had} layers; expected one of "
@@ -190,17 +225,18 @@ def context_ids(cache: RetainedCache, backbone: Backbone, input_ids: Tensor) -> 
             f"the cache has seen {cache.seen} tokens but knows the ids of {known}: it was "
             "advanced outside the engine, or by beams; make a fresh one with engine.prefill"
         )
-    if ids.shape[0] != input_ids.shape[0]:
-        raise ValueError(
-            f"the cache has {ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they must match"
-        )
-    check_model("the cache", cache.model, describe(backbone.model))
-    if cache.longrope != backbone.longrope:
-        raise ValueError(
-            f"the cache was read with longrope={cache.longrope!r} and this engine has "
-            f"{backbone.longrope!r}; use one with the same"
-        )
-    return torch.cat([ids, cache.unread_ids], dim=1).to(input_ids.device)
+    return ids
+
+
+def _check_belong(caches: Sequence[RetainedCache], backbone: Backbone) -> None:
+    model = describe(backbone.model)
+    for cache in caches:
+        check_model("the cache", cache.model, model)
+        if cache.longrope != backbone.longrope:
+            raise ValueError(
+                f"the cache was read with longrope={cache.longrope!r} and this engine has "
+                f"{backbone.longrope!r}; use one with the same"
+            )
 
 
 def left_mask(ids: Tensor, padding: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ from locret.cache.cache import Budgets, RetainedCache
 from locret.cache.context import Counts
 from locret.cache.files import describe
 from locret.cache.sizing import Sizing
-from locret.engine.arguments import unpadded
+from locret.engine.arguments import check_together, unpadded
 from locret.engine.attention import freeze
 from locret.engine.config import EngineConfig
 from locret.engine.reading import ChunkForward
@@ -342,24 +342,21 @@ def _chunks(total: int, size: int | None, together: int) -> list[tuple[int, int]
 
 
 def together(
-    reader: Reader, rows: Sequence[RetainedCache], questions: Sequence[Tensor]
+    reader: Reader, caches: Sequence[RetainedCache], questions: Sequence[Tensor]
 ) -> RetainedCache:
-    """Caches of one row each as one batch, after tokens [1, n] more of each, or none. Empties
-    `rows`.
+    """Caches of one row each as one batch, after tokens [1, n] more of each, or none.
 
     Raises:
-        ValueError: no caches, or one of several rows; some caches have no question and others do,
-            or some have tokens to read that may evict units (`decode_interval`).
+        ValueError: no caches, one of several rows, or some that differ in what a batch has in
+            common; some caches have no question and others do, or some have tokens to read that
+            may evict units (`decode_interval`).
     """
-    if not rows or any(len(row.unread_ids) != 1 for row in rows):
+    check_together(caches, reader.backbone, reader.config.reading.decode_interval is not None)
+    if len(questions) not in (0, len(caches)):
         raise ValueError(
-            f"together takes one or more caches of one row each; got {len(rows)}, with "
-            f"{[len(row.unread_ids) for row in rows]} rows: take them apart with cache.rows"
+            f"{len(questions)} questions for {len(caches)} caches; expected one for each, or none"
         )
-    if len(questions) not in (0, len(rows)):
-        raise ValueError(
-            f"{len(questions)} questions for {len(rows)} caches; expected one for each, or none"
-        )
+    rows = [cache.fork() for cache in caches]
     if len({layer.rotated for row in rows for layer in row.retained_layers}) > 1:
         for row in rows:
             _freeze(reader, row)

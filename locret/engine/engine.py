@@ -289,13 +289,13 @@ class Engine:
                 none. That takes less memory than to `generate` with questions of different lengths.
 
         Raises:
-            ValueError: other than one question for each; or, with `decode_interval`, any question,
-                or contexts that were asked before beside fresh ones.
+            ValueError: caches of other models or of settings that differ, in words; other than one
+                question for each; or, with `decode_interval`, any question, or contexts that were
+                asked before beside fresh ones.
         """
-        rows = [cache.fork() for cache in caches]
         with self:
             self._forward.begin()
-            return together(self._reader, rows, questions)
+            return together(self._reader, caches, questions)
 
     @torch.compiler.disable
     @torch.no_grad()

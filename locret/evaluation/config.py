@@ -292,6 +292,10 @@ class EvalConfig:
             raise ValueError(f"dtype is {self.dtype}; expected one of {', '.join(get_args(Dtype))}")
         if not self.output.strip():
             raise ValueError("output is empty; expected a folder")
+        for name in ("model", "heads", "adapter", "data_dir", "cache_dir"):
+            files.check_named(getattr(self, name), name)
+        for name, path in self.data.items():
+            files.check_named(path, f"data {name!r}")
         unknown = sorted(set(self.data) - set(DATA))
         if unknown:
             raise ValueError(f"data has {', '.join(unknown)}; expected some of {', '.join(DATA)}")

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from locret.heads import hub
 from locret.heads.hub import CARD, CUSTOM, CUSTOM_FILES, TRAINING, Facts, has_own_card, model_card
-from locret.system.files import as_json
+from locret.system.files import as_json, check_named
 
 WEIGHTS = "heads.safetensors"
 RECORD = "config.json"
@@ -92,6 +92,7 @@ def load(
 
 def locate(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
     """The file or folder of an artifact on this machine, downloaded if `source` is a Hub id."""
+    check_named(source, "the name of the heads")
     path = Path(source)
     if path.exists():
         return path
@@ -139,6 +140,7 @@ def save_folder(
     Other files in it are left alone, and so are a card that somebody wrote or edited, and
     `custom_generate/` where it is there.
     """
+    check_named(folder, "the folder of the heads")
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; expected a folder to write the heads to")

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locret.system.files import check_named
+
 Table = tuple[tuple[float, ...], ...]
 """Numbers by layer and KV head."""
 
@@ -103,6 +105,7 @@ def quotas_of(given: Any) -> Quotas | None:
         return given
     what = "quotas"
     if isinstance(given, str | Path):
+        check_named(given, what)
         given, what = _read(Path(given), what), f"{what} of {given}"
     if not isinstance(given, Mapping):
         return Quotas(((1.0, _table_of(given, what)),))

@@ -20,7 +20,8 @@ is scored over its chunk and what was kept of the text before.
 Importing this file registers the model.
 """
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,10 +42,12 @@ from locret.evaluation.config import FULL, Protocol, Setup, are_query_aware, exp
 from locret.evaluation.questions import source
 from locret.evaluation.records import commit, versions
 from locret.heads.heads import RetainingHeads
+from locret.integrations.lm_eval_contexts import context_end, tokens_after
 from locret.model.adapters import Adapter
 from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import LocretPolicy
+from locret.system.files import check_named
 
 LOCAL_TOKENS = 64
 """Tokens at the end of a prompt that count as its question, where nothing tells what it is."""
@@ -52,29 +55,15 @@ LOCAL_TOKENS = 64
 UNLIMITED = 2**30
 """Tokens of a prompt where the cache is bounded: positions stay within the model's window."""
 
+OF_HARNESS = (
+    *("add_bos_token", "backend", "chat_template_args", "enable_thinking", "logits_cache"),
+    *("max_batch_size", "prefix_token_id", "softmax_dtype", "think_end_token", "truncation"),
+    "trust_remote_code",
+)
+"""Arguments of the harness's `hf` model that are taken: none is about how a model is loaded."""
+
 NOTHING = ("none", "None", "")
 Scored = tuple[float, bool]
-
-
-def context_end(
-    prompt: str, document: Mapping[str, Any], field: str, marker: str | None
-) -> int | None:
-    """The character at which the context of a prompt ends: where the text of the document's field
-    ends, else where the marker, with which questions begin, stands last. None if neither stands in
-    the prompt."""
-    text = document.get(field)
-    if isinstance(text, str) and text.strip():
-        start = prompt.rfind(text.strip())
-        if start >= 0:
-            return start + len(text.strip())
-    start = prompt.rfind(marker) if marker else -1
-    return None if start < 0 else start
-
-
-def tokens_after(tokenizer: Any, text: str, character: int) -> int:
-    """Tokens of `text` that end after a character of it."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return sum(end > character for _, end in encoded["offset_mapping"])
 
 
 class HarnessStops(StoppingCriteria):
@@ -107,11 +96,11 @@ class LocretLM(HFLM):
         chunk_size, stabilizers, positions, quantization: of the engine.
         max_length: of prompts; default the model's window, or no limit where the cache is bounded.
         batch_size: rows of a batch.
-        **kwargs: of the harness's `hf` model: add_bos_token, prefix_token_id, softmax_dtype, ...
+        **kwargs: of the harness's `hf` model (`OF_HARNESS`).
 
     Raises:
-        ValueError: settings that cannot be, heads or adapter that are not there; before the model
-            is loaded.
+        ValueError: unknown arguments, settings that cannot be, heads or adapter that are not there;
+            before the model is loaded.
     """
 
     def __init__(
@@ -137,6 +126,9 @@ class LocretLM(HFLM):
         batch_size: int | str = 1,
         **kwargs: Any,
     ) -> None:
+        _check_known(kwargs)
+        for name, path in {"pretrained": pretrained, "heads": heads, "adapter": adapter}.items():
+            check_named(path, name)
         policy = policy or (LocretPolicy.name if heads else FULL)
         budget = None if budget in NOTHING else budget
         entry = {"policy": policy, "budget": budget, "protocol": protocol}
@@ -376,6 +368,14 @@ class LocretLM(HFLM):
                 "commit": commit(),
             },
         }
+
+
+def _check_known(given: Iterable[str]) -> None:
+    unknown = [name for name in given if name not in OF_HARNESS]
+    if unknown:
+        own = [name for name in inspect.signature(LocretLM).parameters if name != "kwargs"]
+        known = ", ".join([*own, *OF_HARNESS])
+        raise ValueError(f"{', '.join(unknown)}: unknown arguments; expected some of {known}")
 
 
 def _checked_heads(setup: Setup, name: str | None) -> dict[str, RetainingHeads]:

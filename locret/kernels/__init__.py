@@ -4,8 +4,9 @@ A public function runs the Triton kernel where it can and its twin elsewhere (`d
 agree. All of them may be captured in a CUDA graph: nothing waits for the device and no shape
 depends on a value there. Shapes, dtypes and options that do not fit are refused with a ValueError
 that names what does not. What kernels are not specialized for (`do_not_specialize`) differs from
-prompt to prompt, or chunk to chunk: nothing is compiled anew for it, which takes seconds. This is
-the lowest layer: it imports torch and, if there, triton.
+prompt to prompt, or chunk to chunk: nothing is compiled anew for it, which takes seconds. Triton
+specializes for every number in a tuple, so that none of these is in one. This is the lowest layer:
+it imports torch and, if there, triton.
 
 `decode` attends from one token, `packed` expands a chunk's units, `rotate` stores and rotates,
 `evict` selects and gathers, `dense` is what surrounds products, `splits` shares work out and

@@ -93,7 +93,7 @@ def norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _add_norm(  # type: ignore[no-untyped-def]
     residual, new, weight, summed, normed, count, eps,
     SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,

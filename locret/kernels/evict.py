@@ -61,7 +61,7 @@ def select_sequences(
         return _select_on_cpu(old, new, offsets, **numbers)
     index = torch.empty(total, dtype=torch.long, device=old.device)
     if total:
-        block = min(padded(longest, least=16), _RESIDENT)
+        block = min(padded(longest, least=_TILE), _RESIDENT)
         with on_device(old):
             _select[(kept.numel(),)](
                 *(old, new.contiguous(), offsets, kept, out_offsets, tails, heads, index),
@@ -259,21 +259,33 @@ def gather_sequences(
         sizes = tuple(units.shape[1] if units.dim() == 2 else 1 for units in old)
         widest = padded(max(sizes))
         old = tuple(x if x.dim() == 1 or x.stride(1) == 1 else x.contiguous() for x in old)
-        new = tuple(x if x.dim() == 3 or x.stride(3) == 1 else x.contiguous() for x in new)
+        new, strides = zip(*map(_with_strides, new, sizes), strict=True)
         at_once = max(16, 8192 // widest)
         with on_device(index):
             _gather[(triton.cdiv(kept, at_once),)](
                 *(old, new, gathered, index.contiguous(), offsets, out_offsets),
-                *(kept, sequences, new[0].shape[1]),
-                tuple(units.stride(0) for units in old),
-                tuple(units.stride()[:3] for units in new),
+                *(kept, sequences, sequences.bit_length(), *new[0].shape[1:3]),
+                *(tuple(units.stride(0) for units in old), strides),
                 SIZES=sizes,
                 BLOCKS=tuple(padded(size) for size in sizes),
                 UNITS=at_once,
-                HALVINGS=sequences.bit_length(),
                 num_warps=4,
             )
     return gathered
+
+
+def _with_strides(new: Tensor, size: int) -> tuple[Tensor, tuple[int, ...] | None]:
+    """New units [B, H, T, D] or [B, H, T] as the kernel takes them, and their strides; None = they
+    are contiguous.
+
+    Triton compiles a kernel anew where 16 divides other strides than before, and loads widely where
+    16 divides them. If it divides D, that is the same for all T; strides of others, such as scores,
+    are not passed.
+    """
+    if size % 16:
+        return new.contiguous(), None
+    new = new if new.stride(3) == 1 else new.contiguous()
+    return new, new.stride()[:3]
 
 
 def gather_sequences_reference(
@@ -311,11 +323,11 @@ def _check_gather(
     _check_numbers(shape[0] * shape[1], offsets)
 
 
-@triton.jit(do_not_specialize=["kept", "sequences", "heads"])
+@triton.jit(do_not_specialize=["kept", "sequences", "halvings", "heads", "new_count"])
 def _gather(  # type: ignore[no-untyped-def]
-    old, new, gathered, index, offsets, out_offsets, kept, sequences, heads, old_strides,
-    new_strides,
-    SIZES: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, HALVINGS: tl.constexpr,
+    old, new, gathered, index, offsets, out_offsets, kept, sequences, halvings, heads, new_count,
+    old_strides, new_strides,
+    SIZES: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     to = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     there = to < kept
@@ -324,7 +336,7 @@ def _gather(  # type: ignore[no-untyped-def]
     # The sequence whose indices the unit's is among: the last that begins at or before it.
     sequence = tl.zeros((UNITS,), tl.int32)
     after = tl.zeros((UNITS,), tl.int32) + sequences
-    for _ in tl.static_range(HALVINGS):
+    for _ in range(halvings):
         middle = (sequence + after) // 2
         is_before = tl.load(out_offsets + middle) <= to
         sequence = tl.where(is_before, middle, sequence)
@@ -338,6 +350,9 @@ def _gather(  # type: ignore[no-untyped-def]
         d = tl.arange(0, BLOCKS[i])
         mask = there[:, None] & (d < SIZES[i])[None, :]
         at_old = old[i] + (first + unit) * old_strides[i]
-        at_new = units_at(new[i], new_strides[i], b, h, unit - old_count)
+        if new_strides[i] is None:
+            at_new = new[i] + (sequence.to(tl.int64) * new_count + unit - old_count) * SIZES[i]
+        else:
+            at_new = units_at(new[i], new_strides[i], b, h, unit - old_count)
         units = tl.load(tl.where(is_old, at_old, at_new)[:, None] + d[None, :], mask=mask)
         tl.store(gathered[i] + to[:, None] * SIZES[i] + d[None, :], units, mask=mask)

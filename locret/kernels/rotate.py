@@ -126,13 +126,14 @@ def _launch(
     batch, heads, slots, size = x.shape
     rotary = cos.shape[2]
     pairs = padded(rotary // 2)
-    at_once = max(1, min(padded(slots), 1024 // pairs))
+    at_once = 1 if slots == 1 else max(1, 1024 // pairs)
     together = next(count for count in (8, 4, 3, 2, 1) if heads % count == 0)
     grid = (triton.cdiv(slots, at_once), heads // together, batch)
+    rows_apart = 0 if cos.shape[0] == 1 else cos.shape[1]  # all rows may share one table
     with on_device(x):
         _rotate[grid](
-            *(x, cos, sin, table_slots, out, slots),
-            *(x.stride(), _table_strides(cos), _table_strides(sin), out.stride()),
+            *(x, cos.contiguous(), sin.contiguous(), table_slots, out, slots, rows_apart),
+            *(x.stride(), out.stride()),
             ROTARY=rotary,
             REST=size - rotary,
             PAIRS=pairs,
@@ -144,14 +145,9 @@ def _launch(
         )
 
 
-def _table_strides(table: Tensor) -> tuple[int, ...]:
-    """Strides of cos or sin; all rows of a batch share one table."""
-    return (0, *table.stride()[1:]) if table.shape[0] == 1 else table.stride()
-
-
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots", "rows_apart"])
 def _rotate(  # type: ignore[no-untyped-def]
-    x, cos, sin, table_slots, out, slots, x_strides, cos_strides, sin_strides, out_strides,
+    x, cos, sin, table_slots, out, slots, rows_apart, x_strides, out_strides,
     ROTARY: tl.constexpr, REST: tl.constexpr, PAIRS: tl.constexpr, REST_BLOCK: tl.constexpr,
     SLOTS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -164,20 +160,19 @@ def _rotate(  # type: ignore[no-untyped-def]
     in_table = slot
     if table_slots is not None:
         in_table = tl.load(table_slots + slot, mask=there, other=0).to(tl.int64)
-    cos += batch * cos_strides[0] + in_table * cos_strides[1]
-    sin += batch * sin_strides[0] + in_table * sin_strides[1]
+    cos += (batch * rows_apart + in_table) * ROTARY
+    sin += (batch * rows_apart + in_table) * ROTARY
     x_h, x_d = x_strides[1], x_strides[3]
     out_h, out_d = out_strides[1], out_strides[3]
-    cos_d, sin_d = cos_strides[2], sin_strides[2]
     if ROTARY > 0:
         if HALF:
             d = tl.arange(0, PAIRS)[None, :]
             mask = there & (d < ROTARY // 2)
             other = d + ROTARY // 2
-            cos_1 = tl.load(cos + d * cos_d, mask=mask).to(tl.float32)
-            cos_2 = tl.load(cos + other * cos_d, mask=mask).to(tl.float32)
-            sin_1 = tl.load(sin + d * sin_d, mask=mask).to(tl.float32)
-            sin_2 = tl.load(sin + other * sin_d, mask=mask).to(tl.float32)
+            cos_1 = tl.load(cos + d, mask=mask).to(tl.float32)
+            cos_2 = tl.load(cos + other, mask=mask).to(tl.float32)
+            sin_1 = tl.load(sin + d, mask=mask).to(tl.float32)
+            sin_2 = tl.load(sin + other, mask=mask).to(tl.float32)
             for h in tl.static_range(HEADS):
                 x_1 = tl.load(x + h * x_h + d * x_d, mask=mask).to(tl.float32)
                 x_2 = tl.load(x + h * x_h + other * x_d, mask=mask).to(tl.float32)
@@ -188,8 +183,8 @@ def _rotate(  # type: ignore[no-untyped-def]
         else:
             d = tl.arange(0, 2 * PAIRS)[None, :]
             mask = there & (d < ROTARY)
-            cos_1, cos_2 = _pairs(tl.load(cos + d * cos_d, mask=mask).to(tl.float32))
-            sin_1, sin_2 = _pairs(tl.load(sin + d * sin_d, mask=mask).to(tl.float32))
+            cos_1, cos_2 = _pairs(tl.load(cos + d, mask=mask).to(tl.float32))
+            sin_1, sin_2 = _pairs(tl.load(sin + d, mask=mask).to(tl.float32))
             for h in tl.static_range(HEADS):
                 x_1, x_2 = _pairs(tl.load(x + h * x_h + d * x_d, mask=mask).to(tl.float32))
                 turned = tl.interleave(x_1 * cos_1 + x_2 * sin_1, x_2 * cos_2 + x_1 * sin_2)
@@ -253,7 +248,7 @@ def _check_store(
         raise ValueError(f"slot is {tuple(slot.shape)} {slot.dtype}; expected [1], int32 or int64")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _store(  # type: ignore[no-untyped-def]
     storage, new, slot, capacity, storage_strides, new_strides,
     SIZES: tl.constexpr, BLOCK: tl.constexpr,

@@ -356,13 +356,16 @@ def merge_attention(
     if not takes_triton(*given):
         return merge_attention_reference(*given)
     batch, heads, tokens, size = first.shape
-    first, second = (x if x.stride(-1) == 1 else x.contiguous() for x in (first, second))
+    # In place of strides, which differ with T and for which Triton would compile the kernel anew.
+    by_token = tuple(x.transpose(1, 2).is_contiguous() for x in (first, second))
+    pairs = zip((first, second), by_token, strict=True)
+    attentions = tuple(x if token_first else x.contiguous() for x, token_first in pairs)
+    logsumexps = first_logsumexp.contiguous(), second_logsumexp.contiguous()
     merged = torch.empty(batch, tokens, heads, size, dtype=first.dtype, device=first.device)
     with on_device(first):
         _merge_two[(triton.cdiv(tokens, _TOKENS), heads, batch)](
-            *((first, second), (first_logsumexp, second_logsumexp), merged, tokens, heads),
-            (first.stride()[:3], second.stride()[:3]),
-            (first_logsumexp.stride(), second_logsumexp.stride()),
+            *(attentions, logsumexps, merged, tokens, heads),
+            BY_TOKEN=by_token,
             SIZE=size,
             PADDED=padded(size),
             BLOCK=_TOKENS,
@@ -378,9 +381,10 @@ def merge_attention_reference(
     return merged.to(first.dtype).transpose(1, 2).contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def _merge_two(  # type: ignore[no-untyped-def]
-    attentions, logsumexps, merged, tokens, heads, strides, logsumexp_strides,
+    attentions, logsumexps, merged, tokens, heads,
+    BY_TOKEN: tl.constexpr,  # of each attention: it is [B, T, N, D] and not [B, N, T, D]
     SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
@@ -389,16 +393,15 @@ def _merge_two(  # type: ignore[no-untyped-def]
     d = tl.arange(0, PADDED)
     inside = t < tokens
     both = inside[:, None] & (d < SIZE)[None, :]
-    t64 = t.to(tl.int64)
-    at_first = units_at(logsumexps[0], logsumexp_strides[0], b, head, t64)
-    at_second = units_at(logsumexps[1], logsumexp_strides[1], b, head, t64)
-    difference = tl.load(at_first, mask=inside, other=0.0)
-    difference -= tl.load(at_second, mask=inside, other=0.0)
+    by_head = (b * heads + head) * tokens + t
+    by_token = (b * tokens + t) * heads + head
+    difference = tl.load(logsumexps[0] + by_head, mask=inside, other=0.0)
+    difference -= tl.load(logsumexps[1] + by_head, mask=inside, other=0.0)
     share = tl.sigmoid(difference)[:, None]
-    at_first = units_at(attentions[0], strides[0], b, head, t64)[:, None] + d[None, :]
-    at_second = units_at(attentions[1], strides[1], b, head, t64)[:, None] + d[None, :]
-    x = tl.load(at_first, mask=both, other=0.0).to(tl.float32)
-    y = tl.load(at_second, mask=both, other=0.0).to(tl.float32)
+    first = (by_token if BY_TOKEN[0] else by_head)[:, None] * SIZE + d[None, :]
+    second = (by_token if BY_TOKEN[1] else by_head)[:, None] * SIZE + d[None, :]
+    x = tl.load(attentions[0] + first, mask=both, other=0.0).to(tl.float32)
+    y = tl.load(attentions[1] + second, mask=both, other=0.0).to(tl.float32)
     result = x * share + y * (1 - share)
-    to = merged + ((b * tokens + t64[:, None]) * heads + head) * SIZE + d[None, :]
+    to = merged + by_token[:, None] * SIZE + d[None, :]
     tl.store(to, result.to(merged.dtype.element_ty), mask=both)

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from locret.heads import hub
+from locret.system.files import check_named
 
 RECORD = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -45,6 +46,7 @@ class Adapter:
         take slots that no token of the prompt has."""
         if importlib.util.find_spec("peft") is None:
             raise ValueError(f"adapter {name} needs the package peft: pip install peft")
+        check_named(name, "the name of the adapter")
         folder = Path(name)
         if not folder.is_dir():
             patterns = [RECORD, *WEIGHTS]

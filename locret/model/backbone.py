@@ -132,7 +132,7 @@ class Backbone:
     @property
     def softcapped(self) -> bool:
         """Some layer caps its logits."""
-        return any(getattr(x.module, "attn_logit_softcapping", None) for x in self.layers)
+        return is_softcapped(self.config)
 
     @property
     def plain(self) -> bool:
@@ -258,6 +258,11 @@ def _why_not(config: Any) -> str | None:
     if any("dynamic" in str(each.get("rope_type")) for each in (rope, *_by_type(rope).values())):
         return "dynamic NTK RoPE changes with the length, so that cached keys go stale"
     return None
+
+
+def is_softcapped(config: Any) -> bool:
+    """Whether attention of a model of this transformers config caps its logits."""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:

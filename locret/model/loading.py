@@ -38,6 +38,7 @@ from transformers import (
 from transformers.utils import logging
 
 from locret.model.adapters import Adapter
+from locret.system.files import check_named
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4"]
@@ -217,6 +218,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
 def _gguf_file(name: str) -> Path | None:
     """The GGUF file that a name means; None where it means another checkpoint. ValueError: it means
     neither (`load_model`)."""
+    check_named(name, "the name of the model")
     if name.startswith("embedded:"):
         return _embedded_file(name)
     file = find_gguf(name)
@@ -232,9 +234,7 @@ def _check_name(name: str) -> None:
     if path.is_file() and path.suffix != ".json":  # a config alone is enough for some uses
         raise ValueError(f"model {name!r} is a file; expected a folder, a .gguf file or a Hub id")
     if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ValueError(
-            f"model {name!r} is neither a folder that is there nor a Hub repository id"
-        )
+        raise ValueError(f"model {name!r} is neither a folder here nor a Hub repository id")
 
 
 def _load_gguf(

@@ -71,8 +71,8 @@ class Server:
     """Gradio's application at /ui; None = there is none."""
 
     def check_model(self, asked: str | None) -> None:
-        """Raises Refused: another model than the one that is served."""
-        if asked and asked != self.name:
+        """Raises Refused: another model than the one that is served; None = whichever that is."""
+        if asked is not None and asked != self.name:
             message = f"model {asked[:80]!r} is not served here; ask for {self.name!r}"
             raise Refused(404, message, "model_not_found")
 
@@ -107,7 +107,13 @@ def make_app(
         finally:
             await to_thread.run_sync(lambda: service.close(drain=True, seconds=drain_seconds))
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # clients do not follow, and would take it for an answer
+    )
     prompts, metrics = Prompts(tokenizer), Metrics(service)
     app.state.server = Server(service, prompts, metrics, name, api_key, upload_limit)
     answer_errors(app)
@@ -219,7 +225,7 @@ async def _answered(
     request: Request, server: Server, fields: type[ChatFields | CompletionFields], kind: Kind
 ) -> Response:
     found = fields_of(fields, await read_json(request, server.upload_limit))
-    server.check_model(found.model)
+    server.check_model(found.model or None)
     ask = await to_thread.run_sync(found.ask, server.prompts)
     answer = await _accepted(server.service.ask, ask)
     reply = Reply(kind, request, answer, server.name)
@@ -259,13 +265,13 @@ async def list_contexts(server: Served) -> dict[str, Any]:
     return {"object": "list", "data": [_context(info) for info in found]}
 
 
-@with_key.get("/v1/contexts/{id}")
+@with_key.get("/v1/contexts/{id:path}")
 async def show_context(id: str, server: Served) -> dict[str, Any]:
     """What one stored context takes."""
     return _context(await to_thread.run_sync(server.service.contexts.info, id))
 
 
-@with_key.delete("/v1/contexts/{id}")
+@with_key.delete("/v1/contexts/{id:path}")
 async def delete_context(id: str, server: Served) -> dict[str, Any]:
     """Forget a context."""
     await to_thread.run_sync(server.service.contexts.delete, id)

@@ -143,11 +143,13 @@ class Page:
 
 
 def mount(app: FastAPI, auth: Callable[[str, str], bool] | None) -> None:
-    """Let an application of `make_app` have the page, and lead its root there. The page asks for
-    the name and password that `auth` takes, if there is one."""
+    """Let an application of `make_app` have the page, and lead there from its root, and where the
+    slash behind its name is missing. The page asks for the name and password that `auth` takes, if
+    there is one."""
     server = app.state.server
 
     @app.get("/")
+    @app.get(PATH)
     async def root() -> RedirectResponse:
         return RedirectResponse(PATH.removeprefix("/") + "/")
 

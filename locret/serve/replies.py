@@ -45,6 +45,11 @@ _REFUSALS = {
     Failed: (500, "failed"),
 }
 """Status and code of errors of the service whose text is for clients."""
+_OF_ADDRESSES = {
+    "Not Found": "there is nothing at this address; check its path, slashes included",
+    "Method Not Allowed": "this address does not take this method",
+}
+"""What clients are told of requests that meet no endpoint, by what Starlette says of them."""
 
 
 class Refused(Exception):
@@ -92,7 +97,8 @@ def refusal_of(error: Exception) -> Refused:
     if isinstance(error, ClientDisconnect):
         return Refused(CLIENT_LEFT, "the client left", "client_left")
     if isinstance(error, HTTPException):
-        return Refused(error.status_code, lower(error.detail), headers=dict(error.headers or {}))
+        told = _OF_ADDRESSES.get(error.detail) or lower(error.detail)
+        return Refused(error.status_code, told, headers=dict(error.headers or {}))
     _log.error("a request failed", exc_info=error)
     return Refused(500, "the server failed to answer; its log says why", "internal_error")
 

@@ -373,9 +373,8 @@ def _sampling(ask: Ask) -> dict[str, Any]:
 
 def _settings_of(cache: RetainedCache) -> str:
     """What contexts agree in that are asked in one call."""
-    scheme, longrope = cache.scheme, cache.longrope
-    settings = cache.positions, scheme, cache.merging, cache.recall, longrope, cache.query_length
-    return repr(settings)
+    limited = cache.budget is not None
+    return repr((cache.settings, cache.longrope, cache.query_length, limited))
 
 
 def _check_not_repeated(job: AskJob, cache: RetainedCache) -> None:

@@ -17,6 +17,14 @@ PACKAGE = Path(__file__).resolve().parents[1]
 INSTALLED = PACKAGE / "configs"
 CONFIGS = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "configs"
 SUFFIX = ".yaml"
+EMPTY = "an empty path; give a name (is a shell variable unset?)"
+
+
+def check_named(name: object, what: str) -> None:
+    """Refuse (ValueError) an empty text as the name of a file, a folder or a repository: as a path
+    it would be the working directory."""
+    if name == "":
+        raise ValueError(f"{what} is {EMPTY}")
 
 
 def find_config(name: str, groups: Sequence[str] = (".",)) -> Path:
@@ -26,8 +34,9 @@ def find_config(name: str, groups: Sequence[str] = (".",)) -> Path:
         groups: folders within configs/ to look in.
 
     Raises:
-        ValueError: there is no such file; lists those of the first group.
+        ValueError: there is no such file, or the name is empty; lists those of the first group.
     """
+    check_named(name, "config")
     for folder in (Path(), *(CONFIGS / group for group in groups)):
         for path in (folder / name, folder / f"{name}{SUFFIX}"):
             if path.is_file():

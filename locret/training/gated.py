@@ -35,7 +35,7 @@ from locret.heads.heads import RetainingHeads, is_logarithm
 from locret.heads.quotas import quotas_of
 from locret.heads.targets import BoundaryLoss, Loss
 from locret.model.attend import Past
-from locret.model.backbone import Backbone
+from locret.model.backbone import Backbone, is_softcapped
 from locret.model.backends import Backend
 from locret.model.hooks import LayerCall, LayerFunction, without_autocast
 from locret.model.varlen import Text, attend_texts
@@ -380,7 +380,7 @@ def check_tunable_as(
 
 def check_gates(config: Any) -> None:
     """Refuse (ValueError) a backbone of this config if its attention takes no gates."""
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+    if is_softcapped(config):
         raise ValueError(
             f"{config.model_type} caps its logits, and a gate is a term of the logits "
             "before the cap; train heads for it by regression alone (trainers.fit)"

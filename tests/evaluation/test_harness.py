@@ -344,6 +344,9 @@ def test_prompts_that_were_cut_are_counted(loaded, folder):
         ({"policy": "nosuch"}, "policy 'nosuch' is unknown"),
         ({"budget": "8"}, "budget of locret is '8'"),
         ({"protocol": "blind"}, "protocol 'blind' is unknown"),
+        ({"bogus": "8x", "sinks": 4}, "bogus, sinks: unknown arguments; .* budget, .*truncation"),
+        ({"heads": ""}, "heads is an empty path"),
+        ({"peft": "some/adapter"}, "peft: unknown arguments; expected some of .*, adapter"),
     ],
 )
 def test_a_mistake_shows_before_a_model_is_loaded(settings, complaint, folder, monkeypatch):
@@ -351,6 +354,15 @@ def test_a_mistake_shows_before_a_model_is_loaded(settings, complaint, folder, m
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=complaint):
         LocretLM("backbone", **{"heads": str(folder / "heads"), "budget": 40} | settings)
+
+
+def test_what_the_harness_passes_by_itself_is_taken(folder):
+    given = f"pretrained={folder / 'backbone'},budget=8x,policy=random,dtype=float32"
+    given += ",trust_remote_code=True,add_bos_token=True,softmax_dtype=float32,truncation=False"
+    of_command = {"batch_size": 3, "max_batch_size": 8, "device": "cpu"}
+    model = LocretLM.create_from_arg_string(given, of_command)
+    assert model.batch_size == 3 and model.max_batch_size == 8 and model.add_bos_token
+    assert model.device.type == "cpu" and model.softmax_dtype == torch.float32
 
 
 @pytest.fixture(scope="module")

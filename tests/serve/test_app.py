@@ -332,6 +332,30 @@ def test_a_strange_id_of_a_context_is_not_found(id, client):
         error_of(client.request(method, f"{CONTEXTS}/{id}"), 404)
 
 
+@pytest.mark.parametrize("id", ["", "/", "ctx_////", "ctx_%2F%2F", "%2F", "..%2F..", f"{ID}/"])
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_slashes_are_no_way_around_an_id(id, method, client):
+    client.post(CONTEXTS, json={"text": "Some text."})
+    answer = client.request(method, f"{CONTEXTS}/{id}")
+    assert "no such context" in error_of(answer, 404)
+    assert answer.json()["error"]["code"] == "context_not_found"
+    assert client.get(f"{CONTEXTS}/{ID}").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health/", "/metrics/", f"{CHAT}/", "/v1/", "//", "/v1/nope"])
+def test_a_slash_too_many_leads_nowhere(path, client):
+    for method in ("GET", "POST"):
+        answer = client.request(method, path)
+        assert "nothing at this address" in error_of(answer, 404)
+        assert "location" not in answer.headers
+
+
+@pytest.mark.parametrize("name", ["", "/", "tiny/", "a%2Fb"])
+def test_a_strange_name_of_a_model_is_not_found(name, client):
+    answer = client.get(f"/v1/models/{name}")
+    assert "is not served here; ask for 'tiny'" in error_of(answer, 404)
+
+
 def test_unknown_paths_and_methods(client):
     error_of(client.get("/v1/nothing"), 404)
     error_of(client.get("/docs"), 404)

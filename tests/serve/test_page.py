@@ -151,7 +151,7 @@ def test_words_are_whole_characters_and_no_markup(tokenizer):
 
 def test_the_page_asks_for_the_key(app):
     with running(app) as url, httpx.Client(base_url=url, follow_redirects=True) as client:
-        assert client.get("/").url.path == "/ui/"
+        assert client.get("/").url.path == client.get("/ui").url.path == "/ui/"
         for path in ("config", "gradio_api/info"):
             assert client.get(f"/ui/{path}").status_code == 401
         upload = {"files": ("x.txt", b"x")}

@@ -279,6 +279,8 @@ def test_a_run_without_an_output_is_refused(backbones, rows, tmp_path):
     [
         (["--config=nosuch"], "config nosuch is no file"),
         (["--ckpt_path=/nope"], "/nope"),
+        (["--ckpt_path="], "ckpt_path is an empty path"),
+        (["--model.model="], "the name of the model is an empty path"),
         (["--ckpt_path=pyproject.toml"], "pyproject.toml is damaged, or was never one"),
         (["--model.label=nothing"], "label 'nothing' is unknown"),
     ],
