@@ -42,7 +42,7 @@ from locret.evaluation.config import FULL, Protocol, Setup, are_query_aware, exp
 from locret.evaluation.questions import source
 from locret.evaluation.records import commit, versions
 from locret.heads.heads import RetainingHeads
-from locret.integrations.lm_eval_contexts import context_end, tokens_after
+from locret.integrations.lm_eval_tasks import context_end, tokens_after
 from locret.model.adapters import Adapter
 from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model

@@ -4,11 +4,14 @@ The files are written into a folder that the harness is told of. RULER and the d
 `offline_...`, beside the harness's own versions of them, which need a network; the group
 `offline_ruler` is the mean of RULER's tasks.
 
+Where the context ends in a prompt of any task, its question begins (`context_end`).
+
 Where data lies and how long prompts are comes from the harness's `--metadata`, a JSON object:
 `data_dir`, `data` (paths by name), `leval_data`, `length`, `samples`, `cache_dir`; the tokenizer is
 the model's.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +148,24 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]
     task = TASKS[doc["locret_task"]](TaskSettings())
     sample = Sample(doc["id"], doc["context"], doc["question"], tuple(doc["answers"]))
     return task.score(sample, before_stop(results[0], task.stop)[0])
+
+
+def context_end(
+    prompt: str, document: Mapping[str, Any], field: str, marker: str | None
+) -> int | None:
+    """The character at which the context of a prompt ends: where the text of the document's field
+    ends, else where the marker, with which questions begin, stands last. None if neither stands in
+    the prompt."""
+    text = document.get(field)
+    if isinstance(text, str) and text.strip():
+        start = prompt.rfind(text.strip())
+        if start >= 0:
+            return start + len(text.strip())
+    start = prompt.rfind(marker) if marker else -1
+    return None if start < 0 else start
+
+
+def tokens_after(tokenizer: Any, text: str, character: int) -> int:
+    """Tokens of `text` that end after a character of it."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return sum(end > character for _, end in encoded["offset_mapping"])
