@@ -1,6 +1,6 @@
-"""A kernel is compiled once, whatever numbers of rows, tokens and units requests come with: each
-time takes seconds, for which a request would wait. No GPU is asked: what Triton compiles is found
-by what it would look up before a launch."""
+"""Kernels compile for GPUs, and once, whatever numbers of rows, tokens and units requests come
+with: each time takes seconds, for which a request would wait. No GPU is asked: what Triton compiles
+is what it would look up before a launch."""
 
 import importlib
 import itertools
@@ -11,12 +11,16 @@ import pytest
 import torch
 
 from locret import kernels
+from locret.kernels import dispatch
 from locret.kernels.decode_general import PackedShares
 from tests.kernels.packed import random_units
 from tests.kernels.rotated import random_rotated
 
+triton = pytest.importorskip("triton")
 jit = pytest.importorskip("triton.runtime.jit")
 nvidia = pytest.importorskip("triton.backends.nvidia.compiler")
+ASTSource = triton.compiler.ASTSource
+GPUTarget = importlib.import_module("triton.backends.compiler").GPUTarget
 
 HEADS, GROUP, SIZE = 2, 3, 64
 NUMBERS = [*itertools.product((1, 2, 3, 8), (2, 7, 16, 33, 128))]
@@ -149,6 +153,13 @@ def labels(rows, tokens):
     kernels.highest_shares(query, by_token(rows, HEADS, 2 * tokens + 1), 0.1)
 
 
+def vector(rows, tokens):
+    x, weights = drawn(1, 1, 128), [drawn(n, 128) for n in (48, 24, 24)]
+    kernels.products(x, weights)
+    kernels.products(x, weights[:1], [drawn(48)])
+    kernels.gated_products(x, weights[1], weights[2], "silu")
+
+
 def select_of(longest):
     one, none = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     offsets, new = torch.tensor([0, longest - 1]).int(), torch.randn(1, 1, 1)
@@ -163,24 +174,55 @@ CALLS = [
 ]
 
 
-@pytest.fixture
-def launched(monkeypatch):
-    """What Triton would compile of each kernel that is launched: by its name, a set."""
-    found = {}
+def launch_by(monkeypatch, launch):
+    """Let every public function launch its kernels, which `launch(kernel, args, keywords)` does."""
 
-    def run(kernel, *args, grid, warmup, **kwargs):
-        bind = jit.create_function_from_signature(
-            kernel.signature, kernel.params, nvidia.CUDABackend
-        )
-        _, specialization, options = bind(*args, **kwargs)
-        found.setdefault(kernel.__name__, set()).add(f"{specialization} {options}")
+    def run(kernel, *args, grid, warmup, **keywords):
+        launch(kernel, args, keywords)
 
     monkeypatch.setattr(jit.JITFunction, "run", run)
     for each in pkgutil.iter_modules(kernels.__path__):
         module = importlib.import_module(f"locret.kernels.{each.name}")
         if hasattr(module, "takes_triton"):
             monkeypatch.setattr(module, "takes_triton", lambda *_: True)
+
+
+def bound(kernel, args, keywords):
+    bind = jit.create_function_from_signature(kernel.signature, kernel.params, nvidia.CUDABackend)
+    return bind(*args, **keywords)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What Triton would compile of each kernel that is launched: by its name, a set."""
+    found = {}
+
+    def launch(kernel, args, keywords):
+        _, specialization, options = bound(kernel, args, keywords)
+        found.setdefault(kernel.__name__, set()).add(f"{specialization} {options}")
+
+    launch_by(monkeypatch, launch)
     return found
+
+
+@pytest.mark.parametrize("hopper", [False, True], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("call", [*CALLS, vector], ids=lambda call: call.__name__)
+def test_kernels_compile_for_gpus(call, hopper, monkeypatch, tmp_path):
+    """On Hopper they start before the last one has ended."""
+    target = GPUTarget("cuda", 90 if hopper else 80, 32)
+    backend, compiled = nvidia.CUDABackend(target), []
+
+    def launch(kernel, args, keywords):
+        found, specialization, options = bound(kernel, args, keywords)
+        options, *source = kernel._pack_args(backend, keywords, found, specialization, options)
+        made = triton.compile(ASTSource(kernel, *source), target, options.__dict__)
+        compiled.append(made.asm["ptx"])
+
+    launch_by(monkeypatch, launch)
+    monkeypatch.setattr(dispatch, "_overlaps", lambda device: hopper)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    call(3, 33)
+    assert compiled and all(f".target sm_{target.arch}" in ptx for ptx in compiled)
 
 
 def test_a_selection_is_compiled_for_few_lengths(launched):
