@@ -78,6 +78,27 @@ def test_what_cannot_stand_together_is_refused(engine):
         engine.together([])
     with pytest.raises(ValueError, match=r"got 2, with \[1, 3\] rows"):
         engine.together([engine.prefill(prompt(40)), engine.prefill(prompt(40, batch=3))])
+    with pytest.raises(ValueError, match="input_ids has shape"):
+        engine.together([engine.prefill(prompt(40))], [prompt(3)[0]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"positions": "original"}, "number 2 was read with positions 'original' .* 'compact'"),
+        ({"quantization": "kivi"}, r"with quantization KiviScheme.*NoScheme"),
+        ({"merging": "similar"}, "with merging Merging"),
+        ({"recall": {}}, "with recall Recall"),
+    ],
+)
+def test_contexts_of_other_settings_or_models_are_refused_together(engine, settings, message):
+    cache = engine.prefill(prompt(40))
+    other = locret.Engine(engine.model, "knorm", **SMALL | settings).prefill(prompt(60))
+    with pytest.raises(ValueError, match=message):
+        engine.together([cache, other])
+    strange = locret.Engine(tiny_model("llama", seed=1), "knorm", **SMALL).prefill(prompt(60))
+    with pytest.raises(ValueError, match="number 2 is a context of another model"):
+        engine.together([cache, strange])
 
 
 def test_answers_before_are_remembered_together(engine):

@@ -57,11 +57,17 @@ def left_padding(
         attention_mask: of `input_ids` [B, n], or of as many tokens of a context before them too.
 
     Raises:
-        ValueError: a mask of another shape, zeros elsewhere than on the left, or a row of nothing.
+        ValueError: no tensor, a mask of another shape, zeros elsewhere than on the left, or a row
+            of nothing.
     """
     rows, new = input_ids.shape
     if attention_mask is None:
         return [0] * rows
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(attention_mask).__name__}; expected a tensor of the shape "
+            f"of input_ids, {tuple(input_ids.shape)}"
+        )
     if attention_mask.shape not in ((rows, new), (rows, context_length + new)):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected that of input_ids, "
@@ -70,8 +76,8 @@ def left_padding(
     mask = attention_mask[:, -new:].bool()
     if not _only_on_the_left(mask):
         raise ValueError(
-            "attention_mask holds zeros after ones: pad prompts on the left "
-            "(tokenizer.padding_side = 'left')"
+            "attention_mask holds zeros after ones, or nothing else in a row: pad prompts on the "
+            "left (tokenizer.padding_side = 'left')"
         )
     return (~mask).sum(dim=1).tolist()
 
@@ -201,6 +207,30 @@ def context_ids(cache: RetainedCache, backbone: Backbone, input_ids: Tensor) -> 
             f"{backbone.longrope!r}; use one with the same"
         )
     return torch.cat([ids, cache.unread_ids], dim=1).to(input_ids.device)
+
+
+SETTINGS = {
+    "positions": "positions",
+    "scheme": "quantization",
+    "merging": "merging",
+    "recall": "recall",
+    "longrope": "longrope",
+}
+"""What caches of one batch agree in: attributes, and the engine's names for them."""
+
+
+def check_alike(caches: Sequence[RetainedCache], backbone: Backbone) -> None:
+    """Refuse (ValueError) caches of another model, or of different settings, in one batch."""
+    given = describe(backbone.model)
+    for at, cache in enumerate(caches):
+        check_model(f"cache number {at + 1}", cache.model, given)
+        for attribute, name in SETTINGS.items():
+            first, own = (getattr(one, attribute) for one in (caches[0], cache))
+            if own != first:
+                raise ValueError(
+                    f"cache number {at + 1} was read with {name} {own!r} and the first one with "
+                    f"{first!r}; they cannot be asked together: read them alike, or ask apart"
+                )
 
 
 def left_mask(ids: Tensor, padding: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ from locret.cache.cache import Budgets, RetainedCache
 from locret.cache.context import Counts
 from locret.cache.files import describe
 from locret.cache.sizing import Sizing
-from locret.engine.arguments import unpadded
+from locret.engine.arguments import check_alike, check_ids, unpadded
 from locret.engine.attention import freeze
 from locret.engine.config import EngineConfig
 from locret.engine.reading import ChunkForward
@@ -348,8 +348,9 @@ def together(
     `rows`.
 
     Raises:
-        ValueError: no caches, or one of several rows; some caches have no question and others do,
-            or some have tokens to read that may evict units (`decode_interval`).
+        ValueError: no caches, one of several rows, or some of other models or settings; some caches
+            have no question and others do, or some have tokens to read that may evict units
+            (`decode_interval`).
     """
     if not rows or any(len(row.unread_ids) != 1 for row in rows):
         raise ValueError(
@@ -359,6 +360,9 @@ def together(
     if len(questions) not in (0, len(rows)):
         raise ValueError(
             f"{len(questions)} questions for {len(rows)} caches; expected one for each, or none"
+    check_alike(rows, reader.backbone)
+    for question in questions:
+        check_ids(question)
         )
     if len({layer.rotated for row in rows for layer in row.retained_layers}) > 1:
         for row in rows:

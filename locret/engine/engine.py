@@ -289,8 +289,8 @@ class Engine:
                 none. That takes less memory than to `generate` with questions of different lengths.
 
         Raises:
-            ValueError: other than one question for each; or, with `decode_interval`, any question,
-                or contexts that were asked before beside fresh ones.
+            ValueError: contexts of another model or of different settings; other than one question
+                for each; or, with `decode_interval`, any question, or asked contexts beside fresh.
         """
         rows = [cache.fork() for cache in caches]
         with self:
@@ -332,9 +332,8 @@ class Engine:
                 that needs to roll back the cache.
         """
         check_ids(input_ids)
-        context = (
-            input_ids[:, :0] if cache is None else context_ids(cache, self.backbone, input_ids)
-        )
+        asked = self.backbone, input_ids
+        context = input_ids[:, :0] if cache is None else context_ids(cache, *asked)
         if attention_mask is None:
             attention_mask = inferred_mask(self.model, kwargs, input_ids)
         padding = left_padding(attention_mask, input_ids, context.shape[1])
@@ -395,7 +394,9 @@ class Engine:
 
 def _scoring_heads(policy: str | Policy, heads: RetainingHeads | None) -> RetainingHeads | None:
     """The heads whose record says what "auto" means: the policy's own, else those given.
-    ValueError: what is given is not heads."""
+    ValueError: what is given is not heads, or no policy."""
+    if policy is None:
+        raise ValueError(f"policy is None; expected a Policy, or one of {sorted(POLICIES)}")
     if heads is not None and not isinstance(heads, RetainingHeads):
         raise ValueError(
             f"heads is {heads!r:.80}; expected heads, as "
