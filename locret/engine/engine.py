@@ -238,7 +238,8 @@ class Engine:
                 f"policy {self.policy.name!r} scores a context by reading it again, so that it "
                 "cannot evict while the model's outputs are asked for; choose another policy"
             )
-        return self._forward.reading(self.config.eviction(counts)).during(cache)
+        slots = self.sizing.head_slots(max(cache.prompt_lengths))
+        return self._forward.reading(self.config.eviction(counts, slots=slots)).during(cache)
 
     @torch.compiler.disable
     @torch.no_grad()
