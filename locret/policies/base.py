@@ -316,9 +316,10 @@ class Eviction:
         counts = self.counts[retained_idx]
         return sum(counts) // len(counts)
 
-    def most(self, retained_idx: int, held: int) -> int:
-        """Units that a head of a layer may get of what heads share, where it holds `held`."""
-        return held if self.slots is None else min(held, max(self.slots, self.budget(retained_idx)))
+    def most(self, retained_idx: int, units: int) -> int:
+        """Units that a head of a layer may get of what heads share, where it holds `units`."""
+        slots = units if self.slots is None else max(self.slots, self.budget(retained_idx))
+        return min(units, slots)
 
     def protected(self, retained_idx: int, policy: Policy) -> list[tuple[int, int]]:
         """Protected units at the (tail, head) of each sequence of a layer's KV heads, those that
