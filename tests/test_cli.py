@@ -175,6 +175,7 @@ def test_convert_there_and_back_is_bit_identical(folder, tmp_path, capsys):
         (["generate", "--prompt-file", "{prompt}", "--heads", "{other}"], "num_query_heads"),
         (["generate", "--prompt-file", "{prompt}", "--policy", "random", *TOO_SMALL], "lower"),
         (["generate", "--prompt-file", "{prompt}", "--bits", "4"], "--quantization"),
+        (["generate", "--prompt-file", "{prompt}", "--budget", "8x"], "nothing scores units"),
         (["generate", "--prompt-file", "{prompt}", "--quantization", "kivi", "--bits", "3"], "3"),
         (["needle", "--policies", "best"], "best"),
         (["needle", "--policies", "locret"], "--heads"),

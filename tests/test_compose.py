@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import locret
+from locret.model.hooks import as_argument
 from locret.policies import POLICIES, LocretPolicy
 from locret.policies.attention import SnapKVPolicy
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
@@ -131,6 +132,37 @@ def test_a_question_in_sight(model, compose):
 def test_pyramids_over_any_policy(model):
     engine = locret.Engine(model, PyramidLayers("keydiff", beta=4), **SMALL)
     assert engine.prefill(prompt(60, vocab=VOCAB)).report()["units"] == [30, 4]
+
+
+@pytest.mark.parametrize("compose", [AdaptiveHeads, SharedLayers])
+@pytest.mark.parametrize("name", ["knorm", "h2o"])
+def test_quotas_and_stabilizers_stay_within_the_total(compose, name):
+    model = tiny_model("llama")
+    quotas = [[9, 1], [1, 1]]
+    settings = {"budget": 24, "chunk_size": 32, "stabilizers": 20, "quotas": quotas}
+    engine = locret.Engine(model, compose(name), decode_interval=4, **settings)
+    cache, counts = engine.new_cache(250)
+    with engine, engine.reading_into(cache, counts):
+        for ids in prompt(250).split(32, dim=1):
+            model(input_ids=ids, use_cache=True, **as_argument(model, cache))
+            assert sum(int(layer.lengths.sum()) for layer in cache.layers) <= 4 * 24
+
+
+def test_a_budget_of_one_unit_is_one_in_every_layer():
+    model = tiny_model("llama", num_hidden_layers=3)
+    for name in ("streaming_llm", "knorm"):
+        engine = locret.Engine(model, SharedLayers(name), budget=1, chunk_size=7, stabilizers=0)
+        assert engine.prefill(prompt(40)).report()["units"] == [1, 1, 1]
+
+
+def test_pyramids_deal_out_what_quotas_say_and_share_nothing(model):
+    heads = [1.0] * (model.config.num_key_value_heads - 1) + [3.0]
+    settings = SMALL | {"chunk_size": 60, "quotas": [heads, heads]}
+    own, over = (
+        locret.Engine(model, policy, **settings).prefill(prompt(60, vocab=VOCAB))
+        for policy in ("knorm", PyramidLayers("knorm", beta=1))
+    )
+    assert kept(own) == kept(over)
 
 
 def test_over_trained_heads(model):

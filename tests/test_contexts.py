@@ -88,6 +88,8 @@ def test_what_cannot_stand_together_is_refused(engine):
         engine.together([])
     with pytest.raises(ValueError, match=r"got 2, with \[1, 3\] rows"):
         engine.together([engine.prefill(prompt(40)), engine.prefill(prompt(40, batch=3))])
+    with pytest.raises(ValueError, match="input_ids has shape"):
+        engine.together([engine.prefill(prompt(40))], [prompt(3)[0]])
 
 
 DIFFERENT = [

@@ -3,6 +3,7 @@
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
@@ -66,10 +67,12 @@ def full_engine(model, **settings):
         ({"stabilizers": 21}, "lower stabilizers or raise the budget"),
         ({"positions": "rotated"}, "expected 'compact' or 'original'"),
         ({"longrope": "short"}, "expected 'long' or 'by_length'"),
-        ({"policy": "best"}, "policy 'best' is unknown; expected one of .*streaming_llm"),
+        ({"policy": "best"}, "'best' is unknown; expected a Policy, or one of .*streaming_llm"),
         ({"policy": "locret"}, "needs trained heads: pass heads="),
         ({"policy": "locret", "heads": "a/folder"}, "heads is 'a/folder'; .*from_pretrained"),
         ({"policy": POLICIES["full"]}, "is unknown"),
+        ({"policy": None}, "policy is None; expected a Policy, or one of"),
+        ({"budget": np.array([9, 9])}, r"budget is array\(\[9, 9\]\); expected units"),
     ],
     ids=str,
 )
@@ -321,6 +324,8 @@ def test_use_cache_false_in_a_configuration_does_not_bypass_the_cache(where):
         (torch.ones(1, 0, dtype=torch.long), None, "at least one token"),
         (torch.ones(5, dtype=torch.long), None, r"shape \(5,\); expected \[batch, tokens\]"),
         (prompt(4), torch.tensor([[0, 1, 0, 1]]), "pad prompts on the left"),
+        (prompt(4), torch.zeros(1, 4), "or nothing else in a row"),
+        (prompt(4), [[1, 1, 1, 1]], "attention_mask is a list; expected a tensor"),
         (prompt(4, 2), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]), "pad prompts on the left"),
         (prompt(4), torch.ones(1, 5), r"shape \(1, 5\); expected that of input_ids"),
         (prompt(4), torch.ones(2, 4), "expected that of input_ids"),

@@ -3,7 +3,6 @@ them."""
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +32,10 @@ from locret.heads.quotas import (
 from locret.model.backbone import Backbone
 from locret.policies import POLICIES
 from locret.policies.base import Eviction
-from locret.policies.compose import AdaptiveHeads, SharedLayers
 from locret.policies.plain import KNormPolicy
 from locret.quantization import NO_SCHEME, make_scheme
 from locret.quantization.blocks import costs_of
-from tests.tiny_models import prompt, tiny_heads, tiny_model
+from tests.tiny_models import tiny_heads, tiny_model
 
 TABLE = [[1.0, 3.0], [0.5, 1.5]]
 MEAN_1 = ((2 / 3, 2.0), (1 / 3, 1.0))
@@ -301,37 +299,6 @@ SIZING = Sizing(NO_SCHEME, 2, 2, 8)
 def test_counts(budget, context, expected):
     policy = KNormPolicy()
     assert config(budget=budget, quotas=TABLE).counts(policy, SIZING, context) == expected
-
-
-@pytest.mark.parametrize(
-    ("window", "chunk", "budget", "expected"),
-    [
-        (1000, 820, 100, ((67, 200), (33, 100))),  # all of the context has slots
-        (900, 720, 100, ((73, 180), (37, 110))),  # one head is at its last slot
-        (900, 0, 100, ((67, 200), (33, 100))),  # read at once: no slot is used twice
-        (900, 1200, 100, ((67, 200), (33, 100))),
-        (900, 720, 200, ((200, 200), (200, 200))),  # more than there are slots is the user's wish
-        (900, 899, 1, ((1, 1), (1, 1))),
-    ],
-)
-def test_no_quota_gives_a_head_more_than_the_window_has_slots(window, chunk, budget, expected):
-    sizing = replace(SIZING, window=window, chunk=chunk)
-    found = config(budget=budget, quotas=TABLE).counts(KNormPolicy(), sizing, 1000)
-    assert found == expected
-
-
-@pytest.mark.parametrize("policy", ["knorm", AdaptiveHeads("knorm"), SharedLayers("knorm")])
-@pytest.mark.parametrize("positions", ["compact", "original"])
-def test_heads_leave_slots_for_a_chunk_where_slots_are_reused(policy, positions):
-    model = tiny_model("llama", max_position_embeddings=64)
-    settings = {"budget": 24, "chunk_size": 32, "stabilizers": 2, "quotas": [[9, 1], [1, 1]]}
-    engine = locret.Engine(model, policy, positions=positions, **settings)
-    cache = engine.prefill(prompt(250))
-    held = torch.cat([layer.lengths for layer in cache.layers])
-    assert positions == "original" or held.max() <= 32
-    if not isinstance(policy, SharedLayers):
-        assert positions == "compact" or held.max() > 32
-        assert held.sum() == 4 * 24
 
 
 @pytest.mark.parametrize("budget", [100, 0.1, [150, 50], "20kB", "4x bytes"])

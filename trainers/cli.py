@@ -125,7 +125,8 @@ def run(cli: TrainingCLI) -> Path | None:
         if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
             says = " ".join(str(error).split())
             raise ValueError(
-                f"checkpoint {ckpt_path} is of a training with other settings: {says}"
+                f"checkpoint {ckpt_path} is of a training with other settings; give those of that "
+                f"run, or leave --ckpt_path out: {says}"
             ) from error
         raise
     if trainer.is_global_zero:

@@ -73,11 +73,11 @@ class Sizing:
         sizes = shape.num_layers, shape.num_kv_heads, shape.head_size, element_size
         return cls(scheme, *sizes, windows=tuple(window for window in windows if window), **others)
 
-    def head_slots(self, context: int) -> int:
-        """Units that a head can hold, of a context of that many tokens: all where these fit into
-        the window, else as many as leave slots for a chunk, at least 1."""
+    def head_slots(self, context: int) -> int | None:
+        """Units that a head can hold, of a context of that many tokens: as many as leave slots of
+        the window for a chunk, at least 1; None = all, because these fit into it."""
         if self.window is None or not 0 < self.chunk < context or context <= self.window:
-            return context
+            return None
         return max(1, self.window - self.chunk)
 
     def cache_bytes(self, budgets: Sequence[int], tokens: int | None = None) -> int:

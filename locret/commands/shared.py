@@ -128,7 +128,8 @@ Checked = tuple[str, dict[str, Any], RetainingHeads | None]
 
 def checked_engine(given: argparse.Namespace, **more: Any) -> Checked:
     """What an engine is made of, checked before a model is loaded for it. `more` are settings that
-    are no arguments of every command."""
+    are no arguments of every command. ValueError: settings that cannot work, or a budget without
+    anything to keep it."""
     from locret.engine.config import EngineConfig
 
     names = ["budget", "quotas", "chunk_size", "stabilizers", "local_tokens"]
@@ -137,6 +138,11 @@ def checked_engine(given: argparse.Namespace, **more: Any) -> Checked:
     settings["quantization"], heads = _quantization(given), load_heads(given)
     policy = given.policy or ("locret" if heads else "full")
     EngineConfig.of(policy, heads.config if heads else None, **settings)
+    if not (given.policy or heads) and given.budget not in (None, "auto"):
+        raise ValueError(
+            "--budget is given, but nothing scores units, so that all would be kept; give --heads, "
+            "or a --policy that needs none, such as keydiff"
+        )
     return policy, settings, heads
 
 

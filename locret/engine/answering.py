@@ -12,7 +12,7 @@ was not asked for. Its unit is in spare room, where the next one is written over
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -153,7 +153,9 @@ class Answering:
             shape = self.backbone.geometry
             counts = counts_of(cache.budget, shape.num_layers, shape.num_kv_heads)
         cache.budget = one_if_equal(counts)
-        return self.config.eviction(counts, cache.query_length, interval - 1, merging=cache.merging)
+        slots = replace(self.sizing, chunk=interval).head_slots(last)
+        given = {"merging": cache.merging, "slots": slots}
+        return self.config.eviction(counts, cache.query_length, interval - 1, **given)
 
     def lengthen(self, kwargs: dict[str, Any], front: int) -> None:
         """Make lengths that count the prompt count `front` tokens read in front of it too."""

@@ -57,11 +57,17 @@ def left_padding(
         attention_mask: of `input_ids` [B, n], or of as many tokens of a context before them too.
 
     Raises:
-        ValueError: a mask of another shape, zeros elsewhere than on the left, or a row of nothing.
+        ValueError: no tensor, a mask of another shape, zeros elsewhere than on the left, or a row
+            of nothing.
     """
     rows, new = input_ids.shape
     if attention_mask is None:
         return [0] * rows
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(attention_mask).__name__}; expected a tensor of the shape "
+            f"of input_ids, {tuple(input_ids.shape)}"
+        )
     if attention_mask.shape not in ((rows, new), (rows, context_length + new)):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected that of input_ids, "
@@ -70,8 +76,8 @@ def left_padding(
     mask = attention_mask[:, -new:].bool()
     if not _only_on_the_left(mask):
         raise ValueError(
-            "attention_mask holds zeros after ones: pad prompts on the left "
-            "(tokenizer.padding_side = 'left')"
+            "attention_mask holds zeros after ones, or nothing else in a row: pad prompts on the "
+            "left (tokenizer.padding_side = 'left')"
         )
     return (~mask).sum(dim=1).tolist()
 

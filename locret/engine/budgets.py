@@ -79,19 +79,20 @@ def head_counts(
     """Units that each KV head of every layer keeps, [layers][KV heads].
 
     Layers' budgets are dealt out by the quotas for what all of them together leave of the context.
-    No head keeps more than it has slots for, nor more than the context. If it may keep that many,
-    it has its layer's budget where this is more.
+    No head keeps more than it has slots for, or its layer's budget where this is more, nor more
+    than the context. If it may keep all of it, it has its layer's budget where this is more.
     """
     if quotas is None:
         return tuple((budget,) * sizing.num_kv_heads for budget in budgets)
     context = max(context, 1)
     kept = sum(min(budget, context) for budget in budgets)
-    most = min(context, max(sizing.head_slots(context), *budgets))
+    slots = sizing.head_slots(context) or context
+    most = [min(context, max(slots, budget)) for budget in budgets]
     counts = unit_counts(quotas.at(context * len(budgets) / kept), budgets, most)
     if any(len(set(layer)) > 1 for layer in counts):
         counts = on_grid(counts, most)
     return tuple(
-        tuple(max(units, budget) if units == most else units for units in layer)
+        tuple(max(units, budget) if units == context else units for units in layer)
         for layer, budget in zip(counts, budgets, strict=True)
     )
 
@@ -222,16 +223,16 @@ class Choice:
         ]
         if not self.policy.shares:
             return static
-        known = []
-        for each, whole, i in zip(scores, wholes, indices, strict=True):
+        known, most = [], [*map(self.eviction.most, indices, [whole.longest for whole in wholes])]
+        for each, whole, i, count in zip(scores, wholes, indices, most, strict=True):
             tail, head = self.eviction.protected(i, self.policy)[0]
-            known.append(with_protected(each.rectangle(whole), tail, head, whole.empty))
-            if self.eviction.slots is not None:
-                known[-1] = only_best(known[-1], self.eviction.slots)
+            of_layer = with_protected(each.rectangle(whole), tail, head, whole.empty)
+            known.append(only_best(of_layer, count))
         allotted = self.policy.allot(known, [self.eviction.budget(i) for i in indices])
         if allotted is None:
             return static
-        return [tuple(map(tuple, counts.tolist())) for counts in allotted]
+        bounded = [of.clamp(max=count) for of, count in zip(allotted, most, strict=True)]
+        return [tuple(map(tuple, counts.tolist())) for counts in bounded]
 
 
 def with_new(layer: RetainedLayer, rest: Tensor) -> Sequences:

@@ -302,7 +302,8 @@ def _policy_or_class(policy: str | Policy | None) -> Policy | type[Policy]:
     if isinstance(policy, Policy):
         return policy
     if policy not in POLICIES:
-        raise ValueError(f"policy {policy!r} is unknown; expected one of {sorted(POLICIES)}")
+        known = f"a Policy, or one of {sorted(POLICIES)}"
+        raise ValueError(f"policy {policy!r:.80} is unknown; expected {known}")
     return POLICIES[policy]
 
 
@@ -340,7 +341,8 @@ def _reading(given: Mapping[str, Any], recorded: Recorded, evicts: bool) -> Read
     """The settings of reading, "auto" replaced by what is recorded."""
 
     def chosen(name: str) -> Any:
-        return recorded.settings[name] if given[name] == "auto" else given[name]
+        auto = isinstance(given[name], str) and given[name] == "auto"  # arrays compare by element
+        return recorded.settings[name] if auto else given[name]
 
     budget, stabilizers = budget_of(chosen("budget")), given["stabilizers"]
     if not evicts:
@@ -351,7 +353,7 @@ def _reading(given: Mapping[str, Any], recorded: Recorded, evicts: bool) -> Read
     quotas, chunk_size = given["quotas"], given["chunk_size"]
     if chunk_size == RECORDED:
         chunk_size = recorded.settings.get("chunk_size", "auto")
-    by_heads = isinstance(quotas, str) and quotas == "auto"  # an array compares by element
+    by_heads = isinstance(quotas, str) and quotas == "auto"
     return Reading(
         budget=budget,
         quotas=recorded.quotas if by_heads else quotas_of(quotas),

@@ -19,7 +19,7 @@ from locret.cache.cache import Budgets, RetainedCache
 from locret.cache.context import Counts
 from locret.cache.files import describe
 from locret.cache.sizing import Sizing
-from locret.engine.arguments import check_together, unpadded
+from locret.engine.arguments import check_ids, check_together, unpadded
 from locret.engine.attention import freeze
 from locret.engine.config import EngineConfig
 from locret.engine.reading import ChunkForward
@@ -44,6 +44,8 @@ class Planned(NamedTuple):
         query_length: tokens of the question in front.
         drop: tokens of the question behind, which are not kept.
         chunks: start and end of every chunk.
+        slots: units that a head may get at most where the policy shares them out; None = any
+            number.
     """
 
     ids: Tensor
@@ -52,6 +54,7 @@ class Planned(NamedTuple):
     query_length: int
     drop: int
     chunks: tuple[tuple[int, int], ...]
+    slots: int | None
 
 
 @dataclass
@@ -220,7 +223,8 @@ class Reader:
             query = query_ids.shape[1]
             ids = torch.cat([query_ids, ids], dim=1)
         chunks = tuple(_chunks(ids.shape[1], self.config.reading.chunk, in_last))
-        return Planned(ids, prompt_length, counts, query, drop, chunks)
+        slots = self.sizing.head_slots(ids.shape[1]) if self.forward.policy.shares else None
+        return Planned(ids, prompt_length, counts, query, drop, chunks, slots)
 
     def _read_apart(self, readings: list[Planned]) -> list[RetainedCache]:
         """A cache for each reading of one row. Chunks that begin and end alike are read together,
@@ -263,10 +267,9 @@ class Reader:
         like, eviction = readings[0], None
         (start, end), final = like.chunks[at], at + 1 == len(like.chunks)
         if like.counts is not None:
-            drop = like.drop if final else 0
-            slots = self.sizing.head_slots(like.ids.shape[1])
+            drop, query, slots = like.drop if final else 0, like.query_length, like.slots
             eviction = self.config.eviction(
-                like.counts, like.query_length, drop=drop, merging=cache.merging, slots=slots
+                like.counts, query, drop=drop, merging=cache.merging, slots=slots
             )
             if final:
                 eviction = replace(eviction, stabilizers=0)
@@ -320,7 +323,7 @@ def _together(readings: Sequence[Planned], most: int) -> list[list[int]]:
     """Which readings may begin together, `most` at a time: they keep alike, of alike questions."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, reading in enumerate(readings):
-        alike = reading.counts, reading.query_length, reading.drop
+        alike = reading.counts, reading.query_length, reading.drop, reading.slots
         groups.setdefault(alike, []).append(i)
     return [group[at : at + most] for group in groups.values() for at in range(0, len(group), most)]
 
@@ -352,6 +355,8 @@ def together(
             may evict units (`decode_interval`).
     """
     check_together(caches, reader.backbone, reader.config.reading.decode_interval is not None)
+    for question in questions:
+        check_ids(question)
     if len(questions) not in (0, len(caches)):
         raise ValueError(
             f"{len(questions)} questions for {len(caches)} caches; expected one for each, or none"

@@ -238,7 +238,8 @@ class Engine:
                 f"policy {self.policy.name!r} scores a context by reading it again, so that it "
                 "cannot evict while the model's outputs are asked for; choose another policy"
             )
-        return self._forward.reading(self.config.eviction(counts)).during(cache)
+        slots = self.sizing.head_slots(max(cache.prompt_lengths))
+        return self._forward.reading(self.config.eviction(counts, slots=slots)).during(cache)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -332,9 +333,8 @@ class Engine:
                 that needs to roll back the cache.
         """
         check_ids(input_ids)
-        context = (
-            input_ids[:, :0] if cache is None else context_ids(cache, self.backbone, input_ids)
-        )
+        asked = self.backbone, input_ids
+        context = input_ids[:, :0] if cache is None else context_ids(cache, *asked)
         if attention_mask is None:
             attention_mask = inferred_mask(self.model, kwargs, input_ids)
         padding = left_padding(attention_mask, input_ids, context.shape[1])
@@ -395,7 +395,9 @@ class Engine:
 
 def _scoring_heads(policy: str | Policy, heads: RetainingHeads | None) -> RetainingHeads | None:
     """The heads whose record says what "auto" means: the policy's own, else those given.
-    ValueError: what is given is not heads."""
+    ValueError: what is given is not heads, or no policy."""
+    if policy is None:
+        raise ValueError(f"policy is None; expected a Policy, or one of {sorted(POLICIES)}")
     if heads is not None and not isinstance(heads, RetainingHeads):
         raise ValueError(
             f"heads is {heads!r:.80}; expected heads, as "

@@ -181,27 +181,26 @@ def _shown(given: Any) -> str:
 
 
 def unit_counts(
-    shares: Sequence[Sequence[float]], budget: int | Sequence[int], context: int
+    shares: Sequence[Sequence[float]], budget: int | Sequence[int], most: int | Sequence[int]
 ) -> tuple[tuple[int, ...], ...]:
     """Units that each head of each layer keeps, [layers][KV heads].
 
-    A layer with budget b and H heads is worth H * b units, at most H * `context`; the sum over
+    A layer with budget b and H heads is worth H * b units, at most H * `most`; the sum over
     layers is what all heads keep together, exactly. It is dealt out in proportion to b times the
     head's share, so that a layer's own share of it is its budget times the mean of its quotas.
-    Equal shares give every head its layer's budget, at most `context`.
+    Equal shares give every head its layer's budget, at most `most`.
 
-    No head keeps more than `context` units, nor less than 1 or `FLOOR` of its layer's budget; what
+    No head keeps more than `most` units, nor less than 1 or `FLOOR` of its layer's budget; what
     the one leaves and the other takes is made up by the other heads in proportion. What is left by
     rounding goes to the largest remainders, of equal ones to the first.
 
     Args:
         shares: [layers][KV heads], on any scale.
         budget: units a head keeps on average, in all layers or in each.
-        context: tokens of the context.
+        most: units that a head can keep, in all layers or in each: tokens of the context.
     """
-    context = max(context, 1)
-    given = [budget] * len(shares) if isinstance(budget, int) else budget
-    budgets = [min(each, context) for each in given]
+    highest = [max(units, 1) for units in _by_layer(most, len(shares))]
+    budgets = [*map(min, _by_layer(budget, len(shares)), highest)]
     mean = math.fsum(map(math.fsum, shares)) / sum(map(len, shares))
     least_share = mean * float(FLOOR)  # shares of 0 too take their part of what others leave
     weights = [
@@ -211,19 +210,26 @@ def unit_counts(
     ]
     heads = len(shares[0])
     least = [math.ceil(of_layer * FLOOR) for of_layer in budgets for _ in range(heads)]
+    bounds = [of_layer for of_layer in highest for _ in range(heads)]
     total = heads * sum(budgets)
-    counts = _rounded(_filled(weights, least, context, total), least, context, total)
+    counts = _rounded(_filled(weights, least, bounds, total), least, bounds, total)
     return tuple(tuple(counts[i : i + heads]) for i in range(0, len(counts), heads))
 
 
-def on_grid(counts: tuple[tuple[int, ...], ...], most: int) -> tuple[tuple[int, ...], ...]:
+def _by_layer(numbers: int | Sequence[int], layers: int) -> Sequence[int]:
+    return [numbers] * layers if isinstance(numbers, int) else numbers
+
+
+def on_grid(
+    counts: tuple[tuple[int, ...], ...], most: int | Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
     """Nearly the same counts, of numbers that many heads share: those from `GRID_FROM` on have five
     significant bits, or are `most`. Fused attention makes a plan for every number of units that it
     meets, which takes milliseconds; so they are made once.
 
     Args:
         counts: units of each head, [layers][KV heads].
-        most: units of a head.
+        most: units that a head can keep, in all layers or in each.
 
     Returns:
         Together no more than given, and less by no more than a step of one head.
@@ -231,13 +237,14 @@ def on_grid(counts: tuple[tuple[int, ...], ...], most: int) -> tuple[tuple[int, 
     exact = [n for heads in counts for n in heads]
     steps = [1 << max(n.bit_length() - 5, 0) if n >= GRID_FROM else 1 for n in exact]
     found = [n // step * step for n, step in zip(exact, steps, strict=True)]
+    heads = len(counts[0])
+    bounds = [units for units in _by_layer(most, len(counts)) for _ in range(heads)]
     left = sum(exact) - sum(found)
     for i in sorted(range(len(exact)), key=lambda i: ((found[i] - exact[i]) / steps[i], i)):
-        up = min(found[i] + steps[i], most)
+        up = min(found[i] + steps[i], bounds[i])
         if found[i] < exact[i] and up - found[i] <= left:
             left -= up - found[i]
             found[i] = up
-    heads = len(counts[0])
     return tuple(tuple(found[i : i + heads]) for i in range(0, len(found), heads))
 
 
@@ -246,20 +253,20 @@ def is_on_grid(count: int) -> bool:
     return count < 32 * (count & -count)
 
 
-def _filled(weights: list[float], least: list[int], most: int, total: int) -> list[float]:
+def _filled(weights: list[float], least: list[int], most: list[int], total: int) -> list[float]:
     """Amounts in proportion to the weights, but for those at their least or most, that sum up to
     `total`."""
 
     def amounts(scale: float) -> list[float]:
-        pairs = zip(weights, least, strict=True)
-        return [min(max(scale * weight, low), most) for weight, low in pairs]
+        bounded = zip(weights, least, most, strict=True)
+        return [min(max(scale * weight, low), high) for weight, low, high in bounded]
 
     def summed(scale: float) -> Any:
         return math.fsum(amounts(scale))
 
     # Between two scales at which an amount meets its bound, the sum is a straight line.
     bends = {low / weight for weight, low in zip(weights, least, strict=True)}
-    scales = sorted(bends | {most / weight for weight in weights})
+    scales = sorted(bends | {high / weight for weight, high in zip(weights, most, strict=True)})
     place = bisect_left(scales, total, key=summed)
     if place in (0, len(scales)):
         return amounts(scales[max(place - 1, 0)])
@@ -268,14 +275,14 @@ def _filled(weights: list[float], least: list[int], most: int, total: int) -> li
     return amounts(low + part * (high - low))
 
 
-def _rounded(exact: list[float], least: list[int], most: int, total: int) -> list[int]:
+def _rounded(exact: list[float], least: list[int], most: list[int], total: int) -> list[int]:
     """Whole numbers within the bounds, beside the exact ones, that sum up to `total`."""
     near = [round(x) if abs(x - round(x)) < _NEARLY_WHOLE else x for x in exact]
     counts = [int(x) for x in near]
     by_remainder = sorted(range(len(near)), key=lambda i: (counts[i] - near[i], i))
     left = total - sum(counts)
     while left > 0:
-        for i in [i for i in by_remainder if counts[i] < most][:left]:
+        for i in [i for i in by_remainder if counts[i] < most[i]][:left]:
             counts[i] += 1
             left -= 1
     while left < 0:  # float arithmetic put a sum of near whole numbers too high

@@ -129,8 +129,13 @@ class LocretLM(HFLM):
         _check_known(kwargs)
         for name, path in {"pretrained": pretrained, "heads": heads, "adapter": adapter}.items():
             check_named(path, name)
-        policy = policy or (LocretPolicy.name if heads else FULL)
         budget = None if budget in NOTHING else budget
+        if budget is not None and not (policy or heads):
+            raise ValueError(
+                f"budget is {budget}, but nothing scores units, so that all would be kept; give "
+                "heads, or a policy that needs none, such as keydiff"
+            )
+        policy = policy or (LocretPolicy.name if heads else FULL)
         entry = {"policy": policy, "budget": budget, "protocol": protocol}
         self.setup = expand([entry | {"quantization": quantization}])[-1]
         settings = {"chunk_size": chunk_size, "stabilizers": stabilizers, "positions": positions}

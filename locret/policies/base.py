@@ -298,7 +298,8 @@ class Eviction:
     head holds more than `above` units above what it keeps. The last `drop` tokens of the chunk are
     read for the policy to see and not kept: a question that will be asked later. The values of
     evicted units are merged into others by the rule `merging`; None = they are lost. Where the
-    policy shares units out, no head gets more than `slots`; None = any number.
+    policy shares units out, no head gets more than `slots`, or its layer's budget if that is more;
+    None = any number.
     """
 
     counts: tuple[tuple[int, ...], ...]
@@ -315,12 +316,20 @@ class Eviction:
         counts = self.counts[retained_idx]
         return sum(counts) // len(counts)
 
+    def most(self, retained_idx: int, units: int) -> int:
+        """Units that a head of a layer may get of what heads share, where it holds `units`."""
+        slots = units if self.slots is None else max(self.slots, self.budget(retained_idx))
+        return min(units, slots)
+
     def protected(self, retained_idx: int, policy: Policy) -> list[tuple[int, int]]:
         """Protected units at the (tail, head) of each sequence of a layer's KV heads, those that
-        are recent to the policy included: a small budget protects fewer."""
-        average = max(self.average or self.budget(retained_idx), 1)
+        are recent to the policy included: a small budget protects fewer. Heads that share what they
+        have protect alike."""
+        own = self.budget(retained_idx)
+        average = max(self.average or own, 1)
+        counts = self.counts[retained_idx]
         protected = []
-        for count in self.counts[retained_idx]:
+        for count in (own,) * len(counts) if policy.shares else counts:
             head = min(self.query, count)
             tail = max(self.stabilizers * count // average, policy.recent(count) - self.drop)
             protected.append((min(tail, count - head), head))

@@ -61,6 +61,10 @@ class Composed(Policy):
     def look(self, view: AnswerView) -> Tensor:
         return self.policy.look(view)
 
+    @property
+    def shares(self) -> bool:
+        return type(self).allot is not Composed.allot or self.policy.shares
+
     def allot(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor] | None:
         return self.policy.allot(scores, budgets)
 
@@ -149,7 +153,7 @@ class AdaptiveHeads(Composed):
 class SharedLayers(Composed):
     """Layers share what they have: of all layers' scores, each layer's brought to mean 0 and
     variance 1, the highest stay, and a layer keeps as many units a head as its share allows. Every
-    layer keeps `floor` of its budget.
+    layer keeps `floor` of its budget, at least one unit a head.
 
     Cost: layers can only evict after the chunk has gone through all of them, so that the peak is
     layers x (budget + chunk); a sort of all scores. What rounding to whole units a head leaves over
@@ -175,8 +179,8 @@ class SharedLayers(Composed):
 
     def allot(self, scores: list[Tensor], budgets: list[int]) -> list[Tensor]:
         shares = self._shares(scores, budgets)
-        safe = [
-            raised(_normalized(layer), (share * self.floor).long())
+        safe = [  # nothing attends to a layer that holds nothing
+            raised(_normalized(layer), (share * self.floor).long().clamp(min=1))
             for layer, share in zip(scores, shares, strict=True)
         ]
         device = scores[0].device  # layers may be on several
@@ -184,7 +188,6 @@ class SharedLayers(Composed):
         return [
             (mine.sum(dim=(1, 2))[:, None] // layer.shape[1])
             .expand(layer.shape[:2])
-            .clamp(min=1)  # nothing attends to a layer that holds nothing
             .maximum((layer == torch.inf).sum(dim=-1))
             for layer, mine in zip(scores, highest_of_all(safe, total), strict=True)
         ]

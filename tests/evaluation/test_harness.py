@@ -343,6 +343,7 @@ def test_prompts_that_were_cut_are_counted(loaded, folder):
         ({"adapter": "no/such/adapter"}, "no/such/adapter"),
         ({"policy": "nosuch"}, "policy 'nosuch' is unknown"),
         ({"budget": "8"}, "budget of locret is '8'"),
+        ({"heads": None}, "budget is 40, but nothing scores units"),
         ({"protocol": "blind"}, "protocol 'blind' is unknown"),
         ({"bogus": "8x", "sinks": 4}, "bogus, sinks: unknown arguments; .* budget, .*truncation"),
         ({"heads": ""}, "heads is an empty path"),

@@ -1,0 +1,103 @@
+"""Where slots are reused, at compact positions, no head keeps more units of a long prompt than the
+model's window has slots for, whoever deals them out."""
+
+import pytest
+import torch
+
+import locret
+from locret.cache.sizing import Sizing
+from locret.engine.config import EngineConfig
+from locret.policies.compose import AdaptiveHeads, SharedLayers
+from locret.policies.kvzip import KVzipPolicy
+from locret.policies.plain import KNormPolicy
+from locret.quantization import NO_SCHEME
+from tests.kept import kept_of
+from tests.test_batches import padded
+from tests.tiny_models import prompt, tiny_model
+
+TABLE = [[1.0, 3.0], [0.5, 1.5]]
+WINDOW = 64
+GREEDY = {"do_sample": False}
+
+
+class FirstHead(KNormPolicy):
+    """Ranks all units of the first KV head of a layer above those of the others."""
+
+    name = "first_head"
+
+    def score(self, chunk):
+        scores = super().score(chunk).clone()
+        scores[:, 0] += 1000
+        return scores
+
+
+SHARING = [AdaptiveHeads(FirstHead()), SharedLayers("knorm"), KVzipPolicy(dynamic=True)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", max_position_embeddings=WINDOW)
+
+
+def lengths(cache):
+    """Units held, long [layers, B, H]."""
+    return torch.stack([layer.lengths for layer in cache.layers])
+
+
+@pytest.mark.parametrize(
+    ("window", "chunk", "budget", "expected"),
+    [
+        (1000, 820, 100, ((67, 200), (33, 100))),  # all of the context has slots
+        (900, 720, 100, ((73, 180), (37, 110))),  # one head is at its last slot
+        (900, 0, 100, ((67, 200), (33, 100))),  # read at once: no slot is used twice
+        (900, 1200, 100, ((67, 200), (33, 100))),
+        (900, 720, 200, ((200, 200), (200, 200))),  # more than there are slots is the user's wish
+        (900, 720, [90, 300], ((113, 180), (187, 300))),  # of one layer, for that layer
+        (900, 899, 1, ((1, 1), (1, 1))),
+    ],
+)
+def test_no_quota_gives_a_head_more_than_the_window_has_slots(window, chunk, budget, expected):
+    sizing = Sizing(NO_SCHEME, 2, 2, 8, window=window, chunk=chunk)
+    config = EngineConfig.of("knorm", stabilizers=0, budget=budget, quotas=TABLE)
+    assert config.counts(KNormPolicy(), sizing, 1000) == expected
+
+
+@pytest.mark.parametrize("policy", ["knorm", *SHARING[:2]])
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_heads_leave_slots_for_a_chunk_where_slots_are_reused(model, policy, positions):
+    settings = {"budget": 24, "chunk_size": 32, "stabilizers": 2, "quotas": [[9, 1], [1, 1]]}
+    engine = locret.Engine(model, policy, positions=positions, **settings)
+    held = lengths(engine.prefill(prompt(250)))
+    assert positions == "original" or held.max() <= 32
+    if not isinstance(policy, SharedLayers):
+        assert positions == "compact" or held.max() > 32
+        assert held.sum() == 4 * 24
+
+
+@pytest.mark.parametrize("chunk_size", [32, 48])
+@pytest.mark.parametrize("policy", SHARING)
+def test_a_budget_above_the_slots_is_kept(model, policy, chunk_size):
+    engine = locret.Engine(model, policy, budget=40, chunk_size=chunk_size, stabilizers=2)
+    assert lengths(engine.prefill(prompt(250))).tolist() == [[[40, 40]]] * 2
+
+
+def test_answers_leave_slots_for_what_comes_before_the_next_eviction(model):
+    settings = {"budget": 40, "chunk_size": 32, "stabilizers": 2, "local_tokens": 4}
+    engine = locret.Engine(model, AdaptiveHeads(FirstHead()), decode_interval=8, **settings)
+    for length in (40, 250):  # of which the window holds one, but not its answer
+        cache = engine.prefill(prompt(length))
+        for seed in range(3):
+            engine.generate(prompt(3, seed=seed), cache=cache, max_new_tokens=20 + seed, **GREEDY)
+            assert lengths(cache).max() <= WINDOW
+            assert lengths(cache).sum() <= 4 * (40 + 8)
+
+
+def test_rows_that_the_window_holds_are_read_as_alone():
+    model = tiny_model("llama", max_position_embeddings=100)
+    settings = {"budget": 40, "chunk_size": 48, "stabilizers": 2}
+    engine = locret.Engine(model, AdaptiveHeads(FirstHead()), **settings)
+    given = (200, 100)
+    both = kept_of(engine.prefill(*padded(given)))
+    for row, length in enumerate(given):
+        alone = kept_of(engine.prefill(prompt(length, seed=row)))
+        assert [layer[row] for layer in both] == [layer[0] for layer in alone]
