@@ -19,7 +19,7 @@ from locret.commands import shared
 from locret.commands.progress import Progress
 from locret.heads import files as artifact
 from locret.heads import hub
-from locret.heads.heads import RetainingHeads
+from locret.heads.heads import RetainingHeads, is_logarithm
 from locret.heads.hub import quota_words
 from locret.heads.quotas import COMPRESSIONS, checked_sharpness, in_words
 from locret.model.loading import load_config, load_tokenizer
@@ -272,6 +272,11 @@ def calibrate(given: argparse.Namespace) -> None:
         print(f"         (the data has no more; {given.contexts} were asked for)")
     for compression, table in quotas.items():
         print(f"{compression:>5}x  {in_words(table)}")
+    if heads is not None and policy == LocretPolicy.name and not is_logarithm(heads.config.label):
+        print(
+            f"         (heads that learned {heads.config.label} may score on another scale in each "
+            "KV head: compare answers with those of --quotas none)"
+        )
     print(f"wrote    {written.resolve()}")
     if given.out is None:
         shared.say_next([["inspect", given.heads]])
