@@ -14,7 +14,7 @@ from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import Quotas, quotas_of
 from locret.model.backends import Backend
 from locret.model.loading import LoadedModel, load_model
-from locret.policies import POLICIES, policy_in_words
+from locret.policies import POLICIES, chosen_policy, policy_in_words
 from locret.quantities import BUDGET_TEXTS, parse_budget
 from locret.quantization import SCHEMES, Scheme, scheme_of
 from locret.system.files import EMPTY
@@ -136,13 +136,9 @@ def checked_engine(given: argparse.Namespace, **more: Any) -> Checked:
     names += ["decode_interval", "merging", "positions", "backend"]
     settings = {name: getattr(given, name) for name in names} | more
     settings["quantization"], heads = _quantization(given), load_heads(given)
-    policy = given.policy or ("locret" if heads else "full")
+    need = None if given.budget in (None, "auto") else "--budget is given"
+    policy = chosen_policy(given.policy, heads is not None, need)
     EngineConfig.of(policy, heads.config if heads else None, **settings)
-    if not (given.policy or heads) and given.budget not in (None, "auto"):
-        raise ValueError(
-            "--budget is given, but nothing scores units, so that all would be kept; give --heads, "
-            "or a --policy that needs none, such as keydiff"
-        )
     return policy, settings, heads
 
 

@@ -154,8 +154,9 @@ class Answering:
             counts = counts_of(cache.budget, shape.num_layers, shape.num_kv_heads)
         cache.budget = one_if_equal(counts)
         slots = replace(self.sizing, chunk=interval).head_slots(last)
-        given = {"merging": cache.merging, "slots": slots}
-        return self.config.eviction(counts, cache.query_length, interval - 1, **given)
+        return self.config.eviction(
+            counts, cache.query_length, interval - 1, merging=cache.merging, slots=slots
+        )
 
     def lengthen(self, kwargs: dict[str, Any], front: int) -> None:
         """Make lengths that count the prompt count `front` tokens read in front of it too."""

@@ -254,8 +254,8 @@ class EngineConfig:
         return self.counts(policy, sizing, prompt) if follows_prompt else None
 
     def eviction(self, counts: Counts, query: int = 0, above: int = 0, **others: Any) -> Eviction:
-        """The eviction of layers whose heads keep `counts`, with stabilizers, of arguments of
-        `Eviction`."""
+        """The eviction of layers whose heads keep `counts`, with stabilizers, in the recorded
+        proportion if they are "auto"; arguments of `Eviction`."""
         stabilizers, average = self.reading.stabilizers, None
         if self.reading.quotas is not None:  # layers are unequal, as heads are
             average = sum(map(sum, counts)) // sum(map(len, counts))

@@ -290,9 +290,8 @@ class Engine:
                 none. That takes less memory than to `generate` with questions of different lengths.
 
         Raises:
-            ValueError: caches of other models or of settings that differ, in words; other than one
-                question for each; or, with `decode_interval`, any question, or contexts that were
-                asked before beside fresh ones.
+            ValueError: caches that differ in model or settings; other than one question for each;
+                or, with `decode_interval`, any question, or asked contexts beside fresh ones.
         """
         with self:
             self._forward.begin()
@@ -333,8 +332,9 @@ class Engine:
                 that needs to roll back the cache.
         """
         check_ids(input_ids)
-        asked = self.backbone, input_ids
-        context = input_ids[:, :0] if cache is None else context_ids(cache, *asked)
+        context = (
+            input_ids[:, :0] if cache is None else context_ids(cache, self.backbone, input_ids)
+        )
         if attention_mask is None:
             attention_mask = inferred_mask(self.model, kwargs, input_ids)
         padding = left_padding(attention_mask, input_ids, context.shape[1])

@@ -38,7 +38,7 @@ from locret.cache.cache import RetainedCache
 from locret.engine.arguments import filler
 from locret.engine.engine import Engine
 from locret.evaluation.ask import Engines, Ranks, sizes_of
-from locret.evaluation.config import FULL, Protocol, Setup, are_query_aware, expand
+from locret.evaluation.config import Protocol, Setup, are_query_aware, expand
 from locret.evaluation.questions import source
 from locret.evaluation.records import commit, versions
 from locret.heads.heads import RetainingHeads
@@ -46,7 +46,7 @@ from locret.integrations.lm_eval_tasks import context_end, tokens_after
 from locret.model.adapters import Adapter
 from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
-from locret.policies import LocretPolicy
+from locret.policies import LocretPolicy, chosen_policy
 from locret.system.files import check_named
 
 LOCAL_TOKENS = 64
@@ -130,12 +130,8 @@ class LocretLM(HFLM):
         for name, path in {"pretrained": pretrained, "heads": heads, "adapter": adapter}.items():
             check_named(path, name)
         budget = None if budget in NOTHING else budget
-        if budget is not None and not (policy or heads):
-            raise ValueError(
-                f"budget is {budget}, but nothing scores units, so that all would be kept; give "
-                "heads, or a policy that needs none, such as keydiff"
-            )
-        policy = policy or (LocretPolicy.name if heads else FULL)
+        need = None if budget is None else f"budget is {budget}"
+        policy = chosen_policy(policy, heads is not None, need)
         entry = {"policy": policy, "budget": budget, "protocol": protocol}
         self.setup = expand([entry | {"quantization": quantization}])[-1]
         settings = {"chunk_size": chunk_size, "stabilizers": stabilizers, "positions": positions}

@@ -11,7 +11,7 @@ from typing import Any
 
 from locret.policies.base import LayerChunk, LocretPolicy, Policy
 
-__all__ = ["POLICIES", "LayerChunk", "LocretPolicy", "Policy", "policy_in_words"]
+__all__ = ["POLICIES", "LayerChunk", "LocretPolicy", "Policy", "chosen_policy", "policy_in_words"]
 
 
 def _named(kind: type[Policy]) -> Iterator[type[Policy]]:
@@ -25,6 +25,25 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 POLICIES = {kind.name: kind for kind in sorted(_named(Policy), key=lambda kind: kind.name)}
+
+
+def chosen_policy(given: str | None, has_heads: bool, need: str | None = None) -> str:
+    """The name of the policy that a user means: the one given, else the one that heads score for,
+    else that which keeps all.
+
+    Args:
+        need: what asks for scores, in words, such as "budget is 40"; None = nothing does.
+
+    Raises:
+        ValueError: something asks for scores, and there is neither a policy nor heads.
+    """
+    policy = given or (LocretPolicy.name if has_heads else None)
+    if policy is None and need is not None:
+        raise ValueError(
+            f"{need}, but nothing scores units, so that all would be kept; give heads, or a policy "
+            "that needs none, such as keydiff"
+        )
+    return policy or "full"
 
 
 def policy_in_words(

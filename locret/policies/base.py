@@ -372,8 +372,9 @@ def only_best(scores: Tensor, count: int) -> Tensor:
     """Scores [B, H, S] that are -inf, as of empty slots, but for each head's `count` highest."""
     if scores.shape[-1] <= count:
         return scores
-    best = scores.topk(count, dim=-1).indices
-    return torch.full_like(scores, -torch.inf).scatter_(-1, best, scores.gather(-1, best))
+    rows = scores.flatten(0, 1)
+    best = highest(rows, torch.full_like(rows[:, 0], count, dtype=torch.long))
+    return scores.masked_fill(~best.view_as(scores), -torch.inf)
 
 
 def highest_of_all(scores: Sequence[Tensor], total: Tensor) -> list[Tensor]:
