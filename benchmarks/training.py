@@ -36,7 +36,7 @@ def main() -> None:
         for row in [ids[:, : given.prompt]] * 2 if given.replay else [ids]:
             model.model(input_ids=row, use_cache=False)
 
-    step = _training_step(model, given, ids, segment)
+    step, distill = _training_step(model, given, ids, segment)
     figures = {"forward_peak_gib": record.peak_gib(forward, device)}
     figures["step_peak_gib"] = record.peak_gib(step, device)
     figures["forward_seconds"] = record.seconds(forward, given.repeats, device)
@@ -45,7 +45,9 @@ def main() -> None:
     figures["share_of_forward"] = figures["forward_seconds"] / figures["step_seconds"]
     for name, value in figures.items():
         print(f"{name:<20} {value if value is None else round(value, 4)}")
-    record.write(given.out, vars(given), figures)
+    fused = {"why_not_fused": distill.why_not_fused}
+    print("fused kernels read the rows" if not distill.why_not_fused else fused)
+    record.write(given.out, vars(given), figures | fused)
 
 
 def _segment(given: argparse.Namespace) -> Segment:
@@ -78,7 +80,7 @@ def _training_step(model, given, ids, segment):  # type: ignore[no-untyped-def]
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return step, distill
 
 
 def _parser() -> argparse.ArgumentParser:

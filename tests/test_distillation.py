@@ -266,3 +266,41 @@ def test_heads_of_another_backbone_are_refused():
     heads = tiny_heads(tiny_model("llama", num_key_value_heads=4))
     with pytest.raises(ValueError, match="do not fit the backbone: num_kv_heads: heads 4"):
         distill(tiny_model("llama"), heads)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_kernels_read_rows_as_the_models_own_forward_does(family, dtype):
+    model = tiny_model(family).to(dtype)
+    heads, ids = trainable(model), prompt(LENGTH)
+    losses, gradients = {}, {}
+    for stock in (False, True):
+        backbone = Backbone(model, "by_length")
+        distillation = Distillation(backbone, heads, alpha=ALPHA)
+        # A hook of somebody's, which has to be called.
+        hook = model.model.norm.register_forward_hook(lambda *_: None) if stock else None
+        with torch.autocast("cpu", enabled=dtype == torch.bfloat16):
+            loss = distillation(ids, [Segment.single(PROMPT, LENGTH)]).loss
+        loss.backward()
+        if hook is not None:
+            hook.remove()
+        assert (distillation.why_not_fused is not None) == stock
+        losses[stock] = loss.detach()
+        gradients[stock] = torch.cat([p.grad.flatten() for p in heads.parameters()])
+        heads.zero_grad()
+    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.01}
+    torch.testing.assert_close(losses[False], losses[True], **near)
+    difference = (gradients[False] - gradients[True]).norm() / gradients[True].norm()
+    assert difference < (1e-4 if dtype == torch.float32 else 0.05)
+
+
+def test_rows_read_in_chunks_and_other_dtypes_of_autocast_are_the_models_own_to_read():
+    model = tiny_model("llama")
+    row = [Segment.single(PROMPT, LENGTH)]
+    chunked = Distillation(Backbone(model), trainable(model), chunk_size=16)
+    chunked(prompt(LENGTH), row)
+    assert "chunks" in chunked.why_not_fused
+    mixed = Distillation(Backbone(model), trainable(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed(prompt(LENGTH), row)
+    assert "autocast" in mixed.why_not_fused

@@ -404,6 +404,24 @@ def test_a_rotation_that_cannot_be_packed_changes_nothing(scheme, bad):
     assert_unchanged(store, before)
 
 
+@pytest.mark.gpu
+def test_a_first_eviction_holds_a_layer_but_twice():
+    def tokens(count):
+        keys, values = torch.ones(2, 1, 8, count, 128, device="cuda")
+        return NewTokens.of(keys, values, torch.arange(count, device="cuda"), keys[..., 0])
+
+    store, held, more = Store(), 4096, 2048
+    store.append(tokens(held))
+    new = tokens(more)
+    kept = sequences_of(((held,) * 8,), torch.device("cuda"))
+    index = torch.arange(more, more + held, device="cuda").repeat(8)
+    before, one = torch.cuda.memory_allocated(), store.nbytes
+    torch.cuda.reset_peak_memory_stats()
+    store.retain(index, kept, new)
+    assert torch.cuda.max_memory_allocated() - before < 1.2 * one
+    assert store.sequences.counts == kept.counts
+
+
 def assert_unchanged(store, before):
     for x, y in zip(store.tensors, before, strict=True):
         assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))

@@ -311,13 +311,13 @@ def moved(x: Any, device: torch.device) -> Any:
     return x
 
 
-def nothing(names: Sequence[str], fresh: Sequence[Tensor]) -> StoredContext:
-    """A context without units, like fresh ones: their tensors [B, H, T, *] by name, keys and values
-    first."""
-    keys, values, *exact = (x.new_empty(0, *x.shape[3:]) for x in fresh)
-    rows, heads = fresh[0].shape[:2]
-    none, named = alike(rows, (0,) * heads, keys.device), zip(names[2:], exact, strict=True)
-    return StoredContext(none, none, none, keys, values, dict(named), appended=(0,) * rows)
+def standing(names: Sequence[str], units: Sequence[Tensor]) -> StoredContext:
+    """Units as a context, uncopied if they fill their storage: tensors [B, H, T, *], as named."""
+    rows, heads, count = units[0].shape[:3]
+    keys, values, *exact = (x.reshape(-1, *x.shape[3:]) for x in units)
+    none, whole = (alike(rows, (n,) * heads, keys.device) for n in (0, count))
+    named = dict(zip(names[2:], exact, strict=True))
+    return StoredContext(whole, none, whole, keys, values, named, appended=(0,) * rows)
 
 
 @lru_cache(maxsize=4)  # a layer's keys and values; what is kept keeps memory
@@ -400,7 +400,7 @@ def gathered(
     """Some units of a context and of fresh ones as a context, as they are.
 
     Args:
-        names, fresh: as of `nothing`.
+        names, fresh: as of `standing`.
         index: long [K], ascending in each sequence, its units counted through both.
         kept: how many each sequence keeps.
     """

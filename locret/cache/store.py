@@ -23,11 +23,11 @@ from locret.cache.context import (
     alike,
     gathered,
     moved,
-    nothing,
     places,
     repacked,
     sequences_of,
     stack,
+    standing,
 )
 from locret.quantization import NO_SCHEME, Scheme
 from locret.quantization.packed import pack_keys
@@ -214,8 +214,7 @@ class Store:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the storage of keys and values alone."""
-        context = self.context
-        own = () if context is None else context.kv_tensors
+        own = () if self.context is None else self.context.kv_tensors
         return sum(tensor.nbytes for tensor in (*own, *self.tail.tensors[:2]))
 
     @property
@@ -227,12 +226,8 @@ class Store:
         return 2 * rows * heads * self.like.shape[-1] * self.like.element_size()
 
     def rectangle(self, name: str) -> Tensor:
-        """Context and tail as [B, H, S, *], filled up in front with zeros where sequences are
-        shorter than others (`Sequences.empty`): for what relates units to each other.
-
-        Args:
-            name: of `NAMES`.
-        """
+        """`name` of context and tail as [B, H, S, *], filled up in front with zeros where sequences
+        are shorter than others (`Sequences.empty`): for what relates units to each other."""
         tail = None if not self.tail.tensors else self.tail[self.names.index(name)]
         if self.context is None:
             assert tail is not None
@@ -270,7 +265,7 @@ class Store:
         if self.scheme.packs:
             counts = tuple(tuple(max(n - most, 0) for n in row) for row in kept.counts)
             packed = sequences_of(counts, kept.device)
-        made = self._remade(index, kept, packed, self._fresh(new))
+        made = self._remade(index, kept, packed, *self._parts(new))
         self.context, self.tail = replace(made, appended=(0,) * len(kept.counts)), Tail()
 
     def pack(self, tight: bool = False) -> None:
@@ -280,8 +275,8 @@ class Store:
         scheme = self.scheme
         if not scheme.packs or not self.tail.count:
             return
-        whole, fresh = self.sequences, self._fresh(None)
-        done = self._before(fresh).packed.counts
+        whole, parts = self.sequences, self._parts(None)
+        done = parts[0].packed.counts
         unit = 1 if tight else scheme.group
 
         def packed_of(count: int, before: int) -> int:
@@ -289,28 +284,32 @@ class Store:
 
         packed = tuple(tuple(map(packed_of, *row)) for row in zip(whole.counts, done, strict=True))
         if packed != done or tight:
-            made = self._remade(whole.local, whole, sequences_of(packed, whole.device), fresh)
+            made = self._remade(whole.local, whole, sequences_of(packed, whole.device), *parts)
             self.context, self.tail = made, Tail()
 
-    def _before(self, fresh: tuple[Tensor, ...]) -> StoredContext:
-        """The context; before the first eviction, one like fresh units that holds none."""
-        return nothing(self.names, fresh) if self.context is None else self.context
-
-    def _fresh(self, new: NewTokens | None) -> tuple[Tensor, ...]:
-        """Tail and new units, put side by side only where there are both."""
-        if new is None:
-            return tuple(self._tail_like())
-        if not self.tail.count:
-            return self._tensors(new)
-        pairs = zip(self.tail, self._tensors(new), strict=True)
-        return tuple(torch.cat(pair, dim=2) for pair in pairs)
+    def _parts(self, new: NewTokens | None) -> tuple[StoredContext, tuple[Tensor, ...]]:
+        """The context, and tail and `new` units: side by side only where there are all three, so
+        that a layer is in memory once. Before the first eviction the context has none, or what is
+        in the tail."""
+        fresh = tuple(self._tail_like()) if new is None else self._tensors(new)
+        if self.context is None:
+            held = [*self.tail] if self.tail.count and new is not None else None
+            return standing(self.names, held or [x[:, :, :0] for x in fresh]), fresh
+        if new is not None and self.tail.count:
+            pairs = zip(self.tail, fresh, strict=True)
+            fresh = tuple(torch.cat(pair, dim=2) for pair in pairs)
+        return self.context, fresh
 
     def _remade(
-        self, index: Tensor, kept: Sequences, packed: Sequences | None, fresh: tuple[Tensor, ...]
+        self,
+        index: Tensor,
+        kept: Sequences,
+        packed: Sequences | None,
+        context: StoredContext,
+        fresh: tuple[Tensor, ...],
     ) -> StoredContext:
         """The units at `index` of context and fresh ones as a context, closed if that was; the
         first `packed` of each sequence are packed, None = none."""
-        context = self._before(fresh)
         appended = tuple(count + self.tail.count for count in context.appended)
         how = context, self.names, fresh, index, kept
         if packed is None:
@@ -445,6 +444,6 @@ class Store:
         """All units as a context, those of the tail as they are; None = there are none."""
         if self.is_empty or not self.tail.count:
             return self.context
-        whole, fresh = self.sequences, self._fresh(None)
-        packed = self._before(fresh).packed if self.scheme.packs else None
-        return self._remade(whole.local, whole, packed, fresh)
+        whole, parts = self.sequences, self._parts(None)
+        packed = parts[0].packed if self.scheme.packs else None
+        return self._remade(whole.local, whole, packed, *parts)

@@ -26,6 +26,7 @@ from locret.engine.attention import Pass
 from locret.kernels import (
     PackedShares,
     Plain,
+    RotatedKV,
     Shares,
     Tables,
     decode_packed,
@@ -136,8 +137,20 @@ class StepContext(NamedTuple):
         keys, values = (filling.out for filling in fillings)
         return cls(keys, values, shares, fillings=fillings)
 
+    def turned_for(self, query: Tensor) -> Tensor | None:
+        """Room for H q of a query, if the kernel takes that too."""
+        if not isinstance(self.packed, RotatedKV):
+            return None
+        return torch.empty(query.shape, dtype=torch.float32, device=query.device)
+
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, length: Tensor, scaling: float
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        length: Tensor,
+        scaling: float,
+        turned_query: Tensor | None = None,
     ) -> Tensor:
         """[B, H*G, 1, D], over the context and the first `length` units of the tail."""
         for filling in self.fillings:
@@ -146,7 +159,8 @@ class StepContext(NamedTuple):
         if self.packed is None:
             return decode_sequences(query, plain, scaling)
         assert self.packed_shares is not None
-        return decode_packed(query, self.packed, self.packed_shares, plain, scaling)
+        of_packed = self.packed, self.packed_shares
+        return decode_packed(query, *of_packed, plain, scaling, turned_query)
 
 
 class StepPass(Pass):
@@ -256,9 +270,10 @@ class StepPass(Pass):
         [B, 1, H*G, D]. Python's counters stay: `advance`."""
         keys, values = self.cache.layers[i].store.tail.tensors[:2]
         slot, length = (counts[i : i + 1] for counts in (self._filled, self._lengths))
-        new, norms = layer.project(x), layer.head_norms
-        query = store_rotated(new, keys, values, slot, self._turning(i), norms)
-        output = self._contexts[i].attend(query, keys, values, length, layer.scaling)
+        new, norms, context = layer.project(x), layer.head_norms, self._contexts[i]
+        turned = context.turned_for(new.query)
+        query = store_rotated(new, keys, values, slot, self._turning(i), norms, turned)
+        output = context.attend(query, keys, values, length, layer.scaling, turned)
         return output.transpose(1, 2)
 
     def end(self) -> None:

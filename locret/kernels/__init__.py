@@ -21,6 +21,7 @@ from locret.kernels.decode import decode_sequences as decode_sequences
 from locret.kernels.decode import decode_shares as decode_shares
 from locret.kernels.decode import packed_shares as packed_shares
 from locret.kernels.decode_general import PackedShares as PackedShares
+from locret.kernels.dense import HeadNorms as HeadNorms
 from locret.kernels.dense import add_norm as add_norm
 from locret.kernels.dense import gated as gated
 from locret.kernels.dense import gated_products as gated_products
@@ -37,7 +38,6 @@ from locret.kernels.packed import PackedKV as PackedKV
 from locret.kernels.packed import RotatedKV as RotatedKV
 from locret.kernels.packed import expand_rotated as expand_rotated
 from locret.kernels.packed import expand_units as expand_units
-from locret.kernels.rotate import HeadNorms as HeadNorms
 from locret.kernels.rotate import NewUnit as NewUnit
 from locret.kernels.rotate import Tables as Tables
 from locret.kernels.rotate import rotate_at_slots as rotate_at_slots

@@ -191,17 +191,21 @@ def _by_sequence(flat: Tensor, lengths: tuple[int, ...]) -> Iterator[tuple[slice
 
 def attend_sequences(
     query: Tensor, plain: Plain, scaling: float, states: States, at_state: int = 0
-) -> None:
+) -> bool:
     """Leave the attention over the tiles of the contexts, then over the tails, in `states`.
 
     Args: as of `decode_sequences`, and
         at_state: where the states of these tiles begin: after those of other tiles. The tails'
-            come after these tiles'.
+            come after these tiles', and the next kernel attends to those other tiles.
+
+    Returns:
+        Whether the next kernel may work while this one does (`locret.kernels.dispatch.early`).
     """
     keys, values, shares, *tails, tail_length = plain
     programs = shares.count + len(shares.lengths) * states.tail_splits
     if not programs:
-        return
+        return False
+    starting = early(query)
     heads, capacity, size = plain.tail_keys.shape[1:]
     queries, wide = states.weights.shape[1], padded(size, least=16)
     keys, values, tail_keys, tail_values = (
@@ -220,10 +224,12 @@ def attend_sequences(
             SIZE_BLOCK=wide,
             UNITS=min(128, max(16, 16384 // (wide * query.element_size()))),
             UPCAST=INTERPRETED or query.dtype == torch.float32,
+            BESIDE=at_state > 0,
             num_warps=8 if query.dtype == torch.float32 else 4,
             num_stages=3,
-            **early(query),
+            **starting,
         )
+    return at_state > 0 and starting["EARLY"]
 
 
 @triton.jit(do_not_specialize=["at_state", "tile_count", "tail_splits", "heads", "capacity"])
@@ -233,10 +239,12 @@ def _attend(  # type: ignore[no-untyped-def]
     NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     SIZE_BLOCK: tl.constexpr, UNITS: tl.constexpr,
     UPCAST: tl.constexpr,  # the interpreter multiplies bfloat16 blocks as integers
-    EARLY: tl.constexpr,
+    BESIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    start_next(EARLY)
+    # A kernel that works beside this one reads what the last one wrote, and so begins after it.
+    start_next(EARLY and not BESIDE)
     wait_for_last(EARLY)
+    start_next(EARLY and BESIDE)
     # A tile of the context, or an equal share of what is filled now of a sequence's tail. Both
     # take one loop, which differs only in where its units begin and how far apart they are.
     program = tl.program_id(0)
@@ -302,7 +310,12 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 def decode_packed(
-    query: Tensor, packed: PackedKV | RotatedKV, shares: PackedShares, plain: Plain, scaling: float
+    query: Tensor,
+    packed: PackedKV | RotatedKV,
+    shares: PackedShares,
+    plain: Plain,
+    scaling: float,
+    turned_query: Tensor | None = None,
 ) -> Tensor:
     """softmax(scaling q k) v over each sequence's packed units, its plain ones and its tail.
 
@@ -313,6 +326,8 @@ def decode_packed(
         packed: N units, keys rotated, of the B*H sequences one after the other; any of them may be
             empty.
         shares: of their lengths, as `packed_shares` gives them.
+        turned_query: of units of `RotatedKV`, H q as `rotate_queries` and `store_rotated` make it;
+            None = it is made here.
 
     Returns:
         [B, H*G, T, D] in query's dtype; zeros where a token sees nothing.
@@ -330,30 +345,39 @@ def decode_packed(
     if not out.numel():
         return out
     states = plain.states(query, shares.count)
-    if shares.count:
-        _attend_packed(query, packed, shares, scaling, states)
-    attend_sequences(query, plain, scaling, states, shares.count)
     rotated = shares.count > 0 and isinstance(packed, RotatedKV)
+    if rotated and turned_query is None:
+        turned_query = rotate_queries(query)
+    # First the few units that are not packed: they take as long as a kernel does to begin.
+    beside = attend_sequences(query, plain, scaling, states, shares.count)
+    if shares.count:
+        _attend_packed((query, turned_query), packed, shares, scaling, states, beside)
     states.merge(out, [shares, plain.shares], rotated)
     return out
 
 
 def _attend_packed(
-    query: Tensor,
+    queries: tuple[Tensor, Tensor | None],
     packed: PackedKV | RotatedKV,
     shares: PackedShares,
     scaling: float,
     states: States,
+    beside: bool,
 ) -> None:
-    """Leave the attention over packed units in the first of `states`, by the kernel that fits."""
-    rotated = rotate_queries(query) if isinstance(packed, RotatedKV) else None
+    """Leave the attention over packed units in the first of `states`, by the kernel that fits.
+
+    Args:
+        queries: as they are, and turned by H for units of `RotatedKV`.
+        beside: it may work while the last kernel does.
+    """
+    query, turned = queries
     if not _programs_if_small(packed, states.weights.shape[1], query.dtype):
-        attend_packed(query, rotated, packed, shares, scaling, states)
+        attend_packed(query, turned, packed, shares, scaling, states)
     elif isinstance(packed, PackedKV):
         attend_small(query, packed, shares, scaling, states)
     else:
-        assert rotated is not None
-        attend_small_rotated(query, rotated, packed, shares, scaling, states)
+        assert turned is not None
+        attend_small_rotated(query, turned, packed, shares, scaling, states, beside)
 
 
 def _programs_if_small(

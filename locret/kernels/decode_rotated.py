@@ -96,11 +96,13 @@ def attend_small_rotated(
     shares: PackedShares,
     scaling: float,
     states: States,
+    beside: bool = False,
 ) -> None:
     """Leave the attention over the tiles of packed units, rotated, in the first of `states`.
 
     Args:
         rotated: the query rotated, float32, contiguous.
+        beside: it may work while the last kernel does, which has waited for the one before it.
     """
     (tensors, *arguments), sizes = step_arguments(query, packed, shares, scaling, states)
     k_codes, *k_tables, v_codes, v_scale = tensors
@@ -123,6 +125,7 @@ def attend_small_rotated(
             LIFT=_LIFT,
             KEY_ASSEMBLY=None if INTERPRETED else key_assembly(packed.key_levels),
             VALUE_ASSEMBLY=None if INTERPRETED else value_assembly(packed.value_levels, size),
+            BESIDE=beside,
             num_warps=1,
             maxnreg=REGISTERS,
             **early(query),
@@ -135,10 +138,10 @@ def _attend_small(  # type: ignore[no-untyped-def]
     NEW: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
     KEY_LEVELS: tl.constexpr, VALUE_LEVELS: tl.constexpr, PLANES: tl.constexpr, UNITS: tl.constexpr,
     LIFT: tl.constexpr, KEY_ASSEMBLY: tl.constexpr, VALUE_ASSEMBLY: tl.constexpr,
-    EARLY: tl.constexpr,
+    BESIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     start_next(EARLY)
-    wait_for_last(EARLY)
+    wait_for_last(EARLY and not BESIDE)
     SMALL: tl.constexpr = 8
     SUBTILES: tl.constexpr = UNITS // 16
     K_PLANE: tl.constexpr = PLANES[0]  # bytes of a unit, and channels of a chunk
@@ -317,6 +320,7 @@ def _attend_small(  # type: ignore[no-untyped-def]
         d = i // (V_BYTES // 2) * V_PLANE + i % (V_BYTES // 2) * 2 + byte
         to = states[0] + at_state[None, :] * SIZE + d[:, None]
         tl.store(to, summed[i] * inverse[None, :], mask=(which < QUERIES)[None, :])
+    wait_for_last(EARLY and BESIDE)  # the next kernel waits for this one alone
 
 
 @triton.jit

@@ -11,6 +11,7 @@ K input size, N output size.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,14 @@ _MATRICES = 3
 _OUTPUTS = 2  # of a program
 _INPUTS = 1024  # of a turn of a program
 _WARPS = 4
+
+
+class HeadNorms(NamedTuple):
+    """RMSNorm of each head, before its rotation: weights [D] of queries and of keys."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
 
 
 def add_norm(

@@ -70,7 +70,9 @@ def early(tensor: Tensor) -> dict[str, bool]:
     ended, where the device can: a step launches hundreds, each of a few microseconds.
 
     Such a kernel calls `start_next` first, and `wait_for_last` before it reads what any kernel has
-    written, or writes anything. Without exception: the kernel behind it waits for it alone.
+    written, or writes anything. Without exception: the kernel behind it waits for it alone. So of
+    two that may work side by side the first calls `start_next` after `wait_for_last`, and the
+    second waits at its end.
     """
     if gdc_wait is None or not _overlaps(tensor.device):
         return {"EARLY": False}

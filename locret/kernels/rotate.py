@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from locret.kernels.dense import norm_reference
+from locret.kernels.dense import HeadNorms, norm_reference
 from locret.kernels.dispatch import (
     check_tensors,
     early,
@@ -26,6 +26,8 @@ from locret.kernels.dispatch import (
     units_at,
     wait_for_last,
 )
+from locret.kernels.packed import hadamard
+from locret.kernels.rotated_levels import turned
 
 Pairing = Literal["half", "interleaved"]
 
@@ -278,14 +280,6 @@ class Tables(NamedTuple):
     sin: Tensor
 
 
-class HeadNorms(NamedTuple):
-    """RMSNorm of each head, before its rotation: weights [D] of queries and of keys."""
-
-    query: Tensor
-    key: Tensor
-    eps: float
-
-
 class NewUnit(NamedTuple):
     """A layer's projections: query [B, H*G, 1, D], key and value [B, H, 1, D], any strides but 1 of
     the last dimension. Of a chunk of T tokens: T instead of 1."""
@@ -302,6 +296,7 @@ def store_rotated(
     slot: Tensor,
     tables: Tables | None = None,
     norms: HeadNorms | None = None,
+    turned_query: Tensor | None = None,
 ) -> Tensor:
     """Write the rotated key and the value at a slot of the tail, and return the rotated query.
     Rotations are computed in float32 and rounded once.
@@ -312,13 +307,19 @@ def store_rotated(
         slot: [1] int32, on the same device, in 0 .. C - 1: this cannot be checked without waiting
             for the device. A GPU stores nothing elsewhere.
         tables, norms: None = nothing is rotated; there are no norms.
+        turned_query: float32 [B, H*G, 1, D], contiguous, to be filled with H q of the query that is
+            returned, as `decode_packed` takes it; D a multiple of 8.
 
     Returns:
         [B, H*G, 1, D], contiguous.
     """
     _check_new(new, tail_keys, tail_values, slot, tables, norms)
-    if not takes_triton(*new, tail_keys, tail_values, slot):
-        return store_rotated_reference(new, tail_keys, tail_values, slot, tables, norms)
+    check_tensors({"turned_query": (turned_query, torch.float32, tuple(new.query.shape))})
+    if not takes_triton(*new, tail_keys, tail_values, slot, turned_query):
+        query = store_rotated_reference(new, tail_keys, tail_values, slot, tables, norms)
+        if turned_query is not None:
+            torch.matmul(query.float(), hadamard(query.shape[3], query.device), out=turned_query)
+        return query
     batch, query_heads, _, size = new.query.shape
     heads, capacity = tail_keys.shape[1:3]
     out = torch.empty(new.query.shape, dtype=new.query.dtype, device=new.query.device)
@@ -326,14 +327,14 @@ def store_rotated(
         with on_device(out):
             _store_rotated[(query_heads + heads, batch)](
                 *(tuple(new), (tail_keys, tail_values), slot),
-                *(tables and tuple(tables), norms and norms[:2], out),
+                *(tables and tuple(tables), norms and norms[:2], (out, turned_query)),
                 *(norms.eps if norms else 0.0, query_heads, capacity),
                 *(tuple(x.stride() for x in new), (tail_keys.stride(), tail_values.stride())),
                 0 if tables is None or tables.cos.shape[0] == 1 else tables.cos.stride(0),
                 SIZE=size,
                 ROTARY=0 if tables is None else tables.cos.shape[2],
-                BLOCK=padded(size),
-                num_warps=1,
+                BLOCK=padded(size, least=16),
+                num_warps=1 if turned_query is None else 4,
                 **early(out),
             )
     return out
@@ -429,9 +430,13 @@ def _store_rotated(  # type: ignore[no-untyped-def]
         sin = tl.load(tables[1] + in_table, mask=turns & inside, other=0.0).to(tl.float32)
         x = x * cos + y * sin
     key_to = units_at(tail[0], tail_strides[0], b, h, at)
-    query_to = out + (b * query_heads + h) * SIZE
-    to = tl.where(of_query, query_to, key_to)
-    tl.store(to + d, x.to(out.dtype.element_ty), mask=there & (of_query | inside))
+    query_to = (b * query_heads + h) * SIZE
+    to = tl.where(of_query, out[0] + query_to, key_to)
+    x = x.to(out[0].dtype.element_ty)
+    tl.store(to + d, x, mask=there & (of_query | inside))
+    if out[1] is not None:
+        y = turned(x.to(tl.float32), SIZE, BLOCK)
+        tl.store(out[1] + query_to + d, y, mask=there & of_query)
 
     stored = there & inside & (which >= query_heads)
     value = tl.load(units_at(new[2], new_strides[2], b, h, 0) + d, mask=stored)

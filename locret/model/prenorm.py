@@ -6,6 +6,7 @@ around them are passed over, so that they must be those of transformers as they 
 modules are computed by kernels of ours where there is one row, several in one launch.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from transformers.activations import ACT2FN
 from locret.kernels import HeadNorms, NewUnit, add_norm, gated, gated_products, products
 from locret.kernels.dense import ACTIVATIONS, add_norm_reference
 from locret.model.backbone import PRENORM, Backbone
-from locret.model.hooks import without_compiling
+from locret.model.hooks import LayerFunction, without_autocast, without_compiling
 
 Attend = Callable[[int, Tensor, "PrenormLayer"], Tensor]
 """Given a layer's index, its normalised input [B, T, hidden size] and the layer: store the new
@@ -178,6 +179,68 @@ class PrenormDecoder:
             stream, x = layer.norms[1].added(stream, x)
             x = layer.mlp(x)
         return self._norm.added(stream, x)[1]
+
+
+class Reading(NamedTuple):
+    """How `read_whole` read a text.
+
+    Attributes:
+        hidden: the decoder's output [B, T, hidden size]; None where nobody asked for it.
+        why_not_fused: None = by a `PrenormDecoder`; else why by the model's own forward.
+    """
+
+    hidden: Tensor | None
+    why_not_fused: str | None
+
+
+@torch.no_grad()
+def read_whole(
+    backbone: Backbone, ids: Tensor, run: LayerFunction, *, wanted: bool = True, stock: str = ""
+) -> Reading:
+    """Read texts without a cache.
+
+    Args:
+        backbone: attached to `run`.
+        ids: [B, T] long.
+        run: the layer function.
+        wanted: the decoder's output is. Else fused kernels stop when the last layer has attended.
+        stock: why the model's own forward has to read them; empty = it need not.
+    """
+    why = stock or why_not_whole(backbone, ids.device)
+    if why is not None:
+        at = torch.arange(ids.shape[1], device=ids.device)[None]
+        read = backbone.decoder(input_ids=ids, position_ids=at, use_cache=False)
+        return Reading(read.last_hidden_state if wanted else None, why)
+    kind, last = ids.device.type, len(backbone.layers) - 1
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+    def attend(i: int, x: Tensor, layer: PrenormLayer) -> Tensor:
+        call = backbone.layers[i].call(x, layer.heads(x), layer.scaling, None)
+        with torch.autocast(kind) if mixed else contextlib.nullcontext():
+            attended = run(call)
+        if i == last and not wanted:
+            raise _Attended
+        return attended
+
+    with without_autocast(ids.device), contextlib.suppress(_Attended):
+        return Reading(PrenormDecoder(backbone).hidden(ids, attend), None)
+    return Reading(None, None)
+
+
+class _Attended(Exception):
+    """The last layer has attended, and nobody asks for more."""
+
+
+def why_not_whole(backbone: Backbone, device: torch.device) -> str | None:
+    """As `why_not_fused`, for `read_whole`. Autocast to the dtype of the weights changes none of
+    their products, so that it is no reason."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        weight = getattr(backbone.decoder.embed_tokens, "weight", None)
+        if weight is not None and weight.dtype == torch.get_autocast_dtype(kind):
+            with without_autocast(device):
+                return why_not_fused(backbone)
+    return why_not_fused(backbone)
 
 
 def why_not_fused(backbone: Backbone, dtype: torch.dtype | None = None) -> str | None:

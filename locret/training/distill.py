@@ -29,6 +29,7 @@ from locret.engine.engine import Engine
 from locret.heads.heads import FEATURES, RetainingHeads
 from locret.heads.targets import LABELS, BoundaryLoss, Loss, by_name, make_loss
 from locret.model.backbone import Backbone
+from locret.model.prenorm import read_whole
 from locret.policies import LocretPolicy
 from locret.policies.base import LayerChunk
 from locret.quantities import check_between, check_bounds
@@ -61,10 +62,16 @@ class Distillation:
         chunk_size: tokens that a layer reads at a time; None reads a row at once. Losses and
             gradients are the same up to rounding.
 
+    Attributes:
+        why_not_fused: why the last row was read by the model's own forward; None = fused kernels
+            read it.
+
     Raises:
         ValueError: heads that do not fit the backbone, an unknown label or loss, a chunk size
             below 1 or with unrotated keys.
     """
+
+    why_not_fused: str | None = "no row was read"
 
     def __init__(
         self,
@@ -126,19 +133,18 @@ class Distillation:
         check_segments(segments, length)
         if self.recipe.prompt_keys == "unrotated" and any(each.branches for each in segments):
             raise ValueError("prompt_keys is 'unrotated', which samples with branches do not take")
-        given, decoder = (self.recipe, segments, share, features), self.backbone.decoder
+        given = self.recipe, segments, share, features
         reading: AbstractContextManager[None] = contextlib.nullcontext()
+        stock = ""
         if self.chunk_size is None or length <= self.chunk_size:
             row = RowLoss(*given)
         else:
             row = ChunkedRowLoss(*given, chunk_size=self.chunk_size)
-            reading = _in_chunks(decoder.layers, self.chunk_size)
-        with torch.no_grad(), reading, self.backbone.attached(row.layer):
-            decoder(
-                input_ids=input_ids,
-                position_ids=torch.arange(length, device=input_ids.device)[None],
-                use_cache=False,
-            )
+            reading = _in_chunks(self.backbone.decoder.layers, self.chunk_size)
+            stock = "its layers read a row in chunks"
+        with reading, self.backbone.attached(row.layer):
+            read = read_whole(self.backbone, input_ids, row.layer, wanted=False, stock=stock)
+        self.why_not_fused = read.why_not_fused
         if isinstance(self.recipe.loss, BoundaryLoss):
             self.recipe.loss.end_row()
         return row.result()

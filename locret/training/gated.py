@@ -38,6 +38,7 @@ from locret.model.attend import Past
 from locret.model.backbone import Backbone, is_softcapped
 from locret.model.backends import Backend
 from locret.model.hooks import LayerCall, LayerFunction, without_autocast
+from locret.model.prenorm import read_whole
 from locret.model.varlen import Text, attend_texts
 from locret.quantization import Quantization, scheme_of
 from locret.training.branches import (
@@ -104,10 +105,10 @@ class _BranchLoss:
         self.recompute = recompute
 
     def _read(self, input_ids: Tensor, layer: LayerFunction, at: Sequence[int] = ()) -> Tensor:
-        """The decoder's output [A, hidden size] of the tokens `at`."""
+        """The decoder's output [A, hidden size] of the tokens `at`, without gradients."""
         with self.backbone.attached(layer):
-            read = self.backbone.decoder(input_ids=input_ids, use_cache=False)
-        hidden: Tensor = read.last_hidden_state
+            hidden = read_whole(self.backbone, input_ids, layer).hidden
+        assert hidden is not None
         return hidden[0, list(at)]
 
     def _compare(

@@ -91,7 +91,8 @@ def store_and_rotate(rows, tokens):
     keys, values = drawn(2, rows, HEADS, tokens, SIZE)
     new = kernels.NewUnit(*(by_token(rows, n, 1) for n in (HEADS * GROUP, HEADS, HEADS)))
     tables = kernels.Tables(*torch.randn(2, rows, tokens, 24))
-    kernels.store_rotated(new, keys, values, torch.zeros(1, dtype=torch.int32), tables)
+    at, turned = torch.zeros(1, dtype=torch.int32), torch.empty(new.query.shape)
+    kernels.store_rotated(new, keys, values, at, tables, turned_query=turned.contiguous())
 
 
 def plain(rows, tokens):

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from locret.kernels.dense import HeadNorms
+from locret.kernels.packed import hadamard
 from locret.kernels.rotate import (
-    HeadNorms,
     NewUnit,
     Tables,
     store_rotated,
@@ -48,3 +49,22 @@ def test_layers_without_rope_and_slots_outside(device):
     for storage, units in zip(tail, new[1:], strict=True):
         assert torch.equal(storage[:, :, 5:6], units)
         assert storage.isnan().sum() == 12 * units.numel()
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_query_comes_turned_by_h_too(size, dtype, device):
+    new, *tail = given(2, 6, 2, size, dtype, device)
+    tables = Tables(*torch.randn(2, 1, 20, size, device=device).to(dtype))
+    slot = torch.tensor([3], dtype=torch.int32, device=device)
+    turned = torch.full(new.query.shape, torch.nan, device=device)
+    query = store_rotated(new, *tail, slot, tables, turned_query=turned)
+    torch.testing.assert_close(turned, query.float() @ hadamard(size, torch.device(device)))
+
+
+def test_room_for_the_turned_query_has_to_fit(device):
+    new, *tail = given(1, 4, 2, 64, torch.float32, device)
+    slot = torch.tensor([3], dtype=torch.int32, device=device)
+    for room in (torch.empty(1, 4, 1, 32), torch.empty(1, 4, 1, 64, dtype=torch.float16)):
+        with pytest.raises(ValueError, match="turned_query"):
+            store_rotated(new, *tail, slot, turned_query=room.to(device))
