@@ -43,6 +43,7 @@ from locret.model.backends import Backend, attend
 from locret.model.hooks import LayerCall, as_argument, as_output, cache_in, without_autocast
 from locret.model.prenorm import Attend, PrenormDecoder, PrenormLayer, why_not_fused
 from locret.policies.base import Context, Eviction, LayerChunk, Policy
+from locret.quantization.codes import refusing_last
 
 Surprise = Callable[[Tensor, Tensor], Tensor]
 """Given hidden states [B, T, hidden size] and the tokens [B, T] that came next: -log p, [B, T]."""
@@ -107,7 +108,7 @@ class ChunkForward:
         """Let `current` read ids [B, T] through the layers, to the last one's output if that is
         wanted."""
         decoder = self.backbone.decoder
-        with current.during(cache), contextlib.suppress(Stored):
+        with refusing_last(), current.during(cache), contextlib.suppress(Stored):
             fused = self._counted()
             if fused is None:
                 decoder(input_ids=ids, use_cache=True, **as_argument(decoder, cache))
@@ -191,18 +192,25 @@ class ReadPass(Pass):
     def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
         pasts, host = pasts_of(call, layer), layer.host
         chunk = self._chunk(call, layer, pasts)
-        output = self._output(call, layer, chunk, pasts) if wanted else None
+        # To pack, the host waits for the device: attention, which takes longest, is queued behind.
+        packs_first = host is None and layer.store.scheme.packs
+        output = None
+        if wanted and not packs_first:
+            output = self._output(call, layer, chunk, pasts)
         scores = self._ranked(chunk, layer)
         if host is not None:
             rotate = None if layer.rotated else functools.partial(_at_first_slot, call)
             before = chunk.context.keys if chunk.context else None
             query, key = chunk.rotated_query, chunk.rotated_key
             host.look(query, before, key, rotate, at_once=self.policy.waits)
-        # Rotated keys of the context are not needed any more, and storing takes memory of its own.
-        del pasts
+        if not packs_first:
+            # Rotated keys of the context are not needed any more, and storing takes memory.
+            pasts = []
         chunk = replace(chunk, context=None)
         with without_autocast(call.key.device):
             self._store(call, layer, chunk, scores)
+        if wanted and packs_first:
+            output = self._output(call, layer, chunk, pasts)
         if host is not None and not self.policy.waits:
             host.forget_look()
         return output

@@ -47,7 +47,9 @@ stretch the steps of all others: of each unit how many, and their channels and v
 N units, D head size, d packed size, O outliers in all. "..." is any shape.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -169,9 +171,29 @@ def refuse_unstorable(x: Tensor) -> None:
     refuse_where(~(x.abs() <= LARGEST).all())
 
 
+@contextlib.contextmanager
+def refusing_last() -> Iterator[None]:
+    """Until the block ends, `refuse_where` waits for no device: it is answered, and refuses, at the
+    end. What was packed meanwhile is to be given up then."""
+    asked: dict[torch.device, list[Tensor]] = {}
+    before = _asked.set(asked)
+    try:
+        yield
+    finally:
+        _asked.reset(before)
+    for unstorable in asked.values():
+        refuse_where(torch.cat(unstorable).any())
+
+
+_asked: ContextVar[dict[torch.device, list[Tensor]] | None] = ContextVar("_asked", default=None)
+
+
 def refuse_where(unstorable: Tensor) -> None:
     """ValueError if `unstorable`, one number on any device, which is waited for, is not 0."""
-    if bool(unstorable):
+    asked = _asked.get()
+    if asked is not None:
+        asked.setdefault(unstorable.device, []).append(unstorable.view(1))
+    elif bool(unstorable):
         raise ValueError(
             f"cannot quantize: keys or values hold NaN, infinity or magnitudes above {LARGEST:.0f}"
             "; quantization 'none' stores them as they are"
