@@ -120,12 +120,11 @@ def test_what_cannot_be_stored_is_refused(bad, dtype):
 
 def test_what_cannot_be_stored_is_refused_at_the_end_of_a_block():
     reached = []
-    with pytest.raises(ValueError, match="cannot quantize"):
-        with refusing_last():
-            for bad in (0, 1, 0):
-                refuse_where(torch.tensor([bad], dtype=torch.int32))
-            refuse_where(torch.tensor(False))
-            reached.append("end")
+    with pytest.raises(ValueError, match="cannot quantize"), refusing_last():
+        for bad in (0, 1, 0):
+            refuse_where(torch.tensor([bad], dtype=torch.int32))
+        refuse_where(torch.tensor(False))
+        reached.append("end")
     assert reached == ["end"]
     with pytest.raises(ValueError, match="cannot quantize"):
         refuse_where(torch.tensor(1))  # at once again
@@ -134,9 +133,8 @@ def test_what_cannot_be_stored_is_refused_at_the_end_of_a_block():
 
 
 def test_another_error_is_raised_as_it_is_and_what_was_asked_is_forgotten():
-    with pytest.raises(KeyError):
-        with refusing_last():
-            refuse_where(torch.tensor(1))
-            raise KeyError
+    with pytest.raises(KeyError), refusing_last():
+        refuse_where(torch.tensor(1))
+        raise KeyError
     with refusing_last():
         pass
