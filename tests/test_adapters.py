@@ -1,9 +1,11 @@
 """Backbones with a PEFT adapter: wrapped or merged, they are the same model to locret."""
 
+import argparse
 import copy
 import importlib.util
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import locret
-from locret.model.adapters import Adapter
+from locret.commands.shared import load_heads
+from locret.model.adapters import Adapter, warn_without
 from locret.model.backbone import Backbone
 from locret.model.loading import load_model
 from locret.training.distill import Distillation
@@ -422,3 +425,21 @@ def test_prompt_learning_is_refused_by_the_engine_too():
     model = peft.get_peft_model(tiny_model("llama"), settings)
     with pytest.raises(ValueError, match="PROMPT_TUNING adapter, which puts learned units"):
         locret.Engine(model, "keydiff", budget=20)
+
+
+# --- heads that were trained on one ---
+
+
+def test_heads_of_an_adapter_warn_without_one():
+    with pytest.warns(UserWarning, match="trained on a model with the adapter 'some/lora'"):
+        warn_without("some/lora", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for recorded, given in ((None, None), (None, "some/lora"), ("some/lora", "other/lora")):
+            warn_without(recorded, given)
+
+
+def test_commands_warn_when_they_load_such_heads():
+    heads = "checkpoints/smollm2-heads"
+    with pytest.warns(UserWarning, match="smollm2-adapter"):
+        load_heads(argparse.Namespace(heads=heads, adapter=None))

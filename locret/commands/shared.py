@@ -12,6 +12,7 @@ from typing import Any, get_args
 from locret.commands.progress import Progress
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import Quotas, quotas_of
+from locret.model.adapters import warn_without
 from locret.model.backends import Backend
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import POLICIES, chosen_policy, policy_in_words
@@ -119,7 +120,11 @@ def _quantization(given: argparse.Namespace) -> Scheme | None:
 
 def load_heads(given: argparse.Namespace) -> RetainingHeads | None:
     """The heads named, if any."""
-    return RetainingHeads.from_pretrained(given.heads) if given.heads else None
+    if not given.heads:
+        return None
+    heads = RetainingHeads.from_pretrained(given.heads)
+    warn_without(heads.config.adapter, given.adapter)
+    return heads
 
 
 Checked = tuple[str, dict[str, Any], RetainingHeads | None]

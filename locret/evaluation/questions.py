@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from locret.evaluation.config import EvalConfig, Setup, are_query_aware
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import quotas_of
-from locret.model.adapters import Adapter
+from locret.model.adapters import Adapter, warn_without
 from locret.model.loading import file_revision, find_device, load_config, load_tokenizer
 from locret.policies import LocretPolicy
 from locret.quantities import Budget
@@ -363,6 +363,8 @@ def _load_heads(config: EvalConfig, setups: Sequence[Setup]) -> dict[str, Retain
             )
     names = {name for name in (config.heads, *(setup.heads for setup in setups)) if name}
     heads = {name: RetainingHeads.from_pretrained(name) for name in sorted(names)}
+    for each in heads.values():
+        warn_without(each.config.adapter, config.adapter)
     for setup in setups:
         own = heads.get(setup.heads or config.heads or "")
         if setup.protocol == "query_agnostic" and are_query_aware(setup, own):

@@ -43,7 +43,7 @@ from locret.evaluation.questions import source
 from locret.evaluation.records import commit, versions
 from locret.heads.heads import RetainingHeads
 from locret.integrations.lm_eval_tasks import context_end, tokens_after
-from locret.model.adapters import Adapter
+from locret.model.adapters import Adapter, warn_without
 from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
 from locret.policies import LocretPolicy, chosen_policy
@@ -142,6 +142,8 @@ class LocretLM(HFLM):
             Adapter.find(adapter)
         self._ranks = Ranks.of_environment()
         if isinstance(pretrained, str):
+            for each in own.values():
+                warn_without(each.config.adapter, adapter)
             chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
             pretrained = load_model(
                 pretrained,

@@ -27,6 +27,18 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SHOWN = 6  # tensors of a kind that an error names
 
 
+def warn_without(recorded: str | None, given: str | None) -> None:
+    """Warn if no adapter is given for a model whose heads record one: they score units of another
+    model then. A model that holds the adapter in its weights does not show it, so that only those
+    who load the model can tell."""
+    if recorded and not given:
+        warnings.warn(
+            f"these heads were trained on a model with the adapter {recorded!r}, and none is "
+            "given: they will choose worse; name it (adapter), unless the model's weights hold it",
+            stacklevel=3,
+        )
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An adapter on this machine.
