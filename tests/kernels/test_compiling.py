@@ -226,6 +226,32 @@ def test_kernels_compile_for_gpus(call, hopper, monkeypatch, tmp_path):
     assert compiled and all(f".target sm_{target.arch}" in ptx for ptx in compiled)
 
 
+def test_units_that_are_not_packed_are_attended_to_beside_packed_ones(monkeypatch, tmp_path):
+    """Both write before the merge reads, which waits for the later one alone."""
+    target, made = GPUTarget("cuda", 90, 32), []
+
+    def launch(kernel, args, keywords):
+        found, specialization, options = bound(kernel, args, keywords)
+        options, *source = kernel._pack_args(
+            nvidia.CUDABackend(target), keywords, found, specialization, options
+        )
+        ptx = triton.compile(ASTSource(kernel, *source), target, options.__dict__).asm["ptx"]
+        made.append((kernel.__name__, ptx))
+
+    launch_by(monkeypatch, launch)
+    monkeypatch.setattr(dispatch, "_overlaps", lambda device: True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    packed = random_rotated([33] * (3 * HEADS), SIZE, 3, 3, "cpu")
+    decode_packed(packed, 3, 33)
+    (_, turned), (first, plain), (second, small), (third, _) = made
+    assert (first, second, third) == ("_attend", "_attend_small", "_merge_states")
+    wait, start, store = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "st.global"
+    assert turned.index(start) < turned.index(wait)
+    assert plain.index(wait) < plain.index(start) < plain.index(store)
+    assert small.index(start) < small.index(store)
+    assert small.rindex(store) < small.index(wait)
+
+
 def test_a_selection_is_compiled_for_few_lengths(launched):
     for longest in (2, 15, 300, 1025, 4096, 4097, 9000, 20_000, 32_768, 32_769, 70_000):
         select_of(longest)
