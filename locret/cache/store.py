@@ -265,7 +265,7 @@ class Store:
         if self.scheme.packs:
             counts = tuple(tuple(max(n - most, 0) for n in row) for row in kept.counts)
             packed = sequences_of(counts, kept.device)
-        made = self._remade(index, kept, packed, *self._parts(new))
+        made = self._remade(index, kept, packed, *self._sources(new))
         self.context, self.tail = replace(made, appended=(0,) * len(kept.counts)), Tail()
 
     def pack(self, tight: bool = False) -> None:
@@ -275,8 +275,8 @@ class Store:
         scheme = self.scheme
         if not scheme.packs or not self.tail.count:
             return
-        whole, parts = self.sequences, self._parts(None)
-        done = parts[0].packed.counts
+        whole, sources = self.sequences, self._sources(None)
+        done = sources[0].packed.counts
         unit = 1 if tight else scheme.group
 
         def packed_of(count: int, before: int) -> int:
@@ -284,17 +284,18 @@ class Store:
 
         packed = tuple(tuple(map(packed_of, *row)) for row in zip(whole.counts, done, strict=True))
         if packed != done or tight:
-            made = self._remade(whole.local, whole, sequences_of(packed, whole.device), *parts)
+            made = self._remade(whole.local, whole, sequences_of(packed, whole.device), *sources)
             self.context, self.tail = made, Tail()
 
-    def _parts(self, new: NewTokens | None) -> tuple[StoredContext, tuple[Tensor, ...]]:
+    def _sources(self, new: NewTokens | None) -> tuple[StoredContext, tuple[Tensor, ...]]:
         """The context, and tail and `new` units: side by side only where there are all three, so
         that a layer is in memory once. Before the first eviction the context has none, or what is
         in the tail."""
         fresh = tuple(self._tail_like()) if new is None else self._tensors(new)
         if self.context is None:
-            held = [*self.tail] if self.tail.count and new is not None else None
-            return standing(self.names, held or [x[:, :, :0] for x in fresh]), fresh
+            behind = self.tail.count and new is not None
+            before = [*self.tail] if behind else [x[:, :, :0] for x in fresh]
+            return standing(self.names, before), fresh
         if new is not None and self.tail.count:
             pairs = zip(self.tail, fresh, strict=True)
             fresh = tuple(torch.cat(pair, dim=2) for pair in pairs)
@@ -444,6 +445,6 @@ class Store:
         """All units as a context, those of the tail as they are; None = there are none."""
         if self.is_empty or not self.tail.count:
             return self.context
-        whole, parts = self.sequences, self._parts(None)
-        packed = parts[0].packed if self.scheme.packs else None
-        return self._remade(whole.local, whole, packed, *parts)
+        whole, sources = self.sequences, self._sources(None)
+        packed = sources[0].packed if self.scheme.packs else None
+        return self._remade(whole.local, whole, packed, *sources)

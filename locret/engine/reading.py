@@ -108,7 +108,9 @@ class ChunkForward:
         """Let `current` read ids [B, T] through the layers, to the last one's output if that is
         wanted."""
         decoder = self.backbone.decoder
-        with refusing_last(), current.during(cache), contextlib.suppress(Stored):
+        packs = any(layer.store.scheme.packs for layer in cache.layers)
+        refusing = refusing_last() if packs else contextlib.nullcontext()
+        with refusing, current.during(cache), contextlib.suppress(Stored):
             fused = self._counted()
             if fused is None:
                 decoder(input_ids=ids, use_cache=True, **as_argument(decoder, cache))
