@@ -43,11 +43,10 @@ def main() -> None:
     figures["step_seconds"] = record.seconds(step, given.repeats, device)
     figures["samples_per_second"] = 1 / figures["step_seconds"]
     figures["share_of_forward"] = figures["forward_seconds"] / figures["step_seconds"]
+    figures["why_not_fused"] = distill.why_not_fused
     for name, value in figures.items():
-        print(f"{name:<20} {value if value is None else round(value, 4)}")
-    fused = {"why_not_fused": distill.why_not_fused}
-    print("fused kernels read the rows" if not distill.why_not_fused else fused)
-    record.write(given.out, vars(given), figures | fused)
+        print(f"{name:<20} {round(value, 4) if isinstance(value, float) else value}")
+    record.write(given.out, vars(given), figures)
 
 
 def _segment(given: argparse.Namespace) -> Segment:

@@ -312,7 +312,7 @@ def moved(x: Any, device: torch.device) -> Any:
 
 
 def standing(names: Sequence[str], units: Sequence[Tensor]) -> StoredContext:
-    """Units as a context, uncopied if they fill their storage: tensors [B, H, T, *], as named."""
+    """Units as a context, views if it can be: [B, H, T, *] by name, keys and values first."""
     rows, heads, count = units[0].shape[:3]
     keys, values, *exact = (x.reshape(-1, *x.shape[3:]) for x in units)
     none, whole = (alike(rows, (n,) * heads, keys.device) for n in (0, count))

@@ -226,8 +226,9 @@ class Store:
         return 2 * rows * heads * self.like.shape[-1] * self.like.element_size()
 
     def rectangle(self, name: str) -> Tensor:
-        """`name` of context and tail as [B, H, S, *], filled up in front with zeros where sequences
-        are shorter than others (`Sequences.empty`): for what relates units to each other."""
+        """`name` (of `NAMES`) of context and tail as [B, H, S, *], filled up in front with zeros
+        where sequences are shorter than others (`Sequences.empty`): for what relates units to each
+        other."""
         tail = None if not self.tail.tensors else self.tail[self.names.index(name)]
         if self.context is None:
             assert tail is not None
@@ -292,13 +293,11 @@ class Store:
         that a layer is in memory once. Before the first eviction the context has none, or what is
         in the tail."""
         fresh = tuple(self._tail_like()) if new is None else self._tensors(new)
+        in_front = [*self.tail] if self.tail.count and new is not None else []
         if self.context is None:
-            behind = self.tail.count and new is not None
-            before = [*self.tail] if behind else [x[:, :, :0] for x in fresh]
-            return standing(self.names, before), fresh
-        if new is not None and self.tail.count:
-            pairs = zip(self.tail, fresh, strict=True)
-            fresh = tuple(torch.cat(pair, dim=2) for pair in pairs)
+            return standing(self.names, in_front or [x[:, :, :0] for x in fresh]), fresh
+        if in_front:
+            fresh = tuple(torch.cat(pair, dim=2) for pair in zip(in_front, fresh, strict=True))
         return self.context, fresh
 
     def _remade(

@@ -26,7 +26,7 @@ from locret.cache.layer import RetainedLayer
 from locret.cache.store import NewTokens
 from locret.model.attend import Past, attend_past
 from locret.model.backends import Backend, attend
-from locret.model.hooks import LayerCall, without_autocast
+from locret.model.hooks import Enough, LayerCall, without_autocast
 from locret.model.rotary import Rotary
 from locret.policies.base import LayerChunk
 
@@ -62,7 +62,7 @@ class RetainedAttention:
                 output = _slide(call, layer, layer.window, self.backend, current.drop, wanted)
         layer.seen += call.key.shape[2] - current.drop
         if output is None:
-            raise Stored
+            raise Enough
         return output.to(own)
 
     def rotation(
@@ -80,11 +80,6 @@ class RetainedAttention:
         """`Pass.finish`, after layers that were given `cache`."""
         if isinstance(cache, RetainedCache) and cache.current is not None:
             cache.current.finish(cache, input_ids, hidden)
-
-
-class Stored(Exception):
-    """Raised by the last layer when it has stored a chunk of a context: what would follow is the
-    chunk's output, which nobody asks for."""
 
 
 class Pass:

@@ -28,7 +28,6 @@ from locret.engine.attention import (
     AnswerPass,
     Pass,
     RetainedAttention,
-    Stored,
     chunk_of,
     next_slots,
     own_positions,
@@ -40,8 +39,15 @@ from locret.engine.budgets import Choice, Scores, keep_highest
 from locret.model.attend import Past, attend_past
 from locret.model.backbone import Backbone
 from locret.model.backends import Backend, attend
-from locret.model.hooks import LayerCall, as_argument, as_output, cache_in, without_autocast
-from locret.model.prenorm import Attend, PrenormDecoder, PrenormLayer, why_not_fused
+from locret.model.hooks import (
+    Enough,
+    LayerCall,
+    as_argument,
+    as_output,
+    cache_in,
+    without_autocast,
+)
+from locret.model.prenorm import Attend, PrenormDecoder, attend_by, why_not_fused
 from locret.policies.base import Context, Eviction, LayerChunk, Policy
 from locret.quantization.codes import refusing_last
 
@@ -110,7 +116,7 @@ class ChunkForward:
         decoder = self.backbone.decoder
         packs = any(layer.store.scheme.packs for layer in cache.layers)
         refusing = refusing_last() if packs else contextlib.nullcontext()
-        with refusing, current.during(cache), contextlib.suppress(Stored):
+        with refusing, current.during(cache), contextlib.suppress(Enough):
             fused = self._counted()
             if fused is None:
                 decoder(input_ids=ids, use_cache=True, **as_argument(decoder, cache))
@@ -149,13 +155,7 @@ class ChunkForward:
         return fused
 
     def _attending(self, cache: RetainedCache) -> Attend:
-        """What stores and attends for one layer after the other."""
-
-        def attend(i: int, x: Tensor, layer: PrenormLayer) -> Tensor:
-            call = self.backbone.layers[i].call(x, layer.heads(x), layer.scaling, cache)
-            return self.attention(call)
-
-        return attend
+        return attend_by(self.attention, self.backbone, cache)
 
 
 def asks_logits(inputs: dict[str, Any], cache: RetainedCache) -> bool:
@@ -195,9 +195,9 @@ class ReadPass(Pass):
         pasts, host = pasts_of(call, layer), layer.host
         chunk = self._chunk(call, layer, pasts)
         # To pack, the host waits for the device: attention, which takes longest, is queued behind.
-        packs_first = host is None and layer.store.scheme.packs
+        attends_last = wanted and host is None and layer.store.scheme.packs
         output = None
-        if wanted and not packs_first:
+        if wanted and not attends_last:
             output = self._output(call, layer, chunk, pasts)
         scores = self._ranked(chunk, layer)
         if host is not None:
@@ -205,13 +205,13 @@ class ReadPass(Pass):
             before = chunk.context.keys if chunk.context else None
             query, key = chunk.rotated_query, chunk.rotated_key
             host.look(query, before, key, rotate, at_once=self.policy.waits)
-        if not packs_first:
+        if not attends_last:
             # Rotated keys of the context are not needed any more, and storing takes memory.
             pasts = []
         chunk = replace(chunk, context=None)
         with without_autocast(call.key.device):
             self._store(call, layer, chunk, scores)
-        if wanted and packs_first:
+        if attends_last:
             output = self._output(call, layer, chunk, pasts)
         if host is not None and not self.policy.waits:
             host.forget_look()

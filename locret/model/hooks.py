@@ -209,6 +209,11 @@ class AttentionLayer:
 LayerFunction = Callable[[LayerCall], Tensor]
 """Computes a layer's attention output [B, T, H*G, D] from its call."""
 
+
+class Enough(Exception):
+    """Raised by a layer function in the last layer: nobody asks for what would follow."""
+
+
 Rotation = Callable[[int, Tensor, Any, Rotary | None], tuple[Tensor, Tensor] | None]
 """Given layer index, hidden states, cache and rotary: the tables with which the layer may rotate by
 itself, or None if it must hand over queries and keys unrotated."""
@@ -380,10 +385,15 @@ def _name(kind: Any, method: str) -> str:
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context in which tensors of `device` keep their dtypes: PyTorch refuses to put float16 ones
     side by side under autocast to bfloat16, and tables of codes are such."""
-    known = torch.amp.is_autocast_available(device.type)  # "meta" is not
-    if not known or not torch.is_autocast_enabled(device.type):
+    if not autocasts(device):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a kind of device; "meta" knows none."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def without_compiling(module: Any) -> Any:

@@ -18,7 +18,14 @@ from transformers.activations import ACT2FN
 from locret.kernels import HeadNorms, NewUnit, add_norm, gated, gated_products, products
 from locret.kernels.dense import ACTIVATIONS, add_norm_reference
 from locret.model.backbone import PRENORM, Backbone
-from locret.model.hooks import LayerFunction, without_autocast, without_compiling
+from locret.model.hooks import (
+    Enough,
+    LayerCall,
+    LayerFunction,
+    autocasts,
+    without_autocast,
+    without_compiling,
+)
 
 Attend = Callable[[int, Tensor, "PrenormLayer"], Tensor]
 """Given a layer's index, its normalised input [B, T, hidden size] and the layer: store the new
@@ -206,41 +213,43 @@ def read_whole(
         wanted: the decoder's output is. Else fused kernels stop when the last layer has attended.
         stock: why the model's own forward has to read them; empty = it need not.
     """
-    why = stock or why_not_whole(backbone, ids.device)
+    device, last = ids.device, len(backbone.layers) - 1
+    why = stock or why_not_whole(backbone, device)
     if why is not None:
-        at = torch.arange(ids.shape[1], device=ids.device)[None]
+        at = torch.arange(ids.shape[1], device=device)[None]
         read = backbone.decoder(input_ids=ids, position_ids=at, use_cache=False)
         return Reading(read.last_hidden_state if wanted else None, why)
-    kind, last = ids.device.type, len(backbone.layers) - 1
-    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    mixed = autocasts(device)
 
-    def attend(i: int, x: Tensor, layer: PrenormLayer) -> Tensor:
-        call = backbone.layers[i].call(x, layer.heads(x), layer.scaling, None)
-        with torch.autocast(kind) if mixed else contextlib.nullcontext():
+    def layer(call: LayerCall) -> Tensor:
+        with torch.autocast(device.type) if mixed else contextlib.nullcontext():
             attended = run(call)
-        if i == last and not wanted:
-            raise _Attended
+        if call.layer_idx == last and not wanted:
+            raise Enough
         return attended
 
-    with without_autocast(ids.device), contextlib.suppress(_Attended):
-        return Reading(PrenormDecoder(backbone).hidden(ids, attend), None)
+    with without_autocast(device), contextlib.suppress(Enough):
+        return Reading(PrenormDecoder(backbone).hidden(ids, attend_by(layer, backbone)), None)
     return Reading(None, None)
 
 
-class _Attended(Exception):
-    """The last layer has attended, and nobody asks for more."""
+def attend_by(run: LayerFunction, backbone: Backbone, cache: Any = None) -> Attend:
+    """What computes one layer's attention after the other, by a layer function."""
+
+    def attend(i: int, x: Tensor, layer: PrenormLayer) -> Tensor:
+        return run(backbone.layers[i].call(x, layer.heads(x), layer.scaling, cache))
+
+    return attend
 
 
 def why_not_whole(backbone: Backbone, device: torch.device) -> str | None:
     """As `why_not_fused`, for `read_whole`. Autocast to the dtype of the weights changes none of
     their products, so that it is no reason."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        weight = getattr(backbone.decoder.embed_tokens, "weight", None)
-        if weight is not None and weight.dtype == torch.get_autocast_dtype(kind):
-            with without_autocast(device):
-                return why_not_fused(backbone)
-    return why_not_fused(backbone)
+    weight = getattr(backbone.decoder.embed_tokens, "weight", None)
+    dtype = torch.get_autocast_dtype(device.type) if autocasts(device) else None
+    harmless = weight is not None and weight.dtype == dtype
+    with without_autocast(device) if harmless else contextlib.nullcontext():
+        return why_not_fused(backbone)
 
 
 def why_not_fused(backbone: Backbone, dtype: torch.dtype | None = None) -> str | None:
@@ -252,7 +261,7 @@ def why_not_fused(backbone: Backbone, dtype: torch.dtype | None = None) -> str |
     kind, geometry = backbone.config.model_type, backbone.geometry
     if kind not in PRENORM or not backbone.plain:
         return f"nothing is fused for {kind!r}"
-    if torch.is_autocast_enabled(backbone.layers[0].device.type):  # not "meta", as some weights are
+    if autocasts(backbone.layers[0].device):
         return "autocast chooses the dtype of each product"
     if geometry.activation not in ACTIVATIONS:
         return f"no kernel knows the activation {geometry.activation!r}"

@@ -206,44 +206,38 @@ def launched(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("hopper", [False, True], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("call", [*CALLS, vector], ids=lambda call: call.__name__)
-def test_kernels_compile_for_gpus(call, hopper, monkeypatch, tmp_path):
-    """On Hopper they start before the last one has ended."""
-    target = GPUTarget("cuda", 90 if hopper else 80, 32)
-    backend, compiled = nvidia.CUDABackend(target), []
+def compiled_for(capability, monkeypatch, tmp_path):
+    """The name and the PTX of each kernel as it is launched from here on; on Hopper they start
+    before the last one has ended."""
+    target, compiled = GPUTarget("cuda", capability, 32), []
+    backend = nvidia.CUDABackend(target)
 
     def launch(kernel, args, keywords):
         found, specialization, options = bound(kernel, args, keywords)
         options, *source = kernel._pack_args(backend, keywords, found, specialization, options)
         made = triton.compile(ASTSource(kernel, *source), target, options.__dict__)
-        compiled.append(made.asm["ptx"])
+        compiled.append((kernel.__name__, made.asm["ptx"]))
 
     launch_by(monkeypatch, launch)
-    monkeypatch.setattr(dispatch, "_overlaps", lambda device: hopper)
+    monkeypatch.setattr(dispatch, "_overlaps", lambda device: capability >= 90)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return compiled
+
+
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("call", [*CALLS, vector], ids=lambda call: call.__name__)
+def test_kernels_compile_for_gpus(call, capability, monkeypatch, tmp_path):
+    compiled = compiled_for(capability, monkeypatch, tmp_path)
     call(3, 33)
-    assert compiled and all(f".target sm_{target.arch}" in ptx for ptx in compiled)
+    assert compiled and all(f".target sm_{capability}" in ptx for _, ptx in compiled)
 
 
 def test_units_that_are_not_packed_are_attended_to_beside_packed_ones(monkeypatch, tmp_path):
     """Both write before the merge reads, which waits for the later one alone."""
-    target, made = GPUTarget("cuda", 90, 32), []
-
-    def launch(kernel, args, keywords):
-        found, specialization, options = bound(kernel, args, keywords)
-        options, *source = kernel._pack_args(
-            nvidia.CUDABackend(target), keywords, found, specialization, options
-        )
-        ptx = triton.compile(ASTSource(kernel, *source), target, options.__dict__).asm["ptx"]
-        made.append((kernel.__name__, ptx))
-
-    launch_by(monkeypatch, launch)
-    monkeypatch.setattr(dispatch, "_overlaps", lambda device: True)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = compiled_for(90, monkeypatch, tmp_path)
     packed = random_rotated([33] * (3 * HEADS), SIZE, 3, 3, "cpu")
     decode_packed(packed, 3, 33)
-    (_, turned), (first, plain), (second, small), (third, _) = made
+    (_, turned), (first, plain), (second, small), (third, _) = compiled
     assert (first, second, third) == ("_attend", "_attend_small", "_merge_states")
     wait, start, store = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "st.global"
     assert turned.index(start) < turned.index(wait)
