@@ -94,6 +94,11 @@ def no_deprecations():
     assert not [text for text in told if "deprecated" in text]
 
 
+def test_shown_heads_come_with_the_adapter_that_they_were_trained_on():
+    shown = [command for command in COMMANDS if "checkpoints/smollm2-heads" in command]
+    assert shown and all("checkpoints/smollm2-adapter" in command for command in shown)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_shown_command_runs(command, workplace, tmp_path, monkeypatch, capsys, no_deprecations):
     words = shlex.split(command)

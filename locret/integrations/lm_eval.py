@@ -1,7 +1,7 @@
 """`locret` as a model of lm-evaluation-harness: any of its tasks within a bounded cache.
 
     python -m locret lm_eval --model locret --tasks offline_ruler --apply_chat_template \
-        --model_args pretrained=embedded:smollm2,heads=checkpoints/smollm2-heads,budget=8x
+        --model_args pretrained=MODEL,heads=HEADS,budget=8x
 
 Prompts, truncation, stop strings, chat templates and ranks are those of the harness's own `hf`
 model, of which this is a subclass: with budget=none the scores are the same. What differs is what
