@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import locret
@@ -109,6 +109,9 @@ class NaiveHead:
     chunks=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     even=st.booleans(),
     seed=st.integers(0, 1000),
+)
+@example(  # blocks of units that tie: each was evicted as the last token of its chunk
+    recall=Recall(4, 1, 2), batch=2, heads=2, group=2, chunks=[2, 1, 1, 9, 2], even=False, seed=407
 )
 def test_blocks_are_those_of_the_naive_twin(recall, batch, heads, group, chunks, even, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -202,7 +202,10 @@ class HostBlocks:
 
     def _mean_keys(self, keys: Tensor, scores: Tensor) -> Tensor:
         """[N, D], of the representatives of blocks with keys [N, n, D] and scores [N, n]."""
-        chosen = scores.topk(self.recall.representatives, dim=-1).indices
+        # Stable: the last token of each chunk has no logits yet, so many units tie at -inf, and
+        # the ones that stand first represent the block whatever the device.
+        best = scores.sort(dim=-1, descending=True, stable=True).indices
+        chosen = best[..., : self.recall.representatives]
         chosen = chosen[..., None].expand(*chosen.shape, keys.shape[-1])
         return keys.gather(1, chosen).float().mean(dim=1).to(keys.dtype)
 
