@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import locret
+from locret.engine import reading
 from locret.model.hooks import cache_of
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, SharedLayers
-from locret.quantization import SCHEMES, make_scheme, scheme_of
+from locret.quantization import SCHEMES, make_scheme, packed, scheme_of, waiting
 from tests.test_batches import padded
 from tests.tiny_models import (
     FAMILIES,
@@ -139,6 +140,28 @@ def unpacked(layer):
     plain = layer.store.context.plain
     assert plain.equal
     return plain.longest + layer.store.tail.count
+
+
+@pytest.mark.parametrize("scheme", CODED, ids=lambda scheme: scheme["name"])
+def test_the_device_attends_while_the_host_waits_to_pack(model, scheme, monkeypatch):
+    attended = []
+
+    def from_device(x):
+        before = len(attended)
+        host = waiting.from_device(x)
+        waits.append(len(attended) - before)
+        return host
+
+    def attend_past(*args, **given):
+        attended.append(args)
+        return attending(*args, **given)
+
+    waits, attending = [], reading.attend_past
+    monkeypatch.setattr(packed, "from_device", from_device)
+    monkeypatch.setattr(reading, "attend_past", attend_past)
+    engine_of(model, quantization=scheme).prefill(prompt(60))
+    assert len(waits) > 8
+    assert waits == [1, 0] * (len(waits) // 2)  # of a context, the last layer only stores
 
 
 @pytest.mark.parametrize("scheme", CODED, ids=lambda scheme: scheme["name"])

@@ -44,12 +44,13 @@ from locret.model.hooks import (
     LayerCall,
     as_argument,
     as_output,
+    autocasts,
     cache_in,
     without_autocast,
 )
 from locret.model.prenorm import Attend, PrenormDecoder, attend_by, why_not_fused
 from locret.policies.base import Context, Eviction, LayerChunk, Policy
-from locret.quantization.codes import refusing_last
+from locret.quantization.waiting import meanwhile, refusing_last
 
 Surprise = Callable[[Tensor, Tensor], Tensor]
 """Given hidden states [B, T, hidden size] and the tokens [B, T] that came next: -log p, [B, T]."""
@@ -194,25 +195,31 @@ class ReadPass(Pass):
     def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
         pasts, host = pasts_of(call, layer), layer.host
         chunk = self._chunk(call, layer, pasts)
-        # To pack, the host waits for the device: attention, which takes longest, is queued behind.
-        attends_last = wanted and host is None and layer.store.scheme.packs
         output = None
-        if wanted and not attends_last:
-            output = self._output(call, layer, chunk, pasts)
+
+        def attend_now() -> None:
+            nonlocal output, pasts
+            output, pasts = self._output(call, layer, chunk, pasts), []
+
+        # To pack, the host waits for the device, which attends meanwhile. Else attention is first:
+        # storing takes memory, and then what it has read of the context can go.
+        packs = layer.store.scheme.packs and host is None and not autocasts(call.key.device)
+        if wanted and not packs:
+            attend_now()
         scores = self._ranked(chunk, layer)
         if host is not None:
             rotate = None if layer.rotated else functools.partial(_at_first_slot, call)
             before = chunk.context.keys if chunk.context else None
             query, key = chunk.rotated_query, chunk.rotated_key
             host.look(query, before, key, rotate, at_once=self.policy.waits)
-        if not attends_last:
-            # Rotated keys of the context are not needed any more, and storing takes memory.
-            pasts = []
         chunk = replace(chunk, context=None)
-        with without_autocast(call.key.device):
+        attending: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if wanted and packs:
+            attending = meanwhile(attend_now)
+        else:
+            pasts = []
+        with without_autocast(call.key.device), attending:
             self._store(call, layer, chunk, scores)
-        if attends_last:
-            output = self._output(call, layer, chunk, pasts)
         if host is not None and not self.policy.waits:
             host.forget_look()
         return output

@@ -47,9 +47,7 @@ stretch the steps of all others: of each unit how many, and their channels and v
 N units, D head size, d packed size, O outliers in all. "..." is any shape.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,15 +56,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from locret.quantities import is_whole
+from locret.quantization.waiting import LARGEST, refuse_where
 
 BITS = (2, 4, 8)
 """Bits that a code of a group may have."""
 
 WIDTHS = (1, *BITS)
 """Bits that are packed: of a code, or of a plane of one."""
-
-LARGEST = 2.0**15
-"""Largest magnitude that is quantized; float16 ends not far above."""
 
 STORAGE_ERROR = 2.0**-25
 """Half of float16's smallest step: what storing the minimum of a group of tiny values may cost."""
@@ -169,35 +165,6 @@ def _own_units(x: Tensor) -> Tensor:
 def refuse_unstorable(x: Tensor) -> None:
     """Refuse (ValueError) a value that is not finite, or beyond `LARGEST`."""
     refuse_where(~(x.abs() <= LARGEST).all())
-
-
-@contextlib.contextmanager
-def refusing_last() -> Iterator[None]:
-    """Until the block ends, `refuse_where` waits for no device: it is answered, and refuses, at the
-    end. What was packed meanwhile is to be given up then."""
-    asked: dict[torch.device, list[Tensor]] = {}
-    before = _asked.set(asked)
-    try:
-        yield
-    finally:
-        _asked.reset(before)
-    for unstorable in asked.values():
-        refuse_where(torch.cat(unstorable).any())
-
-
-_asked: ContextVar[dict[torch.device, list[Tensor]] | None] = ContextVar("_asked", default=None)
-
-
-def refuse_where(unstorable: Tensor) -> None:
-    """ValueError if `unstorable`, one number on any device, which is waited for, is not 0."""
-    asked = _asked.get()
-    if asked is not None:
-        asked.setdefault(unstorable.device, []).append(unstorable.view(1))
-    elif bool(unstorable):
-        raise ValueError(
-            f"cannot quantize: keys or values hold NaN, infinity or magnitudes above {LARGEST:.0f}"
-            "; quantization 'none' stores them as they are"
-        )
 
 
 def _stable_scale(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

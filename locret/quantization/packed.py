@@ -31,6 +31,7 @@ from locret.quantization.blocks import (
     costs_of,
 )
 from locret.quantization.codes import Outliers, find_outliers, ragged
+from locret.quantization.waiting import from_device, to_device
 
 SLAB = 16384
 """Units that are decoded at a time, so that float32 copies stay small."""
@@ -232,9 +233,7 @@ def select_keys(
     block = packed.blocks_of(here)
     how = lengths, index < packed.count, new_lengths, fresh.element_size(), tight
     blocks = _arranged(packed, block, *how)
-    former, starts = (
-        x.int().to(index.device, non_blocking=True) for x in (blocks.kept, blocks.starts)
-    )
+    former, starts = (to_device(x.int(), index.device) for x in (blocks.kept, blocks.starts))
     own = *packed.units, *packed.tables
     fused = scheme.keys_at(own, block, fresh, index, former, starts)
     if fused is not None:
@@ -262,7 +261,7 @@ def _arranged(
     """
     survivors = torch.zeros(len(packed.starts) - 1, dtype=torch.long, device=old.device)
     survivors.scatter_add_(0, block, old.long())
-    survivors, starts = torch.stack([survivors, packed.starts[:-1]]).cpu()
+    survivors, starts = from_device(torch.stack([survivors, packed.starts[:-1]]))
     before, total = (torch.tensor(counts, dtype=torch.long) for counts in (lengths, new_lengths))
     sequence = torch.searchsorted(before.cumsum(0), starts, right=True)
     costs = costs_of(packed.scheme, packed.head_size, element_size)

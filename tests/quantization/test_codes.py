@@ -11,8 +11,6 @@ from locret.quantization.codes import (
     as_stored,
     dequantize,
     quantize,
-    refuse_where,
-    refusing_last,
     smallest_scale,
 )
 
@@ -116,25 +114,3 @@ def test_what_cannot_be_stored_is_refused(bad, dtype):
     x[2, 3] = bad
     with pytest.raises(ValueError, match="NaN, infinity or magnitudes above 32768"):
         quantize(x.to(dtype), 4, -1)
-
-
-def test_what_cannot_be_stored_is_refused_at_the_end_of_a_block():
-    reached = []
-    with pytest.raises(ValueError, match="cannot quantize"), refusing_last():
-        for bad in (0, 1, 0):
-            refuse_where(torch.tensor([bad], dtype=torch.int32))
-        refuse_where(torch.tensor(False))
-        reached.append("end")
-    assert reached == ["end"]
-    with pytest.raises(ValueError, match="cannot quantize"):
-        refuse_where(torch.tensor(1))  # at once again
-    with refusing_last():
-        refuse_where(torch.tensor(0))
-
-
-def test_another_error_is_raised_as_it_is_and_what_was_asked_is_forgotten():
-    with pytest.raises(KeyError), refusing_last():
-        refuse_where(torch.tensor(1))
-        raise KeyError
-    with refusing_last():
-        pass
