@@ -172,7 +172,9 @@ def alike(rows: int, heads: Sequence[int], device: torch.device) -> Sequences:
 
 
 def sent(
-    numbers: Sequence[int] | Counts, device: torch.device, dtype: torch.dtype = torch.long
+    numbers: Sequence[int] | Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype = torch.long,
 ) -> Tensor:
     """Python's numbers as a tensor on a device. `torch.tensor(numbers, device=device)` waits for
     all that is queued there; this does not."""
@@ -259,9 +261,11 @@ class StoredContext:
         if packed is None:
             return plain
         whole = plain.new_empty(self.sequences.total, plain.shape[1])
+        if self.packed is self.sequences:
+            Expansion(packed).write(whole)
+            return whole
         Expansion(packed, places(self.sequences, self.packed, at_end=False)).write(whole)
-        whole.index_copy_(0, places(self.sequences, self.plain, at_end=True), plain)
-        return whole
+        return whole.index_copy_(0, places(self.sequences, self.plain, at_end=True), plain)
 
     def tightened(self) -> "StoredContext":
         """The same units, thin blocks of keys packed anew but for few."""
@@ -330,6 +334,13 @@ def places(whole: Sequences, some: Sequences, at_end: bool) -> Tensor:
     return first[some.owner] + some.local
 
 
+def taken(x: Tensor, whole: Sequences, some: Sequences, at_end: bool) -> Tensor:
+    """What `places` says of a flat tensor; itself where that is all of it."""
+    if some is whole:
+        return x
+    return x.index_select(0, places(whole, some, at_end))
+
+
 def stack(rows: Sequence[StoredContext | None]) -> StoredContext | None:
     """Contexts of one row each as one, closed if one is; None = a row without units, or no row has
     any."""
@@ -364,28 +375,19 @@ def stack(rows: Sequence[StoredContext | None]) -> StoredContext | None:
 
 
 def _in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: int) -> Tensor:
-    """Where units are: the packed ones of the context, its plain ones, fresh ones, one after the
-    other.
-
-    Args:
-        index: long [K], within each unit's sequence.
-        owner: long [K], that sequence.
-        tokens: fresh units of each sequence.
-    """
+    """Where the units at `index` of the sequences `owner`, both long [K], are: of the context the
+    packed ones, then the plain ones, then fresh ones, `tokens` of each sequence."""
     packed, plain = context.packed, context.plain
     # Each sequence is three stretches: their lengths, and where they begin in storage.
-    lengths = [(*both, tokens) for both in zip(packed.flat, plain.flat, strict=True)]
+    lengths = [n for both in zip(packed.flat, plain.flat, strict=True) for n in (*both, tokens)]
+    where = zip(range(len(packed.flat)), packed.bounds, plain.bounds, strict=False)
     first_plain, first_fresh = packed.total, packed.total + plain.total
-    stored = [
-        (packed.bounds[i], first_plain + plain.bounds[i], first_fresh + i * tokens)
-        for i in range(len(lengths))
-    ]
-    ends = torch.tensor(lengths).flatten().cumsum(0)
-    starts = ends - torch.tensor(lengths).flatten()
-    table = torch.stack([starts, ends, torch.tensor(stored).flatten() - starts])
-    starts, ends, shifts = table.to(index.device, non_blocking=True)
+    stored = [n for i, p, q in where for n in (p, first_plain + q, first_fresh + i * tokens)]
+    bounds = [0, *itertools.accumulate(lengths)]
+    shifts = [at - start for at, start in zip(stored, bounds[:-1], strict=True)]
+    starts, ends, shift = sent((bounds[:-1], bounds[1:], shifts), index.device)
     unit = index + starts[::3][owner]  # all stretches counted through
-    return unit + shifts[torch.searchsorted(ends, unit, right=True)]
+    return unit + shift[torch.searchsorted(ends, unit, right=True)]
 
 
 def gathered(
@@ -397,13 +399,9 @@ def gathered(
     *,
     appended: tuple[int, ...],
 ) -> StoredContext:
-    """Some units of a context and of fresh ones as a context, as they are.
-
-    Args:
-        names, fresh: as of `standing`.
-        index: long [K], ascending in each sequence, its units counted through both.
-        kept: how many each sequence keeps.
-    """
+    """Some units of a context and of fresh ones, named as for `standing`, as a context, unpacked:
+    those at `index`, long [K], ascending in each sequence, its units counted through both, of which
+    it keeps as many as `kept` says."""
     old = [context.keys, context.values, *context.in_full.values()]
     offsets = context.sequences.offsets, kept.offsets
     keys, values, *exact = gather_sequences(old, fresh, index, *offsets)
@@ -434,8 +432,8 @@ def repacked(
     plain = sequences_of(rest, kept.device)
     # Where each unit is now: first the packed ones, then the plain ones, then the fresh ones.
     at = _in_storage(context, index, kept.owner, new_keys.shape[2])
-    to_pack = at.index_select(0, places(kept, packed, at_end=False))
-    to_leave = at.index_select(0, places(kept, plain, at_end=True))
+    to_pack = taken(at, kept, packed, at_end=False)
+    to_leave = taken(at, kept, plain, at_end=True)
     both = [x.flatten(0, 2) for x in (new_keys, new_values)]
     if context.plain.total:
         both = [torch.cat(x) for x in zip((context.keys, context.values), both, strict=True)]

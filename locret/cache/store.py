@@ -23,11 +23,11 @@ from locret.cache.context import (
     alike,
     gathered,
     moved,
-    places,
     repacked,
     sequences_of,
     stack,
     standing,
+    taken,
 )
 from locret.quantization import NO_SCHEME, Scheme
 from locret.quantization.packed import pack_keys
@@ -337,9 +337,9 @@ class Store:
             keys = rotate_context(context.all_keys())
             packed = context.packed_keys
             if packed is not None:
-                first = places(context.sequences, context.packed, at_end=False)
-                packed = pack_keys(self.scheme, keys.index_select(0, first), context.packed.flat)
-                keys = keys.index_select(0, places(context.sequences, context.plain, at_end=True))
+                first = taken(keys, context.sequences, context.packed, at_end=False)
+                packed = pack_keys(self.scheme, first, context.packed.flat)
+                keys = taken(keys, context.sequences, context.plain, at_end=True)
             context = replace(context, keys=keys, packed_keys=packed)
         if self.tail.count:
             keys, *others = self.tail

@@ -115,9 +115,7 @@ class ChunkForward:
         """Let `current` read ids [B, T] through the layers, to the last one's output if that is
         wanted."""
         decoder = self.backbone.decoder
-        packs = any(layer.store.scheme.packs for layer in cache.layers)
-        refusing = refusing_last() if packs else contextlib.nullcontext()
-        with refusing, current.during(cache), contextlib.suppress(Enough):
+        with _refusing(cache), current.during(cache), contextlib.suppress(Enough):
             fused = self._counted()
             if fused is None:
                 decoder(input_ids=ids, use_cache=True, **as_argument(decoder, cache))
@@ -145,9 +143,10 @@ class ChunkForward:
         last = inputs.get("logits_to_keep", 0)
         takes = ids is not None and isinstance(last, int) and asks_logits(inputs, cache)
         fused = self._counted() if takes else None
-        if fused is None:
-            return without_mask(run, inputs)
-        return as_output(fused.logits(ids, self._attending(cache), last), cache)
+        with _refusing(cache):  # it may freeze all layers, which packs their keys
+            if fused is None:
+                return without_mask(run, inputs)
+            return as_output(fused.logits(ids, self._attending(cache), last), cache)
 
     def _counted(self) -> PrenormDecoder | None:
         """What reads one chunk more with fused kernels, if anything does."""
@@ -157,6 +156,12 @@ class ChunkForward:
 
     def _attending(self, cache: RetainedCache) -> Attend:
         return attend_by(self.attention, self.backbone, cache)
+
+
+def _refusing(cache: RetainedCache) -> contextlib.AbstractContextManager[None]:
+    """What cannot be packed is refused once all layers have run, where a scheme packs."""
+    packs = any(layer.store.scheme.packs for layer in cache.layers)
+    return refusing_last() if packs else contextlib.nullcontext()
 
 
 def asks_logits(inputs: dict[str, Any], cache: RetainedCache) -> bool:

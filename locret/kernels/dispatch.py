@@ -131,3 +131,37 @@ def head_of(sequence, heads):  # type: ignore[no-untyped-def]
 def units_at(tensor, strides, b, h, unit):  # type: ignore[no-untyped-def]
     """Where units begin in a tensor [B, H, S] or [B, H, S, D]."""
     return tensor + b * strides[0] + h * strides[1] + unit * strides[2]
+
+
+@triton.jit
+def row_of(rows, unit, there):  # type: ignore[no-untyped-def]
+    """The row that each unit goes to, int64."""
+    row = unit.to(tl.int64)
+    if rows is not None:
+        row = tl.load(rows + unit, mask=there, other=0)
+    return row
+
+
+@triton.jit
+def blocks_of(  # type: ignore[no-untyped-def]
+    starts,
+    first,
+    UNITS: tl.constexpr,
+    blocks,  # type: ignore[name-defined]
+):
+    """The blocks of the units first .. first + UNITS - 1, int32 [UNITS]."""
+    # Where the first one is: the range that holds it shrinks 256-fold with each load.
+    block = tl.full((), 0, tl.int32)
+    left = blocks
+    while left > 1:
+        step = tl.cdiv(left, 256)
+        i = tl.arange(0, 256) * step
+        candidates = tl.load(starts + block + i, mask=i < left, other=2**31 - 1)
+        found = (tl.sum((candidates <= first).to(tl.int32), 0) - 1) * step
+        block += found
+        left = tl.minimum(step, left - found)
+    # No block is empty, so that the others are among the next ones.
+    i = tl.arange(0, UNITS)
+    following = block + 1 + i
+    ends = tl.load(starts + following, mask=following < blocks, other=2**31 - 1)
+    return block + tl.sum((ends[None, :] <= (first + i)[:, None]).to(tl.int32), 1)

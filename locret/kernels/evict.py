@@ -23,6 +23,7 @@ from locret.kernels.dispatch import (
 )
 
 _RESIDENT = 32768  # scores of one head that one program holds in registers
+_SWEPT = 16384  # of a longer one, least scores that it takes at a time: at most 1023 times
 _TILE = 4096  # scores that one program compacts at a time
 
 
@@ -61,14 +62,15 @@ def select_sequences(
         return _select_on_cpu(old, new, offsets, **numbers)
     index = torch.empty(total, dtype=torch.long, device=old.device)
     if total:
-        block = min(padded(longest, least=_TILE), _RESIDENT)
+        resident = longest <= _RESIDENT
+        block = padded(longest, _TILE) if resident else padded(longest // 1000, _SWEPT)
         with on_device(old):
             _select[(kept.numel(),)](
                 *(old, new.contiguous(), offsets, kept, out_offsets, tails, heads, index),
                 new.shape[2],
                 BLOCK=block,
-                TILE=min(block, _TILE),
-                RESIDENT=longest <= block,
+                TILE=_TILE,
+                RESIDENT=resident,
                 num_warps=min(32, max(1, block // 512)),
             )
     return index
@@ -165,15 +167,21 @@ def _select(  # type: ignore[no-untyped-def]
             n_2 = _reaching(order, threshold + step + step)
             n_3 = _reaching(order, threshold + step + step + step)
         else:
-            n_1 = tl.full((), 0, tl.int32)
-            n_2 = tl.full((), 0, tl.int32)
-            n_3 = tl.full((), 0, tl.int32)
-            for start in range(0, size, BLOCK):
+            # Protected units reach whatever is asked; of the others, those of a lane are counted
+            # first, all three numbers in one: a sum over lanes waits for every one of them.
+            protected = unprotected[0] + size - unprotected[1]
+            lanes = tl.zeros((BLOCK,), tl.int32)
+            for start in range(unprotected[0], tl.minimum(old_count, unprotected[1]), BLOCK):
                 unit = start + tl.arange(0, BLOCK)
-                block = _order(where, unit, size, unprotected)
-                n_1 += _reaching(block, threshold + step)
-                n_2 += _reaching(block, threshold + step + step)
-                n_3 += _reaching(block, threshold + step + step + step)
+                there = unit < tl.minimum(old_count, unprotected[1])
+                lanes += _lanes(tl.load(where[0] + unit, there, float("nan")), threshold, step)
+            for start in range(tl.maximum(old_count, unprotected[0]), unprotected[1], BLOCK):
+                unit = start + tl.arange(0, BLOCK)
+                there = unit < unprotected[1]
+                lanes += _lanes(tl.load(where[1] + unit, there, float("nan")), threshold, step)
+            n_1 = protected + tl.sum(lanes & 1023, 0)
+            n_2 = protected + tl.sum((lanes >> 10) & 1023, 0)
+            n_3 = protected + tl.sum(lanes >> 20, 0)
         if n_3 >= budget:
             threshold += step + step + step
         elif n_2 >= budget:
@@ -215,12 +223,26 @@ def _order(where, unit, size, unprotected):  # type: ignore[no-untyped-def]
     """
     there = unit < size
     scores = tl.where(unit < where[2], where[0], where[1])
-    score = tl.load(scores + unit, mask=there, other=0.0)
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    order = tl.where(score != score, -(2**31), order)
+    order = _ordered(tl.load(scores + unit, mask=there, other=0.0))
     order = tl.where((unit < unprotected[0]) | (unit >= unprotected[1]), 2**31 - 1, order)
     return tl.where(there, order, -(2**31))
+
+
+@triton.jit
+def _ordered(score):  # type: ignore[no-untyped-def]
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(score != score, -(2**31), order)
+
+
+@triton.jit
+def _lanes(score, threshold, step):  # type: ignore[no-untyped-def]
+    """1 if a score reaches the first of three candidates, 2 ** 10 more if the second, 2 ** 20 more
+    if the third."""
+    order = _ordered(score)
+    lanes = tl.where(order >= threshold + step, 1, 0)
+    lanes += tl.where(order >= threshold + step + step, 1 << 10, 0)
+    return lanes + tl.where(order >= threshold + step + step + step, 1 << 20, 0)
 
 
 @triton.jit

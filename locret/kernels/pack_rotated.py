@@ -1,10 +1,10 @@
-"""Units into the codes of the scheme `rotated`, a launch for a layer's keys, one for its values.
+"""Units into the codes of the scheme `rotated`: two launches for a layer's keys, two for values.
 
-An eviction keeps some packed units, whose codes move as they are, and fresh ones, which are
-encoded; of keys, some blocks of packed units are encoded anew, for they became thin. Each program
-takes a block of keys, or a few values, and does what they need: gathers, decodes, takes the mean
-away, rotates by butterflies in registers, chooses levels twice, and packs bits by a matrix product
-with powers of two. Callers ask `dispatch.takes_triton` first; the twin is the plain path of
+An eviction keeps some packed units, whose codes move as they are (`_keep_keys`, `_keep_values`),
+and fresh ones, which are encoded; of keys, some blocks of packed units are encoded anew, for they
+became thin (`_pack_keys`, `_pack_values`). A program encodes a block of keys, or a few values: it
+gathers, decodes, takes the mean away, rotates by butterflies in registers, chooses levels twice,
+and packs bits by a matrix product with powers of two. Callers ask `dispatch.takes_triton` first; the twin is the plain path of
 `locret.quantization.packed` with `locret.quantization.codes`.
 
 N packed units, F fresh ones, K units kept, M blocks, D head size, a multiple of 8.
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from locret.kernels.dispatch import check_tensors, on_device, padded, tl, triton
+from locret.kernels.dispatch import check_tensors, multiprocessors, on_device, padded, tl, triton
 from locret.kernels.packed import check_rotated
 from locret.kernels.rotated_levels import bits_of, level_of
 
 _ELEMENTS = 4096  # that a program holds at a time
+_COPIED = 64  # units whose codes a program moves at a time
+_AT_ONCE = 4  # programs that encode, by multiprocessor
 
 
 def pack_rotated_keys(
@@ -56,8 +58,9 @@ def pack_rotated_keys(
     bad = fresh.new_zeros(1, dtype=torch.int32)
     if blocks:
         with on_device(fresh):
-            _pack_keys[(blocks,)](
-                *(old, block, fresh, index, kept, starts, new, bad, len(old[0])),
+            _keep_keys[(blocks,)](old, index, kept, starts, new, **_rows(size, levels))
+            _pack_keys[(min(blocks, _programs(fresh)),)](
+                *(old, block, fresh, index, kept, starts, new, bad, len(old[0]), blocks),
                 **_sizes(size, levels),
             )
     return new, bad
@@ -71,11 +74,17 @@ def pack_rotated_values(
     new, bad = _new(len(index), levels, fresh), fresh.new_zeros(1, dtype=torch.int32)
     old = old or _new(0, levels, fresh)
     _check(old, fresh, index, levels)
-    if len(index):
-        sizes = _sizes(size, levels)
+    kept = len(index)
+    if kept:
+        grid = (triton.cdiv(kept, _COPIED),)
         with on_device(fresh):
-            _pack_values[(triton.cdiv(len(index), sizes["UNITS"]),)](
-                *(old, fresh, index, new, bad, len(old[0]), len(index)), **sizes
+            if len(old[0]):
+                how = _rows(size, levels)
+                _keep_values[grid](old, index, new, len(old[0]), kept, **how)
+            _pack_values[grid](
+                *(old, fresh, index, new, bad, len(old[0]), kept),
+                **_sizes(size, levels),
+                COPIED=_COPIED,
             )
     return new, bad
 
@@ -129,6 +138,15 @@ def _check(
     )
 
 
+def _rows(size: int, levels: tuple[float, ...]) -> dict[str, int]:
+    """What kernels that copy are compiled for."""
+    return {"SIZE": size, "ROW": size * bits_of(levels) // 8, "COPIED": _COPIED, "num_warps": 4}
+
+
+def _programs(tensor: Tensor) -> int:
+    return _AT_ONCE * multiprocessors(tensor.device)
+
+
 def _sizes(size: int, levels: tuple[float, ...]) -> dict[str, Any]:
     bits, channels = bits_of(levels), padded(size, least=16)
     every = np.array([*(-level for level in reversed(levels)), *levels], np.float32)
@@ -139,68 +157,93 @@ def _sizes(size: int, levels: tuple[float, ...]) -> dict[str, Any]:
         "BETWEEN": tuple(((every[1:] + every[:-1]) / 2).tolist()) if bits < 8 else (),
         "CHANNELS": channels,
         "STAGES": (size & -size).bit_length() - 1,
-        "UNITS": max(16, _ELEMENTS // channels // 2),
+        "UNITS": min(_COPIED, max(16, _ELEMENTS // channels // 2)),
         "num_warps": 4,
     }
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
+def _keep_keys(  # type: ignore[no-untyped-def]
+    old, index, kept, starts, new, SIZE: tl.constexpr, ROW: tl.constexpr, COPIED: tl.constexpr
+):
+    """Codes, scales and mean of a block that keeps them. Apart from what encodes: copying waits for
+    memory, and so needs many programs at once, which have few registers each."""
+    b = tl.program_id(0).to(tl.int64)
+    former = tl.load(kept + b).to(tl.int64)
+    if former >= 0:
+        first, end = tl.load(starts + b), tl.load(starts + b + 1)
+        d = tl.arange(0, triton.next_power_of_2(SIZE))
+        mean = tl.load(old[2] + former * SIZE + d, mask=d < SIZE, other=0.0)
+        tl.store(new[2] + b * SIZE + d, mean, mask=d < SIZE)
+        for at in range(first, end, COPIED):
+            k = at + tl.arange(0, COPIED)
+            unit = tl.load(index + k, mask=k < end, other=0)
+            _copy(old, new, unit, k, k < end, ROW)
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
 def _pack_keys(  # type: ignore[no-untyped-def]
-    old, old_block, fresh, index, kept, starts, new, bad, count,
+    old, old_block, fresh, index, kept, starts, new, bad, count, blocks,
     SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
     CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    first, end = tl.load(starts + b), tl.load(starts + b + 1)
-    former = tl.load(kept + b).to(tl.int64)
     d = tl.arange(0, CHANNELS)
-    at_mean = new[2] + b * SIZE + d
-    if former >= 0:
-        as_it_was = tl.load(old[2] + former * SIZE + d, mask=d < SIZE, other=0.0)
-        tl.store(at_mean, as_it_was, mask=d < SIZE)
-        for at in range(first, end, UNITS):
-            k = at + tl.arange(0, UNITS)
-            unit = tl.load(index + k, mask=k < end, other=0)
-            _copy(old, new, unit, k, k < end, SIZE * BITS // 8)
-    else:
-        total = tl.zeros((CHANNELS,), tl.float32)
-        for at in range(first, end, UNITS):
-            k = at + tl.arange(0, UNITS)
-            x = _units(
-                *(old, old_block, fresh, index, k, k < end, d, count),
-                *(SIZE, BITS, LEVELS, CHANNELS, STAGES, UNITS),
-            )
-            total += tl.sum(x, 0)
-        mean = _as_bfloat16(total / (end - first).to(tl.float32))
-        tl.store(at_mean, mean.to(tl.bfloat16), mask=d < SIZE)
-        for at in range(first, end, UNITS):
-            k = at + tl.arange(0, UNITS)
-            x = _units(
-                *(old, old_block, fresh, index, k, k < end, d, count),
-                *(SIZE, BITS, LEVELS, CHANNELS, STAGES, UNITS),
-            )
-            _refuse(x, bad)
-            away = tl.where((k < end)[:, None], x - mean[None, :], 0.0)
-            z = _turned(away, SIZE, CHANNELS, STAGES, UNITS)
-            _encode(z, new, bad, k, k < end, d, SIZE, BITS, LEVELS, BETWEEN)
+    # Few blocks are encoded, so that a program looks through many.
+    for number in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        if tl.load(kept + number) < 0:
+            first, end = tl.load(starts + number), tl.load(starts + number + 1)
+            total = tl.zeros((CHANNELS,), tl.float32)
+            for at in range(first, end, UNITS):
+                k = at + tl.arange(0, UNITS)
+                x = _units(
+                    *(old, old_block, fresh, index, k, k < end, d, count),
+                    *(SIZE, BITS, LEVELS, CHANNELS, STAGES, UNITS),
+                )
+                total += tl.sum(x, 0)
+            mean = _as_bfloat16(total / (end - first).to(tl.float32))
+            at_mean = new[2] + (tl.zeros((), tl.int64) + number) * SIZE + d
+            tl.store(at_mean, mean.to(tl.bfloat16), mask=d < SIZE)
+            for at in range(first, end, UNITS):
+                k = at + tl.arange(0, UNITS)
+                x = _units(
+                    *(old, old_block, fresh, index, k, k < end, d, count),
+                    *(SIZE, BITS, LEVELS, CHANNELS, STAGES, UNITS),
+                )
+                _refuse(x, bad)
+                away = tl.where((k < end)[:, None], x - mean[None, :], 0.0)
+                z = _turned(away, SIZE, CHANNELS, STAGES, UNITS)
+                _encode(z, new, bad, k, k < end, d, SIZE, BITS, LEVELS, BETWEEN)
+
+
+@triton.jit(do_not_specialize=["count", "kept"])
+def _keep_values(  # type: ignore[no-untyped-def]
+    old, index, new, count, kept, SIZE: tl.constexpr, ROW: tl.constexpr, COPIED: tl.constexpr
+):
+    k = tl.program_id(0).to(tl.int64) * COPIED + tl.arange(0, COPIED)
+    unit = tl.load(index + k, mask=k < kept, other=0)
+    _copy(old, new, unit, k, (k < kept) & (unit < count), ROW)
 
 
 @triton.jit(do_not_specialize=["count", "kept"])
 def _pack_values(  # type: ignore[no-untyped-def]
     old, fresh, index, new, bad, count, kept,
     SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
-    CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNITS: tl.constexpr,
+    CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNITS: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
-    k = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
-    unit = tl.load(index + k, mask=k < kept, other=0)
+    first = tl.program_id(0).to(tl.int64) * COPIED
     d = tl.arange(0, CHANNELS)
-    is_fresh = (k < kept) & (unit >= count)
-    if tl.max(is_fresh.to(tl.int32), 0) > 0:
-        x = _fresh(fresh, unit - count, is_fresh, d, SIZE)
-        _refuse(x, bad)
-        z = _turned(x, SIZE, CHANNELS, STAGES, UNITS)
-        _encode(z, new, bad, k, is_fresh, d, SIZE, BITS, LEVELS, BETWEEN)
-    _copy(old, new, unit, k, (k < kept) & (unit < count), SIZE * BITS // 8)
+    every = first + tl.arange(0, COPIED)
+    units = tl.load(index + every, mask=every < kept, other=0)
+    # Padding is unit 0, which is fresh where nothing is packed: harmless.
+    if tl.max((units >= count).to(tl.int32), 0) > 0:
+        for at in range(0, COPIED, UNITS):
+            k = first + at + tl.arange(0, UNITS)
+            unit = tl.load(index + k, mask=k < kept, other=0)
+            is_fresh = (k < kept) & (unit >= count)
+            x = _fresh(fresh, unit - count, is_fresh, d, SIZE)
+            _refuse(x, bad)
+            z = _turned(x, SIZE, CHANNELS, STAGES, UNITS)
+            _encode(z, new, bad, k, is_fresh, d, SIZE, BITS, LEVELS, BETWEEN)
 
 
 @triton.jit(do_not_specialize=["count", "kept"])

@@ -23,9 +23,11 @@ from torch import Tensor
 
 from locret.kernels.dispatch import (
     INTERPRETED,
+    blocks_of,
     check_tensors,
     on_device,
     padded,
+    row_of,
     takes_triton,
     tl,
     triton,
@@ -47,7 +49,7 @@ place of a minimum; values have one scale a unit: their group is the head size."
 _ELEMENTS = 4096  # codes' bytes that a program expands
 _UNITS = 128  # most units whose codes these are
 _ROTATED_UNITS = 64  # units that a program rotates back
-_CHANNELS = 128  # channels of them
+_CHANNELS = 128  # most channels of them that it makes at a time
 
 
 @dataclass(frozen=True)
@@ -281,35 +283,6 @@ def _expand(  # type: ignore[no-untyped-def]
         tl.store(at, x.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def row_of(rows, unit, there):  # type: ignore[no-untyped-def]
-    """The row that each unit goes to, int64."""
-    row = unit.to(tl.int64)
-    if rows is not None:
-        row = tl.load(rows + unit, mask=there, other=0)
-    return row
-
-
-@triton.jit
-def blocks_of(starts, first, UNITS: tl.constexpr, blocks):  # type: ignore[no-untyped-def]
-    """The blocks of the units first .. first + UNITS - 1, int32 [UNITS]."""
-    # Where the first one is: the range that holds it shrinks 256-fold with each load.
-    block = tl.full((), 0, tl.int32)
-    left = blocks
-    while left > 1:
-        step = tl.cdiv(left, 256)
-        i = tl.arange(0, 256) * step
-        candidates = tl.load(starts + block + i, mask=i < left, other=2**31 - 1)
-        found = (tl.sum((candidates <= first).to(tl.int32), 0) - 1) * step
-        block += found
-        left = tl.minimum(step, left - found)
-    # No block is empty, so that the others are among the next ones.
-    i = tl.arange(0, UNITS)
-    following = block + 1 + i
-    ends = tl.load(starts + following, mask=following < blocks, other=2**31 - 1)
-    return block + tl.sum((ends[None, :] <= (first + i)[:, None]).to(tl.int32), 1)
-
-
 def expand_rotated(
     packed: tuple[Tensor, ...],
     levels: Levels,
@@ -335,8 +308,10 @@ def expand_rotated(
         upcast = INTERPRETED or is_wide(out)
         units = _ROTATED_UNITS // 4 if upcast else _ROTATED_UNITS
         channels = min(_CHANNELS // 2 if upcast else _CHANNELS, padded(size, least=16))
+        split = size & -size == size and size // chunks_of(bits) <= _CHANNELS
+        programs = 1 if split else triton.cdiv(size, channels)
         with on_device(out):
-            _rotate_back[(triton.cdiv(count, units), triton.cdiv(size, channels))](
+            _rotate_back[(triton.cdiv(count, units), programs)](
                 *(tuple(packed), starts, out, at),
                 *(count, 0 if starts is None else len(starts) - 1, out.stride()),
                 SIZE=size,
@@ -345,6 +320,7 @@ def expand_rotated(
                 CHANNELS=channels,
                 CHUNK_BLOCK=padded(size // chunks_of(bits), least=16),
                 UNITS=units,
+                SPLIT=split,
                 ASSEMBLY=None if upcast else chunk_assembly(levels),
                 num_warps=8 if upcast else 4,
             )
@@ -410,7 +386,7 @@ def check_rotated(
 def _rotate_back(  # type: ignore[no-untyped-def]
     packed, starts, out, rows, count, blocks, out_strides,
     SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, CHANNELS: tl.constexpr,
-    CHUNK_BLOCK: tl.constexpr, UNITS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr, UNITS: tl.constexpr, SPLIT: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = 8 // (BITS - BITS % 2)
     CHUNK: tl.constexpr = SIZE // CHUNKS
@@ -418,23 +394,49 @@ def _rotate_back(  # type: ignore[no-untyped-def]
     unit = first + tl.arange(0, UNITS)
     there = unit < count
     byte = tl.arange(0, CHUNK_BLOCK)
-    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     at = packed[0] + unit.to(tl.int64)[:, None] * (SIZE * BITS // 8)
     mask = there[:, None] & (byte < CHUNK)[None, :]
     codes = load_codes(at, byte[None, :], mask, BITS, CHUNK, ASSEMBLY)
-    x = tl.zeros((UNITS, CHANNELS), tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        level = levels_at(codes, chunk, BITS, LEVELS, ASSEMBLY)
-        # Elements of H are 1 or -1 here, which float16 holds; what comes of padding is zero.
-        channel = tl.where(byte < CHUNK, chunk * CHUNK + byte, -1)
-        signs = hadamard_at(channel[:, None], d[None, :], SIZE).to(level.dtype)
-        x = tl.dot(level, signs, acc=x, input_precision="ieee")
     scale = tl.load(packed[1] + unit, mask=there, other=0.0).to(tl.float32)
-    x *= scale[:, None] * (SIZE & -SIZE) ** -0.5
-    mask = there[:, None] & (d < SIZE)[None, :]
+    scale *= (SIZE & -SIZE) ** -0.5
+    at_out = out + row_of(rows, unit, there)[:, None] * out_strides[0]
+    block = unit.to(tl.int64)
     if starts is not None:
         block = blocks_of(starts, first, UNITS, blocks).to(tl.int64)
+    to = (at_out, out_strides[1], packed, starts, block, scale, there)
+    # Elements of H are 1 or -1 here, which float16 holds; what comes of padding is zero.
+    if SPLIT:
+        # H is a product of two: within a chunk of channels, and among chunks.
+        signs = hadamard_at(tl.where(byte < CHUNK, byte, -1)[:, None], byte[None, :], CHUNK)
+        x = ()  # type: tuple
+        for chunk in tl.static_range(CHUNKS):
+            level = levels_at(codes, chunk, BITS, LEVELS, ASSEMBLY)
+            x += (tl.dot(level, signs.to(level.dtype), input_precision="ieee"),)
+        if CHUNKS == 4:
+            x = (x[0] + x[1], x[0] - x[1], x[2] + x[3], x[2] - x[3])
+            x = (x[0] + x[2], x[1] + x[3], x[0] - x[2], x[1] - x[3])
+        elif CHUNKS == 2:
+            x = (x[0] + x[1], x[0] - x[1])
+        for chunk in tl.static_range(CHUNKS):
+            _write(x[chunk], to, chunk * CHUNK + byte, byte < CHUNK, SIZE)
+    else:
+        d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        y = tl.zeros((UNITS, CHANNELS), tl.float32)
+        for chunk in tl.static_range(CHUNKS):
+            level = levels_at(codes, chunk, BITS, LEVELS, ASSEMBLY)
+            channel = tl.where(byte < CHUNK, chunk * CHUNK + byte, -1)
+            signs = hadamard_at(channel[:, None], d[None, :], SIZE).to(level.dtype)
+            y = tl.dot(level, signs, acc=y, input_precision="ieee")
+        _write(y, to, d, d < SIZE, SIZE)
+
+
+@triton.jit
+def _write(x, to, d, those, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scale units, add their means, and store `those` of the channels `d`."""
+    at_out, stride, packed, starts, block, scale, there = to
+    mask = there[:, None] & those[None, :]
+    x *= scale[:, None]
+    if starts is not None:
         mean = tl.load(packed[2] + block[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
         x += mean.to(tl.float32)
-    at = out + row_of(rows, unit, there)[:, None] * out_strides[0] + d[None, :] * out_strides[1]
-    tl.store(at, x.to(out.dtype.element_ty), mask=mask)
+    tl.store(at_out + d[None, :] * stride, x.to(at_out.dtype.element_ty), mask=mask)

@@ -51,7 +51,8 @@ def test_highest_as_topk(device):
 
 def test_sequences_longer_than_registers_hold(device, monkeypatch):
     monkeypatch.setattr(evict, "_RESIDENT", 64)
-    monkeypatch.setattr(evict, "_TILE", 32)
+    for name in ("_TILE", "_SWEPT"):
+        monkeypatch.setattr(evict, name, 32)
     lengths, kept = [301, 0, 7], [200, 10, 3]
     old = torch.randn(308, device=device).round(decimals=1)
     new = torch.randn(1, 3, 45, device=device).round(decimals=1)
@@ -70,7 +71,11 @@ def test_ties_infinities_and_nan(device, old, data):
     tails = [data.draw(st.integers(0, n - head)) for n, head in zip(kept, heads, strict=True)]
     flat = torch.tensor([score for scores in old for score in scores], device=device).float()
     fresh = torch.tensor(new, device=device).float().view(1, len(old), count)
-    compare(flat, fresh, lengths, kept, tails, heads)
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):
+            for name in ("_RESIDENT", "_TILE", "_SWEPT"):
+                patch.setattr(evict, name, 4)
+        compare(flat, fresh, lengths, kept, tails, heads)
 
 
 def test_views(device):

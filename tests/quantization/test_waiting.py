@@ -52,7 +52,11 @@ def test_work_that_waits_itself_is_not_done_again():
 def test_what_is_fetched_is_what_was_there_before_the_work():
     device = torch.device("cuda")
     x = to_device(torch.arange(100_000), device)
-    with meanwhile(lambda: x.zero_() and None):
+
+    def work():
+        x.zero_()
+
+    with meanwhile(work):
         assert torch.equal(from_device(x), torch.arange(100_000))
     assert not x.any()
 
