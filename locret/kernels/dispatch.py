@@ -144,11 +144,8 @@ def row_of(rows, unit, there):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def blocks_of(  # type: ignore[no-untyped-def]
-    starts,
-    first,
-    UNITS: tl.constexpr,
-    blocks,  # type: ignore[name-defined]
-):
+    starts, first, UNITS: tl.constexpr, blocks  # type: ignore[name-defined]
+):  # fmt: skip
     """The blocks of the units first .. first + UNITS - 1, int32 [UNITS]."""
     # Where the first one is: the range that holds it shrinks 256-fold with each load.
     block = tl.full((), 0, tl.int32)

@@ -4,8 +4,8 @@ An eviction keeps some packed units, whose codes move as they are (`_keep_keys`,
 and fresh ones, which are encoded; of keys, some blocks of packed units are encoded anew, for they
 became thin (`_pack_keys`, `_pack_values`). A program encodes a block of keys, or a few values: it
 gathers, decodes, takes the mean away, rotates by butterflies in registers, chooses levels twice,
-and packs bits by a matrix product with powers of two. Callers ask `dispatch.takes_triton` first; the twin is the plain path of
-`locret.quantization.packed` with `locret.quantization.codes`.
+and packs bits by a matrix product with powers of two. Callers ask `dispatch.takes_triton` first;
+the twin is the plain path of `locret.quantization.packed` with `locret.quantization.codes`.
 
 N packed units, F fresh ones, K units kept, M blocks, D head size, a multiple of 8.
 """
