@@ -407,7 +407,7 @@ def test_records_that_lack_something_are_refused_by_name(engine, model, tmp_path
     path = tmp_path / "context"
     engine.prefill(prompt(30)).save(path)
     whole = (path / "context.json").read_text()
-    for name in json.loads(whole):
+    for name in json.loads(whole).keys() - {"crc32"}:
         damaged(path, lambda record, name=name: record.pop(name))
         with pytest.raises(ValueError, match="context.json is damaged"):
             locret.RetainedCache.load(path, model)
@@ -433,6 +433,104 @@ def test_units_of_another_context_are_refused(engine, model, tmp_path):
     damaged(tmp_path / "30", lambda record: record["tensors"].update({"1.keys": [1, 2, 3, 4]}))
     with pytest.raises(ValueError, match="does not go with context.json: 1.keys"):
         locret.RetainedCache.load(tmp_path / "30", model)
+
+
+def places(file):
+    """Where the bytes of every tensor begin and end in a safetensors file."""
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    header.pop("__metadata__", None)
+    return {n: tuple(start + at for at in x["data_offsets"]) for n, x in header.items()}
+
+
+def flip(file, at, bit=0):
+    whole = bytearray(file.read_bytes())
+    whole[at] ^= 1 << bit
+    file.write_bytes(whole)
+
+
+STORED = [
+    {},
+    {"quantization": {"name": "kivi", "bits": 4}},
+    {"recall": {"block_size": 4}},
+    {"decode_interval": 4},
+]
+
+
+@pytest.mark.parametrize("settings", STORED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_changed_byte_is_refused_in_every_tensor(tmp_path, settings, dtype):
+    model = tiny_model("llama").to(dtype)
+    engine = locret.Engine(model, "keydiff", **SMALL | settings)
+    engine.prefill(prompt(150)).save(tmp_path / "context")
+    file = tmp_path / "context" / "units.safetensors"
+    filled = {name: place for name, place in places(file).items() if place[0] < place[1]}
+    assert {"token_ids", "0.keys", "1.values"} <= filled.keys()
+    for name, (first, end) in filled.items():
+        for at in {first, (first + end) // 2, end - 1}:
+            flip(file, at)
+            with pytest.raises(ValueError) as caught:
+                locret.RetainedCache.load(tmp_path / "context", model)
+            said = str(caught.value)
+            assert said.startswith(f"{file} is damaged: {name} has the checksum ")
+            assert said.endswith("read the prompt again and save its context anew")
+            flip(file, at)
+    assert locret.RetainedCache.load(tmp_path / "context", model).seen == 150
+
+
+def test_a_changed_byte_of_the_header_is_refused(engine, model, tmp_path):
+    engine.prefill(prompt(60)).save(tmp_path / "context")
+    file = tmp_path / "context" / "units.safetensors"
+    for at in range(min(first for first, _ in places(file).values())):
+        flip(file, at, at % 7)
+        with pytest.raises(ValueError, match=file.name):
+            locret.RetainedCache.load(tmp_path / "context", model)
+        flip(file, at, at % 7)
+    assert locret.RetainedCache.load(tmp_path / "context", model).seen == 60
+
+
+def test_the_type_of_a_tensor_is_part_of_its_checksum(engine, model, tmp_path):
+    engine.prefill(prompt(60)).save(tmp_path / "context")
+    file = tmp_path / "context" / "units.safetensors"
+    whole = file.read_bytes()
+    assert b'"F32"' in whole
+    file.write_bytes(whole.replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(ValueError, match="is damaged: .* has the checksum"):
+        locret.RetainedCache.load(tmp_path / "context", model)
+
+
+def test_units_of_another_context_of_equal_shape_are_refused(engine, model, tmp_path):
+    for seed in (0, 1):
+        engine.prefill(prompt(40, seed=seed)).save(tmp_path / str(seed))
+    file = "units.safetensors"
+    (tmp_path / "0" / file).write_bytes((tmp_path / "1" / file).read_bytes())
+    with pytest.raises(ValueError, match=f"{file} is damaged: .* has the checksum"):
+        locret.RetainedCache.load(tmp_path / "0", model)
+
+
+def test_contexts_without_checksums_still_load(engine, model, tmp_path):
+    cache = engine.prefill(prompt(60))
+    cache.save(tmp_path / "context")
+    damaged(tmp_path / "context", lambda record: record.pop("crc32"))
+    loaded = locret.RetainedCache.load(tmp_path / "context", model)
+    assert torch.equal(asked(engine, loaded), asked(engine, cache))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "12", None, [1]])
+def test_a_wrong_checksum_is_refused(engine, model, tmp_path, wrong):
+    engine.prefill(prompt(60)).save(tmp_path / "context")
+    damaged(tmp_path / "context", lambda record: record["crc32"].update({"1.keys": wrong}))
+    with pytest.raises(ValueError, match="is damaged: 1.keys has the checksum .* says .*anew"):
+        locret.RetainedCache.load(tmp_path / "context", model)
+
+
+@pytest.mark.parametrize("checksums", [None, 5, [], {}, {"0.keys": 1}])
+def test_checksums_of_some_tensors_only_are_refused(engine, model, tmp_path, checksums):
+    engine.prefill(prompt(60)).save(tmp_path / "context")
+    damaged(tmp_path / "context", lambda record: record.update(crc32=checksums))
+    with pytest.raises(ValueError, match="context.json is damaged .crc32 does not have a number"):
+        locret.RetainedCache.load(tmp_path / "context", model)
 
 
 @pytest.mark.parametrize("given", [[[1, 2, 3]], prompt(5).float(), prompt(5).bool()])

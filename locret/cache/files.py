@@ -1,19 +1,20 @@
 """Contexts on disk: read once, asked in another process.
 
 A folder with `units.safetensors` (keys, values, scores, source positions of every layer) and
-`context.json` (everything else, and the model it belongs to).
+`context.json` (everything else, the model it belongs to, and a checksum of every tensor).
 """
 
 import contextlib
 import hashlib
 import json
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, nn, uint8
 
 from locret.cache.context import StoredContext, sequences_of
 from locret.cache.layer import RetainedLayer
@@ -29,6 +30,10 @@ from locret.quantization.packed import PackedKeys, PackedValues
 SCHEMA = 3
 
 UNITS, CONTEXT = "units.safetensors", "context.json"
+
+CHECKSUMS = "crc32"
+"""Where the record has what `checksum` gives of every tensor. Contexts saved by earlier versions
+have none, and are read unchecked."""
 
 REQUEST = ("budget", "prompt_lengths", "longrope", "query_length", "answered", "padding")
 """What a `RetainedCache` knows of its request, beside the tokens."""
@@ -115,6 +120,7 @@ def save(cache: Any, path: str | Path) -> None:
     tensors = {"token_ids": cache.token_ids, "unread_ids": cache.unread_ids}
     for i, layer in enumerate(cache.layers):
         tensors |= {f"{i}.{name}": tensor for name, tensor in _layer_tensors(layer).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     record = {"schema": SCHEMA} | {name: getattr(cache, name) for name in _RECORDED}
     record |= {name: [getattr(x, own) for x in cache.layers] for name, own in _OF_LAYERS.items()}
     record["lengths"] = [lengths_of(layer.store) for layer in cache.layers]
@@ -123,9 +129,10 @@ def save(cache: Any, path: str | Path) -> None:
         "merging": describe_merging(cache.merging),
         "recall": asdict(cache.recall) if cache.recall else None,
         "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        CHECKSUMS: {name: checksum(tensor) for name, tensor in tensors.items()},
     }
     with written_aside(path) as aside:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, aside / UNITS)
+        save_file(tensors, aside / UNITS)
         (aside / CONTEXT).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
@@ -208,7 +215,31 @@ def _read(path: Path, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path / UNITS} does not go with {CONTEXT}: {', '.join(sorted(differing)[:3])} of "
             f"{len(differing)} tensors that differ; save the context again"
         )
+    if CHECKSUMS in record:
+        _check_bytes(path, record[CHECKSUMS], tensors)
     return record, tensors
+
+
+def checksum(tensor: Tensor) -> int:
+    """The CRC-32 of a tensor's type and bytes. The tensor is contiguous, on the CPU, of any shape
+    and dtype; its bytes are read where they lie."""
+    start = zlib.crc32(str(tensor.dtype).encode())
+    return zlib.crc32(tensor.reshape(-1).view(uint8).numpy().data, start)
+
+
+def _check_bytes(path: Path, recorded: Any, tensors: dict[str, Tensor]) -> None:
+    """ValueError: some tensor is not what was saved; says which."""
+    if not isinstance(recorded, dict) or recorded.keys() != tensors.keys():
+        raise ValueError(
+            f"{path / CONTEXT} is damaged ({CHECKSUMS} does not have a number for every tensor); "
+            "read the prompt again and save its context anew"
+        )
+    for name, tensor in tensors.items():
+        if (found := checksum(tensor)) != recorded[name]:
+            raise ValueError(
+                f"{path / UNITS} is damaged: {name} has the checksum {found}, and {CONTEXT} says "
+                f"{recorded[name]!r}; read the prompt again and save its context anew"
+            )
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -189,6 +189,16 @@ def test_memory_holds_some_of_them(tmp_path, read, twin, clock):
     assert contexts.bytes_in_memory == 0
 
 
+def test_a_context_with_a_changed_byte_is_not_there(tmp_path, read, twin):
+    id = Contexts(tmp_path).put(read()).id
+    file = tmp_path / id / "units.safetensors"
+    whole = bytearray(file.read_bytes())
+    whole[-1] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(UnknownContext, match=f"{id} is damaged, .* upload it again"):
+        Contexts(tmp_path).get(id, twin.model)
+
+
 def test_damaged_and_unfinished_files(tmp_path, read, make, ids):
     contexts = Contexts(tmp_path)
     damaged, cut = contexts.put(read()).id, contexts.put(read()).id
