@@ -261,7 +261,8 @@ class Store:
     def retain(self, index: Tensor, kept: Sequences, new: NewTokens | None = None) -> None:
         """Hold some of the units of context, tail and `new` ones, as a context: those at `index`,
         long [K], ascending in each sequence, its units counted through all three, of which it keeps
-        as many as `kept` says. ValueError: one cannot be packed; nothing has changed then."""
+        as many as `kept` says. ValueError: one cannot be packed; nothing has changed then,
+        but within `refusing_last`, which says so at its end."""
         most, packed = self.scheme.residual, None
         if self.scheme.packs:
             counts = tuple(tuple(max(n - most, 0) for n in row) for row in kept.counts)
@@ -272,7 +273,7 @@ class Store:
     def pack(self, tight: bool = False) -> None:
         """What was appended has been attended to: pack it as far as it fills blocks; if `tight`,
         all but the scheme's residual, so that the bytes are those of an eviction. ValueError: a key
-        or value cannot be packed; nothing has changed then."""
+        or value cannot be packed, as for `retain`."""
         scheme = self.scheme
         if not scheme.packs or not self.tail.count:
             return
@@ -325,7 +326,7 @@ class Store:
         room: int,
     ) -> None:
         """Hold the same units with rotated keys: slots do not move any more. ValueError: a key
-        cannot be packed; nothing has changed then.
+        cannot be packed, as for `retain`.
 
         Args:
             rotate_context: of all keys of the context, flat [N, D].

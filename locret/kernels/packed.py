@@ -49,7 +49,7 @@ place of a minimum; values have one scale a unit: their group is the head size."
 _ELEMENTS = 4096  # codes' bytes that a program expands
 _UNITS = 128  # most units whose codes these are
 _ROTATED_UNITS = 64  # units that a program rotates back
-_CHANNELS = 128  # most channels of them that it makes at a time
+_CHANNELS = 128  # most channels of them that it makes of one product
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def expand_rotated(
         upcast = INTERPRETED or is_wide(out)
         units = _ROTATED_UNITS // 4 if upcast else _ROTATED_UNITS
         channels = min(_CHANNELS // 2 if upcast else _CHANNELS, padded(size, least=16))
-        split = size & -size == size and size // chunks_of(bits) <= _CHANNELS
+        split = size & -size == size and size // chunks_of(bits) <= channels
         programs = 1 if split else triton.cdiv(size, channels)
         with on_device(out):
             _rotate_back[(triton.cdiv(count, units), programs)](
