@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from locret.heads.heads import Geometry
+from locret.heads.quotas import capped
 from locret.quantization import Scheme
 from locret.quantization.blocks import most_bytes, most_bytes_shared
 from locret.quantization.codes import pack, unpack
@@ -136,14 +137,22 @@ class Sizing:
     def _beside(self) -> int:
         return BESIDE_BYTES + SCORE_BYTES * self.scored
 
-    def shared(self, budgets: Sequence[int]) -> list[int]:
+    def shared(self, budgets: Sequence[int], most: int | None = None) -> list[int]:
         """What each layer may keep by the scheme's own rule, where a policy gives it `budgets`:
-        layers that are stored in more bits keep fewer units, at the same bytes."""
+        layers that are stored in more bits keep fewer units, at the same bytes.
+
+        Args:
+            most: units that a layer may keep; None = any number. What the policy gives it above
+                goes to other layers; what only fewer bits give it is left.
+        """
+        if most is not None:
+            budgets = capped(budgets, most)
         by_budget = {
             budget: self.scheme.budgets(budget, self.num_layers, self.head_size, self.element_size)
             for budget in set(budgets)
         }
-        return [by_budget[budget][layer] for layer, budget in enumerate(budgets)]
+        units = [by_budget[budget][layer] for layer, budget in enumerate(budgets)]
+        return units if most is None else [min(each, most) for each in units]
 
     def units_within(self, nbytes: int, most: int, slot_bytes: int = 0) -> int:
         """Units, `most` at most, that fit into `nbytes`, by the scheme's rule for equal budgets;
