@@ -32,6 +32,17 @@ class FirstHead(KNormPolicy):
         return scores
 
 
+class Watching(FirstHead):
+    """Notes how many slots each chunk takes with what is held before it."""
+
+    def __init__(self):
+        self.slots = []
+
+    def score(self, chunk):
+        self.slots.append(chunk.context_length + chunk.key.shape[2])
+        return super().score(chunk)
+
+
 SHARING = [AdaptiveHeads(FirstHead()), SharedLayers("knorm"), KVzipPolicy(dynamic=True)]
 
 
@@ -99,6 +110,21 @@ def test_fewer_bits_give_no_layer_more_than_the_window_has_slots():
     (most, _), base = config.counts(policy, free, 4000)
     assert most > 744
     assert config.counts(policy, bound, 4000) == ((744, 744), base)
+
+
+@pytest.mark.parametrize("quotas", [None, [[9, 1], [1, 1]]])
+@pytest.mark.parametrize(("context", "question"), [(250, 10), (224, 16), (60, 10)])
+def test_heads_leave_slots_for_a_last_chunk_with_a_question(model, quotas, context, question):
+    watching = Watching()
+    policy = watching if quotas else AdaptiveHeads(watching)
+    settings = {"budget": 24, "chunk_size": 16, "stabilizers": 2, "quotas": quotas}
+    engine = locret.Engine(model, policy, query_aware=True, **settings)
+    engine.prefill(prompt(context), query_ids=prompt(question, seed=1))
+    assert max(watching.slots) == WINDOW  # all are used, and none beyond
+    watching.slots.clear()
+    cache = engine.prefill(prompt(40), query_ids=prompt(question, seed=1))
+    assert max(watching.slots) <= WINDOW
+    assert lengths(cache).sum() == 4 * 24
 
 
 @pytest.mark.parametrize("policy", ["knorm", *SHARING[:2]])

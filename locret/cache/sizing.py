@@ -46,7 +46,8 @@ class Sizing:
         windows: sliding windows of the layers that hold one, beside those counted above.
         query_tokens: of a question that is read in front of a context.
         window: slots that a sequence has at compact positions; None = any number.
-        chunk: tokens that are read at a time; 0 = all at once.
+        chunk: tokens that are read at a time, at most; 0 = all at once.
+        beside: tokens of a question that are read together with a context.
     """
 
     scheme: Scheme
@@ -60,6 +61,7 @@ class Sizing:
     query_tokens: int = 0
     window: int | None = None
     chunk: int = 0
+    beside: int = 0
 
     @classmethod
     def of(
@@ -76,8 +78,9 @@ class Sizing:
 
     def head_slots(self, context: int) -> int | None:
         """Units that a head can hold, of a context of that many tokens: as many as leave slots of
-        the window for a chunk, at least 1; None = all, because these fit into it."""
-        if self.window is None or not 0 < self.chunk < context or context <= self.window:
+        the window for the longest chunk, at least 1; None = all, because these fit into it."""
+        tokens = context + self.beside
+        if self.window is None or not 0 < self.chunk < tokens or tokens <= self.window:
             return None
         return max(1, self.window - self.chunk)
 
