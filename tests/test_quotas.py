@@ -21,6 +21,7 @@ from locret.heads.quotas import (
     GRID_FROM,
     Quotas,
     averaged,
+    capped,
     in_words,
     is_on_grid,
     measured,
@@ -200,6 +201,20 @@ def test_what_one_head_cannot_take_goes_to_the_others_by_their_shares():
     assert unit_counts([[6, 2, 1, 1]], 100, 200) == ((200, 100, 50, 50),)
     assert unit_counts([[1, 0]], 30, 40) == ((40, 20),)
     assert unit_counts([[1, 0]], 100, 1000) == ((195, 5),)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "most", "expected"),
+    [
+        ([968, 656, 344, 32], 744, [744, 744, 468, 44]),
+        ([968, 656, 344, 32], 968, [968, 656, 344, 32]),
+        ([9, 1], 6, [6, 4]),
+        ([5, 0], 3, [3, 2]),
+        ([9, 5], 3, [3, 3]),  # there is no room for all
+    ],
+)
+def test_what_one_layer_cannot_take_goes_to_the_others_in_proportion(budgets, most, expected):
+    assert capped(budgets, most) == expected
 
 
 def test_no_head_gets_less_than_the_floor():

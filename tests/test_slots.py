@@ -7,10 +7,11 @@ import torch
 import locret
 from locret.cache.sizing import Sizing
 from locret.engine.config import EngineConfig
-from locret.policies.compose import AdaptiveHeads, SharedLayers
+from locret.policies.attention import PyramidKVPolicy
+from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
 from locret.policies.kvzip import KVzipPolicy
 from locret.policies.plain import KNormPolicy
-from locret.quantization import NO_SCHEME
+from locret.quantization import NO_SCHEME, make_scheme
 from tests.kept import kept_of
 from tests.test_batches import padded
 from tests.tiny_models import prompt, tiny_model
@@ -29,6 +30,17 @@ class FirstHead(KNormPolicy):
         scores = super().score(chunk).clone()
         scores[:, 0] += 1000
         return scores
+
+
+class Watching(FirstHead):
+    """Notes how many slots each chunk takes with what is held before it."""
+
+    def __init__(self):
+        self.slots = []
+
+    def score(self, chunk):
+        self.slots.append(chunk.context_length + chunk.key.shape[2])
+        return super().score(chunk)
 
 
 SHARING = [AdaptiveHeads(FirstHead()), SharedLayers("knorm"), KVzipPolicy(dynamic=True)]
@@ -60,6 +72,59 @@ def test_no_quota_gives_a_head_more_than_the_window_has_slots(window, chunk, bud
     sizing = Sizing(NO_SCHEME, 2, 2, 8, window=window, chunk=chunk)
     config = EngineConfig.of("knorm", stabilizers=0, budget=budget, quotas=TABLE)
     assert config.counts(KNormPolicy(), sizing, 1000) == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "expected"),
+    [
+        (PyramidKVPolicy(), 500, [744, 744, 468, 44]),  # of 968, 656, 344, 32
+        (SharedLayers(PyramidKVPolicy()), 500, [744, 744, 468, 44]),
+        (PyramidLayers("knorm"), 500, [744, 744, 477, 35]),  # of 975, 659, 341, 25
+        (PyramidLayers("knorm"), 300, [585, 395, 205, 15]),  # all have slots
+        (PyramidLayers("knorm"), 744, [744] * 4),
+        (PyramidLayers("knorm"), 800, [800] * 4),  # more than there are slots is the user's wish
+        (PyramidLayers("knorm"), [900, 656, 344, 32], [900, 656, 344, 32]),
+    ],
+)
+def test_no_layer_gets_more_than_the_window_has_slots(policy, budget, expected):
+    sizing = Sizing(NO_SCHEME, 4, 2, 8, window=1000, chunk=256)
+    config = EngineConfig.of(policy, stabilizers=0, budget=budget)
+    assert config.counts(policy, sizing, 4000) == tuple((units,) * 2 for units in expected)
+
+
+@pytest.mark.parametrize("budget", ["8x", "8x bytes", "150kB"])
+def test_layers_use_all_of_a_share_or_of_bytes_beside_full_ones(budget):
+    policy = PyramidLayers("knorm")
+    config = EngineConfig.of(policy, stabilizers=0, budget=budget)
+    free, bound = (Sizing(NO_SCHEME, 4, 2, 8, window=w, chunk=256) for w in (None, 1000))
+    alone, beside = (config.counts(policy, sizing, 4000) for sizing in (free, bound))
+    assert max(map(max, beside)) == 744 < max(map(max, alone))
+    assert sum(map(sum, beside)) == pytest.approx(sum(map(sum, alone)), abs=16)
+
+
+def test_fewer_bits_give_no_layer_more_than_the_window_has_slots():
+    given = {"bits": 8, "quant_layers_bits": 2}
+    scheme = make_scheme("layerquant", quant_end_layers=1, **given)
+    free, bound = (Sizing(scheme, 2, 2, 64, window=w, chunk=256) for w in (None, 1000))
+    config, policy = EngineConfig.of("knorm", stabilizers=0, budget=500), KNormPolicy()
+    (most, _), base = config.counts(policy, free, 4000)
+    assert most > 744
+    assert config.counts(policy, bound, 4000) == ((744, 744), base)
+
+
+@pytest.mark.parametrize("quotas", [None, [[9, 1], [1, 1]]])
+@pytest.mark.parametrize(("context", "question"), [(250, 10), (224, 16), (60, 10)])
+def test_heads_leave_slots_for_a_last_chunk_with_a_question(model, quotas, context, question):
+    watching = Watching()
+    policy = watching if quotas else AdaptiveHeads(watching)
+    settings = {"budget": 24, "chunk_size": 16, "stabilizers": 2, "quotas": quotas}
+    engine = locret.Engine(model, policy, query_aware=True, **settings)
+    engine.prefill(prompt(context), query_ids=prompt(question, seed=1))
+    assert max(watching.slots) == WINDOW  # all are used, and none beyond
+    watching.slots.clear()
+    cache = engine.prefill(prompt(40), query_ids=prompt(question, seed=1))
+    assert max(watching.slots) <= WINDOW
+    assert lengths(cache).sum() == 4 * 24
 
 
 @pytest.mark.parametrize("policy", ["knorm", *SHARING[:2]])

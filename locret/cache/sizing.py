@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from locret.heads.heads import Geometry
+from locret.heads.quotas import capped
 from locret.quantization import Scheme
 from locret.quantization.blocks import most_bytes, most_bytes_shared
 from locret.quantization.codes import pack, unpack
@@ -45,7 +46,8 @@ class Sizing:
         windows: sliding windows of the layers that hold one, beside those counted above.
         query_tokens: of a question that is read in front of a context.
         window: slots that a sequence has at compact positions; None = any number.
-        chunk: tokens that are read at a time; 0 = all at once.
+        chunk: tokens that are read at a time, at most; 0 = all at once.
+        beside: tokens of a question that are read together with a context.
     """
 
     scheme: Scheme
@@ -59,6 +61,7 @@ class Sizing:
     query_tokens: int = 0
     window: int | None = None
     chunk: int = 0
+    beside: int = 0
 
     @classmethod
     def of(
@@ -75,8 +78,9 @@ class Sizing:
 
     def head_slots(self, context: int) -> int | None:
         """Units that a head can hold, of a context of that many tokens: as many as leave slots of
-        the window for a chunk, at least 1; None = all, because these fit into it."""
-        if self.window is None or not 0 < self.chunk < context or context <= self.window:
+        the window for the longest chunk, at least 1; None = all, because these fit into it."""
+        tokens = context + self.beside
+        if self.window is None or not 0 < self.chunk < tokens or tokens <= self.window:
             return None
         return max(1, self.window - self.chunk)
 
@@ -136,14 +140,22 @@ class Sizing:
     def _beside(self) -> int:
         return BESIDE_BYTES + SCORE_BYTES * self.scored
 
-    def shared(self, budgets: Sequence[int]) -> list[int]:
+    def shared(self, budgets: Sequence[int], most: int | None = None) -> list[int]:
         """What each layer may keep by the scheme's own rule, where a policy gives it `budgets`:
-        layers that are stored in more bits keep fewer units, at the same bytes."""
+        layers that are stored in more bits keep fewer units, at the same bytes.
+
+        Args:
+            most: units that a layer may keep; None = any number. What the policy gives it above
+                goes to other layers; what only fewer bits give it is left.
+        """
+        if most is not None:
+            budgets = capped(budgets, most)
         by_budget = {
             budget: self.scheme.budgets(budget, self.num_layers, self.head_size, self.element_size)
             for budget in set(budgets)
         }
-        return [by_budget[budget][layer] for layer, budget in enumerate(budgets)]
+        units = [by_budget[budget][layer] for layer, budget in enumerate(budgets)]
+        return units if most is None else [min(each, most) for each in units]
 
     def units_within(self, nbytes: int, most: int, slot_bytes: int = 0) -> int:
         """Units, `most` at most, that fit into `nbytes`, by the scheme's rule for equal budgets;

@@ -51,14 +51,18 @@ def layer_budgets(
     budget: Budget, quotas: Quotas | None, policy: Policy, sizing: Sizing, context: int
 ) -> tuple[int, ...] | None:
     """Units that every layer keeps of a context of that many tokens, as the policy shares them out
-    and before quotas do; None = all. ValueError: not one unit fits into the memory."""
+    and before quotas do; None = all. No layer gets more than a head has slots for, or than layers
+    have on average where this is more. ValueError: not one unit fits into the memory."""
     if budget is None or not sizing.num_layers:
         return None
     if isinstance(budget, tuple):
         return budget
 
+    slots = sizing.head_slots(context)
+
     def of_layers(average: int) -> Sequence[int]:
-        return sizing.shared(policy.budgets(average, sizing.num_layers, context))
+        most = None if slots is None else max(slots, average)
+        return sizing.shared(policy.budgets(average, sizing.num_layers, context), most)
 
     if isinstance(budget, Memory | ByteShare):
         sharing = 0 if not policy.shares else 2 if policy.waits or policy.rereads else 1

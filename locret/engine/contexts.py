@@ -213,8 +213,7 @@ class Reader:
         return [self._plan(context, length, query) for context, length, query in each]
 
     def _plan(self, ids: Tensor, prompt_length: int, query_ids: Tensor | None) -> Planned:
-        counts = self.config.counts(self.forward.policy, self.sizing, ids.shape[1])
-        aware = self.config.reading.query_aware
+        length, aware = ids.shape[1], self.config.reading.query_aware
         in_last, drop, query = self.config.reading.local_tokens - 1 if aware else 0, 0, 0
         if query_ids is not None and aware:
             in_last = drop = query_ids.shape[1]
@@ -223,7 +222,10 @@ class Reader:
             query = query_ids.shape[1]
             ids = torch.cat([query_ids, ids], dim=1)
         chunks = tuple(_chunks(ids.shape[1], self.config.reading.chunk, in_last))
-        slots = self.sizing.head_slots(ids.shape[1]) if self.forward.policy.shares else None
+        longest = max((end - start for start, end in chunks), default=0)
+        sizing = replace(self.sizing, chunk=longest, beside=ids.shape[1] - length)
+        counts = self.config.counts(self.forward.policy, sizing, length)
+        slots = sizing.head_slots(length) if self.forward.policy.shares else None
         return Planned(ids, prompt_length, counts, query, drop, chunks, slots)
 
     def _read_apart(self, readings: list[Planned]) -> list[RetainedCache]:

@@ -216,6 +216,17 @@ def unit_counts(
     return tuple(tuple(counts[i : i + heads]) for i in range(0, len(counts), heads))
 
 
+def capped(budgets: Sequence[int], most: int) -> list[int]:
+    """Budgets of layers, none above `most`: what is above goes to the other layers in proportion,
+    as far as these have room."""
+    if max(budgets) <= most:
+        return list(budgets)
+    least, bounds = [min(budget, most) for budget in budgets], [most] * len(budgets)
+    total = min(sum(budgets), sum(bounds))
+    weights = [float(max(budget, 1)) for budget in budgets]
+    return _rounded(_filled(weights, least, bounds, total), least, bounds, total)
+
+
 def _by_layer(numbers: int | Sequence[int], layers: int) -> Sequence[int]:
     return [numbers] * layers if isinstance(numbers, int) else numbers
 
