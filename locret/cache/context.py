@@ -380,9 +380,9 @@ def _in_storage(context: StoredContext, index: Tensor, owner: Tensor, tokens: in
     packed, plain = context.packed, context.plain
     # Each sequence is three stretches: their lengths, and where they begin in storage.
     lengths = [n for both in zip(packed.flat, plain.flat, strict=True) for n in (*both, tokens)]
-    where = zip(range(len(packed.flat)), packed.bounds, plain.bounds, strict=False)
+    where = enumerate(zip(packed.bounds[:-1], plain.bounds[:-1], strict=True))
     first_plain, first_fresh = packed.total, packed.total + plain.total
-    stored = [n for i, p, q in where for n in (p, first_plain + q, first_fresh + i * tokens)]
+    stored = [n for i, (p, q) in where for n in (p, first_plain + q, first_fresh + i * tokens)]
     bounds = [0, *itertools.accumulate(lengths)]
     shifts = [at - start for at, start in zip(stored, bounds[:-1], strict=True)]
     starts, ends, shift = sent((bounds[:-1], bounds[1:], shifts), index.device)
