@@ -36,6 +36,7 @@ from locret.engine.config import Auto, EngineConfig
 from locret.engine.contexts import Progress, Reader, read_questions, together
 from locret.engine.reading import ChunkCounts, ChunkForward
 from locret.engine.steps import StepCounts
+from locret.engine.stock_calls import doing, watched
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import QuotasChoice
 from locret.model.backbone import Backbone
@@ -207,6 +208,7 @@ class Engine:
             stack, run = contextlib.ExitStack(), self._attention
             finish = run.finish if self.policy.waits else None
             stack.enter_context(self.backbone.attached(run, run.rotation, finish))
+            stack.enter_context(watched(self.backbone.decoder))
             self._attached = stack
         self._depth += 1
         return self
@@ -231,15 +233,16 @@ class Engine:
         self, cache: RetainedCache, counts: Counts
     ) -> contextlib.AbstractContextManager[None]:
         """While it is entered, the attached model reads what it is called with into `cache`, of
-        which every head keeps so many units: for callers who need the model's outputs. ValueError:
-        the policy scores nothing before it has reread the whole context."""
+        which every head keeps so many units: for callers who need the model's outputs. The cache
+        is as it was before if it ends by an exception. ValueError: the policy scores nothing before
+        it has reread the whole context."""
         if self.policy.rereads:
             raise ValueError(
                 f"policy {self.policy.name!r} scores a context by reading it again, so that it "
                 "cannot evict while the model's outputs are asked for; choose another policy"
             )
         slots = self.sizing.head_slots(max(cache.prompt_lengths))
-        return self._forward.reading(self.config.eviction(counts, slots=slots)).during(cache)
+        return doing(self._forward.reading(self.config.eviction(counts, slots=slots)), cache)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -353,12 +356,8 @@ class Engine:
             self._forward.begin()
             if cache is None:
                 return self._answer_prompt(input_ids, padding, kwargs)
-            untouched = cache.snapshot()
-            try:
+            with cache.as_it_was():
                 return self._answer_questions(input_ids, padding, cache, context, kwargs)
-            except BaseException:  # an interrupt too: the context may have taken minutes to read
-                cache.restore(untouched)
-                raise
 
     def _answer_prompt(self, prompt: Tensor, padding: list[int], kwargs: dict[str, Any]) -> Any:
         """What stock generate returns for a prompt [B, n]."""
