@@ -128,6 +128,20 @@ def test_heads_leave_slots_for_a_last_chunk_with_a_question(model, quotas, conte
     assert lengths(cache).sum() == 4 * 24
 
 
+@pytest.mark.parametrize("length", [400, 700, 1001, 1103])
+def test_a_chosen_chunk_leaves_slots_for_a_question_in_sight(length):
+    model, watching = tiny_model("llama", max_position_embeddings=600), Watching()
+    sizes = []
+    for aware in (False, True):
+        engine = locret.Engine(model, watching, query_aware=aware, budget=80, chunk_size="auto")
+        sizes.append(engine.config.reading.chunk_size)
+        engine.generate(prompt(length), max_new_tokens=1, **GREEDY)
+        question = {"query_ids": prompt(100, seed=1)} if aware else {}
+        engine.prefill(prompt(length), **question)
+    assert max(watching.slots) <= 600
+    assert sizes == [512, 256]
+
+
 @pytest.mark.parametrize("policy", ["knorm", *SHARING[:2]])
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_heads_leave_slots_for_a_chunk_where_slots_are_reused(model, policy, positions):

@@ -430,15 +430,16 @@ def _window(reading: Reading, config: Any) -> int | None:
 
 
 def _room(reading: Reading, config: Any) -> int | None:
-    """Slots of the window for a chunk, beside what is kept: half of all where a head may keep any
-    number. None = no slot is reused, or what is kept does not fit anyway."""
+    """Slots of the window for a chunk, beside what is kept and a question in sight: half of all
+    where a head may keep any number. None = none is reused, or what is kept does not fit anyway."""
     window = _window(reading, config)
     if window is None or reading.budget is None:
         return None
     most = max(reading.budget) if isinstance(reading.budget, tuple) else reading.budget
     if reading.quotas is not None or not isinstance(most, int):
-        return window // 2
-    return window - most if most < window else None
+        return window // 2  # heads keep fewer where a question takes slots
+    asked = reading.local_tokens - 1 if reading.query_aware else 0
+    return window - most - asked if most < window else None
 
 
 def _graphs(graphs: bool | Auto, backbone: Backbone, recall: Recall | None) -> bool:
