@@ -186,6 +186,17 @@ def test_a_sequence_that_the_cache_is_ahead_of_is_not_answered(model, after):
         assert torch.equal(asked(model, cache), expected)
 
 
+def test_rows_that_the_cache_is_ahead_of_are_not_answered(model):
+    engine, ids = engine_of(model), prompt(WHOLE, batch=2)
+    mask = torch.ones_like(ids[:, :CONTEXT])
+    mask[0, :9] = 0
+    with engine:
+        cache = engine.prefill(ids[:, :CONTEXT], mask)
+        assert asked(model, cache, ids).shape == (2, WHOLE + 8)
+        with pytest.raises(ValueError, match="tokens given are not those that follow"):
+            asked(model, cache, ids)
+
+
 def test_a_block_that_reads_into_a_cache_and_fails_leaves_it_as_it_was(model):
     engine = engine_of(model)
     cache, counts = engine.new_cache(CONTEXT)

@@ -1,10 +1,10 @@
-"""What calls of the attached model by others than the engine do to a cache: stock `generate` makes
-one for the prompt and one for each token.
+"""Calls of an attached model by others than the engine: stock `generate` makes one for what is new
+of a sequence, and one for each token of the answer.
 
-A call that fails leaves its cache as it was before, as a failed `Engine.generate` does. Stock
-`generate` tells a call only what the cache's length says is new. Where a sequence is asked about
-once more, because the first time failed or is to be repeated, that is not what the cache has not
-seen: positions tell, and the call is refused.
+A call that fails leaves its cache as it was before the call, as a failed `Engine.generate` does.
+What is new, stock `generate` takes from the cache's length alone. Asked once more about the same
+sequence, for example after a failure, it passes tokens that the cache has seen: their positions
+show it, and the call is refused.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ def _check_new(cache: RetainedCache, inputs: dict[str, Any]) -> None:
     """Refuse inputs of the model that do not follow what a cache has seen. ValueError: there is no
     token among `input_ids` [B, T], or `position_ids` [B or 1, T] say that they are others."""
     new = inputs["input_ids"].shape[1]
-    if new and (new == 1 or cache.padding is not None or _follow(cache, new, inputs)):
+    if new and (new == 1 or _follow(cache, new, inputs)):
         return  # at the steps of an answer the device is not waited for
     what = "no token follows" if not new else f"the {new} tokens given are not those that follow"
     raise ValueError(
@@ -89,6 +89,9 @@ def _check_new(cache: RetainedCache, inputs: dict[str, Any]) -> None:
 def _follow(cache: RetainedCache, new: int, inputs: dict[str, Any]) -> bool:
     """Whether positions, if there are any, are those of so many tokens that the cache sees next."""
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-    if positions is None or int(positions[..., -1].max()) + 1 == cache.seen + new:
+    if positions is None:
+        return True
+    behind = cache.seen + new - 1 - int(positions[..., -1].max())
+    if behind in (0, min(cache.padding or (0,))):  # of the longest row, padding may not count
         return True
     return mask is not None and not mask.all()  # which is refused as padding
