@@ -17,6 +17,8 @@ from locret.commands.shared import load_heads
 from locret.model.adapters import Adapter, warn_without
 from locret.model.backbone import Backbone
 from locret.model.loading import load_model
+from locret.policies import LocretPolicy
+from locret.policies.compose import AdaptiveHeads
 from locret.training.distill import Distillation
 from locret.training.segments import Segment
 from tests.kept import kept_of
@@ -430,16 +432,64 @@ def test_prompt_learning_is_refused_by_the_engine_too():
 # --- heads that were trained on one ---
 
 
-def test_heads_of_an_adapter_warn_without_one():
-    with pytest.warns(UserWarning, match="trained on a model with the adapter 'some/lora'"):
-        warn_without("some/lora", None)
+NONE = "trained on a model with the adapter 'some/lora', and none is given"
+
+
+def heads_of_an_adapter(model):
+    return tiny_heads(model, adapter="some/lora")
+
+
+def test_heads_of_an_adapter_warn_once_without_one():
+    model = tiny_model("llama")
+    heads = heads_of_an_adapter(model)
+    with pytest.warns(UserWarning, match=NONE):
+        warn_without(heads, False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for recorded, given in ((None, None), (None, "some/lora"), ("some/lora", "other/lora")):
-            warn_without(recorded, given)
+        warn_without(heads, False)
+        warn_without(tiny_heads(model), False)
+        warn_without(heads_of_an_adapter(model), True)
 
 
-def test_commands_warn_when_they_load_such_heads():
-    heads = "checkpoints/smollm2-heads"
+@pytest.mark.parametrize("given", ["heads", "copied", "policy", "composed"])
+def test_an_engine_warns_once_where_it_is_made(given):
+    model = tiny_model("llama")
+    heads = heads_of_an_adapter(model)
+    policy, settings = LocretPolicy(heads), {}
+    if given in ("heads", "copied"):
+        policy, settings = "locret", {"heads": heads.double() if given == "copied" else heads}
+    elif given == "composed":
+        policy = AdaptiveHeads(policy)
+    with pytest.warns(UserWarning, match=NONE) as caught:
+        for _ in range(2):
+            locret.Engine(model, policy, budget=20, **settings)
+    (warning,) = caught
+    assert warning.filename == __file__
+
+
+def test_an_engine_does_not_warn_where_there_is_an_adapter_or_heads_do_not_score(folder):
+    model = tiny_model("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        locret.Engine(model, "keydiff", heads=heads_of_an_adapter(model), budget=20)
+        locret.Engine(model, heads=tiny_heads(model), budget=20)
+    merged = load(folder, adapter=str(folder / "lora")).model
+    for known in (merged, copy.deepcopy(merged), wrapped()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            locret.Engine(known, heads=heads_of_an_adapter(known), budget=20)
+
+
+def test_an_adapter_that_is_turned_off_is_none():
+    model = wrapped()
+    with model.disable_adapter(), pytest.warns(UserWarning, match=NONE):
+        locret.Engine(model, heads=heads_of_an_adapter(model), budget=20)
+
+
+def test_commands_warn_before_they_load_a_model_and_the_engine_is_silent_then():
+    given = argparse.Namespace(heads="checkpoints/smollm2-heads", adapter=None)
     with pytest.warns(UserWarning, match="smollm2-adapter"):
-        load_heads(argparse.Namespace(heads=heads, adapter=None))
+        heads = load_heads(given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warn_without(heads, False)

@@ -7,6 +7,7 @@ import torch
 import locret
 from locret.cache.sizing import Sizing
 from locret.engine.config import EngineConfig
+from locret.heads.quotas import within_slots
 from locret.policies.attention import PyramidKVPolicy
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
 from locret.policies.kvzip import KVzipPolicy
@@ -127,6 +128,20 @@ def test_heads_leave_slots_for_a_last_chunk_with_a_question(model, quotas, conte
     assert lengths(cache).sum() == 4 * 24
 
 
+@pytest.mark.parametrize("length", [400, 700, 1001, 1103])
+def test_a_chosen_chunk_leaves_slots_for_a_question_in_sight(length):
+    model, watching = tiny_model("llama", max_position_embeddings=600), Watching()
+    sizes = []
+    for aware in (False, True):
+        engine = locret.Engine(model, watching, query_aware=aware, budget=80, chunk_size="auto")
+        sizes.append(engine.config.reading.chunk_size)
+        engine.generate(prompt(length), max_new_tokens=1, **GREEDY)
+        question = {"query_ids": prompt(100, seed=1)} if aware else {}
+        engine.prefill(prompt(length), **question)
+    assert max(watching.slots) <= 600
+    assert sizes == [512, 256]
+
+
 @pytest.mark.parametrize("policy", ["knorm", *SHARING[:2]])
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_heads_leave_slots_for_a_chunk_where_slots_are_reused(model, policy, positions):
@@ -166,3 +181,57 @@ def test_rows_that_the_window_holds_are_read_as_alone():
     for row, length in enumerate(given):
         alone = kept_of(engine.prefill(prompt(length, seed=row)))
         assert [layer[row] for layer in both] == [layer[0] for layer in alone]
+
+
+@pytest.mark.parametrize("interval", [8, 24])
+@pytest.mark.parametrize("length", [60, 250])
+@pytest.mark.parametrize(
+    ("wrapped", "settings"),
+    [
+        (None, {"budget": 20, "quotas": [[9, 1], [1, 1]]}),
+        (None, {"budget": 20, "quotas": [[9, 1], [1, 1]], "chunk_size": None}),
+        (None, {"budget": "12x", "quotas": [[9, 1], [1, 1]]}),
+        (None, {"budget": "3kB", "quotas": [[9, 1], [1, 1]]}),
+        (None, {"budget": "3kB", "quotas": [[9, 1], [1, 1]], "chunk_size": None}),
+        (PyramidLayers, {"budget": 30}),
+        (PyramidLayers, {"budget": 30, "chunk_size": 4}),
+        (AdaptiveHeads, {"budget": 20}),
+    ],
+    ids=str,
+)
+def test_answers_with_evictions_stay_within_the_window(model, wrapped, settings, length, interval):
+    watching = Watching()
+    policy = wrapped(watching) if wrapped else watching
+    settings = {"chunk_size": 16, "stabilizers": 2, "local_tokens": 3} | settings
+    engine = locret.Engine(model, policy, decode_interval=interval, **settings)
+    cache = engine.prefill(prompt(length))
+    watching.slots.clear()
+    for seed, asked in enumerate((3, 3, 1)):
+        engine.generate(prompt(asked, seed=seed), cache=cache, max_new_tokens=70, **GREEDY)
+        assert max(watching.slots) <= WINDOW
+
+
+@pytest.mark.parametrize("budget", [52, [52, 20]])
+def test_a_budget_that_answers_have_no_slots_for_is_kept(model, budget):
+    settings = {"budget": budget, "chunk_size": 8, "stabilizers": 2, "decode_interval": 20}
+    engine = locret.Engine(model, "knorm", **settings)
+    cache = engine.prefill(prompt(250))
+    engine.generate(prompt(3), cache=cache, max_new_tokens=70, **GREEDY)
+    assert lengths(cache)[0].min() >= 52
+
+
+def test_answers_that_the_window_holds_keep_what_was_kept(model):
+    settings = {"budget": 24, "chunk_size": 16, "stabilizers": 2, "quotas": [[9, 1], [1, 1]]}
+    engine = locret.Engine(model, "knorm", decode_interval=8, **settings)
+    cache = engine.prefill(prompt(50))
+    kept = lengths(cache)
+    engine.generate(prompt(3), cache=cache, max_new_tokens=7, **GREEDY)
+    assert (lengths(cache) >= kept).all()
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_units_above_the_slots_go_to_other_heads(by_layer):
+    assert within_slots(((30, 10), (20, 20)), 30, by_layer) == ((30, 10), (20, 20))
+    assert within_slots(((70, 10), (20, 20)), 50, by_layer) == ((50, 14), (28, 28))
+    above = within_slots(((70, 50), (20, 20)), 40, by_layer)
+    assert above == (((60, 56), (22, 22)) if by_layer else ((40, 40), (40, 40)))

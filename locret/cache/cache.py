@@ -10,6 +10,7 @@ Positions (`Positions`):
   original  keys are rotated once, at their source position; bounded by the backbone's window.
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -234,6 +235,17 @@ class RetainedCache(Cache):
             layer.restore(view)
         for name, value in snapshot.fields.items():
             setattr(self, name, copy.copy(value))
+
+    @contextlib.contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """A block after which, if it raises, the cache is again what it was before: after an
+        interrupt too, for a context may have taken minutes to read."""
+        untouched = self.snapshot()
+        try:
+            yield
+        except BaseException:
+            self.restore(untouched)
+            raise
 
     def fork(self) -> "RetainedCache":
         """A cache of its own that holds what this one does now. Nothing is copied: what is stored

@@ -75,7 +75,7 @@ def _weights_print(model: Any) -> str:
     }
     chosen = [*owners.values()]
     some = [chosen[0], chosen[len(chosen) // 2], chosen[-1]]
-    for layer in _adapted(model):
+    for layer in adapted_layers(model):
         digest.update(repr(layer.active_adapters).encode())
         if layer.disable_adapters:
             digest.update(b"disabled")
@@ -86,7 +86,7 @@ def _weights_print(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _adapted(model: Any) -> list[Any]:
+def adapted_layers(model: Any) -> list[Any]:
     """The layers to which a PEFT adapter adds something."""
     return [
         m for m in model.modules() if hasattr(m, "base_layer") and hasattr(m, "active_adapters")

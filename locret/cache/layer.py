@@ -220,6 +220,7 @@ class RetainedLayer(CacheLayerMixin):
             self.host.restore(view.host)
         for name in _VALUES:
             setattr(self, name, getattr(view, name))
+        self._handed_over = False
 
     def expect_hand_over(self) -> None:
         """Let the next `update` pass: its caller's keys and values go to our attention function."""

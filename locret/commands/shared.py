@@ -123,7 +123,7 @@ def load_heads(given: argparse.Namespace) -> RetainingHeads | None:
     if not given.heads:
         return None
     heads = RetainingHeads.from_pretrained(given.heads)
-    warn_without(heads.config.adapter, given.adapter)
+    warn_without(heads, bool(given.adapter))
     return heads
 
 

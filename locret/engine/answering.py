@@ -77,7 +77,7 @@ class Answering:
         """
         beams, returned = (setting(self.model, kwargs, name) or 1 for name in BRANCHING)
         last = longest(self.model, kwargs, sequence)
-        eviction = self._eviction(cache, last)
+        eviction = self._eviction(cache, sequence.shape[1] - cache.seen, last)
         if max(beams, returned) > 1:
             cache.batch_repeat_interleave(max(beams, returned))
             cache.token_ids = None  # whose rows are the beams' no more
@@ -130,9 +130,13 @@ class Answering:
         backbone, fused = self.backbone, self.config.compute.backend != "eager" and AVAILABLE
         return fused and backbone.plain and [d.type for d in backbone.devices] == ["cuda"]
 
-    def _eviction(self, cache: RetainedCache, last: int) -> Eviction | None:
-        """How layers evict while the answer comes, of at most `last` tokens with all before it, if
-        that was asked for."""
+    def _eviction(self, cache: RetainedCache, first: int, last: int) -> Eviction | None:
+        """How layers evict while the answer comes, if that was asked for.
+
+        Args:
+            first: tokens that are read at once before it.
+            last: tokens at most, with all before it.
+        """
         interval = self.config.reading.decode_interval
         if interval is None or cache.budget is None:
             return None
@@ -147,13 +151,13 @@ class Answering:
                 "decode_interval: this cache was read by an engine without it and holds no scores; "
                 "read its context again with this engine"
             )
-        whole = max(cache.prompt_lengths)
-        counts = self.config.answer_counts(self.forward.policy, self.sizing, whole, last)
-        if counts is None:
-            shape = self.backbone.geometry
-            counts = counts_of(cache.budget, shape.num_layers, shape.num_kv_heads)
-        cache.budget = one_if_equal(counts)
-        slots = replace(self.sizing, chunk=interval).head_slots(last)
+        # Before the next eviction come an interval's tokens, and, of which the first one is of the
+        # answer before, as many as now that are read at once.
+        sizing = replace(self.sizing, chunk=interval + first)
+        whole, shape = max(cache.prompt_lengths), self.backbone.geometry
+        kept = counts_of(cache.budget, shape.num_layers, shape.num_kv_heads)
+        counts = self.config.answer_counts(self.forward.policy, sizing, kept, whole, last)
+        cache.budget, slots = one_if_equal(counts), sizing.head_slots(last)
         return self.config.eviction(
             counts, cache.query_length, interval - 1, merging=cache.merging, slots=slots
         )

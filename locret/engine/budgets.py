@@ -173,12 +173,16 @@ class Choice:
     def left(self, layer: RetainedLayer, retained_idx: int, new: int) -> int:
         """How many more units a layer can hold after `new` ones came; below zero: it evicts."""
         counts, context = self.eviction.counts[retained_idx], layer.store.context
+        above, slots = self.eviction.above, self.eviction.slots
         # What one head has less, another has more.
         spare = self.eviction.budget(retained_idx) if self.policy.shares else min(counts)
         if context is not None:
             rows = zip(context.sequences.counts, context.appended, strict=True)
             spare = min(self._spare(counts, row, appended) for row, appended in rows)
-        return spare + self.eviction.above - layer.store.tail.count - new
+        left = spare + above - layer.store.tail.count - new
+        if slots is None:
+            return left
+        return min(left, max(slots, *counts) + above - layer.longest - new)
 
     def _spare(self, counts: Sequence[int], lengths: Sequence[int], appended: int) -> int:
         """How many more units a row can hold, of which `appended` came after its last eviction."""
@@ -260,17 +264,8 @@ def _highest(
     before = whole.plus(-rest.shape[2])
     context = rest.new_empty(0) if scores.context is None else scores.context
     stay, last, first = (_numbers(tuple(x), device) for x in (kept.flat, lasts, firsts))
-    return select_sequences(
-        context,
-        rest,
-        before.offsets,
-        stay,
-        kept.offsets,
-        last,
-        first,
-        total=kept.total,
-        longest=whole.longest,
-    )
+    of = context, rest, before.offsets, stay, kept.offsets, last, first
+    return select_sequences(*of, total=kept.total, longest=whole.longest)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -28,7 +28,7 @@ from locret.engine.budgets import (
 )
 from locret.engine.steps import why_not_graphed
 from locret.heads.heads import HeadsConfig
-from locret.heads.quotas import Quotas, quotas_of
+from locret.heads.quotas import Quotas, quotas_of, within_slots
 from locret.model.backbone import Backbone
 from locret.model.backends import Backend, available, check_backend, fastest
 from locret.model.rotary import LongRopeRule
@@ -242,16 +242,17 @@ class EngineConfig:
         return None if budgets is None else head_counts(budgets, quotas, sizing, context)
 
     def answer_counts(
-        self, policy: Policy, sizing: Sizing, prompt: int, last: int
-    ) -> Counts | None:
-        """Units that every head of every layer keeps while an answer comes, where that depends on
-        the tokens: a share is of the whole prompt's, and memory holds what fits into it of `last`
-        tokens, the prompt's and the answer's. None = what it kept of the context."""
-        budget = self.reading.budget
+        self, policy: Policy, sizing: Sizing, kept: Counts, prompt: int, last: int
+    ) -> Counts:
+        """Units that every head of every layer keeps while an answer comes, of `last` tokens with
+        the prompt's. A share is of the prompt's, memory holds what fits into it of them all, and
+        other budgets are what was `kept` of the context, as far as there are slots for it."""
+        budget, slots = self.reading.budget, sizing.head_slots(last)
         if isinstance(budget, Memory):
-            return self.counts(policy, sizing, last)
-        follows_prompt = isinstance(budget, float | ByteShare)
-        return self.counts(policy, sizing, prompt) if follows_prompt else None
+            return self.counts(policy, sizing, last) or kept
+        if isinstance(budget, float | ByteShare):
+            return self.counts(policy, replace(sizing, beside=last - prompt), prompt) or kept
+        return kept if slots is None else within_slots(kept, slots, isinstance(budget, tuple))
 
     def eviction(self, counts: Counts, query: int = 0, above: int = 0, **others: Any) -> Eviction:
         """The eviction of layers whose heads keep `counts`, with stabilizers, in the recorded
@@ -429,15 +430,16 @@ def _window(reading: Reading, config: Any) -> int | None:
 
 
 def _room(reading: Reading, config: Any) -> int | None:
-    """Slots of the window for a chunk, beside what is kept: half of all where a head may keep any
-    number. None = no slot is reused, or what is kept does not fit anyway."""
+    """Slots of the window for a chunk, beside what is kept and a question in sight: half of all
+    where a head may keep any number. None = none is reused, or what is kept does not fit anyway."""
     window = _window(reading, config)
     if window is None or reading.budget is None:
         return None
     most = max(reading.budget) if isinstance(reading.budget, tuple) else reading.budget
     if reading.quotas is not None or not isinstance(most, int):
-        return window // 2
-    return window - most if most < window else None
+        return window // 2  # heads keep fewer where a question takes slots
+    asked = reading.local_tokens - 1 if reading.query_aware else 0
+    return window - most - asked if most < window else None
 
 
 def _graphs(graphs: bool | Auto, backbone: Backbone, recall: Recall | None) -> bool:

@@ -7,7 +7,6 @@ eviction.
 """
 
 import contextlib
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -35,13 +34,15 @@ from locret.engine.attention import RetainedAttention
 from locret.engine.config import Auto, EngineConfig
 from locret.engine.contexts import Progress, Reader, read_questions, together
 from locret.engine.reading import ChunkCounts, ChunkForward
+from locret.engine.scoring import make_policy, scoring_heads
 from locret.engine.steps import StepCounts
+from locret.engine.stock_calls import doing, watched
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import QuotasChoice
 from locret.model.backbone import Backbone
 from locret.model.backends import Backend
 from locret.model.rotary import LongRopeRule
-from locret.policies import POLICIES, LocretPolicy, Policy
+from locret.policies import Policy
 from locret.quantities import BudgetChoice
 from locret.quantization import Quantization
 
@@ -140,7 +141,7 @@ class Engine:
         graphs: bool | Auto = "auto",
         progress: Progress | None = None,
     ) -> None:
-        scoring = _scoring_heads(policy, heads)
+        scoring = scoring_heads(policy, heads)
         config = EngineConfig.of(
             policy,
             scoring.config if scoring else None,
@@ -162,7 +163,7 @@ class Engine:
         )
         self.model = model
         self.backbone = Backbone(model, config.reading.longrope)
-        self.policy = _make_policy(policy, heads, self.backbone)
+        self.policy = make_policy(policy, heads, self.backbone)
         self.config = config = config.for_model(self.backbone)
         self.sizing = sizing = config.sizing(self.backbone)
         chosen: Any = config.compute.backend  # "auto" no more
@@ -207,6 +208,7 @@ class Engine:
             stack, run = contextlib.ExitStack(), self._attention
             finish = run.finish if self.policy.waits else None
             stack.enter_context(self.backbone.attached(run, run.rotation, finish))
+            stack.enter_context(watched(self.backbone.decoder))
             self._attached = stack
         self._depth += 1
         return self
@@ -231,15 +233,16 @@ class Engine:
         self, cache: RetainedCache, counts: Counts
     ) -> contextlib.AbstractContextManager[None]:
         """While it is entered, the attached model reads what it is called with into `cache`, of
-        which every head keeps so many units: for callers who need the model's outputs. ValueError:
-        the policy scores nothing before it has reread the whole context."""
+        which every head keeps so many units: for callers who need the model's outputs. The cache
+        is as it was before if it ends by an exception. ValueError: the policy scores nothing before
+        it has reread the whole context."""
         if self.policy.rereads:
             raise ValueError(
                 f"policy {self.policy.name!r} scores a context by reading it again, so that it "
                 "cannot evict while the model's outputs are asked for; choose another policy"
             )
         slots = self.sizing.head_slots(max(cache.prompt_lengths))
-        return self._forward.reading(self.config.eviction(counts, slots=slots)).during(cache)
+        return doing(self._forward.reading(self.config.eviction(counts, slots=slots)), cache)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -353,12 +356,8 @@ class Engine:
             self._forward.begin()
             if cache is None:
                 return self._answer_prompt(input_ids, padding, kwargs)
-            untouched = cache.snapshot()
-            try:
+            with cache.as_it_was():
                 return self._answer_questions(input_ids, padding, cache, context, kwargs)
-            except BaseException:  # an interrupt too: the context may have taken minutes to read
-                cache.restore(untouched)
-                raise
 
     def _answer_prompt(self, prompt: Tensor, padding: list[int], kwargs: dict[str, Any]) -> Any:
         """What stock generate returns for a prompt [B, n]."""
@@ -391,60 +390,3 @@ class Engine:
         sequence = torch.cat([context, questions], dim=1)
         padding = list(cache.padding or padding)
         return self._answering.generate(sequence, cache, context.shape[1], padding, kwargs)
-
-
-def _scoring_heads(policy: str | Policy, heads: RetainingHeads | None) -> RetainingHeads | None:
-    """The heads whose record says what "auto" means: the policy's own, else those given.
-    ValueError: what is given is not heads, or no policy."""
-    if policy is None:
-        raise ValueError(f"policy is None; expected a Policy, or one of {sorted(POLICIES)}")
-    if heads is not None and not isinstance(heads, RetainingHeads):
-        raise ValueError(
-            f"heads is {heads!r:.80}; expected heads, as "
-            "locret.RetainingHeads.from_pretrained(...) reads them from a folder or the Hub"
-        )
-    core = policy.core if isinstance(policy, Policy) else None
-    return core.heads if isinstance(core, LocretPolicy) else heads
-
-
-def _make_policy(policy: str | Policy, heads: RetainingHeads | None, backbone: Backbone) -> Policy:
-    """The policy of that name, or as it is given (the name: checked by `EngineConfig.of`).
-    ValueError: heads are missing, or are for another backbone."""
-    if heads is not None:
-        _check_fit(heads, backbone)
-    if isinstance(policy, Policy):
-        if isinstance(policy.core, LocretPolicy):
-            _check_fit(policy.core.heads, backbone)
-        return policy
-    if policy != LocretPolicy.name:
-        return POLICIES[policy]()
-    if heads is None:
-        raise ValueError(
-            "policy 'locret' needs trained heads: pass "
-            "heads=locret.RetainingHeads.from_pretrained(...), or choose another policy"
-        )
-    return LocretPolicy(_fitting(heads, backbone))
-
-
-def _check_fit(heads: RetainingHeads, backbone: Backbone) -> None:
-    differences = heads.config.differences(backbone.geometry)
-    if differences:
-        raise ValueError(
-            f"these heads are for another backbone ({heads.config.backbone or 'not recorded'}): "
-            + "; ".join(differences)
-        )
-
-
-def _fitting(heads: RetainingHeads, backbone: Backbone) -> RetainingHeads:
-    """The heads, each on its layer's device, in the backbone's dtype."""
-    dtype: Any = backbone.model.dtype
-    places = [(layer.device, dtype) for layer in backbone.retained]
-    if any(
-        (p.device, p.dtype) != place
-        for head, place in zip(heads.layers, places, strict=True)
-        for p in head.parameters()
-    ):
-        heads = copy.deepcopy(heads)  # the caller's stay as they are
-        for head, place in zip(heads.layers, places, strict=True):
-            head.to(*place)
-    return heads

@@ -364,7 +364,7 @@ def _load_heads(config: EvalConfig, setups: Sequence[Setup]) -> dict[str, Retain
     names = {name for name in (config.heads, *(setup.heads for setup in setups)) if name}
     heads = {name: RetainingHeads.from_pretrained(name) for name in sorted(names)}
     for each in heads.values():
-        warn_without(each.config.adapter, config.adapter)
+        warn_without(each, bool(config.adapter))
     for setup in setups:
         own = heads.get(setup.heads or config.heads or "")
         if setup.protocol == "query_agnostic" and are_query_aware(setup, own):

@@ -216,15 +216,35 @@ def unit_counts(
     return tuple(tuple(counts[i : i + heads]) for i in range(0, len(counts), heads))
 
 
-def capped(budgets: Sequence[int], most: int) -> list[int]:
-    """Budgets of layers, none above `most`: what is above goes to the other layers in proportion,
-    as far as these have room."""
-    if max(budgets) <= most:
-        return list(budgets)
-    least, bounds = [min(budget, most) for budget in budgets], [most] * len(budgets)
+def capped(budgets: Sequence[int], most: int | Sequence[int]) -> list[int]:
+    """Budgets of layers, none above `most`, of all or of each: what is above goes to the others in
+    proportion, as far as these have room."""
+    bounds = [*_by_layer(most, len(budgets))]
+    least = [*map(min, budgets, bounds)]
+    if least == [*budgets]:
+        return least
     total = min(sum(budgets), sum(bounds))
     weights = [float(max(budget, 1)) for budget in budgets]
     return _rounded(_filled(weights, least, bounds, total), least, bounds, total)
+
+
+def within_slots(
+    counts: tuple[tuple[int, ...], ...], slots: int, by_layer: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Units [layers][KV heads] of which no head keeps more than `slots`, or than heads do on
+    average where this is more: what is above goes to the others in proportion.
+
+    Args:
+        by_layer: on average in a layer, whose number the user chose; else in all.
+    """
+    heads, every = len(counts[0]), [units for layer in counts for units in layer]
+    averages = [sum(of) // len(of) for of in (counts if by_layer else [every] * len(counts))]
+    most = [max(slots, average) for average in averages]
+    found = capped(every, [units for units in most for _ in range(heads)])
+    if found == every:
+        return counts
+    layers = tuple(tuple(found[i : i + heads]) for i in range(0, len(found), heads))
+    return on_grid(layers, most)
 
 
 def _by_layer(numbers: int | Sequence[int], layers: int) -> Sequence[int]:

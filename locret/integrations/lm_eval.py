@@ -143,7 +143,7 @@ class LocretLM(HFLM):
         self._ranks = Ranks.of_environment()
         if isinstance(pretrained, str):
             for each in own.values():
-                warn_without(each.config.adapter, adapter)
+                warn_without(each, bool(adapter))
             chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
             pretrained = load_model(
                 pretrained,

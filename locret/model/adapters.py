@@ -13,13 +13,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from locret.cache.files import adapted_layers
 from locret.heads import hub
+from locret.heads.heads import RetainingHeads
 from locret.system.files import check_named
 
 RECORD = "adapter_config.json"
@@ -27,16 +30,31 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SHOWN = 6  # tensors of a kind that an error names
 
 
-def warn_without(recorded: str | None, given: str | None) -> None:
-    """Warn if no adapter is given for a model whose heads record one: they score units of another
-    model then. A model that holds the adapter in its weights does not show it, so that only those
-    who load the model can tell."""
-    if recorded and not given:
-        warnings.warn(
-            f"these heads were trained on a model with the adapter {recorded!r}, and none is "
-            "given: they will choose worse; name it (adapter), unless the model's weights hold it",
-            stacklevel=3,
-        )
+_MERGED = "locret_adapter"  # the attribute of a model that has an adapter in its weights
+
+_told: "WeakSet[RetainingHeads]" = WeakSet()
+
+
+def warn_without(heads: RetainingHeads, found: bool, stacklevel: int = 2) -> None:
+    """Warn, once for the same heads, if they record an adapter and none is `found`: they score
+    units of another model then. Where a model is loaded for them, that is known before."""
+    recorded = heads.config.adapter
+    if not recorded or found or heads in _told:
+        return
+    _told.add(heads)
+    warnings.warn(
+        f"these heads were trained on a model with the adapter {recorded!r}, and none is given: "
+        "they will choose worse; name it (--adapter, or adapter= of "
+        "locret.model.loading.load_model), unless the model's weights hold it",
+        stacklevel=stacklevel + 1,
+    )
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether an adapter is beside the weights of a model, and turned on, or in them: merged by
+    `Adapter.merged_into`, for those of others do not show it."""
+    beside = (layer for layer in adapted_layers(model) if not layer.disable_adapters)
+    return hasattr(model, _MERGED) or any(layer.active_adapters for layer in beside)
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,9 @@ class Adapter:
 
     def merged_into(self, model: Any) -> Any:
         """The model with the adapter in its weights, in their own precision."""
-        return self.carried_by(model).merge_and_unload()
+        merged = self.carried_by(model).merge_and_unload()
+        setattr(merged, _MERGED, self.name)
+        return merged
 
     def carried_by(self, model: Any) -> Any:
         """The model with the adapter beside its weights."""

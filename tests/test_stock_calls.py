@@ -1,0 +1,221 @@
+"""Calls of an attached model by others than the engine: what a failure leaves of the cache."""
+
+import contextlib
+
+import pytest
+import torch
+
+import locret
+from locret.model.hooks import as_argument
+from locret.quantization import SCHEMES
+from tests.tiny_models import prompt, tiny_model
+
+SETTINGS = {"policy": "random", "budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+RUNS = {"group": 4, "residual": 3}
+PACKING = sorted(name for name, scheme in SCHEMES.items() if scheme.packs and name != "layerquant")
+CONTEXT, WHOLE = 50, 60  # tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+def engine_of(model, quantization=None):
+    return locret.Engine(model, quantization=quantization, **SETTINGS)
+
+
+def asked(model, cache, ids=None):
+    """What stock `generate` answers."""
+    ids = prompt(WHOLE) if ids is None else ids
+    return model.generate(ids, **as_argument(model, cache, "generate"), **GREEDY)
+
+
+@contextlib.contextmanager
+def failing(module, change, after=0):
+    """While it is entered, `change` is called with what `module` gives, after so many calls."""
+    calls = []
+
+    def hook(*given):
+        calls.append(given)
+        return change(given[-1]) if len(calls) > after else None
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def interrupt(output):
+    raise KeyboardInterrupt
+
+
+def run_out(output):
+    raise torch.OutOfMemoryError
+
+
+def parts_of(model):
+    """Modules whose calls come before, between and after what a layer stores."""
+    first, last = model.model.layers
+    return [first.self_attn.q_proj, first.mlp, last.self_attn.v_proj, last.mlp, model.model.norm]
+
+
+def held(cache):
+    """What a cache holds, for comparison."""
+    layers = [
+        [layer.seen, layer.rotated, layer.lengths, layer.keys, layer.values, *layer.state.values()]
+        for layer in cache.layers
+    ]
+    return cache.answered, cache.token_ids.tolist(), layers
+
+
+def assert_as_before(cache, before):
+    torch.testing.assert_close(held(cache), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", PACKING)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 2.0**20])
+def test_what_cannot_be_packed_leaves_the_cache_as_it_was(model, name, bad):
+    engine = engine_of(model, {"name": name} | RUNS)
+    expected = engine.generate(
+        prompt(WHOLE)[:, CONTEXT:], cache=engine.prefill(prompt(WHOLE)[:, :CONTEXT]), **GREEDY
+    )
+    with engine:
+        cache = engine.prefill(prompt(WHOLE)[:, :CONTEXT])
+        before = held(cache)
+        values = model.model.layers[1].self_attn.v_proj
+        with (
+            failing(values, lambda output: output * bad),
+            pytest.raises(ValueError, match="cannot quantize"),
+        ):
+            asked(model, cache)
+        assert_as_before(cache, before)
+        assert torch.equal(asked(model, cache)[:, CONTEXT:], expected)
+
+
+@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_call_that_fails_leaves_the_cache_as_it_was(model, part, after):
+    engine = engine_of(model)
+    with engine:
+        cache = engine.prefill(prompt(WHOLE)[:, :CONTEXT])
+        before = held(cache)
+        with (
+            failing(parts_of(model)[part], run_out, after),
+            pytest.raises(torch.OutOfMemoryError),
+        ):
+            asked(model, cache)
+        # One call reads the question, and each of the others a token.
+        read = CONTEXT if not after else WHOLE + after - 1
+        assert {layer.seen for layer in cache.layers} == {read}
+        if not after:
+            assert_as_before(cache, before)
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_a_step_that_failed_can_be_taken_again(model, part):
+    engine, ids = engine_of(model), prompt(WHOLE)
+    with engine, torch.no_grad():
+        cache = engine.prefill(ids[:, :CONTEXT])
+        untouched = cache.fork()
+        for at in range(CONTEXT, WHOLE, 2):
+            step = ids[:, at : at + 2]
+            with failing(parts_of(model)[part], run_out), pytest.raises(torch.OutOfMemoryError):
+                model(step, **as_argument(model, cache))
+            given = model(step, **as_argument(model, cache)).logits
+            assert torch.equal(given, model(step, **as_argument(model, untouched)).logits)
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_an_interrupt_leaves_the_cache_as_it_was(model, part):
+    engine = engine_of(model)
+    cache = engine.prefill(prompt(WHOLE)[:, :CONTEXT])
+    before = held(cache)
+    with pytest.raises(KeyboardInterrupt), engine, failing(parts_of(model)[part], interrupt):
+        asked(model, cache)
+    assert_as_before(cache, before)
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_an_interrupt_within_the_block_is_made_good_by_the_next_call(model, part):
+    engine, ids = engine_of(model), prompt(WHOLE)
+    with engine, torch.no_grad():
+        cache = engine.prefill(ids[:, :CONTEXT])
+        untouched = cache.fork()
+        with failing(parts_of(model)[part], interrupt), pytest.raises(KeyboardInterrupt):
+            model(ids[:, CONTEXT:], **as_argument(model, cache))
+        given = model(ids[:, CONTEXT:], **as_argument(model, cache)).logits
+        assert torch.equal(given, model(ids[:, CONTEXT:], **as_argument(model, untouched)).logits)
+
+
+def test_rows_of_different_lengths_are_as_they_were_too(model):
+    engine, ids = engine_of(model, {"name": "kivi"} | RUNS), prompt(CONTEXT, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with engine, torch.no_grad():
+        cache = engine.prefill(ids, mask)
+        before = held(cache)
+        keys = model.model.layers[1].self_attn.k_proj
+        with failing(keys, lambda output: output * torch.nan), pytest.raises(ValueError):
+            model(prompt(9, batch=2), **as_argument(model, cache))
+        assert_as_before(cache, before)
+        model(prompt(9, batch=2), **as_argument(model, cache))
+
+
+@pytest.mark.parametrize("after", [0, 3, None])
+def test_a_sequence_that_the_cache_is_ahead_of_is_not_answered(model, after):
+    engine = engine_of(model)
+    with engine:
+        cache = engine.prefill(prompt(WHOLE)[:, :CONTEXT])
+        untouched = cache.snapshot()
+        expected = asked(model, cache)
+        if after is not None:
+            cache.restore(untouched)
+            stops = (pytest.raises(torch.OutOfMemoryError), failing(model.lm_head, run_out, after))
+            with stops[0], stops[1]:
+                asked(model, cache)
+        before = held(cache)
+        with pytest.raises(ValueError, match=r"tokens given are not those that follow: .*snapshot"):
+            asked(model, cache)
+        assert_as_before(cache, before)
+        with pytest.raises(ValueError, match="no token follows"):
+            asked(model, cache, prompt(5))
+        cache.restore(untouched)
+        assert torch.equal(asked(model, cache), expected)
+
+
+def test_rows_that_the_cache_is_ahead_of_are_not_answered(model):
+    engine, ids = engine_of(model), prompt(WHOLE, batch=2)
+    mask = torch.ones_like(ids[:, :CONTEXT])
+    mask[0, :9] = 0
+    with engine:
+        cache = engine.prefill(ids[:, :CONTEXT], mask)
+        assert asked(model, cache, ids).shape == (2, WHOLE + 8)
+        with pytest.raises(ValueError, match="tokens given are not those that follow"):
+            asked(model, cache, ids)
+
+
+def test_a_block_that_reads_into_a_cache_and_fails_leaves_it_as_it_was(model):
+    engine = engine_of(model)
+    cache, counts = engine.new_cache(CONTEXT)
+    with (
+        torch.no_grad(),
+        pytest.raises(torch.OutOfMemoryError),
+        engine,
+        engine.reading_into(cache, counts),
+    ):
+        model(prompt(30), **as_argument(model, cache))
+        with failing(model.model.layers[0].mlp, run_out):
+            model(prompt(20), **as_argument(model, cache))
+    assert cache.seen == 0
+    assert all(layer.is_empty for layer in cache.layers)
+
+
+def test_nothing_is_left_of_the_hooks(model):
+    engine = engine_of(model)
+    with engine:
+        assert model.model._forward_pre_hooks
+    assert not model.model._forward_pre_hooks
+    assert not model.model._forward_hooks
