@@ -4,27 +4,29 @@ import pytest
 import torch
 
 import locret
-from locret.engine.budgets import ON_CPU, ON_GPU, SMALLEST, chosen_chunk
-from locret.engine.plan import make_plan
+from locret.engine.chunk_size import ON_CPU, ON_GPU, ON_GPU_PACKED, SMALLEST, chosen_chunk
+from locret.engine.plan import as_text, make_plan
 from tests.test_plan import GIB, shape
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 
 
 @pytest.mark.parametrize(
-    ("kind", "room", "memory", "tokens"),
+    ("kind", "packs", "room", "memory", "tokens"),
     [
-        ("cpu", None, torch.inf, ON_CPU),
-        ("cpu", 511, torch.inf, SMALLEST),
-        ("cpu", 3, torch.inf, SMALLEST),
-        ("cuda", None, 80 * GIB, ON_GPU),
-        ("mps", None, torch.inf, ON_GPU),
-        ("cuda", 4095, 80 * GIB, 2048),
-        ("cuda", 8192, 4 * 100_000 * 1500, 1024),
-        ("cuda", None, -1, SMALLEST),
+        ("cpu", False, None, torch.inf, ON_CPU),
+        ("cpu", True, 511, torch.inf, SMALLEST),
+        ("cpu", False, 3, torch.inf, SMALLEST),
+        ("cuda", False, None, 80 * GIB, ON_GPU),
+        ("cuda", True, None, 80 * GIB, ON_GPU_PACKED),
+        ("mps", False, None, torch.inf, ON_GPU),
+        ("cuda", False, 4095, 80 * GIB, 2048),
+        ("cuda", True, 8191, 80 * GIB, 4096),
+        ("cuda", False, 8192, 4 * 100_000 * 1500, 1024),
+        ("cuda", True, None, -1, SMALLEST),
     ],
 )
-def test_the_fastest_size_that_fits(kind, room, memory, tokens):
-    assert chosen_chunk(kind, room, memory, token_bytes=100_000) == tokens
+def test_the_fastest_size_that_fits(kind, packs, room, memory, tokens):
+    assert chosen_chunk(kind, packs, room, memory, token_bytes=100_000) == tokens
 
 
 def test_heads_that_record_a_size_keep_it_unless_the_user_says_auto():
@@ -50,11 +52,15 @@ def test_a_budget_leaves_the_window_room_for_a_chunk():
     assert size("1GiB") == 256
 
 
-@pytest.mark.parametrize(("memory", "tokens"), [(24, 4096), (17, 2048)])
-def test_a_plan_shows_what_an_engine_would_read(memory, tokens):
+@pytest.mark.parametrize(
+    ("memory", "tokens", "packed"), [(24, 4096, 8192), (18, 4096, 4096), (17, 2048, 2048)]
+)
+def test_a_plan_shows_what_an_engine_would_read(memory, tokens, packed):
     plan = make_plan(shape("llama-3.1-8b"), memory=memory * GIB, context=2**17)
-    assert plan.chunk_size == tokens
-    assert plan.chunk_bytes <= max(plan.memory - plan.weights_bytes - plan.heads_bytes, 0) / 4
+    assert (plan.chunk_size, plan.packed_chunk_size) == (tokens, packed)
+    for taken in (plan.chunk_bytes, plan.packed_chunk_bytes):
+        assert taken <= max(plan.memory - plan.weights_bytes - plan.heads_bytes, 0) / 4
+    assert ("8,192 where units are packed" in as_text(plan, "a model")) == (packed > tokens)
 
 
 def test_a_chosen_size_reads_as_the_same_number_given():

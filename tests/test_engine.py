@@ -10,7 +10,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import locret
-from locret.engine.budgets import ON_CPU
+from locret.engine.chunk_size import ON_CPU
 from locret.engine.config import PAPER
 from locret.engine.engine import DEFAULT_NEW_TOKENS
 from locret.heads.heads import FEATURES

@@ -1,24 +1,16 @@
-"""How much: the units that every layer and KV head keeps of a context, and which; the tokens that
-are read at a time.
+"""How much: the units that every layer and KV head keeps of a context, and which.
 
 A budget names units on average, a share of the context or bytes; the policy shares it out over
 layers, quotas (`locret.heads.quotas`) over heads, which `Calibration` measures. Bytes hold as many
 units as fit once both did. Of every sequence the highest scores stay, as many as an eviction and
 the policy let it keep (`Choice`).
-
-Chunks: every one reads all units that were kept before it, and every launch costs a GPU's host some
-time: few tokens are slow there. On one H100 (8B shapes) 4,096 and 8,192 are equally fast, and twice
-as fast as 1,024. A CPU gains nothing beyond 512, since a chunk attends to itself as well:
-SmolLM2-135M on one core, 4,096 tokens at a budget of 512, takes 5.9, 6.3, 6.5, 7.5 and 9.8 s in
-chunks of 256, 512, 1,024, 2,048 and 4,096. The choice follows from the kind of device, the model's
-sizes and the budget, never from a timing: the same settings read alike again.
 """
 
 import functools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +19,6 @@ from locret.cache.context import Counts, Sequences, alike, sent, sequences_of
 from locret.cache.layer import RetainedLayer
 from locret.cache.sizing import Sizing
 from locret.engine.attention import chunk_of
-from locret.heads.heads import Geometry
 from locret.heads.quotas import COMPRESSIONS, Quotas, averaged, measured, on_grid, unit_counts
 from locret.kernels import select_sequences
 from locret.model.backbone import Backbone
@@ -35,16 +26,6 @@ from locret.model.backends import Backend, attend
 from locret.model.hooks import LayerCall
 from locret.policies.base import Eviction, LocretPolicy, Policy, only_best, with_protected
 from locret.quantities import Budget, ByteShare, Memory, format_bytes
-
-ON_CPU, ON_GPU = 512, 4096
-"""The fastest sizes (of several that are about as fast, the smallest on a GPU, since memory is
-dearer there, and the largest on a CPU)."""
-
-SMALLEST = 256
-"""Sizes below are slow everywhere."""
-
-SHARE = 4
-"""A chunk takes at most this part of the memory that weights leave."""
 
 
 def layer_budgets(
@@ -389,57 +370,3 @@ def why_not_calibrated(policy: Policy | type[Policy]) -> str | None:
     if isinstance(core, LocretPolicy) and core.heads.config.query_tokens:
         return "its heads read a question in front, which texts for calibration do not have"
     return None
-
-
-def chosen_chunk(kind: str, room: int | None, memory: float, token_bytes: int) -> int:
-    """Tokens to read at a time: the fastest size, halved until it fits, but not below `SMALLEST`.
-
-    Args:
-        kind: of the device, "cpu", "cuda" and so on.
-        room: slots of the model's window beside what is kept; None = any number.
-        memory: bytes of the device that weights leave.
-        token_bytes: `chunk_bytes` of one token.
-    """
-    size = ON_CPU if kind == "cpu" else ON_GPU
-    most = memory / SHARE / token_bytes
-    while size > SMALLEST and size > (most if room is None else min(room, most)):
-        size //= 2
-    return size
-
-
-def memory_beside_weights(backbone: Backbone) -> float:
-    """Bytes that the weights leave of the GPUs that hold the model; infinite on a CPU."""
-    if any(device.type != "cuda" for device in backbone.devices):
-        return torch.inf
-    memory = sum(torch.cuda.get_device_properties(d).total_memory for d in backbone.devices)
-    return memory - sum(parameter.nbytes for parameter in backbone.model.parameters())
-
-
-def chunk_bytes(geometry: Geometry, config: Any, dtype: torch.dtype, head_width: int) -> int:
-    """Bytes that a token of a chunk takes beside the cache: the larger of what attention and MLP
-    hold of it, and its slot in the layer at work.
-
-    Args:
-        config: of the transformers model.
-        head_width: hidden width of the retaining heads; 0 = none.
-    """
-    queries = geometry.num_query_heads * geometry.head_size
-    # queries before and after rotation, the output, the heads' features and hidden layer twice
-    features = geometry.feature_width("qkv") if head_width else 0
-    keys_and_values = 2 * geometry.num_kv_heads * geometry.head_size
-    attention = keys_and_values + 3 * queries + features + 2 * head_width
-    mlp = 3 * _mlp_width(config)  # gate, up and their product
-    residuals = 2 * geometry.hidden_size  # the residual stream and its normed copy
-    return (residuals + max(attention, mlp)) * dtype.itemsize + working_slot(geometry, dtype)
-
-
-def working_slot(geometry: Geometry, dtype: torch.dtype) -> int:
-    """Bytes a slot takes in the layer at work: grown storage, rotated keys, what is gathered."""
-    return 2 * geometry.num_kv_heads * geometry.head_size * dtype.itemsize * 5 // 2
-
-
-def _mlp_width(config: Any) -> int:
-    """Width of the MLP that a token goes through: of all its experts together."""
-    experts = getattr(config, "num_experts_per_tok", None) or 1
-    expert = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    return max(config.intermediate_size, experts * expert)

@@ -19,13 +19,8 @@ from locret.cache.context import Counts
 from locret.cache.merging import Merging, merging_of
 from locret.cache.recall import Recall, recall_of
 from locret.cache.sizing import Sizing
-from locret.engine.budgets import (
-    chosen_chunk,
-    chunk_bytes,
-    head_counts,
-    layer_budgets,
-    memory_beside_weights,
-)
+from locret.engine.budgets import head_counts, layer_budgets
+from locret.engine.chunk_size import chosen_chunk, chunk_bytes, memory_beside_weights
 from locret.engine.steps import why_not_graphed
 from locret.heads.heads import HeadsConfig
 from locret.heads.quotas import Quotas, quotas_of, within_slots
@@ -211,7 +206,8 @@ class EngineConfig:
         graphs = _graphs(self.compute.graphs, backbone, self.storage.recall)
         reading = self.reading
         if reading.chunk_size == "auto":
-            reading = replace(reading, chunk_size=_chunk_size(reading, backbone))
+            packs = self.storage.quantization.packs
+            reading = replace(reading, chunk_size=_chunk_size(reading, packs, backbone))
         return replace(self, reading=reading, compute=Compute(backend, graphs))
 
     def flat(self) -> dict[str, Any]:
@@ -417,10 +413,11 @@ def _backend(backend: Backend | Auto, backbone: Backbone) -> Backend:
     return backend
 
 
-def _chunk_size(reading: Reading, backbone: Backbone) -> int:
+def _chunk_size(reading: Reading, packs: bool, backbone: Backbone) -> int:
     config, kind = backbone.config, backbone.layers[0].device.type
+    room, memory = _room(reading, config), memory_beside_weights(backbone)
     token_bytes = chunk_bytes(backbone.geometry, config, backbone.model.dtype, head_width=0)
-    return chosen_chunk(kind, _room(reading, config), memory_beside_weights(backbone), token_bytes)
+    return chosen_chunk(kind, packs, room, memory, token_bytes)
 
 
 def _window(reading: Reading, config: Any) -> int | None:

@@ -78,7 +78,7 @@ class Engine:
             `locret.heads.quotas`.
         budget_bytes: the old name of a budget that is memory; use budget="2GiB".
         chunk_size: tokens of the prompt read at a time; None = all at once; "auto" = the fastest on
-            the model's device that fits (`locret.engine.budgets`); "recorded" = what the heads
+            the model's device that fits (`locret.engine.chunk_size`); "recorded" = what the heads
             record, else "auto".
         stabilizers: last units that survive every eviction but the final one.
         local_tokens: last tokens of the prompt that are read after the final eviction.

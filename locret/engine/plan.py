@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from locret.cache.sizing import Sizing
-from locret.engine.budgets import chosen_chunk, chunk_bytes, working_slot
+from locret.engine.chunk_size import chosen_chunk, chunk_bytes, working_slot
 from locret.engine.config import PAPER, Auto, EngineConfig
 from locret.heads.heads import Geometry
 from locret.heads.quotas import Quotas, in_words
@@ -72,12 +72,14 @@ class Plan:
     Attributes:
         memory, context, new_tokens, dtype: as asked for.
         chunk_size: tokens read at a time.
+        packed_chunk_size: the same where units are packed.
         window: the model's `max_position_embeddings`.
         geometry: of the attention layers.
         parameters, weights_bytes: of the backbone, tied ones once.
         heads_bytes: of retaining heads, 0 without.
         sliding_layers, sliding_bytes: layers with a window, which hold it whatever the budget is.
         chunk_bytes: what reading one chunk needs beside the cache.
+        packed_chunk_bytes: the same where units are packed; `left_bytes` is without the difference.
         reserve_bytes: see `RESERVE`.
         schemes: one for each of `PLANNED`.
         spread: how unequal heads are at the largest budget that is short of the context, in words;
@@ -87,6 +89,7 @@ class Plan:
     memory: int
     context: int
     chunk_size: int
+    packed_chunk_size: int
     new_tokens: int
     dtype: str
     window: int
@@ -97,6 +100,7 @@ class Plan:
     sliding_layers: int
     sliding_bytes: int
     chunk_bytes: int
+    packed_chunk_bytes: int
     reserve_bytes: int
     left_bytes: int
     schemes: tuple[SchemePlan, ...]
@@ -122,7 +126,7 @@ def make_plan(
         context: tokens to be read.
         dtype: of weights and unquantized cache; default the config's, else bfloat16.
         chunk_size: tokens read at a time; None = all at once; "auto" = as an engine would on a GPU
-            of that memory (`locret.engine.budgets`).
+            of that memory (`locret.engine.chunk_size`).
         new_tokens: answer tokens to leave room for, beside the paper's local tokens.
         head_width: hidden width of the retaining heads, with tap `qkv`; 0 = no heads.
         quotas: of the heads. What they keep together does not depend on them; what the layer at
@@ -152,24 +156,31 @@ def make_plan(
     a_head = head_width * (geometry.feature_width("qkv") + geometry.num_kv_heads)
     heads = geometry.num_layers * a_head * dtype.itemsize
     token_bytes = chunk_bytes(geometry, config, dtype, head_width)
-    if asked == "auto":
-        window = config.max_position_embeddings
-        asked = chosen_chunk("cuda", window // 2, memory - weights - heads, token_bytes)
-    tokens = asked or context
-    chunk = min(tokens, context) * token_bytes
+
+    def chunk_of(packs: bool) -> tuple[int, int]:
+        tokens = asked or context
+        if tokens == "auto":
+            room = config.max_position_embeddings // 2
+            tokens = chosen_chunk("cuda", packs, room, memory - weights - heads, token_bytes)
+        return tokens, min(tokens, context) * token_bytes
+
+    (tokens, chunk), (packed_tokens, packed_chunk) = chunk_of(False), chunk_of(True)
     reserve = round(memory * RESERVE)
     after = PAPER["local_tokens"] + new_tokens
     sizing = Sizing.of(NO_SCHEME, geometry, dtype.itemsize, windows=backbone.windows)
     sliding = sizing.window_bytes(context + after)
     left = memory - weights - heads - sliding - chunk - reserve
     slot = round(working_slot(geometry, dtype) * _largest_layer(quotas))
+    lefts = {False: left, True: left + chunk - packed_chunk}
     schemes = tuple(
-        _scheme(scheme, geometry, dtype, left, context, after, slot) for scheme in PLANNED
+        _scheme(scheme, geometry, dtype, lefts[scheme.packs], context, after, slot)
+        for scheme in PLANNED
     )
     return Plan(
         memory=memory,
         context=context,
         chunk_size=tokens,
+        packed_chunk_size=packed_tokens,
         new_tokens=new_tokens,
         dtype=str(dtype).removeprefix("torch."),
         window=config.max_position_embeddings,
@@ -180,6 +191,7 @@ def make_plan(
         sliding_layers=len(sizing.windows),
         sliding_bytes=sliding,
         chunk_bytes=chunk,
+        packed_chunk_bytes=packed_chunk,
         reserve_bytes=reserve,
         left_bytes=left,
         schemes=schemes,
@@ -239,7 +251,7 @@ def as_text(plan: Plan, name: str) -> str:
         ("weights", plan.weights_bytes, ""),
         ("heads", plan.heads_bytes, ""),
         *(windows if plan.sliding_layers else []),
-        ("chunk", plan.chunk_bytes, f"{plan.chunk_size:,} tokens read at a time; an estimate"),
+        ("chunk", plan.chunk_bytes, _chunk_note(plan)),
         ("reserve", plan.reserve_bytes, f"{RESERVE:.0%} for all else"),
         ("left", plan.left_bytes, "for the cache"),
     ):
@@ -251,6 +263,14 @@ def as_text(plan: Plan, name: str) -> str:
     lines += [_scheme_line(scheme, plan) for scheme in plan.schemes]
     lines += [f"\n{note}" for note in _notes(plan)]
     return "\n".join(lines)
+
+
+def _chunk_note(plan: Plan) -> str:
+    note = f"{plan.chunk_size:,} tokens read at a time; an estimate"
+    if plan.packed_chunk_size == plan.chunk_size:
+        return note
+    more = format_bytes(plan.packed_chunk_bytes - plan.chunk_bytes)
+    return f"{note}; {plan.packed_chunk_size:,} where units are packed, {more} more"
 
 
 def _scheme_line(scheme: SchemePlan, plan: Plan) -> str:
@@ -273,7 +293,7 @@ def _notes(plan: Plan) -> list[str]:
         notes.append(
             f"A budget is what heads keep on average; one keeps {plan.spread} of all units."
         )
-    if min(best + plan.chunk_size, plan.context) > plan.window:
+    if min(best + plan.packed_chunk_size, plan.context) > plan.window:
         notes.append(
             f"The model's window is {plan.window:,} positions: budget and chunk together must stay "
             "within it, and budget, local tokens and answer."
