@@ -107,10 +107,10 @@ def _check_new(cache: RetainedCache, args: tuple[Any, ...], inputs: dict[str, An
     given = inputs.get("inputs_embeds") if ids is None else ids
     if given is None:
         return
-    (rows, new), held = given.shape[:2], cache.batch
-    if held not in (None, rows):
+    (rows, new), has = given.shape[:2], cache.batch
+    if has not in (None, rows):
         raise ValueError(
-            f"the cache holds {held} rows, and {rows} are given; they must match. For beams or "
+            f"the cache holds {has} rows, and {rows} are given; they must match. For beams or "
             "several answers, repeat its rows before: cache.batch_repeat_interleave"
         )
     why = _why_not_next(cache, new, inputs)
