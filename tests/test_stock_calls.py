@@ -1,6 +1,8 @@
 """Calls of an attached model by others than the engine: what a failure leaves of the cache."""
 
 import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -277,6 +279,24 @@ def test_rows_that_the_cache_is_ahead_of_are_not_answered(model):
         assert asked(model, cache, ids).shape == (2, WHOLE + 8)
         with pytest.raises(ValueError, match="tokens given are not those that follow"):
             asked(model, cache, ids)
+
+
+def test_calls_of_two_threads_leave_each_others_caches_alone(model):
+    engine, ids, barrier = engine_of(model), prompt(WHOLE), threading.Barrier(2, timeout=60)
+
+    def meet(output):  # within a layer, when both have begun a call
+        barrier.wait()
+
+    def answer(cache):
+        with torch.no_grad():
+            return asked(model, cache)
+
+    with engine:
+        expected = asked(model, engine.prefill(ids[:, :CONTEXT]))
+        caches = [engine.prefill(ids[:, :CONTEXT]) for _ in range(2)]
+        with ThreadPoolExecutor(2) as pool, failing(model.model.layers[0].mlp, meet):
+            answers = [*pool.map(answer, caches)]
+    assert all(torch.equal(each, expected) for each in answers)
 
 
 def test_a_block_that_reads_into_a_cache_and_fails_leaves_it_as_it_was(model):

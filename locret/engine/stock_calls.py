@@ -9,6 +9,7 @@ show it, and the call is refused.
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +46,9 @@ class _Call:
     reads: bool = False
 
 
-class StockCalls:
-    """The calls with a cache that the engine does nothing with (`RetainedCache.current`)."""
+class StockCalls(threading.local):
+    """The calls with a cache that the engine does nothing with (`RetainedCache.current`); those of
+    each thread by themselves."""
 
     def __init__(self) -> None:
         self._begun: _Call | None = None
