@@ -61,6 +61,8 @@ def test_a_plan_shows_what_an_engine_would_read(memory, tokens, packed):
     for taken in (plan.chunk_bytes, plan.packed_chunk_bytes):
         assert taken <= max(plan.memory - plan.weights_bytes - plan.heads_bytes, 0) / 4
     assert ("8,192 where units are packed" in as_text(plan, "a model")) == (packed > tokens)
+    of_short = make_plan(shape("llama-3.1-8b"), memory=memory * GIB, context=2000)
+    assert "where units are packed" not in as_text(of_short, "a model")
 
 
 def test_a_chosen_size_reads_as_the_same_number_given():

@@ -7,6 +7,7 @@ import torch
 import locret
 from locret.cache.sizing import Sizing
 from locret.engine.config import EngineConfig
+from locret.engine.contexts import counts_of
 from locret.heads.quotas import within_slots
 from locret.policies.attention import PyramidKVPolicy
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
@@ -20,6 +21,7 @@ from tests.tiny_models import prompt, tiny_model
 TABLE = [[1.0, 3.0], [0.5, 1.5]]
 WINDOW = 64
 GREEDY = {"do_sample": False}
+RUNS = {"group": 4, "residual": 3}
 
 
 class FirstHead(KNormPolicy):
@@ -209,6 +211,40 @@ def test_answers_with_evictions_stay_within_the_window(model, wrapped, settings,
     for seed, asked in enumerate((3, 3, 1)):
         engine.generate(prompt(asked, seed=seed), cache=cache, max_new_tokens=70, **GREEDY)
         assert max(watching.slots) <= WINDOW
+
+
+@pytest.mark.parametrize("length", [60, 64])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("wrapped", "settings"),
+    [
+        (None, {"budget": 20, "quotas": [[9, 1], [1, 1]]}),
+        (None, {"budget": 20, "quotas": [[9, 1], [1, 1]], "merging": "similar"}),
+        (None, {"budget": 20, "quotas": [[9, 1], [1, 1]], "quantization": {"name": "kivi"} | RUNS}),
+        (None, {"budget": "3kB", "quotas": [[9, 1], [1, 1]]}),
+        (PyramidLayers, {"budget": 40}),
+        (AdaptiveHeads, {"budget": 20}),
+        (SharedLayers, {"budget": 20}),
+    ],
+    ids=str,
+)
+def test_heads_make_room_for_questions_that_the_window_has_none_for(
+    model, wrapped, settings, batch, length
+):
+    """Of 10 tokens and 20, about a context that it holds whole, and about an answer."""
+    watching, interval = Watching(), 4
+    policy = wrapped(watching) if wrapped else watching
+    settings = {"chunk_size": 16, "stabilizers": 2, "local_tokens": 3} | settings
+    engine = locret.Engine(model, policy, decode_interval=interval, **settings)
+    cache = engine.prefill(prompt(length, batch=batch))
+    watching.slots.clear()
+    for seed, asked in enumerate((1, 10, 20)):
+        question = prompt(asked, batch=batch, seed=seed)
+        engine.generate(question, cache=cache, max_new_tokens=30, **GREEDY)
+        assert max(watching.slots, default=0) <= WINDOW
+        assert lengths(cache).max() <= WINDOW
+        counts = counts_of(cache.budget, 2, 2)
+        assert lengths(cache).sum(dim=(0, 2)).max() <= sum(map(sum, counts)) + 4 * interval
 
 
 @pytest.mark.parametrize("budget", [52, [52, 20]])

@@ -1,6 +1,8 @@
 """Calls of an attached model by others than the engine: what a failure leaves of the cache."""
 
 import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -59,7 +61,8 @@ def run_out(output):
 def parts_of(model):
     """Modules whose calls come before, between and after what a layer stores."""
     first, last = model.model.layers
-    return [first.self_attn.q_proj, first.mlp, last.self_attn.v_proj, last.mlp, model.model.norm]
+    inside = [first.self_attn.q_proj, first.mlp, last.self_attn.v_proj, last.mlp, model.model.norm]
+    return [*inside, model.lm_head]
 
 
 def held(cache):
@@ -95,7 +98,7 @@ def test_what_cannot_be_packed_leaves_the_cache_as_it_was(model, name, bad):
         assert torch.equal(asked(model, cache)[:, CONTEXT:], expected)
 
 
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", range(6))
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_call_that_fails_leaves_the_cache_as_it_was(model, part, after):
     engine = engine_of(model)
@@ -114,7 +117,7 @@ def test_a_call_that_fails_leaves_the_cache_as_it_was(model, part, after):
             assert_as_before(cache, before)
 
 
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", range(6))
 def test_a_step_that_failed_can_be_taken_again(model, part):
     engine, ids = engine_of(model), prompt(WHOLE)
     with engine, torch.no_grad():
@@ -128,7 +131,7 @@ def test_a_step_that_failed_can_be_taken_again(model, part):
             assert torch.equal(given, model(step, **as_argument(model, untouched)).logits)
 
 
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", range(6))
 def test_an_interrupt_leaves_the_cache_as_it_was(model, part):
     engine = engine_of(model)
     cache = engine.prefill(prompt(WHOLE)[:, :CONTEXT])
@@ -138,7 +141,7 @@ def test_an_interrupt_leaves_the_cache_as_it_was(model, part):
     assert_as_before(cache, before)
 
 
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", range(6))
 def test_an_interrupt_within_the_block_is_made_good_by_the_next_call(model, part):
     engine, ids = engine_of(model), prompt(WHOLE)
     with engine, torch.no_grad():
@@ -148,6 +151,41 @@ def test_an_interrupt_within_the_block_is_made_good_by_the_next_call(model, part
             model(ids[:, CONTEXT:], **as_argument(model, cache))
         given = model(ids[:, CONTEXT:], **as_argument(model, cache)).logits
         assert torch.equal(given, model(ids[:, CONTEXT:], **as_argument(model, untouched)).logits)
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_what_is_done_with_the_cache_after_an_interrupt_stays(model, part):
+    engine, question = engine_of(model), prompt(WHOLE)[:, CONTEXT:]
+    expected = engine.generate(question, cache=engine.prefill(prompt(CONTEXT)), **GREEDY)
+    with engine:
+        cache = engine.prefill(prompt(CONTEXT))
+        untouched = cache.snapshot()
+        with failing(parts_of(model)[part], interrupt, 3), pytest.raises(KeyboardInterrupt):
+            asked(model, cache)
+        cache.restore(untouched)
+        before = held(cache)
+    assert_as_before(cache, before)
+    with engine:
+        with failing(parts_of(model)[part], interrupt), pytest.raises(KeyboardInterrupt):
+            asked(model, cache)
+        assert torch.equal(engine.generate(question, cache=cache, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_a_decoder_called_by_itself_leaves_the_cache_as_it_was(model, part):
+    engine, ids = engine_of(model), prompt(WHOLE)
+    decoder = model.model
+    with engine, torch.no_grad():
+        cache = engine.prefill(ids[:, :CONTEXT])
+        before = held(cache)
+        with failing(parts_of(model)[part], interrupt), pytest.raises(KeyboardInterrupt):
+            model(ids[:, CONTEXT:], **as_argument(model, cache))
+        for _ in range(2):
+            with failing(decoder.norm, run_out), pytest.raises(torch.OutOfMemoryError):
+                decoder(ids[:, CONTEXT:], **as_argument(decoder, cache))
+            assert_as_before(cache, before)
+        decoder(ids[:, CONTEXT:], **as_argument(decoder, cache))
+    assert cache.seen == WHOLE
 
 
 def test_rows_of_different_lengths_are_as_they_were_too(model):
@@ -164,7 +202,7 @@ def test_rows_of_different_lengths_are_as_they_were_too(model):
         model(prompt(9, batch=2), **as_argument(model, cache))
 
 
-@pytest.mark.parametrize("after", [0, 3, None])
+@pytest.mark.parametrize("after", [3, None])
 def test_a_sequence_that_the_cache_is_ahead_of_is_not_answered(model, after):
     engine = engine_of(model)
     with engine:
@@ -186,6 +224,52 @@ def test_a_sequence_that_the_cache_is_ahead_of_is_not_answered(model, after):
         assert torch.equal(asked(model, cache), expected)
 
 
+@pytest.mark.parametrize("length", [33, 35, 59, 60, 61, 67])
+def test_a_shorter_sequence_is_not_answered(model, length):
+    engine = engine_of(model)
+    with engine:
+        cache = engine.prefill(prompt(WHOLE)[:, :CONTEXT])
+        asked(model, cache)
+        before = held(cache)
+        assert cache.seen == 67
+        with pytest.raises(ValueError, match=r"has seen 67 tokens, and .* follow"):
+            asked(model, cache, prompt(length))
+        assert_as_before(cache, before)
+
+
+@pytest.mark.parametrize(("rows", "given"), [(1, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize("embedded", [True, False])
+def test_other_numbers_of_rows_are_not_answered(model, rows, given, embedded):
+    engine, ids = engine_of(model), prompt(WHOLE, batch=given)[:, CONTEXT:]
+    inputs = {"inputs_embeds": model.model.embed_tokens(ids)} if embedded else {"input_ids": ids}
+    with engine, torch.no_grad():
+        cache = engine.prefill(prompt(CONTEXT, batch=rows))
+        before = held(cache)
+        with pytest.raises(ValueError, match=f"holds {rows} rows, and {given} are given"):
+            model(**inputs, **as_argument(model, cache))
+        assert_as_before(cache, before)
+
+
+def test_beams_need_rows_of_their_own(model):
+    engine, ids = engine_of(model), prompt(WHOLE)
+    with engine:
+        cache = engine.prefill(ids[:, :CONTEXT])
+        given = as_argument(model, cache, "generate")
+        with pytest.raises(ValueError, match="batch_repeat_interleave"):
+            model.generate(ids, **given, num_beams=3, **GREEDY)
+        cache.batch_repeat_interleave(3)
+        assert model.generate(ids, **given, num_beams=3, **GREEDY).shape == (1, WHOLE + 8)
+
+
+@pytest.mark.parametrize("settings", [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}])
+def test_decoding_that_gives_tokens_again_is_refused(model, settings):
+    engine = engine_of(model)
+    with engine, pytest.raises(ValueError, match=r"position_ids end at .* cannot draft tokens"):
+        cache = engine.prefill(prompt(WHOLE)[:, :CONTEXT])
+        given = as_argument(model, cache, "generate")
+        model.generate(prompt(WHOLE), **given, **settings, **GREEDY)
+
+
 def test_rows_that_the_cache_is_ahead_of_are_not_answered(model):
     engine, ids = engine_of(model), prompt(WHOLE, batch=2)
     mask = torch.ones_like(ids[:, :CONTEXT])
@@ -195,6 +279,24 @@ def test_rows_that_the_cache_is_ahead_of_are_not_answered(model):
         assert asked(model, cache, ids).shape == (2, WHOLE + 8)
         with pytest.raises(ValueError, match="tokens given are not those that follow"):
             asked(model, cache, ids)
+
+
+def test_calls_of_two_threads_leave_each_others_caches_alone(model):
+    engine, ids, barrier = engine_of(model), prompt(WHOLE), threading.Barrier(2, timeout=60)
+
+    def meet(output):  # within a layer, when both have begun a call
+        barrier.wait()
+
+    def answer(cache):
+        with torch.no_grad():
+            return asked(model, cache)
+
+    with engine:
+        expected = asked(model, engine.prefill(ids[:, :CONTEXT]))
+        caches = [engine.prefill(ids[:, :CONTEXT]) for _ in range(2)]
+        with ThreadPoolExecutor(2) as pool, failing(model.model.layers[0].mlp, meet):
+            answers = [*pool.map(answer, caches)]
+    assert all(torch.equal(each, expected) for each in answers)
 
 
 def test_a_block_that_reads_into_a_cache_and_fails_leaves_it_as_it_was(model):
@@ -217,5 +319,7 @@ def test_nothing_is_left_of_the_hooks(model):
     engine = engine_of(model)
     with engine:
         assert model.model._forward_pre_hooks
-    assert not model.model._forward_pre_hooks
-    assert not model.model._forward_hooks
+    for module in (model, model.model):
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+        assert not module._forward_hooks_always_called

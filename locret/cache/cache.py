@@ -103,6 +103,7 @@ class RetainedCache(Cache):
             without being read; the next turn reads it first.
         padding: how many leading tokens of each row are padding; None = none.
         model: what the cache belongs to (`locret.cache.files.describe`), for `save`.
+        restores: how often it was restored or emptied.
     """
 
     layers: list[RetainedLayer]  # type: ignore[assignment]
@@ -137,6 +138,7 @@ class RetainedCache(Cache):
         self.positions = positions
         self.model: dict[str, Any] = {}
         self.current: Any = None
+        self.restores = 0
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -184,6 +186,14 @@ class RetainedCache(Cache):
         return self.get_seq_length()
 
     @property
+    def batch(self) -> int | None:
+        """Rows; None = nothing was read, so that there may be any number."""
+        if self.padding:
+            return len(self.padding)
+        filled = (layer.store for layer in self.layers if not layer.is_empty)
+        return next((store.sequences.shape[0] for store in filled), None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all storage on the device: keys and values or their codes, tables and outliers,
         scores, positions, spare room; what is recalled, and what finds it."""
@@ -206,6 +216,7 @@ class RetainedCache(Cache):
 
     def reset(self) -> None:
         super().reset()
+        self.restores += 1
         self._start_anew()
 
     def snapshot(self) -> Snapshot:
@@ -235,6 +246,7 @@ class RetainedCache(Cache):
             layer.restore(view)
         for name, value in snapshot.fields.items():
             setattr(self, name, copy.copy(value))
+        self.restores += 1
 
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[None]:
@@ -309,9 +321,7 @@ class RetainedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, one after the other, for the beams of stock `generate`."""
-        some = next((layer for layer in self.layers if not layer.is_empty), None)
-        batch = len(self.padding or ()) or (some.store.sequences.shape[0] if some else 1)
-        self._select_rows([row for row in range(batch) for _ in range(repeats)])
+        self._select_rows([row for row in range(self.batch or 1) for _ in range(repeats)])
 
     def rows(self, indices: Sequence[int]) -> "RetainedCache":
         """Some rows as a cache of their own; this one stays as it is."""

@@ -77,7 +77,10 @@ class Answering:
         """
         beams, returned = (setting(self.model, kwargs, name) or 1 for name in BRANCHING)
         last = longest(self.model, kwargs, sequence)
-        eviction = self._eviction(cache, sequence.shape[1] - cache.seen, last)
+        first = sequence.shape[1] - cache.seen
+        eviction = self._eviction(cache, first, last)
+        if eviction is not None:
+            self._leave_slots(cache, eviction, first)
         if max(beams, returned) > 1:
             cache.batch_repeat_interleave(max(beams, returned))
             cache.token_ids = None  # whose rows are the beams' no more
@@ -161,6 +164,16 @@ class Answering:
         return self.config.eviction(
             counts, cache.query_length, interval - 1, merging=cache.merging, slots=slots
         )
+
+    def _leave_slots(self, cache: RetainedCache, eviction: Eviction, first: int) -> None:
+        """Where a head kept more of a prompt, or of an answer, than leaves slots of the window for
+        the `first` tokens that are read at once now, evict before them; but not where units are
+        recalled, of which every chunk says which blocks they go to."""
+        window, layers = self.sizing.window, cache.retained_layers
+        if window is None or eviction.slots is None or cache.hosts:
+            return
+        if max(layer.longest for layer in layers) + first > window:
+            self.forward.evict(cache, replace(eviction, above=0))
 
     def lengthen(self, kwargs: dict[str, Any], front: int) -> None:
         """Make lengths that count the prompt count `front` tokens read in front of it too."""

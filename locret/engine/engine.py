@@ -36,7 +36,7 @@ from locret.engine.contexts import Progress, Reader, read_questions, together
 from locret.engine.reading import ChunkCounts, ChunkForward
 from locret.engine.scoring import make_policy, scoring_heads
 from locret.engine.steps import StepCounts
-from locret.engine.stock_calls import doing, watched
+from locret.engine.stock_calls import StockCalls, doing
 from locret.heads.heads import RetainingHeads
 from locret.heads.quotas import QuotasChoice
 from locret.model.backbone import Backbone
@@ -171,6 +171,7 @@ class Engine:
         self._forward = forward = ChunkForward(self.backbone, self._attention, self.policy)
         self._reader = Reader(self.backbone, forward, config, sizing, progress)
         self._answering = Answering(model, self.backbone, forward, config, sizing)
+        self._stock_calls = StockCalls()
         self._attached: contextlib.ExitStack | None = None
         self._depth = 0
 
@@ -208,7 +209,7 @@ class Engine:
             stack, run = contextlib.ExitStack(), self._attention
             finish = run.finish if self.policy.waits else None
             stack.enter_context(self.backbone.attached(run, run.rotation, finish))
-            stack.enter_context(watched(self.backbone.decoder))
+            stack.enter_context(self._stock_calls.watched(self.backbone))
             self._attached = stack
         self._depth += 1
         return self
@@ -296,6 +297,7 @@ class Engine:
             ValueError: caches that differ in model or settings; other than one question for each;
                 or, with `decode_interval`, any question, or asked contexts beside fresh ones.
         """
+        self._stock_calls.put_back()
         with self:
             self._forward.begin()
             return together(self._reader, caches, questions)
@@ -334,6 +336,7 @@ class Engine:
                 that do not go together or that repeat what the cache has read, or a decoding method
                 that needs to roll back the cache.
         """
+        self._stock_calls.put_back()
         check_ids(input_ids)
         context = (
             input_ids[:, :0] if cache is None else context_ids(cache, self.backbone, input_ids)

@@ -267,7 +267,7 @@ def as_text(plan: Plan, name: str) -> str:
 
 def _chunk_note(plan: Plan) -> str:
     note = f"{plan.chunk_size:,} tokens read at a time; an estimate"
-    if plan.packed_chunk_size == plan.chunk_size:
+    if plan.packed_chunk_bytes == plan.chunk_bytes:  # of a short context, too
         return note
     more = format_bytes(plan.packed_chunk_bytes - plan.chunk_bytes)
     return f"{note}; {plan.packed_chunk_size:,} where units are packed, {more} more"

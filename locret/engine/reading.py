@@ -137,6 +137,15 @@ class ChunkForward:
         with without_autocast(context.device):
             last.evict_ranked(layers, [*map(Scores.of, ranked, layers)])
 
+    def evict(self, cache: RetainedCache, eviction: Eviction) -> None:
+        """Let layers that hold more than an eviction lets them go back to it, by the scores that
+        their units have."""
+        layers = cache.retained_layers
+        reads = ReadPass(self.policy, self.attention.backend, self.backbone.surprise, eviction)
+        ranked = [Scores.of(layer.store.rectangle("scores"), layer) for layer in layers]
+        with without_autocast(layers[0].store.like.device):
+            reads.evict_ranked(layers, ranked)
+
     def outputs(self, run: Callable[..., Any], inputs: dict[str, Any], cache: RetainedCache) -> Any:
         """The model's outputs for `inputs`: what is left of a prompt, or a question."""
         ids: Any = inputs.get("input_ids")

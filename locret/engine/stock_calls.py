@@ -8,13 +8,17 @@ show it, and the call is refused.
 """
 
 import contextlib
+import functools
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from locret.cache.cache import RetainedCache, Snapshot
 from locret.engine.attention import Pass
+from locret.model.backbone import Backbone
 from locret.model.hooks import cache_in
 
 
@@ -26,72 +30,114 @@ def doing(current: Pass, cache: RetainedCache) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def watched(decoder: nn.Module) -> Iterator[None]:
-    """Until the block ends, calls of an attached `decoder` with a cache that the engine does
-    nothing with (`RetainedCache.current`) are as the file's head says."""
-    calls = _Calls()
-    begin = decoder.register_forward_pre_hook(calls.begin, with_kwargs=True)
-    end = decoder.register_forward_hook(calls.end, with_kwargs=True, always_call=True)
-    try:
-        yield
-    finally:
-        begin.remove()
-        end.remove()
-        calls.put_back()
+@dataclass
+class _Call:
+    """A call that has begun, of the model or, within that or alone, of its decoder.
+
+    Attributes:
+        cache: its cache; before: what it was; restores: how often it had been restored by then.
+        whole: it is the model's; reads: its decoder has begun.
+    """
+
+    cache: RetainedCache
+    before: Snapshot
+    restores: int
+    whole: bool
+    reads: bool = False
 
 
-class _Calls:
-    """Hooks, and the cache of the call that runs with what it was before."""
+class StockCalls(threading.local):
+    """The calls with a cache that the engine does nothing with (`RetainedCache.current`); those of
+    each thread by themselves."""
 
     def __init__(self) -> None:
-        self._begun: tuple[RetainedCache, Snapshot] | None = None
+        self._begun: _Call | None = None
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook."""
-        self.put_back()  # PyTorch calls no hook after an interrupt
-        cache = cache_in(kwargs)
-        if isinstance(cache, RetainedCache) and cache.current is None:
-            ids = args[0] if args else kwargs.get("input_ids")
-            if ids is not None:
-                _check_new(cache, kwargs | {"input_ids": ids})
-            self._begun = cache, cache.snapshot()
+    @contextlib.contextmanager
+    def watched(self, backbone: Backbone) -> Iterator[None]:
+        """Until the block ends, those of an attached model are as the file's head says."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.put_back)
+            for module, whole in ((backbone.model, True), (backbone.decoder, False)):
+                begin = functools.partial(self._begin, whole)
+                end = functools.partial(self._end, whole)
+                before = module.register_forward_pre_hook(begin, with_kwargs=True)
+                after = module.register_forward_hook(end, with_kwargs=True, always_call=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            yield
 
-    def end(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    def _begin(
+        self, whole: bool, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Forward hook, which is given no output after an error."""
+        """Forward pre-hook of the model, or of its decoder."""
+        call, cache = self._begun, cache_in(kwargs)
+        within = call is not None and call.cache is cache and call.whole > whole and not call.reads
+        if not within:
+            self.put_back()  # PyTorch calls no hook after an interrupt
+            call = None
+        if not isinstance(cache, RetainedCache) or cache.current is not None:
+            return
+        if not whole:
+            _check_new(cache, args, kwargs)
+        if call is None:
+            call = _Call(cache, cache.snapshot(), cache.restores, whole)
+        call.reads, self._begun = not whole, call
+
+    def _end(
+        self, whole: bool, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Forward hook of the same, which is given no output after an error."""
         if output is None:
             self.put_back()
-        self._begun = None
+        elif self._begun is not None and self._begun.whole == whole:
+            self._begun = None
 
     def put_back(self) -> None:
-        """Let the cache of a call that has not ended be what it was before."""
-        if self._begun is not None:
-            (cache, before), self._begun = self._begun, None
-            cache.restore(before)
+        """Let the cache of a call that has not ended be what it was before, unless it was restored
+        since."""
+        call, self._begun = self._begun, None
+        if call is not None and call.cache.restores == call.restores:
+            call.cache.restore(call.before)
 
 
-def _check_new(cache: RetainedCache, inputs: dict[str, Any]) -> None:
-    """Refuse inputs of the model that do not follow what a cache has seen. ValueError: there is no
-    token among `input_ids` [B, T], or `position_ids` [B or 1, T] say that they are others."""
-    new = inputs["input_ids"].shape[1]
-    if new and (new == 1 or _follow(cache, new, inputs)):
-        return  # at the steps of an answer the device is not waited for
-    what = "no token follows" if not new else f"the {new} tokens given are not those that follow"
-    raise ValueError(
-        f"the cache has seen {cache.seen} tokens, and {what}: stock generate takes the whole "
-        "sequence, of which the cache has seen the beginning. To ask once more, take a "
-        "cache.snapshot() before and restore it, or call engine.generate with what follows alone"
-    )
+def _check_new(cache: RetainedCache, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    """Refuse inputs of a decoder that do not follow what a cache has seen. ValueError: they are of
+    another number of rows, or hold no token, or `position_ids` [B or 1, T] say that they are
+    others."""
+    ids = args[0] if args else inputs.get("input_ids")
+    given = inputs.get("inputs_embeds") if ids is None else ids
+    if given is None:
+        return
+    (rows, new), has = given.shape[:2], cache.batch
+    if has not in (None, rows):
+        raise ValueError(
+            f"the cache holds {has} rows, and {rows} are given; they must match. For beams or "
+            "several answers, repeat its rows before: cache.batch_repeat_interleave"
+        )
+    why = _why_not_next(cache, new, inputs)
+    if why is not None:
+        raise ValueError(
+            f"the cache has seen {cache.seen} tokens, and {why}. Stock generate takes the whole "
+            "sequence, of which the cache has seen the beginning, and cannot draft tokens. To ask "
+            "once more, take a cache.snapshot() before and restore it, or call engine.generate "
+            "with what follows alone"
+        )
 
 
-def _follow(cache: RetainedCache, new: int, inputs: dict[str, Any]) -> bool:
-    """Whether positions, if there are any, are those of so many tokens that the cache sees next."""
+def _why_not_next(cache: RetainedCache, new: int, inputs: dict[str, Any]) -> str | None:
+    """Why so many tokens cannot be those that the cache sees next; None if they can."""
+    if not new:
+        return "no token follows"
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-    if positions is None:
-        return True
-    behind = cache.seen + new - 1 - int(positions[..., -1].max())
-    if behind in (0, min(cache.padding or (0,))):  # of the longest row, padding may not count
-        return True
-    return mask is not None and not mask.all()  # which is refused as padding
+    if new == 1 or positions is None:  # at the steps of an answer the device is not waited for
+        return None
+    found, last = int(positions[..., -1].max()), cache.seen + new - 1
+    if last - found in (0, min(cache.padding or (0,))):  # of the longest row, padding may not count
+        return None
+    if isinstance(mask, Tensor) and not mask.all():
+        return None  # which is refused as padding
+    return (
+        f"the {new} tokens given are not those that follow: their position_ids end at {found}, "
+        f"not {last}"
+    )
