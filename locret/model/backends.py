@@ -240,9 +240,14 @@ def _visible(query: Tensor, key: Tensor, empty: Tensor | None, window: int | Non
 
 
 def multiplies_fast(query: Tensor) -> bool:
-    """Whether `attend_by_products` is faster than PyTorch's fused attention, of a CPU: that one
-    multiplies bfloat16 at the speed of float32, unless the CPU has tiles (AMX)."""
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[2] < _FEW:
+    """Whether `attend_by_products` is faster than PyTorch's fused attention, of a CPU."""
+    return query.shape[2] >= _FEW and multiplies_bfloat16(query)
+
+
+def multiplies_bfloat16(x: Tensor) -> bool:
+    """Whether products of matrices like `x` are faster than PyTorch's fused attention, of a CPU:
+    that one multiplies bfloat16 at the speed of float32, unless the CPU has tiles (AMX)."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
         return False
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
