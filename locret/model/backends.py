@@ -38,8 +38,9 @@ _BLOCK_ELEMENTS = 2**28  # of the logits that the eager backend has in memory at
 
 _FEW = 32
 """Fewer new tokens are not worth products of matrices."""
-_BLOCK = 64
-"""New tokens that `attend_by_products` takes at a time: their logits shall fit a cache."""
+_BLOCK = 128
+"""New tokens that `attend_by_products` takes at a time: their logits shall fit a cache, and products
+be worth the calls."""
 _LOGITS = 2**20
 """Logits that it has in memory at a time: it takes as many heads as have no more, at least one."""
 
