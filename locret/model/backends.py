@@ -39,10 +39,13 @@ _BLOCK_ELEMENTS = 2**28  # of the logits that the eager backend has in memory at
 _FEW = 32
 """Fewer new tokens are not worth products of matrices."""
 _BLOCK = 128
-"""New tokens that `attend_by_products` takes at a time: their logits shall fit a cache, and products
-be worth the calls."""
+"""New tokens that `attend_by_products` takes at a time: their logits shall fit a cache, and its
+products be worth their calls."""
 _LOGITS = 2**20
 """Logits that it has in memory at a time: it takes as many heads as have no more, at least one."""
+
+_SAFE = 60.0
+"""Logits of which exponentials and their sums are within the range of bfloat16."""
 
 PACKAGE = "minference"
 VERTICAL, SLASH = 1000, 6096
@@ -281,7 +284,9 @@ def _attend_heads(
     # Products of bfloat16 are rounded to it, and the softmax is the same without the mean key:
     # logits are smaller then, and exact enough for models whose keys have large biases.
     exact = key.float()
-    key = (exact - exact.mean(dim=-2, keepdim=True)).mul_(scaling).to(key.dtype)
+    exact = (exact - exact.mean(dim=-2, keepdim=True)).mul_(scaling)
+    largest, key = _largest(query) * _largest(exact), exact.to(key.dtype)
+    weigh = _weigh if largest < _SAFE else _weigh_any
     future = query.new_full((_BLOCK, _BLOCK), -torch.inf).triu(1)
     for start in range(0, tokens, _BLOCK):
         end = min(start + _BLOCK, tokens)
@@ -289,8 +294,24 @@ def _attend_heads(
         queries = query[..., start:end, :].reshape(*key.shape[:-2], -1, size)  # G * new
         logits = queries @ key[..., :last, :].transpose(-1, -2)
         logits.unflatten(-2, (group, new))[..., -new:].add_(future[:new, :new])
-        weighed = logits.softmax(dim=-1) @ value[..., :last, :]
+        weighed = weigh(logits, value[..., :last, :])
         output[..., start:end, :] = weighed.unflatten(-2, (group, new))
+
+
+def _largest(vectors: Tensor) -> float:
+    """The largest norm of some vectors [..., D]."""
+    return float(torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).max())
+
+
+def _weigh(logits: Tensor, value: Tensor) -> Tensor:
+    """The softmax of logits of at most `_SAFE` times the values, in fewer passes than softmax
+    takes; changes the logits."""
+    weights = logits.exp_()
+    return (weights @ value).div_(weights.sum(dim=-1, keepdim=True))
+
+
+def _weigh_any(logits: Tensor, value: Tensor) -> Tensor:
+    return logits.softmax(dim=-1) @ value
 
 
 def why_not_sparse(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
