@@ -25,7 +25,7 @@ HEADS := $(DEMO)/heads/heads.safetensors
 demo: $(HEADS)
 	@echo "== Asking 10 needles in 3,000-token prompts, an eighth of the context kept: full, streaming_llm, locret"
 	@$(BIN)/python -m locret needle --model embedded:smollm2 --heads $(DEMO)/heads \
-		--batch-size 10 --json-out $(DEMO)/needle.json
+		--batch-size 5 --json-out $(DEMO)/needle.json
 	@echo "(make clean forgets the trained heads, so that make demo trains them again)"
 
 $(HEADS): configs/smollm2.yaml .venv/demo.installed
