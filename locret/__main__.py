@@ -4,6 +4,7 @@ import os
 import sys
 
 from locret.system.interrupts import ends_at_once
+from locret.system.memory import keep_freed_memory
 
 
 def main() -> int:
@@ -13,6 +14,7 @@ def main() -> int:
     # thread they wait for needs; where they sleep at once, an idle machine is much slower.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    keep_freed_memory()
     with ends_at_once():
         from locret import cli
     return cli.main()

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from locret.model import backends
 from locret.model.backends import attend, attend_by_products
 from locret.model.hooks import PLAIN, Weighting
 
@@ -66,13 +67,23 @@ def test_half_precision(backend, new, slots):
 
 
 @pytest.mark.parametrize(("new", "slots"), [(1, 1), (64, 64), (63, 90), (65, 65), (130, 131)])
-def test_products_of_blocks(new, slots):
+@pytest.mark.parametrize("safe", [0.0, backends._SAFE])
+def test_products_of_blocks(new, slots, safe, monkeypatch):
+    monkeypatch.setattr(backends, "_SAFE", safe)
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.06)):
         query, key, value = random_inputs(2, 3, 2, new, slots, dtype)
         key[..., :4] += 100  # a bias: logits that were rounded with it would lose the rest
         output = attend_by_products(query, key, value, 0.3).transpose(1, 2)
         plain = naive(query, key, value, 0.3)
         torch.testing.assert_close(output.float(), plain, atol=tolerance, rtol=0)
+
+
+def test_products_of_large_logits(monkeypatch):
+    query, key, value = random_inputs(1, 2, 2, 40, 50, torch.bfloat16)
+    inputs = query * 30, key * 30, value, 0.3  # exponentials of their logits are infinite
+    output = attend_by_products(*inputs)
+    monkeypatch.setattr(backends, "_SAFE", 0.0)
+    assert output.isfinite().all() and torch.equal(output, attend_by_products(*inputs))
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])

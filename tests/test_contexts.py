@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import locret
+from locret.cache.store import Tail
 from tests.tiny_models import prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -538,3 +539,17 @@ def test_what_is_no_token_ids_is_refused(engine, given):
     for ask in (engine.prefill, engine.generate):
         with pytest.raises(ValueError, match="expected a tensor|expected token ids"):
             ask(given)
+
+
+def test_storage_of_a_whole_context_is_made_once(monkeypatch):
+    engine = locret.Engine(tiny_model("llama"), "full", chunk_size=16)
+    made, append = [], Tail.append
+
+    def counting(tail, new, room=0):
+        before = tail.tensors
+        append(tail, new, room)
+        made.append(tail.tensors is not before)
+
+    monkeypatch.setattr(Tail, "append", counting)
+    cache = engine.prefill(prompt(600))
+    assert len(made) > 2 * len(cache.layers) and sum(made) == len(cache.layers)

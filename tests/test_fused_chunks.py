@@ -155,6 +155,11 @@ def test_questions_are_read_fused_in_front_of_fast_steps(family, monkeypatch):
     assert asked.hidden_states[0][0].shape[1] == SMALL["local_tokens"]
 
 
+def test_an_mlp_takes_pieces_of_all_rows_together(both, monkeypatch):
+    monkeypatch.setattr("locret.model.prenorm._CPU_TOKENS", 10)
+    both(tiny_model("llama"))
+
+
 def test_hooks_see_all_rows_where_an_mlp_takes_pieces(both, monkeypatch):
     monkeypatch.setattr("locret.model.prenorm._CPU_TOKENS", 10)
     model, rows = tiny_model("llama"), torch.randn(2, 1, 64)

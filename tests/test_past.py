@@ -19,11 +19,18 @@ def normal(generator, *shape, dtype=torch.float32):
     return torch.randn(shape, generator=generator).to(dtype)
 
 
+@pytest.fixture
+def multiplies(monkeypatch):
+    """Products of bfloat16 are fast, of any size, whatever the CPU."""
+    monkeypatch.setattr(attend, "multiplies_bfloat16", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(attend, "_LONG", 0)
+
+
 @pytest.mark.parametrize("counts", [RAGGED, EQUAL, None])
 @pytest.mark.parametrize("tail", [0, 3])
 @pytest.mark.parametrize(("tokens", "group"), [(1, 1), (1, 4), (5, 2), (16, 2), (17, 2), (130, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_and_many_queries_see_the_same(counts, tail, tokens, group, dtype):
+def test_few_and_many_queries_see_the_same(multiplies, counts, tail, tokens, group, dtype):
     generator = torch.Generator().manual_seed(0)
     rows, pasts = 2, []
     if counts is not None:
@@ -34,8 +41,7 @@ def test_few_and_many_queries_see_the_same(counts, tail, tokens, group, dtype):
     pasts.append(Past(*(normal(generator, *shape, dtype=dtype) for _ in range(2))))
     query = normal(generator, rows, HEADS * group, tokens, SIZE, dtype=dtype)
     new = tuple(normal(generator, rows, HEADS, tokens, SIZE, dtype=dtype) for _ in range(2))
-    few = dtype == torch.float32 and tokens * group <= 32
-    assert are_few(query, pasts, new) == few
+    assert are_few(query, pasts, new) == (tokens * group <= 32)
     tolerance = {"atol": 1e-5} if dtype == torch.float32 else {"atol": 0.06}
     fast, plain = (attend_past(query, pasts, new, 0.4, how) for how in ("sdpa", "eager"))
     torch.testing.assert_close(fast, plain, rtol=0, **tolerance)
@@ -43,7 +49,7 @@ def test_few_and_many_queries_see_the_same(counts, tail, tokens, group, dtype):
 
 @pytest.mark.parametrize("counts", [RAGGED, EQUAL])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_sees_its_own_unit_in_the_tail(counts, dtype):
+def test_a_step_sees_its_own_unit_in_the_tail(multiplies, counts, dtype):
     generator = torch.Generator().manual_seed(1)
     sequences = sequences_of(counts, torch.device("cpu"))
     flat = [normal(generator, sequences.total, SIZE, dtype=dtype) for _ in range(2)]
@@ -55,6 +61,30 @@ def test_a_step_sees_its_own_unit_in_the_tail(counts, dtype):
     apart = attend_past(query, before, tuple(x[:, :, 3:] for x in tail), 0.4, "eager")
     tolerance = 1e-5 if dtype == torch.float32 else 0.06
     torch.testing.assert_close(together, apart, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("counts", [((4, 2, 9), (3, 70, 1)), EQUAL])
+def test_few_queries_of_few_bits_tell_keys_with_a_bias_apart(multiplies, counts):
+    generator = torch.Generator().manual_seed(4)
+    sequences = sequences_of(counts, torch.device("cpu"))
+    keys, values = (normal(generator, sequences.total, SIZE) for _ in range(2))
+    query = normal(generator, 2, HEADS, 1, SIZE)
+    keys[:, :2] += 100  # logits that were rounded with it would lose the rest
+    exact = [x.bfloat16().float() for x in (query, keys, values)]
+    plain = attend_past(exact[0], [Past(*exact[1:], sequences)], None, 0.5, "eager")
+    few = [x.bfloat16() for x in exact]
+    past = Past(*few[1:], sequences)
+    assert are_few(few[0], [past], None)
+    seen = attend_past(few[0], [past], None, 0.5, "sdpa")
+    torch.testing.assert_close(seen.float(), plain, rtol=0, atol=0.06)
+
+
+def test_few_queries_of_few_bits_take_products_of_long_sequences(multiplies, monkeypatch):
+    monkeypatch.setattr(attend, "_LONG", 30)
+    query, keys = torch.zeros(2, HEADS, 1, SIZE).bfloat16(), torch.zeros(30, SIZE).bfloat16()
+    for counts, long in ((EQUAL, True), (((5, 5, 5), (6, 6, 3)), False)):
+        past = Past(keys, keys, sequences_of(counts, torch.device("cpu")))
+        assert are_few(query, [past], None) == long
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from locret.cache.context import alike, sent, sequences_of
 from locret.cache.layer import RetainedLayer
 from locret.cache.store import NewTokens
 from locret.model.attend import Past, attend_past
-from locret.model.backends import Backend, attend
+from locret.model.backends import Backend, attend, multiplies_fast
 from locret.model.hooks import Enough, LayerCall, without_autocast
 from locret.model.rotary import Rotary
 from locret.policies.base import LayerChunk
@@ -159,6 +159,8 @@ class AnswerPass(Pass):
         if new == 1:
             return attend_past(query, pasts, None, *how)
         tail = pasts.pop()
+        if not pasts and multiplies_fast(query):  # which reads them where they are
+            return attend(query, tail.keys, tail.values, *how[:2], None, call.weighting)
         before = Past(tail.keys[:, :, :-new], tail.values[:, :, :-new])
         own = tail.keys[:, :, -new:], tail.values[:, :, -new:]
         return attend_past(query, [*pasts, before], own, *how)

@@ -276,7 +276,7 @@ class Reader:
             if final:
                 eviction = replace(eviction, stabilizers=0)
         chunk = torch.cat([reading.ids[:, start:end] for reading in readings])
-        self.forward.store(chunk, cache, eviction)
+        self.forward.store(chunk, cache, eviction, like.chunks[-1][1] - end)
         if final and eviction is not None and self.forward.policy.rereads:
             context = torch.cat([reading.ids[:, : end - eviction.drop] for reading in readings])
             self.forward.reread(context, cache, replace(eviction, drop=0))

@@ -35,6 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.
 _FEW_ROWS = 64
 _CHANNELS = 256  # that a warp takes: one load of 16 bytes a thread, in 16 bits
 _LEAST = 1024  # of a program, where rows are shorter and many: those of heads
+_CPU_ELEMENTS = 2**18  # that a CPU normalises at a time: float32 of them fits a cache
 _MATRICES = 3
 _OUTPUTS = 2  # of a program
 _INPUTS = 1024  # of a turn of a program
@@ -98,6 +99,17 @@ def add_norm_reference(
 
 def norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / rms(x) over the last dimension, in plain PyTorch."""
+    if x.device.type == "cpu" and x.numel() > _CPU_ELEMENTS and x.dim() > 1:
+        return _norm_of_blocks(x, weight, eps)
+    return _norm(x, weight, eps)
+
+
+def _norm_of_blocks(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    blocks = x.flatten(0, -2).split(max(1, _CPU_ELEMENTS // x.shape[-1]))
+    return torch.cat([_norm(each, weight, eps) for each in blocks]).view(x.shape)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 

@@ -12,8 +12,8 @@ of a KV head (G * T), D head size.
 """
 
 import functools
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
@@ -22,13 +22,20 @@ from torch import Tensor
 from locret.cache.context import Sequences
 from locret.heads.quotas import is_on_grid
 from locret.kernels import merge_attention
-from locret.model.backends import CUDNN_CHANNELS, Backend, attend, multiplies_fast
+from locret.model.backends import (
+    CUDNN_CHANNELS,
+    Backend,
+    attend,
+    multiplies_bfloat16,
+    multiplies_fast,
+)
 from locret.model.hooks import PLAIN, Weighting
 from locret.model.varlen import attend_lengths, fits, takes_flash
 
 SPLIT_FROM = 128  # new tokens; below that two calls and a merge cost more than one call
 
 _FEW = 32  # most queries of a KV head (R) that are few
+_LONG = 2**13  # units of a product from which on bfloat16 gains more than a call costs
 
 
 class Past(NamedTuple):
@@ -161,10 +168,18 @@ def _split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def are_few(query: Tensor, pasts: Sequence[Past], new: tuple[Tensor, Tensor] | None) -> bool:
     """Whether `attend_few` is faster than fused attention to each of `pasts` and to the new tokens;
     arguments as of `locret.model.attend.attend_past`."""
-    if query.device.type != "cpu" or query.dtype != torch.float32:
-        return False
     heads = pasts[0].heads if new is None else new[0].shape[1]
-    return query.shape[1] // heads * query.shape[2] <= _FEW
+    if query.device.type != "cpu" or query.shape[1] // heads * query.shape[2] > _FEW:
+        return False
+    if query.dtype == torch.float32:
+        return True
+    return multiplies_bfloat16(query) and any(map(_is_long, pasts))
+
+
+def _is_long(past: Past) -> bool:
+    """Whether the sequences of a past take few products, for what they hold."""
+    runs = 1 if past.sequences is None else len([*groupby(past.sequences.flat)])
+    return past.keys.shape[:-1].numel() >= runs * _LONG
 
 
 def attend_few(
@@ -182,7 +197,7 @@ def attend_few(
     every = [*pasts, *([] if new is None else [Past(*new)])]
     rows, tokens, heads = query.shape[0], query.shape[2], every[0].heads
     grouped = query.reshape(rows, heads, -1, query.shape[3]) * scaling  # [B, H, G*T, D]
-    logits = torch.cat([_logits(grouped, past) for past in every], dim=-1)
+    logits = _logits(grouped, every)
     if tokens > 1:
         future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
         future = future.repeat(grouped.shape[2] // tokens, 1)
@@ -192,25 +207,51 @@ def attend_few(
     return output.reshape(rows, -1, tokens, output.shape[3]).transpose(1, 2).contiguous()
 
 
-def _logits(query: Tensor, past: Past) -> Tensor:
-    """[B, H, R, units of the longest sequence] of queries [B, H, R, D]; -inf where a sequence is
-    shorter."""
-    if past.sequences is None:
-        return query @ past.keys.transpose(-1, -2)
-    logits = query.new_full((*query.shape[:3], past.length), -torch.inf)
-    each = past.keys.split(past.sequences.flat)
-    for out, own, keys in zip(logits.flatten(0, 1), query.flatten(0, 1), each, strict=True):
-        out[:, : len(keys)] = own @ keys.T
+def _logits(query: Tensor, pasts: Sequence[Past]) -> Tensor:
+    """Logits [B, H, R, units of all pasts] of queries [B, H, R, D], but for a constant a query;
+    -inf where a sequence is shorter than others."""
+    lengths, flat = [past.length for past in pasts], query.flatten(0, 1)
+    less = flat.new_zeros(*flat.shape[:2], 1)
+    if flat.dtype != torch.float32:
+        # What is rounded to few bits shall be small, and softmax is the same with less of all.
+        less = flat @ _newest(pasts[-1]).transpose(1, 2)
+    logits = query.new_full((*query.shape[:3], sum(lengths)), -torch.inf)
+    for past, part in zip(pasts, logits.flatten(0, 1).split(lengths, dim=-1), strict=True):
+        for some, keys in _alike(past.keys, past.sequences):
+            product = torch.baddbmm(less[some], flat[some], keys.transpose(1, 2), beta=-1)
+            part[some, :, : keys.shape[1]] = product
     return logits
+
+
+def _newest(past: Past) -> Tensor:
+    """The last key of every sequence, [Q, 1, D]."""
+    if past.sequences is None:
+        return past.keys[:, :, -1:].flatten(0, 1)
+    return past.keys[past.sequences.offsets[1:].long() - 1][:, None]
 
 
 def _weighed(shares: Tensor, past: Past) -> Tensor:
     """The values [B, H, R, D] by shares [B, H, R, units of the longest sequence]."""
-    if past.sequences is None:
-        return shares @ past.values
-    each = zip(shares.flatten(0, 1), past.values.split(past.sequences.flat), strict=True)
-    own = [share[:, : len(values)] @ values for share, values in each]
-    return torch.stack(own).unflatten(0, past.sequences.shape)
+    flat = shares.flatten(0, 1)
+    each = [
+        flat[some, :, : values.shape[1]] @ values
+        for some, values in _alike(past.values, past.sequences)
+    ]
+    return torch.cat(each).unflatten(0, shares.shape[:2])
+
+
+def _alike(x: Tensor, sequences: Sequences | None) -> Iterator[tuple[slice, Tensor]]:
+    """Keys or values of a `Past` as rectangles [sequences, units, D], each of neighbours that are
+    equally long, and which of all sequences they are."""
+    if sequences is None:
+        yield slice(None), x.flatten(0, 1)
+        return
+    first = 0
+    for length, some in groupby(sequences.flat):
+        last = first + len([*some])
+        units = slice(sequences.bounds[first], sequences.bounds[last])
+        yield slice(first, last), x[units].unflatten(0, (last - first, length))
+        first = last
 
 
 def _attend_joined(

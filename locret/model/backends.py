@@ -38,10 +38,14 @@ _BLOCK_ELEMENTS = 2**28  # of the logits that the eager backend has in memory at
 
 _FEW = 32
 """Fewer new tokens are not worth products of matrices."""
-_BLOCK = 64
-"""New tokens that `attend_by_products` takes at a time: their logits shall fit a cache."""
+_BLOCK = 128
+"""New tokens that `attend_by_products` takes at a time: their logits shall fit a cache, and its
+products be worth their calls."""
 _LOGITS = 2**20
 """Logits that it has in memory at a time: it takes as many heads as have no more, at least one."""
+
+_SAFE = 60.0
+"""Logits of which exponentials and their sums are within the range of bfloat16."""
 
 PACKAGE = "minference"
 VERTICAL, SLASH = 1000, 6096
@@ -240,9 +244,14 @@ def _visible(query: Tensor, key: Tensor, empty: Tensor | None, window: int | Non
 
 
 def multiplies_fast(query: Tensor) -> bool:
-    """Whether `attend_by_products` is faster than PyTorch's fused attention, of a CPU: that one
-    multiplies bfloat16 at the speed of float32, unless the CPU has tiles (AMX)."""
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[2] < _FEW:
+    """Whether `attend_by_products` is faster than PyTorch's fused attention, of a CPU."""
+    return query.shape[2] >= _FEW and multiplies_bfloat16(query)
+
+
+def multiplies_bfloat16(x: Tensor) -> bool:
+    """Whether products of matrices like `x` are faster than PyTorch's fused attention, of a CPU:
+    that one multiplies bfloat16 at the speed of float32, unless the CPU has tiles (AMX)."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
         return False
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
@@ -275,7 +284,9 @@ def _attend_heads(
     # Products of bfloat16 are rounded to it, and the softmax is the same without the mean key:
     # logits are smaller then, and exact enough for models whose keys have large biases.
     exact = key.float()
-    key = (exact - exact.mean(dim=-2, keepdim=True)).mul_(scaling).to(key.dtype)
+    exact = (exact - exact.mean(dim=-2, keepdim=True)).mul_(scaling)
+    largest, key = _largest(query) * _largest(exact), exact.to(key.dtype)
+    weigh = _weigh if largest < _SAFE else _weigh_any
     future = query.new_full((_BLOCK, _BLOCK), -torch.inf).triu(1)
     for start in range(0, tokens, _BLOCK):
         end = min(start + _BLOCK, tokens)
@@ -283,8 +294,24 @@ def _attend_heads(
         queries = query[..., start:end, :].reshape(*key.shape[:-2], -1, size)  # G * new
         logits = queries @ key[..., :last, :].transpose(-1, -2)
         logits.unflatten(-2, (group, new))[..., -new:].add_(future[:new, :new])
-        weighed = logits.softmax(dim=-1) @ value[..., :last, :]
+        weighed = weigh(logits, value[..., :last, :])
         output[..., start:end, :] = weighed.unflatten(-2, (group, new))
+
+
+def _largest(vectors: Tensor) -> float:
+    """The largest norm of some vectors [..., D]."""
+    return float(torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).max())
+
+
+def _weigh(logits: Tensor, value: Tensor) -> Tensor:
+    """The softmax of logits of at most `_SAFE` times the values, in fewer passes than softmax
+    takes; changes the logits."""
+    weights = logits.exp_()
+    return (weights @ value).div_(weights.sum(dim=-1, keepdim=True))
+
+
+def _weigh_any(logits: Tensor, value: Tensor) -> Tensor:
+    return logits.softmax(dim=-1) @ value
 
 
 def why_not_sparse(device: torch.device, dtype: torch.dtype, size: int) -> str | None:

@@ -106,11 +106,14 @@ class PrenormLayer:
 
     def mlp(self, x: Tensor) -> Tensor:
         """[B, T, hidden size] of x [B, T, hidden size]."""
-        if x.device.type == "cpu" and x.shape[:2].numel() > _CPU_TOKENS:
-            # Of all rows: hooks of linear modules may tell them apart.
-            some = x.split(max(1, _CPU_TOKENS // len(x)), dim=1)
-            return torch.cat([self._mlp_of(each) for each in some], dim=1)
-        return self._mlp_of(x)
+        if x.device.type != "cpu" or x.shape[:2].numel() <= _CPU_TOKENS:
+            return self._mlp_of(x)
+        # Hooks of linear modules may tell rows apart. Else all are one, of which pieces are
+        # contiguous: PyTorch multiplies others slowly where weights are frozen.
+        one = all(_plain(each, x) for each in self._mlp.children() if hasattr(each, "weight"))
+        rows = x.reshape(1, -1, x.shape[-1]) if one else x
+        some = rows.split(max(1, _CPU_TOKENS // len(rows)), dim=1)
+        return torch.cat([self._mlp_of(each) for each in some], dim=1).view(x.shape)
 
     def _mlp_of(self, x: Tensor) -> Tensor:
         return called(self._gated(x), self._mlp.down_proj)[0].contiguous()
