@@ -98,25 +98,19 @@ class ChunkForward:
         self.counts = ChunkCounts()
 
     def store(
-        self,
-        chunk: Tensor,
-        cache: RetainedCache,
-        eviction: Eviction | None = None,
-        to_come: int = 0,
+        self, chunk: Tensor, cache: RetainedCache, eviction: Eviction | None = None, more: int = 0
     ) -> None:
         """Run a chunk [B, n] through the layers, for what they store of it. Where all of it stays,
-        there is room for so many tokens to come."""
+        storage is made for so many more tokens, too."""
         stores_only = not self._whole and not self.policy.waits
-        self._run(chunk, cache, self.reading(eviction, stores_only, to_come))
+        self._run(chunk, cache, self.reading(eviction, stores_only, more))
 
-    def reading(
-        self, eviction: Eviction | None, stores_only: bool = False, to_come: int = 0
-    ) -> Pass:
+    def reading(self, eviction: Eviction | None, stores_only: bool = False, more: int = 0) -> Pass:
         """The pass that reads a chunk; without an eviction, all of it stays, as it does until a
         policy that rereads has done so."""
         backend = self.attention.backend
         if eviction is None:
-            return AnswerPass(backend, to_come + DECODE_ROOM, stores_only)
+            return AnswerPass(backend, more + DECODE_ROOM, stores_only)
         if self.policy.rereads:
             return FirstPass(backend, eviction.drop, stores_only)
         return ReadPass(self.policy, backend, self.backbone.surprise, eviction, stores_only)
