@@ -153,3 +153,18 @@ def test_a_sequence_looks_the_same_whatever_others_stand_beside_it():
         past = Past(torch.randn(sum(lengths), 8), torch.randn(sum(lengths), 8), sequences)
         looks |= {(x.shape, x.stride()) for x in past.of(0, 1)}
     assert len(looks) == 1
+
+
+@pytest.mark.parametrize("counts", [RAGGED, None])
+def test_few_queries_have_gradients(counts):
+    """Also to pasts that were made without: a context was read so."""
+    generator = torch.Generator().manual_seed(0)
+    query = normal(generator, 2, HEADS, 1, SIZE).requires_grad_()
+    new = [normal(generator, 2, HEADS, 1, SIZE).requires_grad_() for _ in range(2)]
+    pasts = [Past(*(normal(generator, 2, HEADS, 4, SIZE) for _ in range(2)))]
+    if counts is not None:
+        sequences = sequences_of(counts, torch.device("cpu"))
+        pasts.append(Past(*(normal(generator, sequences.total, SIZE) for _ in range(2)), sequences))
+    output = attend_past(query, pasts, tuple(new), 0.3, "sdpa")
+    for gradient in torch.autograd.grad(output.square().sum(), (query, *new)):
+        assert gradient.isfinite().all() and gradient.any()

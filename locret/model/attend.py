@@ -13,7 +13,7 @@ of a KV head (G * T), D head size.
 
 import functools
 from collections.abc import Iterator, Sequence
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby
 from typing import NamedTuple
 
 import torch
@@ -216,10 +216,11 @@ def _logits(query: Tensor, pasts: Sequence[Past]) -> Tensor:
         # What is rounded to few bits shall be small, and softmax is the same with less of all.
         less = flat @ _newest(pasts[-1]).transpose(1, 2)
     logits = query.new_full((*query.shape[:3], sum(lengths)), -torch.inf)
-    for past, part in zip(pasts, logits.flatten(0, 1).split(lengths, dim=-1), strict=True):
+    places = logits.flatten(0, 1)
+    for past, first in zip(pasts, accumulate(lengths, initial=0), strict=False):
         for some, keys in _alike(past.keys, past.sequences):
             product = torch.baddbmm(less[some], flat[some], keys.transpose(1, 2), beta=-1)
-            part[some, :, : keys.shape[1]] = product
+            places[some, :, first : first + keys.shape[1]] = product
     return logits
 
 

@@ -300,7 +300,8 @@ def _attend_heads(
 
 def _largest(vectors: Tensor) -> float:
     """The largest norm of some vectors [..., D]."""
-    return float(torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).max())
+    norms = torch.linalg.vector_norm(vectors.detach(), dim=-1, dtype=torch.float32)
+    return float(norms.max())
 
 
 def _weigh(logits: Tensor, value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -76,6 +76,7 @@ def centres(x, group):
 
 @settings(max_examples=200)
 @given(cases())
+@example((make_scheme("kvquant", residual=0), torch.full((1, 1, 1, 8), 6.004), quantize_keys))
 def test_error_is_within_the_bound(case):
     scheme, x, quantize = case
     stored = x.float() if scheme.name == "fp8" else as_stored(x)
@@ -87,6 +88,9 @@ def test_error_is_within_the_bound(case):
     else:
         step = groups(stored, scheme, quantize is quantize_keys) / (2**scheme.bits - 1)
         bound = step.clamp(min=2.0 ** (scheme.bits - 24)) * (0.5 + 2.0**-10) + STORAGE_ERROR
+    if scheme.outliers is not None and quantize is quantize_keys:
+        # A bias no larger than rounding makes of the largest that is none is taken for that one.
+        bound = bound + (stored.abs() - scheme.outliers).clamp(0, scheme.outliers * 2.0**-10)
     assert (error <= bound + stored.abs() * 2.0**-20).all()
 
 
