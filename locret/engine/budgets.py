@@ -245,8 +245,17 @@ def _highest(
     before = whole.plus(-rest.shape[2])
     context = rest.new_empty(0) if scores.context is None else scores.context
     stay, last, first = (_numbers(tuple(x), device) for x in (kept.flat, lasts, firsts))
-    of = context, rest, before.offsets, stay, kept.offsets, last, first
-    return select_sequences(*of, total=kept.total, longest=whole.longest)
+    return select_sequences(
+        context,
+        rest,
+        before.offsets,
+        stay,
+        kept.offsets,
+        last,
+        first,
+        total=kept.total,
+        longest=whole.longest,
+    )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -113,7 +113,11 @@ class ChunkForward:
             return AnswerPass(backend, more + DECODE_ROOM, stores_only)
         if self.policy.rereads:
             return FirstPass(backend, eviction.drop, stores_only)
-        return ReadPass(self.policy, backend, self.backbone.surprise, eviction, stores_only)
+        return self._evicting(eviction, stores_only)
+
+    def _evicting(self, eviction: Eviction, stores_only: bool = False) -> "ReadPass":
+        surprise = self.backbone.surprise
+        return ReadPass(self.policy, self.attention.backend, surprise, eviction, stores_only)
 
     def _run(self, ids: Tensor, cache: RetainedCache, current: Pass) -> None:
         """Let `current` read ids [B, T] through the layers, to the last one's output if that is
@@ -128,27 +132,24 @@ class ChunkForward:
 
     def reread(self, context: Tensor, cache: RetainedCache, eviction: Eviction) -> None:
         """Score a context [B, n] that the cache holds whole by reading it again, and evict."""
-        policy, backend, layers = self.policy, self.attention.backend, cache.retained_layers
-        last = ReadPass(policy, backend, self.backbone.surprise, eviction)
-        ranked = [layer.store.rectangle("scores") for layer in layers]
-        if last.evicts(layers):
+        policy, backend, ranked = self.policy, self.attention.backend, None
+        if self._evicting(eviction).evicts(cache.retained_layers):
             scores: dict[int, Tensor] = {}
             for tokens, looking in policy.second_readings(context):
                 count, stores_only = tokens.shape[1], not self._whole
                 second = SecondPass(policy, backend, looking, scores, count, stores_only)
                 self._run(tokens, cache, second)
             ranked = [scores[layer] for layer in sorted(scores)]
-        with without_autocast(context.device):
-            last.evict_ranked(layers, [*map(Scores.of, ranked, layers)])
+        self.evict(cache, eviction, ranked)
 
-    def evict(self, cache: RetainedCache, eviction: Eviction) -> None:
-        """Let layers that hold more than an eviction lets them go back to it, by the scores that
-        their units have."""
+    def evict(
+        self, cache: RetainedCache, eviction: Eviction, ranked: Sequence[Tensor] | None = None
+    ) -> None:
+        """Evict by the scores that units have, or by others of each layer, `ranked`, [B, H, S]."""
         layers = cache.retained_layers
-        reads = ReadPass(self.policy, self.attention.backend, self.backbone.surprise, eviction)
-        ranked = [Scores.of(layer.store.rectangle("scores"), layer) for layer in layers]
-        with without_autocast(layers[0].store.like.device):
-            reads.evict_ranked(layers, ranked)
+        ranked = ranked or [layer.store.rectangle("scores") for layer in layers]
+        with without_autocast(self.backbone.layers[0].device):
+            self._evicting(eviction).evict_ranked(layers, [*map(Scores.of, ranked, layers)])
 
     def outputs(self, run: Callable[..., Any], inputs: dict[str, Any], cache: RetainedCache) -> Any:
         """The model's outputs for `inputs`: what is left of a prompt, or a question."""

@@ -210,14 +210,15 @@ def attend_few(
 def _logits(query: Tensor, pasts: Sequence[Past]) -> Tensor:
     """Logits [B, H, R, units of all pasts] of queries [B, H, R, D], but for a constant a query;
     -inf where a sequence is shorter than others."""
-    lengths, flat = [past.length for past in pasts], query.flatten(0, 1)
+    ends, flat = [*accumulate(past.length for past in pasts)], query.flatten(0, 1)
     less = flat.new_zeros(*flat.shape[:2], 1)
     if flat.dtype != torch.float32:
         # What is rounded to few bits shall be small, and softmax is the same with less of all.
         less = flat @ _newest(pasts[-1]).transpose(1, 2)
-    logits = query.new_full((*query.shape[:3], sum(lengths)), -torch.inf)
+    logits = query.new_full((*query.shape[:3], ends[-1]), -torch.inf)
     places = logits.flatten(0, 1)
-    for past, first in zip(pasts, accumulate(lengths, initial=0), strict=False):
+    for past, end in zip(pasts, ends, strict=True):
+        first = end - past.length
         for some, keys in _alike(past.keys, past.sequences):
             product = torch.baddbmm(less[some], flat[some], keys.transpose(1, 2), beta=-1)
             places[some, :, first : first + keys.shape[1]] = product
