@@ -35,9 +35,10 @@ from locret.kernels import (
     store_units,
 )
 from locret.kernels.decode import decode_packed_reference, decode_sequences_reference
-from locret.kernels.evict import gather_sequences_reference, select_sequences_reference
+from locret.kernels.gather import gather_sequences_reference
 from locret.kernels.packed import expand_rotated_reference, expand_units_reference
 from locret.kernels.rotate import rotate_at_slots_reference, store_units_reference
+from locret.kernels.select import select_sequences_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = tuple(TOLERANCE)

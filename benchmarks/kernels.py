@@ -43,7 +43,7 @@ from locret.kernels import (
     store_units,
 )
 from locret.kernels.decode import decode_packed_reference
-from locret.kernels.evict import gather_sequences_reference
+from locret.kernels.gather import gather_sequences_reference
 from locret.kernels.packed import expand_rotated_reference, expand_units_reference
 from locret.kernels.rotate import rotate_at_slots_reference, store_units_reference
 

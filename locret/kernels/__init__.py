@@ -9,8 +9,8 @@ specializes for every number in a tuple, so that none of these is in one. This i
 it imports torch and, if there, triton.
 
 `decode` attends from one token, `packed` expands a chunk's units, `rotate` stores and rotates,
-`evict` selects and gathers, `dense` is what surrounds products, `splits` shares work out and
-merges it, `labels` are for training.
+`select` says which units stay, `gather` moves them, `dense` is what surrounds products, `splits`
+shares work out and merges it, `labels` are for training.
 
 Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
 """
@@ -26,8 +26,7 @@ from locret.kernels.dense import add_norm as add_norm
 from locret.kernels.dense import gated as gated
 from locret.kernels.dense import gated_products as gated_products
 from locret.kernels.dense import products as products
-from locret.kernels.evict import gather_sequences as gather_sequences
-from locret.kernels.evict import select_sequences as select_sequences
+from locret.kernels.gather import gather_sequences as gather_sequences
 from locret.kernels.labels import highest_logits as highest_logits
 from locret.kernels.labels import highest_shares as highest_shares
 from locret.kernels.pack_rotated import fetch_rotated as fetch_rotated
@@ -44,6 +43,7 @@ from locret.kernels.rotate import rotate_at_slots as rotate_at_slots
 from locret.kernels.rotate import rotate_units as rotate_units
 from locret.kernels.rotate import store_rotated as store_rotated
 from locret.kernels.rotate import store_units as store_units
+from locret.kernels.select import select_sequences as select_sequences
 from locret.kernels.splits import Shares as Shares
 from locret.kernels.splits import merge_attention as merge_attention
 from locret.kernels.splits import share_out as share_out

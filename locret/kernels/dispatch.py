@@ -107,6 +107,13 @@ def check_tensors(
             )
 
 
+def check_numbers(sequences: int, named: Mapping[str, Tensor]) -> None:
+    """Refuse what is not a number of each sequence, or one more of those called offsets."""
+    for name, tensor in named.items():
+        count = sequences + name.endswith("offsets")
+        check_tensors({name: (tensor, torch.int32, (count,))})
+
+
 @triton.jit
 def start_next(EARLY: tl.constexpr):  # type: ignore[no-untyped-def, name-defined]
     """Let the next kernel of the stream start, once all programs of this one have."""

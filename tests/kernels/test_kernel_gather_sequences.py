@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from locret.kernels.evict import gather_sequences, gather_sequences_reference
+from locret.kernels.gather import gather_sequences, gather_sequences_reference
 
 
 def units(shape, size, device):

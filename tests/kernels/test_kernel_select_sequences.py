@@ -3,8 +3,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from locret.kernels import evict
-from locret.kernels.evict import select_sequences, select_sequences_reference
+from locret.kernels import select
+from locret.kernels.select import select_sequences, select_sequences_reference
 
 SCORES = st.sampled_from([-0.0, 0.0, 1.0, -1.0, 1e-40, -3e38, torch.inf, -torch.inf, torch.nan])
 
@@ -49,14 +49,28 @@ def test_highest_as_topk(device):
     assert torch.equal(index.view(2, 3, 33), scores.topk(33).indices.sort().values)
 
 
-def test_sequences_longer_than_registers_hold(device, monkeypatch):
-    monkeypatch.setattr(evict, "_RESIDENT", 64)
-    for name in ("_TILE", "_SWEPT"):
-        monkeypatch.setattr(evict, name, 32)
+def test_sequences_in_tiles(device, monkeypatch):
+    monkeypatch.setattr(select, "_RESIDENT", 64)
+    monkeypatch.setattr(select, "_TILE", 32)
     lengths, kept = [301, 0, 7], [200, 10, 3]
     old = torch.randn(308, device=device).round(decimals=1)
     new = torch.randn(1, 3, 45, device=device).round(decimals=1)
     compare(old, new, lengths, kept, [100, 1, 0], [50, 0, 1])
+
+
+def test_more_tiles_than_a_program_sums_at_once(device, monkeypatch):
+    monkeypatch.setattr(select, "_RESIDENT", 0)
+    monkeypatch.setattr(select, "_TILE", 2)
+    old, new = (torch.randn(n, device=device).round(decimals=1) for n in (520, 3))
+    compare(old, new.view(1, 1, 3), [520], [300], [20], [10])
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_on_both_sides_of_the_longest_that_one_program_takes(device, extra):
+    count = select._RESIDENT + extra
+    old = torch.randn(count - 5, device=device).round(decimals=2)
+    new = torch.randn(1, 1, 5, device=device).round(decimals=2)
+    compare(old, new, [count - 5], [count // 3], [7], [9])
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -73,8 +87,8 @@ def test_ties_infinities_and_nan(device, old, data):
     fresh = torch.tensor(new, device=device).float().view(1, len(old), count)
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):
-            for name in ("_RESIDENT", "_TILE", "_SWEPT"):
-                patch.setattr(evict, name, 4)
+            for name in ("_RESIDENT", "_TILE"):
+                patch.setattr(select, name, 4)
         compare(flat, fresh, lengths, kept, tails, heads)
 
 

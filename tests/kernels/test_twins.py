@@ -31,7 +31,7 @@ from locret.kernels import (
     store_rotated,
     store_units,
 )
-from locret.kernels.evict import select_sequences_reference
+from locret.kernels.select import select_sequences_reference
 from locret.quantization.packed import pack_keys, pack_values, select_keys, select_values
 from locret.quantization.schemes import KiviScheme, RotatedScheme
 
