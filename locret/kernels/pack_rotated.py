@@ -3,8 +3,8 @@
 An eviction keeps some packed units, whose codes move as they are (`_keep_keys`, `_keep_values`),
 and fresh ones, which are encoded; of keys, some blocks of packed units are encoded anew, for they
 became thin (`_pack_keys`, `_pack_values`). A program encodes a block of keys, or a few values: it
-gathers, decodes, takes the mean away, rotates by butterflies in registers, chooses levels twice,
-and packs bits by a matrix product with powers of two. Callers ask `dispatch.takes_triton` first;
+gathers, decodes, takes the mean away, rotates by two products with signs, chooses levels twice, and
+packs bits by a product with powers of two. Callers ask `dispatch.takes_triton` first;
 the twin is the plain path of `locret.quantization.packed` with `locret.quantization.codes`.
 
 N packed units, F fresh ones, K units kept, M blocks, D head size, a multiple of 8.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from locret.kernels.dispatch import check_tensors, multiprocessors, on_device, padded, tl, triton
 from locret.kernels.packed import check_rotated
-from locret.kernels.rotated_levels import bits_of, level_of
+from locret.kernels.rotated_levels import bits_of, hadamard_at, level_of
 
 _ELEMENTS = 4096  # that a program holds at a time
 _COPIED = 64  # units whose codes a program moves at a time
@@ -148,15 +148,13 @@ def _programs(tensor: Tensor) -> int:
 
 
 def _sizes(size: int, levels: tuple[float, ...]) -> dict[str, Any]:
-    bits, channels = bits_of(levels), padded(size, least=16)
-    every = np.array([*(-level for level in reversed(levels)), *levels], np.float32)
+    bits, channels, upper = bits_of(levels), padded(size, least=16), np.array(levels, np.float32)
     return {
         "SIZE": size,
         "BITS": bits,
         "LEVELS": levels if bits < 8 else (),
-        "BETWEEN": tuple(((every[1:] + every[:-1]) / 2).tolist()) if bits < 8 else (),
+        "BETWEEN": tuple(((upper[1:] + upper[:-1]) / 2).tolist()) if bits < 8 else (),
         "CHANNELS": channels,
-        "STAGES": (size & -size).bit_length() - 1,
         "UNITS": min(_COPIED, max(16, _ELEMENTS // channels // 2)),
         "num_warps": 4,
     }
@@ -185,7 +183,7 @@ def _keep_keys(  # type: ignore[no-untyped-def]
 def _pack_keys(  # type: ignore[no-untyped-def]
     old, old_block, fresh, index, kept, starts, new, bad, count, blocks,
     SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
-    CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNITS: tl.constexpr,
+    CHANNELS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, CHANNELS)
     # Few blocks are encoded, so that a program looks through many.
@@ -197,7 +195,7 @@ def _pack_keys(  # type: ignore[no-untyped-def]
                 k = at + tl.arange(0, UNITS)
                 x = _units(
                     *(old, old_block, fresh, index, k, k < end, d, count),
-                    *(SIZE, BITS, LEVELS, CHANNELS, STAGES, UNITS),
+                    *(SIZE, BITS, LEVELS, CHANNELS, UNITS),
                 )
                 total += tl.sum(x, 0)
             mean = _as_bfloat16(total / (end - first).to(tl.float32))
@@ -207,11 +205,11 @@ def _pack_keys(  # type: ignore[no-untyped-def]
                 k = at + tl.arange(0, UNITS)
                 x = _units(
                     *(old, old_block, fresh, index, k, k < end, d, count),
-                    *(SIZE, BITS, LEVELS, CHANNELS, STAGES, UNITS),
+                    *(SIZE, BITS, LEVELS, CHANNELS, UNITS),
                 )
                 _refuse(x, bad)
                 away = tl.where((k < end)[:, None], x - mean[None, :], 0.0)
-                z = _turned(away, SIZE, CHANNELS, STAGES, UNITS)
+                z = _turned(away, SIZE, CHANNELS, UNITS)
                 _encode(z, new, bad, k, k < end, d, SIZE, BITS, LEVELS, BETWEEN)
 
 
@@ -228,7 +226,7 @@ def _keep_values(  # type: ignore[no-untyped-def]
 def _pack_values(  # type: ignore[no-untyped-def]
     old, fresh, index, new, bad, count, kept,
     SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
-    CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNITS: tl.constexpr, COPIED: tl.constexpr,
+    CHANNELS: tl.constexpr, UNITS: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * COPIED
     d = tl.arange(0, CHANNELS)
@@ -242,7 +240,7 @@ def _pack_values(  # type: ignore[no-untyped-def]
             is_fresh = (k < kept) & (unit >= count)
             x = _fresh(fresh, unit - count, is_fresh, d, SIZE)
             _refuse(x, bad)
-            z = _turned(x, SIZE, CHANNELS, STAGES, UNITS)
+            z = _turned(x, SIZE, CHANNELS, UNITS)
             _encode(z, new, bad, k, is_fresh, d, SIZE, BITS, LEVELS, BETWEEN)
 
 
@@ -250,13 +248,13 @@ def _pack_values(  # type: ignore[no-untyped-def]
 def _fetch(  # type: ignore[no-untyped-def]
     old, old_block, fresh, index, out, count, kept,
     SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
-    CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNITS: tl.constexpr,
+    CHANNELS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
     d = tl.arange(0, CHANNELS)
     x = _units(
         *(old, old_block, fresh, index, k, k < kept, d, count),
-        *(SIZE, BITS, LEVELS, CHANNELS, STAGES, UNITS),
+        *(SIZE, BITS, LEVELS, CHANNELS, UNITS),
     )
     mask = (k < kept)[:, None] & (d < SIZE)[None, :]
     tl.store(out + k[:, None] * SIZE + d[None, :], x, mask=mask)
@@ -284,7 +282,7 @@ def _fresh(fresh, unit, there, d, SIZE: tl.constexpr):  # type: ignore[no-untype
 def _units(  # type: ignore[no-untyped-def]
     old, old_block, fresh, index, k, there, d, count,
     SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr, UNITS: tl.constexpr,
+    UNITS: tl.constexpr,
 ):  # fmt: skip
     """float32 units in full, packed or fresh; zeros where there is none."""
     unit = tl.load(index + k, mask=there, other=0)
@@ -292,7 +290,7 @@ def _units(  # type: ignore[no-untyped-def]
     is_old = there & (unit < count)
     if tl.max(is_old.to(tl.int32), 0) > 0:
         z = _stored(old, unit, is_old, d, SIZE, BITS, LEVELS)
-        y = _turned(z, SIZE, CHANNELS, STAGES, UNITS)
+        y = _turned(z, SIZE, CHANNELS, UNITS)
         if old_block is not None:
             block = tl.load(old_block + k, mask=is_old, other=0)
             mask = is_old[:, None] & (d < SIZE)[None, :]
@@ -323,15 +321,31 @@ def _stored(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _turned(  # type: ignore[no-untyped-def]
-    x, SIZE: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNITS: tl.constexpr
+    x, SIZE: tl.constexpr, CHANNELS: tl.constexpr, UNITS: tl.constexpr
 ):
-    """H x, stage by stage as the twin."""
-    for stage in tl.static_range(STAGES):
-        x = tl.reshape(x, (UNITS, CHANNELS // (2 << stage), 2, 1 << stage))
-        one, other = tl.split(tl.permute(x, (0, 1, 3, 2)))
-        x = tl.permute(tl.join(one + other, one - other), (0, 1, 3, 2))
-        x = tl.reshape(x, (UNITS, CHANNELS))
-    return x * (SIZE & -SIZE) ** -0.5
+    """H x. H is a product of two: among each 16 channels that follow each other, and among those 16
+    apart. Tensor cores want 16 numbers a row, which these are of as many units as it takes."""
+    HIGH: tl.constexpr = CHANNELS // 16
+    i = tl.arange(0, 16)
+    x = tl.reshape(x, (UNITS * HIGH, 16))
+    x = _times(x, hadamard_at(i[:, None], i[None, :], SIZE))
+    if SIZE & -SIZE > 16:
+        TOGETHER: tl.constexpr = max(1, 16 // HIGH)
+        WIDE: tl.constexpr = TOGETHER * HIGH
+        j = tl.arange(0, WIDE)
+        one, other = j[:, None], j[None, :]
+        signs = hadamard_at(one % HIGH, other % HIGH, SIZE // 16)
+        x = tl.permute(tl.reshape(x, (UNITS // TOGETHER, WIDE, 16)), (0, 2, 1))
+        x = tl.reshape(x, (UNITS // TOGETHER * 16, WIDE))
+        x = _times(x, tl.where(one // HIGH == other // HIGH, signs, 0.0))
+        x = tl.permute(tl.reshape(x, (UNITS // TOGETHER, 16, WIDE)), (0, 2, 1))
+    return tl.reshape(x, (UNITS, CHANNELS)) * (SIZE & -SIZE) ** -0.5
+
+
+@triton.jit
+def _times(x, signs):  # type: ignore[no-untyped-def]
+    """A product of float32, three of tf32: to all but its last digits."""
+    return tl.dot(x, signs, input_precision="tf32x3")
 
 
 @triton.jit
@@ -379,11 +393,19 @@ def _nearest(  # type: ignore[no-untyped-def]
     steps = z / tl.maximum(size, 1e-30)[:, None]  # a unit of zeros does not divide by zero
     if BITS == 8:
         code = tl.minimum(tl.maximum(tl.ceil(steps + 127.0), 0.0), 255.0).to(tl.int32)
+        level = level_of(code, BITS, LEVELS)
     else:
-        code = tl.zeros(z.shape, tl.int32)
-        for i in tl.static_range((1 << BITS) - 1):
-            code += (steps > BETWEEN[i]).to(tl.int32)
-    chosen = tl.where((d < SIZE)[None, :], level_of(code, BITS, LEVELS), 0.0)
+        HALF: tl.constexpr = 1 << (BITS - 1)
+        far = tl.abs(steps)
+        step = tl.zeros(z.shape, tl.int32)
+        level = tl.full(z.shape, LEVELS[0], tl.float32)
+        for i in tl.static_range(HALF - 1):
+            farther = far > BETWEEN[i]
+            step += farther.to(tl.int32)
+            level = tl.where(farther, LEVELS[i + 1], level)
+        code = tl.where(steps > 0.0, HALF + step, HALF - 1 - step)
+        level = tl.where(steps > 0.0, level, -level)
+    chosen = tl.where((d < SIZE)[None, :], level, 0.0)
     return code, tl.sum(z * chosen, 1) / tl.sum(chosen * chosen, 1)
 
 
