@@ -323,22 +323,27 @@ def _stored(  # type: ignore[no-untyped-def]
 def _turned(  # type: ignore[no-untyped-def]
     x, SIZE: tl.constexpr, CHANNELS: tl.constexpr, UNITS: tl.constexpr
 ):
-    """H x. H is a product of two: among each 16 channels that follow each other, and among those 16
-    apart. Tensor cores want 16 numbers a row, which these are of as many units as it takes."""
-    HIGH: tl.constexpr = CHANNELS // 16
-    i = tl.arange(0, 16)
-    x = tl.reshape(x, (UNITS * HIGH, 16))
-    x = _times(x, hadamard_at(i[:, None], i[None, :], SIZE))
-    if SIZE & -SIZE > 16:
-        TOGETHER: tl.constexpr = max(1, 16 // HIGH)
-        WIDE: tl.constexpr = TOGETHER * HIGH
-        j = tl.arange(0, WIDE)
-        one, other = j[:, None], j[None, :]
-        signs = hadamard_at(one % HIGH, other % HIGH, SIZE // 16)
-        x = tl.permute(tl.reshape(x, (UNITS // TOGETHER, WIDE, 16)), (0, 2, 1))
-        x = tl.reshape(x, (UNITS // TOGETHER * 16, WIDE))
-        x = _times(x, tl.where(one // HIGH == other // HIGH, signs, 0.0))
-        x = tl.permute(tl.reshape(x, (UNITS // TOGETHER, 16, WIDE)), (0, 2, 1))
+    """H x. Of more than 64 channels H is a product of two: among each 16 that follow each other, and
+    among those 16 apart. Tensor cores want 16 numbers a row, which these are of as many units as
+    it takes. The H of 64 must not be taken apart so: on Hopper its second product was wrong."""
+    if CHANNELS <= 64:
+        i = tl.arange(0, CHANNELS)
+        x = _times(x, hadamard_at(i[:, None], i[None, :], SIZE))
+    else:
+        HIGH: tl.constexpr = CHANNELS // 16
+        i = tl.arange(0, 16)
+        x = tl.reshape(x, (UNITS * HIGH, 16))
+        x = _times(x, hadamard_at(i[:, None], i[None, :], SIZE))
+        if SIZE & -SIZE > 16:
+            TOGETHER: tl.constexpr = max(1, 16 // HIGH)
+            WIDE: tl.constexpr = TOGETHER * HIGH
+            j = tl.arange(0, WIDE)
+            one, other = j[:, None], j[None, :]
+            signs = hadamard_at(one % HIGH, other % HIGH, SIZE // 16)
+            x = tl.permute(tl.reshape(x, (UNITS // TOGETHER, WIDE, 16)), (0, 2, 1))
+            x = tl.reshape(x, (UNITS // TOGETHER * 16, WIDE))
+            x = _times(x, tl.where(one // HIGH == other // HIGH, signs, 0.0))
+            x = tl.permute(tl.reshape(x, (UNITS // TOGETHER, 16, WIDE)), (0, 2, 1))
     return tl.reshape(x, (UNITS, CHANNELS)) * (SIZE & -SIZE) ** -0.5
 
 

@@ -16,8 +16,14 @@ else:
     collect_ignore_glob = ["test_kernel_*.py"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by marks
 def pytest_collection_modifyitems(items):
-    """In the interpreter, which is slow, stacked parameters are combined fewer times."""
+    """On a GPU these tests are the kernels' own, and `gpu` says so. In the interpreter, which is
+    slow, stacked parameters are combined fewer times."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.name.startswith("test_kernel_"):
+                item.add_marker(pytest.mark.gpu)
     if INTERPRETED:
         functions = groupby(list(items), lambda item: item.function)
         items[:] = [item for _, of_one in functions for item in _chosen(list(of_one))]
