@@ -220,8 +220,10 @@ def _logits(query: Tensor, pasts: Sequence[Past]) -> Tensor:
     for past, end in zip(pasts, ends, strict=True):
         first = end - past.length
         for some, keys in _alike(past.keys, past.sequences):
-            product = torch.baddbmm(less[some], flat[some], keys.transpose(1, 2), beta=-1)
-            places[some, :, first : first + keys.shape[1]] = product
+            # Keys on the left: where others stand behind them, products with their transpose copy.
+            one, queries = (x[some].transpose(1, 2) for x in (less, flat))
+            product = torch.baddbmm(one, keys, queries, beta=-1)
+            places[some, :, first : first + keys.shape[1]] = product.transpose(1, 2)
     return logits
 
 
