@@ -323,9 +323,9 @@ def _stored(  # type: ignore[no-untyped-def]
 def _turned(  # type: ignore[no-untyped-def]
     x, SIZE: tl.constexpr, CHANNELS: tl.constexpr, UNITS: tl.constexpr
 ):
-    """H x. Of more than 64 channels H is a product of two: among each 16 that follow each other, and
-    among those 16 apart. Tensor cores want 16 numbers a row, which these are of as many units as
-    it takes. The H of 64 must not be taken apart so: on Hopper its second product was wrong."""
+    """H x. Of more than 64 channels H is a product of two: among each 16 that follow each other,
+    and among those 16 apart. Tensor cores want 16 numbers a row, which these are of as many units
+    as it takes. The H of 64 must not be taken apart so: on Hopper its second product was wrong."""
     if CHANNELS <= 64:
         i = tl.arange(0, CHANNELS)
         x = _times(x, hadamard_at(i[:, None], i[None, :], SIZE))

@@ -1,13 +1,13 @@
-"""What is done with the engine: which requests go together, how contexts are read and batches
-answered, and how the tokens of an answer become its events. One thread alone calls the worker.
+"""What is done with the engine: contexts are read and requests answered, those that go together in
+one call. Now and then an answer pauses, if others wait that can be given with it: each of them is
+begun by itself, up to its first token, and goes on as one more row. Rows that are done leave then.
+One thread alone calls the worker.
 """
 
 import contextlib
 import functools
 import logging
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,162 +17,14 @@ from locret.cache.cache import RetainedCache
 from locret.engine.arguments import end_tokens, padded
 from locret.engine.engine import Engine
 from locret.serve.contexts import Contexts, Prefixes, info_of
-from locret.serve.requests import (
-    Answer,
-    Ask,
-    End,
-    Failed,
-    Piece,
-    Reading,
-    RepeatsContext,
-    TextOf,
-    TooLong,
-    UnknownContext,
-    Usage,
-)
+from locret.serve.jobs import AskJob, Job, ReadJob
+from locret.serve.requests import Ask, Failed, RepeatsContext, TooLong, UnknownContext
 
 LOG = logging.getLogger(__name__)
 
-
-@dataclass(eq=False)
-class AskJob:
-    """A request for an answer.
-
-    Attributes:
-        most_tokens: of the answer.
-        shared: leading tokens of the prompt that are read as a context; 0 = none.
-        most_units: that a KV head may hold for it, on average.
-        context_tokens: of the context or the shared tokens, once it is known.
-        cached_tokens: those of them that had been read before.
-        base: units and bytes of the context, once they are known, or of a prompt without one.
-        growth: bytes that every further token takes.
-        on_first_token: called with the seconds from `arrived` to the first token.
-        arrived: when it came, in seconds of `time.monotonic`.
-        taken: tokens of the answer so far.
-    """
-
-    ask: Ask
-    most_tokens: int
-    pending: Answer
-    text: TextOf
-    shared: int = 0
-    most_units: int = 0
-    context_tokens: int = 0
-    cached_tokens: int = 0
-    base: tuple[float, int] = (0.0, 0)
-    growth: int = 0
-    on_first_token: Callable[[float], None] = lambda seconds: None
-    arrived: float = field(default_factory=time.monotonic)
-    taken: int = 0
-    _again: int = 0
-
-    @property
-    def has_context(self) -> bool:
-        """Whether it is asked of a context, stored or of its shared tokens."""
-        return self.ask.context is not None or self.shared > 0
-
-    @property
-    def question(self) -> list[int]:
-        """What follows the context, if there is one, else the prompt."""
-        return self.ask.prompt[self.shared :]
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether it can be asked again from the beginning: the same answer comes, or no text of
-        another one is out yet."""
-        return self.taken == 0 or self.ask.greedy or self.ask.seed is not None
-
-    def start(self) -> None:
-        """Expect the answer from its first token on, those that were taken before once more."""
-        self._again = self.taken
-
-    def take(self, token: int, ends: frozenset[int]) -> bool:
-        """Pass on what the next token adds; whether the answer is at its end, as at one of
-        `ends`."""
-        if self.pending.closed:
-            return True
-        if self._again:
-            self._again -= 1
-            return False
-        self.taken += 1
-        if self.taken == 1:
-            self.on_first_token(time.monotonic() - self.arrived)
-        complete = token in ends and not self.ask.ignore_eos
-        if not complete:
-            self._pass_on(self.text.add(token))
-        if complete or self.text.stopped or self.taken >= self.most_tokens:
-            self._pass_on(self.text.end())
-            stops = complete or self.text.stopped
-            self.pending.put(End("stop" if stops else "length", self._usage()), last=True)
-        return self.pending.closed
-
-    def _usage(self) -> Usage:
-        units, nbytes = self.base
-        # The last token of an answer is not read.
-        after = self.taken - 1 + (len(self.question) if self.context_tokens else 0)
-        return Usage(
-            prompt_tokens=self.context_tokens + len(self.question),
-            cached_tokens=self.cached_tokens,
-            completion_tokens=self.taken,
-            units=round(units + after),
-            bytes=round(nbytes + self.growth * after),
-        )
-
-    def _pass_on(self, text: str) -> None:
-        if text:
-            self.pending.put(Piece(text))
-
-
-@dataclass(eq=False)
-class ReadJob:
-    """A context to read, and where the result goes."""
-
-    ids: list[int]
-    pending: Reading
-
-
-Job = AskJob | ReadJob
-"""What waits in the queue."""
-
-
-LONG = 8192
-"""Tokens from which on reading a prompt takes a device so long that it shows."""
-
-
-def next_batch(waiting: Iterable[Job], most: int, most_units: int | None = None) -> list[Job]:
-    """The first job, and in their order those behind it that can be answered with it.
-
-    Args:
-        waiting: the one that came first, first.
-        most: jobs of a batch.
-        most_units: that a KV head of all of them together can hold; None = not known.
-    """
-    jobs = iter(waiting)
-    first = next(jobs)
-    if not isinstance(first, AskJob):
-        return [first]
-    kind, chosen, units = _kind(first), [first], first.most_units
-    for job in jobs:
-        if len(chosen) >= most:
-            break
-        if not isinstance(job, AskJob) or _kind(job) != kind:
-            continue
-        if most_units is None or units + job.most_units <= most_units:
-            chosen.append(job)
-            units += job.most_units
-    return [*chosen]
-
-
-def _kind(job: AskJob) -> tuple[object, ...]:
-    """What requests of a batch agree in. Stock `generate` has one way to sample for all rows, and
-    one generator: a seed is for one request. The engine cannot ask questions of one token together
-    with longer ones. Short prompts do not wait until long ones are read."""
-    ask, length = job.ask, len(job.question)
-    shape = job.has_context, job.has_context and length == 1, length > LONG
-    if ask.greedy:
-        return (*shape, "greedy")
-    alone = None if ask.seed is None else id(job)
-    return (*shape, ask.temperature, ask.top_p, alone)
+STEPS = 16
+"""Tokens of an answer between two looks at what waits. A pause copies what rows hold, and a GPU
+records its steps anew."""
 
 
 class Abandoned(Exception):
@@ -180,15 +32,28 @@ class Abandoned(Exception):
 
 
 class Worker:
-    """Answers jobs with an engine, which nothing else may use meanwhile, nor its model."""
+    """Answers jobs with an engine, which nothing else may use meanwhile, nor its model.
+
+    Args:
+        join: takes those that wait and can be answered with these (`locret.serve.jobs.joining`).
+    """
 
     def __init__(
-        self, engine: Engine, tokenizer: Any, contexts: Contexts, prefixes: Prefixes
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        contexts: Contexts,
+        prefixes: Prefixes,
+        join: Callable[[Sequence[AskJob]], Sequence[AskJob]] = lambda running: (),
     ) -> None:
         self._engine, self._contexts, self._prefixes = engine, contexts, prefixes
         self._device: Any = engine.model.device
         self._ends = frozenset(end_tokens(engine.model, tokenizer))
-        self._current: Sequence[Job] = ()
+        self._join = join
+        self._current: list[Job] = []
+        self._asked: list[AskJob] = []  # to be answered now, and those that joined them
+        self._new: Sequence[AskJob] = ()  # that paused the answer
+        self._steps = 0
         self._progress, engine.progress = engine.progress, self._after_chunk
 
     def close(self) -> None:
@@ -196,8 +61,8 @@ class Worker:
         self._engine.progress = self._progress
 
     def work(self, jobs: Sequence[Job]) -> None:
-        """Do jobs that go together (`next_batch`). Each is closed afterwards."""
-        self._current = jobs
+        """Do jobs that go together (`locret.serve.jobs.next_batch`). Each is closed afterwards."""
+        self._current = [*jobs]
         try:
             if isinstance(jobs[0], ReadJob):
                 self._read(jobs[0])
@@ -206,10 +71,10 @@ class Worker:
         except Abandoned:
             pass
         except Exception as error:  # the service lives on, whatever one request does to it
-            LOG.exception("%d requests failed", len(jobs))
-            _fail(jobs, error)
+            LOG.exception("%d requests failed", len(self._current))
+            _fail(self._current, error)
         finally:
-            self._current = ()
+            self._current, self._asked, self._new = [], [], ()
 
     def _after_chunk(self, done: int, total: int) -> None:
         if self._progress is not None:
@@ -241,8 +106,9 @@ class Worker:
         # Ones, because a padding token within a text is a token.
         return self._engine.prefill(tokens, torch.ones_like(tokens))
 
-    def _answer_all(self, jobs: Sequence[AskJob]) -> None:
+    def _answer_all(self, jobs: list[AskJob]) -> None:
         """Answer jobs; by halves, where memory is short."""
+        self._asked, self._new = jobs, ()
         if self._has_room(lambda: self._answer_groups(jobs)):
             return
         could_free = self._prefixes.nbytes > 0
@@ -257,25 +123,35 @@ class Worker:
         else:
             _fail(left, torch.OutOfMemoryError())
 
-    def _answer_groups(self, jobs: Sequence[AskJob]) -> None:
+    def _answer_groups(self, asked: Sequence[AskJob]) -> None:
         """Answer jobs in as few calls as their contexts allow; in one where they have none."""
-        jobs = _awaited(jobs)
+        jobs = _awaited(asked)
         if jobs and not jobs[0].has_context:
             self._answer(jobs, [])
             return
         groups: dict[str, list[tuple[AskJob, RetainedCache]]] = {}
         for job in jobs:
-            try:
-                cache = self._context_of(job)
-                _check_not_repeated(job, cache)
-            except (UnknownContext, RepeatsContext) as error:  # what the client can mend
-                job.pending.close(error.with_traceback(None))
-            except ValueError as error:
-                _fail([job], error)
-            else:
+            for cache in self._contexts_of(job) or ():
                 groups.setdefault(_settings_of(cache), []).append((job, cache))
         for group in groups.values():
             self._answer([job for job, _ in group], [cache for _, cache in group])
+        if _awaited(asked):  # that wanted to join, on contexts of other settings
+            self._answer_groups(asked)
+
+    def _contexts_of(self, job: AskJob) -> list[RetainedCache] | None:
+        """The context that a job asks, if it asks any; None = it cannot be asked, and is closed."""
+        if not job.has_context:
+            return []
+        try:
+            cache = self._context_of(job)
+            _check_not_repeated(job, cache)
+        except (UnknownContext, RepeatsContext) as error:  # what the client can mend
+            job.pending.close(error.with_traceback(None))
+        except ValueError as error:
+            _fail([job], error)
+        else:
+            return [cache]
+        return None
 
     @staticmethod
     def _has_room(do: Callable[[], None]) -> bool:
@@ -321,48 +197,105 @@ class Worker:
         return cache
 
     def _answer(self, jobs: Sequence[AskJob], caches: Sequence[RetainedCache]) -> None:
-        """Answer jobs in one call, on contexts or without any."""
-        questions = [job.question for job in jobs]
-        given: dict[str, Any] = {}
+        """Answer jobs on contexts, or without any, and with them those that join."""
+        cache = self._begin(jobs, caches)
+        while self._new:
+            rows = [(job, cache.rows([i])) for i, job in enumerate(jobs) if job in _awaited(jobs)]
+            del cache  # whose memory the rows take twice until they are one again
+            settings, new, self._new = _settings_of(rows[0][1]), self._new, ()
+            for job in new:
+                rows += self._begun(job, settings)
+            jobs = [job for job, _ in rows]
+            cache = self._go_on(jobs, [row for _, row in rows])
+
+    def _begun(self, job: AskJob, settings: str) -> list[tuple[AskJob, RetainedCache]]:
+        """A job with its first token, as a row of a batch of such settings, if it is to go on."""
+        try:
+            caches = self._contexts_of(job)
+            if caches is None or any(_settings_of(cache) != settings for cache in caches):
+                return []
+            cache = self._begin([job], caches, once=True)
+        except (torch.OutOfMemoryError, Abandoned):
+            raise
+        except Exception as error:  # the others go on
+            LOG.exception("a request failed")
+            _fail([job], error)
+        return [(job, cache) for job in _awaited([job])]
+
+    def _begin(
+        self, jobs: Sequence[AskJob], caches: Sequence[RetainedCache], once: bool = False
+    ) -> RetainedCache:
+        """Answer jobs from the beginning in one call; `once`: no more than a token."""
+        questions, cache = [job.question for job in jobs], None
         if len(caches) == 1:
-            given["cache"] = caches[0].fork()
+            cache = caches[0].fork()
         elif len(set(map(len, questions))) == 1 and caches:
-            given["cache"] = self._engine.together(caches)
+            cache = self._engine.together(caches)
         elif caches:
             before = [torch.tensor([ids[:-1]]) for ids in questions]
-            given["cache"] = self._engine.together(caches, before)
+            cache = self._engine.together(caches, before)
             questions = [ids[-1:] for ids in questions]
-        ids, mask = padded(questions, self._device)
         for job in jobs:
             job.start()
+        return self._generate(jobs, *padded(questions, self._device), cache, once)
+
+    def _go_on(self, jobs: Sequence[AskJob], rows: Sequence[RetainedCache]) -> RetainedCache:
+        """Answer jobs further in one call, whose last tokens are not read yet."""
+        cache = self._engine.together(rows)
+        last = cache.unread_ids
+        cache.unread_ids = last[:, :0]
+        return self._generate(jobs, last.to(self._device), torch.ones_like(last), cache)
+
+    def _generate(
+        self,
+        jobs: Sequence[AskJob],
+        ids: Tensor,
+        mask: Tensor,
+        cache: RetainedCache | None,
+        once: bool = False,
+    ) -> RetainedCache:
         seed = None if jobs[0].ask.greedy else jobs[0].ask.seed
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            self._engine.generate(
+            output = self._engine.generate(
                 ids,
-                mask,
-                max_new_tokens=max(job.most_tokens for job in jobs),
-                stopping_criteria=[functools.partial(_take, jobs, self._ends)],
+                mask.to(self._device),
+                cache=cache,
+                max_new_tokens=max(job.left for job in jobs),
+                stopping_criteria=[functools.partial(self._take, jobs, once)],
                 eos_token_id=None,  # `_take` ends rows; those that are done go on unseen
+                return_dict_in_generate=True,
                 **_sampling(jobs[0].ask),
-                **given,
             )
+        return output.past_key_values
+
+    def _take(
+        self, jobs: Sequence[AskJob], once: bool, input_ids: Tensor, scores: Any, **kwargs: Any
+    ) -> Tensor:
+        """Pass on the new token of every row; which rows `generate`, which calls this at each step,
+        is done with: all where it is to pause."""
+        tokens = input_ids[:, -1].tolist()
+        done = [job.take(token, self._ends) for job, token in zip(jobs, tokens, strict=True)]
+        self._steps += 1
+        if not once and self._steps % STEPS == 0:
+            self._look(jobs)
+        pauses = once or bool(self._new)
+        return torch.tensor([pauses or each for each in done], device=input_ids.device)
+
+    def _look(self, jobs: Sequence[AskJob]) -> None:
+        """Let others join, unless some of those to be answered wait for a call of their own."""
+        running = _awaited(self._asked)
+        if running and len(running) == len(_awaited(jobs)):
+            self._new = [*self._join(running)]
+            self._asked += self._new
+            self._current += self._new
 
 
 def _awaited(jobs: Sequence[AskJob]) -> list[AskJob]:
     """Those that somebody waits for."""
     return [job for job in jobs if not job.pending.closed]
-
-
-def _take(
-    jobs: Sequence[AskJob], ends: frozenset[int], input_ids: Tensor, scores: Any, **kwargs: Any
-) -> Tensor:
-    """Pass on the new token of every row; which rows are done. `generate` calls it at each step."""
-    tokens = input_ids[:, -1].tolist()
-    done = [job.take(token, ends) for job, token in zip(jobs, tokens, strict=True)]
-    return torch.tensor(done, device=input_ids.device)
 
 
 def _sampling(ask: Ask) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 import pytest
 
+from locret.serve.jobs import LONG, AskJob, ReadJob, joining, next_batch
 from locret.serve.requests import Answer, Ask, Reading, TextOf
-from locret.serve.worker import LONG, AskJob, ReadJob, next_batch
 
 
 def job(prompt=(7, 8, 9), shared=0, units=0, **asked):
@@ -48,3 +48,34 @@ def test_no_more_than_there_is_room_for():
     assert next_batch(jobs, 3) == jobs[:3]
     assert next_batch(jobs, 8, most_units=10) == [jobs[0], jobs[1], jobs[3]]
     assert next_batch(jobs, 8, most_units=1) == jobs[:1]  # alone it was found to fit
+
+
+SHORT, LONG_ONE = job(units=2), job(prompt=(7,) * (LONG + 1), units=2)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "count"),
+    [
+        ([SHORT, GREEDY], 2),
+        ([SHORT, WARM, GREEDY], 1),  # a warm one would wait for ever if others went past it
+        ([WARM, SHORT], 0),
+        ([CONTEXT, SHORT], 0),
+        ([LONG_ONE, SHORT], 0),
+        ([ON_CONTEXT], 0),
+        ([], 0),
+    ],
+)
+def test_those_in_front_join_what_is_being_answered(waiting, count):
+    assert joining(waiting, [job()], 8) == waiting[:count]
+
+
+def test_no_more_join_than_there_is_room_for():
+    running, waiting = [job(units=3), job(units=1)], [job(units=2) for _ in range(5)]
+    assert joining(waiting, running, 4) == waiting[:2]
+    assert joining(waiting, running, 2) == []
+    assert joining(waiting, running, 8, most_units=17) == waiting[:2]  # twice, while they join
+    assert joining(waiting, running, 8, most_units=8) == []
+
+
+def test_an_answer_with_a_seed_is_alone():
+    assert joining([SEEDED_TOO], [SEEDED], 8) == []

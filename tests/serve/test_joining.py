@@ -1,0 +1,212 @@
+"""Requests that come while others are answered join them, and every answer is as it is alone."""
+
+import functools
+
+import pytest
+import torch
+
+import locret
+from locret.serve.contexts import Contexts
+from locret.serve.requests import Ask as AnyAsk
+from locret.serve.requests import Piece
+from locret.serve.service import Service
+from tests.serve.conftest import SMALL, WAIT, text_of
+from tests.tiny_models import tiny_heads, tiny_model
+
+LONG = 200  # tokens of an answer that others join
+
+Ask = functools.partial(AnyAsk, ignore_eos=True)  # random models end when they like
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    monkeypatch.setattr("locret.serve.worker.STEPS", 3)
+
+
+@pytest.fixture
+def calls(engine, monkeypatch):
+    return spied(engine, monkeypatch)
+
+
+def spied(engine, monkeypatch):
+    """Rows of every call of `engine.generate`."""
+    rows, generate = [], engine.generate
+
+    def spy(input_ids, *args, **kwargs):
+        rows.append(len(input_ids))
+        return generate(input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "generate", spy)
+    return rows
+
+
+class Begun:
+    """An answer that has begun: the events that came, and the rest."""
+
+    def __init__(self, answer):
+        self._events = answer.events(WAIT)
+        self._first = next(self._events)
+        assert isinstance(self._first, Piece)
+
+    def text(self):
+        *pieces, self.end = [self._first, *self._events]
+        return "".join(piece.text for piece in pieces)
+
+
+def test_prompts_join(make, ids, expected, calls):
+    service = make()
+    service.start()
+    first = Begun(service.ask(Ask(ids(40), max_tokens=LONG)))
+    later = [service.ask(Ask(ids(n, seed=n), max_tokens=n)) for n in (3, 30, 50)]
+    for n, answer in zip((3, 30, 50), later, strict=True):
+        text, end = text_of(answer)
+        assert text == expected(ids(n, seed=n), new=n)
+        assert end.usage.completion_tokens == end.usage.prompt_tokens == n
+    assert service.counts.running == 1  # the first is longer than all that joined it
+    assert first.text() == expected(ids(40), new=LONG)
+    assert first.end.usage.completion_tokens == LONG
+    assert max(calls) > 1 and calls[0] == 1
+    assert service.counts.answered == 4
+
+
+def test_rows_that_are_done_leave(make, ids, expected, calls):
+    service = make()
+    service.start()
+    first = Begun(service.ask(Ask(ids(40), max_tokens=LONG)))
+    for n in range(3):
+        assert text_of(service.ask(Ask(ids(9, seed=n), max_tokens=5)))[0] == expected(
+            ids(9, seed=n), new=5
+        )
+    assert first.text() == expected(ids(40), new=LONG)
+    assert calls == [1, 1, 2, 1, 2, 1, 2]
+
+
+def test_questions_about_contexts_join(make, ids, expected, twin, calls):
+    service = make(contexts=Contexts())
+    service.start()
+    infos = [service.read(ids(n)).result(WAIT) for n in (60, 9, 33)]
+    first = Begun(service.ask(Ask(ids(4), infos[0].id, max_tokens=LONG)))
+    later = [service.ask(Ask(ids(2 + n, seed=n), infos[n].id, max_tokens=6)) for n in range(3)]
+    for n, answer in enumerate(later):
+        cache = twin.prefill(torch.tensor([ids((60, 9, 33)[n])]))
+        assert text_of(answer)[0] == expected(ids(2 + n, seed=n), cache, new=6)
+    cache = twin.prefill(torch.tensor([ids(60)]))
+    assert first.text() == expected(ids(4), cache, new=LONG)
+    assert first.end.usage.cached_tokens == 60
+    assert max(calls) > 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"positions": "original"},
+        {"decode_interval": 4},
+        {"quantization": {"name": "kivi", "bits": 4}},
+        {"quantization": "rotated"},
+        {"recall": {"block_size": 2, "blocks": 2, "representatives": 1}},
+        {"merging": "similar"},
+        {"budget": "4x"},
+        {"query_aware": True},
+        {"budget": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_engines_of_other_settings(tokenizer, ids, family, settings, monkeypatch):
+    def engine():
+        model = tiny_model(family, vocab_size=len(tokenizer))
+        return locret.Engine(model, heads=tiny_heads(model), **SMALL | settings)
+
+    def alone(tokens, new):
+        output = by.generate(torch.tensor([tokens]), max_new_tokens=new, do_sample=False)
+        return tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
+
+    by, own = engine(), engine()
+    service, calls = Service(own, tokenizer), spied(own, monkeypatch)
+    service.start()
+    first = Begun(service.ask(Ask(ids(50), max_tokens=LONG)))
+    second = service.ask(Ask(ids(31, seed=1), max_tokens=6))
+    assert text_of(second)[0] == alone(ids(31, seed=1), 6)
+    assert first.text() == alone(ids(50), LONG)
+    service.close(seconds=WAIT)
+    assert service.counts.failed == 0
+    assert max(calls) == (2 if own.asks_together else 1)
+
+
+def test_one_that_fails_while_it_joins_fails_alone(make, engine, ids, expected, monkeypatch):
+    service, generate = make(), engine.generate
+
+    def broken(input_ids, *args, **kwargs):
+        if input_ids.shape == (1, 9):
+            raise ValueError("nine")
+        return generate(input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "generate", broken)
+    service.start()
+    first = Begun(service.ask(Ask(ids(40), max_tokens=LONG)))
+    bad, good = service.ask(Ask(ids(9))), service.ask(Ask(ids(8), max_tokens=6))
+    with pytest.raises(RuntimeError, match="the request failed: nine"):
+        list(bad.events(WAIT))
+    assert text_of(good)[0] == expected(ids(8), new=6)
+    assert first.text() == expected(ids(40), new=LONG)
+
+
+def test_short_memory_while_others_join(make, engine, ids, expected, monkeypatch):
+    """All are asked again, and what was sent is not sent twice."""
+    together, failed = engine.together, []
+
+    def short(caches, *args):
+        if len(caches) > 1 and not failed:
+            failed.append(len(caches))
+            raise torch.OutOfMemoryError("no room")
+        return together(caches, *args)
+
+    monkeypatch.setattr(engine, "together", short)
+    service = make()
+    service.start()
+    first = Begun(service.ask(Ask(ids(40), max_tokens=LONG)))
+    second = service.ask(Ask(ids(9), max_tokens=6))
+    assert text_of(second)[0] == expected(ids(9), new=6)
+    assert first.text() == expected(ids(40), new=LONG)
+    assert failed == [2]
+
+
+def test_clients_that_leave_while_others_join(make, ids, expected):
+    service = make()
+    service.start()
+    first = service.ask(Ask(ids(40), max_tokens=LONG))
+    Begun(first)
+    second = service.ask(Ask(ids(9), max_tokens=LONG))
+    Begun(second)
+    first.cancel()
+    third = service.ask(Ask(ids(8), max_tokens=6))
+    assert text_of(third)[0] == expected(ids(8), new=6)
+    second.cancel()
+    assert text_of(service.ask(Ask(ids(7), max_tokens=6)))[0] == expected(ids(7), new=6)
+    assert service.counts.failed == 0 and service.counts.cancelled == 2
+
+
+def test_contexts_of_other_settings_are_asked_apart(make, tokenizer, ids, expected, twin, calls):
+    """They were stored by an engine of another budget, which its caches remember."""
+    contexts = Contexts()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    other = locret.Engine(model, heads=tiny_heads(model), **SMALL | {"positions": "original"})
+    read = [engine.prefill(torch.tensor([ids(50)])) for engine in (twin, other)]
+    infos = [contexts.put(cache.fork()) for cache in read]
+    service = make(contexts=contexts)
+    service.start()
+    first = Begun(service.ask(Ask(ids(4), infos[0].id, max_tokens=LONG)))
+    second = service.ask(Ask(ids(5), infos[1].id, max_tokens=6))
+    assert first.text() == expected(ids(4), read[0], new=LONG)
+    assert text_of(second)[0] == expected(ids(5), read[1], new=6)
+    assert max(calls) == 1
+
+
+def test_sampled_answers_join_those_sampled_alike(make, ids, calls):
+    service = make()
+    service.start()
+    first = Begun(service.ask(Ask(ids(40), temperature=0.7, max_tokens=LONG)))
+    second = service.ask(Ask(ids(9), temperature=0.7, max_tokens=6))
+    assert text_of(second)[1].usage.completion_tokens == 6
+    first.text()
+    assert first.end.usage.completion_tokens == LONG and max(calls) == 2
