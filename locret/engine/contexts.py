@@ -187,9 +187,12 @@ class Reader:
 
     def stacked(self, rows: Sequence[RetainedCache], width: int) -> RetainedCache:
         """Caches of one row each as one of at least `width` tokens."""
-        padded_to = max(width, *(row.seen for row in rows))
+        # Not of more than the longest has by itself: what padded a row in another batch goes.
+        own = [row.shifted(row.seen)[0] for row in rows]
+        padded_to = max(width, *own)
         ids = [row.token_ids for row in rows if row.token_ids is not None]
         assert len(ids) == len(rows)
+        ids = [each[:, each.shape[1] - n :] for each, n in zip(ids, own, strict=True)]
         with without_autocast(self.backbone.model.device):
             cache = RetainedCache.stack(list(rows), padded_to)
         cache.token_ids = torch.cat(

@@ -152,7 +152,7 @@ def joining(
     chosen: list[AskJob] = []
     units = sum(job.most_units for job in running)
     for job in waiting:
-        if not isinstance(job, AskJob) or _kind(job) != _kind(running[0]):
+        if not isinstance(job, AskJob) or _joint(job) != _joint(running[0]):
             break
         units += job.most_units
         fits = most_units is None or 2 * units <= most_units  # rows are copied into a new batch
@@ -163,12 +163,20 @@ def joining(
 
 
 def _kind(job: AskJob) -> tuple[object, ...]:
-    """What requests of a batch agree in. Stock `generate` has one way to sample for all rows, and
-    one generator: a seed is for one request. The engine cannot ask questions of one token together
-    with longer ones. Short prompts do not wait until long ones are read."""
-    ask, length = job.ask, len(job.question)
-    shape = job.has_context, job.has_context and length == 1, length > LONG
+    """What requests of a batch agree in. The engine cannot ask questions of one token together with
+    longer ones. Short prompts do not wait until long ones are read."""
+    return (*_joint(job), is_short(job), len(job.question) > LONG)
+
+
+def is_short(job: AskJob) -> bool:
+    """Whether it asks a question of one token."""
+    return job.has_context and len(job.question) == 1
+
+
+def _joint(job: AskJob) -> tuple[object, ...]:
+    """What requests agree in that go on together. Stock `generate` has one way to sample for all
+    rows, and one generator: a seed is for one request."""
+    ask = job.ask
     if ask.greedy:
-        return (*shape, "greedy")
-    alone = None if ask.seed is None else id(job)
-    return (*shape, ask.temperature, ask.top_p, alone)
+        return job.has_context, "greedy"
+    return job.has_context, ask.temperature, ask.top_p, None if ask.seed is None else id(job)

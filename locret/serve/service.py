@@ -92,7 +92,8 @@ class Service:
         self._thread: threading.Thread | None = None
         self._sums: Counter[str] = Counter()
         self._units = 0  # at the end of the last answer
-        self._seconds = 1.0  # that a batch takes
+        self._seconds = 1.0  # that a batch takes, or until others join it
+        self._began = 0.0
 
     @property
     def ready(self) -> bool:
@@ -242,11 +243,11 @@ class Service:
         worker = Worker(*answers, self._join)
         try:
             while jobs := self._next():
-                began = time.monotonic()
+                self._began = time.monotonic()
                 worker.work(jobs)
                 with self._changed:
                     self._running = []
-                    self._seconds += SMOOTHING * (time.monotonic() - began - self._seconds)
+                    self._measure()
                     self._changed.notify_all()
         finally:
             worker.close()
@@ -283,4 +284,11 @@ class Service:
             for job in more:
                 self._waiting.remove(job)
             self._running += more
+            if more:
+                self._measure()
         return more
+
+    def _measure(self) -> None:
+        now = time.monotonic()
+        self._seconds += SMOOTHING * (now - self._began - self._seconds)
+        self._began = now

@@ -17,7 +17,7 @@ from locret.cache.cache import RetainedCache
 from locret.engine.arguments import end_tokens, padded
 from locret.engine.engine import Engine
 from locret.serve.contexts import Contexts, Prefixes, info_of
-from locret.serve.jobs import AskJob, Job, ReadJob
+from locret.serve.jobs import AskJob, Job, ReadJob, is_short
 from locret.serve.requests import Ask, Failed, RepeatsContext, TooLong, UnknownContext
 
 LOG = logging.getLogger(__name__)
@@ -25,6 +25,10 @@ LOG = logging.getLogger(__name__)
 STEPS = 16
 """Tokens of an answer between two looks at what waits. A pause copies what rows hold, and a GPU
 records its steps anew."""
+
+
+Row = tuple[AskJob, RetainedCache]
+"""A request that is being answered, and a cache of one row, the last token of which is not read."""
 
 
 class Abandoned(Exception):
@@ -53,6 +57,8 @@ class Worker:
         self._current: list[Job] = []
         self._asked: list[AskJob] = []  # to be answered now, and those that joined them
         self._new: Sequence[AskJob] = ()  # that paused the answer
+        self._joins = True  # until memory is short
+        self._beginning: AskJob | None = None  # while the others wait
         self._steps = 0
         self._progress, engine.progress = engine.progress, self._after_chunk
 
@@ -62,7 +68,7 @@ class Worker:
 
     def work(self, jobs: Sequence[Job]) -> None:
         """Do jobs that go together (`locret.serve.jobs.next_batch`). Each is closed afterwards."""
-        self._current = [*jobs]
+        self._current, self._joins = [*jobs], True
         try:
             if isinstance(jobs[0], ReadJob):
                 self._read(jobs[0])
@@ -82,7 +88,8 @@ class Worker:
         for job in self._current:
             if isinstance(job, ReadJob):
                 job.pending.done = done
-        if self._current and all(job.pending.closed for job in self._current):
+        waited_for = self._current if self._beginning is None else [self._beginning]
+        if waited_for and all(job.pending.closed for job in waited_for):
             raise Abandoned
 
     def _read(self, job: ReadJob) -> None:
@@ -125,17 +132,15 @@ class Worker:
 
     def _answer_groups(self, asked: Sequence[AskJob]) -> None:
         """Answer jobs in as few calls as their contexts allow; in one where they have none."""
-        jobs = _awaited(asked)
-        if jobs and not jobs[0].has_context:
-            self._answer(jobs, [])
-            return
-        groups: dict[str, list[tuple[AskJob, RetainedCache]]] = {}
-        for job in jobs:
-            for cache in self._contexts_of(job) or ():
-                groups.setdefault(_settings_of(cache), []).append((job, cache))
+        groups: dict[tuple[object, ...], list[tuple[AskJob, list[RetainedCache]]]] = {}
+        for job in _awaited(asked):
+            caches = self._contexts_of(job)
+            if caches is not None:
+                kind = is_short(job), *map(_settings_of, caches)
+                groups.setdefault(kind, []).append((job, caches))
         for group in groups.values():
-            self._answer([job for job, _ in group], [cache for _, cache in group])
-        if _awaited(asked):  # that wanted to join, on contexts of other settings
+            self._answer([job for job, _ in group], [cache for _, own in group for cache in own])
+        if _awaited(asked):  # that wanted to join, and could not
             self._answer_groups(asked)
 
     def _contexts_of(self, job: AskJob) -> list[RetainedCache] | None:
@@ -153,12 +158,12 @@ class Worker:
             return [cache]
         return None
 
-    @staticmethod
-    def _has_room(do: Callable[[], None]) -> bool:
+    def _has_room(self, do: Callable[[], None]) -> bool:
         """Do something; False where memory was too short for it. All that it held is let go."""
         try:
             do()
         except torch.OutOfMemoryError:
+            self._joins = False
             return False
         return True
 
@@ -178,49 +183,80 @@ class Worker:
                     f"context {job.ask.context} was read without decode_interval, which this "
                     "server answers with; upload it again"
                 )
-            job.cached_tokens = cache.seen
+            cached = cache.seen
         else:
-            cache = self._prefix_of(job)
+            cache, cached = self._prefix_of(job)
+        if not job.context_tokens:  # else it is begun once more
+            job.cached_tokens = cached
         info = info_of(cache)
         job.context_tokens, job.base = cache.seen, (info.units, info.bytes)
         return cache
 
-    def _prefix_of(self, job: AskJob) -> RetainedCache:
+    def _prefix_of(self, job: AskJob) -> tuple[RetainedCache, int]:
+        """The shared tokens of a job, read, and how many of them had been read before."""
         tokens = job.ask.prompt[: job.shared]
         cache = self._prefixes.get(tokens)
         if cache is not None:
-            job.cached_tokens = job.shared
-            return cache
-        job.cached_tokens = 0
+            return cache, job.shared
         cache = self._read_context(tokens)
         self._prefixes.put(tokens, cache)
-        return cache
+        return cache, 0
 
     def _answer(self, jobs: Sequence[AskJob], caches: Sequence[RetainedCache]) -> None:
         """Answer jobs on contexts, or without any, and with them those that join."""
         cache = self._begin(jobs, caches)
         while self._new:
-            rows = [(job, cache.rows([i])) for i, job in enumerate(jobs) if job in _awaited(jobs)]
-            del cache  # whose memory the rows take twice until they are one again
-            settings, new, self._new = _settings_of(rows[0][1]), self._new, ()
-            for job in new:
-                rows += self._begun(job, settings)
-            jobs = [job for job, _ in rows]
-            cache = self._go_on(jobs, [row for _, row in rows])
+            new, self._new = self._new, ()
+            rows = self._rows_left(jobs, cache)
+            if rows is None:
+                cache = self._go_on(jobs, cache)
+                continue
+            del cache  # whose memory the rows take
+            for job in _awaited(new) if rows else ():
+                rows += self._begun(job, _settings_of(rows[0][1]))
+            batches, rows = self._batches(rows), []
+            while batches:  # which shall not hold what goes on
+                jobs, cache = batches.pop(0)
+                cache = self._go_on(jobs, cache)
 
-    def _begun(self, job: AskJob, settings: str) -> list[tuple[AskJob, RetainedCache]]:
-        """A job with its first token, as a row of a batch of such settings, if it is to go on."""
+    def _rows_left(self, jobs: Sequence[AskJob], cache: RetainedCache) -> list[Row] | None:
+        """Rows of the jobs that somebody waits for; None where memory is too short for it."""
+        left = _awaited(jobs)
+        try:
+            return [(job, cache.rows([i])) for i, job in enumerate(jobs) if job in left]
+        except torch.OutOfMemoryError:
+            self._joins = False
+            return None
+
+    def _begun(self, job: AskJob, settings: str) -> list[Row]:
+        """A job with its first token, as a row of a batch of such settings, if it is to go on; none
+        where it is to wait until the batch is done."""
+        self._beginning = job
         try:
             caches = self._contexts_of(job)
             if caches is None or any(_settings_of(cache) != settings for cache in caches):
                 return []
             cache = self._begin([job], caches, once=True)
-        except (torch.OutOfMemoryError, Abandoned):
-            raise
+        except torch.OutOfMemoryError:
+            self._joins = False
+            return []
+        except Abandoned:
+            return []
         except Exception as error:  # the others go on
             LOG.exception("a request failed")
             _fail([job], error)
+        finally:
+            self._beginning = None
         return [(job, cache) for job in _awaited([job])]
+
+    def _batches(self, rows: Sequence[Row]) -> list[tuple[list[AskJob], RetainedCache]]:
+        """All rows as a batch; one after the other where memory is too short for it."""
+        jobs, caches = [job for job, _ in rows], [cache for _, cache in rows]
+        try:
+            return [(jobs, self._engine.together(caches))] if rows else []
+        except torch.OutOfMemoryError:
+            self._joins = False
+            return [([job], cache) for job, cache in rows]
 
     def _begin(
         self, jobs: Sequence[AskJob], caches: Sequence[RetainedCache], once: bool = False
@@ -239,9 +275,8 @@ class Worker:
             job.start()
         return self._generate(jobs, *padded(questions, self._device), cache, once)
 
-    def _go_on(self, jobs: Sequence[AskJob], rows: Sequence[RetainedCache]) -> RetainedCache:
+    def _go_on(self, jobs: Sequence[AskJob], cache: RetainedCache) -> RetainedCache:
         """Answer jobs further in one call, whose last tokens are not read yet."""
-        cache = self._engine.together(rows)
         last = cache.unread_ids
         cache.unread_ids = last[:, :0]
         return self._generate(jobs, last.to(self._device), torch.ones_like(last), cache)
@@ -263,7 +298,7 @@ class Worker:
                 ids,
                 mask.to(self._device),
                 cache=cache,
-                max_new_tokens=max(job.left for job in jobs),
+                max_new_tokens=max(1, *(job.left for job in jobs)),
                 stopping_criteria=[functools.partial(self._take, jobs, once)],
                 eos_token_id=None,  # `_take` ends rows; those that are done go on unseen
                 return_dict_in_generate=True,
@@ -287,7 +322,7 @@ class Worker:
     def _look(self, jobs: Sequence[AskJob]) -> None:
         """Let others join, unless some of those to be answered wait for a call of their own."""
         running = _awaited(self._asked)
-        if running and len(running) == len(_awaited(jobs)):
+        if self._joins and running and len(running) == len(_awaited(jobs)):
             self._new = [*self._join(running)]
             self._asked += self._new
             self._current += self._new

@@ -1,11 +1,13 @@
 """Requests that come while others are answered join them, and every answer is as it is alone."""
 
 import functools
+import gc
 
 import pytest
 import torch
 
 import locret
+from locret.cache.cache import RetainedCache
 from locret.serve.contexts import Contexts
 from locret.serve.requests import Ask as AnyAsk
 from locret.serve.requests import Piece
@@ -152,7 +154,7 @@ def test_one_that_fails_while_it_joins_fails_alone(make, engine, ids, expected, 
 
 
 def test_short_memory_while_others_join(make, engine, ids, expected, monkeypatch):
-    """All are asked again, and what was sent is not sent twice."""
+    """They go on one after the other."""
     together, failed = engine.together, []
 
     def short(caches, *args):
@@ -169,6 +171,123 @@ def test_short_memory_while_others_join(make, engine, ids, expected, monkeypatch
     assert text_of(second)[0] == expected(ids(9), new=6)
     assert first.text() == expected(ids(40), new=LONG)
     assert failed == [2]
+
+
+def test_memory_that_is_too_short_for_a_newcomer(make, engine, ids, monkeypatch):
+    """It does not end a sampled answer, of which words were sent."""
+    service, generate = make(), engine.generate
+
+    def short(input_ids, *args, **kwargs):
+        if input_ids.shape[1] == 90:
+            raise torch.OutOfMemoryError("no room")
+        return generate(input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "generate", short)
+    service.start()
+    first = Begun(service.ask(Ask(ids(40), temperature=0.8, max_tokens=LONG)))
+    second = service.ask(Ask(ids(90), temperature=0.8, max_tokens=6))
+    with pytest.raises(RuntimeError, match="memory is too small"):
+        list(second.events(WAIT))
+    first.text()
+    assert first.end.usage.completion_tokens == LONG
+
+
+def test_none_joins_once_memory_was_short(make, engine, ids, calls, monkeypatch):
+    """Others come all the time, and what was begun is not begun again for each of them."""
+
+    def short(caches, *args):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine, "together", short)
+    service = make()
+    service.start()
+    first = Begun(service.ask(Ask(ids(40), max_tokens=LONG)))
+    later = [service.ask(Ask(ids(9, seed=n), max_tokens=9)) for n in range(6)]
+    first.text()
+    assert [text_of(answer)[1].usage.completion_tokens for answer in later] == [9] * 6
+    assert first.end.usage.completion_tokens == LONG
+
+
+def test_the_only_client_leaves_as_others_join(make, ids, expected):
+    service = make()
+    join = service._join
+
+    def leaving(running):
+        more = join(running)
+        if more:
+            first.cancel()
+        return more
+
+    service._join = leaving
+    service.start()
+    first = service.ask(Ask(ids(40), max_tokens=LONG))
+    Begun(first)
+    assert text_of(service.ask(Ask(ids(9), max_tokens=6)))[0] == expected(ids(9), new=6)
+    assert service.counts.failed == 0
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_newcomer_that_leaves_is_not_read_to_its_end(make, engine, ids, expected, after):
+    service, chunks = make(), []
+
+    def progress(done, total):
+        if total > 200:
+            chunks.append(done)
+            if len(chunks) == after:
+                second.cancel()
+
+    join, engine.progress = service._join, progress
+
+    def leaving(running):
+        more = join(running)
+        if more and not after:
+            second.cancel()
+        return more
+
+    service._join = leaving
+    service.start()
+    first = Begun(service.ask(Ask(ids(40), max_tokens=LONG)))
+    second = service.ask(Ask(ids(300), max_tokens=6))
+    assert first.text() == expected(ids(40), new=LONG)
+    assert len(chunks) == after and service.counts.cancelled == 1 and not service.counts.failed
+
+
+def test_the_width_of_a_batch_does_not_grow(make, engine, ids, monkeypatch):
+    widths, together = [], engine.together
+
+    def seeing(caches, *args):
+        cache = together(caches, *args)
+        widths.append((cache.seen, max(len(ids) for ids in cache.token_ids)))
+        return cache
+
+    monkeypatch.setattr(engine, "together", seeing)
+    service = make()
+    service.start()
+    before = Begun(service.ask(Ask(ids(20), max_tokens=30)))
+    for n in range(8):  # each is there when the one before ends
+        after = Begun(service.ask(Ask(ids(20, seed=n), max_tokens=30)))
+        before.text()
+        before = after
+    before.text()
+    assert max(max(widths)) <= 20 + 30
+
+
+def test_only_the_batch_that_goes_on_is_held(make, engine, ids, monkeypatch):
+    held, together = [], engine.together
+
+    def counting(caches, *args):
+        gc.collect()
+        live = [each for each in gc.get_objects() if isinstance(each, RetainedCache)]
+        held.append(len(live) - len(caches))
+        return together(caches, *args)
+
+    monkeypatch.setattr(engine, "together", counting)
+    service = make()
+    service.start()
+    others = [Begun(service.ask(Ask(ids(n), max_tokens=LONG))) for n in (40, 9, 8)]
+    for each in others:
+        each.text()
+    assert held == [0, 0]
 
 
 def test_clients_that_leave_while_others_join(make, ids, expected):
