@@ -163,14 +163,8 @@ def joining(
 
 
 def _kind(job: AskJob) -> tuple[object, ...]:
-    """What requests of a batch agree in. The engine cannot ask questions of one token together with
-    longer ones. Short prompts do not wait until long ones are read."""
-    return (*_joint(job), is_short(job), len(job.question) > LONG)
-
-
-def is_short(job: AskJob) -> bool:
-    """Whether it asks a question of one token."""
-    return job.has_context and len(job.question) == 1
+    """What requests of a batch agree in. Short prompts do not wait until long ones are read."""
+    return *_joint(job), len(job.question) > LONG
 
 
 def _joint(job: AskJob) -> tuple[object, ...]:

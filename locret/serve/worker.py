@@ -7,8 +7,8 @@ One thread alone calls the worker.
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from locret.cache.cache import RetainedCache
 from locret.engine.arguments import end_tokens, padded
 from locret.engine.engine import Engine
 from locret.serve.contexts import Contexts, Prefixes, info_of
-from locret.serve.jobs import AskJob, Job, ReadJob, is_short
+from locret.serve.jobs import AskJob, Job, ReadJob
 from locret.serve.requests import Ask, Failed, RepeatsContext, TooLong, UnknownContext
 
 LOG = logging.getLogger(__name__)
@@ -29,6 +29,19 @@ records its steps anew."""
 
 Row = tuple[AskJob, RetainedCache]
 """A request that is being answered, and a cache of one row, the last token of which is not read."""
+
+
+class Batch(NamedTuple):
+    """Requests that are being answered, and the cache of their rows."""
+
+    jobs: Sequence[AskJob]
+    cache: RetainedCache
+
+    def rows(self) -> Iterator[Row]:
+        """One after the other; those that nobody waits for are left out."""
+        for i, job in enumerate(self.jobs):
+            if not job.pending.closed:
+                yield job, self.cache.rows([i])
 
 
 class Abandoned(Exception):
@@ -132,12 +145,11 @@ class Worker:
 
     def _answer_groups(self, asked: Sequence[AskJob]) -> None:
         """Answer jobs in as few calls as their contexts allow; in one where they have none."""
-        groups: dict[tuple[object, ...], list[tuple[AskJob, list[RetainedCache]]]] = {}
+        groups: dict[tuple[str, ...], list[tuple[AskJob, list[RetainedCache]]]] = {}
         for job in _awaited(asked):
             caches = self._contexts_of(job)
             if caches is not None:
-                kind = is_short(job), *map(_settings_of, caches)
-                groups.setdefault(kind, []).append((job, caches))
+                groups.setdefault((*map(_settings_of, caches),), []).append((job, caches))
         for group in groups.values():
             self._answer([job for job, _ in group], [cache for _, own in group for cache in own])
         if _awaited(asked):  # that wanted to join, and could not
@@ -204,29 +216,29 @@ class Worker:
 
     def _answer(self, jobs: Sequence[AskJob], caches: Sequence[RetainedCache]) -> None:
         """Answer jobs on contexts, or without any, and with them those that join."""
-        cache = self._begin(jobs, caches)
-        while self._new:
-            new, self._new = self._new, ()
-            rows = self._rows_left(jobs, cache)
-            if rows is None:
-                cache = self._go_on(jobs, cache)
-                continue
-            del cache  # whose memory the rows take
-            for job in _awaited(new) if rows else ():
-                rows += self._begun(job, _settings_of(rows[0][1]))
-            batches, rows = self._batches(rows), []
-            while batches:  # which shall not hold what goes on
-                jobs, cache = batches.pop(0)
-                cache = self._go_on(jobs, cache)
+        if caches and len({len(job.question) for job in jobs}) > 1:
+            each = zip(jobs, caches, strict=True)
+            batches = self._batches([row for job, own in each for row in self._row(job, [own])])
+        else:
+            batches = self._joined(self._begin(jobs, caches))
+        while batches:  # which shall not hold what goes on
+            batches = self._joined(self._go_on(batches.pop(0))) + batches
 
-    def _rows_left(self, jobs: Sequence[AskJob], cache: RetainedCache) -> list[Row] | None:
-        """Rows of the jobs that somebody waits for; None where memory is too short for it."""
-        left = _awaited(jobs)
+    def _joined(self, batch: Batch) -> list[Batch]:
+        """What goes on after a call: nothing, or, where it paused, its rows with those that join;
+        as it was, where memory is too short for that."""
+        new, self._new = self._new, ()
+        if not new:
+            return []
         try:
-            return [(job, cache.rows([i])) for i, job in enumerate(jobs) if job in left]
+            rows = [*batch.rows()]
         except torch.OutOfMemoryError:
             self._joins = False
-            return None
+            return [batch]
+        del batch  # whose memory the rows take
+        for job in _awaited(new) if rows else ():
+            rows += self._begun(job, _settings_of(rows[0][1]))
+        return self._batches(rows)
 
     def _begun(self, job: AskJob, settings: str) -> list[Row]:
         """A job with its first token, as a row of a batch of such settings, if it is to go on; none
@@ -236,50 +248,52 @@ class Worker:
             caches = self._contexts_of(job)
             if caches is None or any(_settings_of(cache) != settings for cache in caches):
                 return []
-            cache = self._begin([job], caches, once=True)
+            return self._row(job, caches)
         except torch.OutOfMemoryError:
             self._joins = False
-            return []
         except Abandoned:
-            return []
+            pass
         except Exception as error:  # the others go on
             LOG.exception("a request failed")
             _fail([job], error)
         finally:
             self._beginning = None
+        return []
+
+    def _row(self, job: AskJob, caches: Sequence[RetainedCache]) -> list[Row]:
+        """A job with its first token, if it is to go on."""
+        _, cache = self._begin([job], caches, once=True)
         return [(job, cache) for job in _awaited([job])]
 
-    def _batches(self, rows: Sequence[Row]) -> list[tuple[list[AskJob], RetainedCache]]:
+    def _batches(self, rows: Sequence[Row]) -> list[Batch]:
         """All rows as a batch; one after the other where memory is too short for it."""
         jobs, caches = [job for job, _ in rows], [cache for _, cache in rows]
         try:
-            return [(jobs, self._engine.together(caches))] if rows else []
+            return [Batch(jobs, self._engine.together(caches))] if rows else []
         except torch.OutOfMemoryError:
             self._joins = False
-            return [([job], cache) for job, cache in rows]
+            return [Batch([job], cache) for job, cache in rows]
 
     def _begin(
         self, jobs: Sequence[AskJob], caches: Sequence[RetainedCache], once: bool = False
-    ) -> RetainedCache:
-        """Answer jobs from the beginning in one call; `once`: no more than a token."""
-        questions, cache = [job.question for job in jobs], None
-        if len(caches) == 1:
-            cache = caches[0].fork()
-        elif len(set(map(len, questions))) == 1 and caches:
-            cache = self._engine.together(caches)
-        elif caches:
-            before = [torch.tensor([ids[:-1]]) for ids in questions]
-            cache = self._engine.together(caches, before)
-            questions = [ids[-1:] for ids in questions]
+    ) -> Batch:
+        """Answer jobs from the beginning in one call, without contexts, or all on one with
+        questions of one length; `once`: no more than a token."""
+        cache = None
+        if caches:
+            cache = caches[0].fork() if len(caches) == 1 else self._engine.together(caches)
         for job in jobs:
             job.start()
-        return self._generate(jobs, *padded(questions, self._device), cache, once)
+        ids, mask = padded([job.question for job in jobs], self._device)
+        return Batch(jobs, self._generate(jobs, ids, mask, cache, once))
 
-    def _go_on(self, jobs: Sequence[AskJob], cache: RetainedCache) -> RetainedCache:
+    def _go_on(self, batch: Batch) -> Batch:
         """Answer jobs further in one call, whose last tokens are not read yet."""
+        jobs, cache = batch
         last = cache.unread_ids
         cache.unread_ids = last[:, :0]
-        return self._generate(jobs, last.to(self._device), torch.ones_like(last), cache)
+        ids = last.to(self._device)
+        return Batch(jobs, self._generate(jobs, ids, torch.ones_like(ids), cache))
 
     def _generate(
         self,
@@ -296,7 +310,7 @@ class Worker:
                 torch.manual_seed(seed)
             output = self._engine.generate(
                 ids,
-                mask.to(self._device),
+                mask,
                 cache=cache,
                 max_new_tokens=max(1, *(job.left for job in jobs)),
                 stopping_criteria=[functools.partial(self._take, jobs, once)],
