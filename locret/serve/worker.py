@@ -126,15 +126,15 @@ class Worker:
         # Ones, because a padding token within a text is a token.
         return self._engine.prefill(tokens, torch.ones_like(tokens))
 
-    def _answer_all(self, jobs: list[AskJob]) -> None:
+    def _answer_all(self, jobs: Sequence[AskJob]) -> None:
         """Answer jobs; by halves, where memory is short."""
-        self._asked, self._new = jobs, ()
-        if self._has_room(lambda: self._answer_groups(jobs)):
+        self._asked, self._new = [*jobs], ()
+        if self._has_room(self._answer_groups):
             return
         could_free = self._prefixes.nbytes > 0
         self._free()
-        left = _awaited(jobs)
-        if len(jobs) > 1 or could_free:
+        left = _awaited(self._asked)
+        if len(self._asked) > 1 or could_free:
             _fail([job for job in left if not job.repeatable], torch.OutOfMemoryError())
             left = _awaited(left)
             middle = (len(left) + 1) // 2
@@ -143,17 +143,17 @@ class Worker:
         else:
             _fail(left, torch.OutOfMemoryError())
 
-    def _answer_groups(self, asked: Sequence[AskJob]) -> None:
-        """Answer jobs in as few calls as their contexts allow; in one where they have none."""
+    def _answer_groups(self) -> None:
+        """Answer `_asked` in as few calls as their contexts allow; in one where they have none."""
         groups: dict[tuple[str, ...], list[tuple[AskJob, list[RetainedCache]]]] = {}
-        for job in _awaited(asked):
+        for job in _awaited(self._asked):
             caches = self._contexts_of(job)
             if caches is not None:
                 groups.setdefault((*map(_settings_of, caches),), []).append((job, caches))
         for group in groups.values():
             self._answer([job for job, _ in group], [cache for _, own in group for cache in own])
-        if _awaited(asked):  # that wanted to join, and could not
-            self._answer_groups(asked)
+        if _awaited(self._asked):  # that wanted to join, and could not
+            self._answer_groups()
 
     def _contexts_of(self, job: AskJob) -> list[RetainedCache] | None:
         """The context that a job asks, if it asks any; None = it cannot be asked, and is closed."""

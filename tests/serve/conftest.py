@@ -30,6 +30,23 @@ def twin(tokenizer):
     return locret.Engine(model, heads=tiny_heads(model), **SMALL)
 
 
+def rows_of_calls(engine, monkeypatch):
+    """Rows of every call of `engine.generate` from now on."""
+    rows, generate = [], engine.generate
+
+    def spied(input_ids, *args, **kwargs):
+        rows.append(len(input_ids))
+        return generate(input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "generate", spied)
+    return rows
+
+
+@pytest.fixture
+def batches(engine, monkeypatch):
+    return rows_of_calls(engine, monkeypatch)
+
+
 @pytest.fixture
 def make(engine, tokenizer):
     """Makes services of the engine."""

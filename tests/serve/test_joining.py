@@ -12,7 +12,7 @@ from locret.serve.contexts import Contexts
 from locret.serve.requests import Ask as AnyAsk
 from locret.serve.requests import Piece
 from locret.serve.service import Service
-from tests.serve.conftest import SMALL, WAIT, text_of
+from tests.serve.conftest import SMALL, WAIT, rows_of_calls, text_of
 from tests.tiny_models import tiny_heads, tiny_model
 
 LONG = 200  # tokens of an answer that others join
@@ -23,23 +23,6 @@ Ask = functools.partial(AnyAsk, ignore_eos=True)  # random models end when they 
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
     monkeypatch.setattr("locret.serve.worker.STEPS", 3)
-
-
-@pytest.fixture
-def calls(engine, monkeypatch):
-    return spied(engine, monkeypatch)
-
-
-def spied(engine, monkeypatch):
-    """Rows of every call of `engine.generate`."""
-    rows, generate = [], engine.generate
-
-    def spy(input_ids, *args, **kwargs):
-        rows.append(len(input_ids))
-        return generate(input_ids, *args, **kwargs)
-
-    monkeypatch.setattr(engine, "generate", spy)
-    return rows
 
 
 class Begun:
@@ -55,7 +38,7 @@ class Begun:
         return "".join(piece.text for piece in pieces)
 
 
-def test_prompts_join(make, ids, expected, calls):
+def test_prompts_join(make, ids, expected, batches):
     service = make()
     service.start()
     first = Begun(service.ask(Ask(ids(40), max_tokens=LONG)))
@@ -67,11 +50,11 @@ def test_prompts_join(make, ids, expected, calls):
     assert service.counts.running == 1  # the first is longer than all that joined it
     assert first.text() == expected(ids(40), new=LONG)
     assert first.end.usage.completion_tokens == LONG
-    assert max(calls) > 1 and calls[0] == 1
+    assert max(batches) > 1 and batches[0] == 1
     assert service.counts.answered == 4
 
 
-def test_rows_that_are_done_leave(make, ids, expected, calls):
+def test_rows_that_are_done_leave(make, ids, expected, batches):
     service = make()
     service.start()
     first = Begun(service.ask(Ask(ids(40), max_tokens=LONG)))
@@ -80,10 +63,10 @@ def test_rows_that_are_done_leave(make, ids, expected, calls):
             ids(9, seed=n), new=5
         )
     assert first.text() == expected(ids(40), new=LONG)
-    assert calls == [1, 1, 2, 1, 2, 1, 2]
+    assert batches == [1, 1, 2, 1, 2, 1, 2]
 
 
-def test_questions_about_contexts_join(make, ids, expected, twin, calls):
+def test_questions_about_contexts_join(make, ids, expected, twin, batches):
     service = make(contexts=Contexts())
     service.start()
     infos = [service.read(ids(n)).result(WAIT) for n in (60, 9, 33)]
@@ -95,7 +78,7 @@ def test_questions_about_contexts_join(make, ids, expected, twin, calls):
     cache = twin.prefill(torch.tensor([ids(60)]))
     assert first.text() == expected(ids(4), cache, new=LONG)
     assert first.end.usage.cached_tokens == 60
-    assert max(calls) > 1
+    assert max(batches) > 1
 
 
 @pytest.mark.parametrize(
@@ -124,7 +107,7 @@ def test_engines_of_other_settings(tokenizer, ids, family, settings, monkeypatch
         return tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
 
     by, own = engine(), engine()
-    service, calls = Service(own, tokenizer), spied(own, monkeypatch)
+    service, batches = Service(own, tokenizer), rows_of_calls(own, monkeypatch)
     service.start()
     first = Begun(service.ask(Ask(ids(50), max_tokens=LONG)))
     second = service.ask(Ask(ids(31, seed=1), max_tokens=6))
@@ -132,7 +115,7 @@ def test_engines_of_other_settings(tokenizer, ids, family, settings, monkeypatch
     assert first.text() == alone(ids(50), LONG)
     service.close(seconds=WAIT)
     assert service.counts.failed == 0
-    assert max(calls) == (2 if own.asks_together else 1)
+    assert max(batches) == (2 if own.asks_together else 1)
 
 
 def test_one_that_fails_while_it_joins_fails_alone(make, engine, ids, expected, monkeypatch):
@@ -192,7 +175,7 @@ def test_memory_that_is_too_short_for_a_newcomer(make, engine, ids, monkeypatch)
     assert first.end.usage.completion_tokens == LONG
 
 
-def test_none_joins_once_memory_was_short(make, engine, ids, calls, monkeypatch):
+def test_none_joins_once_memory_was_short(make, engine, ids, batches, monkeypatch):
     """Others come all the time, and what was begun is not begun again for each of them."""
 
     def short(caches, *args):
@@ -305,7 +288,7 @@ def test_clients_that_leave_while_others_join(make, ids, expected):
     assert service.counts.failed == 0 and service.counts.cancelled == 2
 
 
-def test_contexts_of_other_settings_are_asked_apart(make, tokenizer, ids, expected, twin, calls):
+def test_contexts_of_other_settings_are_asked_apart(make, tokenizer, ids, expected, twin, batches):
     """They were stored by an engine of another budget, which its caches remember."""
     contexts = Contexts()
     model = tiny_model("llama", vocab_size=len(tokenizer))
@@ -318,14 +301,34 @@ def test_contexts_of_other_settings_are_asked_apart(make, tokenizer, ids, expect
     second = service.ask(Ask(ids(5), infos[1].id, max_tokens=6))
     assert first.text() == expected(ids(4), read[0], new=LONG)
     assert text_of(second)[0] == expected(ids(5), read[1], new=6)
-    assert max(calls) == 1
+    assert max(batches) == 1
 
 
-def test_sampled_answers_join_those_sampled_alike(make, ids, calls):
+def test_sampled_answers_join_those_sampled_alike(make, ids, batches):
     service = make()
     service.start()
     first = Begun(service.ask(Ask(ids(40), temperature=0.7, max_tokens=LONG)))
     second = service.ask(Ask(ids(9), temperature=0.7, max_tokens=6))
     assert text_of(second)[1].usage.completion_tokens == 6
     first.text()
-    assert first.end.usage.completion_tokens == LONG and max(calls) == 2
+    assert first.end.usage.completion_tokens == LONG and max(batches) == 2
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_tokens_that_were_read_for_a_request_are_not_cached_for_it(
+    make, tokenizer, ids, monkeypatch, positions
+):
+    """Its beginning is read when it wants to join, and again, from memory, where it cannot."""
+    monkeypatch.setattr("locret.serve.contexts.SHARED_LEAST", 20)
+    contexts = Contexts()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    other = locret.Engine(model, heads=tiny_heads(model), **SMALL | {"positions": positions})
+    info = contexts.put(other.prefill(torch.tensor([ids(50)])))
+    service = make(contexts=contexts)
+    service.start()
+    first = Begun(service.ask(Ask(ids(4), info.id, max_tokens=LONG)))
+    second = service.ask(Ask(ids(40, seed=3), shared=30, max_tokens=6))
+    assert text_of(second)[1].usage.cached_tokens == 0
+    first.text()
+    third = service.ask(Ask(ids(40, seed=3), shared=30, max_tokens=6))
+    assert text_of(third)[1].usage.cached_tokens == 30

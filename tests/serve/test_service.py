@@ -21,19 +21,6 @@ from tests.serve.conftest import SMALL, WAIT, text_of
 from tests.tiny_models import tiny_heads, tiny_model
 
 
-@pytest.fixture
-def batches(engine, monkeypatch):
-    """Rows of every call of `engine.generate`."""
-    rows, generate = [], engine.generate
-
-    def spied(input_ids, *args, **kwargs):
-        rows.append(len(input_ids))
-        return generate(input_ids, *args, **kwargs)
-
-    monkeypatch.setattr(engine, "generate", spied)
-    return rows
-
-
 def test_units_foreseen_are_those_held(make, ids, twin):
     service = make()
     service.start()
