@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from locret.model.backbone import Backbone
-from locret.model.loading import PACKAGES, load_model, quantization_config
+from locret.model.loading import load_model
+from locret.model.weights import PACKAGES, check_weights, dtype_for
 from locret.training.distill import Distillation
 from locret.training.segments import Segment
 from tests.tiny_models import prompt, tiny_heads, tiny_model
@@ -22,7 +23,9 @@ SCHEMES = [
         ),
     )
     for name, package in PACKAGES.items()
+    if name != "fp8"  # tests/test_fp8.py
 ]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +92,32 @@ def test_an_adapter_of_another_model_is_refused(scheme, folder, tmp_path):
 
 
 def test_an_unknown_scheme_and_missing_packages_are_named(monkeypatch):
-    with pytest.raises(ValueError, match=r"'int3' is unknown; expected one of \['int8', 'nf4'\]"):
-        quantization_config("int3", None)
+    with pytest.raises(
+        ValueError, match=r"'int3' is unknown; expected one of \['fp8', 'int8', 'nf4'\]"
+    ):
+        check_weights("int3", CPU)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"accelerate, torchao; pip install 'locret\[quant\]'"):
-        quantization_config("int8", None)
+        check_weights("int8", CPU)
+
+
+def test_fp8_is_refused_where_it_is_not_multiplied(folder, monkeypatch):
+    said = (
+        r"the model goes to cpu, but .* compute capability 8\.9 or above; take 'int8', which runs"
+    )
+    with pytest.raises(ValueError, match=said):
+        load_model(folder, device="cpu", quantization="fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    with pytest.raises(ValueError, match=r"A100 has compute capability 8\.0, but .* take 'int8'"):
+        check_weights("fp8", torch.device("cuda", 0))
+
+
+def test_fp8_goes_with_bfloat16_alone():
+    assert {dtype_for("fp8", dtype) for dtype in (None, torch.bfloat16)} == {torch.bfloat16}
+    assert dtype_for("int8", None) is None
+    with pytest.raises(ValueError, match="dtype is 'float16'; give bfloat16 or auto, or take"):
+        dtype_for("fp8", torch.float16)
 
 
 def test_an_embedded_model_is_not_quantized():

@@ -25,6 +25,7 @@ with ends_at_once():
     from locret.model.adapters import Adapter, without_old_names
     from locret.model.backbone import Backbone
     from locret.model.loading import Dtype, load_model
+    from locret.model.weights import check_has_gradients
     from locret.quantities import check_bounds
     from locret.training.branches import MeanOver
     from locret.training.gated import EvictedLoss, Threshold, check_tunable
@@ -98,8 +99,8 @@ class AdapterModule(TrainingModule):
         """Load the backbone and put a fresh adapter on it, once.
 
         Raises:
-            ValueError: the strategy shards models, which this stage does not do; or heads that
-                cannot be used here, or dropout in layers that are computed again.
+            ValueError: the strategy shards models, which this stage does not do; a backbone in FP8;
+                heads that cannot be used here, or dropout in layers that are computed again.
         """
         if self._adapted is not None:
             return
@@ -112,6 +113,7 @@ class AdapterModule(TrainingModule):
         loaded = load_model(
             given["model"], dtype=given["dtype"], device="cpu", revision=given["revision"]
         )
+        check_has_gradients(loaded.model)  # a checkpoint may be stored so
         before = None if heads is None else heads.config.adapter
         with without_old_names():
             adapted = self._fresh(loaded.model) if before is None else _from(before, loaded.model)

@@ -31,8 +31,9 @@ with ends_at_once():
     from locret.engine.config import EngineConfig
     from locret.heads.heads import HeadKind, HeadsConfig, RetainingHeads
     from locret.model.backbone import Backbone
-    from locret.model.loading import Dtype, Quantization, load_model, weights_sha256
+    from locret.model.loading import Dtype, load_model, weights_sha256
     from locret.model.rotary import LongRopeRule
+    from locret.model.weights import Quantization
     from locret.training.distill import Distillation, EvictedReading, evicted_features
     from locret.training.row_loss import Distilled, Features, Share
     from locret.training.segments import Segment, with_query_in_front
@@ -69,7 +70,7 @@ class HeadsModule(HeadsTraining):
     Args:
         model: the backbone: a Hub id, a folder, or `embedded:smollm2`.
         adapter: a PEFT adapter of the backbone, merged into its weights unless they are quantized.
-        quantization: of the backbone's weights: "int8", "nf4" (`locret.model.loading`).
+        quantization: of the backbone's weights: "int8", "nf4", "fp8" (`locret.model.weights`).
         width: hidden width of a head (the paper's d_R); linear heads have none.
         kind: what a head computes: "mlp", the paper's, or "linear", one matrix.
         bias: give its matrices biases. Heads that learn a logarithm need them: their scores then

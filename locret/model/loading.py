@@ -3,9 +3,7 @@
 Names: a Hub id, a folder, a `.gguf` file or a folder with one, or `embedded:smollm2`, a real
 135M-parameter model that comes as a Python package (extra `demo`) and needs no network.
 
-Weights may be stored in 8 or 4 bits: int8 is one scale a row (torchao, weight only), on the CPU and
-on GPUs; nf4 blocks of 64 weights in 4 bits of normal-float (bitsandbytes, QLoRA, arXiv 2305.14314).
-Embeddings, norms and the output layer stay as they are, and so do the retaining heads.
+Weights may be stored in 8 or 4 bits (`locret.model.weights`).
 
 transformers reads GGUF files, and keeps the weights packed where it has kernels for that. Here they
 are always unpacked: heads are trained on plain weights, adapters are merged into them, and
@@ -38,12 +36,16 @@ from transformers import (
 from transformers.utils import logging
 
 from locret.model.adapters import Adapter
+from locret.model.weights import (
+    Quantization,
+    check_weights,
+    dtype_for,
+    mend_rows_of_zeros,
+    quantization_config,
+)
 from locret.system.files import check_named
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantization = Literal["int8", "nf4"]
-PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
-"""What each needs, beside accelerate."""
 
 _SHOWN = 4  # tensors that an error names
 
@@ -73,6 +75,7 @@ class LoadedModel:
         revision: the Hub commit, the package version, or the hash of a GGUF file, if known.
         adapter: the PEFT adapter that was merged into the weights, or that quantized weights
             carry, if any.
+        quantization: of the weights; None = they are as saved.
     """
 
     model: Any
@@ -80,6 +83,7 @@ class LoadedModel:
     name: str
     revision: str | None
     adapter: str | None = None
+    quantization: Quantization | None = None
 
 
 def load_model(
@@ -102,7 +106,7 @@ def load_model(
         revision: of a Hub repository.
         adapter: folder or Hub id of a PEFT adapter to merge into the weights; quantized weights
             carry it instead.
-        quantization: store the weights in fewer bits (see the file's head).
+        quantization: store the weights in fewer bits (`locret.model.weights`).
         **kwargs: of `AutoModelForCausalLM.from_pretrained`, such as `attn_implementation`.
 
     Raises:
@@ -118,9 +122,11 @@ def load_model(
     device = find_device(device)
     beside = None if adapter is None else Adapter.find(adapter)
     file = _gguf_file(name)
-    if file is not None and quantization is not None:
-        raise ValueError(f"{name} is dequantized while it is loaded; leave quantization out")
     wanted = None if dtype == "auto" else getattr(torch, dtype)
+    if quantization is not None:
+        _check_not_unpacked(name, file, quantization)
+        check_weights(quantization, device)
+        wanted = dtype_for(quantization, wanted)
     found: str | None
     once = contextlib.nullcontext() if file is None else parsed_once()
     with _bars_on_terminals_only(), once:
@@ -134,11 +140,20 @@ def load_model(
             kwargs |= {"quantization_config": config}
             kwargs |= {"device_map": {"": device}}  # quantized where it stays, a tensor at a time
             model, found = _load_checkpoint(name, revision, wanted, kwargs)
+            mend_rows_of_zeros(model)
             model = beside.carried_by(model) if beside else model
         else:
             model, found = _load_checkpoint(name, revision, wanted, kwargs)
             model = _merged(model, beside).to(device)
-    return LoadedModel(model.eval(), tokenizer, name, found, adapter)
+    return LoadedModel(model.eval(), tokenizer, name, found, adapter, quantization)
+
+
+def _check_not_unpacked(name: str, file: Path | None, quantization: Quantization) -> None:
+    if file is not None:
+        raise ValueError(
+            f"{name} is dequantized while it is loaded; leave quantization out, which is "
+            f"{quantization!r}"
+        )
 
 
 @contextlib.contextmanager
@@ -270,37 +285,6 @@ def _load_checkpoint(
     )
     model = _complete(name, *loaded)
     return model, getattr(model.config, "_commit_hash", None) or revision
-
-
-def quantization_config(name: Quantization, dtype: torch.dtype | None) -> Any:
-    """What `AutoModelForCausalLM.from_pretrained` takes as `quantization_config`.
-
-    Args:
-        name: the scheme.
-        dtype: that the layers compute in; None = bfloat16.
-
-    Raises:
-        ValueError: an unknown scheme, or its packages are not installed.
-    """
-    if name not in PACKAGES:
-        raise ValueError(f"quantization {name!r} is unknown; expected one of {sorted(PACKAGES)}")
-    needed = ("accelerate", PACKAGES[name])
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ValueError(
-            f"quantization {name!r} needs packages that are missing: {', '.join(missing)}; "
-            "pip install 'locret[quant]'"
-        )
-    if name == "int8":
-        from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
-
-        return TorchAoConfig(Int8WeightOnlyConfig())
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.bfloat16
-    )
 
 
 def _complete(name: str, model: Any, report: dict[str, Any]) -> Any:

@@ -40,6 +40,7 @@ from locret.model.backends import Backend
 from locret.model.hooks import LayerCall, LayerFunction, without_autocast
 from locret.model.prenorm import read_whole
 from locret.model.varlen import Text, attend_texts
+from locret.model.weights import check_has_gradients
 from locret.quantization import Quantization, scheme_of
 from locret.training.branches import (
     BranchAttention,
@@ -96,6 +97,7 @@ class _BranchLoss:
         if mean_over not in get_args(MeanOver):
             raise ValueError(f"mean_over is {mean_over!r}; expected one of {get_args(MeanOver)}")
         check_gates(backbone.config)
+        check_has_gradients(backbone.model)
         self.backbone = backbone
         self.heads = heads
         self.distillation = Distillation(backbone, heads, alpha=0.0, **of_labels)
@@ -151,7 +153,7 @@ class GatedLoss(_BranchLoss):
     Raises:
         ValueError: heads that do not fit the backbone, did not learn a logarithm, read a question
             in front or have no quotas although these are asked for; a backbone that caps its
-            logits; an unknown name; a weight below 0.
+            logits, or computes products in FP8; an unknown name; a weight below 0.
     """
 
     def __init__(
