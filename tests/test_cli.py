@@ -8,6 +8,7 @@ import torch
 import locret
 from locret.__main__ import main as run_main
 from locret.cli import main
+from locret.commands import shared
 from locret.commands.shared import Listed
 from tests.tiny_models import tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -250,3 +251,26 @@ def test_threads_of_commands_soon_sleep_while_they_wait(monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assert run_main() is None
+
+
+def test_generate_with_weights_in_fewer_bits(folder, capsys, monkeypatch):
+    pytest.importorskip("torchao", reason="package torchao is not installed")
+    loaded = []
+    load = shared.load_model
+    monkeypatch.setattr(
+        shared, "load_model", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1]
+    )
+    args = ["--prompt-file", str(folder / "prompt.txt"), "--max-new-tokens", "3", "--json"]
+    for weights in (["--weights", "int8"], []):
+        assert run(folder, "generate", *args, *weights) == 0
+        assert json.loads(capsys.readouterr().out)["new_tokens"] == 3
+    stored, plain = (each.model.model.layers[0].mlp.up_proj.weight for each in loaded)
+    assert type(stored) is not torch.nn.Parameter and type(plain) is torch.nn.Parameter
+    assert [each.quantization for each in loaded] == ["int8", None]
+
+
+def test_weights_in_fp8_are_refused_on_a_cpu_in_one_line(folder, capsys):
+    args = ["--prompt-file", str(folder / "prompt.txt"), "--weights", "fp8"]
+    assert run(folder, "generate", *args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the model goes to cpu, but weights in 'fp8' need a GPU of compute capability" in line

@@ -243,7 +243,7 @@ def _cleared(folder: Path) -> Path:
 # ---- needles -------------------------------------------------------------------------------------
 
 FULL_BITS = 16
-GENERATE = ("model", "adapter", "heads")
+GENERATE = ("model", "adapter", "heads", "weights")
 
 
 def _add_needle(commands: Any) -> None:

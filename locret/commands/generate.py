@@ -202,6 +202,8 @@ def _records(source: str) -> list[tuple[int, Record]]:
 def _key(given: argparse.Namespace, line: int, record: Record) -> str:
     """Recognises a prompt and the settings that it is answered with."""
     settings = {name: repr(value) for name, value in vars(given).items() if name not in BESIDE}
+    if given.weights is None:  # keys of answers from before there was the option
+        del settings["weights"]
     text = json.dumps([settings, line, record], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

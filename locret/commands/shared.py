@@ -15,6 +15,7 @@ from locret.heads.quotas import Quotas, quotas_of
 from locret.model.adapters import warn_without
 from locret.model.backends import Backend
 from locret.model.loading import LoadedModel, load_model
+from locret.model.weights import PACKAGES
 from locret.policies import POLICIES, chosen_policy, policy_in_words
 from locret.quantities import BUDGET_TEXTS, parse_budget
 from locret.quantization import SCHEMES, Scheme, scheme_of
@@ -48,6 +49,11 @@ def add_model(command: argparse.ArgumentParser, first: bool = False) -> None:
     command.add_argument("--heads", type=named, help="artifact folder, .bin file, or Hub id")
     command.add_argument("--adapter", type=named, help="PEFT adapter of the model: folder, Hub id")
     command.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
+    command.add_argument(
+        "--weights",
+        choices=sorted(PACKAGES),
+        help="store the model's weights in fewer bits, fp8 with products in FP8; default: as saved",
+    )
     command.add_argument("--device", default=None)
 
 
@@ -161,7 +167,11 @@ def load(given: argparse.Namespace) -> LoadedModel:
     """The model named, with its adapter."""
     with Progress(f"loading {given.model}"):
         return load_model(
-            given.model, dtype=given.dtype, device=given.device, adapter=given.adapter
+            given.model,
+            dtype=given.dtype,
+            device=given.device,
+            adapter=given.adapter,
+            quantization=given.weights,
         )
 
 

@@ -25,6 +25,7 @@ import yaml
 from locret.engine.config import EngineConfig
 from locret.heads.heads import RetainingHeads
 from locret.model.loading import Dtype
+from locret.model.weights import PACKAGES
 from locret.policies import POLICIES, LocretPolicy, Policy, policy_in_words
 from locret.quantities import Budget, BudgetChoice, budget_of, check_whole, parse_tokens
 from locret.system import files
@@ -226,6 +227,7 @@ class EvalConfig:
         setups: ways to bound the cache (`Setup`).
         output: folder for predictions and results.
         dtype, device, attention: of the model; attention is transformers' `attn_implementation`.
+        weights: store the model's in fewer bits: int8, nf4 or fp8 (`locret.model.weights`).
         model_config: values in place of the model's own, such as `max_position_embeddings` and
             `rope_parameters` for a longer window; of values by name, those that are given.
         full: ask under the full cache too, whether or not it is among the setups.
@@ -255,6 +257,7 @@ class EvalConfig:
     dtype: str = "auto"
     device: str | None = None
     attention: str | None = None
+    weights: str | None = None
     model_config: Mapping[str, Any] = field(default_factory=dict)
     full: bool = True
     only: tuple[str, ...] | str = ()
@@ -290,6 +293,9 @@ class EvalConfig:
         check_whole("seed", self.seed, 0)
         if self.dtype not in get_args(Dtype):
             raise ValueError(f"dtype is {self.dtype}; expected one of {', '.join(get_args(Dtype))}")
+        if self.weights not in (None, *PACKAGES):
+            expected = f"one of {', '.join(PACKAGES)}, or none for weights as saved"
+            raise ValueError(f"weights is {self.weights}; expected {expected}")
         if not self.output.strip():
             raise ValueError("output is empty; expected a folder")
         for name in ("model", "heads", "adapter", "data_dir", "cache_dir"):

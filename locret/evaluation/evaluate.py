@@ -148,6 +148,7 @@ def _load(prepared: Prepared, ranks: Ranks) -> Asker:
         dtype=config.dtype,  # type: ignore[arg-type]
         device=ranks.device(config.device),
         adapter=config.adapter,
+        quantization=config.weights,  # type: ignore[arg-type]
         **chosen,
     )
     chat = config.chat_template
@@ -248,7 +249,7 @@ def _refuse_failed(running: Sequence["subprocess.Popen[bytes]"], logs: Sequence[
 
 # ---- again ---------------------------------------------------------------------------------------
 
-ON_A_CPU = {"device": "cpu", "dtype": "float32", "batch_size": 1}
+ON_A_CPU = {"device": "cpu", "dtype": "float32", "weights": None, "batch_size": 1}
 
 Scores = Mapping[str, Any]
 """`samples`, their ids, and `scores`, one each."""

@@ -174,6 +174,10 @@ NOT_OF_ANSWERS = frozenset(
 """Values of a configuration that are not recorded as they are: no answer depends on them, or the
 prompt's tokens show them, or `settings_of` records their content."""
 
+CAME_LATER = frozenset(("weights",))
+"""Values of a configuration that are recorded where they are given: answers from before there were
+such values stay valid."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -236,13 +240,19 @@ def settings_of(config: EvalConfig, setup: Setup, task: Task, sources: dict[str,
     if quotas is not None:  # by the numbers in their file
         engine["quotas"] = quotas.tables
     values = {
-        "config": {k: v for k, v in config.to_dict().items() if k not in NOT_OF_ANSWERS},
+        "config": _recorded(config),
         "sources": {**sources, "heads": _heads_of(setup, sources["heads"], config.heads)},
         "setup": setup.to_dict() | {"engine": engine, "heads": None},
         "task": [task.name, task.length, task.version, task.max_new_tokens, list(task.stop)],
     }
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _recorded(config: EvalConfig) -> dict[str, Any]:
+    """The values that are recorded as they are."""
+    values = {k: v for k, v in config.to_dict().items() if k not in NOT_OF_ANSWERS}
+    return {k: v for k, v in values.items() if k not in CAME_LATER or v is not None}
 
 
 def _quotas_file(config: EvalConfig, setup: Setup) -> str | None:

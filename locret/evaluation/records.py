@@ -22,6 +22,7 @@ import torch
 from locret.engine.arguments import end_tokens
 from locret.evaluation.questions import Prepared, Question
 from locret.model.loading import LoadedModel
+from locret.model.weights import PACKAGES as WEIGHTS_PACKAGES
 from locret.system.files import append_json, write_whole
 
 FOLDER = "predictions"
@@ -127,6 +128,12 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _packages_of(loaded: LoadedModel) -> Sequence[str]:
+    """`PACKAGES`, and the one that stores the weights in fewer bits, if any."""
+    stored = loaded.quantization
+    return PACKAGES if stored is None else (*PACKAGES, WEIGHTS_PACKAGES[stored])
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -239,12 +246,13 @@ class Session:
             "started": started,
             "model_revision": loaded.revision,
             "dtype": str(model.dtype).removeprefix("torch."),
+            **({} if loaded.quantization is None else {"weights": loaded.quantization}),
             "attention": model.config._attn_implementation,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "generation_config": model.generation_config.to_diff_dict(),
             "end_tokens": end_tokens(model, loaded.tokenizer),
             "hardware": hardware(model.device),
-            "versions": versions(),
+            "versions": versions(_packages_of(loaded)),
             "commit": commit(),
         }
         self._engines = engines

@@ -1,9 +1,12 @@
 """Configurations: what they hold, and every one of configs/eval."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
 from locret.evaluation.config import EvalConfig, find_config, parsed, parser, read_values
+from locret.evaluation.questions import _recorded
 from locret.system.files import CONFIGS
 
 LEAST = {"model": "m", "tasks": "ruler_vt", "setups": {"policy": "full"}, "output": "o"}
@@ -136,3 +139,14 @@ def test_no_data_is_named_for_nothing():
         EvalConfig.from_dict(LEAST | {"data": {"needle_haystak": "noise"}})
     with pytest.raises(ValueError, match="output is empty"):
         EvalConfig.from_dict(LEAST | {"output": " "})
+
+
+def test_weights_are_recorded_where_they_are_given_alone():
+    """Answers from before there was the option stay valid."""
+    config = EvalConfig.from_dict(LEAST)
+    assert "weights" not in _recorded(config)
+    assert _recorded(replace(config, weights="fp8")) == _recorded(config) | {"weights": "fp8"}
+    with pytest.raises(
+        ValueError, match="weights is int3; expected one of int8, nf4, fp8, or none"
+    ):
+        replace(config, weights="int3")

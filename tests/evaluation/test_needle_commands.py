@@ -259,3 +259,26 @@ def test_flags_that_would_be_for_nothing_are_refused(folder, command, says, caps
     args = [*command.split(), "--model", str(folder / "backbone"), "--device", "cpu"]
     assert main(args) == 2
     assert says in capsys.readouterr().err
+
+
+def test_weights_in_fewer_bits_are_asked_anew_and_recorded(folder, out, asked, capsys):
+    pytest.importorskip("torchao", reason="package torchao is not installed")
+    command, count = COMMANDS["needle"]
+    assert run(folder, out, command) == 0
+    plain = json.loads(out.read_text())["manifest"]
+    assert run(folder, out, command, "--weights", "int8") == 0
+    assert len(asked) == 2 * count  # no answer of weights as saved is taken for one of theirs
+    manifest = json.loads(out.read_text())["manifest"]
+    assert (plain["config"]["weights"], manifest["config"]["weights"]) == (None, "int8")
+    assert "weights" not in plain["computed"][0]
+    told = manifest["computed"][-1]
+    assert told["weights"] == "int8" and "torchao" in told["versions"]
+    assert run(folder, out, command) == 0
+    assert len(asked) == 2 * count  # the first are there still
+
+
+def test_weights_in_fp8_are_refused_on_a_cpu(folder, out, asked, capsys):
+    command, _ = COMMANDS["needle"]
+    assert run(folder, out, command, "--weights", "fp8") == 2
+    assert "the model goes to cpu, but weights in 'fp8' need a GPU" in capsys.readouterr().err
+    assert not asked
