@@ -31,7 +31,7 @@ from benchmarks import chart, floors, record, systems, table
 from benchmarks.answer_clock import AnswerClock, OutOfTime
 from benchmarks.columns import heading
 from benchmarks.names import some_of
-from benchmarks.shapes import SHAPES, device_and_dtype, random_model
+from benchmarks.shapes import SHAPES, add_weights, device_and_dtype, random_model
 from locret.policies import POLICIES
 
 OK = "ok"
@@ -83,7 +83,7 @@ def _bench(given: argparse.Namespace, deadline: float) -> "Bench":
         flush=True,
     )
     empty(device)
-    return Bench(random_model(given.shape, device, dtype), machine, given, deadline)
+    return Bench(random_model(given.shape, device, dtype, given.weights), machine, given, deadline)
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-time", type=float, help="seconds; what is left is not run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    add_weights(parser)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plot", type=Path, help="a picture over lengths")
     return parser

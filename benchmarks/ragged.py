@@ -36,7 +36,7 @@ from benchmarks.answer_clock import AnswerClock, OutOfTime
 from benchmarks.columns import cells, heading
 from benchmarks.longcontext import empty, numbers, wanted
 from benchmarks.names import some_of
-from benchmarks.shapes import SHAPES, device_and_dtype, random_model
+from benchmarks.shapes import SHAPES, add_weights, device_and_dtype, random_model
 from locret import Engine
 from locret.heads.quotas import spread
 from locret.model.hooks import cache_of
@@ -116,7 +116,7 @@ def main(args: Sequence[str] | None = None) -> None:
     device, dtype = device_and_dtype(given.device, given.dtype)
     machine = floors.measure(device, dtype)
     empty(device)
-    bench = Bench(random_model(given.shape, device, dtype), machine, given, deadline)
+    bench = Bench(random_model(given.shape, device, dtype, given.weights), machine, given, deadline)
     results: list[Row] = []
     figures = {"machine": asdict(machine), "quotas": bench.tables(), "results": results}
     print(record.hardware(), heading(COLUMNS), sep="\n", flush=True)
@@ -330,6 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-time", type=float, help="seconds; what is left is not run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    add_weights(parser)
     parser.add_argument("--out", type=Path, required=True)
     return parser
 

@@ -22,6 +22,7 @@ PACKAGES = (
     "flash-attn",
     "optimum-quanto",
     "hqq",
+    "torchao",
 )
 PATHS = ("out", "plot")
 

@@ -1,9 +1,15 @@
 """Backbones of well-known shapes with random weights; speed does not depend on the values."""
 
+import argparse
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from locret.model.weights import PACKAGES, check_weights, dtype_for, torchao_config
+
+STORED = tuple(name for name, package in PACKAGES.items() if package == "torchao")
+"""How weights of a model that is made here may be stored, beside in the dtype of the run."""
 
 PHI3_FACTORS = 48  # frequencies of a head of 96
 
@@ -95,17 +101,25 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_model(
-    shape: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, **overrides: Any
+    shape: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    weights: str | None = None,
+    **overrides: Any,
 ) -> Any:
     """A model of this shape with random weights, made on the device, in eval mode.
 
-    No token ends it. `overrides` are of its config.
+    No token ends it. Weights may be stored as `STORED` says, those of the decoder's matrices: the
+    output layer stays as it is, as with `load_model`. `overrides` are of its config.
 
     Raises:
-        ValueError: an unknown shape; lists those there are.
+        ValueError: an unknown shape; lists those there are. Or weights that cannot be had here.
     """
     if shape not in SHAPES:
         raise ValueError(f"shape {shape!r} is unknown; expected one of {sorted(SHAPES)}")
+    if weights is not None:  # before minutes are spent on a large model
+        check_weights(weights, device)
+        dtype_for(weights, dtype)
     given = SHAPES[shape] | overrides
     config = AutoConfig.for_model(given.pop("model_type"), **given)
     torch.manual_seed(0)
@@ -113,7 +127,22 @@ def random_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if weights is not None:
+        from torchao.quantization import quantize_  # an optional package
+
+        quantize_(model.get_decoder(), torchao_config(weights))
+    return model
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """The argument `--weights`, of benchmarks that show floors."""
+    parser.add_argument(
+        "--weights",
+        choices=STORED,
+        help="store the decoder's matrices so, fp8 with products in FP8; default: in --dtype. The "
+        "floors stay those of weights and products in --dtype",
+    )
 
 
 def device_and_dtype(device: str, dtype: str | None) -> tuple[torch.device, torch.dtype]:

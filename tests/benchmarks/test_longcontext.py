@@ -10,6 +10,7 @@ import torch
 from benchmarks import longcontext, systems
 from benchmarks.answer_clock import AnswerClock, OutOfTime
 from benchmarks.shapes import random_model
+from locret.model.weights import FP8_CAPABILITY
 
 SMALL = {
     "shape": "tiny",
@@ -206,3 +207,19 @@ def test_peak_memory_is_seen_within_a_limit(bench):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert all(0 < row["peak_gib"] < 4 for row in rows)
+
+
+def test_weights_in_fewer_bits(bench, tmp_path):
+    pytest.importorskip("torchao", reason="package torchao is not installed")
+    (row,) = bench(systems="locret", weights="int8")
+    assert row["status"] == "ok"
+    assert json.loads((tmp_path / "r.json").read_text())["settings"]["weights"] == "int8"
+
+
+@pytest.mark.gpu
+def test_weights_in_fp8_on_a_gpu(bench):
+    pytest.importorskip("torchao", reason="package torchao is not installed")
+    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip(f"needs a GPU of compute capability {FP8_CAPABILITY} or above")
+    (row,) = bench(systems="locret", weights="fp8", device="cuda", new_tokens=16)
+    assert row["status"] == "ok" and row["peak_gib"] > 0

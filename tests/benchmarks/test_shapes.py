@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import floors
 from benchmarks.shapes import SHAPES, random_model
 
 BILLIONS = {
@@ -39,3 +40,19 @@ def test_no_token_ends_a_random_model():
 def test_an_unknown_shape_is_refused():
     with pytest.raises(ValueError, match="'gpt-9' is unknown; expected one of .*llama"):
         random_model("gpt-9", torch.device("cpu"))
+
+
+def test_the_decoders_matrices_are_stored_in_fewer_bits():
+    pytest.importorskip("torchao", reason="package torchao is not installed")
+    plain, stored = (
+        random_model("tiny", torch.device("cpu"), weights=weights) for weights in (None, "int8")
+    )
+    for name, module in stored.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert (type(module.weight) is torch.nn.Parameter) == (name == "lm_head")
+    assert floors.cost_of(stored) == floors.cost_of(plain)  # of 16 bits, whatever is stored
+
+
+def test_weights_in_fp8_are_refused_on_a_cpu():
+    with pytest.raises(ValueError, match="the model goes to cpu, but weights in 'fp8' need a GPU"):
+        random_model("llama-3.1-8b", torch.device("cpu"), weights="fp8")
