@@ -11,10 +11,11 @@ from torch import nn
 import locret
 from locret.engine.answering import EAGER_STEPS
 from locret.engine.steps import why_not_graphed
-from locret.model import weights
+from locret.model import linear, weights
 from locret.model.backbone import Backbone
+from locret.model.linear import is_plain
 from locret.model.loading import load_model
-from locret.model.prenorm import _plain, _takes_products, why_not_fused
+from locret.model.prenorm import PrenormDecoder, why_not_fused
 from locret.training.distill import Distillation
 from locret.training.gated import GatedLoss
 from locret.training.segments import Segment
@@ -89,7 +90,7 @@ def test_what_is_stored_in_fp8(folder, device):
         assert stored.qdata.dtype == torch.float8_e4m3fn
         assert stored.scale.shape == (module.out_features, 1)
         x = torch.zeros(1, 1, module.in_features, device=device, dtype=torch.bfloat16)
-        assert not _plain(module, x) and not _takes_products(x, module)
+        assert not is_plain(module, x)
         assert not module(x).any()  # zeros, not zeros divided by zero
     for module in (model.lm_head, model.model.embed_tokens, model.model.norm):
         assert type(module.weight) is nn.Parameter and module.weight.dtype == torch.bfloat16
@@ -135,6 +136,36 @@ def test_contexts_within_a_budget(folder, device, batch):
         assert engine.last_chunks.fused == engine.last_chunks.read > 1
         logits.append(output.logits[0])
     assert 0 < error(logits[1], logits[0]) < LOSS
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_products_of_ours_are_torchaos(tmp_path, device, family, tokens, monkeypatch):
+    shapes = {k: v for k, v in SHAPES.items() if (family, k) != ("phi3", "head_dim")}
+    tiny_model(family, **shapes).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    _, model = both(str(tmp_path), device)
+    ran = []
+    for name in ("products", "gated_products", "round_rows"):
+        real = getattr(linear, name)
+
+        def spy(*args, name=name, real=real):
+            ran.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(linear, name, spy)
+    layer = PrenormDecoder(Backbone(model))._layers[0]
+    x = torch.randn(1, tokens, 64, device=device, dtype=torch.bfloat16)
+    module = model.model.layers[0]
+    exact = module.mlp(x)
+    assert error(layer.mlp(x), exact) < LOSS  # one token is not rounded here
+    assert ran == (["gated_products", "products"] if tokens == 1 else ["round_rows"] * 2)
+    ran.clear()
+    attention = module.self_attn
+    exact = attention.qkv_proj(x) if family == "phi3" else attention.q_proj(x)
+    query = layer.project(x).query.transpose(1, 2).flatten(2)
+    assert error(query, exact[..., : query.shape[-1]]) < LOSS
+    assert ran == ["products" if tokens == 1 else "round_rows"]
 
 
 def test_nothing_evicted_is_stock(folder, device):

@@ -8,7 +8,7 @@ from torch import nn
 import locret
 from locret.engine.answering import Answering
 from locret.engine.steps import StepCounts
-from locret.model import prenorm
+from locret.model import linear
 from locret.model.backbone import PRENORM, Backbone
 from locret.model.prenorm import why_not_fused
 from tests.tiny_models import prompt, tiny_model
@@ -55,8 +55,8 @@ def test_logits_are_those_of_the_stock_step(both, family, heads):
 def test_products_of_ours_are_those_of_the_modules(both, family, monkeypatch):
     ran = []
     for name in ("products", "gated_products"):
-        real = getattr(prenorm, name)
-        monkeypatch.setattr(prenorm, name, lambda *args, f=real: ran.append(f) or f(*args))
+        real = getattr(linear, name)
+        monkeypatch.setattr(linear, name, lambda *args, f=real: ran.append(f) or f(*args))
     assert_equal(*both(tiny_model(family), batch=1))
     assert len(ran) == 7 * 2 * 4  # steps, layers, launches
 
@@ -179,7 +179,7 @@ def test_kernels_read_plain_weights_alone(monkeypatch, make, family):
     engine = locret.Engine(model, "keydiff", budget=20, chunk_size=1, local_tokens=1)
     expected = engine.generate(prompt(30), max_new_tokens=2)
     for name in ("products", "gated_products"):
-        monkeypatch.setattr(f"locret.model.prenorm.{name}", None)
+        monkeypatch.setattr(f"locret.model.linear.{name}", None)
     norm = model.model.norm
     norm.weight = nn.Parameter(norm.weight.detach().repeat(2, 1).t()[:, 0])
     for module in (m for m in model.modules() if isinstance(m, nn.Linear)):

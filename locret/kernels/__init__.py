@@ -9,7 +9,8 @@ specializes for every number in a tuple, so that none of these is in one. This i
 it imports torch and, if there, triton.
 
 `decode` attends from one token, `packed` expands a chunk's units, `rotate` stores and rotates,
-`select` says which units stay, `gather` moves them, `dense` is what surrounds products, `splits`
+`select` says which units stay, `gather` moves them, `dense` is what surrounds products, `fp8`
+rounds what goes into those in FP8, `splits`
 shares work out and merges it, `labels` are for training.
 
 Shapes: B batch, H KV heads, G query heads per KV head, S units, D head size.
@@ -26,6 +27,7 @@ from locret.kernels.dense import add_norm as add_norm
 from locret.kernels.dense import gated as gated
 from locret.kernels.dense import gated_products as gated_products
 from locret.kernels.dense import products as products
+from locret.kernels.fp8 import round_rows as round_rows
 from locret.kernels.gather import gather_sequences as gather_sequences
 from locret.kernels.labels import highest_logits as highest_logits
 from locret.kernels.labels import highest_shares as highest_shares

@@ -5,7 +5,7 @@ vector.
 A step of one row reads every weight once, so that its time is that of the copy. Several matrices
 that read the same vector, such as those of query, key and value, take one launch; so do gate and up
 of an MLP, whose activation is applied on the way out. From a few rows on the matrix units are
-faster.
+faster. Weights may be in FP8 with a scale a row: a step reads half as many bytes then.
 
 K input size, N output size.
 """
@@ -28,6 +28,7 @@ from locret.kernels.dispatch import (
     triton,
     wait_for_last,
 )
+from locret.kernels.fp8 import E4M3
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 """By the name that configurations give them."""
@@ -39,6 +40,7 @@ _CPU_ELEMENTS = 2**18  # that a CPU normalises at a time: float32 of them fits a
 _MATRICES = 3
 _OUTPUTS = 2  # of a program
 _INPUTS = 1024  # of a turn of a program
+_INPUTS_FP8 = 2048  # as many bytes
 _WARPS = 4
 
 
@@ -201,33 +203,39 @@ def _gated(  # type: ignore[no-untyped-def]
 
 
 def products(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] = (),
+    scales: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
     """x @ weight.T + bias for each of up to three matrices.
 
     Args:
         x: [1, 1, K], contiguous.
-        weights: [N, K] each, of one float dtype, that of x; contiguous.
+        weights: [N, K] each, of one float dtype, that of x; contiguous. With `scales`, e4m3.
         biases: [N] or None for each; none given = no biases. All matrices have one, or none has.
+        scales: [N, 1] float32 of each: what the rows of the weights are multiplied by.
 
     Returns:
         [1, 1, N] each, in x's dtype, summed up in float32.
     """
     biases = biases or [None] * len(weights)
-    _check(x, weights, biases)
+    _check(x, weights, biases, scales)
     if not takes_triton(x, *weights):
-        return products_reference(x, weights, biases)
+        return products_reference(x, weights, biases, scales)
     sizes = [len(weight) for weight in weights]
     out = torch.empty(1, 1, sum(sizes), dtype=x.dtype, device=x.device)
     spare = _MATRICES - len(weights)
     given, counts = [*weights, *[weights[0]] * spare], [*sizes, *[0] * spare]
     added = [x if bias is None else bias for bias in [*biases, *[biases[0]] * spare]]
+    factors = [*scales, *[scales[0]] * spare] if scales else [x] * _MATRICES
     with on_device(x):
         _products[(sum(triton.cdiv(n, _OUTPUTS) for n in counts),)](
-            *(x, *given, *added, out, x.shape[-1], *counts),
+            *(x, *given, *added, *factors, out, x.shape[-1], *counts),
             BIAS=biases[0] is not None,
+            SCALED=bool(scales),
             N=_OUTPUTS,
-            K=_INPUTS,
+            K=_INPUTS_FP8 if scales else _INPUTS,
             num_warps=_WARPS,
             **early(x),
         )
@@ -235,49 +243,72 @@ def products(
 
 
 def products_reference(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scales: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
+    weights = _widened(x, weights, scales)
     return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
 
 
-def gated_products(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def _widened(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Weights in x's dtype."""
+    if not scales:
+        return weights
+    return [(w.float() * s).to(x.dtype) for w, s in zip(weights, scales, strict=True)]
+
+
+def gated_products(
+    x: Tensor, gate: Tensor, up: Tensor, activation: str, scales: Sequence[Tensor] = ()
+) -> Tensor:
     """activation(x @ gate.T) * (x @ up.T), each product rounded to x's dtype before, as
     `gated` has it.
 
     Args:
         x: [1, 1, K], contiguous.
-        gate, up: [N, K], in x's dtype, contiguous.
+        gate, up: [N, K], in x's dtype, contiguous. With `scales`, e4m3.
         activation: a name of `ACTIVATIONS`.
+        scales: as for `products`, of both.
 
     Returns:
         [1, 1, N], in x's dtype.
     """
-    _check(x, (gate, up), (None, None))
+    _check(x, (gate, up), (None, None), scales)
     if gate.shape != up.shape or activation not in ACTIVATIONS:
         raise ValueError(
             f"gate is {tuple(gate.shape)}, up {tuple(up.shape)} and activation {activation!r}; "
             f"expected two of one shape and one of {[*ACTIVATIONS]}"
         )
     if not takes_triton(x, gate, up):
-        return gated_products_reference(x, gate, up, activation)
+        return gated_products_reference(x, gate, up, activation, scales)
     out = torch.empty(1, 1, len(gate), dtype=x.dtype, device=x.device)
     with on_device(x):
         _gated_products[(triton.cdiv(len(gate), _OUTPUTS),)](
-            *(x, gate, up, out, x.shape[-1], len(gate)),
+            *(x, gate, up, *(scales or (x, x)), out, x.shape[-1], len(gate)),
             SILU=activation == "silu",
+            SCALED=bool(scales),
             N=_OUTPUTS,
-            K=_INPUTS,
+            K=_INPUTS_FP8 if scales else _INPUTS,
             num_warps=_WARPS,
             **early(x),
         )
     return out
 
 
-def gated_products_reference(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def gated_products_reference(
+    x: Tensor, gate: Tensor, up: Tensor, activation: str, scales: Sequence[Tensor] = ()
+) -> Tensor:
+    gate, up = _widened(x, (gate, up), scales)
     return ACTIVATIONS[activation](F.linear(x, gate)) * F.linear(x, up)
 
 
-def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+def _check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scales: Sequence[Tensor],
+) -> None:
     if not 1 <= len(weights) == len(biases) <= _MATRICES:
         raise ValueError(
             f"{len(weights)} matrices and {len(biases)} biases; expected 1 to {_MATRICES} of both"
@@ -287,9 +318,12 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     if len({bias is None for bias in biases}) > 1:
         raise ValueError("some matrices have a bias and some have none; expected all or none")
     check_tensors({"x": (x, x.dtype, x.shape)})
+    dtype = E4M3 if scales else x.dtype
     for weight, bias in zip(weights, biases, strict=True):
         shapes = (len(weight), x.shape[-1]), (len(weight),)
-        check_tensors({"weight": (weight, x.dtype, shapes[0]), "bias": (bias, x.dtype, shapes[1])})
+        check_tensors({"weight": (weight, dtype, shapes[0]), "bias": (bias, x.dtype, shapes[1])})
+    for weight, scale in zip(weights, scales, strict=bool(scales)):
+        check_tensors({"scale": (scale, torch.float32, (len(weight), 1))})
 
 
 @triton.jit
@@ -322,25 +356,27 @@ def _dot(x, weight, n, there, inputs, first, K: tl.constexpr):  # type: ignore[n
 
 @triton.jit
 def _products(  # type: ignore[no-untyped-def]
-    x, w0, w1, w2, b0, b1, b2, out, inputs, n0, n1, n2,
-    BIAS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EARLY: tl.constexpr,
+    x, w0, w1, w2, b0, b1, b2, s0, s1, s2, out, inputs, n0, n1, n2,
+    BIAS: tl.constexpr, SCALED: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     start_next(EARLY)
     tile = tl.program_id(0)
-    first, weight, bias, size = 0, w0, b0, n0
+    first, weight, bias, scale, size = 0, w0, b0, s0, n0
     tiles = tl.cdiv(n0, N)
     if tile >= tiles:
         tile -= tiles
         tiles = tl.cdiv(n1, N)
-        first, weight, bias, size = n0, w1, b1, n1
+        first, weight, bias, scale, size = n0, w1, b1, s1, n1
         if tile >= tiles:
             tile -= tiles
-            first, weight, bias, size = n0 + n1, w2, b2, n2
+            first, weight, bias, scale, size = n0 + n1, w2, b2, s2, n2
     n = tile * N + tl.arange(0, N)
     there = n < size
     first_tile = _tile(weight, n, there, tl.arange(0, K), inputs)
     wait_for_last(EARLY)
     sums = _dot(x, weight, n, there, inputs, first_tile, K)
+    if SCALED:
+        sums *= tl.load(scale + n, mask=there, other=0.0)
     if BIAS:
         sums += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)
     tl.store(out + first + n, sums.to(out.dtype.element_ty), mask=there)
@@ -348,8 +384,9 @@ def _products(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gated_products(  # type: ignore[no-untyped-def]
-    x, gate, up, out, inputs, size,
-    SILU: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EARLY: tl.constexpr,
+    x, gate, up, gate_scale, up_scale, out, inputs, size,
+    SILU: tl.constexpr, SCALED: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     start_next(EARLY)
     n = tl.program_id(0) * N + tl.arange(0, N)
@@ -359,6 +396,9 @@ def _gated_products(  # type: ignore[no-untyped-def]
     wait_for_last(EARLY)
     a = _dot(x, gate, n, there, inputs, of_gate, K)
     b = _dot(x, up, n, there, inputs, of_up, K)
+    if SCALED:
+        a *= tl.load(gate_scale + n, mask=there, other=0.0)
+        b *= tl.load(up_scale + n, mask=there, other=0.0)
     a = a.to(out.dtype.element_ty).to(tl.float32)
     a = activated(a, SILU).to(out.dtype.element_ty).to(tl.float32)
     b = b.to(out.dtype.element_ty).to(tl.float32)

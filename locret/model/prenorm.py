@@ -1,9 +1,8 @@
 """A decoder whose layers are alike, run with fused kernels between the model's own matrix products.
 
 Such a layer is x += attention(RMSNorm(x)), then x += down(activation(gate(n)) * up(n)) of n =
-RMSNorm(x). Its linear modules are called, whatever they are (quantized, adapted); the modules
-around them are passed over, so that they must be those of transformers as they are. Plain linear
-modules are computed by kernels of ours where there is one row, several in one launch.
+RMSNorm(x). Its linear modules are called, whatever they are (`locret.model.linear`); the modules
+around them are passed over, so that they must be those of transformers as they are.
 """
 
 import contextlib
@@ -12,10 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
 from transformers.activations import ACT2FN
 
-from locret.kernels import HeadNorms, NewUnit, add_norm, gated, gated_products, products
+from locret.kernels import HeadNorms, NewUnit, add_norm
 from locret.kernels.dense import ACTIVATIONS, add_norm_reference
 from locret.model.backbone import PRENORM, Backbone
 from locret.model.hooks import (
@@ -26,13 +24,11 @@ from locret.model.hooks import (
     without_autocast,
     without_compiling,
 )
+from locret.model.linear import called, called_gated, called_gated_halves, is_plain, runs_more
 
 Attend = Callable[[int, Tensor, "PrenormLayer"], Tensor]
 """Given a layer's index, its normalised input [B, T, hidden size] and the layer: store the new
 units and attend, [B, T, H*G, D]."""
-
-_OURS = ("locret.", "transformers.utils.output_capturing")
-"""Whose hooks do nothing in a forward that nobody asks for more than its output."""
 
 HEAD_NORMS = "q_norm", "k_norm"
 
@@ -110,7 +106,7 @@ class PrenormLayer:
             return self._mlp_of(x)
         # Hooks of linear modules may tell rows apart. Else all are one, of which pieces are
         # contiguous: PyTorch multiplies others slowly where weights are frozen.
-        one = all(_plain(each, x) for each in self._mlp.children() if hasattr(each, "weight"))
+        one = all(is_plain(each, x) for each in self._mlp.children() if hasattr(each, "weight"))
         rows = x.reshape(1, -1, x.shape[-1]) if one else x
         some = rows.split(max(1, _CPU_TOKENS // len(rows)), dim=1)
         return torch.cat([self._mlp_of(each) for each in some], dim=1).view(x.shape)
@@ -121,44 +117,8 @@ class PrenormLayer:
     def _gated(self, x: Tensor) -> Tensor:
         """activation(gate) * up, [B, T, intermediate size]."""
         if hasattr(self._mlp, "gate_up_proj"):
-            module = self._mlp.gate_up_proj
-            if _takes_products(x, module) and module.bias is None:
-                halves = module.weight.chunk(2)
-                return gated_products(x, halves[0], halves[1], self._activation)
-            both = module(x).chunk(2, -1)
-            return gated(both[0], both[1], self._activation)
-        gate, up = self._mlp.gate_proj, self._mlp.up_proj
-        if _takes_products(x, gate, up) and gate.bias is None:
-            return gated_products(x, gate.weight, up.weight, self._activation)
-        first, second = gate(x), up(x)
-        if (first.dtype, first.shape) != (second.dtype, second.shape):  # as some wrapped ones give
-            return ACTIVATIONS[self._activation](first) * second
-        # A plain module's product is nobody else's: the result takes its place.
-        return gated(first, second, self._activation, first if _plain(gate, x) else None)
-
-
-def called(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
-    """What linear modules make of x [B, T, K], in one launch where they are plain ones."""
-    if not _takes_products(x, *modules):
-        return tuple(module(x) for module in modules)
-    biases = [module.bias for module in modules]
-    return products(x.contiguous(), [module.weight for module in modules], biases)
-
-
-def _takes_products(x: Tensor, *modules: Any) -> bool:
-    """Whether nothing but the weights of all these modules counts, and x is one vector."""
-    if x.shape[:2] != (1, 1) or not all(_plain(each, x) for each in modules):
-        return False
-    return len({module.bias is None for module in modules}) == 1
-
-
-def _plain(module: Any, x: Tensor) -> bool:
-    """Whether a module is a linear one whose weight is in memory as kernels read it: those of
-    torchao are of other types."""
-    if type(module) is not nn.Linear or _runs_more(module):
-        return False
-    weight = module.weight
-    return type(weight) is nn.Parameter and weight.dtype == x.dtype and weight.is_contiguous()
+            return called_gated_halves(x, self._mlp.gate_up_proj, self._activation)
+        return called_gated(x, self._mlp.gate_proj, self._mlp.up_proj, self._activation)
 
 
 class PrenormDecoder:
@@ -279,7 +239,7 @@ def why_not_fused(backbone: Backbone, dtype: torch.dtype | None = None) -> str |
     for module in passed:
         own = type(module)
         stock = own.__module__ == file and own.forward.__module__ == file
-        if not (stock or own in others) or _runs_more(module):
+        if not (stock or own in others) or runs_more(module):
             return f"its {own.__name__} was changed, or has hooks"
         if module.training:
             return "the model is in training mode"
@@ -307,12 +267,3 @@ def _passed_over(backbone: Backbone) -> Iterator[Any]:
         dropouts = "resid_attn_dropout", "resid_mlp_dropout"  # of Phi-3
         yield from (getattr(layer, x) for x in dropouts if hasattr(layer, x))
         yield getattr(layer.mlp, "act_fn", getattr(layer.mlp, "activation_fn", layer.mlp))
-
-
-def _runs_more(module: Any) -> bool:
-    """Whether a call of the module runs anything but what its class does."""
-    of_all = every_module._global_forward_pre_hooks, every_module._global_forward_hooks
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    hooks += [hook for hooks_of_all in of_all for hook in hooks_of_all.values()]
-    files = [str(getattr(hook, "func", hook).__module__) for hook in hooks]
-    return "forward" in vars(module) or any(not file.startswith(_OURS) for file in files)

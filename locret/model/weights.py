@@ -99,7 +99,7 @@ def torchao_config(name: str) -> Any:
 
 def mend_rows_of_zeros(model: Any) -> None:
     """Make zeros of rows of FP8 weights that were zeros: torchao has divided them by 0."""
-    for weight in filter(_is_fp8, model.parameters()):
+    for weight in filter(is_fp8, model.parameters()):
         of_zeros = (weight.scale == 0).flatten()
         weight.qdata.view(torch.uint8)[of_zeros] = 0
         weight.scale[of_zeros] = 1
@@ -107,10 +107,10 @@ def mend_rows_of_zeros(model: Any) -> None:
 
 def in_fp8(model: Any) -> bool:
     """Whether some of a model's products are in FP8, whoever asked torchao for it."""
-    return any(map(_is_fp8, model.parameters()))
+    return any(map(is_fp8, model.parameters()))
 
 
-def _is_fp8(weight: Any) -> bool:
+def is_fp8(weight: Any) -> bool:
     """Whether products of a weight round their input, too."""
     return type(weight).__name__ == "Float8Tensor" and weight.act_quant_kwargs is not None
 

@@ -161,6 +161,18 @@ def vector(rows, tokens):
     kernels.gated_products(x, weights[1], weights[2], "silu")
 
 
+def fp8(rows, tokens):
+    kernels.round_rows(drawn(rows * tokens, 128))
+
+
+def vector_in_fp8(rows, tokens):
+    x, weights = drawn(1, 1, 128), [drawn(n, 128).to(torch.float8_e4m3fn) for n in (48, 24, 24)]
+    scales = [torch.rand(len(weight), 1) for weight in weights]
+    kernels.products(x, weights, scales=scales)
+    kernels.products(x, weights[:1], [drawn(48)], scales[:1])
+    kernels.gated_products(x, weights[1], weights[2], "silu", scales[1:])
+
+
 def select_of(longest):
     one, none = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     offsets, new = torch.tensor([0, longest - 1]).int(), torch.randn(1, 1, 1)
@@ -171,7 +183,7 @@ def select_of(longest):
 
 CALLS = [
     *(gather, select, merge, rotate, rotate_flat, store, store_and_rotate, decode, kivi, turned),
-    *(norm, gated, labels),
+    *(norm, gated, labels, fp8),
 ]
 
 
@@ -225,8 +237,10 @@ def compiled_for(capability, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("call", [*CALLS, vector], ids=lambda call: call.__name__)
+@pytest.mark.parametrize("call", [*CALLS, vector, vector_in_fp8], ids=lambda call: call.__name__)
 def test_kernels_compile_for_gpus(call, capability, monkeypatch, tmp_path):
+    if "fp8" in call.__name__ and capability < 89:
+        pytest.skip("these GPUs know no FP8")
     compiled = compiled_for(capability, monkeypatch, tmp_path)
     call(3, 33)
     assert compiled and all(f".target sm_{capability}" in ptx for _, ptx in compiled)
