@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from locret.evaluation.ask import Engines
+from locret.evaluation.ask import Asker, Ranks
 from locret.evaluation.config import parsed, parser, read_values
+from locret.evaluation.evaluate import load_asker
 from locret.evaluation.questions import Question, prepare
 from locret.model.hooks import as_argument
-from locret.model.loading import load_model
 
 Row = dict[str, Any]
 """One question under one setup: setup, task, sample, loss, right."""
@@ -39,18 +39,12 @@ def main(args: Sequence[str] | None = None) -> None:
     values = [f"--{value}" for value in given.values]
     config, _ = parsed(parser(), values, read_values(given.config))
     prepared = prepare(config)
-    loaded = load_model(
-        config.model,
-        dtype=config.dtype,  # type: ignore[arg-type]
-        device=config.device,
-        adapter=config.adapter,
-    )
-    engines = Engines(loaded, prepared.heads, config.heads, config.engine, config.chat_template)
+    asker = load_asker(prepared, Ranks())
     rows: list[Row] = []
     settings = vars(given) | {"evaluation": config.to_dict()}
     for task, of_task in groupby(_by_question(prepared.asked), key=lambda q: q.task.label):
         for question in of_task:
-            rows.append(_asked(loaded, engines, question))
+            rows.append(_asked(asker, question))
             record.write(given.out, settings, {"rows": rows}, announce=False)
         print(f"{task}\n{_told(rows, task)}", flush=True)
     record.write(given.out, settings, {"tasks": _figures(rows), "rows": rows})
@@ -64,12 +58,12 @@ def _by_question(asked: Sequence[Question]) -> list[Question]:
 
 
 @torch.no_grad()
-def _asked(loaded: Any, engines: Engines, question: Question) -> Row:
-    model, ids = loaded.model, question.prompt.ids
+def _asked(asker: Asker, question: Question) -> Row:
+    model, ids = asker.model, question.prompt.ids
     answer = _right_answer(question)
-    right = loaded.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    right = asker.tokenizer(answer, add_special_tokens=False)["input_ids"]
     context, rest = ids[: question.compressed], [*ids[question.compressed :], *right]
-    engine = engines.get(question.setup, question.budget)
+    engine = asker.engines.get(question.setup, question.budget)
     query = {"query_ids": _row(question.query, model)} if question.query else {}
     with engine:
         cache = engine.prefill(_row(context, model), **query)

@@ -124,7 +124,7 @@ def ask(
         progress(count, total)
     if not left:
         return
-    asker = _load(prepared, ranks)
+    asker = load_asker(prepared, ranks)
     session = Session(prepared.output, ranks.rank, ranks.world, asker.loaded, asker.engines.used)
     last = time.monotonic() + 60 * (minutes if minutes is not None else float("inf"))
     for batch in left:
@@ -138,7 +138,8 @@ def ask(
         session.beat()
 
 
-def _load(prepared: Prepared, ranks: Ranks) -> Asker:
+def load_asker(prepared: Prepared, ranks: Ranks) -> Asker:
+    """What asks a run's questions, with the model on this process's device."""
     config = prepared.config
     chosen = dict(prepared.sources.get("model_config", {}))
     if config.attention is not None:

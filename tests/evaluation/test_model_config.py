@@ -64,7 +64,7 @@ def test_positions_count_against_the_window_and_compact_ones_do_not(config):
 
 def test_the_model_takes_the_values_and_keeps_the_rest_of_its_own(config):
     prepared = prepare(replace(config, model_config=STRETCHED))
-    model = evaluate._load(prepared, Ranks()).model
+    model = evaluate.load_asker(prepared, Ranks()).model
     rope = model.config.rope_parameters
     assert rope == prepared.sources["model_config"]["rope_parameters"]
     assert rope.items() > YARN.items() and rope["rope_theta"] > 0
