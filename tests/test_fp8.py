@@ -108,6 +108,15 @@ def test_rows_of_zeros_stay_zeros(tmp_path, device):
     assert (given == 0).all(1)[0].nonzero().flatten().tolist() == [3, 4]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(folder, device, bad):
+    _, model = both(folder, device)
+    x = torch.randn(1, 3, 64, device=device, dtype=torch.bfloat16)
+    x[0, 1, 7] = bad
+    given = linear.called(x, model.model.layers[0].self_attn.q_proj)[0]
+    assert given[0, [0, 2]].isfinite().all() and not given[0, 1].isfinite().any()
+
+
 def test_tied_output_layers_stay_as_they_are(tmp_path, device):
     tiny_model("llama3.2", **SHAPES).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

@@ -30,6 +30,16 @@ def test_each_row_has_its_own_scale(device):
     assert scales.shape == (3, 1) and scales[2].item() == pytest.approx(1000 / 448)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="its casts know no NaN")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_so(bad, device):
+    x = torch.ones(2, 64, device=device)
+    x[0, 5] = bad
+    codes, scales = round_rows(x)
+    assert (codes.float() * scales)[0, 5].isnan()
+    assert torch.allclose((codes.float() * scales)[1], x[1])
+
+
 def test_nothing_is_rounded_of_no_rows(device):
     codes, scales = round_rows(torch.zeros(0, 32, device=device))
     assert codes.shape == (0, 32) and scales.shape == (0, 1)
