@@ -34,6 +34,7 @@ def test_the_shipped_heads_fit_the_adapted_embedded_model():
         ("qwen25-coder-heads", "Qwen/Qwen2.5-Coder-1.5B-Instruct"),
         ("smollm2-adapter", "embedded:smollm2"),
         ("smollm2-heads", "embedded:smollm2"),
+        ("smollm2-replay-heads", "embedded:smollm2"),
     ],
 )
 def test_a_shipped_folder_is_small_and_documented(folder, model):
@@ -54,3 +55,13 @@ def test_the_shipped_heads_for_qwen_have_quotas_and_fit_its_shape():
     assert heads.config.quotas.keys() == {"2", "4", "8", "16", "32"}
     assert heads.config.backbone_sha256.startswith("cc324af0")
     assert (SHIPPED / "qwen25-coder-heads" / "heads.safetensors").stat().st_size < 12 * 2**20
+
+
+def test_the_replay_heads_for_smollm2_have_quotas_and_fit_its_shape():
+    heads = locret.RetainingHeads.from_pretrained(SHIPPED / "smollm2-replay-heads")
+    assert (heads.config.num_layers, heads.config.num_kv_heads) == (30, 3)
+    assert heads.config.quotas.keys() == {"2", "4", "8", "16", "32"}
+    assert heads.config.adapter == "checkpoints/smollm2-adapter"
+    assert heads.config.backbone_sha256.startswith("b179c952")
+    size = (SHIPPED / "smollm2-replay-heads" / "heads.safetensors").stat().st_size
+    assert size < 12 * 2**20
