@@ -92,7 +92,7 @@ def _is_one(x: Tensor) -> bool:
 def _matrices(x: Tensor, modules: Sequence[Any]) -> list[Matrix] | None:
     """Those of all modules; None if not all have one, or some are in FP8 and some are not. None,
     too, for several tokens of plain modules, which are called."""
-    if not _is_one(x) and not is_fp8(getattr(modules[0], "weight", None)):
+    if not _is_one(x) and type(getattr(modules[0], "weight", None)) is nn.Parameter:
         return None
     found = [matrix for matrix in (_matrix(each, x) for each in modules) if matrix is not None]
     alike = len({matrix.scale is None for matrix in found}) == 1
@@ -106,10 +106,9 @@ def _matrix(module: Any, x: Tensor) -> Matrix | None:
     weight = module.weight
     if weight.dtype != x.dtype:
         return None
-    if is_fp8(weight):
-        return _fp8_matrix(weight, module.bias)
-    plain = type(weight) is nn.Parameter and weight.is_contiguous()
-    return Matrix(weight, module.bias) if plain else None
+    if type(weight) is nn.Parameter:
+        return Matrix(weight, module.bias) if weight.is_contiguous() else None
+    return _fp8_matrix(weight, module.bias) if is_fp8(weight) else None
 
 
 def _fp8_matrix(weight: Any, bias: Tensor | None) -> Matrix | None:
