@@ -1,10 +1,12 @@
 """Heads train on backbones whose weights are stored in fewer bits."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
 
+import locret
 from locret.model.backbone import Backbone
 from locret.model.loading import load_model
 from locret.model.weights import PACKAGES, check_weights, dtype_for
@@ -14,6 +16,7 @@ from tests.tiny_models import prompt, tiny_heads, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
 SIZES = {"head_dim": 16, "intermediate_size": 128}  # bitsandbytes takes multiples of 32 on the CPU
+SMALL = {"budget": 20, "chunk_size": 16, "stabilizers": 2, "local_tokens": 4}
 ROW = [Segment.single(29, 40)]
 SCHEMES = [
     pytest.param(
@@ -120,6 +123,37 @@ def test_fp8_goes_with_bfloat16_alone():
         dtype_for("fp8", torch.float16)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_that_are_saved_in_fewer_bits_are_not_stored_in_others(folder, tmp_path, scheme):
+    """transformers would load them as they are, under the other's name."""
+    stored = load_model(folder, device="cpu", quantization=scheme)
+    stored.model.save_pretrained(tmp_path)
+    stored.tokenizer.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), device="cpu").quantization is None
+    for name in ("int8", "nf4"):
+        with pytest.raises(ValueError, match=f"saved in fewer bits already, .* in '{name}'; load"):
+            load_model(str(tmp_path), device="cpu", quantization=name)
+
+
+@pytest.mark.parametrize("others", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_contexts_know_how_weights_were_stored(folder, tmp_path, scheme, others):
+    model, other = (
+        load_model(folder, dtype="float32", device="cpu", quantization=name).model
+        for name in (scheme, others)
+    )
+    locret.Engine(model, "keydiff", **SMALL).prefill(prompt(40)).save(tmp_path / "context")
+    if scheme == others:
+        file = tmp_path / "context" / "context.json"
+        record = json.loads(file.read_text())
+        del record["model"]["stored"]  # a context from before it was told
+        file.write_text(json.dumps(record))
+        assert locret.RetainedCache.load(tmp_path / "context", other).seen == 40
+        return
+    with pytest.raises(ValueError, match=r"context of another model.*: stored \['.*'\] there, \['"):
+        locret.RetainedCache.load(tmp_path / "context", other)
+
+
 def test_an_embedded_model_is_not_quantized():
-    with pytest.raises(ValueError, match="leave quantization out"):
+    with pytest.raises(ValueError, match="cannot be stored in 'int8'; load it without"):
         load_model("embedded:smollm2", quantization="int8")

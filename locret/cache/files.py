@@ -43,6 +43,9 @@ _RECORDED = ("model", "positions", *REQUEST)
 _OF_LAYERS = {"seen": "seen", "rotated": "rotated", "windows": "window"}
 """What the record says of every layer, and the layer's attribute."""
 
+STORED = "stored"
+"""How a model's description calls the kinds of its weights in fewer bits."""
+
 EVICTED, STATE = "evicted.", "state."
 """How the names of a layer's evicted units begin, and of what a policy remembers."""
 
@@ -61,7 +64,14 @@ def describe(model: Any) -> dict[str, Any]:
         "kv_heads": config.num_key_value_heads,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": _weights_print(model),
+        STORED: _stored(model),
     }
+
+
+def _stored(model: Any) -> list[str]:
+    """The types of weights in fewer bits: the print of the others does not tell these apart."""
+    kinds = {type(parameter) for parameter in model.parameters()} - {nn.Parameter}
+    return sorted(kind.__name__ for kind in kinds)
 
 
 def _weights_print(model: Any) -> str:
@@ -271,10 +281,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def check_model(context: str | Path, recorded: dict[str, Any], given: dict[str, Any]) -> None:
     """Whether a context belongs to the model `given`, by what `describe` says of both. ValueError:
     it does not; says in what they differ."""
+    came_later = {STORED: given[STORED]}  # contexts from before do not say it
     differences = [
         f"{what} {recorded.get(what)!r} there, {given[what]!r} here"
         for what in given
-        if what != "name" and recorded.get(what) != given[what]
+        if what != "name" and recorded.get(what, came_later.get(what)) != given[what]
     ]
     if differences:
         raise ValueError(

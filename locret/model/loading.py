@@ -136,6 +136,7 @@ def load_model(
         if file is not None:
             model, found = _load_gguf(name, file, wanted, device, beside, kwargs)
         elif quantization is not None:
+            _check_not_stored(name, revision, quantization)
             config = quantization_config(quantization, wanted)
             kwargs |= {"quantization_config": config}
             kwargs |= {"device_map": {"": device}}  # quantized where it stays, a tensor at a time
@@ -151,8 +152,17 @@ def load_model(
 def _check_not_unpacked(name: str, file: Path | None, quantization: Quantization) -> None:
     if file is not None:
         raise ValueError(
-            f"{name} is dequantized while it is loaded; leave quantization out, which is "
-            f"{quantization!r}"
+            f"{name} is unpacked while it is loaded, so that its weights cannot be stored in "
+            f"{quantization!r}; load it without that"
+        )
+
+
+def _check_not_stored(name: str, revision: str | None, quantization: Quantization) -> None:
+    """transformers would keep the weights as they are, and say nothing."""
+    if getattr(load_config(name, revision=revision), "quantization_config", None) is not None:
+        raise ValueError(
+            f"the weights of {name} are saved in fewer bits already, so that they cannot be stored "
+            f"in {quantization!r}; load it without that"
         )
 
 
