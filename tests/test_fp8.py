@@ -11,6 +11,7 @@ from torch import nn
 import locret
 from locret.engine.answering import EAGER_STEPS
 from locret.engine.steps import why_not_graphed
+from locret.kernels.dispatch import INTERPRETED
 from locret.model import linear, weights
 from locret.model.backbone import Backbone
 from locret.model.linear import is_plain
@@ -26,6 +27,7 @@ pytest.importorskip("accelerate", reason="package accelerate is not installed")
 quant_api = pytest.importorskip(
     "torchao.quantization.quant_api", reason="package torchao is not installed"
 )
+inference = pytest.importorskip("torchao.float8.inference")
 
 SMALL = {"budget": 40, "chunk_size": 17, "stabilizers": 3, "local_tokens": 5}
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
@@ -108,6 +110,7 @@ def test_rows_of_zeros_stay_zeros(tmp_path, device):
     assert (given == 0).all(1)[0].nonzero().flatten().tolist() == [3, 4]
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's casts know no NaN")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_not_hidden(folder, device, bad):
     _, model = both(folder, device)
@@ -175,6 +178,61 @@ def test_products_of_ours_are_torchaos(tmp_path, device, family, tokens, monkeyp
     query = layer.project(x).query.transpose(1, 2).flatten(2)
     assert error(query, exact[..., : query.shape[-1]]) < LOSS
     assert ran == ["products" if tokens == 1 else "round_rows"]
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 64), (1, 0, 64), (0, 1, 64)])
+def test_no_tokens_are_none(folder, device, shape):
+    _, model = both(folder, device)
+    mlp = model.model.layers[0].mlp
+    x = torch.zeros(shape, device=device, dtype=torch.bfloat16)
+    assert linear.called(x, mlp.gate_proj, mlp.up_proj)[1].shape == (*shape[:2], 96)
+    assert linear.called_gated(x, mlp.gate_proj, mlp.up_proj, "silu").shape == (*shape[:2], 96)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"activation_value_ub": 0.5},
+        {"activation_value_lb": 1.0},
+        {"activation_dtype": torch.float8_e5m2},
+        {"mm_config": inference.Float8MMConfig(use_fast_accum=False)},
+        {"granularity": quant_api.PerTensor()},
+    ],
+)
+def test_what_somebody_else_asked_torchao_for_is_done(device, asked, tokens):
+    model = tiny_model("llama", **SHAPES).to(device, torch.bfloat16).requires_grad_(False)
+    settings = {"granularity": quant_api.PerRow(), "activation_value_lb": 1e-12} | asked
+    config = quant_api.Float8DynamicActivationFloat8WeightConfig(**settings)
+    quant_api.quantize_(model.model, config)
+    assert weights.in_fp8(model)
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(1, tokens, 64, device=device, dtype=torch.bfloat16)
+    assert torch.equal(linear.called(x, mlp.up_proj)[0], mlp.up_proj(x))
+    assert why_not_fused(Backbone(model)) is None
+    ids = prompt(60).to(device)
+    assert locret.Engine(model, "streaming_llm", **SMALL).generate(ids, **GREEDY).shape == (1, 80)
+
+
+def test_graphs_are_for_weights_in_fp8_alone(folder, device):
+    plain, model = both(folder, device)
+    assert weights.in_fp8_alone(model) and not weights.in_fp8_alone(plain)
+    quant_api.quantize_(plain.model.layers[1], quant_api.Int8WeightOnlyConfig())
+    model.model.layers[1].mlp = plain.model.layers[1].mlp
+    assert weights.in_fp8(model) and not weights.in_fp8_alone(model)
+    if device == "cuda":
+        assert why_not_graphed(Backbone(model)) == "the model's weights are quantized"
+
+
+def test_contexts_know_how_weights_were_stored(folder, device, tmp_path):
+    plain, model = both(folder, device)
+    int8 = load_model(folder, dtype="bfloat16", device=device, quantization="int8").model
+    path = tmp_path / "context"
+    locret.Engine(model, "streaming_llm", **SMALL).prefill(prompt(60).to(device)).save(path)
+    assert locret.RetainedCache.load(path, model).seen == 60
+    for other in (plain, int8):
+        with pytest.raises(ValueError, match=r"another model.*stored \['Float8Tensor'\] there"):
+            locret.RetainedCache.load(path, other)
 
 
 def test_nothing_evicted_is_stock(folder, device):

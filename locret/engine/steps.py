@@ -40,7 +40,7 @@ from locret.model.backbone import Backbone
 from locret.model.hooks import LayerCall, without_autocast
 from locret.model.prenorm import PrenormLayer
 from locret.model.rotary import Rotary
-from locret.model.weights import in_fp8
+from locret.model.weights import in_fp8_alone
 from locret.quantization.packed import Expansion
 
 
@@ -322,7 +322,7 @@ def why_not_graphed(backbone: Backbone) -> str | None:
     if not backbone.plain:
         return "the model has sliding windows, softcaps, sinks or more than one RoPE"
     # torchao's products in FP8 are computed on the device alone, scales included.
-    if getattr(model, "hf_quantizer", None) is not None and not in_fp8(model):
+    if getattr(model, "hf_quantizer", None) is not None and not in_fp8_alone(model):
         return "the model's weights are quantized"
     if any(getattr(config, name, 0) for name in ("num_local_experts", "num_experts")):
         return "mixtures of experts choose their kernels on the host"

@@ -4,7 +4,7 @@ once where nothing but their weights counts, else by a call of each.
 Plain weights take our kernels for one token's vector. So do torchao's in FP8 with a scale a row
 (`locret.model.weights`), whose input is not rounded there. More tokens are rounded once for all
 modules that read them, and multiplied in FP8; torchao rounds them for every module, by several
-launches.
+launches. Modules of torchao that round in another way than `load_model` asks for are called.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch.nn.modules import module as every_module
 
 from locret.kernels import gated, gated_products, products, round_rows
 from locret.kernels.dense import ACTIVATIONS
-from locret.model.weights import is_fp8
+from locret.model.weights import is_fp8, rounds_rows
 
 _OURS = ("locret.", "transformers.utils.output_capturing")
 """Whose hooks do nothing in a forward that nobody asks for more than its output."""
@@ -39,7 +39,7 @@ def called(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
     if found and _is_one(x) and len({matrix.bias is None for matrix in found}) == 1:
         weights, biases = [each.weight for each in found], [each.bias for each in found]
         return products(x.contiguous(), weights, biases, _scales(found))
-    if not found or found[0].scale is None:
+    if not found or found[0].scale is None or not x.numel():  # torch multiplies no empty FP8
         return tuple(module(x) for module in modules)
     codes, scales = round_rows(x.reshape(-1, x.shape[-1]).contiguous())
     return tuple(_fp8_product(x, codes, scales, each) for each in found)
@@ -113,7 +113,7 @@ def _matrix(module: Any, x: Tensor) -> Matrix | None:
 
 def _fp8_matrix(weight: Any, bias: Tensor | None) -> Matrix | None:
     codes, scale = weight.qdata, weight.scale
-    fits = codes.dtype == torch.float8_e4m3fn and codes.is_contiguous()
+    fits = rounds_rows(weight) and codes.dtype == torch.float8_e4m3fn and codes.is_contiguous()
     fits = fits and scale.shape == (len(codes), 1) and scale.is_contiguous()
     fits = fits and weight.dtype == torch.bfloat16 and not any(n % _FP8_SIZES for n in codes.shape)
     return Matrix(codes, bias, scale) if fits else None

@@ -110,9 +110,28 @@ def in_fp8(model: Any) -> bool:
     return any(map(is_fp8, model.parameters()))
 
 
+def in_fp8_alone(model: Any) -> bool:
+    """The same, where no weight is stored in fewer bits in another way."""
+    stored = [weight for weight in model.parameters() if type(weight) is not torch.nn.Parameter]
+    return bool(stored) and all(map(is_fp8, stored))
+
+
 def is_fp8(weight: Any) -> bool:
     """Whether products of a weight round their input, too."""
     return type(weight).__name__ == "Float8Tensor" and weight.act_quant_kwargs is not None
+
+
+def rounds_rows(weight: Any) -> bool:
+    """Whether products of a weight in FP8 round their input as `torchao_config` says, and not as
+    somebody else asked torchao to."""
+    asked = weight.act_quant_kwargs
+    return (
+        asked.float8_dtype == torch.float8_e4m3fn
+        and type(asked.granularity).__name__ == "PerRow"
+        and (asked.hp_value_lb or 0) <= _LEAST_ROW
+        and asked.hp_value_ub is None
+        and getattr(weight.mm_config, "use_fast_accum", False)
+    )
 
 
 def check_has_gradients(model: Any) -> None:
