@@ -227,7 +227,7 @@ class EvalConfig:
         setups: ways to bound the cache (`Setup`).
         output: folder for predictions and results.
         dtype, device, attention: of the model; attention is transformers' `attn_implementation`.
-        weights: store the model's in fewer bits: int8, nf4 or fp8 (`locret.model.weights`).
+        weights: store the model's weights in fewer bits: int8, nf4 or fp8 (`locret.model.weights`).
         model_config: values in place of the model's own, such as `max_position_embeddings` and
             `rope_parameters` for a longer window; of values by name, those that are given.
         full: ask under the full cache too, whether or not it is among the setups.
@@ -294,7 +294,7 @@ class EvalConfig:
         if self.dtype not in get_args(Dtype):
             raise ValueError(f"dtype is {self.dtype}; expected one of {', '.join(get_args(Dtype))}")
         if self.weights not in (None, *PACKAGES):
-            expected = f"one of {', '.join(PACKAGES)}, or none for weights as saved"
+            expected = f"one of {', '.join(PACKAGES)}, or null: as saved"
             raise ValueError(f"weights is {self.weights}; expected {expected}")
         if not self.output.strip():
             raise ValueError("output is empty; expected a folder")
