@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import locret
+from locret.evaluation.records import Session, read_sessions
 from locret.model.backbone import Backbone
 from locret.model.loading import load_model
 from locret.model.weights import PACKAGES, check_weights, dtype_for
@@ -133,6 +134,17 @@ def test_weights_that_are_saved_in_fewer_bits_are_not_stored_in_others(folder, t
     for name in ("int8", "nf4"):
         with pytest.raises(ValueError, match=f"saved in fewer bits already, .* in '{name}'; load"):
             load_model(str(tmp_path), device="cpu", quantization=name)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_evaluation_counts_the_parameters_that_are_stored(folder, tmp_path, scheme):
+    whole = load_model(folder, device="cpu")
+    for rank, loaded in enumerate((whole, load_model(folder, device="cpu", quantization=scheme))):
+        Session(tmp_path, rank, 2, loaded, {})
+    plain, stored = sorted(read_sessions(tmp_path), key=lambda session: session["rank"])
+    assert plain["parameters"] == sum(weight.numel() for weight in whole.model.parameters())
+    assert stored["parameters"] == plain["parameters"]
+    assert (plain.get("weights"), stored["weights"]) == (None, scheme)
 
 
 @pytest.mark.parametrize("others", SCHEMES)

@@ -248,7 +248,7 @@ class Session:
             "dtype": str(model.dtype).removeprefix("torch."),
             **({} if loaded.quantization is None else {"weights": loaded.quantization}),
             "attention": model.config._attn_implementation,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": model.num_parameters(),  # those that packed bytes stand for
             "generation_config": model.generation_config.to_diff_dict(),
             "end_tokens": end_tokens(model, loaded.tokenizer),
             "hardware": hardware(model.device),
