@@ -214,6 +214,16 @@ def test_what_somebody_else_asked_torchao_for_is_done(device, asked, tokens):
     assert locret.Engine(model, "streaming_llm", **SMALL).generate(ids, **GREEDY).shape == (1, 80)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_biases_in_another_dtype(monkeypatch, folder, tokens):
+    """torch adds them on a CPU alone."""
+    let_the_cpu(monkeypatch)
+    module = both(folder, "cpu")[1].model.layers[0].mlp.up_proj
+    module.bias = nn.Parameter(torch.randn(module.out_features), requires_grad=False)
+    x = torch.randn(1, tokens, 64, dtype=torch.bfloat16)
+    assert torch.equal(linear.called(x, module)[0], module(x))
+
+
 def test_graphs_are_for_weights_in_fp8_alone(folder, device):
     plain, model = both(folder, device)
     assert weights.in_fp8_alone(model) and not weights.in_fp8_alone(plain)

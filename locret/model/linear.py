@@ -116,6 +116,7 @@ def _fp8_matrix(weight: Any, bias: Tensor | None) -> Matrix | None:
     fits = rounds_rows(weight) and codes.dtype == torch.float8_e4m3fn and codes.is_contiguous()
     fits = fits and scale.shape == (len(codes), 1) and scale.is_contiguous()
     fits = fits and weight.dtype == torch.bfloat16 and not any(n % _FP8_SIZES for n in codes.shape)
+    fits = fits and (bias is None or bias.dtype == weight.dtype)
     return Matrix(codes, bias, scale) if fits else None
 
 
