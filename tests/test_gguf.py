@@ -208,7 +208,7 @@ def test_missing_packages_are_named(file, monkeypatch):
 
 
 def test_its_weights_are_not_quantized_again(file):
-    with pytest.raises(ValueError, match="cannot be stored in 'int8'; load it without"):
+    with pytest.raises(ValueError, match="cannot be stored in 'int8'; load them as they are"):
         load(file, quantization="int8")
 
 

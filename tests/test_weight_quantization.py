@@ -132,7 +132,7 @@ def test_weights_that_are_saved_in_fewer_bits_are_not_stored_in_others(folder, t
     stored.tokenizer.save_pretrained(tmp_path)
     assert load_model(str(tmp_path), device="cpu").quantization is None
     for name in ("int8", "nf4"):
-        with pytest.raises(ValueError, match=f"saved in fewer bits already, .* in '{name}'; load"):
+        with pytest.raises(ValueError, match=f"saved in fewer bits already, .* in '{name}'; load them"):
             load_model(str(tmp_path), device="cpu", quantization=name)
 
 
@@ -167,5 +167,5 @@ def test_contexts_know_how_weights_were_stored(folder, tmp_path, scheme, others)
 
 
 def test_an_embedded_model_is_not_quantized():
-    with pytest.raises(ValueError, match="cannot be stored in 'int8'; load it without"):
+    with pytest.raises(ValueError, match="cannot be stored in 'int8'; load them as they are"):
         load_model("embedded:smollm2", quantization="int8")

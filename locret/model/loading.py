@@ -153,7 +153,7 @@ def _check_not_unpacked(name: str, file: Path | None, quantization: Quantization
     if file is not None:
         raise ValueError(
             f"{name} is unpacked while it is loaded, so that its weights cannot be stored in "
-            f"{quantization!r}; load it without that"
+            f"{quantization!r}; load them as they are"
         )
 
 
@@ -162,7 +162,7 @@ def _check_not_stored(name: str, revision: str | None, quantization: Quantizatio
     if getattr(load_config(name, revision=revision), "quantization_config", None) is not None:
         raise ValueError(
             f"the weights of {name} are saved in fewer bits already, so that they cannot be stored "
-            f"in {quantization!r}; load it without that"
+            f"in {quantization!r}; load them as they are"
         )
 
 
