@@ -132,7 +132,8 @@ def test_weights_that_are_saved_in_fewer_bits_are_not_stored_in_others(folder, t
     stored.tokenizer.save_pretrained(tmp_path)
     assert load_model(str(tmp_path), device="cpu").quantization is None
     for name in ("int8", "nf4"):
-        with pytest.raises(ValueError, match=f"saved in fewer bits already, .* in '{name}'; load them"):
+        said = f"saved in fewer bits already, .* in '{name}'; load them"
+        with pytest.raises(ValueError, match=said):
             load_model(str(tmp_path), device="cpu", quantization=name)
 
 
