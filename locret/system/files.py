@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 INSTALLED = PACKAGE / "configs"
 CONFIGS = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "configs"
 SUFFIX = ".yaml"
+_LOADED = {".safetensors", ".bin", ".pt", ".json"}
 EMPTY = "an empty path; give a name (is a shell variable unset?)"
 
 
@@ -108,7 +109,8 @@ def _hash(path: Path, size: int, changed: int) -> str:
 
 
 def folder_hash(folder: Path) -> str:
-    """Of the names and contents of a folder's files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    rows = [f"{path.relative_to(folder).as_posix()} {file_hash(path)}" for path in files]
+    """Of the names and contents of a folder's weights and their records: a model card that is
+    corrected changes no answer."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in _LOADED and path.is_file())
+    rows = [f"{path.name} {file_hash(path)}" for path in files]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]

@@ -38,10 +38,21 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 
 
 def test_hashes_know_names_and_contents(tmp_path):
-    (tmp_path / "a").write_text("one")
-    before = file_hash(tmp_path / "a"), folder_hash(tmp_path)
+    (tmp_path / "a.bin").write_text("one")
+    before = file_hash(tmp_path / "a.bin"), folder_hash(tmp_path)
     assert len(before[0]) == 16
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert file_hash(tmp_path / "b") == before[0] and folder_hash(tmp_path) != before[1]
-    (tmp_path / "b").write_text("three")
-    assert file_hash(tmp_path / "b") != before[0]
+    (tmp_path / "a.bin").rename(tmp_path / "b.bin")
+    assert file_hash(tmp_path / "b.bin") == before[0] and folder_hash(tmp_path) != before[1]
+    (tmp_path / "b.bin").write_text("three")
+    assert file_hash(tmp_path / "b.bin") != before[0]
+
+
+def test_what_is_written_about_weights_is_not_in_their_hash(tmp_path):
+    (tmp_path / "heads.safetensors").write_text("weights")
+    (tmp_path / "config.json").write_text("{}")
+    before = folder_hash(tmp_path)
+    for name in ("README.md", "training.png", "training.yaml"):
+        (tmp_path / name).write_text("about them")
+    assert folder_hash(tmp_path) == before
+    (tmp_path / "config.json").write_text('{"width": 8}')
+    assert folder_hash(tmp_path) != before
