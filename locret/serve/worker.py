@@ -290,16 +290,14 @@ class Worker:
     def _go_on(self, batch: Batch) -> Batch:
         """Answer jobs further in one call, whose last tokens are not read yet."""
         jobs, cache = batch
-        last = cache.unread_ids
-        cache.unread_ids = last[:, :0]
-        ids = last.to(self._device)
-        return Batch(jobs, self._generate(jobs, ids, torch.ones_like(ids), cache))
+        nothing = torch.empty(len(jobs), 0, dtype=torch.long, device=self._device)
+        return Batch(jobs, self._generate(jobs, nothing, None, cache))
 
     def _generate(
         self,
         jobs: Sequence[AskJob],
         ids: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         cache: RetainedCache | None,
         once: bool = False,
     ) -> RetainedCache:
