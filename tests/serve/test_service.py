@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import gc
+import logging
 import random
 import threading
 import time
@@ -209,6 +210,15 @@ def test_the_queue_is_bounded(make, ids):
     answers[0].cancel()  # makes room at once
     service.ask(Ask(ids(9), max_tokens=2))
     assert service.counts.queued == 2 and service.counts.refused == 1
+
+
+def test_an_answer_is_logged_without_a_warning(make, ids, caplog):
+    logging.Logger.warning_once.cache_clear()  # another test may have been warned
+    service = make()
+    service.start()
+    text_of(service.ask(Ask(ids(9), max_tokens=4)))
+    service.close(seconds=WAIT)
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
 
 
 def test_closing_finishes_what_was_asked(make, ids, expected):
