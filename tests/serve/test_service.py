@@ -16,7 +16,16 @@ import locret
 from locret.cache.cache import RetainedCache
 from locret.model.hooks import cache_of
 from locret.serve.contexts import Contexts
-from locret.serve.requests import Ask, Cancelled, End, Piece, QueueFull, TooLong, UnknownContext
+from locret.serve.requests import (
+    Ask,
+    Cancelled,
+    End,
+    Piece,
+    QueueFull,
+    Stopping,
+    TooLong,
+    UnknownContext,
+)
 from locret.serve.service import Service
 from tests.serve.conftest import SMALL, WAIT, text_of
 from tests.tiny_models import tiny_heads, tiny_model
@@ -229,7 +238,7 @@ def test_closing_finishes_what_was_asked(make, ids, expected):
     service.close(seconds=WAIT)
     assert [text_of(a)[0] for a in answers] == [expected(ids(30, seed=n), new=20) for n in range(5)]
     assert not service.ready
-    with pytest.raises(QueueFull, match="closing"):
+    with pytest.raises(Stopping, match="closing"):
         service.ask(Ask(ids(9)))
 
 
