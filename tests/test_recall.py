@@ -440,6 +440,62 @@ def test_snapshots_while_an_answer_evicts():
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("quotas", [[[9, 1], [1, 1]], None])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_makes_room_for_a_question_goes_to_the_host(quotas, rows, tmp_path):
+    """The window holds the whole context, but not a question beside it."""
+    model = tiny_model("llama", max_position_embeddings=64)
+    policy = "knorm" if quotas else AdaptiveHeads("knorm")
+    settings = {"budget": 56, "stabilizers": 0, "quotas": quotas, "decode_interval": 4}
+    engine = recalling(model, policy, **settings)
+    cache = engine.prefill(prompt(64, batch=rows))
+    cache.save(tmp_path / "context")
+    before, question = cache.snapshot(), prompt(40, batch=rows, seed=1)
+    answer = engine.generate(question, cache=cache, **GREEDY)
+    everything = [*range(cache.seen)]
+    for i, layer in enumerate(cache.layers):
+        assert layer.host.units > 20
+        for row, heads in enumerate(evicted_positions(layer.host)):
+            for h, gone in enumerate(heads):
+                own = layer.source_positions[row][h].tolist()
+                assert sorted(gone + own) == everything, (i, row, h)
+    cache.restore(before)
+    assert torch.equal(engine.generate(question, cache=cache, **GREEDY), answer)
+    loaded = RetainedCache.load(tmp_path / "context", model)
+    assert torch.equal(engine.generate(question, cache=loaded, **GREEDY), answer)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "glm"])
+def test_what_makes_room_for_a_question_is_rotated_as_all_that_is_recalled(family):
+    model = tiny_model(family, max_position_embeddings=64)
+    settings = {"budget": 56, "stabilizers": 0, "quotas": [[9, 1], [1, 1]], "decode_interval": 4}
+    engine = recalling(model, "knorm", **settings)
+    cache = engine.prefill(prompt(64))
+    engine.generate(prompt(40, seed=1), cache=cache, **GREEDY)
+    attention = model.model.layers[0].self_attn
+    hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(cache.token_ids))
+    keys = attention.qkv_proj(hidden)[..., 64:80] if family == "phi3" else attention.k_proj(hidden)
+    keys = keys.unflatten(-1, (2, 8)).transpose(1, 2)[0] * model.model.rotary_emb.attention_scaling
+    stored = cache.layers[0].host.view()
+    for head, places in enumerate(stored.table[0].tolist()):
+        rows = [place for place in places if place >= 0]
+        recalled, _, positions = stored.pool.fetch(rows, torch.device("cpu"))
+        assert positions.min() < 64
+        torch.testing.assert_close(recalled, keys[head][positions], atol=1e-5, rtol=0)
+
+
+def test_units_that_no_query_looked_at_are_represented_by_the_first():
+    host, keys = (
+        HostBlocks(Recall(block_size=4, blocks=1, representatives=2)),
+        torch.randn(1, 2, 9, 8),
+    )
+    units = [keys, torch.randn(1, 2, 9, 8), torch.arange(9).expand(1, 2, 9)]
+    host.look_at_none(lambda keys: 2 * keys)
+    host.take(units, [x[:, :, :0] for x in units], torch.tensor([[[0], [0]]]), None, None)
+    means = 2 * keys[:, :, 1:].unflatten(2, (2, 4))[:, :, :, :2].mean(dim=3)
+    torch.testing.assert_close(host.view().means, means)
+
+
 def test_reset_forgets_the_host():
     cache = recalling(tiny_model("llama")).prefill(prompt(100))
     cache.reset()

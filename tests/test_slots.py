@@ -22,6 +22,7 @@ TABLE = [[1.0, 3.0], [0.5, 1.5]]
 WINDOW = 64
 GREEDY = {"do_sample": False}
 RUNS = {"group": 4, "residual": 3}
+RECALL = {"block_size": 4, "blocks": 3, "representatives": 2}
 
 
 class FirstHead(KNormPolicy):
@@ -221,8 +222,12 @@ def test_answers_with_evictions_stay_within_the_window(model, wrapped, settings,
         (None, {"budget": 20, "quotas": [[9, 1], [1, 1]]}),
         (None, {"budget": 20, "quotas": [[9, 1], [1, 1]], "merging": "similar"}),
         (None, {"budget": 20, "quotas": [[9, 1], [1, 1]], "quantization": {"name": "kivi"} | RUNS}),
+        (None, {"budget": 20, "quotas": [[9, 1], [1, 1]], "recall": RECALL}),
         (None, {"budget": "3kB", "quotas": [[9, 1], [1, 1]]}),
         (PyramidLayers, {"budget": 40}),
+        (PyramidLayers, {"budget": 40, "recall": RECALL}),
+        (AdaptiveHeads, {"budget": 20, "recall": RECALL}),
+        (SharedLayers, {"budget": 20, "recall": RECALL}),
         (AdaptiveHeads, {"budget": 20}),
         (SharedLayers, {"budget": 20}),
     ],

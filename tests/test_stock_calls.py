@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import locret
+from locret.cache.cache import RetainedCache
+from locret.engine.stock_calls import check_new
 from locret.model.hooks import as_argument
 from locret.quantization import SCHEMES
 from tests.tiny_models import prompt, tiny_model
@@ -224,7 +226,7 @@ def test_a_sequence_that_the_cache_is_ahead_of_is_not_answered(model, after):
         assert torch.equal(asked(model, cache), expected)
 
 
-@pytest.mark.parametrize("length", [33, 35, 59, 60, 61, 67])
+@pytest.mark.parametrize("length", [33, 34, 35, 59, 60, 61, 67])
 def test_a_shorter_sequence_is_not_answered(model, length):
     engine = engine_of(model)
     with engine:
@@ -234,6 +236,48 @@ def test_a_shorter_sequence_is_not_answered(model, length):
         assert cache.seen == 67
         with pytest.raises(ValueError, match=r"has seen 67 tokens, and .* follow"):
             asked(model, cache, prompt(length))
+        assert_as_before(cache, before)
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 4, 5, 50])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_no_sequence_that_is_not_ahead_of_the_cache_is_answered(model, context, rows):
+    """Of one half as long as the cache, stock `generate` takes a single token for new."""
+    engine, ids = engine_of(model), prompt(context + 1, batch=rows)
+    with engine:
+        cache = engine.prefill(ids[:, :context])
+        before = held(cache)
+        for length in range(1, context + 1):
+            with pytest.raises(ValueError, match=rf"has seen {context} tokens, and .* follow"):
+                asked(model, cache, ids[:, :length])
+            assert_as_before(cache, before)
+        assert asked(model, cache, ids).shape == (rows, context + 1 + 8)
+
+
+def test_no_step_is_waited_for_on_a_device():
+    """A step is looked at by shapes alone: tensors on the meta device have no values."""
+    cache = RetainedCache(2)
+    cache.layers[0].seen = 67
+    inputs = {
+        "input_ids": torch.empty(1, 1, dtype=torch.long, device="meta"),
+        "position_ids": torch.empty(1, 1, dtype=torch.long, device="meta"),
+        "attention_mask": torch.empty(1, 68, dtype=torch.long, device="meta"),
+    }
+    check_new(cache, (), inputs)
+    inputs["attention_mask"] = inputs["attention_mask"][:, :34]
+    with pytest.raises(ValueError, match="attention_mask is of 34 tokens, not 68"):
+        check_new(cache, (), inputs)
+
+
+@pytest.mark.parametrize("given", [{"position_ids": [[7]]}, {"attention_mask": [[1]]}], ids=str)
+def test_a_token_that_says_where_it_is_from_is_checked(model, given):
+    engine, ids = engine_of(model), prompt(CONTEXT + 1)
+    given = {name: torch.tensor(value) for name, value in given.items()}
+    with engine, torch.no_grad():
+        cache = engine.prefill(ids[:, :CONTEXT])
+        before = held(cache)
+        with pytest.raises(ValueError, match="given is not the one that follows"):
+            model(ids[:, CONTEXT:], **given, **as_argument(model, cache))
         assert_as_before(cache, before)
 
 

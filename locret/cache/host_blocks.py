@@ -87,7 +87,7 @@ class HostBlocks:
     def restore(self, view: Any) -> None:
         """Hold again what was held when `view` was taken."""
         self._stored: _Stored | None = view
-        self._looked: Callable[[], Tensor] | None = None
+        self._looked: Callable[[Tensor], Tensor] | None = None  # of stored keys [B, H, S, D]
         self._rotate: Callable[[Tensor], Tensor] | None = None
         self._fetched: tuple[Tensor, ...] = ()  # tensors `BLOCK` of [B * H * blocks, n, ...]
         self._places = torch.empty(0, 0, 0, dtype=torch.long)  # in the pool, [B, H, blocks]
@@ -140,11 +140,17 @@ class HostBlocks:
                 they are stored as they are attended to.
             at_once: what comes is decided only after other layers ran.
         """
-        looked: Callable[[], Tensor] = lambda: mean_logits(query, context, key)  # noqa: E731
-        if at_once:
-            scores = looked()
-            looked = lambda: scores  # noqa: E731
-        self._looked, self._rotate = looked, rotate
+        scores = mean_logits(query, context, key) if at_once else None
+        self._rotate = rotate
+        self._looked = lambda _: mean_logits(query, context, key) if scores is None else scores
+
+    def look_at_none(self, rotate: Callable[[Tensor], Tensor] | None) -> None:
+        """The same where no chunk is read before the eviction, nor looks at any unit: those that
+        were evicted first represent a block."""
+        self._rotate = rotate
+        self._looked = lambda keys: torch.full(
+            keys.shape[:3], -torch.inf, dtype=torch.float32, device=keys.device
+        )
 
     def forget_look(self) -> None:
         """The chunk is done with: keep none of its tensors."""
@@ -168,7 +174,7 @@ class HostBlocks:
             empty: leading slots of a head that hold nothing, [B, H]; None = none.
         """
         assert self._looked is not None, "a chunk is looked at before it is evicted from"
-        scores = self._looked()[:, :, : context[0].shape[2] + new[0].shape[2]]
+        scores = self._looked(context[0])[:, :, : context[0].shape[2] + new[0].shape[2]]
         index, counts = _not_kept(scores.shape[2], kept, fillers, empty)
         if not index.shape[2]:
             return

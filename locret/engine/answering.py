@@ -167,10 +167,9 @@ class Answering:
 
     def _leave_slots(self, cache: RetainedCache, eviction: Eviction, first: int) -> None:
         """Where a head kept more of a prompt, or of an answer, than leaves slots of the window for
-        the `first` tokens that are read at once now, evict before them; but not where units are
-        recalled, of which every chunk says which blocks they go to."""
+        the `first` tokens that are read at once now, evict before them."""
         window, layers = self.sizing.window, cache.retained_layers
-        if window is None or eviction.slots is None or cache.hosts:
+        if window is None or eviction.slots is None:
             return
         if max(layer.longest for layer in layers) + first > window:
             self.forward.evict(cache, replace(eviction, above=0))

@@ -32,8 +32,9 @@ SURELY_REPEATED = 4
 ones may be no more than the first token and a role's header, with which any question begins."""
 
 
-def check_ids(input_ids: Tensor) -> None:
-    """Refuse (ValueError) what is no tensor of whole numbers, not [batch, tokens], or nothing."""
+def check_ids(input_ids: Tensor, goes_on: bool = False) -> None:
+    """Refuse (ValueError) what is no tensor of whole numbers, not [batch, tokens], or nothing; but
+    not [batch, 0] where an answer `goes_on`."""
     if not isinstance(input_ids, Tensor):
         raise ValueError(
             f"input_ids is a {type(input_ids).__name__}; expected a tensor [batch, tokens]: take "
@@ -41,7 +42,7 @@ def check_ids(input_ids: Tensor) -> None:
         )
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(f"input_ids holds {input_ids.dtype}; expected token ids, of torch.long")
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
+    if input_ids.dim() != 2 or 0 in input_ids.shape[: 1 if goes_on else 2]:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}; expected [batch, tokens] with at least "
             "one token"
@@ -73,6 +74,8 @@ def left_padding(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected that of input_ids, "
             f"{tuple(input_ids.shape)}"
         )
+    if not new:
+        return [0] * rows
     mask = attention_mask[:, -new:].bool()
     if not _only_on_the_left(mask):
         raise ValueError(
@@ -187,6 +190,11 @@ def context_ids(cache: RetainedCache, backbone: Backbone, input_ids: Tensor) -> 
             f"the cache has {ids.shape[0]} rows and input_ids {input_ids.shape[0]}; they must match"
         )
     _check_belong([cache], backbone)
+    if not input_ids.shape[1] + cache.unread_ids.shape[1]:
+        raise ValueError(
+            "input_ids holds no token, and the cache has no answer to go on with: ask a question "
+            "of at least one token"
+        )
     return torch.cat([ids, cache.unread_ids], dim=1).to(input_ids.device)
 
 
@@ -342,7 +350,7 @@ class ShowingPrompt:
 
     def put(self, value: Tensor) -> None:
         if self._tokens is not None:
-            value, self._tokens = value[..., -self._tokens :], None
+            value, self._tokens = value[..., value.shape[-1] - self._tokens :], None
         self._streamer.put(value)
 
     def end(self) -> None:

@@ -317,7 +317,8 @@ class Engine:
 
         Args:
             input_ids: [B, n] long: the prompt, or with `cache` only what follows its context. Rows
-                of different lengths are padded on the left.
+                of different lengths are padded on the left. [B, 0] = the cache's last answer goes
+                on.
             attention_mask: [B, n], zeros where a row is padded; None = where `pad_token_id` is, if
                 stock `generate` would infer that.
             cache: a cache of `prefill` or of an earlier `generate`. It goes on from where it is,
@@ -337,7 +338,7 @@ class Engine:
                 that needs to roll back the cache.
         """
         self._stock_calls.put_back()
-        check_ids(input_ids)
+        check_ids(input_ids, goes_on=cache is not None)
         context = (
             input_ids[:, :0] if cache is None else context_ids(cache, self.backbone, input_ids)
         )

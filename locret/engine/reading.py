@@ -4,11 +4,6 @@ layers x budget + one chunk of one layer. Which units stay: `locret.engine.budge
 
 `ChunkForward` runs chunks through all layers: with fused kernels between the model's own matrix
 products where `locret.model.prenorm` knows them, else by the model's own forward.
-
-Contexts of policies that reread (`Policy.rereads`) are read to the end without an eviction
-(`FirstPass`), read again for their scores (`SecondPass`), then evicted once. While that lasts,
-every layer holds the whole context, as it came: keys unrotated at compact positions, because
-units will move to other slots, and nothing packed, because what is evicted need not be.
 """
 
 import contextlib
@@ -35,7 +30,8 @@ from locret.engine.attention import (
     recalled,
     rectangle_of,
 )
-from locret.engine.budgets import Choice, Scores, keep_highest
+from locret.engine.budgets import Choice, Scores
+from locret.engine.rereading import FirstPass, SecondPass
 from locret.model.attend import Past, attend_past
 from locret.model.backbone import Backbone
 from locret.model.backends import Backend, attend
@@ -54,6 +50,10 @@ from locret.quantization.waiting import meanwhile, refusing_last
 
 Surprise = Callable[[Tensor, Tensor], Tensor]
 """Given hidden states [B, T, hidden size] and the tokens [B, T] that came next: -log p, [B, T]."""
+
+Rotate = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
+"""Given [B, heads, S, D], the slot of each row's first token, and the prompts' lengths
+(`Rotary.rotate`)."""
 
 BLOCK = 256  # tokens whose logits over the whole vocabulary are in memory at a time
 
@@ -147,9 +147,24 @@ class ChunkForward:
     ) -> None:
         """Evict by the scores that units have, or by others of each layer, `ranked`, [B, H, S]."""
         layers = cache.retained_layers
-        ranked = ranked or [layer.store.rectangle("scores") for layer in layers]
         with without_autocast(self.backbone.layers[0].device):
+            self._look_at_none(cache)
+            ranked = ranked or [layer.store.rectangle("scores") for layer in layers]
             self._evicting(eviction).evict_ranked(layers, [*map(Scores.of, ranked, layers)])
+        for host in cache.hosts:
+            host.forget_look()
+
+    def _look_at_none(self, cache: RetainedCache) -> None:
+        """Before an eviction that no chunk is read for: let recall know that no query looked."""
+        for at, layer in zip(self.backbone.layers, cache.layers, strict=True):
+            if layer.host is None or layer.is_empty:
+                continue
+            layer.place(at.device)
+            rotate = None
+            if not layer.rotated and at.rotary is not None:
+                lengths = cache.prompt_lengths
+                rotate = functools.partial(_at_first_slot, at.rotary.rotate, lengths)
+            layer.host.look_at_none(rotate)
 
     def outputs(self, run: Callable[..., Any], inputs: dict[str, Any], cache: RetainedCache) -> Any:
         """The model's outputs for `inputs`: what is left of a prompt, or a question."""
@@ -227,7 +242,8 @@ class ReadPass(Pass):
             attend_now()
         scores = self._ranked(chunk, layer)
         if host is not None:
-            rotate = None if layer.rotated else functools.partial(_at_first_slot, call)
+            at_first = functools.partial(_at_first_slot, call.rotate, call.cache.prompt_lengths)
+            rotate = None if layer.rotated else at_first
             before = chunk.context.keys if chunk.context else None
             query, key = chunk.rotated_query, chunk.rotated_key
             host.look(query, before, key, rotate, at_once=self.policy.waits)
@@ -384,67 +400,9 @@ class ReadPass(Pass):
         return surprisal
 
 
-def _at_first_slot(call: LayerCall, keys: Tensor) -> Tensor:
-    """Keys [B, H, any, D], all of them rotated at slot 0, where the oldest unit held is."""
+def _at_first_slot(rotate: Rotate, lengths: Sequence[int], keys: Tensor) -> Tensor:
+    """Keys [B, H, any, D] of prompts of such lengths, all of them rotated at slot 0, where the
+    oldest unit held is."""
     # No angle is left there: RoPE may only scale channels, by what it makes of ones.
     ones = keys.new_ones(keys.shape[0], 1, 1, keys.shape[3])
-    return keys * call.rotate(ones, (0,), call.cache.prompt_lengths)
-
-
-@dataclass(frozen=True)
-class FirstPass(Pass):
-    """Attend, and keep all new units but the last `drop`."""
-
-    backend: Backend
-    drop: int = 0
-    stores_only: bool = False
-
-    def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
-        with without_autocast(call.key.device):
-            query, key = _rotated(call, layer)
-            output = None
-            if wanted:
-                how = call.scaling, self.backend, call.weighting
-                output = attend_past(query, pasts_of(call, layer), (key, call.value), *how)
-            stored, own = key if layer.rotated else call.key, own_positions(call, layer)
-            new = NewTokens.of(stored, call.value, own)
-            layer.store.append(new.first(key.shape[2] - self.drop))
-            return output
-
-
-@dataclass(frozen=True)
-class SecondPass(Pass):
-    """Attend, let the policy look, and keep no new unit.
-
-    Args:
-        policy: scores units by what this reading attends to.
-        looking: how many of the reading's last tokens look.
-        scores: [B, H, n] float32 by layer, of readings so far; higher = keep.
-    """
-
-    policy: Policy
-    backend: Backend
-    looking: int
-    scores: dict[int, Tensor]
-    drop: int
-    stores_only: bool
-
-    def attend(self, call: LayerCall, layer: RetainedLayer, wanted: bool) -> Tensor | None:
-        with without_autocast(call.key.device):
-            query, key = _rotated(call, layer)
-            pasts = pasts_of(call, layer)
-            keys = torch.cat([rectangle_of(layer, pasts, "keys"), key], dim=2)
-            values = torch.cat([rectangle_of(layer, pasts, "values"), call.value], dim=2)
-            view = call.seen_by(query[:, :, -self.looking :], keys, values)
-            assert call.retained_idx is not None
-            keep_highest(self.scores, call.retained_idx, self.policy.look(view), layer.longest)
-            if not wanted:
-                return None
-            how = call.scaling, self.backend, call.weighting
-            return attend_past(query, pasts, (key, call.value), *how)
-
-
-def _rotated(call: LayerCall, layer: RetainedLayer) -> tuple[Tensor, Tensor]:
-    """Queries and keys of the new tokens at the next slots."""
-    starts, lengths = next_slots(layer, call.cache), call.cache.prompt_lengths
-    return call.rotate(call.query, starts, lengths), call.rotate(call.key, starts, lengths)
+    return keys * rotate(ones, (0,), lengths)

@@ -3,8 +3,10 @@ of a sequence, and one for each token of the answer.
 
 A call that fails leaves its cache as it was before the call, as a failed `Engine.generate` does.
 What is new, stock `generate` takes from the cache's length alone. Asked once more about the same
-sequence, for example after a failure, it passes tokens that the cache has seen: their positions
-show it, and the call is refused.
+sequence, for example after a failure, or about a shorter one, it passes tokens that the cache has
+seen: the length of their mask shows it, or their positions, and the call is refused. Stock
+`generate` leaves out a mask of ones, and a single token's position is not fetched from a GPU, which
+would be waited for at every step of an answer.
 """
 
 import contextlib
@@ -79,7 +81,7 @@ class StockCalls(threading.local):
         if not isinstance(cache, RetainedCache) or cache.current is not None:
             return
         if not whole:
-            _check_new(cache, args, kwargs)
+            check_new(cache, args, kwargs)
         if call is None:
             call = _Call(cache, cache.snapshot(), cache.restores, whole)
         call.reads, self._begun = not whole, call
@@ -101,10 +103,10 @@ class StockCalls(threading.local):
             call.cache.restore(call.before)
 
 
-def _check_new(cache: RetainedCache, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+def check_new(cache: RetainedCache, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
     """Refuse inputs of a decoder that do not follow what a cache has seen. ValueError: they are of
-    another number of rows, or hold no token, or `position_ids` [B or 1, T] say that they are
-    others."""
+    another number of rows, or hold no token, or `attention_mask` [B, n] or `position_ids`
+    [B or 1, T] say that they are others."""
     ids = args[0] if args else inputs.get("input_ids")
     given = inputs.get("inputs_embeds") if ids is None else ids
     if given is None:
@@ -129,15 +131,19 @@ def _why_not_next(cache: RetainedCache, new: int, inputs: dict[str, Any]) -> str
     """Why so many tokens cannot be those that the cache sees next; None if they can."""
     if not new:
         return "no token follows"
+    end, others = cache.seen + new, f"the {new} tokens given are not those that follow"
+    if new == 1:
+        others = "the token given is not the one that follows"
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-    if new == 1 or positions is None:  # at the steps of an answer the device is not waited for
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        mask = None
+    if mask is not None and mask.shape[1] != end:
+        return f"{others}: attention_mask is of {mask.shape[1]} tokens, not {end}"
+    if positions is None or new == 1 and positions.device.type != "cpu":
         return None
-    found, last = int(positions[..., -1].max()), cache.seen + new - 1
-    if last - found in (0, min(cache.padding or (0,))):  # of the longest row, padding may not count
+    found = int(positions[..., -1].max()) + 1
+    if end - found in (0, min(cache.padding or (0,))):  # of the longest row, padding may not count
         return None
-    if isinstance(mask, Tensor) and not mask.all():
+    if mask is not None and not mask.all():
         return None  # which is refused as padding
-    return (
-        f"the {new} tokens given are not those that follow: their position_ids end at {found}, "
-        f"not {last}"
-    )
+    return f"{others}: position_ids end at {found - 1}, not {end - 1}"

@@ -27,6 +27,7 @@ from locret.serve.requests import (
     Piece,
     QueueFull,
     RepeatsContext,
+    Stopping,
     TooLong,
     UnknownContext,
     Usage,
@@ -92,7 +93,7 @@ def refusal_of(error: Exception) -> Refused:
     if type(error) in _REFUSALS:
         status, code = _REFUSALS[type(error)]
         return Refused(status, str(error), code)
-    if isinstance(error, Cancelled):
+    if isinstance(error, Stopping | Cancelled):
         return Refused(503, "the server is stopping; ask again", "stopping", {"Retry-After": "1"})
     if isinstance(error, ClientDisconnect):
         return Refused(CLIENT_LEFT, "the client left", "client_left")
@@ -116,8 +117,8 @@ def answer_errors(app: FastAPI) -> None:
         return error_reply(error)
 
     # Each by name: behind the handler of Exception an error goes on, to uvicorn.
-    ours = (Refused, QueueFull, ValueError, RuntimeError, Cancelled, OSError, HTTPException)
-    for kind in (*ours, ClientDisconnect, Exception):
+    ours = (Refused, QueueFull, Stopping, Cancelled, ValueError, RuntimeError, OSError)
+    for kind in (*ours, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer)
 
 

@@ -122,8 +122,12 @@ class ContextInfo:
     slots: int = 0
 
 
+class Stopping(Exception):
+    """The service is closing and takes nothing more."""
+
+
 class QueueFull(Exception):
-    """Too many requests wait, or the service is closing.
+    """Too many requests wait.
 
     Attributes:
         retry_after: seconds after which it is worth trying again.

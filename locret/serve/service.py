@@ -27,6 +27,7 @@ from locret.serve.requests import (
     Failed,
     QueueFull,
     Reading,
+    Stopping,
     TextOf,
 )
 from locret.serve.worker import Worker
@@ -141,6 +142,7 @@ class Service:
 
         Raises:
             QueueFull: try again later.
+            Stopping: ask another one.
             TooLong: it cannot fit; says what would.
             UnknownContext: there is no such context.
             ValueError: there is nothing to answer, or a token that the model does not have.
@@ -172,7 +174,7 @@ class Service:
         """Queue a context to be read and stored; thread-safe, does not wait for anything.
 
         Raises:
-            QueueFull, TooLong: as for `ask`.
+            QueueFull, Stopping, TooLong: as for `ask`.
             ValueError: no tokens, or an engine that reads for one question; says why.
         """
         self._check_tokens(ids)
@@ -210,7 +212,7 @@ class Service:
         job.pending.on_end = lambda: self._ended(job)
         with self._changed:
             if self._closing:
-                raise QueueFull("the service is closing; ask another one", self._seconds)
+                raise Stopping("the service is closing; ask another one")
             if len(self._waiting) >= self._queue:
                 self._sums["refused"] += 1
                 rounds = 1 + len(self._waiting) // self._batch

@@ -16,6 +16,7 @@ from torch import Tensor
 from locret.cache.cache import RetainedCache
 from locret.engine.arguments import end_tokens, padded
 from locret.engine.engine import Engine
+from locret.model.hooks import cache_of
 from locret.serve.contexts import Contexts, Prefixes, info_of
 from locret.serve.jobs import AskJob, Job, ReadJob
 from locret.serve.requests import Ask, Failed, RepeatsContext, TooLong, UnknownContext
@@ -290,19 +291,18 @@ class Worker:
     def _go_on(self, batch: Batch) -> Batch:
         """Answer jobs further in one call, whose last tokens are not read yet."""
         jobs, cache = batch
-        last = cache.unread_ids
-        cache.unread_ids = last[:, :0]
-        ids = last.to(self._device)
-        return Batch(jobs, self._generate(jobs, ids, torch.ones_like(ids), cache))
+        nothing = torch.empty(len(jobs), 0, dtype=torch.long, device=self._device)
+        return Batch(jobs, self._generate(jobs, nothing, None, cache))
 
     def _generate(
         self,
         jobs: Sequence[AskJob],
         ids: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         cache: RetainedCache | None,
         once: bool = False,
     ) -> RetainedCache:
+        """The cache after the answers: that given, or a new one."""
         seed = None if jobs[0].ask.greedy else jobs[0].ask.seed
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=seed is not None):
@@ -318,7 +318,8 @@ class Worker:
                 return_dict_in_generate=True,
                 **_sampling(jobs[0].ask),
             )
-        return output.past_key_values
+        after: RetainedCache = cache_of(output)
+        return after
 
     def _take(
         self, jobs: Sequence[AskJob], once: bool, input_ids: Tensor, scores: Any, **kwargs: Any

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from locret.serve.contexts import Contexts
-from locret.serve.requests import Ask, QueueFull, RepeatsContext, UnknownContext
+from locret.serve.requests import Ask, RepeatsContext, Stopping, UnknownContext
 from tests.serve.conftest import WAIT, text_of
 
 
@@ -131,5 +131,5 @@ def test_nobody_waits_for_a_thread_that_has_ended(make, engine, ids, monkeypatch
         with pytest.raises(RuntimeError, match="the service has ended"):
             list(answer.events(WAIT))
     assert not service.ready
-    with pytest.raises(QueueFull):
+    with pytest.raises(Stopping):
         service.ask(Ask(ids(9)))

@@ -66,6 +66,21 @@ def test_rows_that_are_done_leave(make, ids, expected, batches):
     assert batches == [1, 1, 2, 1, 2, 1, 2]
 
 
+def test_an_answer_that_repeats_a_prompt_of_one_token_joins(make, ids, expected, twin, recwarn):
+    """To go on with it is not to ask again: nothing is warned of."""
+    tokens = torch.arange(5, twin.model.config.vocab_size)
+    with torch.no_grad():
+        repeats = twin.model(tokens[:, None]).logits[:, -1].argmax(dim=-1) == tokens
+    assert repeats.any()
+    service = make()
+    service.start()
+    first = Begun(service.ask(Ask(ids(40), max_tokens=LONG)))
+    for token in tokens[repeats].tolist():
+        assert text_of(service.ask(Ask([token], max_tokens=6)))[0] == expected([token], new=6)
+    assert first.text() == expected(ids(40), new=LONG)
+    assert not recwarn.list
+
+
 def test_questions_about_contexts_join(make, ids, expected, twin, batches):
     service = make(contexts=Contexts())
     service.start()

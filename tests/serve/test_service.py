@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import gc
+import logging
 import random
 import threading
 import time
@@ -15,7 +16,16 @@ import locret
 from locret.cache.cache import RetainedCache
 from locret.model.hooks import cache_of
 from locret.serve.contexts import Contexts
-from locret.serve.requests import Ask, Cancelled, End, Piece, QueueFull, TooLong, UnknownContext
+from locret.serve.requests import (
+    Ask,
+    Cancelled,
+    End,
+    Piece,
+    QueueFull,
+    Stopping,
+    TooLong,
+    UnknownContext,
+)
 from locret.serve.service import Service
 from tests.serve.conftest import SMALL, WAIT, text_of
 from tests.tiny_models import tiny_heads, tiny_model
@@ -211,6 +221,15 @@ def test_the_queue_is_bounded(make, ids):
     assert service.counts.queued == 2 and service.counts.refused == 1
 
 
+def test_an_answer_is_logged_without_a_warning(make, ids, caplog):
+    logging.Logger.warning_once.cache_clear()  # another test may have been warned
+    service = make()
+    service.start()
+    text_of(service.ask(Ask(ids(9), max_tokens=4)))
+    service.close(seconds=WAIT)
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
+
+
 def test_closing_finishes_what_was_asked(make, ids, expected):
     service = make(batch=2)
     answers = [service.ask(Ask(ids(30, seed=n), max_tokens=20)) for n in range(5)]
@@ -219,7 +238,7 @@ def test_closing_finishes_what_was_asked(make, ids, expected):
     service.close(seconds=WAIT)
     assert [text_of(a)[0] for a in answers] == [expected(ids(30, seed=n), new=20) for n in range(5)]
     assert not service.ready
-    with pytest.raises(QueueFull, match="closing"):
+    with pytest.raises(Stopping, match="closing"):
         service.ask(Ask(ids(9)))
 
 
