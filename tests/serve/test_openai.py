@@ -1,5 +1,6 @@
 """The real client of OpenAI against a live server over a real model: answers are the engine's."""
 
+import logging
 import os
 import re
 import signal
@@ -317,7 +318,16 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(folder, capsys, monke
     assert "API key is empty" in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_told(folder, capsys):
+@pytest.fixture
+def loggers(monkeypatch):
+    """The command logs to a standard error that is closed when the test ends."""
+    for name in ("locret.serve", "uvicorn"):
+        logger = logging.getLogger(name)
+        for attribute in ("handlers", "propagate", "level"):
+            monkeypatch.setattr(logger, attribute, getattr(logger, attribute))
+
+
+def test_a_port_that_is_taken_is_told(folder, capsys, loggers):
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert locret_main(folder, "--port", str(other.getsockname()[1])) == 2
     assert "cannot listen at 127.0.0.1" in capsys.readouterr().err
