@@ -46,6 +46,7 @@ from locret.integrations.lm_eval_tasks import context_end, tokens_after
 from locret.model.adapters import Adapter, warn_without
 from locret.model.hooks import as_argument
 from locret.model.loading import LoadedModel, load_model
+from locret.model.weights import Quantization
 from locret.policies import LocretPolicy, chosen_policy
 from locret.system.files import check_named
 
@@ -89,7 +90,7 @@ class LocretLM(HFLM):
 
     Args:
         pretrained: Hub id, folder, or embedded:smollm2; or a loaded model.
-        heads, adapter: as for `python -m locret generate`.
+        heads, adapter, weights: as for `python -m locret generate`.
         policy: default locret with heads, else full.
         budget: as the engine's: 512, 0.125, 8x, 2GiB, none.
         protocol, context_field, question_marker, local_tokens: see the file's head.
@@ -119,6 +120,7 @@ class LocretLM(HFLM):
         positions: str = "auto",
         quantization: str | None = None,
         dtype: str = "auto",
+        weights: Quantization | None = None,
         device: str | None = None,
         attn_implementation: str | None = None,
         revision: str | None = None,
@@ -151,7 +153,8 @@ class LocretLM(HFLM):
                 device=self._ranks.device(device),
                 revision=revision,
                 adapter=adapter,
-                **chosen,  # type: ignore[arg-type]
+                quantization=None if weights in NOTHING else weights,
+                **chosen,
             )
         bounded = not self.setup.keeps_all and positions != "original"
         super().__init__(
@@ -363,6 +366,7 @@ class LocretLM(HFLM):
                 **self.setup.to_dict(),
                 "heads": self._heads_source,
                 "adapter": self._adapter_source,
+                "weights": self._loaded.quantization,
                 "attention": self._loaded.model.config._attn_implementation,
                 "engines": self._engines.used,
                 "prompts_cut": self._truncated,

@@ -366,6 +366,15 @@ def test_what_the_harness_passes_by_itself_is_taken(folder):
     assert model.device.type == "cpu" and model.softmax_dtype == torch.float32
 
 
+def test_weights_are_stored_in_few_bits(folder):
+    pytest.importorskip("torchao", reason="package torchao is not installed")
+    given = f"pretrained={folder / 'backbone'},budget=8x,policy=random,weights=int8"
+    model = LocretLM.create_from_arg_string(given, {"batch_size": 1, "device": "cpu"})
+    assert model.get_model_info()["locret"]["weights"] == "int8"
+    with pytest.raises(ValueError, match="int3"):
+        LocretLM.create_from_arg_string(given.replace("int8", "int3"), {"device": "cpu"})
+
+
 @pytest.fixture(scope="module")
 def task_files(tmp_path_factory):
     return str(write_task_files(tmp_path_factory.mktemp("harness") / "tasks"))
