@@ -281,11 +281,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def check_model(context: str | Path, recorded: dict[str, Any], given: dict[str, Any]) -> None:
     """Whether a context belongs to the model `given`, by what `describe` says of both. ValueError:
     it does not; says in what they differ."""
-    came_later = {STORED: given[STORED]}  # contexts from before do not say it
+    recorded = {STORED: given[STORED]} | recorded  # contexts from before do not say it
     differences = [
         f"{what} {recorded.get(what)!r} there, {given[what]!r} here"
         for what in given
-        if what != "name" and recorded.get(what, came_later.get(what)) != given[what]
+        if what != "name" and recorded.get(what) != given[what]
     ]
     if differences:
         raise ValueError(

@@ -17,8 +17,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 INSTALLED = PACKAGE / "configs"
 CONFIGS = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "configs"
 SUFFIX = ".yaml"
-_LOADED = {".safetensors", ".bin", ".pt", ".json"}
 EMPTY = "an empty path; give a name (is a shell variable unset?)"
+
+_LOADED = {".safetensors", ".bin", ".pt", ".json"}
+"""How files of an artifact end that are read when it is loaded."""
 
 
 def check_named(name: object, what: str) -> None:
