@@ -17,13 +17,13 @@ from locret.model.prenorm import why_not_fused
 from locret.policies import POLICIES
 from locret.policies.compose import AdaptiveHeads, PyramidLayers, SharedLayers
 from tests.test_steps import scheme_of
-from tests.tiny_models import FAMILIES, MIXED, distinct_prompt, prompt, tiny_heads, tiny_model
+from tests.tiny_models import EAGER_ONLY, FAMILIES, distinct_prompt, prompt, tiny_heads, tiny_model
 
 pytestmark = pytest.mark.gpu
 
 SMALL = {"budget": 40, "chunk_size": 17, "stabilizers": 3, "local_tokens": 5}
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
-GRAPHED = [name for name in FAMILIES if name not in MIXED | {"mixtral", "qwen3_moe"}]
+GRAPHED = [name for name in FAMILIES if name not in EAGER_ONLY | {"mixtral", "qwen3_moe"}]
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])

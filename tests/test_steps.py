@@ -1,6 +1,7 @@
 """One-token steps with counters on the device give the answers of the plain path."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from locret.model.hooks import cache_of
 from locret.quantization import SCHEMES, make_scheme
 from locret.quantization.base import Scheme
 from tests.kept import stacked
-from tests.tiny_models import FAMILIES, MIXED, prompt, tiny_heads, tiny_model
+from tests.tiny_models import EAGER_ONLY, FAMILIES, MIXED, WINDOW, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
@@ -64,6 +65,10 @@ PACKING = [*(name for name, scheme in SCHEMES.items() if scheme.packs), HalfSche
 EIGHT_BITS = ("fp8", HalfScheme.name)
 
 
+def _are_fast(fast: bool, answering: Answering) -> bool:
+    return fast and answering.backbone.takes_steps
+
+
 @pytest.fixture
 def both(monkeypatch):
     """Run something with and without steps; the plain twins stand in for the kernels."""
@@ -71,7 +76,7 @@ def both(monkeypatch):
     def run(work):
         results = []
         for fast in (False, True):
-            monkeypatch.setattr(Answering, "fast_steps", property(lambda self, fast=fast: fast))
+            monkeypatch.setattr(Answering, "fast_steps", property(partial(_are_fast, fast)))
             results.append(work())
         return results
 
@@ -95,21 +100,21 @@ def test_same_answers(both, family, positions):
 @pytest.fixture
 def fast(monkeypatch):
     """Every engine takes fast steps; the plain twins stand in for the kernels."""
-    monkeypatch.setattr(Answering, "fast_steps", property(lambda self: True))
+    monkeypatch.setattr(Answering, "fast_steps", property(partial(_are_fast, True)))
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in MIXED])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in EAGER_ONLY])
 def test_every_step_of_an_answer_is_fast(fast, family, positions):
     model = tiny_model(family)
     engine = locret.Engine(model, heads=tiny_heads(model), positions=positions, **SMALL)
     assert engine.last_steps is None
     engine.generate(prompt(60, batch=2), **GREEDY)
-    fused = model.config.model_type in PRENORM
+    fused = model.config.model_type in PRENORM and family not in MIXED
     assert engine.last_steps == StepCounts(taken=11, fast=11, replayed=0, fused=11 * fused)
     cache = engine.prefill(prompt(60))
     # The first call after a context fixes the slots, unless they are fixed already.
-    first = positions == "original"
+    first = positions == "original" or all(x.window is not None for x in cache.layers)
     engine.generate(prompt(1, seed=1), cache=cache, **GREEDY)
     steps = 11 + first
     assert engine.last_steps == StepCounts(taken=12, fast=steps, fused=steps * fused)
@@ -173,12 +178,87 @@ def test_steps_that_are_not_fast_are_counted_as_such(fast, settings, given):
     assert engine.last_steps == StepCounts(taken=11, fast=0)
 
 
-@pytest.mark.parametrize("family", sorted(MIXED))
+@pytest.mark.parametrize("family", sorted(EAGER_ONLY))
 def test_architectures_without_fast_steps_say_so(family):
     engine = locret.Engine(tiny_model(family), "random", **SMALL)
     assert not engine.fast_steps
     engine.generate(prompt(60), **GREEDY)
     assert engine.last_steps == StepCounts(taken=11, fast=0)
+
+
+SLIDING = sorted(MIXED - EAGER_ONLY)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("family", SLIDING)
+@pytest.mark.parametrize("context", [5, WINDOW - 2, WINDOW - 1, WINDOW, 60])
+def test_windows_slide_on_the_device(both, family, positions, context):
+    """Answers that fill a window, begin in a full one, and go round it more than once."""
+    model = tiny_model(family)
+    ids = prompt(context, batch=2)
+    long = {"max_new_tokens": 2 * WINDOW + 3, "do_sample": False}
+
+    def work():
+        engine = locret.Engine(model, "streaming_llm", positions=positions, **SMALL)
+        cache = engine.prefill(ids)
+        answers, holds = [], []
+        for question in (prompt(3, batch=2), prompt(1, batch=2, seed=1), prompt(1, batch=2)[:, :0]):
+            answers.append(engine.generate(question, cache=cache, **long))
+            holds += [cache.layers[0].keys, cache.layers[0].lengths]
+            holds += [torch.stack([*row]) for row in cache.layers[0].source_positions]
+        return answers, holds, engine.last_steps
+
+    (plain, held, _), (fast, found, steps) = both(work)
+    assert all(map(torch.equal, plain, fast))
+    for one, other in zip(held, found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert steps.fast == steps.taken == long["max_new_tokens"]
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_windows_where_storage_runs_out_and_after_restoring(both, monkeypatch, family):
+    monkeypatch.setattr("locret.engine.answering.DECODE_ROOM", 3)
+    model = tiny_model(family)
+
+    def work():
+        engine = locret.Engine(model, "random", **SMALL)
+        cache = engine.prefill(prompt(60))
+        context, answers = cache.snapshot(), []
+        for tokens in (30, 12, 30):
+            given = GREEDY | {"max_new_tokens": tokens}
+            answers.append(engine.generate(prompt(4), cache=cache, **given))
+            cache.restore(context)
+        return answers
+
+    plain, fast = both(work)
+    assert all(map(torch.equal, plain, fast))
+    assert torch.equal(fast[0], fast[2])
+
+
+def test_backbones_all_of_whose_layers_slide(both):
+    model = tiny_model("mistral", sliding_window=WINDOW)
+
+    def work():
+        engine = locret.Engine(model, "random", **SMALL)
+        return engine.generate(prompt(60), **GREEDY), engine.last_steps
+
+    (plain, _), (fast, steps) = both(work)
+    assert torch.equal(plain, fast) and steps == StepCounts(taken=11, fast=11)
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_windows_that_rows_fill_differently_are_not_fast(both, family):
+    model = tiny_model(family)
+    ids = prompt(60, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :57] = 0
+
+    def work():
+        engine = locret.Engine(model, "random", **SMALL)
+        return engine.generate(ids, mask, **GREEDY), engine.last_steps
+
+    (plain, _), (fast, steps) = both(work)
+    assert torch.equal(plain, fast) and steps.fast < steps.taken
 
 
 def test_compiled_models_take_fast_steps_too(fast):
@@ -196,6 +276,23 @@ def test_steps_under_autocast(fast):
         output = engine.generate(prompt(60), return_dict_in_generate=True, **GREEDY)
     assert engine.last_steps == StepCounts(taken=11, fast=11)
     assert cache_of(output).layers[0].keys.dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", [*SLIDING, "mixtral", "qwen3_moe"])
+def test_windows_and_experts_on_a_gpu_are_replayed_from_a_graph(family):
+    model = tiny_model(family).to("cuda", torch.bfloat16)
+    answers = []
+    for graphs in (False, True):
+        engine = locret.Engine(model, "random", graphs=graphs, **SMALL)
+        cache = engine.prefill(prompt(60, batch=2).cuda())
+        long = {"max_new_tokens": 2 * WINDOW + 3, "do_sample": False}
+        for tokens in (3, 1):
+            ids = prompt(tokens, batch=2).cuda()
+            answers.append(engine.generate(ids, cache=cache, **long))
+        replayed = engine.last_steps.fast - EAGER_STEPS if graphs else 0
+        assert engine.last_steps.replayed == replayed
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
 
 
 @pytest.mark.gpu

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from locret.cache.cache import DECODE_ROOM, RetainedCache
-from locret.cache.layer import RetainedLayer
 from locret.cache.sizing import Sizing
 from locret.engine.arguments import (
     BRANCHING,
@@ -33,7 +32,7 @@ from locret.engine.attention import AnswerPass, Pass
 from locret.engine.config import EngineConfig
 from locret.engine.contexts import counts_of, one_if_equal
 from locret.engine.reading import ChunkForward, asks_logits, without_mask
-from locret.engine.steps import StepCounts, StepPass
+from locret.engine.steps import StepCounts, StepPass, takes_steps
 from locret.kernels.dispatch import AVAILABLE
 from locret.model.backbone import Backbone
 from locret.model.hooks import as_argument, as_output, without_autocast
@@ -131,7 +130,7 @@ class Answering:
     def fast_steps(self) -> bool:
         """Whether one-token steps run with counters on the device (`locret.engine.steps`)."""
         backbone, fused = self.backbone, self.config.compute.backend != "eager" and AVAILABLE
-        return fused and backbone.plain and [d.type for d in backbone.devices] == ["cuda"]
+        return fused and backbone.takes_steps and [d.type for d in backbone.devices] == ["cuda"]
 
     def _eviction(self, cache: RetainedCache, first: int, last: int) -> Eviction | None:
         """How layers evict while the answer comes, if that was asked for.
@@ -384,10 +383,14 @@ class GraphedSteps:
         if self._ahead is not None:
             self._ahead.end()
             self.ahead += self._ahead.used
+        if self._steps is not None:
+            self._steps.close()
         self._ahead = self._steps = self._graph = self._outputs = self._ids = None
 
     def _is_step(self, ids: Tensor | None, inputs: dict[str, Any]) -> bool:
-        frozen = all(layer.rotated and not layer.is_empty for layer in self._cache.layers)
+        layers = self._cache.layers
+        frozen = all(layer.rotated or layer.window is not None for layer in layers)
+        frozen = frozen and not any(layer.is_empty for layer in layers)
         one = ids is not None and ids.shape[1] == 1
         return one and frozen and asks_logits(inputs, self._cache)
 
@@ -433,16 +436,3 @@ class GraphedSteps:
         if self._last:
             replay, rewind = self._graph.replay, self._steps.rewind
             self._ahead = StepsAhead(replay, rewind, own, self._outputs.logits)
-
-
-def takes_steps(layer: RetainedLayer, folds: bool) -> bool:
-    """Whether one-token steps of a layer can write in place and attend to all: nothing comes back
-    from the host, and what is packed can be read, or written out, without waiting for the device.
-
-    Args:
-        folds: units count for what was folded into them, which the kernels of steps do not know.
-    """
-    if layer.host is not None or layer.is_empty or folds:
-        return False
-    scheme, size = layer.store.scheme, layer.store.like.shape[-1]
-    return not scheme.packs or scheme.decodes_packed(size) or scheme.recordable

@@ -59,7 +59,7 @@ class RetainedAttention:
             output = current.attend(call, layer, wanted)
         else:
             with without_autocast(call.key.device):
-                output = _slide(call, layer, layer.window, self.backend, current.drop, wanted)
+                output = current.slide(call, layer, layer.window, self.backend, wanted)
         layer.seen += call.key.shape[2] - current.drop
         if output is None:
             raise Enough
@@ -108,6 +108,12 @@ class Pass:
         """Store the new units of a layer without a window, and the attention output [B, T, H*G, D]
         if it is wanted."""
         raise NotImplementedError
+
+    def slide(
+        self, call: LayerCall, layer: RetainedLayer, window: int, backend: Backend, wanted: bool
+    ) -> Tensor | None:
+        """The same of a layer with a window."""
+        return _slide(call, layer, window, backend, self.drop, wanted)
 
     def rotation(
         self, layer_idx: int, hidden: Tensor, cache: RetainedCache, rotary: Rotary
@@ -189,18 +195,26 @@ def _slide(
         query = call.rotate(call.query, rows, lengths)
         output = attend(query, keys, values, call.scaling, backend, empty, call.weighting)
     own = own_positions(call, layer)
-    added = NewTokens.of(call.key, call.value, own).first(new - drop)
-    batch, heads, more = added.scores.shape
-    none = alike(batch, (0,) * heads, call.key.device)
-    whole = (none if layer.is_empty else store.sequences).plus(more)
-    keep = max(window - 1, 1)
-    if whole.longest <= keep:
-        store.append(added)
-        return output
-    kept = sequences_of(tuple(tuple(min(n, keep) for n in r) for r in whole.counts), whole.device)
-    gone = (whole.lengths - kept.lengths).flatten()
-    layer.evict(kept.local + gone[kept.owner], kept, added)
+    keep_window(layer, window, NewTokens.of(call.key, call.value, own).first(new - drop))
     return output
+
+
+def keep_window(layer: RetainedLayer, window: int, new: NewTokens | None = None) -> None:
+    """Hold no more units, of those held and `new` ones, than the next token sees of a window."""
+    if new is None:
+        whole = layer.store.sequences
+    else:
+        batch, heads, more = new.scores.shape
+        none = alike(batch, (0,) * heads, new.keys.device)
+        whole = (none if layer.is_empty else layer.store.sequences).plus(more)
+    keep = max(window - 1, 1)
+    if whole.longest > keep:
+        counts = tuple(tuple(min(n, keep) for n in row) for row in whole.counts)
+        kept = sequences_of(counts, whole.device)
+        gone = (whole.lengths - kept.lengths).flatten()
+        layer.evict(kept.local + gone[kept.owner], kept, new)
+    elif new is not None:
+        layer.store.append(new)
 
 
 def _dtype_of(layer: RetainedLayer, new: torch.dtype, ranks: bool) -> torch.dtype:

@@ -11,9 +11,11 @@ kernels.
 
 Packed units that a kernel cannot attend to as they are (`Scheme.decodes_packed`) are written out at
 every step, one layer after the other, to a scratch buffer that all layers share. What a cache
-reports does not count it; it lives no longer than the answer.
+reports does not count it; it lives no longer than the answer. Nor does it count the rings of layers
+with a sliding window (`locret.engine.rings`).
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +24,8 @@ from torch import Tensor
 from locret.cache.cache import RetainedCache
 from locret.cache.context import StoredContext, places
 from locret.cache.layer import RetainedLayer
-from locret.engine.attention import Pass
+from locret.engine.attention import Pass, keep_window
+from locret.engine.rings import Rings
 from locret.kernels import (
     PackedShares,
     Plain,
@@ -42,6 +45,9 @@ from locret.model.prenorm import PrenormLayer
 from locret.model.rotary import Rotary
 from locret.model.weights import in_fp8_alone
 from locret.quantization.packed import Expansion
+
+_GROUPS = 9, torch.bfloat16
+"""Major compute capability and dtype for which torch multiplies groups of matrices at once."""
 
 
 class StepCounts(NamedTuple):
@@ -188,11 +194,16 @@ class StepPass(Pass):
         self._lengths = self._filled + 1
         self._starts = [self._start_of(layer) for layer in cache.layers]
         self._places: dict[int, list[tuple[int, ...]]] = {}
-        for count, starts in dict.fromkeys(self._starts):
+        whole = [layer.window is None for layer in cache.layers]
+        for count, starts in dict.fromkeys(itertools.compress(self._starts, whole)):
             self._places.setdefault(count, []).append(starts)
         group = backbone.geometry.num_query_heads // backbone.geometry.num_kv_heads
         scratch = scratch_for(cache)
-        self._contexts = [StepContext.of(layer, group, scratch) for layer in cache.layers]
+        self._contexts = [
+            None if layer.window is not None else StepContext.of(layer, group, scratch)
+            for layer in cache.layers
+        ]
+        self._rings = Rings(backbone, cache, self.left) if any(backbone.windows) else None
         self._like = torch.empty(0, dtype=cache.layers[0].store.like.dtype, device=device)
 
     @property
@@ -257,14 +268,30 @@ class StepPass(Pass):
 
     def _attend(self, call: LayerCall, layer: RetainedLayer) -> Tensor:
         """Store the new unit and attend, [B, 1, H*G, D]."""
-        i, tail = call.layer_idx, layer.store.tail
+        i, context = call.layer_idx, self._contexts[call.layer_idx]
+        assert context is not None
         self.cache.answered = self.cache.budget is not None
-        keys, values = tail.tensors[:2]
-        store_units(keys, values, call.key, call.value, self._filled[i : i + 1])
+        keys, values = self._store(call, layer)
         length = self._lengths[i : i + 1]
-        output = self._contexts[i].attend(call.query, keys, values, length, call.scaling)
+        return context.attend(call.query, keys, values, length, call.scaling).transpose(1, 2)
+
+    def slide(
+        self, call: LayerCall, layer: RetainedLayer, window: int, backend: Any, wanted: bool
+    ) -> Tensor:
+        """The same in a layer with a window: the unit is stored unrotated, too, for what comes
+        after the answer."""
+        assert self._rings is not None
+        self._store(call, layer)
+        return self._rings.attend(call).transpose(1, 2)
+
+    def _store(self, call: LayerCall, layer: RetainedLayer) -> tuple[Tensor, Tensor]:
+        """Write the new unit to the tail: its keys and values."""
+        tail = layer.store.tail
+        keys, values = tail.tensors[:2]
+        slot = self._filled[call.layer_idx : call.layer_idx + 1]
+        store_units(keys, values, call.key, call.value, slot)
         tail.count += 1
-        return output.transpose(1, 2)
+        return keys, values
 
     def take(self, i: int, x: Tensor, layer: PrenormLayer) -> Tensor:
         """Store the new unit that a layer makes of x [B, 1, hidden size], and attend,
@@ -272,6 +299,7 @@ class StepPass(Pass):
         keys, values = self.cache.layers[i].store.tail.tensors[:2]
         slot, length = (counts[i : i + 1] for counts in (self._filled, self._lengths))
         new, norms, context = layer.project(x), layer.head_norms, self._contexts[i]
+        assert context is not None
         turned = context.turned_for(new.query)
         query = store_rotated(new, keys, values, slot, self._turning(i), norms, turned)
         output = context.attend(query, keys, values, length, layer.scaling, turned)
@@ -282,11 +310,21 @@ class StepPass(Pass):
         self._filled += 1
         self._lengths += 1
         self._now = {}
+        if self._rings is not None:
+            self._rings.move(1)
 
     def rewind(self) -> None:
         """Take the device's counters back by one step."""
         self._filled -= 1
         self._lengths -= 1
+        if self._rings is not None:
+            self._rings.move(-1)
+
+    def close(self) -> None:
+        """After the last step: layers with a window hold no more than it again."""
+        for layer in self.cache.layers:
+            if layer.window is not None:
+                keep_window(layer, layer.window)
 
     def advance(self) -> None:
         """Python's counters, after a replay or a fused step."""
@@ -294,6 +332,21 @@ class StepPass(Pass):
         for layer in self.cache.layers:
             layer.store.tail.count += 1
             layer.seen += 1
+
+
+def takes_steps(layer: RetainedLayer, folds: bool) -> bool:
+    """Whether one-token steps of a layer can write in place and attend to all: nothing comes back
+    from the host, and what is packed can be read, or written out, without waiting for the device.
+
+    Args:
+        folds: units count for what was folded into them, which the kernels of steps do not know.
+    """
+    if layer.host is not None or layer.is_empty or folds:
+        return False
+    if layer.window is not None:  # a ring is filled alike in all rows, by units in full
+        return layer.store.sequences.equal and not layer.store.scheme.packs
+    scheme, size = layer.store.scheme, layer.store.like.shape[-1]
+    return not scheme.packs or scheme.decodes_packed(size) or scheme.recordable
 
 
 def writes_out(layer: RetainedLayer) -> bool:
@@ -319,11 +372,25 @@ def why_not_graphed(backbone: Backbone) -> str | None:
         return f"the model is on {model.device}"
     if len(set(map(str, getattr(model, "hf_device_map", {}).values()))) > 1:
         return "the model is spread over several devices"
-    if not backbone.plain:
-        return "the model has sliding windows, softcaps, sinks or more than one RoPE"
+    if not backbone.takes_steps:
+        return "the model has softcaps, sinks, or retained layers with more than one RoPE"
     # torchao's products in FP8 are computed on the device alone, scales included.
     if getattr(model, "hf_quantizer", None) is not None and not in_fp8_alone(model):
         return "the model's weights are quantized"
     if any(getattr(config, name, 0) for name in ("num_local_experts", "num_experts")):
-        return "mixtures of experts choose their kernels on the host"
+        return _why_experts_wait(model)
     return None
+
+
+def _why_experts_wait(model: Any) -> str | None:
+    """Why the host waits to know which of a mixture's experts were chosen; None if it does not."""
+    how, device = getattr(model.config, "_experts_implementation", None), model.device
+    capability = torch.cuda.get_device_capability(device)[0]
+    # Groups of other matrices, or on other GPUs, torch multiplies one after the other.
+    if how == "batched_mm" or how == "grouped_mm" and (capability, model.dtype) == _GROUPS:
+        return None
+    return (
+        f"its experts run by experts_implementation={how!r} in {model.dtype} on a GPU of compute "
+        f"capability {capability}, which waits for the host; 'grouped_mm' in bfloat16 on Hopper, "
+        "and 'batched_mm', do not"
+    )

@@ -121,8 +121,9 @@ class Backbone:
 
     @property
     def rotary(self) -> Rotary:
-        """The rotation of all layers that have one, where they agree (`plain`)."""
-        return next(iter(self._rotaries.values()))
+        """The rotation of all retained layers that have one, where they agree (`takes_steps`)."""
+        any_of = next(iter(self._rotaries.values()))
+        return next((layer.rotary for layer in self.retained if layer.rotary is not None), any_of)
 
     @property
     def devices(self) -> set[torch.device]:
@@ -135,10 +136,17 @@ class Backbone:
         return is_softcapped(self.config)
 
     @property
-    def plain(self) -> bool:
-        """All layers retain their units, rotate alike and weigh by an ordinary softmax."""
+    def takes_steps(self) -> bool:
+        """All layers weigh by an ordinary softmax, and those that retain their units rotate alike:
+        what one-token steps on the device can compute (`locret.engine.steps`)."""
         bent = any(getattr(x.module, "sinks", None) is not None for x in self.layers)
-        return not (any(self.windows) or bent or self.softcapped or len(self._rotaries) > 1)
+        rotaries = {id(layer.rotary) for layer in self.retained if layer.rotary is not None}
+        return not (bent or self.softcapped or len(rotaries) > 1)
+
+    @property
+    def plain(self) -> bool:
+        """The same, and all layers retain their units and have one rotation."""
+        return self.takes_steps and not any(self.windows) and len(self._rotaries) == 1
 
     @property
     def backend(self) -> Backend:

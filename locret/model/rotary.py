@@ -221,6 +221,10 @@ class Rotary:
             ranges = ranges[:1]
         return self._tables_of(ranges, like, dim=0)
 
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate `x` [B, heads, S, D] by tables [1 or B, S, R] as `cos_sin` gives them."""
+        return self._turn(x, Tables(cos, sin, None))
+
     def rotate_ranges(self, x: Tensor, ranges: Sequence[tuple[int, int, int]]) -> Tensor:
         """Rotate `x` [B, heads, S, D], whose tokens fill one range of slots after the other, each
         given as its start, its stop and the length of its prompt."""
