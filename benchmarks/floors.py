@@ -32,44 +32,73 @@ class Cost:
     """What a model asks of a machine.
 
     Attributes:
-        matrix_weights: weights of the decoder's linear layers, lm_head left out: a prefill needs it
-            for one position only.
-        read_bytes: bytes of all weights that a decode step reads: all but the input embedding,
-            unless that is the lm_head too.
-        attention_width: query heads x head size, over all layers.
-        unit_bytes: key and value of one unit in all KV heads of all layers.
+        matrix_weights: weights of the decoder's matrices that a token passes, of a mixture's
+            experts those that it is sent to; lm_head left out: a prefill needs it for one position
+            only.
+        read_bytes: bytes of all weights that a decode step of one row reads: all but the input
+            embedding, unless that is the lm_head too, and the experts that its token is not sent
+            to.
+        attention_width: query heads x head size, over all layers without a sliding window.
+        unit_bytes: key and value of one unit in all KV heads of these layers.
+        windows: tokens that each layer with a sliding window attends to, by itself.
+        window_width: query heads x head size of one of them.
+        window_unit_bytes: key and value of one unit in all KV heads of one of them.
     """
 
     matrix_weights: int
     read_bytes: int
     attention_width: int
     unit_bytes: int
+    windows: tuple[int, ...] = ()
+    window_width: int = 0
+    window_unit_bytes: int = 0
 
     def prefill_seconds(self, machine: Machine, length: int, pairs: int, batch: int = 1) -> float:
-        """Floor of reading `batch` prompts of `length` tokens; `pairs` as by `attended_pairs`."""
+        """Floor of reading `batch` prompts of `length` tokens; `pairs` as by `attended_pairs`, in
+        layers without a window."""
         flop = 2 * self.matrix_weights * length + 4 * self.attention_width * pairs
+        windows = sum(attended_pairs(length, window - 1, 1) for window in self.windows)
+        flop += 4 * self.window_width * windows
         return batch * flop / machine.flops
 
     def step_seconds(self, machine: Machine, units: int, batch: int = 1) -> float:
-        """Floor of a decode step with `units` held in each KV head of each row."""
-        return (self.read_bytes + batch * units * self.unit_bytes) / machine.bandwidth
+        """Floor of a decode step with `units` held in each KV head of each row, and windows full.
+        The experts are counted as for one row: more rows read more of them."""
+        held = units * self.unit_bytes + sum(self.windows) * self.window_unit_bytes
+        return (self.read_bytes + batch * held) / machine.bandwidth
 
 
 def cost_of(model: Any) -> Cost:
     """The cost of a stock causal language model."""
     decoder, config = model.get_decoder(), model.config
-    attention = decoder.layers[0].self_attn
-    heads = len(decoder.layers) * attention.head_dim
+    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in decoder.layers]
+    sliding = tuple(window for window in windows if window is not None)
+    retained = len(windows) - len(sliding)
+    head_dim = decoder.layers[0].self_attn.head_dim
+    width, units = (
+        head_dim * n for n in (config.num_attention_heads, 2 * config.num_key_value_heads)
+    )
     size = next(model.parameters()).element_size()
-    weights = sum(p.numel() for p in model.parameters())
+    weights, experts = sum(p.numel() for p in model.parameters()), _expert_weights(decoder)
     if not config.tie_word_embeddings:
         weights -= model.get_input_embeddings().weight.numel()
+    linear = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear))
+    chosen = experts * config.num_experts_per_tok // config.num_experts if experts else 0
     return Cost(
-        matrix_weights=sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear)),
-        read_bytes=weights * size,
-        attention_width=heads * config.num_attention_heads,
-        unit_bytes=2 * heads * config.num_key_value_heads * size,
+        matrix_weights=linear + chosen,
+        read_bytes=(weights - experts + chosen) * size,
+        attention_width=retained * width,
+        unit_bytes=retained * units * size,
+        windows=sliding,
+        window_width=width if sliding else 0,
+        window_unit_bytes=units * size if sliding else 0,
     )
+
+
+def _expert_weights(decoder: nn.Module) -> int:
+    """Weights of all experts of all mixtures, which transformers stores stacked, [experts, ...]."""
+    named = decoder.named_parameters()
+    return sum(p.numel() for name, p in named if ".experts." in name and p.dim() == 3)
 
 
 def attended_pairs(length: int, budget: int | None = None, chunk: int | None = None) -> int:

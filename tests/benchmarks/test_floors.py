@@ -44,6 +44,27 @@ def test_tied_embeddings_are_read_once():
     assert cost.read_bytes == 2 * 134515008
 
 
+def test_a_token_passes_the_experts_that_it_is_sent_to():
+    cost = floors.cost_of(random_model("qwen3-30b-a3b", torch.device("meta")))
+    of_expert, layers = 3 * 2048 * 768, 48
+    attention = 2048 * 128 * (32 + 4 + 4 + 32)
+    assert cost.matrix_weights == layers * (attention + 8 * of_expert)  # its router is none
+    assert cost.read_bytes == pytest.approx(2 * (cost.matrix_weights + 151936 * 2048), rel=5e-3)
+
+
+def test_layers_with_a_window_attend_to_it():
+    cost = floors.cost_of(random_model("gemma-3-4b", torch.device("meta")))
+    assert cost.windows == (1024,) * 29
+    assert cost.attention_width == 5 * 8 * 256 and cost.window_width == 8 * 256
+    assert cost.unit_bytes == 5 * cost.window_unit_bytes == 5 * 2 * 4 * 256 * 2
+    machine = floors.Machine(flops=1.0, bandwidth=1.0)
+    held = 4096 * cost.unit_bytes + 29 * 1024 * cost.window_unit_bytes
+    assert cost.step_seconds(machine, 4096) == cost.read_bytes + held
+    pairs = 1024 * 1025 // 2 + 1024 * 1024  # token t of 2,048 sees the last min(t, 1024)
+    alone = floors.Cost(0, 0, 0, 0, cost.windows, cost.window_width, cost.window_unit_bytes)
+    assert alone.prefill_seconds(machine, 2048, 0) == 29 * 4 * 8 * 256 * pairs
+
+
 def test_a_machine_is_measured():
     machine = floors.measure(CPU, torch.float32)
     assert machine.flops > 0 and machine.bandwidth > 0
