@@ -300,7 +300,7 @@ def test_units_written_in_place_weigh_one():
     everything = torch.arange(5).repeat(2), sequences_of(((5, 5),), keys.device)
     store.retain(*everything, NewTokens.of(keys, keys, torch.arange(5)))
     store.replace_values(store.context.values, torch.full((10,), 3.0))
-    store.make_room(4, first_position=5)
+    store.make_room(4, starts=torch.tensor([5]))
     store.tail.count += 3
     assert store.split("weights")[0][1].tolist() == [3.0] * 5 + [1.0] * 3
 

@@ -261,6 +261,29 @@ def test_windows_that_rows_fill_differently_are_not_fast(both, family):
     assert torch.equal(plain, fast) and steps.fast < steps.taken
 
 
+@pytest.mark.parametrize("family", ["llama", *SLIDING])
+def test_units_of_padded_rows_know_where_they_stood(both, tmp_path, family):
+    """Each row's answer goes on from its own prompt, so that it can be closed, kept and asked."""
+    model = tiny_model(family)
+    ids = prompt(60, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+
+    def work():
+        engine = locret.Engine(model, "random", **SMALL)
+        cache = engine.prefill(ids, mask)
+        for question in (prompt(3, batch=2), prompt(9, batch=2)):
+            engine.generate(question, cache=cache, **GREEDY)
+        found = [[x.tolist() for x in row] for row in cache.layers[1].source_positions]
+        alone = engine.together([cache.rows([1])])
+        cache.save(tmp_path / str(engine.last_steps.fast))
+        return found, engine.generate(prompt(3), cache=alone, **GREEDY), engine.last_steps
+
+    (plain, spoken, _), (fast, said, steps) = both(work)
+    assert plain == fast and torch.equal(spoken, said)
+    assert steps.fast == 11
+
+
 def test_compiled_models_take_fast_steps_too(fast):
     model = tiny_model("llama")
     expected = locret.Engine(model, "random", **SMALL).generate(prompt(60), **GREEDY)

@@ -240,7 +240,7 @@ class History:
         self.twin.drop_last(count)
 
     def make_room(self, draw):
-        self.store.make_room(draw(st.integers(1, 20)), 7000)
+        self.store.make_room(draw(st.integers(1, 20)), torch.tensor([7000]))
         self.twin.pack()
         tail = self.store.tail
         spare = [x[:, :, tail.count :] for x in tail.tensors]

@@ -349,9 +349,9 @@ class Store:
             self.tail = tail
         self.context = context
 
-    def make_room(self, room: int, first_position: int) -> None:
+    def make_room(self, room: int, starts: Tensor) -> None:
         """Let units be written to the tail in place: spare room for as many, whose scores are zero
-        and whose source positions go on from `first_position`."""
+        and whose source positions go on from `starts` [1 or B], each row's or that of all."""
         if self.scheme.packs:
             self.pack()
             room = min(room, STEPS)
@@ -360,8 +360,8 @@ class Store:
             tail.append([*self._tail_like()], room)
             self.tail = tail
         spare = [tensor[:, :, self.tail.count :] for tensor in self.tail.tensors]
-        last, device = first_position + spare[2].shape[2], spare[2].device
-        spare[2][:] = torch.arange(first_position, last, dtype=torch.int32, device=device)
+        after = torch.arange(spare[2].shape[2], dtype=torch.int32, device=spare[2].device)
+        spare[2][:] = starts[:, None, None] + after
         for name, tensor in zip(self.names[3:], spare[3:], strict=True):
             tensor[:] = name == "weights"
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from locret.cache.cache import RetainedCache
-from locret.cache.context import StoredContext, places
+from locret.cache.context import StoredContext, places, sent
 from locret.cache.layer import RetainedLayer
 from locret.engine.attention import Pass, keep_window
 from locret.engine.rings import Rings
@@ -187,8 +187,9 @@ class StepPass(Pass):
         self._signed: dict[int, tuple[Tensor, Tensor]] = {}
         self._now: dict[int, tuple[Tensor, Tensor]] = {}
         device = cache.layers[0].store.like.device
+        positions = sent(cache.shifted(cache.seen), device, torch.int32)
         for layer in cache.layers:
-            layer.store.make_room(room, layer.seen)
+            layer.store.make_room(room, positions)
         counts = [layer.store.tail.count for layer in cache.layers]
         self._filled = torch.tensor(counts, dtype=torch.int32, device=device)
         self._lengths = self._filled + 1
