@@ -78,6 +78,15 @@ def test_an_active_window_is_that_of_the_stock_model(family):
     assert torch.equal(engine.generate(prompt(70), **GREEDY), stock)
 
 
+@pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
+def test_a_rotation_that_no_layer_has(family, kind):
+    model = tiny_model(family, layer_types=[kind] * 2)
+    stock = model.generate(prompt(70), **GREEDY)
+    engine = locret.Engine(model, "full", chunk_size=7, local_tokens=5)
+    assert torch.equal(engine.generate(prompt(70), **GREEDY), stock)
+
+
 @pytest.mark.parametrize("window", [2, 3])
 def test_the_smallest_windows(window):
     model = tiny_model("mistral", sliding_window=window)

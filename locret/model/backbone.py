@@ -94,7 +94,10 @@ class Backbone:
         attentions = [without_compiling(layer.self_attn) for layer in self.decoder.layers]
         apply = sys.modules[type(attentions[0]).__module__].apply_rotary_pos_emb
         rotary = self.decoder.rotary_emb
-        types: list[str | None] = [*_by_type(rotary.config.rope_parameters or {})] or [None]
+        # A model makes no tables for a type that no layer has.
+        had = getattr(self.config, "layer_types", None) or ()
+        named = [each for each in _by_type(rotary.config.rope_parameters or {}) if each in had]
+        types: list[str | None] = [*named] or [None]
         # By layer type, or that of all layers as None.
         self._rotaries = {each: Rotary(rotary, apply, longrope, each) for each in types}
         self.longrope = next((r.longrope for r in self._rotaries.values() if r.longrope), None)
