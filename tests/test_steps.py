@@ -215,6 +215,29 @@ def test_windows_slide_on_the_device(both, family, positions, context):
     assert steps.fast == steps.taken == long["max_new_tokens"]
 
 
+@pytest.mark.parametrize("context", [5, 60])
+@pytest.mark.parametrize("family", [*SLIDING, "mistral-sliding"])
+def test_windows_bound_what_layers_hold_however_long_an_answer_may_be(both, family, context):
+    model = tiny_model(family)
+
+    def work():
+        engine, sizes = locret.Engine(model, "random", **SMALL), []
+
+        def look(ids, scores, **kwargs):
+            sizes.append(cache.layers[0].nbytes)
+            return torch.full((1,), len(sizes) == 7)
+
+        cache = engine.prefill(prompt(context))
+        engine.generate(
+            prompt(3), cache=cache, max_new_tokens=900, do_sample=False, stopping_criteria=[look]
+        )
+        return max(sizes), cache.layers[0].nbytes, engine.last_steps.fast
+
+    (most, after, _), (of_steps, after_steps, fast) = both(work)
+    assert of_steps <= most and after_steps == after
+    assert fast == 6
+
+
 @pytest.mark.parametrize("family", SLIDING)
 def test_windows_where_storage_runs_out_and_after_restoring(both, monkeypatch, family):
     monkeypatch.setattr("locret.engine.answering.DECODE_ROOM", 3)

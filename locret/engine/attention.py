@@ -199,21 +199,18 @@ def _slide(
     return output
 
 
-def keep_window(layer: RetainedLayer, window: int, new: NewTokens | None = None) -> None:
+def keep_window(layer: RetainedLayer, window: int, new: NewTokens) -> None:
     """Hold no more units, of those held and `new` ones, than the next token sees of a window."""
-    if new is None:
-        whole = layer.store.sequences
-    else:
-        batch, heads, more = new.scores.shape
-        none = alike(batch, (0,) * heads, new.keys.device)
-        whole = (none if layer.is_empty else layer.store.sequences).plus(more)
+    batch, heads, more = new.scores.shape
+    none = alike(batch, (0,) * heads, new.keys.device)
+    whole = (none if layer.is_empty else layer.store.sequences).plus(more)
     keep = max(window - 1, 1)
     if whole.longest > keep:
         counts = tuple(tuple(min(n, keep) for n in row) for row in whole.counts)
         kept = sequences_of(counts, whole.device)
         gone = (whole.lengths - kept.lengths).flatten()
         layer.evict(kept.local + gone[kept.owner], kept, new)
-    elif new is not None:
+    else:
         layer.store.append(new)
 
 

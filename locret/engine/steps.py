@@ -24,7 +24,7 @@ from torch import Tensor
 from locret.cache.cache import RetainedCache
 from locret.cache.context import StoredContext, places, sent
 from locret.cache.layer import RetainedLayer
-from locret.engine.attention import Pass, keep_window
+from locret.engine.attention import Pass
 from locret.engine.rings import Rings
 from locret.kernels import (
     PackedShares,
@@ -188,8 +188,11 @@ class StepPass(Pass):
         self._now: dict[int, tuple[Tensor, Tensor]] = {}
         device = cache.layers[0].store.like.device
         positions = sent(cache.shifted(cache.seen), device, torch.int32)
-        for layer in cache.layers:
+        # Layers with a window hold theirs in rings until the last step.
+        for layer in cache.retained_layers:
             layer.store.make_room(room, positions)
+        tails = [layer.store.tail for layer in cache.retained_layers]
+        self._end = cache.seen + min((x.capacity - x.count for x in tails), default=room)
         counts = [layer.store.tail.count for layer in cache.layers]
         self._filled = torch.tensor(counts, dtype=torch.int32, device=device)
         self._lengths = self._filled + 1
@@ -210,8 +213,7 @@ class StepPass(Pass):
     @property
     def left(self) -> int:
         """Steps for which there is storage still."""
-        tails = (layer.store.tail for layer in self.cache.layers)
-        return min(tail.capacity - tail.count for tail in tails)
+        return self._end - self.cache.seen
 
     def _start_of(self, layer: RetainedLayer) -> tuple[int, tuple[int, ...]]:
         """Units in the tail, and the slot of the first of them in each row."""
@@ -279,10 +281,8 @@ class StepPass(Pass):
     def slide(
         self, call: LayerCall, layer: RetainedLayer, window: int, backend: Any, wanted: bool
     ) -> Tensor:
-        """The same in a layer with a window: the unit is stored unrotated, too, for what comes
-        after the answer."""
+        """The same in a layer with a window, in its ring."""
         assert self._rings is not None
-        self._store(call, layer)
         return self._rings.attend(call).transpose(1, 2)
 
     def _store(self, call: LayerCall, layer: RetainedLayer) -> tuple[Tensor, Tensor]:
@@ -322,16 +322,15 @@ class StepPass(Pass):
             self._rings.move(-1)
 
     def close(self) -> None:
-        """After the last step: layers with a window hold no more than it again."""
-        for layer in self.cache.layers:
-            if layer.window is not None:
-                keep_window(layer, layer.window)
+        """After the last step: what is in rings goes back to its layers."""
+        if self._rings is not None:
+            self._rings.close()
 
     def advance(self) -> None:
         """Python's counters, after a replay or a fused step."""
         self.cache.answered = self.cache.budget is not None
         for layer in self.cache.layers:
-            layer.store.tail.count += 1
+            layer.store.tail.count += layer.window is None
             layer.seen += 1
 
 
