@@ -75,9 +75,7 @@ def cost_of(model: Any) -> Cost:
     sliding = tuple(window for window in windows if window is not None)
     retained = len(windows) - len(sliding)
     head_dim = decoder.layers[0].self_attn.head_dim
-    width, units = (
-        head_dim * n for n in (config.num_attention_heads, 2 * config.num_key_value_heads)
-    )
+    width, units = head_dim * config.num_attention_heads, 2 * head_dim * config.num_key_value_heads
     size = next(model.parameters()).element_size()
     weights, experts = sum(p.numel() for p in model.parameters()), _expert_weights(decoder)
     if not config.tie_word_embeddings:

@@ -16,6 +16,7 @@ from locret.model.hooks import cache_of
 from locret.quantization import SCHEMES, make_scheme
 from locret.quantization.base import Scheme
 from tests.kept import stacked
+from tests.test_batches import padded
 from tests.tiny_models import EAGER_ONLY, FAMILIES, MIXED, WINDOW, prompt, tiny_heads, tiny_model
 
 SMALL = {"budget": 20, "chunk_size": 7, "stabilizers": 3, "local_tokens": 5}
@@ -141,8 +142,8 @@ def test_every_step_is_fast_whatever_the_answer_is_asked_with(fast, settings, gi
     model = tiny_model("llama")
     ids = prompt(60, batch=2)
     mask = torch.ones_like(ids)
-    for padded in (0, 30, 57):
-        mask[1, :padded] = 0
+    for empty in (0, 30, 57):
+        mask[1, :empty] = 0
         engine = locret.Engine(model, "random", **SMALL | settings)
         engine.generate(ids, mask, **GREEDY | given)
         assert engine.last_steps == StepCounts(taken=11, fast=11, fused=11)
@@ -272,9 +273,7 @@ def test_backbones_all_of_whose_layers_slide(both):
 @pytest.mark.parametrize("family", SLIDING)
 def test_windows_that_rows_fill_differently_are_not_fast(both, family):
     model = tiny_model(family)
-    ids = prompt(60, batch=2)
-    mask = torch.ones_like(ids)
-    mask[1, :57] = 0
+    ids, mask = padded((60, 3))
 
     def work():
         engine = locret.Engine(model, "random", **SMALL)
@@ -288,9 +287,7 @@ def test_windows_that_rows_fill_differently_are_not_fast(both, family):
 def test_units_of_padded_rows_know_where_they_stood(both, tmp_path, family):
     """Each row's answer goes on from its own prompt, so that it can be closed, kept and asked."""
     model = tiny_model(family)
-    ids = prompt(60, batch=2)
-    mask = torch.ones_like(ids)
-    mask[1, :20] = 0
+    ids, mask = padded((60, 40))
 
     def work():
         engine = locret.Engine(model, "random", **SMALL)
@@ -362,9 +359,7 @@ def test_steps_on_a_gpu_are_replayed_from_a_graph(compiled, autocast):
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_padded_rows_and_layers_that_hold_different_numbers(both, budget, positions):
     model = tiny_model("llama")
-    ids = prompt(60, batch=3)
-    mask = torch.ones_like(ids)
-    mask[1, :30], mask[2, :57] = 0, 0
+    ids, mask = padded((60, 30, 3))
 
     def work():
         settings = SMALL | {"budget": budget, "positions": positions}
@@ -382,9 +377,7 @@ def test_padded_rows_and_layers_that_hold_different_numbers(both, budget, positi
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_steps_over_packed_units(both, monkeypatch, name, bits, positions, quotas):
     model = tiny_model("llama")
-    ids = prompt(60, batch=3)
-    mask = torch.ones_like(ids)
-    mask[1, :30], mask[2, :57] = 0, 0
+    ids, mask = padded((60, 30, 3))
     seen = {}
     for kernel in (decode_packed, decode_sequences):
         of_kernel = seen[kernel.__name__] = []

@@ -271,12 +271,15 @@ class StepPass(Pass):
 
     def _attend(self, call: LayerCall, layer: RetainedLayer) -> Tensor:
         """Store the new unit and attend, [B, 1, H*G, D]."""
-        i, context = call.layer_idx, self._contexts[call.layer_idx]
+        i, tail, context = call.layer_idx, layer.store.tail, self._contexts[call.layer_idx]
         assert context is not None
         self.cache.answered = self.cache.budget is not None
-        keys, values = self._store(call, layer)
+        keys, values = tail.tensors[:2]
+        store_units(keys, values, call.key, call.value, self._filled[i : i + 1])
         length = self._lengths[i : i + 1]
-        return context.attend(call.query, keys, values, length, call.scaling).transpose(1, 2)
+        output = context.attend(call.query, keys, values, length, call.scaling)
+        tail.count += 1
+        return output.transpose(1, 2)
 
     def slide(
         self, call: LayerCall, layer: RetainedLayer, window: int, backend: Any, wanted: bool
@@ -284,15 +287,6 @@ class StepPass(Pass):
         """The same in a layer with a window, in its ring."""
         assert self._rings is not None
         return self._rings.attend(call).transpose(1, 2)
-
-    def _store(self, call: LayerCall, layer: RetainedLayer) -> tuple[Tensor, Tensor]:
-        """Write the new unit to the tail: its keys and values."""
-        tail = layer.store.tail
-        keys, values = tail.tensors[:2]
-        slot = self._filled[call.layer_idx : call.layer_idx + 1]
-        store_units(keys, values, call.key, call.value, slot)
-        tail.count += 1
-        return keys, values
 
     def take(self, i: int, x: Tensor, layer: PrenormLayer) -> Tensor:
         """Store the new unit that a layer makes of x [B, 1, hidden size], and attend,
